@@ -1,0 +1,42 @@
+// The activations on the CPU: runs of elements over threads.
+#include "ops/activation.h"
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+
+namespace gradkernels::cpu {
+namespace {
+
+// A multiple of 8, so that chunks share no byte of a mask; as at::internal::GRAIN_SIZE, below which threads cost more than they bring.
+constexpr int64_t kChunkElements = 32768;
+
+// Calls function(offset, count) for each chunk.
+template <typename Function>
+void for_each_chunk(int64_t count, const Function& function) {
+  parallel_for((count + kChunkElements - 1) / kChunkElements, 1, [&](int64_t chunk) {
+    const int64_t offset = chunk * kChunkElements;
+    function(offset, count - offset < kChunkElements ? count - offset : kChunkElements);
+  });
+}
+
+}  // namespace
+
+void activation_forward(DType dtype, math::Activation act, int64_t count, const void* x, void* y, uint8_t* mask) {
+  const int64_t size = size_of(dtype);
+  for_each_chunk(count, [&](int64_t offset, int64_t n) {
+    kernels().activation_forward(dtype, act, n, static_cast<const char*>(x) + offset * size, static_cast<char*>(y) + offset * size,
+                                 mask == nullptr ? nullptr : mask + offset / 8);
+  });
+}
+
+void activation_backward(DType dtype, math::Activation act, Saved kind, int64_t count, const void* grad_y, const void* saved,
+                         void* grad_x) {
+  const int64_t size = size_of(dtype);
+  for_each_chunk(count, [&](int64_t offset, int64_t n) {
+    kernels().activation_backward(dtype, act, kind, n, static_cast<const char*>(grad_y) + offset * size,
+                                  static_cast<const char*>(saved) + (kind == Saved::kMask ? offset / 8 : offset * size),
+                                  static_cast<char*>(grad_x) + offset * size);
+  });
+}
+
+}  // namespace gradkernels::cpu

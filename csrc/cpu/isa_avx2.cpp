@@ -1,0 +1,15 @@
+// The kernels for processors with AVX2 and FMA. The pragma stays in force to the end of the file: templates are instantiated there.
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma")
+namespace gradkernels::cpu {
+namespace {
+constexpr int kRegisterBytes = 32;
+}
+}  // namespace gradkernels::cpu
+
+#include "cpu/kernels_table.h"
+
+namespace gradkernels::cpu {
+constexpr Kernels kernels_avx2 = kernels_named("avx2");
+}
+#endif

@@ -1,0 +1,15 @@
+// The kernels for processors with AVX-512 F, DQ and VL. The pragma stays in force to the end of the file: templates are instantiated there.
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512dq,avx512vl,avx2,fma")
+namespace gradkernels::cpu {
+namespace {
+constexpr int kRegisterBytes = 64;
+}
+}  // namespace gradkernels::cpu
+
+#include "cpu/kernels_table.h"
+
+namespace gradkernels::cpu {
+constexpr Kernels kernels_avx512 = kernels_named("avx512");
+}
+#endif

@@ -1,0 +1,30 @@
+// The choice of the instruction set, once per process.
+#include "cpu/kernels.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace gradkernels::cpu {
+namespace {
+
+const Kernels& choose() {
+#if defined(__x86_64__)
+  const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
+  // A value that names nothing leaves the choice to the processor, as in torch.
+  const auto is = [&](const char* name) { return capability != nullptr && std::strcmp(capability, name) == 0; };
+  if (!is("default") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return avx512 && !is("avx2") ? kernels_avx512 : kernels_avx2;
+  }
+#endif
+  return kernels_base;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace gradkernels::cpu

@@ -1,0 +1,50 @@
+// What one instruction set exports: a table of its kernels. They work on one piece of an operand; cutting into pieces, threads and the order in
+// which partial results meet belong to the drivers, cpu/<stem>.cpp, which are compiled once.
+#pragma once
+
+#include "math/batch_norm_act.h"
+#include "ops/activation.h"
+#include "ops/batch_norm_act.h"
+#include "ops/clip_grad.h"
+
+namespace gradkernels::cpu {
+
+// A part of a batch-norm operand. Where runs are short (kShortRunElements) it holds whole runs, and at most kMaxColumns elements of a row.
+struct Slab {
+  int64_t channel_begin, channel_end;
+  int64_t row_begin, row_end;
+  int64_t inner_begin, inner_end;
+};
+
+constexpr int64_t kMaxColumns = 512;
+
+struct Kernels {
+  const char* name;
+
+  void (*activation_forward)(DType, math::Activation, int64_t count, const void* x, void* y, uint8_t* mask);
+  void (*activation_backward)(DType, math::Activation, Saved, int64_t count, const void* grad_y, const void* saved, void* grad_x);
+
+  // Per channel of the slab, into out[0...].
+  void (*batch_norm_moments)(const BatchNormForward&, Slab, math::Moments<double>* out);
+  void (*batch_norm_normalise)(const BatchNormForward&, Slab);
+  // Per channel of the slab, into out[0...]; writes grad_residual where it is asked for.
+  void (*batch_norm_gradient_sums)(const BatchNormBackward&, Slab, math::GradientSums* out);
+  // From the sums of all channels. Where grad_residual was written, dz is read from it.
+  void (*batch_norm_gradient_input)(const BatchNormBackward&, Slab, const math::GradientSums* sums);
+
+  // sum (x * factor)^2
+  double (*sum_of_squares)(DType, int64_t count, const void* x, double factor);
+  double (*max_magnitude)(DType, int64_t count, const void* x);
+  void (*scale)(DType, int64_t count, void* x, double factor);
+};
+
+extern const Kernels kernels_base;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+// The best table this processor runs, or the one that ATEN_CPU_CAPABILITY (default, avx2, avx512) names if that is less.
+const Kernels& kernels();
+
+}  // namespace gradkernels::cpu

@@ -1,0 +1,26 @@
+// The table of the instruction set that the including file, cpu/isa_*.cpp, has switched on.
+#pragma once
+
+#include "cpu/activation_kernel.h"
+#include "cpu/batch_norm_act_kernel.h"
+#include "cpu/clip_grad_kernel.h"
+#include "cpu/kernels.h"
+
+namespace gradkernels::cpu {
+namespace {
+
+constexpr Kernels kernels_named(const char* name) {
+  return {name,
+          activation_forward_kernel,
+          activation_backward_kernel,
+          batch_norm_moments_kernel,
+          batch_norm_normalise_kernel,
+          batch_norm_gradient_sums_kernel,
+          batch_norm_gradient_input_kernel,
+          sum_of_squares_kernel,
+          max_magnitude_kernel,
+          scale_kernel};
+}
+
+}  // namespace
+}  // namespace gradkernels::cpu

@@ -1,0 +1,395 @@
+// Vec<T>: the vector of an instruction set, at least eight lanes wide so that a vector always fills whole bytes of a bit mask, with the operations
+// that math/ is written in. The including file has switched the instruction set on and said so with kRegisterBytes: 64 is AVX-512 F, DQ and VL, 32 is
+// AVX2 and FMA, 16 is what every processor has. (g++ before 13 does not define __AVX2__ after #pragma GCC target.) Everything has internal linkage and is forced inline: an instruction set's
+// object must not hand a function to the rest of the library (tests/test_layout.py looks with nm).
+#pragma once
+
+#include <cstdint>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "common/host_device.h"
+#include "math/exp.h"
+
+namespace gradkernels::cpu {
+namespace {
+
+template <typename T>
+struct IntegerOf;
+template <>
+struct IntegerOf<float> {
+  using type = int32_t;
+};
+template <>
+struct IntegerOf<double> {
+  using type = int64_t;
+};
+
+template <typename T>
+struct RegisterOf {
+  typedef T Value __attribute__((vector_size(kRegisterBytes)));
+  typedef typename IntegerOf<T>::type Bits __attribute__((vector_size(kRegisterBytes)));
+};
+
+template <typename T>
+struct Vec {
+  using Register = typename RegisterOf<T>::Value;
+  using Bits = typename RegisterOf<T>::Bits;
+  static constexpr int kRegisterLanes = kRegisterBytes / static_cast<int>(sizeof(T));
+  static constexpr int kRegisters = kRegisterLanes < 8 ? 8 / kRegisterLanes : 1;
+  static constexpr int kLanes = kRegisters * kRegisterLanes;
+
+  struct Mask {
+    Bits part[kRegisters];
+
+    GK_INLINE Mask operator!() const {
+      Mask r;
+      for (int i = 0; i < kRegisters; ++i) r.part[i] = ~part[i];
+      return r;
+    }
+    friend GK_INLINE Mask operator|(Mask a, Mask b) {
+      Mask r;
+      for (int i = 0; i < kRegisters; ++i) r.part[i] = a.part[i] | b.part[i];
+      return r;
+    }
+  };
+
+  Register part[kRegisters];
+
+  Vec() = default;
+  // x - 0 is x for every x, which x + 0 is not for -0
+  GK_INLINE Vec(T x) {
+    for (int i = 0; i < kRegisters; ++i) part[i] = x - Register{};
+  }
+
+  GK_INLINE static Vec load(const T* source) {
+    Vec r;
+    __builtin_memcpy(&r, source, sizeof(r));
+    return r;
+  }
+  GK_INLINE void store(T* target) const { __builtin_memcpy(target, this, sizeof(*this)); }
+
+  friend GK_INLINE Vec operator+(Vec a, Vec b) {
+    Vec r;
+    for (int i = 0; i < kRegisters; ++i) r.part[i] = a.part[i] + b.part[i];
+    return r;
+  }
+  friend GK_INLINE Vec operator-(Vec a, Vec b) {
+    Vec r;
+    for (int i = 0; i < kRegisters; ++i) r.part[i] = a.part[i] - b.part[i];
+    return r;
+  }
+  friend GK_INLINE Vec operator*(Vec a, Vec b) {
+    Vec r;
+    for (int i = 0; i < kRegisters; ++i) r.part[i] = a.part[i] * b.part[i];
+    return r;
+  }
+  friend GK_INLINE Vec operator/(Vec a, Vec b) {
+    Vec r;
+    for (int i = 0; i < kRegisters; ++i) r.part[i] = a.part[i] / b.part[i];
+    return r;
+  }
+  GK_INLINE Vec operator-() const {
+    Vec r;
+    for (int i = 0; i < kRegisters; ++i) r.part[i] = -part[i];
+    return r;
+  }
+  friend GK_INLINE Mask operator<(Vec a, Vec b) {
+    Mask r;
+    for (int i = 0; i < kRegisters; ++i) r.part[i] = a.part[i] < b.part[i];
+    return r;
+  }
+  friend GK_INLINE Mask operator>(Vec a, Vec b) { return b < a; }
+  friend GK_INLINE Mask operator<=(Vec a, Vec b) {
+    Mask r;
+    for (int i = 0; i < kRegisters; ++i) r.part[i] = a.part[i] <= b.part[i];
+    return r;
+  }
+  friend GK_INLINE Mask operator>=(Vec a, Vec b) { return b <= a; }
+  friend GK_INLINE Mask operator==(Vec a, Vec b) {
+    Mask r;
+    for (int i = 0; i < kRegisters; ++i) r.part[i] = a.part[i] == b.part[i];
+    return r;
+  }
+  friend GK_INLINE Mask operator!=(Vec a, Vec b) { return !(a == b); }
+  friend GK_INLINE Vec select(Mask condition, Vec if_true, Vec if_false) {
+    Vec r;
+    for (int i = 0; i < kRegisters; ++i) r.part[i] = condition.part[i] ? if_true.part[i] : if_false.part[i];
+    return r;
+  }
+
+  // Without the instruction a fused rounding would be a library call per lane: two roundings then, in both directions alike.
+  friend GK_INLINE Vec fma(Vec a, Vec b, Vec c) {
+    Vec r;
+    for (int i = 0; i < kRegisters; ++i) r.part[i] = fma_register(a.part[i], b.part[i], c.part[i]);
+    return r;
+  }
+
+  friend GK_INLINE Vec exp2_of_integer(Vec n) {
+    using C = math::ExpConstants<T>;
+    Vec r;
+    for (int i = 0; i < kRegisters; ++i) {
+      const Bits bits = reinterpret_cast<Bits>(n.part[i] + C::kRound);
+      r.part[i] = reinterpret_cast<Register>((bits << C::kMantissaBits) + static_cast<typename IntegerOf<T>::type>(C::kOneBits));
+    }
+    return r;
+  }
+
+ private:
+  static GK_INLINE Register fma_register(Register a, Register b, Register c) {
+#if defined(__x86_64__)
+    if constexpr (kRegisterBytes == 64 && sizeof(T) == 4) return _mm512_fmadd_ps(a, b, c);
+    if constexpr (kRegisterBytes == 64 && sizeof(T) == 8) return _mm512_fmadd_pd(a, b, c);
+    if constexpr (kRegisterBytes == 32 && sizeof(T) == 4) return _mm256_fmadd_ps(a, b, c);
+    if constexpr (kRegisterBytes == 32 && sizeof(T) == 8) return _mm256_fmadd_pd(a, b, c);
+#endif
+    return a * b + c;
+  }
+};
+
+// How many lanes of a vector are meant: all, which the type says, or `count` of them, 0 < count < lanes.
+struct AllLanes {};
+struct SomeLanes {
+  int count;
+};
+
+template <typename T>
+GK_INLINE Vec<T> load(const T* source, AllLanes, Vec<T> = Vec<T>(T(0))) {
+  return Vec<T>::load(source);
+}
+template <typename T>
+GK_INLINE void store(T* target, AllLanes, Vec<T> value) {
+  value.store(target);
+}
+
+// The other lanes from `fill`; memory past the count is not touched.
+template <typename T>
+GK_INLINE Vec<T> load(const T* source, SomeLanes lanes, Vec<T> fill = Vec<T>(T(0))) {
+#if defined(__x86_64__)
+  if constexpr (kRegisterBytes == 64) {
+    const uint32_t mask = (1u << lanes.count) - 1u;
+    if constexpr (sizeof(T) == 4) fill.part[0] = _mm512_mask_loadu_ps(fill.part[0], static_cast<__mmask16>(mask), source);
+    if constexpr (sizeof(T) == 8) fill.part[0] = _mm512_mask_loadu_pd(fill.part[0], static_cast<__mmask8>(mask), source);
+    return fill;
+  }
+#endif
+  T lane[Vec<T>::kLanes];
+  fill.store(lane);
+  for (int i = 0; i < lanes.count; ++i) lane[i] = source[i];
+  return Vec<T>::load(lane);
+}
+
+template <typename T>
+GK_INLINE void store(T* target, SomeLanes lanes, Vec<T> value) {
+#if defined(__x86_64__)
+  if constexpr (kRegisterBytes == 64) {
+    const uint32_t mask = (1u << lanes.count) - 1u;
+    if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(target, static_cast<__mmask16>(mask), value.part[0]);
+    if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(target, static_cast<__mmask8>(mask), value.part[0]);
+    return;
+  }
+#endif
+  T lane[Vec<T>::kLanes];
+  value.store(lane);
+  for (int i = 0; i < lanes.count; ++i) target[i] = lane[i];
+}
+
+// Past the caches: without reading the target's line first, which for an output too large to stay in cache is a third of the traffic. Other cores see it
+// after stream_fence. The target is aligned to the register.
+template <typename T>
+GK_INLINE void stream(T* target, Vec<T> value) {
+#if defined(__x86_64__)
+  for (int i = 0; i < Vec<T>::kRegisters; ++i) {
+    T* to = target + i * Vec<T>::kRegisterLanes;
+    if constexpr (kRegisterBytes == 64 && sizeof(T) == 4) _mm512_stream_ps(to, value.part[i]);
+    if constexpr (kRegisterBytes == 64 && sizeof(T) == 8) _mm512_stream_pd(to, value.part[i]);
+    if constexpr (kRegisterBytes == 32 && sizeof(T) == 4) _mm256_stream_ps(to, value.part[i]);
+    if constexpr (kRegisterBytes == 32 && sizeof(T) == 8) _mm256_stream_pd(to, value.part[i]);
+    if constexpr (kRegisterBytes == 16 && sizeof(T) == 4) _mm_stream_ps(to, value.part[i]);
+    if constexpr (kRegisterBytes == 16 && sizeof(T) == 8) _mm_stream_pd(to, value.part[i]);
+  }
+#else
+  value.store(target);
+#endif
+}
+
+GK_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// As store, past the caches where `past_caches` says so.
+template <typename T>
+GK_INLINE void store(T* target, AllLanes, Vec<T> value, bool past_caches) {
+  if (past_caches) {
+    stream(target, value);
+  } else {
+    value.store(target);
+  }
+}
+template <typename T>
+GK_INLINE void store(T* target, SomeLanes lanes, Vec<T> value, bool) {
+  store(target, lanes, value);
+}
+
+// One bit a lane, the first lane in the lowest bit.
+template <typename T>
+GK_INLINE uint32_t to_bits(typename Vec<T>::Mask mask) {
+  using V = Vec<T>;
+  uint32_t bits = 0;
+  for (int i = 0; i < V::kRegisters; ++i) {
+    uint32_t part = 0;
+#if defined(__x86_64__)
+    const auto lanes = mask.part[i];
+    if constexpr (kRegisterBytes == 64 && sizeof(T) == 4) part = _mm512_movepi32_mask(reinterpret_cast<__m512i>(lanes));
+    if constexpr (kRegisterBytes == 64 && sizeof(T) == 8) part = _mm512_movepi64_mask(reinterpret_cast<__m512i>(lanes));
+    if constexpr (kRegisterBytes == 32 && sizeof(T) == 4) part = _mm256_movemask_ps(reinterpret_cast<__m256>(lanes));
+    if constexpr (kRegisterBytes == 32 && sizeof(T) == 8) part = _mm256_movemask_pd(reinterpret_cast<__m256d>(lanes));
+    if constexpr (kRegisterBytes == 16 && sizeof(T) == 4) part = _mm_movemask_ps(reinterpret_cast<__m128>(lanes));
+    if constexpr (kRegisterBytes == 16 && sizeof(T) == 8) part = _mm_movemask_pd(reinterpret_cast<__m128d>(lanes));
+#else
+    for (int lane = 0; lane < V::kRegisterLanes; ++lane) part |= (mask.part[i][lane] != 0 ? 1u : 0u) << lane;
+#endif
+    bits |= part << (i * V::kRegisterLanes);
+  }
+  return bits;
+}
+
+template <typename T>
+GK_INLINE typename Vec<T>::Mask from_bits(uint32_t bits) {
+  using V = Vec<T>;
+  using Integer = typename IntegerOf<T>::type;
+  typename V::Bits lane_bit;
+  for (int lane = 0; lane < V::kRegisterLanes; ++lane) lane_bit[lane] = Integer(1) << lane;
+  typename V::Mask mask;
+  for (int i = 0; i < V::kRegisters; ++i) {
+    const typename V::Bits part = static_cast<Integer>(bits >> (i * V::kRegisterLanes)) - typename V::Bits{};
+    mask.part[i] = (part & lane_bit) != 0;
+  }
+  return mask;
+}
+
+// A vector's bits in memory: lanes / 8 bytes, the lowest first.
+template <typename T>
+GK_INLINE void store_bits(uint8_t* target, AllLanes, typename Vec<T>::Mask mask) {
+  const uint32_t bits = to_bits<T>(mask);
+  target[0] = static_cast<uint8_t>(bits);
+  if constexpr (Vec<T>::kLanes == 16) target[1] = static_cast<uint8_t>(bits >> 8);
+}
+template <typename T>
+GK_INLINE typename Vec<T>::Mask load_bits(const uint8_t* source, AllLanes) {
+  uint32_t bits = source[0];
+  if constexpr (Vec<T>::kLanes == 16) bits |= static_cast<uint32_t>(source[1]) << 8;
+  return from_bits<T>(bits);
+}
+
+// Those of some lanes fill whole bytes, the spare bits zero.
+template <typename T>
+GK_INLINE void store_bits(uint8_t* target, SomeLanes lanes, typename Vec<T>::Mask mask) {
+  const uint32_t bits = to_bits<T>(mask) & ((1u << lanes.count) - 1u);
+  target[0] = static_cast<uint8_t>(bits);
+  if (lanes.count > 8) target[1] = static_cast<uint8_t>(bits >> 8);
+}
+template <typename T>
+GK_INLINE typename Vec<T>::Mask load_bits(const uint8_t* source, SomeLanes lanes) {
+  uint32_t bits = source[0];
+  if (lanes.count > 8) bits |= static_cast<uint32_t>(source[1]) << 8;
+  return from_bits<T>(bits);
+}
+
+// The sum of all lanes in float64, in an order that the number of lanes alone decides.
+template <typename T>
+GK_INLINE double sum_of_lanes(Vec<T> x) {
+  T lane[Vec<T>::kLanes];
+  x.store(lane);
+  double total[8];
+  for (int i = 0; i < 8; ++i) total[i] = static_cast<double>(lane[i]);
+  for (int offset = 8; offset < Vec<T>::kLanes; offset += 8) {
+    for (int i = 0; i < 8; ++i) total[i] += static_cast<double>(lane[offset + i]);
+  }
+  return ((total[0] + total[4]) + (total[2] + total[6])) + ((total[1] + total[5]) + (total[3] + total[7]));
+}
+
+// Half a register of floats, as many as a register of doubles holds, and their conversions: g++ 12 takes __builtin_convertvector apart.
+typedef float HalfRegister __attribute__((vector_size(kRegisterBytes / 2)));
+
+template <typename Register>
+GK_INLINE HalfRegister half_of(Register x, int half) {
+#if defined(__x86_64__)
+  if constexpr (kRegisterBytes == 64) return half == 0 ? _mm512_castps512_ps256(x) : _mm512_extractf32x8_ps(x, 1);
+  if constexpr (kRegisterBytes == 32) return half == 0 ? _mm256_castps256_ps128(x) : _mm256_extractf128_ps(x, 1);
+#endif
+  HalfRegister r;
+  __builtin_memcpy(&r, reinterpret_cast<const char*>(&x) + half * sizeof(r), sizeof(r));
+  return r;
+}
+
+template <typename Half>
+GK_INLINE Vec<double>::Register to_double(Half x) {
+#if defined(__x86_64__)
+  if constexpr (kRegisterBytes == 64) return _mm512_cvtps_pd(x);
+  if constexpr (kRegisterBytes == 32) return _mm256_cvtps_pd(x);
+#endif
+  return __builtin_convertvector(x, Vec<double>::Register);
+}
+
+template <typename Register>
+GK_INLINE HalfRegister to_float(Register x) {
+#if defined(__x86_64__)
+  if constexpr (kRegisterBytes == 64) return _mm512_cvtpd_ps(x);
+  if constexpr (kRegisterBytes == 32) return _mm256_cvtpd_ps(x);
+#endif
+  return __builtin_convertvector(x, HalfRegister);
+}
+
+// Lanes [8 part, 8 part + 8) in float64, of which a vector has eight.
+GK_INLINE Vec<double> widen(Vec<double> x, int) { return x; }
+GK_INLINE Vec<double> widen(Vec<float> x, int part) {
+  Vec<double> r;
+  for (int i = 0; i < Vec<double>::kRegisters; ++i) {
+    const int half = part * Vec<double>::kRegisters + i;
+    r.part[i] = to_double(half_of(x.part[half / 2], half % 2));
+  }
+  return r;
+}
+
+// As many elements as Vec<double> has lanes, converted.
+GK_INLINE Vec<double> load_double(const double* source) { return Vec<double>::load(source); }
+GK_INLINE Vec<double> load_double(const float* source) {
+  Vec<double> r;
+  for (int i = 0; i < Vec<double>::kRegisters; ++i) {
+    HalfRegister floats;
+    __builtin_memcpy(&floats, source + i * Vec<double>::kRegisterLanes, sizeof(floats));
+    r.part[i] = to_double(floats);
+  }
+  return r;
+}
+GK_INLINE void store_double(double* target, Vec<double> value) { value.store(target); }
+GK_INLINE void store_double(float* target, Vec<double> value) {
+  for (int i = 0; i < Vec<double>::kRegisters; ++i) {
+    const HalfRegister floats = to_float(value.part[i]);
+    __builtin_memcpy(target + i * Vec<double>::kRegisterLanes, &floats, sizeof(floats));
+  }
+}
+
+// Calls function(offset, lanes) for each vector of [begin, end): with AllLanes, and SomeLanes for what is left at the end.
+template <typename T, typename Function>
+GK_INLINE void for_each_vector(int64_t begin, int64_t end, const Function& function) {
+  int64_t i = begin;
+  for (; i + Vec<T>::kLanes <= end; i += Vec<T>::kLanes) function(i, AllLanes());
+  if (i < end) function(i, SomeLanes{static_cast<int>(end - i)});
+}
+
+}  // namespace
+}  // namespace gradkernels::cpu
+
+namespace gradkernels::math {
+
+template <typename T>
+struct ScalarOf<cpu::Vec<T>> {
+  using type = T;
+};
+
+}  // namespace gradkernels::math

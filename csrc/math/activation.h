@@ -1,0 +1,147 @@
+// The activation family: each formula once, for scalars and SIMD vectors on the host and for threads on the device.
+//
+//   forward(x)                        the value
+//   backward(grad_y, x)               the gradient, from the input
+//   backward_from_output(grad_y, y)   the same from the output: only where y determines the derivative
+//   passes(x), backward_from_mask     the same from one bit: only where the derivative takes two values
+//
+// A member that does not exist is a use that is not legal: Swish cannot be undone, so an in-place Swish does not compile. Comparisons are the ones
+// of torch's operators, which decides the values at nan and at zero.
+#pragma once
+
+#include "math/exp.h"
+
+namespace gradkernels::math {
+
+enum class ActivationKind : uint8_t { kIdentity, kRelu, kRelu6, kLeakyRelu, kElu, kSwish };
+
+// An activation as a run-time value; `parameter` is negative_slope, alpha or beta.
+struct Activation {
+  ActivationKind kind;
+  double parameter;
+
+  GK_HOST_DEVICE bool has_two_slopes() const {
+    return kind == ActivationKind::kRelu || kind == ActivationKind::kRelu6 || kind == ActivationKind::kLeakyRelu;
+  }
+};
+
+// identity(x) = x
+template <typename T>
+struct Identity {
+  GK_HOST_DEVICE T forward(T x) const { return x; }
+  GK_HOST_DEVICE T backward(T grad_y, T) const { return grad_y; }
+};
+
+// relu(x) = max(x, 0)
+template <typename T>
+struct Relu {
+  GK_HOST_DEVICE T forward(T x) const { return select(x <= T(0), T(0), x); }
+  GK_HOST_DEVICE auto passes(T x) const { return !(x <= T(0)); }
+  template <typename Mask>
+  GK_HOST_DEVICE T backward_from_mask(T grad_y, Mask pass) const {
+    return select(pass, grad_y, T(0));
+  }
+  GK_HOST_DEVICE T backward(T grad_y, T x) const { return backward_from_mask(grad_y, passes(x)); }
+};
+
+// relu6(x) = min(max(x, 0), 6)
+template <typename T>
+struct Relu6 {
+  GK_HOST_DEVICE T forward(T x) const { return select(x <= T(0), T(0), select(x >= T(6), T(6), x)); }
+  GK_HOST_DEVICE auto passes(T x) const { return !((x <= T(0)) | (x >= T(6))); }
+  template <typename Mask>
+  GK_HOST_DEVICE T backward_from_mask(T grad_y, Mask pass) const {
+    return select(pass, grad_y, T(0));
+  }
+  GK_HOST_DEVICE T backward(T grad_y, T x) const { return backward_from_mask(grad_y, passes(x)); }
+};
+
+// leaky_relu(x) = x for x > 0, negative_slope x otherwise
+template <typename T>
+struct LeakyRelu {
+  T negative_slope;
+  GK_HOST_DEVICE T forward(T x) const { return select(x > T(0), x, x * negative_slope); }
+  GK_HOST_DEVICE auto passes(T x) const { return x > T(0); }
+  template <typename Mask>
+  GK_HOST_DEVICE T backward_from_mask(T grad_y, Mask pass) const {
+    return select(pass, grad_y, grad_y * negative_slope);
+  }
+  GK_HOST_DEVICE T backward(T grad_y, T x) const { return backward_from_mask(grad_y, passes(x)); }
+};
+
+// elu(x) = x for x > 0, alpha (e^x - 1) otherwise
+//
+// The gradient can be read off the output, which is what allows elu_ in place; that needs alpha >= 0, else one y has two possible x
+// (autograd/activation.cpp keeps x, or refuses, in the other case). forward selects on x < 0, so that -0 stays -0.
+template <typename T>
+struct Elu {
+  T alpha;
+  GK_HOST_DEVICE T forward(T x) const {
+    const Sum<T> y = multiply(alpha, expm1_of_nonpositive(x));
+    return select(x < T(0), y.high + y.low, x);
+  }
+  GK_HOST_DEVICE T backward(T grad_y, T x) const {
+    const SplitExp<T> exp = split_exp(x);
+    const Sum<T> slope = multiply(alpha, {exp.high, exp.low});
+    return select(x <= T(0), grad_y * ((slope.high + slope.low) * exp.tail), grad_y);
+  }
+  GK_HOST_DEVICE T backward_from_output(T grad_y, T y) const { return select(y <= T(0), grad_y * (y + alpha), grad_y); }
+};
+
+// swish(x) = x s with s = sigmoid(beta x), and with z = beta x: swish'(x) = s (1 + z (1 - s)) = numerator (denominator + z complement) / denominator^2
+template <typename T>
+struct Swish {
+  T beta;
+  GK_HOST_DEVICE T forward(T x) const {
+    const Logistic<T> s = logistic(beta * x);
+    const Sum<T> y = divide(multiply(x, s.numerator), s.denominator, T(1) / s.denominator.high);
+    // At x = inf the error is nan and the quotient right; at zero it is +0, which would take the sign of -0.
+    return select((y.low < T(0)) | (y.low > T(0)), y.high + y.low, y.high) * s.tail;
+  }
+  GK_HOST_DEVICE T backward(T grad_y, T x) const {
+    const T z = beta * x;
+    const Logistic<T> s = logistic(z);
+    const T factor = fma(z, s.complement, s.denominator.high);
+    const T factor_low = fma(z, s.complement, s.denominator.high - factor) + s.denominator.low;
+    Sum<T> slope = multiply(factor, s.numerator);
+    slope.low = fma(factor_low, s.numerator.high, slope.low);
+    const T inverse = T(1) / s.denominator.high;
+    slope = divide(divide(slope, s.denominator, inverse), s.denominator, inverse);
+    return grad_y * ((slope.high + slope.low) * s.tail);
+  }
+};
+
+// Calls function(functor) with the functor of `act`, computing in T.
+template <typename T, typename Function>
+GK_HOST_DEVICE void visit(Activation act, const Function& function) {
+  const T parameter(static_cast<scalar_of_t<T>>(act.parameter));
+  switch (act.kind) {
+    case ActivationKind::kIdentity:
+      return function(Identity<T>{});
+    case ActivationKind::kRelu:
+      return function(Relu<T>{});
+    case ActivationKind::kRelu6:
+      return function(Relu6<T>{});
+    case ActivationKind::kLeakyRelu:
+      return function(LeakyRelu<T>{parameter});
+    case ActivationKind::kElu:
+      return function(Elu<T>{parameter});
+    case ActivationKind::kSwish:
+      return function(Swish<T>{parameter});
+  }
+}
+
+// The same over the activations whose derivative takes two values.
+template <typename T, typename Function>
+GK_HOST_DEVICE void visit_two_slopes(Activation act, const Function& function) {
+  switch (act.kind) {
+    case ActivationKind::kRelu:
+      return function(Relu<T>{});
+    case ActivationKind::kRelu6:
+      return function(Relu6<T>{});
+    default:
+      return function(LeakyRelu<T>{T(static_cast<scalar_of_t<T>>(act.parameter))});
+  }
+}
+
+}  // namespace gradkernels::math

@@ -1,0 +1,123 @@
+// Batch normalisation's formulas: moments and their merge, the normalisation, the gradient of the input. Per-channel quantities are float64
+// everywhere; only what multiplies elements is rounded to the computing type, with the rounding error of the mean carried into the shift.
+#pragma once
+
+#include "common/host_device.h"
+
+namespace gradkernels::math {
+
+// Count, mean and M2 = sum (x - mean)^2 of a set of elements, in float64: T is double or a vector of it.
+template <typename T>
+struct Moments {
+  T count;
+  T mean;
+  T m2;
+};
+
+// Moments of a tile from the sums of d = x - about and of d^2. `about` is near the tile's mean, so that nothing cancels: mean = about + S/n,
+// M2 = Q - S^2/n.
+template <typename T>
+GK_HOST_DEVICE Moments<T> moments_about(T about, T count, T sum, T sum_of_squares) {
+  const T correction = sum / count;
+  return {count, about + correction, sum_of_squares - sum * correction};
+}
+
+// Moments of the union of two disjoint sets (Chan, Golub and LeVeque 1979); the second may not be empty. The products are grouped so that an empty
+// first set weighs nothing even where delta^2 overflows.
+template <typename T>
+GK_HOST_DEVICE Moments<T> merge(const Moments<T>& a, const Moments<T>& b) {
+  const T count = a.count + b.count;
+  const T delta = b.mean - a.mean;
+  const T weight = b.count / count;
+  return {count, a.mean + delta * weight, a.m2 + b.m2 + delta * (delta * (a.count * weight))};
+}
+
+// 1 / sqrt(var + eps), and 0 for a constant channel with eps = 0, as torch's. One Newton step with the exact residual takes back the roundings of the
+// root and of the quotient: every output scales with this number.
+GK_HOST_DEVICE double inverse_std(double variance, double eps) {
+  const double v = variance + eps;
+  if (v == 0.0) return 0.0;
+  const double r = 1.0 / sqrt(v);
+  const double vr = v * r;
+  const double residual = fma(-vr, r, 1.0) - fma(v, r, -vr) * r;
+  const double corrected = fma(0.5 * r, residual, r);
+  return corrected == corrected ? corrected : r;
+}
+
+// running <- (1 - momentum) running + momentum observed
+GK_HOST_DEVICE double update_running(double running, double observed, double momentum) {
+  return fma(momentum, observed, (1.0 - momentum) * running);
+}
+
+// batch_norm(x) = (x - mean) invstd weight + bias = fma(x - mean_high, scale, shift)
+//
+// mean = mean_high + mean_low, the second carried by the shift: for data at 1e4 +- 1e-2 the plain (x - mean) * invstd in float32 is off by 7e-3
+// and this form by 2e-7. The backward pass rebuilds the argument of the activation with the same expression, hence with the same sign.
+template <typename T>
+struct Normalisation {
+  T mean_high;
+  T scale;
+  T shift;
+
+  GK_HOST_DEVICE T operator()(T x) const { return fma(x - mean_high, scale, shift); }
+
+  // The same struct of function(member).
+  template <typename U, typename Function>
+  GK_HOST_DEVICE Normalisation<U> map(const Function& function) const {
+    return {function(mean_high), function(scale), function(shift)};
+  }
+};
+
+template <typename scalar_t>
+GK_HOST_DEVICE Normalisation<scalar_t> normalisation(double mean, double invstd, double weight, double bias) {
+  const scalar_t mean_high = static_cast<scalar_t>(mean);
+  const scalar_t scale = static_cast<scalar_t>(weight * invstd);
+  const double mean_low = mean - static_cast<double>(mean_high);
+  return {mean_high, scale, static_cast<scalar_t>(bias - mean_low * static_cast<double>(scale))};
+}
+
+// The sums behind every gradient, over a channel: S1 = sum dz, S2 = sum dz (x - mean), with dz the gradient at the output of the normalisation.
+// grad_bias = S1, grad_weight = invstd S2.
+struct GradientSums {
+  double dz;
+  double dz_x;
+};
+
+GK_HOST_DEVICE GradientSums merge(const GradientSums& a, const GradientSums& b) { return {a.dz + b.dz, a.dz_x + b.dz_x}; }
+
+// training: grad_x = weight invstd (dz - S1/N - (x - mean) invstd^2 S2/N) = fma(scale, dz - dz_mean_high, fma(slope, x - mean_high, offset))
+// evaluation: grad_x = weight invstd dz
+//
+// S1/N is split as the mean is: gradients that sit on a large common offset keep their digits.
+template <typename T>
+struct InputGradient {
+  T mean_high;
+  T dz_mean_high;
+  T scale;
+  T slope;
+  T offset;
+
+  GK_HOST_DEVICE T training(T dz, T x) const { return fma(scale, dz - dz_mean_high, fma(slope, x - mean_high, offset)); }
+  // The statistics are constants: nothing of x passes, an inf included.
+  GK_HOST_DEVICE T evaluation(T dz) const { return scale * dz; }
+
+  template <typename U, typename Function>
+  GK_HOST_DEVICE InputGradient<U> map(const Function& function) const {
+    return {function(mean_high), function(dz_mean_high), function(scale), function(slope), function(offset)};
+  }
+};
+
+template <typename scalar_t>
+GK_HOST_DEVICE InputGradient<scalar_t> input_gradient(double mean, double invstd, double weight, double count, GradientSums sums) {
+  const double scale = weight * invstd;
+  const double slope = -scale * invstd * invstd * (sums.dz_x / count);
+  const double dz_mean = sums.dz / count;
+  const scalar_t mean_high = static_cast<scalar_t>(mean);
+  const scalar_t dz_mean_high = static_cast<scalar_t>(dz_mean);
+  const double mean_low = mean - static_cast<double>(mean_high);
+  const double dz_mean_low = dz_mean - static_cast<double>(dz_mean_high);
+  return {mean_high, dz_mean_high, static_cast<scalar_t>(scale), static_cast<scalar_t>(slope),
+          static_cast<scalar_t>(-scale * dz_mean_low - slope * mean_low)};
+}
+
+}  // namespace gradkernels::math

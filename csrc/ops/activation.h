@@ -1,0 +1,21 @@
+// The seam between the activations' operators and their kernels: what a launcher is given, the same for every device.
+#pragma once
+
+#include "common/dispatch.h"
+#include "math/activation.h"
+
+namespace gradkernels {
+
+// What the forward pass kept for the gradient: x, y, or one bit an element (bit i % 8 of byte i / 8, in storage order).
+enum class Saved : uint8_t { kInput, kOutput, kMask };
+
+namespace cpu {
+
+// y = act(x) over `count` elements in storage order; x may be y. With a mask, which only activations of two slopes have, its bits are written too.
+void activation_forward(DType dtype, math::Activation act, int64_t count, const void* x, void* y, uint8_t* mask);
+
+// grad_x = grad_y act'(x); grad_x may be grad_y.
+void activation_backward(DType dtype, math::Activation act, Saved kind, int64_t count, const void* grad_y, const void* saved, void* grad_x);
+
+}  // namespace cpu
+}  // namespace gradkernels

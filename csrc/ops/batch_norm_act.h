@@ -1,0 +1,73 @@
+// The seam between batch_norm_act's operators and its kernels: what a launcher is given, the same for every device.
+#pragma once
+
+#include "common/dispatch.h"
+#include "math/activation.h"
+
+namespace gradkernels {
+
+// Element i of channel c in row r lies at (r * channels + c) * inner + i: N,C,*,* has rows = N and inner = the pixels of one image;
+// channels_last and N,C have inner = 1 and a row for every pixel.
+struct BatchNormShape {
+  int64_t rows;
+  int64_t channels;
+  int64_t inner;
+};
+
+// Below this many elements a channel's run is too short for a loop of its own; kernels then walk across channels.
+constexpr int64_t kShortRunElements = 64;
+
+// Bytes of the 1-bit mask kept for backward. A line, which fills whole bytes, is a channel's run or, where runs are short, a row over all channels.
+template <typename Int>
+Int mask_bytes(const Int& rows, const Int& channels, const Int& inner) {
+  if (inner < kShortRunElements) return rows * ((channels * inner + 7) / 8);
+  return rows * channels * ((inner + 7) / 8);
+}
+
+// y = act(batch_norm(x) + residual)
+struct BatchNormForward {
+  DType dtype;  // of x, residual, y, weight, bias and the running statistics
+  BatchNormShape shape;
+  math::Activation act;
+  bool training;
+  double momentum;
+  double eps;
+  const void* x;
+  const void* residual;  // or null
+  const void* weight;    // or null
+  const void* bias;      // or null
+  void* running_mean;    // or null; read in evaluation, updated in training
+  void* running_var;
+  double* mean;  // written: the statistics that were applied
+  double* invstd;
+  void* y;
+  uint8_t* mask;  // or null; act must have two slopes
+};
+
+// Gradients that nobody needs are null. With a residual, act' comes from the mask where act has two slopes, else from x and the residual.
+struct BatchNormBackward {
+  DType dtype;
+  BatchNormShape shape;
+  math::Activation act;
+  bool training;
+  const void* grad_y;
+  const void* x;
+  const void* residual;  // or null
+  const uint8_t* mask;   // or null
+  const void* weight;    // or null
+  const void* bias;      // or null
+  const double* mean;
+  const double* invstd;
+  void* grad_x;
+  void* grad_weight;
+  void* grad_bias;
+  void* grad_residual;
+};
+
+namespace cpu {
+
+void batch_norm_act_forward(const BatchNormForward& p);
+void batch_norm_act_backward(const BatchNormBackward& p);
+
+}  // namespace cpu
+}  // namespace gradkernels

@@ -1,0 +1,36 @@
+// The operators composed of ATen's: for dtypes, devices and tensor types without a kernel, and under functorch and forward-mode differentiation,
+// which differentiate through ATen operators.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+namespace gradkernels::composite {
+
+at::Tensor leaky_relu(const at::Tensor& x, double negative_slope);
+void leaky_relu_(at::Tensor x, double negative_slope);
+at::Tensor elu(const at::Tensor& x, double alpha);
+void elu_(at::Tensor x, double alpha);
+at::Tensor swish(const at::Tensor& x, double beta);
+at::Tensor swish_backward(const at::Tensor& grad_y, const at::Tensor& x, double beta);
+
+using OptionalTensor = std::optional<at::Tensor>;
+using BatchNormActResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// mean, invstd and mask come back empty: the gradient runs through ATen's.
+BatchNormActResult batch_norm_act(const at::Tensor& x, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                  const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+                                  const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
+                                  std::string_view act, double act_param);
+
+// act(z + residual), the second half of it.
+at::Tensor add_and_activate(at::Tensor z, const OptionalTensor& residual, std::string_view act, double act_param);
+
+// False for what batch_norm_act leaves to the composite.
+bool batch_norm_act_has_kernel(const at::Tensor& x, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                               const OptionalTensor& weight, const OptionalTensor& bias, bool training);
+
+}  // namespace gradkernels::composite

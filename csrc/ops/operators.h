@@ -1,0 +1,91 @@
+// The operators as C++ types, for those who call them through the dispatcher: call<ops::Elu>(x, alpha). A signature that does not match schema.cpp is
+// an error at the first call.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <array>
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+namespace gradkernels {
+namespace ops {
+
+using at::Tensor;
+using OptionalTensor = std::optional<at::Tensor>;
+
+struct LeakyRelu {
+  static constexpr const char* kName = "gradkernels::leaky_relu";
+  using Signature = Tensor(const Tensor&, double);
+};
+struct LeakyReluInplace {
+  static constexpr const char* kName = "gradkernels::leaky_relu_";
+  using Signature = void(Tensor, double);
+};
+struct LeakyReluWithMask {
+  static constexpr const char* kName = "gradkernels::leaky_relu_with_mask";
+  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, double);
+};
+struct LeakyReluWithMaskInplace {
+  static constexpr const char* kName = "gradkernels::leaky_relu_with_mask_";
+  using Signature = Tensor(Tensor, double);
+};
+struct LeakyReluBackward {
+  static constexpr const char* kName = "gradkernels::leaky_relu_backward";
+  using Signature = Tensor(const Tensor&, const Tensor&, c10::SymIntArrayRef, double);
+};
+struct Elu {
+  static constexpr const char* kName = "gradkernels::elu";
+  using Signature = Tensor(const Tensor&, double);
+};
+struct EluInplace {
+  static constexpr const char* kName = "gradkernels::elu_";
+  using Signature = void(Tensor, double);
+};
+struct EluBackward {
+  static constexpr const char* kName = "gradkernels::elu_backward";
+  using Signature = Tensor(const Tensor&, const Tensor&, double, bool);
+};
+struct Swish {
+  static constexpr const char* kName = "gradkernels::swish";
+  using Signature = Tensor(const Tensor&, double);
+};
+struct SwishBackward {
+  static constexpr const char* kName = "gradkernels::swish_backward";
+  using Signature = Tensor(const Tensor&, const Tensor&, double);
+};
+struct BatchNormAct {
+  static constexpr const char* kName = "gradkernels::batch_norm_act";
+  using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                                               const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                                               const OptionalTensor&, bool, std::optional<double>, double, c10::string_view,
+                                                               double);
+};
+struct BatchNormActBackward {
+  static constexpr const char* kName = "gradkernels::batch_norm_act_backward";
+  using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                                               const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                                               const OptionalTensor&, bool, c10::string_view, double, std::array<bool, 4>);
+};
+struct GetTotalNorm {
+  static constexpr const char* kName = "gradkernels::get_total_norm";
+  using Signature = Tensor(at::TensorList, double);
+};
+struct ClipGradsWithNormInplace {
+  static constexpr const char* kName = "gradkernels::clip_grads_with_norm_";
+  using Signature = void(at::TensorList, double, const Tensor&);
+};
+
+}  // namespace ops
+
+// Through the dispatcher, as the thread's dispatch state has it.
+template <typename Operator, typename... Args>
+auto call(Args&&... args) {
+  static const auto handle =
+      c10::Dispatcher::singleton().findSchemaOrThrow(Operator::kName, "").template typed<typename Operator::Signature>();
+  return handle.call(std::forward<Args>(args)...);
+}
+
+}  // namespace gradkernels

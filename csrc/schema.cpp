@@ -1,0 +1,41 @@
+// Every operator of the library: the contract between Python, autograd and the kernels. Names and argument order are torch's where torch has the
+// operator; Tensor(a!) is written.
+#include <torch/library.h>
+
+TORCH_LIBRARY(gradkernels, m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+
+  // mask: uint8 [ceil(numel / 8)], bit i % 8 of byte i / 8 is x > 0 for element i in storage order. stride: that of the tensor whose storage order is
+  // meant, since a gradient may come in another.
+  m.def("leaky_relu(Tensor x, float negative_slope=0.01) -> Tensor", tags);
+  m.def("leaky_relu_(Tensor(a!) x, float negative_slope=0.01) -> ()", tags);
+  m.def("leaky_relu_with_mask(Tensor x, float negative_slope) -> (Tensor y, Tensor mask)", tags);
+  m.def("leaky_relu_with_mask_(Tensor(a!) x, float negative_slope) -> Tensor mask", tags);
+  m.def("leaky_relu_backward(Tensor grad_y, Tensor mask, SymInt[] stride, float negative_slope) -> Tensor grad_x", tags);
+
+  m.def("elu(Tensor x, float alpha=1.0) -> Tensor", tags);
+  m.def("elu_(Tensor(a!) x, float alpha=1.0) -> ()", tags);
+  m.def("elu_backward(Tensor grad_y, Tensor self_or_result, float alpha, bool is_result) -> Tensor grad_x", tags);
+
+  m.def("swish(Tensor x, float beta=1.0) -> Tensor", tags);
+  m.def("swish_backward(Tensor grad_y, Tensor x, float beta) -> Tensor grad_x", tags);
+
+  // mean, invstd: float64 [C], the statistics applied. mask: uint8, one bit an element, where act has two slopes and there is a residual; else empty.
+  // num_batches_tracked: given, it is incremented, and momentum None means 1 / num_batches_tracked.
+  m.def(
+      "batch_norm_act(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight, Tensor? bias, Tensor? residual, "
+      "Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, str act, float act_param) "
+      "-> (Tensor y, Tensor mean, Tensor invstd, Tensor mask)",
+      tags);
+  // output_mask: which of the four gradients to compute; the others come back empty.
+  m.def(
+      "batch_norm_act_backward(Tensor grad_y, Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor? residual, "
+      "Tensor? mask, "
+      "bool training, str act, float act_param, bool[4] output_mask) "
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
+      tags);
+
+  // The norm of all tensors as one vector, float64; norm_type 2 or inf.
+  m.def("get_total_norm(Tensor[] tensors, float norm_type) -> Tensor", tags);
+  m.def("clip_grads_with_norm_(Tensor(a!)[] grads, float max_norm, Tensor total_norm) -> ()", tags);
+}

@@ -1,0 +1,37 @@
+# The compiled module, csrc/module.cpp: thin entries that call the dispatcher, positional throughout. Importing it also registers
+# torch.ops.gradkernels.
+
+from typing import TypedDict
+
+from torch import Tensor
+
+class _BuildInfo(TypedDict):
+    torch: str
+    instruction_sets: list[str]
+    cuda_architectures: list[str]
+    compiler: str
+    commit: str
+
+def build_info() -> _BuildInfo: ...
+def instruction_set() -> str: ...
+def leaky_relu(x: Tensor, negative_slope: float, inplace: bool, /) -> Tensor: ...
+def elu(x: Tensor, alpha: float, inplace: bool, /) -> Tensor: ...
+def swish(x: Tensor, beta: float, /) -> Tensor: ...
+def batch_norm_act(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    act: str,
+    act_param: float,
+    /,
+) -> Tensor: ...
+def clip_grad_applies(tensors: list[Tensor], /) -> bool: ...
+def get_total_norm(tensors: list[Tensor], norm_type: float, /) -> Tensor: ...
+def clip_grads_with_norm_(grads: list[Tensor], max_norm: float, total_norm: Tensor, /) -> None: ...

@@ -1,0 +1,36 @@
+"""The cures for vanishing and exploding gradients as fused kernels: activations, batch normalisation, clipping.
+
+Everything public is flat in this namespace. Importing always works: where the compiled library cannot serve, operators
+composed of torch's own stand in under the same names, and one warning says why and which command mends it.
+"""
+
+import warnings
+
+from gradkernels import _native
+from gradkernels.activation import ELU, LeakyReLU, Swish, elu, leaky_relu, swish
+from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, batch_norm_act
+from gradkernels.clip_grad import clip_grad_norm_
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "ELU",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
+    "LeakyReLU",
+    "Swish",
+    "__version__",
+    "batch_norm_act",
+    "clip_grad_norm_",
+    "elu",
+    "leaky_relu",
+    "swish",
+]
+
+if _native.reason is not None:
+    warnings.warn(
+        f"gradkernels runs on operators composed of torch's own, without its kernels: {_native.reason}. To mend it: {_native.remedy}",
+        RuntimeWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,68 @@
+"""python -m gradkernels info | demo.
+
+info prints what is native on this machine, and why the rest is not; demo trains on real data with and without the cures (demo.py).
+"""
+
+import argparse
+import platform
+import sys
+
+import torch
+
+import gradkernels
+from gradkernels import _native
+
+# operator -> what its kernels serve; the rest goes to torch's own operators
+_SERVED = {
+    "leaky_relu": "float32 and float64 on the CPU",
+    "elu": "float32 and float64 on the CPU",
+    "swish": "float32 and float64 on the CPU",
+    "batch_norm_act": "float32 and float64 on the CPU",
+    "clip_grad_norm_": "float32 and float64 on the CPU, norm_type 2 and inf",
+}
+
+
+def info() -> str:
+    """The whole state: versions, instruction set, threads, CUDA, and per operator who serves it and why."""
+    native = _native.C
+    build = {} if native is None else native.build_info()
+    built_for = f"built for torch {build['torch']}" if build else "no native library in use"
+    cuda = "torch.cuda available" if torch.cuda.is_available() else "torch.cuda not available"
+    rows = [("gradkernels", f"{gradkernels.__version__}, commit {build.get('commit', 'unknown')}")]
+    rows += [("torch", f"{torch.__version__}, {built_for}")]
+    rows += [("Python", f"{platform.python_version()}, {sys.executable}")]
+    rows += [("compiler", build.get("compiler", "unknown"))]
+    if native is not None:
+        rows += [("instruction set", f"{native.instruction_set()} in use, built: {' '.join(build['instruction_sets'])}")]
+    rows += [("threads", str(torch.get_num_threads()))]
+    rows += [("CUDA", f"built: {' '.join(build.get('cuda_architectures', [])) or 'none'}; {cuda}")]
+    lines = [f"{name:<16}  {state}" for name, state in rows]
+
+    lines += ["", f"{'operator':<16}  {'served by':<10}  why"]
+    for operator, served in _SERVED.items():
+        served_by, why = ("native", f"{served}; else torch") if native is not None else ("reference", str(_native.reason))
+        lines += [f"{operator:<16}  {served_by:<10}  {why}"]
+    if native is None:
+        lines += ["", f"To mend it: {_native.remedy}"]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m gradkernels")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="what is native here, and why the rest is not")
+    commands.add_parser("demo", help="train on real data with and without the cures", add_help=False)
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command == "demo":
+        # Its requirements (matplotlib, rich, scikit-learn) are not those of the package.
+        from gradkernels import demo
+
+        return demo.main(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    print(info())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Finds and loads gradkernels._C, and decides which calls it serves.
+
+A library built for another torch fails in the loader with a mangled symbol, or crashes later, so the version stamped
+into the file is read before anything is loaded. Nothing here raises: what is wrong becomes `reason`, and `remedy` is the
+command that mends it.
+"""
+
+import importlib
+import shlex
+import struct
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import Parameter
+
+_STAMP = b"gradkernels-built-for-torch="
+_FOLDER = Path(__file__).resolve().parent
+
+# _C enters the dispatcher, which knows fake tensors, functorch and autograd. Any other subclass (DTensor, a user's) may not
+# know our operators, but it knows torch's, of which the reference is composed.
+_SERVED = frozenset((Tensor, Parameter, FakeTensor))
+_SERVED_OR_NONE = _SERVED | {type(None)}
+
+
+def _is_whole(image: mmap) -> bool:
+    """Whether every segment of an ELF file lies inside it: the loader maps one that was cut short, and then the process dies of SIGBUS."""
+    if image[:5] != b"\x7fELF\x02":
+        return True
+    (offset,) = struct.unpack_from("<Q", image, 32)
+    size, count = struct.unpack_from("<HH", image, 54)
+    segments = (struct.unpack_from("<8xQ16xQ", image, offset + size * i) for i in range(count))
+    return all(start + length <= len(image) for start, length in segments)
+
+
+def _built_for(library: Path) -> str | None:
+    """The torch version stamped into the file; None where there is no stamp or the file is cut short."""
+    try:
+        with library.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as image:
+            start = image.find(_STAMP)
+            if start < 0 or not _is_whole(image):
+                return None
+            start += len(_STAMP)
+            return image[start : image.find(b"\0", start)].decode(errors="replace")
+    except (OSError, ValueError, struct.error):
+        return None
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    """gradkernels._C and None, or None and the reason why not."""
+    names = [f"_C{suffix}" for suffix in EXTENSION_SUFFIXES]
+    library = next((_FOLDER / name for name in names if (_FOLDER / name).exists()), None)
+    if library is None:
+        return None, f"the library has not been built, there is no {names[0]} beside the package"
+    built_for = _built_for(library)
+    if built_for is None:
+        return None, f"{library.name} is damaged, the torch version it was built for cannot be read from it"
+    if built_for != torch.__version__:
+        return None, f"{library.name} was built for torch {built_for}, and this is torch {torch.__version__}"
+    try:
+        return importlib.import_module(f"{__package__}._C"), None
+    except Exception as error:
+        first_line = str(error).partition("\n")[0]
+        return None, f"{library.name} does not load, {type(error).__name__}: {first_line}"
+
+
+def _remedy() -> str:
+    """One command line, for the interpreter that is running. An installation would not mend a checkout that is imported in place."""
+    python = shlex.quote(sys.executable)
+    if (_FOLDER.parent / "setup.py").exists():
+        return f"cd {shlex.quote(str(_FOLDER.parent))} && {python} setup.py build_ext --inplace --force"
+    return f"{python} -m pip install --no-build-isolation --force-reinstall --no-deps .  # in the source folder of gradkernels"
+
+
+C, reason = _load()
+remedy = _remedy()
+
+
+def library(x: Tensor, *others: Tensor | None) -> ModuleType | None:
+    """gradkernels._C where it serves an eager call with these tensors, else None."""
+    if C is None or type(x) not in _SERVED or torch.compiler.is_compiling():
+        return None
+    return C if not others or _SERVED_OR_NONE.issuperset(map(type, others)) else None
+
+
+def is_opaque(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether torch.compile or torch.export is to see torch.ops.gradkernels in a call with these tensors: it cannot trace _C."""
+    return C is not None and torch.compiler.is_compiling() and type(x) in _SERVED and _SERVED_OR_NONE.issuperset(map(type, others))

@@ -1,0 +1,282 @@
+"""batch_norm_act and its modules: act(batch_norm(x) + residual) as one operator.
+
+The modules are torch's BatchNorm in everything but forward: the same fields, state_dict and signed weight. Errors come
+before anything is written: the running statistics and the count of batches stay as they were. Under torch.compile it is one
+opaque operator, which reads x fewer times than the kernels the compiler makes of torch's.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gradkernels import _native, reference
+from gradkernels.activation import ELU, LeakyReLU, Swish
+
+# What `act` may be besides a name -> (the name, the attribute that holds its parameter). Exactly these types: a subclass may
+# compute something else.
+_ACT_MODULES: dict[type[nn.Module], tuple[str, str | None]] = {
+    nn.Identity: ("identity", None),
+    nn.ReLU: ("relu", None),
+    nn.ReLU6: ("relu6", None),
+    nn.LeakyReLU: ("leaky_relu", "negative_slope"),
+    LeakyReLU: ("leaky_relu", "negative_slope"),
+    nn.ELU: ("elu", "alpha"),
+    ELU: ("elu", "alpha"),
+    nn.SiLU: ("swish", None),
+    Swish: ("swish", "beta"),
+}
+
+
+def batch_norm_act(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    act: str = "leaky_relu",
+    act_param: float | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Batch normalisation, an optional residual and an activation in one; arguments as torch.nn.functional.batch_norm.
+
+        y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)
+
+    mean and var are those of each channel over the batch with training=True, else running_mean and running_var. Training
+    moves the running statistics: running = (1 - momentum) running + momentum batch, var then being the unbiased estimate.
+
+    Args:
+        x: (N, C) or (N, C, ...); floating point.
+        running_mean: (C,), written with training=True; None keeps none, which training allows.
+        running_var: (C,), as running_mean.
+        weight: (C,) or None for 1.
+        bias: (C,) or None for 0.
+        training: normalise with the statistics of this batch.
+        momentum: weight of this batch in the running statistics, without unit.
+        eps: added to the variance, in units of x squared.
+        act: "identity", "relu", "relu6", "leaky_relu", "elu" or "swish".
+        act_param: negative_slope, alpha or beta of act; None is 0.01, 1 and 1. Ignored where act has none.
+        residual: of the shape, dtype and device of x, added before the activation.
+
+    Returns:
+        y, of the shape and dtype of x.
+
+    Raises:
+        ValueError: unknown act; one value per channel in training; eps that torch refuses.
+        RuntimeError: residual of another shape, dtype or device; a per-channel tensor whose size is not C; no running
+            statistics with training=False.
+        NotImplementedError: x is of an integer or complex dtype.
+
+    Source: Ioffe, Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
+    Shift", 2015.
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> x = torch.tensor([[1.0, -2.0], [3.0, 2.0]])
+        >>> gk.batch_norm_act(x, torch.zeros(2), torch.ones(2), eps=0.0, act="relu")
+        tensor([[1., 0.],
+                [3., 2.]])
+    """
+    return _batch_norm_act(x, running_mean, running_var, weight, bias, residual, None, training, momentum, eps, act, act_param)
+
+
+def _batch_norm_act(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    act: str,
+    act_param: float | None,
+) -> Tensor:
+    tensors = (x, running_mean, running_var, weight, bias, residual, num_batches_tracked)
+    native = _native.library(*tensors)
+    if native is None and not _native.is_opaque(*tensors):
+        return reference.batch_norm_act(
+            x,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            act=act,
+            act_param=act_param,
+            residual=residual,
+            num_batches_tracked=num_batches_tracked,
+        )
+    act_param = reference.check_batch_norm_act(x, residual, training, eps, act, act_param)
+    # None is the average over the batches counted so far; without a count nn.BatchNorm does not move its statistics.
+    if momentum is None and num_batches_tracked is None:
+        momentum = 0.0
+    y: Tensor
+    if native is None:
+        y = torch.ops.gradkernels.batch_norm_act.default(*tensors, training, momentum, eps, act, act_param)[0]
+    else:
+        y = native.batch_norm_act(*tensors, training, momentum, eps, act, act_param)
+    return y
+
+
+def _resolve_act(act: str | nn.Module, act_param: float | None) -> tuple[str, float]:
+    """The name and the parameter of what BatchNormAct was given."""
+    if isinstance(act, str):
+        return act, reference.check_act(act, act_param)
+    if type(act) not in _ACT_MODULES:
+        names = ", ".join(map(repr, reference.ACTIVATIONS))
+        modules = ", ".join(sorted({each.__name__ for each in _ACT_MODULES}))
+        kind = act.__name__ + " itself" if isinstance(act, type) else type(act).__name__
+        raise TypeError(
+            f"act is one of {names}, or an instance of {modules}, not {kind}. "
+            "An activation with learnable parameters, such as PReLU, stays a module of its own after act='identity'"
+        )
+    if act_param is not None:
+        raise ValueError(f"act_param is read from the module given as act, {act}; pass one or the other")
+    name, attribute = _ACT_MODULES[type(act)]
+    return name, reference.check_act(name, None if attribute is None else getattr(act, attribute))
+
+
+class _BatchNormAct(_BatchNorm):
+    """What BatchNormAct1d, 2d and 3d share; the torch class beside it in their bases brings the check of the input's dimensions."""
+
+    act: str
+    act_param: float
+    # torch's own, which has no types.
+    _check_input_dim: Callable[[Tensor], None]
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        act: str | nn.Module = "leaky_relu",
+        act_param: float | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        # Not handed to torch: nn.BatchNorm of torch 2.11 does not take it.
+        if not bias:
+            self.register_parameter("bias", None)
+        self.act, self.act_param = _resolve_act(act, act_param)
+
+    def reset_parameters(self) -> None:
+        self.reset_running_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        # That of torch 2.11 takes affine to mean that there is a bias.
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        self._check_input_dim(x)
+        running_mean, running_var = self.running_mean, self.running_var
+        training = self.training or (running_mean is None and running_var is None)
+        num_batches_tracked = None
+        if self.training:
+            if self.track_running_stats:
+                num_batches_tracked = self.num_batches_tracked
+            else:
+                running_mean = running_var = None
+        return _batch_norm_act(
+            x,
+            running_mean,
+            running_var,
+            self.weight,
+            self.bias,
+            residual,
+            num_batches_tracked,
+            training,
+            self.momentum,
+            self.eps,
+            self.act,
+            self.act_param,
+        )
+
+    def extra_repr(self) -> str:
+        has_param = reference.ACTIVATIONS[self.act][0] is not None
+        act_param = f", act_param={self.act_param}" if has_param else ""
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, bias={self.bias is not None}, "
+            f"track_running_stats={self.track_running_stats}, act={self.act!r}{act_param}"
+        )
+
+
+class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
+    """Batch normalisation, an optional residual and an activation over (N, C) or (N, C, L): torch.nn.BatchNorm1d, then `act`.
+
+    The formula is that of batch_norm_act; arguments, errors and source are those of BatchNormAct2d.
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> bn = gk.BatchNormAct1d(3, act="elu")
+        >>> bn(torch.randn(8, 3)).shape
+        torch.Size([8, 3])
+    """
+
+
+class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
+    """Batch normalisation, an optional residual and an activation over (N, C, H, W): torch.nn.BatchNorm2d, then `act`.
+
+        y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)
+
+    Called as bn(x) or bn(x, residual). The state_dict is that of torch.nn.BatchNorm2d, in both directions. Tools that
+    rebuild a BatchNorm from its fields, such as torch.nn.SyncBatchNorm.convert_sync_batchnorm and
+    torch.nn.utils.fusion.fuse_conv_bn_eval, drop the activation without a word.
+
+    Args:
+        num_features: C, the number of channels.
+        eps: added to the variance, in units of x squared.
+        momentum: weight of a batch in the running statistics; None averages over all batches equally.
+        affine: learn weight and bias, (C,) each.
+        track_running_stats: keep running statistics and use them in evaluation.
+        device: where parameters and buffers are made.
+        dtype: of parameters and buffers.
+        bias: False leaves out the bias of an affine layer.
+        act: "identity", "relu", "relu6", "leaky_relu", "elu" or "swish", or a module: nn.Identity, nn.ReLU, nn.ReLU6,
+            nn.LeakyReLU, nn.ELU, nn.SiLU, or LeakyReLU, ELU, Swish of this package.
+        act_param: negative_slope, alpha or beta of act; None is 0.01, 1 and 1. Read from `act` where that is a module.
+
+    Raises:
+        ValueError: unknown act, or act_param beside a module; in forward, what torch.nn.BatchNorm2d raises.
+        TypeError: a module that is none of the above.
+        RuntimeError: in forward, a residual of another shape, dtype or device than x.
+
+    Source: Ioffe, Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
+    Shift", 2015.
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> bn = gk.BatchNormAct2d(3, act=torch.nn.ReLU(inplace=True))
+        >>> x = torch.randn(2, 3, 4, 4)
+        >>> y = bn(x, residual=x)
+        >>> y.shape, bool((y >= 0).all())
+        (torch.Size([2, 3, 4, 4]), True)
+    """
+
+
+class BatchNormAct3d(_BatchNormAct, nn.BatchNorm3d):
+    """Batch normalisation, an optional residual and an activation over (N, C, D, H, W): torch.nn.BatchNorm3d, then `act`.
+
+    The formula is that of batch_norm_act; arguments, errors and source are those of BatchNormAct2d.
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> bn = gk.BatchNormAct3d(3, act="swish", act_param=2.0)
+        >>> bn(torch.randn(2, 3, 4, 4, 4)).shape
+        torch.Size([2, 3, 4, 4, 4])
+    """

@@ -1,0 +1,105 @@
+"""Every operator composed of torch's own.
+
+It serves where nothing native loads, it is what torch.compile sees of the pointwise functions, and in float64 it is what
+tests and bench compare with. The names that `act` may take and the checks that both sides share stand here once.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    if inplace and negative_slope < 0:
+        # torch takes this gradient from the output, whose sign no longer tells that of x; the clone is what its backward may keep instead.
+        return x.copy_(F.leaky_relu(x.clone(), negative_slope))
+    return F.leaky_relu(x, negative_slope, inplace)
+
+
+def elu(x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    return F.elu(x, alpha, inplace)
+
+
+def swish(x: Tensor, beta: float = 1.0) -> Tensor:
+    # Integers go to F.silu for its error: the product would promote them in silence.
+    if beta == 1 or not (x.is_floating_point() or x.is_complex()):
+        return F.silu(x)
+    return x * torch.sigmoid(beta * x)
+
+
+# name -> (what act_param=None means, None where the activation has no parameter; the activation itself)
+ACTIVATIONS: dict[str, tuple[float | None, Callable[[Tensor, float], Tensor]]] = {
+    "identity": (None, lambda x, _: x),
+    "relu": (None, lambda x, _: F.relu(x)),
+    "relu6": (None, lambda x, _: F.relu6(x)),
+    "leaky_relu": (0.01, leaky_relu),
+    "elu": (1.0, elu),
+    "swish": (1.0, swish),
+}
+
+
+def check_act(act: str, act_param: float | None) -> float:
+    """act_param with its default filled in, 0.0 where `act` takes none; ValueError for an unknown name."""
+    if act not in ACTIVATIONS:
+        raise ValueError(f"unknown act {act!r}, known are {', '.join(map(repr, ACTIVATIONS))}")
+    default = ACTIVATIONS[act][0]
+    if default is None:
+        return 0.0
+    return default if act_param is None else act_param
+
+
+def check_batch_norm_act(x: Tensor, residual: Tensor | None, training: bool, eps: float, act: str, act_param: float | None) -> float:
+    """Refuses what neither torch nor the kernels are to see, in F.batch_norm's words where it has them; returns act_param as check_act."""
+    act_param = check_act(act, act_param)
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device):
+        x_is, residual_is = (f"{tuple(each.shape)} {each.dtype} on {each.device}" for each in (x, residual))
+        raise RuntimeError(f"residual must have the shape, dtype and device of x: residual is {residual_is}, x is {x_is}")
+    if training and math.prod(x.shape[:1] + x.shape[2:]) == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+    if training and eps <= 0.0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    if eps < 0.0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    return act_param
+
+
+def batch_norm_act(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    act: str = "leaky_relu",
+    act_param: float | None = None,
+    residual: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    act_param = check_batch_norm_act(x, residual, training, eps, act, act_param)
+    if not training:
+        num_batches_tracked = None
+    if momentum is None:
+        momentum = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked + 1)
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    # nn.BatchNorm counts first; here a batch that was refused is not counted.
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if residual is not None:
+        y = y + residual
+    return ACTIVATIONS[act][1](y, act_param)
+
+
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)

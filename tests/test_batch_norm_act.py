@@ -1,0 +1,1123 @@
+"""batch_norm_act and BatchNormAct1d/2d/3d: values, gradients, running statistics, errors that change nothing, every way torch can call.
+
+Errors are counted in ulp of the largest element of a tensor, since elements of y and of the gradients are differences of larger terms, and
+where all of them cancel, in ulp of the terms. torch's own is gradkernels.reference in x's dtype, and exact
+means more digits (accuracy.py). Each later dtype or layout is one more entry of the tables below.
+"""
+
+import copy
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.autograd.graph import saved_tensors_hooks
+from torch.library import opcheck
+from torch.testing import assert_close
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import module_db
+from torch.utils.checkpoint import checkpoint
+
+import gradkernels as gk
+from accuracy import assert_accurate, assert_bitwise_equal, exact_batch_norm_act, extended, outcome
+from gradkernels import reference
+
+OPS = torch.ops.gradkernels
+
+# name -> a parameter that is not the default
+ACTS = {"identity": None, "relu": None, "relu6": None, "leaky_relu": 0.2, "elu": 1.3, "swish": 1.7}
+TWO_SLOPES = ("relu", "relu6", "leaky_relu")
+DTYPES = [torch.float32, torch.float64]
+MODULES = {2: (gk.BatchNormAct1d, nn.BatchNorm1d), 3: (gk.BatchNormAct1d, nn.BatchNorm1d)}
+MODULES |= {4: (gk.BatchNormAct2d, nn.BatchNorm2d), 5: (gk.BatchNormAct3d, nn.BatchNorm3d)}
+
+# Rows of 1, 5 x 5 and 7 x 7 elements, and long ones; channels of 1, 3, 64, 65; elements per channel around the tiles of 4096 and 8192.
+SHAPES = [
+    *[(2, 1), (7, 3), (64, 65), (129, 100), (4097, 3)],
+    *[(4, 3, 1), (8, 5, 7), (3, 65, 15), (2, 64, 129), (1, 3, 4095), (1, 2, 4096), (1, 3, 4097), (3, 2, 2731), (1, 1, 16385)],
+    *[(5, 3, 1, 1), (4, 65, 5, 5), (8, 64, 7, 7), (2, 3, 56, 56), (3, 1, 64, 43), (2, 2, 64, 65), (167, 3, 7, 7)],
+    *[(2, 3, 4, 5, 6), (1, 65, 2, 3, 3), (2, 1, 9, 16, 29)],
+]
+MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_act = pytest.mark.parametrize("act", ACTS)
+each_training = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+each_residual = pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+
+
+def arguments(shape, dtype=torch.float32, *, x=None, residual=False, seed=0):
+    """Everything a call needs, of which nothing is constant: x, the four vectors per channel, a residual or None, grad_y."""
+    torch.manual_seed(seed)
+    channels = shape[1]
+    if x is None:
+        x = torch.randn(shape, dtype=dtype) * 2 + torch.randn(channels, dtype=dtype).view(1, -1, *[1] * (len(shape) - 2))
+    return {
+        "x": x,
+        "running_mean": torch.randn(channels, dtype=dtype),
+        "running_var": torch.rand(channels, dtype=dtype) + 0.5,
+        "weight": (torch.rand(channels, dtype=dtype) * 2 + 0.5) * torch.randn(channels, dtype=dtype).sign(),
+        "bias": torch.randn(channels, dtype=dtype),
+        "residual": torch.randn(shape, dtype=dtype) if residual else None,
+        "grad_y": torch.randn(shape, dtype=dtype),
+    }
+
+
+def cast(given, dtype):
+    return {name: None if tensor is None else tensor.to(dtype) for name, tensor in given.items()}
+
+
+def call(function, given, training, act, momentum=0.1, eps=1e-5, act_param="of the table"):
+    """y, the gradients and the running statistics after the call, by name; the given tensors stay as they are."""
+    param = ACTS[act] if act_param == "of the table" else act_param
+    names = [name for name in ("x", "weight", "bias", "residual") if given[name] is not None]
+    leaves = {name: given[name].detach().requires_grad_() for name in names}
+    stats = {name: None if given[name] is None else given[name].clone() for name in ("running_mean", "running_var")}
+    y = function(
+        leaves["x"],
+        stats["running_mean"],
+        stats["running_var"],
+        leaves.get("weight"),
+        leaves.get("bias"),
+        training,
+        momentum,
+        eps,
+        act=act,
+        act_param=param,
+        residual=leaves.get("residual"),
+    )
+    grads = torch.autograd.grad(y, list(leaves.values()), given["grad_y"])
+    return {"y": y.detach(), **{f"grad_{name}": grad for name, grad in zip(names, grads, strict=True)}, **stats}
+
+
+def without_kinks(given, training, act, eps=1e-5):
+    """grad_y set to 0 where rounding decides on which side of a kink an element lies: there no implementation is right or wrong."""
+    kinks = {"relu": (0,), "leaky_relu": (0,), "relu6": (0, 6)}.get(act, ())
+    wide = cast(given, torch.float64)
+    u = reference.batch_norm_act(
+        *(wide[name] for name in ("x", "running_mean", "running_var", "weight", "bias")),
+        training,
+        0.0,
+        eps,
+        act="identity",
+        residual=wide["residual"],
+    )
+    near = sum((u - kink).abs() < 1e-5 for kink in kinks) > 0 if kinks else torch.zeros_like(u, dtype=torch.bool)
+    return given | {"grad_y": torch.where(near, 0, given["grad_y"])}
+
+
+def scales_of(given, training, momentum, eps):
+    """How large the terms are whose sums results are: of a sum over a channel their norm, of grad_x the largest of them."""
+    x, grad_y = extended(given["x"]), extended(given["grad_y"])
+    axes = (0, *range(2, x.ndim))
+    mean, var = (x.mean(axes), x.var(axes)) if training else (extended(given["running_mean"]), extended(given["running_var"]))
+    invstd = 1 / np.sqrt(var + eps)
+    normalised = np.moveaxis(np.moveaxis(x, 1, -1) - mean, -1, 1) * invstd.reshape(1, -1, *[1] * (x.ndim - 2))
+    norm, norm_of_weight = (np.sqrt(np.square(terms).sum(axes)) for terms in (grad_y, grad_y * normalised))
+    gain = invstd * abs(extended(1.0 if given["weight"] is None else given["weight"]))
+    return {
+        "grad_weight": np.maximum(norm, norm_of_weight),
+        "grad_bias": norm,
+        "grad_x": (gain * abs(grad_y).max(axes)).max(),
+        "running_mean": abs(momentum) * np.sqrt(np.square(x).sum(axes)) / (x.size // x.shape[1]),
+    }
+
+
+def assert_all_accurate(given, training, act, momentum=0.1, eps=1e-5, most=math.inf):
+    given = without_kinks(given, training, act, eps)
+    ours = call(gk.batch_norm_act, given, training, act, momentum, eps)
+    theirs = call(reference.batch_norm_act, given, training, act, momentum, eps)
+    if given["x"].dtype == torch.float64:
+        operands = (given[name] for name in ("x", "running_mean", "running_var", "weight", "bias"))
+        param = {"residual": given["residual"], "grad_y": given["grad_y"], "act": act, "act_param": ACTS[act]}
+        exact = exact_batch_norm_act(*operands, training, momentum, eps, **param)
+    else:
+        exact = call(reference.batch_norm_act, cast(given, torch.float64), training, act, momentum, eps)
+    scales = scales_of(given, training, momentum, eps)
+    for name, actual in bits_of(ours).items():
+        assert_accurate(name, actual, theirs[name], exact[name], per="tensor", scale=scales.get(name, 0.0), most=most)
+
+
+def bits_of(result):
+    return {name: tensor for name, tensor in result.items() if tensor is not None}
+
+
+def assert_same_bits(actual, expected):
+    for name, tensor in bits_of(expected).items():
+        assert_bitwise_equal(name, actual[name], tensor)
+
+
+# values
+
+
+@each_dtype
+@each_training
+@each_residual
+@each_act
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_value_gradients_and_running_statistics(shape, act, residual, training, dtype):
+    assert_all_accurate(arguments(shape, dtype, residual=residual), training, act)
+
+
+@each_dtype
+@each_act
+@pytest.mark.parametrize("shape", [(1, 5), (1, 3, 1), (1, 65, 1, 1), (1, 3, 1, 1, 1)], ids=str)
+def test_one_value_per_channel_in_evaluation(shape, act, dtype):
+    assert_all_accurate(arguments(shape, dtype, residual=True), False, act)
+
+
+@each_dtype
+@each_training
+@each_residual
+@each_act
+@pytest.mark.parametrize("shape", [(4, 65, 5, 5), (2, 3, 33, 17), (5, 1, 7, 3), (5, 3, 1, 1), (2, 5, 3, 4, 5)], ids=str)
+def test_channels_last(shape, act, residual, training, dtype):
+    memory_format = MEMORY_FORMATS[len(shape)]
+    given = arguments(shape, dtype, residual=residual)
+    for name in ("x", "grad_y"):
+        given[name] = given[name].contiguous(memory_format=memory_format)
+    if residual:
+        given["residual"] = given["residual"].contiguous(memory_format=memory_format)
+    assert_all_accurate(given, training, act)
+    y = call(gk.batch_norm_act, given, training, act)["y"]
+    assert y.stride() == call(reference.batch_norm_act, given, training, act)["y"].stride()
+
+
+def made_of(name, shape):
+    """The classes of input that statistics must survive."""
+    torch.manual_seed(3)
+    normal = torch.randn(shape)
+    if name == "N(0,1)":
+        return normal
+    if name == "1e4 +- 1":
+        return 1e4 + normal
+    if name == "1e4 +- 1e-2":
+        return 1e4 + 1e-2 * normal
+    if name == "first element 1e6":
+        normal[(0,) * len(shape)] = 1e6
+        return normal
+    if name == "last element 1e6":
+        normal[(-1,) * len(shape)] = 1e6
+        return normal
+    if name == "scale 1e18":
+        return 1e18 * normal
+    if name == "scale 1e-18":
+        return 1e-18 * normal
+    if name == "constant":
+        return torch.full(shape, 3.7)
+    return normal + torch.linspace(-100, 100, math.prod(shape)).view(shape)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    ["N(0,1)", "1e4 +- 1", "1e4 +- 1e-2", "first element 1e6", "last element 1e6", "scale 1e18", "scale 1e-18", "constant", "drift"],
+)
+@pytest.mark.parametrize("shape", [(8, 2, 90, 91), (65_521, 2)], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_statistics_of_hard_inputs(inputs, shape, channels_last):
+    """16 ulp at most, however far off torch is: its channels_last statistics of 1e4 +- 1e-2 have no right digit."""
+    x = made_of(inputs, shape)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x.t().contiguous().t()
+    assert_all_accurate(arguments(shape, x=x), True, "leaky_relu", most=16.0)
+
+
+@each_dtype
+@each_residual
+def test_reference_in_float64_is_exact(dtype, residual):
+    """accuracy.py's formulas and gradkernels.reference hold each other, to what float64 sums of this many terms leave."""
+    for act in ACTS:
+        for training in (True, False):
+            given = without_kinks(cast(arguments((6, 5, 4, 7), dtype, residual=residual), torch.float64), training, act)
+            operands = (given[name] for name in ("x", "running_mean", "running_var", "weight", "bias"))
+            exact = exact_batch_norm_act(
+                *operands, training, 0.1, 1e-5, act=act, act_param=ACTS[act], residual=given["residual"], grad_y=given["grad_y"]
+            )
+            for name, tensor in bits_of(call(reference.batch_norm_act, given, training, act)).items():
+                expected = torch.from_numpy(exact[name].astype(np.float64))
+                assert_close(tensor, expected, rtol=1e-13, atol=1e-13, msg=lambda text, name=name, act=act: f"{act} {name}: {text}")
+
+
+@each_dtype
+@each_training
+@pytest.mark.parametrize("left_out", ["weight", "bias", "weight bias", "running_mean running_var"])
+def test_operands_left_out(left_out, training, dtype):
+    if "running" in left_out and not training:
+        return
+    for shape in ((8, 5, 7), (129, 100), (2, 3, 56, 56)):
+        given = without_kinks(arguments(shape, dtype, residual=True) | dict.fromkeys(left_out.split()), training, "leaky_relu")
+        ours, theirs = (call(function, given, training, "leaky_relu") for function in (gk.batch_norm_act, reference.batch_norm_act))
+        exact = call(reference.batch_norm_act, cast(given, torch.float64), training, "leaky_relu")
+        assert ours.keys() == theirs.keys()
+        for name, tensor in bits_of(ours).items():
+            tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+            assert_close(tensor, exact[name].to(dtype), **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@each_act
+def test_default_parameter(act):
+    given = arguments((8, 5, 7), residual=True)
+    default = {"leaky_relu": 0.01, "elu": 1.0, "swish": 1.0}.get(act, 123.0)
+    assert_same_bits(
+        call(gk.batch_norm_act, given, True, act, act_param=None), call(gk.batch_norm_act, given, True, act, act_param=default)
+    )
+
+
+@each_training
+@pytest.mark.parametrize("param", [0.0, -0.5, 1.5])
+@pytest.mark.parametrize("act", ["leaky_relu", "elu", "swish"])
+def test_other_parameters(act, param, training):
+    for residual in (False, True):
+        given = without_kinks(arguments((8, 5, 7, 3), residual=residual), training, "relu")
+        ours, theirs = (call(f, given, training, act, act_param=param) for f in (gk.batch_norm_act, reference.batch_norm_act))
+        assert_close(bits_of(ours), bits_of(theirs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 1.0, 0.9, -1.2])
+def test_momentum(momentum):
+    assert_all_accurate(arguments((8, 5, 7)), True, "leaky_relu", momentum=momentum)
+    if momentum == 0.0:
+        given = arguments((8, 5, 7))
+        after = call(gk.batch_norm_act, given, True, "leaky_relu", momentum=0.0)
+        assert_bitwise_equal("running_mean", after["running_mean"], given["running_mean"])
+        assert_bitwise_equal("running_var", after["running_var"], given["running_var"])
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-3, 0.6])
+def test_eps(eps):
+    for training in (True, False):
+        assert_all_accurate(arguments((8, 5, 7)), training, "leaky_relu", eps=eps)
+
+
+@each_act
+@each_training
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+def test_nan_and_inf(value, training, act):
+    """They spread over their channel as in torch, and over no other."""
+    for shape in ((9, 5), (4, 5, 7, 7), (2, 3, 56, 56)):
+        given = arguments(shape, residual=True)
+        clean = call(gk.batch_norm_act, given, training, act)
+        x = given["x"].clone()
+        x[0, 0].fill_(value) if len(shape) == 2 else x[0, 0].view(-1)[0].fill_(value)
+        x[-1, 2].fill_(value) if len(shape) == 2 else x[-1, 2].view(-1)[-1].fill_(value)
+        ours, theirs = (call(function, given | {"x": x}, training, act) for function in (gk.batch_norm_act, reference.batch_norm_act))
+        for name in bits_of(ours):
+            channel = 1 if ours[name].dim() > 1 else 0
+            assert_bitwise_equal(name, ours[name].select(channel, 1), clean[name].select(channel, 1))
+            # Of a nan, torch's vector loop takes 0 as the gradient of relu6 and nan as elu's, its loop over the rest grad_y for both.
+            if name.startswith("grad") and act in ("relu6", "elu") and (training or math.isnan(value)):
+                continue
+            for touched in (0, 2):
+                our, their = (each[name].select(channel, touched) for each in (ours, theirs))
+                # Merged from parts, a mean of inf is nan.
+                if name == "running_mean":
+                    our, their = our.isfinite(), their.isfinite()
+                assert_close(our, their, rtol=1e-4, atol=1e-4, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("shape", [(8, 3, 56, 56), (2, 1, 300, 300), (1000, 300), (32, 64, 7, 7), (100_003, 2)], ids=str)
+@pytest.mark.parametrize("act", ["leaky_relu", "swish"])
+def test_same_bits_for_any_number_of_threads(shape, act, each_thread_count):
+    formats = [torch.contiguous_format, *([torch.channels_last] if len(shape) == 4 else [])]
+    for memory_format in formats:
+        given = arguments(shape, residual=True)
+        given["x"] = given["x"].contiguous(memory_format=memory_format)
+        for training in (True, False):
+            one, two = each_thread_count(lambda given=given, training=training: call(gk.batch_norm_act, given, training, act))
+            assert_same_bits(two, one)
+            assert_same_bits(call(gk.batch_norm_act, given, training, act), one)
+
+
+# layouts
+
+
+@each_training
+@pytest.mark.parametrize("layout", ["every second column", "transposed rows", "expanded", "offset", "cut out channels"])
+def test_layout_of_x(layout, training):
+    x = {
+        "every second column": lambda: torch.randn(4, 5, 6, 14)[..., ::2],
+        "transposed rows": lambda: torch.randn(4, 5, 7, 6).transpose(2, 3),
+        "expanded": lambda: torch.randn(4, 5, 6, 1).expand(4, 5, 6, 7),
+        "offset": lambda: torch.randn(4 * 5 * 6 * 7 + 3)[3:].view(4, 5, 6, 7),
+        "cut out channels": lambda: torch.randn(4, 9, 6, 7)[:, 2:7],
+    }[layout]()
+    given = arguments((4, 5, 6, 7), x=x, residual=True)
+    assert_all_accurate(given, training, "leaky_relu")
+    for name in ("residual", "grad_y"):
+        assert_all_accurate(arguments((4, 5, 6, 7), residual=True) | {name: x}, training, "elu")
+
+
+@each_training
+@each_residual
+def test_grad_y_expanded_and_transposed(residual, training):
+    given = arguments((4, 5, 6, 7), residual=residual)
+    for grad_y in (
+        torch.ones(()).expand(4, 5, 6, 7),
+        torch.randn(7, 6, 5, 4).permute(3, 2, 1, 0),
+        torch.randn(4, 6, 7, 5).permute(0, 3, 1, 2),
+    ):
+        assert_all_accurate(given | {"grad_y": grad_y}, training, "swish")
+
+
+@each_training
+def test_x_and_residual_of_different_layouts(training):
+    given = arguments((4, 5, 6, 7), residual=True)
+    for name in ("x", "residual"):
+        assert_all_accurate(given | {name: given[name].contiguous(memory_format=torch.channels_last)}, training, "leaky_relu")
+    given["residual"] = given["x"]
+    assert_all_accurate(given, training, "leaky_relu")
+
+
+@each_training
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4), (0, 3, 4, 4), (0, 3, 2, 2, 2), (2, 3, 0), (2, 3, 0, 4)], ids=str)
+def test_empty_batch(shape, training):
+    given = arguments(shape, residual=True)
+    ours, theirs = (outcome(call, function, given, training, "leaky_relu") for function in (gk.batch_norm_act, reference.batch_norm_act))
+    if isinstance(theirs, tuple):
+        assert ours == theirs
+    else:
+        assert_close(bits_of(ours), bits_of(theirs), rtol=0, atol=0, equal_nan=True)
+
+
+# errors, which change nothing
+
+
+def refusals():
+    """What is refused: how the call differs from a right one, and the exception, None for torch's own type and words."""
+    given = arguments((4, 3, 5))
+    x = given["x"]
+    return {
+        "channels of running_mean": ({"running_mean": torch.zeros(4)}, None),
+        "channels of running_var": ({"running_var": torch.ones(2)}, None),
+        "channels of weight": ({"weight": torch.ones(4)}, None),
+        "channels of bias": ({"bias": torch.ones(2)}, None),
+        "one value per channel": ({"x": x[:1, :, :1]}, None),
+        "one dimension": ({"x": x[0, :, 0]}, None),
+        "int64": ({"x": x.long()}, None),
+        "bool": ({"x": x > 0}, None),
+        "complex64": ({"x": x.to(torch.complex64)}, None),
+        "x on meta": ({"x": x.to("meta")}, None),
+        "running statistics on meta": ({"running_mean": torch.zeros(3, device="meta"), "running_var": torch.ones(3, device="meta")}, None),
+        "weight on meta": ({"weight": torch.ones(3, device="meta")}, None),
+        "float64 weight": ({"weight": torch.ones(3, dtype=torch.float64), "bias": torch.zeros(3, dtype=torch.float64)}, None),
+        "float64 running statistics": ({"running_mean": torch.zeros(3).double(), "running_var": torch.ones(3).double()}, None),
+        "eps of 0": ({"eps": 0.0}, None),
+        "negative eps": ({"eps": -1.0}, None),
+        "unknown act": ({"act": "gelu"}, (ValueError, "gelu")),
+        "residual of another shape": ({"residual": torch.randn(4, 3, 1)}, (RuntimeError, "residual")),
+        "residual of another dtype": ({"residual": torch.randn(4, 3, 5).double()}, (RuntimeError, "residual")),
+        "residual on another device": ({"residual": torch.randn(4, 3, 5, device="meta")}, (RuntimeError, "residual")),
+    }
+
+
+def assert_refused(function, stats, torch_function, expected):
+    before = {name: (tensor.clone(), tensor._version) for name, tensor in stats.items() if not tensor.is_meta}
+    came = outcome(function)
+    if expected is None:
+        expected = outcome(torch_function)
+        assert isinstance(expected, tuple) and isinstance(expected[0], type), "torch accepts this"
+        assert came == expected
+    else:
+        assert isinstance(came, tuple) and came[0] is expected[0] and expected[1] in came[1], f"{came}, not {expected}"
+    for name, (value, version) in before.items():
+        assert_bitwise_equal(name, stats[name], value)
+        assert stats[name]._version == version, f"{name} was written"
+
+
+@pytest.mark.parametrize("refused", refusals())
+def test_errors_of_the_function(refused):
+    changes, expected = refusals()[refused]
+    given = arguments((4, 3, 5)) | {"act": "leaky_relu", "residual": None, "eps": 1e-5} | changes
+
+    def run(function):
+        operands = [given[name] for name in ("x", "running_mean", "running_var", "weight", "bias")]
+        return function(*operands, True, 0.1, given["eps"], act=given["act"], residual=given["residual"])
+
+    def run_torch():
+        operands = [given[name].clone() for name in ("x", "running_mean", "running_var", "weight", "bias")]
+        return F.batch_norm(*operands, True, 0.1, given["eps"])
+
+    stats = {name: given[name] for name in ("running_mean", "running_var")}
+    assert_refused(lambda: run(gk.batch_norm_act), stats, run_torch, expected)
+    given["x"] = given["x"].detach().requires_grad_(given["x"].is_floating_point())
+    assert_refused(lambda: run(gk.batch_norm_act), stats, run_torch, expected)
+
+
+def test_errors_in_evaluation():
+    x = torch.randn(4, 3)
+    for running_mean, running_var in ((None, None), (torch.zeros(3), None), (None, torch.ones(3))):
+        expected = outcome(F.batch_norm, x, running_mean, running_var)
+        assert expected[0] is RuntimeError
+        assert outcome(gk.batch_norm_act, x, running_mean, running_var) == expected
+
+
+@pytest.mark.parametrize(
+    "refused,x,residual",
+    [
+        ("channels", (4, 5, 2, 2), None),
+        ("dimensions", (4, 3, 2), None),
+        ("one value per channel", (1, 3, 1, 1), None),
+        ("shape of the residual", (4, 3, 2, 2), (4, 3, 2, 1)),
+    ],
+)
+def test_errors_of_the_module(refused, x, residual):
+    module, torch_module = gk.BatchNormAct2d(3), nn.BatchNorm2d(3)
+    expected = (RuntimeError, "residual") if residual else None
+    x, residual = torch.randn(x), residual and torch.randn(residual)
+    assert_refused(lambda: module(x, residual), dict(module.named_buffers()), lambda: torch_module(x), expected)
+
+
+def test_errors_of_the_module_for_dtypes_and_devices():
+    module, torch_module = gk.BatchNormAct2d(3), nn.BatchNorm2d(3)
+    for x in (torch.ones(2, 3, 2, 2).long(), torch.ones(2, 3, 2, 2).double(), torch.ones(2, 3, 2, 2, device="meta")):
+        assert_refused(lambda x=x: module(x), dict(module.named_buffers()), lambda x=x: torch_module(x), None)
+
+
+def test_what_act_may_not_be():
+    for wrong in (nn.PReLU(), nn.GELU(), nn.ReLU, None):
+        with pytest.raises(TypeError, match="act"):
+            gk.BatchNormAct2d(3, act=wrong)
+    with pytest.raises(ValueError, match="gelu"):
+        gk.BatchNormAct2d(3, act="gelu")
+    with pytest.raises(ValueError, match="act_param"):
+        gk.BatchNormAct2d(3, act=nn.LeakyReLU(0.2), act_param=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@each_training
+def test_other_dtypes_are_torchs(training, dtype):
+    given = arguments((4, 3, 5, 5), residual=True)
+    for names in (tuple(given), ("x", "residual", "grad_y")):
+        low = given | {name: given[name].to(dtype) for name in names}
+        ours, theirs = (call(function, low, training, "leaky_relu") for function in (gk.batch_norm_act, reference.batch_norm_act))
+        assert_same_bits(ours, theirs)
+
+
+# running statistics
+
+
+def test_version_counters():
+    """torch's own batch_norm does not count these writes; ours does, so that autograd can complain where somebody kept a statistic."""
+    module = gk.BatchNormAct2d(3)
+    buffers = dict(module.named_buffers())
+    assert buffers.keys() == {"running_mean", "running_var", "num_batches_tracked"}
+    made = {name: buffer._version for name, buffer in buffers.items()}
+
+    def writes():
+        return {name: buffer._version - made[name] for name, buffer in buffers.items()}
+
+    x = torch.randn(4, 3, 5, 5)
+    for steps, each in enumerate((x, x.clone().requires_grad_(), x), 1):
+        module(each)
+        assert writes() == dict.fromkeys(buffers, steps)
+    module.eval()(x)
+    gk.batch_norm_act(x, *list(buffers.values())[:2])
+    assert writes() == dict.fromkeys(buffers, steps)
+
+
+@pytest.mark.parametrize("momentum", [None, 0.1, 0.0])
+def test_running_statistics_over_steps(momentum):
+    module, torch_module = gk.BatchNormAct2d(3, momentum=momentum, act="identity"), nn.BatchNorm2d(3, momentum=momentum)
+    for step in range(1, 5):
+        x = torch.randn(4, 3, 5, 5) * step + step
+        assert_close(module(x), torch_module(x))
+        assert_close(module.state_dict(), torch_module.state_dict())
+        assert module.num_batches_tracked == step
+    assert_close(module.eval()(x), torch_module.eval()(x))
+    assert module.num_batches_tracked == step
+
+
+def test_evaluation_then_training_then_backward():
+    """A gradient is that of the statistics its output was computed with, whatever became of the running ones since."""
+    x1, x2 = torch.randn(4, 3, 5, 5, requires_grad=True), torch.randn(4, 3, 5, 5) * 3 + 1
+    module = gk.BatchNormAct2d(3)
+    module.running_var.fill_(0.3)
+    alone = copy.deepcopy(module).eval()
+    expected = torch.autograd.grad(alone(x1).square().sum(), (x1, alone.weight, alone.bias))
+    loss = module.eval()(x1).square().sum()
+    module.train()(x2)
+    actual = torch.autograd.grad(loss, (x1, module.weight, module.bias))
+    for name, each, other in zip(("grad_x", "grad_weight", "grad_bias"), actual, expected, strict=True):
+        assert_bitwise_equal(name, each, other)
+
+
+def test_two_training_steps_before_backward():
+    """As in GANs: both graphs are whole although the running statistics were written twice."""
+    module, torch_module = gk.BatchNormAct2d(3, act="relu"), nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+    x = torch.randn(4, 3, 5, 5)
+    for each in (module, torch_module):
+        (each(x).square().sum() + each(x * 2 + 1).square().sum()).backward()
+    assert_close(module.weight.grad, torch_module[0].weight.grad)
+    assert_close(module.running_var, torch_module[0].running_var)
+
+
+# memory
+
+
+def saved_by(function):
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = function()
+    return y, saved
+
+
+@each_training
+@each_residual
+@each_act
+@pytest.mark.parametrize("shape", [(4, 8, 6, 4), (4, 8, 16, 24), (8, 5, 7)], ids=str)
+def test_bytes_kept_for_backward(shape, act, residual, training):
+    """x, mean, invstd; with a residual, the mask of an activation of two slopes (a bit an element, in whole bytes) or the residual."""
+    module = MODULES[len(shape)][0](shape[1], act=act).train(training)
+    x = torch.randn(shape, requires_grad=True)
+    z = torch.randn(shape, requires_grad=True) if residual else None
+    y, saved = saved_by(lambda: module(x, z))
+    owned = {tensor.data_ptr() for tensor in (x, z, y, module.weight, module.bias) if tensor is not None}
+    extra = [tensor for tensor in saved if tensor.numel() and tensor.data_ptr() not in owned]
+    masks = [tensor for tensor in extra if tensor.dtype == torch.uint8]
+    assert sum(tensor.nbytes for tensor in extra if tensor.dtype != torch.uint8) == 2 * 8 * shape[1]
+    if residual and act in TWO_SLOPES:
+        (mask,) = masks
+        assert math.ceil(x.numel() / 8) <= mask.numel() <= math.ceil(x.numel() / 8) + shape[0] * (shape[1] if x.numel() > 1024 else 1)
+        assert z.data_ptr() not in {tensor.data_ptr() for tensor in saved}
+    else:
+        assert masks == []
+
+
+def test_nothing_is_kept_without_grad():
+    module = gk.BatchNormAct2d(3)
+    x = torch.randn(4, 3, 5, 5)
+    with torch.no_grad():
+        assert saved_by(lambda: module(x.requires_grad_()))[1] == []
+    assert saved_by(lambda: gk.batch_norm_act(x.detach(), module.running_mean, module.running_var))[1] == []
+
+
+@each_training
+@each_residual
+def test_frozen_operands_get_no_gradient(residual, training):
+    given = without_kinks(arguments((4, 5, 6, 7), residual=residual), training, "leaky_relu")
+    full = call(gk.batch_norm_act, given, training, "leaky_relu")
+    names = [name for name in ("x", "weight", "bias", "residual") if given[name] is not None]
+    for chosen in range(1, 2 ** len(names)):
+        wanted = [name for i, name in enumerate(names) if chosen >> i & 1]
+        leaves = {name: given[name].detach().requires_grad_(name in wanted) for name in names}
+        y = gk.batch_norm_act(
+            leaves["x"],
+            given["running_mean"].clone(),
+            given["running_var"].clone(),
+            leaves["weight"],
+            leaves["bias"],
+            training,
+            act_param=ACTS["leaky_relu"],
+            residual=leaves.get("residual"),
+        )
+        y.backward(given["grad_y"])
+        for name in names:
+            if name in wanted:
+                assert_bitwise_equal(f"grad_{name} of {wanted}", leaves[name].grad, full[f"grad_{name}"])
+            else:
+                assert leaves[name].grad is None
+
+
+def test_x_written_after_forward_is_noticed():
+    x = torch.randn(4, 3, 5, 5, requires_grad=True) * 1
+    y = gk.BatchNormAct2d(3)(x)
+    with torch.no_grad():
+        x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+# derivatives
+
+
+def differentiable(act, training, *, shape=(4, 3, 5), residual=True, stats=True):
+    """A function of x, weight, bias, residual and inputs whose elements stay off the kinks."""
+    torch.manual_seed(5)
+    channels = shape[1]
+    mean, var = (torch.randn(channels).double(), torch.rand(channels).double() + 0.5) if stats else (None, None)
+
+    def function(x, weight, bias, residual=None):
+        copies = (None if mean is None else mean.clone(), None if var is None else var.clone())
+        return gk.batch_norm_act(x, *copies, weight, bias, training, act=act, act_param=ACTS[act], residual=residual)
+
+    for _ in range(100):
+        x, weight, bias = torch.randn(shape).double(), torch.rand(channels).double() + 0.5, torch.randn(channels).double()
+        inputs = (x, weight, bias, *([torch.randn(shape).double() * 3] if residual else []))
+        u = gk.batch_norm_act(x, mean, var, weight, bias, training, 0.0, act="identity", residual=inputs[3] if residual else None)
+        if min(u.abs().min(), (u - 6).abs().min()) > 0.01:
+            return function, tuple(tensor.requires_grad_() for tensor in inputs)
+    raise AssertionError("no sample away from the kinks in 100 draws")
+
+
+@each_training
+@each_residual
+@each_act
+def test_gradcheck(act, residual, training):
+    function, inputs = differentiable(act, training, residual=residual)
+    assert gradcheck(function, inputs, fast_mode=True, check_batched_grad=True)
+    assert gradgradcheck(function, inputs, fast_mode=True)
+
+
+@each_act
+def test_gradcheck_of_forward_mode(act):
+    function, inputs = differentiable(act, True, stats=False)
+    assert gradcheck(function, inputs, fast_mode=True, check_forward_ad=True, check_backward_ad=False)
+    function, inputs = differentiable(act, False)
+    assert gradcheck(function, inputs, fast_mode=True, check_forward_ad=True, check_backward_ad=False)
+
+
+@each_training
+def test_gradcheck_of_other_shapes(training):
+    for shape in ((6, 3), (3, 2, 2, 2), (2, 2, 2, 2, 2)):
+        function, inputs = differentiable("leaky_relu", training, shape=shape)
+        assert gradcheck(function, inputs, fast_mode=True)
+        assert gradgradcheck(function, inputs, fast_mode=True)
+
+
+@each_training
+@each_act
+def test_second_derivatives_are_torchs(act, training):
+    given = arguments((4, 3, 5), torch.float64, residual=True)
+    results = []
+    for function in (gk.batch_norm_act, reference.batch_norm_act):
+        leaves = {name: given[name].clone().requires_grad_() for name in ("x", "weight", "bias", "residual", "grad_y")}
+        y = function(
+            *(leaves["x"], given["running_mean"].clone(), given["running_var"].clone(), leaves["weight"], leaves["bias"], training),
+            act=act,
+            residual=leaves["residual"],
+        )
+        operands = list(leaves.values())[:4]
+        grads = torch.autograd.grad(y, operands, leaves["grad_y"], create_graph=True)
+        loss = sum(grad.square().sum() for grad in grads)
+        results.append(torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True))
+    assert_close(results[0], results[1])
+
+
+# every way torch calls an operator
+
+
+def opcheck_samples():
+    for dtype in DTYPES:
+        for requires_grad in (False, True):
+            for shape, training, act, residual in (
+                ((4, 3, 5, 5), True, "leaky_relu", False),
+                ((4, 3, 5, 5), True, "relu6", True),
+                ((4, 3, 5, 5), False, "elu", True),
+                ((6, 3), True, "swish", True),
+                ((2, 3, 2, 2, 2), False, "identity", False),
+            ):
+                given = arguments(shape, dtype, residual=residual)
+                for name in ("x", "weight", "bias", "residual"):
+                    if given[name] is not None:
+                        given[name].requires_grad_(requires_grad)
+                operands = [given[name] for name in ("x", "running_mean", "running_var", "weight", "bias", "residual")]
+                yield (*operands, torch.tensor(3), training, None if requires_grad else 0.1, 1e-5, act, ACTS[act] or 0.0)
+    x = torch.randn(4, 3, 5, 5, requires_grad=True)
+    plain = (True, 0.1, 1e-5, "leaky_relu", 0.01)
+    yield (x, None, None, None, None, None, None, *plain)
+    yield (x.detach().contiguous(memory_format=torch.channels_last).requires_grad_(), None, None, None, None, None, None, *plain)
+    yield (x.detach().transpose(2, 3).requires_grad_(), None, None, None, None, x.detach(), None, *plain)
+    yield (torch.randn(4, 1, 5, 5), torch.zeros(1), torch.ones(1), torch.ones(1), None, None, None, *plain)
+    yield (torch.randn(4, 3, 1, 1, requires_grad=True), torch.zeros(3), torch.ones(3), None, torch.ones(3), None, None, *plain)
+
+
+def test_opcheck():
+    for args in opcheck_samples():
+        opcheck(OPS.batch_norm_act.default, args)
+
+
+@each_training
+@pytest.mark.parametrize("act", ["relu", "swish"])
+def test_opcheck_of_backward(act, training):
+    for residual in (False, True):
+        given = arguments((4, 3, 5, 5), residual=residual)
+        forward = [given[name] for name in ("x", "running_mean", "running_var", "weight", "bias", "residual")]
+        forward[0] = forward[0].requires_grad_()
+        _, mean, invstd, mask = OPS.batch_norm_act(*forward, None, training, 0.1, 1e-5, act, ACTS[act] or 0.0)
+        operands = [given[name].detach() for name in ("grad_y", "x")]
+        rest = [given["weight"], given["bias"], given["residual"], mask if mask.numel() else None]
+        args = (*operands, mean.detach(), invstd.detach(), *rest, training, act, ACTS[act] or 0.0, [True, True, True, residual])
+        opcheck(OPS.batch_norm_act_backward.default, args)
+        # create_graph=True goes another way; who calls the operator itself is told.
+        with pytest.raises(RuntimeError, match="not implemented"):
+            grad_x = OPS.batch_norm_act_backward(operands[0].requires_grad_(), *args[1:])[0]
+            grad_x.sum().backward()
+
+
+class Block(nn.Module):
+    """Two of them in a row with the input added, as networks have them."""
+
+    def __init__(self, momentum=0.1):
+        super().__init__()
+        self.first = gk.BatchNormAct2d(3, momentum=momentum, act="elu")
+        self.second = gk.BatchNormAct2d(3, momentum=momentum, act="relu")
+
+    def forward(self, x):
+        return self.second(self.first(x), x)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_compile(momentum):
+    torch._dynamo.reset()
+    eager = Block(momentum)
+    block = copy.deepcopy(eager)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for step in range(3):
+        x = torch.randn(4, 3, 5, 5) + step
+        results = []
+        for each in (compiled, eager):
+            leaf = x.clone().requires_grad_()
+            y = each(leaf)
+            y.square().sum().backward()
+            results.append((y, leaf.grad))
+        assert_close(results[0], results[1])
+    assert_close(dict(block.named_buffers()), dict(eager.named_buffers()))
+    assert_close([p.grad for p in block.parameters()], [p.grad for p in eager.parameters()])
+    assert block.first.num_batches_tracked == 3
+    compiled.eval(), eager.eval()
+    assert_close(compiled(x), eager(x))
+    assert_close(dict(block.named_buffers()), dict(eager.named_buffers()))
+
+
+def test_compile_with_dynamic_shapes():
+    torch._dynamo.reset()
+    eager = Block()
+    block = copy.deepcopy(eager)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
+    for shape in ((4, 3, 5, 6), (7, 3, 9, 4), (2, 3, 20, 20)):
+        x = torch.randn(shape)
+        assert_close(compiled(x), eager(x))
+    assert_close(dict(block.named_buffers()), dict(eager.named_buffers()))
+
+
+def test_compiled_call_with_bad_arguments_writes_nothing():
+    torch._dynamo.reset()
+    module = gk.BatchNormAct2d(3)
+    compiled = torch.compile(module, backend="aot_eager")
+    with pytest.raises(Exception, match="Expected more than 1 value per channel"):
+        compiled(torch.randn(1, 3, 1, 1))
+    assert_close(dict(module.named_buffers()), dict(nn.BatchNorm2d(3).named_buffers()))
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_functorch():
+    given = arguments((4, 3, 5), residual=True)
+    x, weight, bias, residual = (given[name] for name in ("x", "weight", "bias", "residual"))
+    tangents = (torch.randn(4, 3, 5), torch.randn(3), torch.randn(3))
+
+    def of(function, training, with_stats):
+        stats = (given["running_mean"], given["running_var"]) if with_stats else (None, None)
+        return lambda x, weight, bias: function(x, *stats, weight, bias, training, act="elu", residual=residual)
+
+    def loss(function):
+        return lambda *operands: function(*operands).square().sum()
+
+    batches = torch.randn(2, 4, 3, 5)
+    for training, with_stats in ((True, False), (False, True)):
+        ours, theirs = (of(function, training, with_stats) for function in (gk.batch_norm_act, reference.batch_norm_act))
+        for name, transform in {
+            "grad": lambda f: torch.func.grad(loss(f), argnums=(0, 1, 2))(x, weight, bias),
+            "jvp": lambda f: torch.func.jvp(f, (x, weight, bias), tangents),
+            "vjp": lambda f: torch.func.vjp(f, x, weight, bias)[1](x),
+            "vmap": lambda f: torch.func.vmap(f, in_dims=(0, None, None))(batches, weight, bias),
+            "vmap of grad": lambda f: torch.func.vmap(torch.func.grad(loss(f)), in_dims=(0, None, None))(batches, weight, bias),
+            "hessian": lambda f: torch.func.hessian(loss(f), argnums=1)(x, weight, bias),
+        }.items():
+            assert_close(
+                transform(ours), transform(theirs), msg=lambda text, name=name, training=training: f"{name}, training={training}: {text}"
+            )
+
+
+def test_functional_call():
+    module, torch_module = gk.BatchNormAct1d(3, act="identity"), nn.BatchNorm1d(3)
+    x = torch.randn(6, 3)
+    results = []
+    for each in (module, torch_module):
+
+        def loss(params, buffers, each=each):
+            return torch.func.functional_call(each, (params, buffers), (x,)).square().mean()
+
+        buffers = {name: buffer.clone() for name, buffer in each.named_buffers()}
+        results.append((torch.func.grad(loss)(dict(each.named_parameters()), buffers), buffers))
+    assert_close(results[0], results[1])
+
+
+def test_per_sample_gradients():
+    module, torch_module = gk.BatchNormAct2d(3, act="identity").eval(), nn.BatchNorm2d(3).eval()
+    x = torch.randn(5, 3, 4, 4)
+    results = []
+    for each in (module, torch_module):
+
+        def loss(params, sample, each=each):
+            return torch.func.functional_call(each, (params, dict(each.named_buffers())), (sample[None],)).square().sum()
+
+        results.append(torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(dict(each.named_parameters()), x))
+    assert_close(results[0], results[1])
+
+
+@each_training
+def test_forward_ad(training):
+    given = arguments((4, 3, 5), residual=True)
+    tangent = torch.randn(4, 3, 5)
+    results = []
+    for function in (gk.batch_norm_act, reference.batch_norm_act):
+        stats = (None, None) if training else (given["running_mean"], given["running_var"])
+        with forward_ad.dual_level():
+            x = forward_ad.make_dual(given["x"], tangent)
+            y = function(x, *stats, given["weight"], given["bias"], training, act="swish", residual=given["residual"])
+            results.append(tuple(forward_ad.unpack_dual(y)))
+    assert_close(results[0], results[1])
+
+
+@each_training
+@pytest.mark.parametrize("decompose", [False, True], ids=["exported", "decomposed"])
+def test_export(decompose, training):
+    block = Block().train(training)
+    eager = copy.deepcopy(block)
+    exported = torch.export.export(block, (torch.randn(4, 3, 5, 5),), dynamic_shapes=[{0: torch.export.Dim("batch", min=2)}])
+    loaded = (exported.run_decompositions() if decompose else exported).module()
+    x = torch.randn(7, 3, 5, 5)
+    assert_close(loaded(x), eager(x))
+    assert_close(dict(loaded.named_buffers()), dict(eager.named_buffers()))
+
+
+def test_inference_mode():
+    module, other = gk.BatchNormAct2d(3), gk.BatchNormAct2d(3)
+    x = torch.randn(4, 3, 5, 5)
+    with torch.inference_mode():
+        y = module(x)
+        assert y.is_inference()
+        inside = gk.BatchNormAct2d(3)
+        assert_bitwise_equal("y of a module made in inference mode", inside(x), y)
+        assert_close(dict(inside.named_buffers()), dict(module.named_buffers()), rtol=0, atol=0)
+    assert_bitwise_equal("y", y.clone(), other(x).detach())
+    assert_close(dict(module.named_buffers()), dict(other.named_buffers()), rtol=0, atol=0)
+
+
+@each_training
+def test_autocast(training):
+    module, torch_module = gk.BatchNormAct2d(3, act="relu").train(training), nn.BatchNorm2d(3).train(training)
+    x = torch.randn(4, 3, 5, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for each in (x, x.bfloat16()):
+            assert_close(module(each), F.relu(torch_module(each)))
+    assert_close(dict(module.named_buffers()), dict(torch_module.named_buffers()))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_checkpoint(use_reentrant):
+    """Forward runs twice, so the running statistics move twice, as with torch's module."""
+    module, torch_module = gk.BatchNormAct2d(3, act="relu"), nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+    start = torch.randn(4, 3, 5, 5)
+    grads = []
+    for each in (module, torch_module):
+        x = start.clone().requires_grad_()
+        checkpoint(each, x, use_reentrant=use_reentrant).square().sum().backward()
+        grads.append(x.grad)
+    assert_close(grads[0], grads[1])
+    assert_close(module.weight.grad, torch_module[0].weight.grad)
+    assert_close(dict(module.named_buffers()), dict(torch_module[0].named_buffers()))
+
+
+def test_what_is_kept_may_be_moved_elsewhere():
+    given = arguments((4, 3, 5, 5), residual=True)
+    expected = call(gk.batch_norm_act, given, True, "leaky_relu")
+    with saved_tensors_hooks(lambda tensor: tensor.detach().numpy().copy(), torch.from_numpy):
+        assert_same_bits(call(gk.batch_norm_act, given, True, "leaky_relu"), expected)
+
+
+def test_deterministic_mode():
+    torch.use_deterministic_algorithms(True)
+    try:
+        call(gk.batch_norm_act, arguments((4, 3, 5), residual=True), True, "leaky_relu")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_backward_again_and_after_it_was_freed():
+    x = torch.randn(4, 3, requires_grad=True)
+    y = gk.BatchNormAct1d(3)(x).square().sum()
+    y.backward(retain_graph=True)
+    once = x.grad.clone()
+    y.backward()
+    assert_close(x.grad, 2 * once)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        y.backward()
+
+
+# torch's own samples
+
+
+@each_dtype
+def test_op_db_samples(dtype):
+    op = next(op for op in op_db if op.name == "nn.functional.batch_norm" and op.variant_test_name == "")
+    samples = list(op.sample_inputs("cpu", dtype, requires_grad=True))
+    assert len(samples) >= 12
+    for sample in samples:
+        for each in (sample, sample.noncontiguous()):
+            results = []
+            for function in (gk.batch_norm_act, F.batch_norm):
+                running_mean, running_var, weight, bias = (None if arg is None else arg.detach().clone() for arg in each.args)
+                leaves = [each.input.detach().clone(memory_format=torch.preserve_format).requires_grad_()]
+                leaves += [tensor.requires_grad_() for tensor in (weight, bias) if tensor is not None]
+                extra = {"act": "identity"} if function is gk.batch_norm_act else {}
+
+                def run(function=function, leaves=leaves, stats=(running_mean, running_var), affine=(weight, bias), extra=extra, each=each):
+                    y = function(leaves[0], *stats, *affine, **each.kwargs, **extra)
+                    return y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y)), *(stat for stat in stats if stat is not None)
+
+                results.append(outcome(run))
+            if isinstance(results[1][0], type):
+                assert results[0] == results[1]
+            else:
+                assert_close(results[0], results[1], equal_nan=True, msg=lambda text, each=each: f"{each}: {text}")
+
+
+def test_op_db_has_no_error_inputs():
+    """When torch writes some, this fails and they are to be run here."""
+    assert all(op.error_inputs_func is None for op in op_db if op.name == "nn.functional.batch_norm")
+
+
+@each_dtype
+@each_training
+@pytest.mark.parametrize("dim", [3, 4, 5])
+def test_module_db_inputs(dim, training, dtype):
+    module_class, torch_class = MODULES[dim]
+    info = next(info for info in module_db if info.module_cls is torch_class)
+    inputs = info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=training)
+    assert len(inputs) >= 7
+    for each in inputs:
+        constructor, (x,) = each.constructor_input, each.forward_input.args
+        module = module_class(*constructor.args, **constructor.kwargs, dtype=dtype, act="identity").train(training)
+        torch_module = torch_class(*constructor.args, **constructor.kwargs, dtype=dtype).train(training)
+        module.load_state_dict(torch_module.state_dict())
+        results = []
+        for cls in (module, torch_module):
+            leaf = x.detach().clone().requires_grad_()
+            y = cls(leaf)
+            y.backward(torch.linspace(-1, 1, y.numel(), dtype=dtype).view(y.shape))
+            results.append((y, leaf.grad, [parameter.grad for parameter in cls.parameters()], cls.state_dict()))
+        assert_close(results[0], results[1], msg=lambda text, each=each: f"{each.desc}: {text}")
+
+
+# modules
+
+
+@pytest.mark.parametrize("dim", MODULES)
+@each_training
+def test_module_equals_batch_norm_then_act(dim, training):
+    module_class, torch_class = MODULES[dim]
+    shape = (4, 3, 5, 2, 3)[:dim]
+    for act, torch_act in {
+        "identity": nn.Identity(),
+        "relu": nn.ReLU(),
+        "relu6": nn.ReLU6(),
+        "leaky_relu": nn.LeakyReLU(),
+        "elu": nn.ELU(),
+        "swish": nn.SiLU(),
+    }.items():
+        module, torch_module = module_class(3, act=act).train(training), torch_class(3).train(training)
+        x, residual = torch.randn(shape), torch.randn(shape)
+        assert_close(module(x), torch_act(torch_module(x)))
+        assert_close(module(x, residual), torch_act(torch_module(x) + residual))
+        assert_close(module(x, residual=residual), torch_act(torch_module(x) + residual))
+        assert_close(module.state_dict(), torch_module.state_dict())
+        assert isinstance(module, torch_class)
+
+
+def test_state_dict_both_ways():
+    module, torch_module = gk.BatchNormAct2d(3), nn.BatchNorm2d(3)
+    module(torch.randn(4, 3, 5, 5))
+    assert list(module.state_dict()) == list(torch_module.state_dict())
+    assert module.state_dict()._metadata == torch_module.state_dict()._metadata
+    torch_module.load_state_dict(module.state_dict())
+    assert_close(torch_module.state_dict(), module.state_dict(), rtol=0, atol=0)
+    torch_module(torch.randn(4, 3, 5, 5))
+    module.load_state_dict(torch_module.state_dict())
+    assert_close(torch_module.state_dict(), module.state_dict(), rtol=0, atol=0)
+    old = {name: tensor for name, tensor in torch_module.state_dict().items() if name != "num_batches_tracked"}
+    gk.BatchNormAct2d(3).load_state_dict(old)
+
+
+def test_options_of_the_module():
+    x = torch.randn(4, 3, 5, 5) * 2 + 1
+    plain = gk.BatchNormAct2d(3, affine=False, act="identity")
+    assert plain.weight is None and plain.bias is None
+    assert_close(plain(x), nn.BatchNorm2d(3, affine=False)(x))
+    without_bias = gk.BatchNormAct2d(3, bias=False, act="identity")
+    assert without_bias.bias is None and "bias" not in without_bias.state_dict()
+    assert_close(without_bias(x), nn.BatchNorm2d(3)(x))
+    untracked, torch_untracked = (
+        gk.BatchNormAct2d(3, track_running_stats=False, act="identity"),
+        nn.BatchNorm2d(3, track_running_stats=False),
+    )
+    assert untracked.running_mean is None and list(untracked.state_dict()) == ["weight", "bias"]
+    for each in (untracked, untracked.eval()):
+        assert_close(each(x), torch_untracked(x))
+    wide = gk.BatchNormAct2d(3, 1e-3, 0.3, dtype=torch.float64)
+    assert wide.weight.dtype == torch.float64 and (wide.eps, wide.momentum) == (1e-3, 0.3)
+    assert wide(x.double()).dtype == torch.float64
+    assert gk.BatchNormAct2d(3, device="meta")(x.to("meta")).is_meta
+
+
+def test_switching_off_the_running_statistics_later():
+    module, torch_module = gk.BatchNormAct2d(3, act="identity"), nn.BatchNorm2d(3)
+    x = torch.randn(4, 3, 5, 5) * 2 + 1
+    for each in (module, torch_module):
+        each.track_running_stats = False
+    assert_close(module(x), torch_module(x))
+    assert_close(module.state_dict(), torch_module.state_dict())
+    assert_close(module.eval()(x), torch_module.eval()(x))
+
+
+@pytest.mark.parametrize(
+    "act,name,param",
+    [
+        (nn.Identity(), "identity", None),
+        (nn.ReLU(), "relu", None),
+        (nn.ReLU(inplace=True), "relu", None),
+        (nn.ReLU6(), "relu6", None),
+        (nn.LeakyReLU(0.3), "leaky_relu", 0.3),
+        (nn.ELU(1.3), "elu", 1.3),
+        (nn.SiLU(), "swish", 1.0),
+        (gk.LeakyReLU(0.3), "leaky_relu", 0.3),
+        (gk.ELU(1.3), "elu", 1.3),
+        (gk.Swish(1.7), "swish", 1.7),
+    ],
+    ids=repr,
+)
+def test_act_as_a_module(act, name, param):
+    module = gk.BatchNormAct2d(3, act=act)
+    named = gk.BatchNormAct2d(3, act=name, act_param=param)
+    x = torch.randn(4, 3, 5, 5)
+    assert_bitwise_equal("y", module(x), named(x))
+    assert list(module.state_dict()) == list(named.state_dict())
+    assert_close(module.eval()(x), act(nn.functional.batch_norm(x, module.running_mean, module.running_var)))
+
+
+def test_copies_of_the_module():
+    module = gk.BatchNormAct2d(3, act=nn.ELU(1.3))
+    module(torch.randn(4, 3, 5, 5))
+    x = torch.randn(4, 3, 5, 5)
+    copies = (copy.deepcopy(module), pickle.loads(pickle.dumps(module)))
+    expected = module(x)
+    for each in copies:
+        assert_bitwise_equal("y", each(x), expected)
+        assert_close(each.state_dict(), module.state_dict(), rtol=0, atol=0)
+        assert repr(each) == repr(module)
+    assert "elu" in repr(module) and "1.3" in repr(module)
+
+
+def test_meta():
+    x = torch.randn(4, 3, 5, 5, device="meta").contiguous(memory_format=torch.channels_last)
+    y = gk.BatchNormAct2d(3, device="meta")(x, x)
+    assert y.is_meta and y.stride() == x.stride()

@@ -1,0 +1,519 @@
+"""clip_grad_norm_ beside torch.nn.utils.clip_grad_norm_ and an exact norm: results, what spreads, what is refused, what is left alone.
+
+The norm is held to max(torch's error, 2 ulp) of the exact one, gradients likewise, elementwise; float64 gradients to 2 ulp of what follows
+from the norm that was returned.
+"""
+
+import copy
+import itertools
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.library import opcheck
+from torch.nn.utils import clip_grad_norm_ as torch_clip_grad_norm_
+from torch.testing import assert_close
+
+import gradkernels as gk
+from accuracy import ULP_BOUND, assert_accurate, assert_bitwise_equal, extended, outcome
+
+OPS = torch.ops.gradkernels
+
+DTYPES = [torch.float32, torch.float64]
+# Sizes of the tensors of one call.
+SIZES = {
+    "one": [1009],
+    "seams": [0, 1, 7, 8, 9, 15, 16, 17, 63, 64, 65, 0],
+    "chunk": [16383, 16384, 16385],
+    "many tiny": [1 + i % 5 for i in range(1500)],
+    "one large": [3, 200_003, 1],
+}
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_sizes = pytest.mark.parametrize("sizes", SIZES)
+each_native_norm = pytest.mark.parametrize("norm_type", [2.0, math.inf], ids=str)
+
+
+def parameters_with(grads):
+    """A parameter for each gradient, which is not copied; None for a parameter without one."""
+    made = []
+    for grad in grads:
+        parameter = nn.Parameter(torch.empty(0) if grad is None else torch.empty_like(grad))
+        parameter.grad = grad
+        made.append(parameter)
+    return made
+
+
+def gradients(sizes, dtype=torch.float32):
+    return [torch.randn(size, dtype=dtype) for size in sizes]
+
+
+def clones(grads):
+    return [None if grad is None else grad.clone() for grad in grads]
+
+
+def exact_norm(grads, norm_type):
+    flat = np.concatenate([np.zeros(1, np.longdouble), *(abs(extended(grad)).ravel() for grad in grads)])
+    return flat.max() if norm_type == math.inf else np.sqrt(np.square(flat).sum())
+
+
+def assert_clips(grads, max_norm, norm_type=2.0):
+    """Clips copies with torch and with gradkernels and holds ours against the exact result; returns ours."""
+    ours, theirs = clones(grads), clones(grads)
+    # An empty gradient has no largest element, and torch gives up where one is among others.
+    torch_total = torch_clip_grad_norm_(parameters_with([grad for grad in theirs if grad.numel()]), max_norm, norm_type)
+    total = gk.clip_grad_norm_(parameters_with(ours), max_norm, norm_type)
+    norm = exact_norm(grads, norm_type)
+    # A norm that overflowed or vanished leaves torch no right digit, and excuses nothing.
+    most = np.inf if 0 < torch_total < np.inf or norm == 0 else ULP_BOUND
+    assert_accurate("total norm", total, torch_total, norm, most=most)
+    if total.dtype == torch.float64:
+        # What is computed from the norm in the norm's own precision starts from what it was rounded to, torch's from another number.
+        norm, most = extended(total), ULP_BOUND
+    coefficient = min(np.longdouble(max_norm) / (norm + np.longdouble(1e-6)), 1)
+    for i, (grad, our, their) in enumerate(zip(grads, ours, theirs, strict=True)):
+        assert_accurate(f"gradient {i}", our, their, extended(grad) * coefficient, most=most)
+        if coefficient == 1:
+            assert_bitwise_equal(f"gradient {i}, which needs no clipping,", our, grad)
+    return total, ours
+
+
+# values
+
+
+@each_dtype
+@each_sizes
+@each_native_norm
+@pytest.mark.parametrize("max_norm", [1.0, 0.37, 1e9], ids=["clips", "clips more", "does not clip"])
+def test_clips_like_torch(sizes, dtype, norm_type, max_norm):
+    assert_clips(gradients(SIZES[sizes], dtype), max_norm, norm_type)
+
+
+@each_dtype
+@pytest.mark.parametrize("norm_type", [1.0, 0.5, 0.0, 3.0, -math.inf, -1.0], ids=str)
+def test_other_norms_are_torchs(norm_type, dtype):
+    grads = gradients([1, 64, 1009], dtype)
+    ours, theirs = clones(grads), clones(grads)
+    total = gk.clip_grad_norm_(parameters_with(ours), 0.1, norm_type)
+    torch_total = torch_clip_grad_norm_(parameters_with(theirs), 0.1, norm_type)
+    assert_bitwise_equal("total norm", total, torch_total)
+    assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_norm_type_may_be_a_string():
+    grads = gradients([64, 1009])
+    assert_bitwise_equal(
+        "total norm",
+        gk.clip_grad_norm_(parameters_with(clones(grads)), 0.1, "inf"),
+        torch_clip_grad_norm_(parameters_with(grads), 0.1, "inf"),
+    )
+
+
+@each_native_norm
+def test_negative_zero_and_infinite_max_norm(norm_type):
+    for max_norm in (-1.0, 0.0, math.inf):
+        grads = gradients([1, 64, 1009])
+        ours, theirs = clones(grads), clones(grads)
+        assert_close(
+            gk.clip_grad_norm_(parameters_with(ours), max_norm, norm_type),
+            torch_clip_grad_norm_(parameters_with(theirs), max_norm, norm_type),
+        )
+        assert_close(ours, theirs)
+
+
+@each_dtype
+@each_native_norm
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("max_norm", [1.0, math.inf, math.nan], ids=str)
+@pytest.mark.parametrize("sizes", ["seams", "chunk", "many tiny"])
+def test_nan_and_inf_spread_like_torchs(sizes, max_norm, value, norm_type, dtype):
+    for place in (0, -1):
+        grads = gradients(SIZES[sizes], dtype)
+        [grad for grad in grads if grad.numel()][place][place] = value
+        ours, theirs = clones(grads), clones(grads)
+        total = gk.clip_grad_norm_(parameters_with(ours), max_norm, norm_type)
+        torch_total = torch_clip_grad_norm_(parameters_with([grad for grad in theirs if grad.numel()]), max_norm, norm_type)
+        assert_close(total, torch_total, equal_nan=True)
+        assert_close(ours, theirs, equal_nan=True)
+
+
+@each_dtype
+@each_native_norm
+def test_nan_max_norm_spreads(norm_type, dtype):
+    grads = gradients([1, 64, 1009], dtype)
+    ours, theirs = clones(grads), clones(grads)
+    assert_close(
+        gk.clip_grad_norm_(parameters_with(ours), math.nan, norm_type), torch_clip_grad_norm_(parameters_with(theirs), math.nan, norm_type)
+    )
+    assert_close(ours, theirs, equal_nan=True)
+    assert all(grad.isnan().all() for grad in ours)
+
+
+def test_gradients_whose_squares_overflow_float32():
+    """torch finds a norm of inf and turns every gradient into 0; the norm is representable, and clipping to 1 is what was asked for."""
+    grads = [torch.full((1009,), 1e25), -torch.full((64,), 1e25)]
+    theirs = clones(grads)
+    assert torch_clip_grad_norm_(parameters_with(theirs), 1.0) == math.inf
+    assert all((grad == 0).all() for grad in theirs)
+    total, ours = assert_clips(grads, 1.0)
+    assert total.isfinite()
+    assert_close(torch.cat(ours).double().norm(), torch.tensor(1.0, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+def test_gradients_whose_squares_vanish_in_float32():
+    """torch finds a norm of 0."""
+    grads = [torch.full((1009,), 1e-30), -torch.full((64,), 1e-30)]
+    assert torch_clip_grad_norm_(parameters_with(clones(grads)), 1.0) == 0
+    total, _ = assert_clips(grads, 1.0)
+    assert_close(total, torch.tensor(1e-30 * math.sqrt(1073)), rtol=1e-6, atol=0)
+    assert_clips(grads, 1e-37)
+
+
+@pytest.mark.parametrize("scale", [1e300, 1e-300, 1e154, 1e-162], ids=str)
+def test_gradients_whose_squares_leave_float64(scale):
+    grads = [grad * scale for grad in gradients([1009, 64], torch.float64)]
+    total, _ = assert_clips(grads, scale)
+    assert total.isfinite() and total > 0
+    assert_clips(grads, 1e-3)
+
+
+def test_one_huge_among_tiny_gradients():
+    for place in (0, -1):
+        grads = gradients([17, 1009])
+        grads[place][place] = 3e38
+        assert_clips(grads, 1.0)
+        assert_clips(grads, 1.0, math.inf)
+
+
+def test_a_norm_beyond_float32_is_inf_as_torchs_and_clips_still():
+    """Returned in float32 it is inf; the coefficient is computed before that rounding."""
+    grads = [torch.full((1009,), 3e38)]
+    total = gk.clip_grad_norm_(parameters_with(grads), 1.0)
+    assert total == math.inf and total.dtype == torch.float32
+    assert_close(grads[0].double().norm(), torch.tensor(1.0, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+@each_dtype
+@each_native_norm
+def test_same_bits_for_any_number_of_threads(norm_type, dtype, each_thread_count):
+    grads = gradients([1, 50_021, 100_003, 3, 40_009, *range(300)], dtype)
+
+    def run():
+        ours = clones(grads)
+        return gk.clip_grad_norm_(parameters_with(ours), 0.5, norm_type), *ours
+
+    for results in (each_thread_count(run), (run(), run())):
+        for i, (one, two) in enumerate(zip(*results, strict=True)):
+            assert_bitwise_equal(f"result {i}", two, one)
+
+
+@each_native_norm
+def test_the_norm_does_not_depend_on_how_the_elements_are_cut(norm_type):
+    """4 ulp of float64, as between the shards of one gradient on several ranks."""
+    whole = torch.randn(300_007)
+    norms = [OPS.get_total_norm([*whole.split(size)], norm_type) for size in (300_007, 100_000, 16_384, 4097, 1000)]
+    assert all(norm.dtype == torch.float64 and norm.dim() == 0 for norm in norms)
+    for norm in norms:
+        assert abs(norm - norms[0]) <= 4 * np.spacing(norms[0].item())
+
+
+# what parameters may be
+
+
+def test_a_tensor_a_list_a_generator_a_module_and_names():
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    model(torch.randn(4, 5)).square().sum().backward()
+    model[0].bias.grad = None
+    expected = copy.deepcopy(model)
+    for copied, parameter in zip(expected.parameters(), model.parameters(), strict=True):
+        copied.grad = None if parameter.grad is None else parameter.grad.clone()
+    before = clones([parameter.grad for parameter in model.parameters()])
+    torch_total = torch_clip_grad_norm_(expected.parameters(), 0.1)
+    for given in (
+        lambda: list(model.parameters()),
+        lambda: model.parameters(),
+        lambda: tuple(model.parameters()),
+        lambda: model,
+        lambda: model.named_parameters(),
+        lambda: list(model.named_parameters()),
+        lambda: dict(model.named_parameters()).items(),
+    ):
+        for parameter, grad in zip(model.parameters(), before, strict=True):
+            parameter.grad = None if grad is None else grad.clone()
+        assert_close(gk.clip_grad_norm_(given(), 0.1), torch_total)
+        for parameter, copied in zip(model.parameters(), expected.parameters(), strict=True):
+            assert (parameter.grad is None) == (copied.grad is None)
+            if parameter.grad is not None:
+                assert_close(parameter.grad, copied.grad)
+    (single,) = parameters_with([torch.full((4,), 3.0)])
+    assert_close(gk.clip_grad_norm_(single, 1.0), torch.tensor(6.0))
+    assert_close(single.grad, torch.full((4,), 0.5))
+
+
+def test_nothing_to_clip():
+    for nothing in ([], (), parameters_with([None, None])):
+        assert_bitwise_equal("total norm", gk.clip_grad_norm_(nothing, 1.0), torch_clip_grad_norm_(nothing, 1.0))
+    grads = [torch.empty(0), torch.empty(3, 0)]
+    assert_bitwise_equal("total norm", gk.clip_grad_norm_(parameters_with(grads), 1.0), torch_clip_grad_norm_(parameters_with(grads), 1.0))
+
+
+def test_an_empty_generator_warns():
+    with pytest.warns(UserWarning) as torch_warnings:
+        torch_clip_grad_norm_((p for p in ()), 1.0)
+    with pytest.warns(UserWarning) as our_warnings:
+        assert gk.clip_grad_norm_((p for p in ()), 1.0) == 0
+    assert [str(each.message) for each in our_warnings] == [str(each.message) for each in torch_warnings]
+    assert our_warnings[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gk.clip_grad_norm_([], 1.0)
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+def test_foreach_changes_nothing(foreach):
+    for dtype in (torch.float32, torch.bfloat16):
+        grads = gradients([64, 1009], dtype)
+        theirs = clones(grads)
+        assert_close(gk.clip_grad_norm_(parameters_with(grads), 0.1, foreach=foreach), torch_clip_grad_norm_(parameters_with(theirs), 0.1))
+        assert_close(grads, theirs)
+
+
+def test_a_parameter_given_twice_is_scaled_as_torch_scales_it():
+    grads = gradients([64, 1009])
+    theirs = clones(grads)
+    results = []
+    for given, clip in ((grads, gk.clip_grad_norm_), (theirs, torch_clip_grad_norm_)):
+        first, second = parameters_with(given)
+        results.append(clip([first, second, first], 0.1))
+    assert_close(results[0], results[1])
+    assert_close(grads, theirs)
+
+
+# dtypes and layouts
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float32, torch.float64),
+        (torch.float64, torch.float32),
+        (torch.bfloat16,),
+        (torch.float16, torch.float32),
+        (torch.complex64,),
+    ],
+    ids=str,
+)
+def test_dtypes(dtypes):
+    """The result's dtype and device are torch's; what has no kernel is torch's whole."""
+    for max_norm in (0.1, 1e9):
+        grads = [torch.randn(size).to(dtype) for size, dtype in zip((64, 1009), itertools.cycle(dtypes), strict=False)]
+        theirs = clones(grads)
+        total = gk.clip_grad_norm_(parameters_with(grads), max_norm)
+        torch_total = torch_clip_grad_norm_(parameters_with(theirs), max_norm)
+        exactly = {} if set(dtypes) <= set(DTYPES) else {"rtol": 0, "atol": 0}
+        assert_close(total, torch_total, **exactly)
+        assert_close(grads, theirs, **exactly)
+
+
+@each_dtype
+def test_the_result(dtype):
+    total = gk.clip_grad_norm_(parameters_with(gradients([64], dtype)), 1.0)
+    assert total.dtype == dtype and total.dim() == 0 and not total.requires_grad
+
+
+@each_dtype
+@each_native_norm
+@pytest.mark.parametrize("offset", [0, 1, 3, 7])
+def test_unaligned_storage(offset, norm_type, dtype):
+    """What lies around a gradient that is a piece of a buffer is neither counted nor written."""
+    for size in (1, 17, 1009, 20_011):
+        buffer = torch.randn(size + offset + 9, dtype=dtype) * 100
+        piece = buffer[offset : offset + size]
+        piece.copy_(torch.randn(size, dtype=dtype))
+        before = buffer.clone()
+        _, (expected,) = assert_clips([piece], 0.1, norm_type)
+        gk.clip_grad_norm_(parameters_with([piece]), 0.1, norm_type)
+        assert_bitwise_equal("gradient", piece, expected)
+        assert_bitwise_equal("before it", buffer[:offset], before[:offset])
+        assert_bitwise_equal("behind it", buffer[offset + size :], before[offset + size :])
+
+
+@each_native_norm
+def test_strided_gradients(norm_type):
+    for base, view in (
+        (torch.randn(40, 30), lambda base: base.t()),
+        (torch.randn(40, 30), lambda base: base[:, ::2]),
+        (torch.randn(40, 30), lambda base: base[3:20, 4:9]),
+        (torch.randn(2, 5, 6, 7).contiguous(memory_format=torch.channels_last), lambda base: base),
+    ):
+        other = torch.randn(65)
+        before = base.clone()
+        mask = torch.zeros_like(base, dtype=torch.bool)
+        view(mask).fill_(True)
+        theirs = [view(before.clone(memory_format=torch.preserve_format)), other.clone()]
+        torch_total = torch_clip_grad_norm_(parameters_with(theirs), 0.1, norm_type)
+        assert_close(gk.clip_grad_norm_(parameters_with([view(base), other]), 0.1, norm_type), torch_total)
+        assert_close(view(base), theirs[0])
+        assert_close(other, theirs[1])
+        assert_bitwise_equal("what is not in the view", base[~mask], before[~mask])
+
+
+# errors, which scale nothing
+
+
+@each_dtype
+@each_native_norm
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+def test_error_if_nonfinite(value, norm_type, dtype):
+    grads = gradients([64, 9, 1009], dtype)
+    grads[1][-1] = value
+    before = clones(grads)
+    expected = outcome(torch_clip_grad_norm_, parameters_with(grads), 1.0, norm_type, error_if_nonfinite=True)
+    assert expected[0] is RuntimeError
+    assert outcome(gk.clip_grad_norm_, parameters_with(grads), 1.0, norm_type, error_if_nonfinite=True) == expected
+    assert_close(grads, before, rtol=0, atol=0, equal_nan=True)
+    names = ["first.weight", "second.weight", "third.weight"]
+    named = list(zip(names, parameters_with(grads), strict=True))
+    kind, text = outcome(gk.clip_grad_norm_, named, 1.0, norm_type, error_if_nonfinite=True)
+    assert kind is RuntimeError and text.startswith(expected[1])
+    assert [name for name in names if name in text] == ["second.weight"]
+    assert_close(grads, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_error_if_nonfinite_through_torch():
+    grads = gradients([64, 9])
+    grads[0][0] = math.inf
+    expected = outcome(torch_clip_grad_norm_, parameters_with(grads), 1.0, 1.0, error_if_nonfinite=True)
+    assert outcome(gk.clip_grad_norm_, parameters_with(grads), 1.0, 1.0, error_if_nonfinite=True) == expected
+    kind, text = outcome(gk.clip_grad_norm_, {"a.b": parameters_with(grads)[0]}.items(), 1.0, 1.0, error_if_nonfinite=True)
+    assert kind is expected[0] and text.startswith(expected[1]) and "a.b" in text
+
+
+def test_error_if_nonfinite_of_finite_gradients():
+    total = gk.clip_grad_norm_(parameters_with([torch.full((9,), 1e25)]), 1.0, error_if_nonfinite=True)
+    assert_close(total, torch.tensor(3e25))
+
+
+@pytest.mark.parametrize("sparse_first", [False, True])
+def test_sparse_gradients_are_torchs_error(sparse_first):
+    dense = torch.randn(64)
+    sparse = torch.sparse_coo_tensor([[0, 2]], [3.0, 4.0], (5,), check_invariants=True)
+    grads = [sparse, dense] if sparse_first else [dense, sparse]
+    before = dense.clone()
+    expected = outcome(torch_clip_grad_norm_, parameters_with(clones(grads)), 0.1)
+    assert isinstance(expected[0], type)
+    assert outcome(gk.clip_grad_norm_, parameters_with(grads), 0.1) == expected
+    assert_bitwise_equal("dense gradient", dense, before)
+    assert_close(sparse.to_dense(), torch.tensor([3.0, 0.0, 4.0, 0.0, 0.0]))
+
+
+def test_what_is_no_parameter():
+    for wrong in ([1.0], ["name"], 3):
+        expected = outcome(torch_clip_grad_norm_, wrong, 1.0)
+        assert outcome(gk.clip_grad_norm_, wrong, 1.0)[0] is expected[0]
+
+
+# torch's machinery
+
+
+def test_version_counters():
+    grads = gradients([64, 1009])
+    gk.clip_grad_norm_(parameters_with(grads), 0.1)
+    assert [grad._version for grad in grads] == [1, 1]
+    x = torch.randn(9, requires_grad=True)
+    kept = x.square()
+    (parameter,) = parameters_with([kept.detach()])
+    loss = kept.square().sum()
+    gk.clip_grad_norm_([parameter], 1e-3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_gradients_with_a_graph():
+    """create_graph=True leaves gradients that require grad; clipping them is no part of the graph, as with torch's."""
+    results = []
+    for clip in (gk.clip_grad_norm_, torch_clip_grad_norm_):
+        parameter = nn.Parameter(torch.arange(5.0))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            parameter.pow(3).sum().backward(create_graph=True)
+        assert parameter.grad.requires_grad
+        results.append((clip([parameter], 1.0), parameter.grad.detach().clone()))
+        assert not results[-1][0].requires_grad
+    assert_close(results[0], results[1])
+
+
+def test_opcheck():
+    for dtype in DTYPES:
+        grads = [
+            torch.randn(3, 5, dtype=dtype),
+            torch.randn(0, dtype=dtype),
+            torch.randn(5, 3, dtype=dtype).t(),
+            torch.randn(3, 8, dtype=dtype)[:, ::2],
+        ]
+        for norm_type in (2.0, math.inf):
+            opcheck(OPS.get_total_norm.default, (grads, norm_type))
+        total_norm = torch.tensor(7.0, dtype=torch.float64)
+        for max_norm in (0.1, 100.0):
+            opcheck(OPS.clip_grads_with_norm_.default, (grads, max_norm, total_norm))
+    opcheck(OPS.get_total_norm.default, ([torch.randn(3, requires_grad=True)], 2.0))
+
+
+def test_operators_compute_what_their_schema_says():
+    grads = gradients([64, 1009])
+    expected = exact_norm(grads, 2.0)
+    total_norm = OPS.get_total_norm(grads, 2.0)
+    assert total_norm.dtype == torch.float64 and total_norm.dim() == 0
+    assert_close(total_norm.item(), float(expected), rtol=1e-14, atol=0)
+    ours = clones(grads)
+    assert OPS.clip_grads_with_norm_(ours, 0.5, total_norm) is None
+    coefficient = np.longdouble(0.5) / (expected + np.longdouble(1e-6))
+    for grad, our in zip(grads, ours, strict=True):
+        assert_accurate("gradient", our, our, extended(grad) * coefficient)
+
+
+def test_compile():
+    torch._dynamo.reset()
+    grads = gradients([64, 1009])
+    theirs = clones(grads)
+    parameters = parameters_with(grads)
+    total = torch.compile(lambda: gk.clip_grad_norm_(parameters, 0.1), fullgraph=True, backend="aot_eager")()
+    assert_close(total, torch_clip_grad_norm_(parameters_with(theirs), 0.1))
+    assert_close([parameter.grad for parameter in parameters], theirs)
+
+
+def test_inference_mode():
+    grads = gradients([64, 1009])
+    theirs = clones(grads)
+    torch_total = torch_clip_grad_norm_(parameters_with(theirs), 0.1)
+    with torch.inference_mode():
+        total = gk.clip_grad_norm_(parameters_with(grads), 0.1)
+        assert_close(total, torch_total)
+    assert_close(grads, theirs)
+
+
+def test_deterministic_mode():
+    torch.use_deterministic_algorithms(True)
+    try:
+        gk.clip_grad_norm_(parameters_with(gradients([64])), 0.1)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_training_a_step_equals_torchs():
+    results = []
+    start = nn.Sequential(nn.Linear(5, 17), nn.Tanh(), nn.Linear(17, 3))
+    x = torch.randn(8, 5)
+    for clip in (gk.clip_grad_norm_, torch_clip_grad_norm_):
+        model = copy.deepcopy(start)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (model(x) * 10).square().sum().backward()
+            clip(model.parameters(), 1.0)
+            optimizer.step()
+        results.append(list(model.parameters()))
+    assert_close(results[0], results[1])

@@ -1,0 +1,260 @@
+"""The layers of the source tree as a table, and what holds for every file: includes, names, and what the compiled objects contain.
+
+A rule is checked on the code without its comments and strings. Folders that are still to come have their rows already.
+"""
+
+import ast
+import inspect
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from gradkernels import _native
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+STEMS = ("activation", "batch_norm_act", "clip_grad")
+SUFFIXES = {".cpp", ".h", ".cu", ".cuh", ".py", ".pyi"}
+
+STANDARD = r"<[a-z_0-9]+>"
+TORCH = r"<(ATen|c10|torch)/.*>"
+OWN_TORCH_FREE = r'"(common/(host_device|dispatch)|math/\w+)\.h"'
+SEAM = rf'"ops/({"|".join(STEMS)})\.h"'
+
+
+@dataclass(frozen=True)
+class Layer:
+    """files: globs below csrc/; includes: what may stand after #include; must_not: what may not stand in the code."""
+
+    files: tuple[str, ...]
+    includes: tuple[str, ...]
+    must_not: tuple[str, ...] = ()
+
+
+LAUNCH = "<<<"
+ATEN = r"\b(at|c10|torch)::"
+ALLOCATION = r"\b(malloc|calloc|realloc|new)\b"
+THREADS = r"\b(parallel_for|std::thread|#\s*pragma\s+omp)\b"
+CUDA_RUNTIME = r"\bcuda[A-Z]\w*\("
+
+LAYERS = {
+    "schema": Layer(("schema.cpp",), (r"<torch/library\.h>",), (LAUNCH, "data_ptr", r"\bfor\b")),
+    "module": Layer(
+        ("module.cpp",),
+        (TORCH, r"<pybind11/.*>", STANDARD, r'"(build_stamp|common/check|ops/operators|cpu/kernels)\.h"'),
+        (LAUNCH, "data_ptr"),
+    ),
+    "common": Layer(("common/*",), (STANDARD, TORCH, r"<sys/mman\.h>", r'"common/\w+\.h"'), (LAUNCH, r"\bfor\b")),
+    "common without torch": Layer(("common/host_device.h", "common/dispatch.h"), (STANDARD, r'"common/host_device\.h"'), (ATEN,)),
+    "math": Layer(
+        ("math/*",),
+        (r"<cstdint>", r'"common/host_device\.h"', r'"math/\w+\.h"'),
+        (ATEN, CUDA_RUNTIME, ALLOCATION, THREADS, LAUNCH, r"\bstd::(exp|expm1|log|pow|tanh)\b"),
+    ),
+    "seam": Layer(tuple(f"ops/{stem}.h" for stem in STEMS), (STANDARD, OWN_TORCH_FREE), (ATEN, LAUNCH)),
+    "ops": Layer(
+        ("ops/*",),
+        (STANDARD, TORCH, r'"(common|ops|math)/\w+\.h"'),
+        (LAUNCH, r"torch::autograd", r"\brequires_grad", r"<torch/csrc/autograd", THREADS),
+    ),
+    "autograd": Layer(
+        ("autograd/*",),
+        (STANDARD, TORCH, r'"autograd/\w+\.h"', r'"common/check\.h"', r'"ops/(operators|composite)\.h"'),
+        (LAUNCH, "data_ptr", r"\b(cpu|cuda|math)::"),
+    ),
+    "cpu": Layer(
+        ("cpu/*",),
+        (STANDARD, r"<immintrin\.h>", OWN_TORCH_FREE, SEAM, r'"cpu/\w+\.h"', r"<torch/csrc/stable/c/shim\.h>"),
+        (LAUNCH, ATEN, ALLOCATION, r"\bcuda::", r"#\s*pragma\s+omp"),
+    ),
+    "kernels compiled per instruction set": Layer(
+        ("cpu/isa_*.cpp", "cpu/*_kernel.h", "cpu/simd.h", "cpu/kernels_table.h"),
+        (r"<cstdint>", r"<immintrin\.h>", OWN_TORCH_FREE, r'"cpu/(kernels|kernels_table|simd|\w+_kernel)\.h"'),
+        (THREADS, r"\bstd::", r"\bstatic\s+\w+\s+\w+\s*[;=]"),
+    ),
+    "cuda": Layer(
+        ("cuda/*",),
+        (STANDARD, r"<cuda\w*\.h>", r"<c10/cuda/CUDA(Stream|Guard)\.h>", OWN_TORCH_FREE, SEAM, r'"cuda/\w+\.cuh"'),
+        (r"\b(at|torch)::", r"\bcpu::", r"\bcub\b"),
+    ),
+    "cuda kernels without PTX": Layer(("cuda/*.cu", "cuda/reduce.cuh"), (r".*",), (r"\basm\b",)),
+}
+LAYOUT_OF_A_STEM = (
+    *("csrc/math/{}.h", "csrc/ops/{}.h", "csrc/ops/{}.cpp", "csrc/autograd/{}.cpp", "csrc/cpu/{}.cpp"),
+    *("gradkernels/{}.py", "tests/test_{}.py", "bench/bench_{}.py"),
+)
+# The only file of cpu/ that knows torch, and of it the C functions of its thread pool alone.
+POOL = "cpu/parallel.h"
+MOST_TORCH_UNITS = 8
+
+
+def sources():
+    """Every source file of the project."""
+    for folder in ("csrc", "gradkernels", "tests", "bench"):
+        yield from (path for path in sorted((ROOT / folder).rglob("*")) if path.suffix in SUFFIXES)
+    yield ROOT / "setup.py"
+
+
+def code_of(path):
+    """The text with comments removed and strings emptied; #include lines keep theirs."""
+    text = re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.S)
+    lines = [re.sub(r"//.*", "", line) for line in text.splitlines()]
+    return "\n".join(line if line.lstrip().startswith("#") else re.sub(r'"(\\.|[^"\\])*"', '""', line) for line in lines)
+
+
+def includes_of(path):
+    return re.findall(r'^\s*#\s*include\s+(<[^>]+>|"[^"]+")', code_of(path), flags=re.M)
+
+
+def includes_torch(path):
+    """Whether a file includes torch's C++, itself or through ours."""
+    for include in includes_of(path):
+        name = include[1:-1]
+        if include.startswith('"'):
+            if (CSRC / name).exists() and includes_torch(CSRC / name):
+                return True
+        elif re.match(r"(ATen|c10|torch|pybind11)/", name) and name != "torch/csrc/stable/c/shim.h":
+            return True
+    return False
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layer(layer):
+    rules = LAYERS[layer]
+    broken = []
+    for path in (path for pattern in rules.files for path in sorted(CSRC.glob(pattern))):
+        for include in includes_of(path):
+            if not any(re.fullmatch(allowed, include) for allowed in rules.includes):
+                broken.append(f"{path.relative_to(ROOT)} includes {include}")
+        # An include is judged above, as what it is.
+        code = re.sub(r"^\s*#\s*include.*", "", code_of(path), flags=re.M)
+        for forbidden in rules.must_not:
+            broken += [f"{path.relative_to(ROOT)} has {found.group()!r}" for found in re.finditer(forbidden, code)]
+    assert not broken, "\n".join(broken)
+
+
+def test_every_source_has_a_layer():
+    covered = {path for rules in LAYERS.values() for pattern in rules.files for path in CSRC.glob(pattern)}
+    stray = [str(path.relative_to(ROOT)) for path in sorted(CSRC.rglob("*")) if path.is_file() and path not in covered]
+    assert not stray, f"no row of the table holds for {stray}"
+
+
+def test_torchs_thread_pool_is_reached_in_one_file():
+    knows_torch = [
+        f"cpu/{path.name}"
+        for path in sorted((CSRC / "cpu").glob("*"))
+        if any(include.startswith("<torch/") for include in includes_of(path))
+    ]
+    assert knows_torch == [POOL]
+
+
+def test_translation_units_that_include_torch():
+    units = [path.relative_to(CSRC).as_posix() for path in sorted(CSRC.rglob("*.cpp")) if includes_torch(path)]
+    assert 0 < len(units) <= MOST_TORCH_UNITS, f"{len(units)} files include torch: {units}"
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_stem_stands_on_every_layer(stem):
+    missing = [pattern.format(stem) for pattern in LAYOUT_OF_A_STEM if not (ROOT / pattern.format(stem)).exists()]
+    assert not missing, f"{stem} has no {missing}"
+
+
+def test_no_file_is_named_after_nothing():
+    named = [str(path.relative_to(ROOT)) for path in sources() if re.search(r"(^|_)(utils?|helpers?|misc|common)(_|$)", path.stem)]
+    assert not named, named
+
+
+def test_nothing_is_left_to_do_or_silenced():
+    words = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b|# *noqa|# *type: *ignore|NOLINT")
+    left = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in sources()
+        if path != Path(__file__)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if words.search(line)
+    ]
+    assert not left, "\n".join(left)
+
+
+def test_every_file_opens_by_saying_what_it_is():
+    silent = [str(path.relative_to(ROOT)) for path in sources() if not path.read_text().startswith(("// ", '"""', "# "))]
+    assert not silent, silent
+
+
+def test_macros_are_ours_and_in_common():
+    defined = [
+        (path.relative_to(CSRC).as_posix(), name)
+        for path in sorted(CSRC.rglob("*"))
+        if path.is_file()
+        for name in re.findall(r"^\s*#\s*define\s+(\w+)", code_of(path), flags=re.M)
+    ]
+    strangers = [(path, name) for path, name in defined if not (path.startswith("common/") and name.startswith("GK_"))]
+    assert not strangers, strangers
+
+
+def test_the_compiled_module_is_reached_through_one_file():
+    """Every other Python file asks _native for it, which knows whether it can be loaded."""
+    importers = []
+    for path in sorted((ROOT / "gradkernels").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            by_name = isinstance(node, ast.ImportFrom) and any(alias.name == "_C" for alias in node.names)
+            as_module = isinstance(node, ast.Import) and any(alias.name.endswith("gradkernels._C") for alias in node.names)
+            loader = isinstance(node, ast.Attribute) and node.attr == "import_module"
+            if by_name or as_module or loader:
+                importers.append(path.name)
+    assert importers == ["_native.py"]
+
+
+# what was compiled
+
+
+def instruction_set_objects():
+    if shutil.which("nm") is None or shutil.which("readelf") is None:
+        pytest.skip("binutils (nm, readelf) are not installed")
+    objects = sorted((ROOT / "build").rglob("isa_*.o"))
+    if not objects:
+        pytest.skip("build/ holds no isa_*.o: the library was not built in this checkout")
+    return objects
+
+
+def test_objects_of_an_instruction_set_define_nothing_weak():
+    """The linker keeps one of several weak definitions, for every file: one compiled for AVX-512 would crash an older processor."""
+    for path in instruction_set_objects():
+        symbols = subprocess.run(["nm", "--defined-only", path], check=True, capture_output=True, text=True).stdout.splitlines()
+        weak = [line for line in symbols if line.split()[-2] in "WwVvui"]
+        assert not weak, f"{path.name}:\n" + "\n".join(weak)
+
+
+def test_objects_of_an_instruction_set_run_nothing_when_loaded():
+    for path in instruction_set_objects():
+        sections = subprocess.run(["readelf", "--sections", "--wide", path], check=True, capture_output=True, text=True).stdout
+        assert ".init_array" not in sections and ".ctors" not in sections, f"{path.name} has a static initialiser"
+
+
+def parameters_in_docstring(function):
+    """The number of parameters in the signature that pybind11 writes into the first line of a docstring."""
+    signature = re.match(r"\w+\((.*)\) -> ", inspect.getdoc(function)).group(1)
+    depth, count = 0, 0
+    for character in signature:
+        depth += (character in "([") - (character in ")]")
+        count += depth == 0 and character == ":"
+    return count
+
+
+def test_stub_is_the_module():
+    native = _native.C
+    assert native is not None, f"{_native.reason}; {_native.remedy}"
+    stub = ast.parse((ROOT / "gradkernels/_C.pyi").read_text())
+    functions = {node.name: node for node in stub.body if isinstance(node, ast.FunctionDef)}
+    assert sorted(functions) == sorted(name for name in dir(native) if not name.startswith("_"))
+    for name, node in functions.items():
+        assert not node.args.args and not node.args.kwonlyargs, f"{name}: all parameters are positional"
+        assert len(node.args.posonlyargs) == parameters_in_docstring(getattr(native, name)), f"{name}: {getattr(native, name).__doc__}"
+    (keys,) = [
+        [field.target.id for field in node.body] for node in stub.body if isinstance(node, ast.ClassDef) and node.name == "_BuildInfo"
+    ]
+    assert sorted(keys) == sorted(native.build_info())

@@ -1,0 +1,117 @@
+"""What a user gets besides the operators: the README's lines are true, the docstrings' examples run, and an sdist and a wheel are complete.
+
+The README's lines of use are data here: each stands beside the torch lines it equals, and both sides are evaluated.
+"""
+
+import doctest
+import importlib
+import json
+import os
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import gradkernels
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+README_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+SETUP, USE, *_ = README_BLOCKS
+PRIVATE = {"gradkernels._C", "gradkernels.__main__"}
+MODULES = sorted({module.name for module in pkgutil.iter_modules(gradkernels.__path__, "gradkernels.")} - PRIVATE)
+
+
+@pytest.mark.parametrize("line", USE.splitlines())
+def test_readme_line_equals_the_torch_line_beside_it(line):
+    results = []
+    for expression in line.split("  # "):
+        namespace = {}
+        torch.manual_seed(0)
+        exec(SETUP, namespace)
+        results.append(eval(expression, namespace))
+    ours, theirs = results
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_readme_blocks_run_in_order():
+    namespace = {}
+    for block in README_BLOCKS:
+        exec(block, namespace)
+
+
+@pytest.mark.parametrize("name", gradkernels.__all__)
+def test_public_name_is_in_the_readme(name):
+    assert re.search(rf"(?<!\w){name}(?!\w)", README)
+
+
+@pytest.mark.parametrize("name", gradkernels.__all__)
+def test_public_callable_has_an_example(name):
+    public = getattr(gradkernels, name)
+    assert not callable(public) or ">>>" in public.__doc__
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_setup_without_torch_says_what_to_type():
+    # -S hides every installed package, as pip's isolated build hides torch.
+    result = subprocess.run([sys.executable, "-I", "-S", "setup.py", "egg_info"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "pip install --no-build-isolation ." in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel built from the sdist of a copy of this tree, outside git."""
+    folder = tmp_path_factory.mktemp("wheel")
+    left_out = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__")
+    copy = shutil.copytree(ROOT, folder / "copy", ignore=left_out)
+    sdist = [sys.executable, "-c", "from setuptools import build_meta; build_meta.build_sdist('..')"]
+    subprocess.run(sdist, cwd=copy, check=True)
+    shutil.rmtree(copy)
+    pip_wheel = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", folder]
+    subprocess.run([*pip_wheel, *folder.glob("gradkernels-*.tar.gz")], cwd=folder, check=True)
+    return next(folder.glob("gradkernels-*.whl"))
+
+
+@pytest.mark.slow
+def test_wheel_from_sdist_is_complete(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    sources = {f"gradkernels/{path.name}" for path in (ROOT / "gradkernels").iterdir() if path.suffix in (".py", ".pyi", ".typed")}
+    libraries = {name for name in names if re.fullmatch(r"gradkernels/_C\..*so", name)}
+    assert len(libraries) == 1
+    assert {name for name in names if ".dist-info/" not in name} == sources | libraries
+    assert "gradkernels/py.typed" in names
+
+
+@pytest.mark.slow
+def test_wheel_is_native_away_from_its_sources(wheel, tmp_path):
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", site, wheel]
+    subprocess.run(install, check=True)
+    program = """
+import json, torch, gradkernels
+from gradkernels import _native
+x = torch.linspace(-3, 3, 7)
+same = torch.allclose(gradkernels.elu(x), torch.nn.functional.elu(x))
+print(json.dumps({"file": gradkernels.__file__, "info": _native.C.build_info(), "same": same}))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-c", program]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert Path(found["file"]).is_relative_to(site)
+    assert found["info"]["torch"] == torch.__version__
+    assert found["info"]["commit"] == "unknown"
+    assert found["same"]
