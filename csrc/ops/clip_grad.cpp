@@ -5,7 +5,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <cmath>
+#include <algorithm>
+#include <functional>
 #include <limits>
 #include <vector>
 
@@ -28,6 +29,14 @@ void check_tensors(at::TensorList tensors) {
 }
 
 Run run_of(const at::Tensor& dense) { return {dtype_of(dense), dense.numel(), dense.data_ptr()}; }
+
+// Whether no two runs share memory. A gradient that is listed twice is scaled twice, as torch does it, one after the other.
+bool disjoint(std::vector<Run> runs) {
+  std::sort(runs.begin(), runs.end(), [](const Run& a, const Run& b) { return std::less<void*>()(a.data, b.data); });
+  return std::adjacent_find(runs.begin(), runs.end(), [](const Run& a, const Run& b) {
+           return std::less<void*>()(b.data, static_cast<char*>(a.data) + a.count * size_of(a.dtype));
+         }) == runs.end();
+}
 
 at::Tensor get_total_norm(at::TensorList tensors, double norm_type) {
   const Norm norm = norm_of(norm_type);
@@ -61,7 +70,11 @@ void clip_grads_with_norm_(at::TensorList grads, double max_norm, const at::Tens
       grad.mul_(coefficient);
     }
   }
-  cpu::scale(runs.data(), static_cast<int64_t>(runs.size()), coefficient);
+  if (disjoint(runs)) {
+    cpu::scale(runs.data(), static_cast<int64_t>(runs.size()), coefficient);
+  } else {
+    for (const Run& run : runs) cpu::scale(&run, 1, coefficient);
+  }
 }
 
 // Shapes alone, for tracing.
