@@ -1,9 +1,12 @@
-// The Python module gradkernels._C. Loading it registers the operators; its functions are short ways to the dispatcher for what Python calls most
-// (torch.ops costs about a microsecond more a call, and its packets resolve overloads by trial).
+// The Python module gradkernels._C. Loading it registers the operators; its functions are short ways to the dispatcher for what Python
+// calls most (torch.ops costs more a call: it resolves overloads by trial).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
-#include <torch/version.h>
+
+#include <optional>
+#include <string_view>
+#include <vector>
 
 #include "build_stamp.h"
 #include "common/check.h"

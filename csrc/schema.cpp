@@ -1,12 +1,12 @@
-// Every operator of the library: the contract between Python, autograd and the kernels. Names and argument order are torch's where torch has the
-// operator; Tensor(a!) is written.
+// Every operator of the library: the contract between Python, autograd and the kernels. Names and argument order are torch's where torch
+// has the operator; Tensor(a!) is written.
 #include <torch/library.h>
 
 TORCH_LIBRARY(gradkernels, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
 
-  // mask: uint8 [ceil(numel / 8)], bit i % 8 of byte i / 8 is x > 0 for element i in storage order. stride: that of the tensor whose storage order is
-  // meant, since a gradient may come in another.
+  // mask: uint8 [ceil(numel / 8)], bit i % 8 of byte i / 8 is x > 0 for element i in storage order. stride: that of the tensor whose
+  // storage order is meant, since a gradient may come in another.
   m.def("leaky_relu(Tensor x, float negative_slope=0.01) -> Tensor", tags);
   m.def("leaky_relu_(Tensor(a!) x, float negative_slope=0.01) -> ()", tags);
   m.def("leaky_relu_with_mask(Tensor x, float negative_slope) -> (Tensor y, Tensor mask)", tags);
@@ -20,8 +20,9 @@ TORCH_LIBRARY(gradkernels, m) {
   m.def("swish(Tensor x, float beta=1.0) -> Tensor", tags);
   m.def("swish_backward(Tensor grad_y, Tensor x, float beta) -> Tensor grad_x", tags);
 
-  // mean, invstd: float64 [C], the statistics applied. mask: uint8, one bit an element, where act has two slopes and there is a residual; else empty.
-  // num_batches_tracked: given, it is incremented, and momentum None means 1 / num_batches_tracked.
+  // mean, invstd: float64 [C], the statistics applied. mask: uint8, a bit where act's slope is 1, lines filling whole bytes
+  // (ops/batch_norm_act.h), if act has two slopes and there is a residual; else empty. num_batches_tracked: given, it is incremented, and
+  // momentum None means 1 / num_batches_tracked.
   m.def(
       "batch_norm_act(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight, Tensor? bias, Tensor? residual, "
       "Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, str act, float act_param) "
@@ -35,7 +36,7 @@ TORCH_LIBRARY(gradkernels, m) {
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
       tags);
 
-  // The norm of all tensors as one vector, float64; norm_type 2 or inf.
+  // The norm of all tensors, at least one, as one vector, float64; norm_type 2 or inf.
   m.def("get_total_norm(Tensor[] tensors, float norm_type) -> Tensor", tags);
   m.def("clip_grads_with_norm_(Tensor(a!)[] grads, float max_norm, Tensor total_norm) -> ()", tags);
 }

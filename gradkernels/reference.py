@@ -48,7 +48,7 @@ def check_act(act: str, act_param: float | None) -> float:
     default = ACTIVATIONS[act][0]
     if default is None:
         return 0.0
-    return default if act_param is None else act_param
+    return default if act_param is None else float(act_param)
 
 
 def check_batch_norm_act(x: Tensor, residual: Tensor | None, training: bool, eps: float, act: str, act_param: float | None) -> float:

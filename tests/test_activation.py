@@ -766,3 +766,13 @@ def test_module_inplace(act):
     assert y is x
     assert_bitwise_equal("y", y, expected)
     assert repr(module) == repr(torch_module)
+
+
+def test_tensors_with_the_negative_bit_are_torchs():
+    """The imaginary part of a conjugate: torch holds it negated, without having written it."""
+    for ours, theirs in ((gk.leaky_relu, F.leaky_relu), (gk.elu, F.elu)):
+        for inplace in (False, True):
+            x = torch.view_as_complex(torch.randn(5, 2)).conj().imag
+            assert x.is_neg()
+            expected = theirs(x.clone().resolve_neg())
+            torch.testing.assert_close(ours(x, inplace=inplace).resolve_neg(), expected)

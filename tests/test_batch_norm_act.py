@@ -702,6 +702,22 @@ def test_second_derivatives_are_torchs(act, training):
     assert_close(results[0], results[1])
 
 
+@each_training
+@each_act
+@pytest.mark.parametrize("relation", ["the same tensor", "x of residual", "residual of x"])
+def test_second_derivatives_where_x_and_residual_depend_on_each_other(relation, act, training):
+    """As in every block of a ResNet."""
+    given = arguments((4, 3, 5), torch.float64, residual=True)
+    results = []
+    for function in (gk.batch_norm_act, reference.batch_norm_act):
+        leaf, grad_y = given["x"].clone().requires_grad_(), given["grad_y"].clone().requires_grad_()
+        x, residual = {"the same tensor": (leaf, leaf), "x of residual": (leaf.sin(), leaf), "residual of x": (leaf, leaf.sin())}[relation]
+        y = function(x, given["running_mean"].clone(), given["running_var"].clone(), training=training, act=act, residual=residual)
+        (grad,) = torch.autograd.grad(y, leaf, grad_y, create_graph=True)
+        results.append((grad, *torch.autograd.grad(grad.square().sum(), (leaf, grad_y), allow_unused=True, materialize_grads=True)))
+    assert_close(results[0], results[1])
+
+
 # every way torch calls an operator
 
 

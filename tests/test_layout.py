@@ -258,3 +258,10 @@ def test_stub_is_the_module():
         [field.target.id for field in node.body] for node in stub.body if isinstance(node, ast.ClassDef) and node.name == "_BuildInfo"
     ]
     assert sorted(keys) == sorted(native.build_info())
+
+
+def test_no_line_is_longer_than_140_columns():
+    """The formatter leaves comments alone."""
+    for path in CSRC.rglob("*.*"):
+        long = [number for number, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 140]
+        assert not long, f"{path.relative_to(ROOT)}: lines {long}"

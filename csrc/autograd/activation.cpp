@@ -1,6 +1,6 @@
-// The activations' gradients: leaky_relu keeps one bit an element; elu its output where alpha >= 0, which the next layer keeps anyway, else its
-// input; swish its input. Under create_graph leaky_relu's gradient, linear in grad_y, is recorded as the same operator again; the others are then
-// written in ATen's differentiable operators.
+// The activations' gradients: leaky_relu keeps one bit an element; elu its output where alpha >= 0, which the next layer keeps anyway, else
+// its input; swish its input. Under create_graph leaky_relu's gradient, linear in grad_y, is recorded as the same operator again; the
+// others are then written in ATen's differentiable operators.
 #include <ATen/ops/elu_backward.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>

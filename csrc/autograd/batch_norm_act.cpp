@@ -1,6 +1,7 @@
-// batch_norm_act's gradient. Kept for it: x, mean and invstd, from which the argument of the activation is rebuilt; with a residual one bit an element
-// where the activation has two slopes, else the residual itself. Running statistics are never kept: a training step between an evaluation's
-// forward and backward would change them. Under create_graph the forward is composed again of ATen's operators and differentiated.
+// batch_norm_act's gradient. Kept for it: x, mean and invstd, from which the argument of the activation is rebuilt; with a residual one bit
+// an element where the activation has two slopes, else the residual itself. Running statistics are never kept: a training step between an
+// evaluation's forward and backward would change them. Under create_graph the forward is composed again of ATen's operators and
+// differentiated.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/batch_norm.h>
 #include <ATen/ops/ones_like.h>
@@ -9,7 +10,6 @@
 #include <torch/library.h>
 
 #include "autograd/function.h"
-#include "common/check.h"
 #include "ops/composite.h"
 
 namespace gradkernels::autograd {
@@ -100,7 +100,12 @@ struct BatchNormAct : torch::autograd::Function<BatchNormAct> {
     }
   };
 
-  static void differentiable_gradients(const Saved& saved, const at::Tensor& grad_y, std::array<bool, 4> wanted, variable_list& result) {
+  static void differentiable_gradients(Saved saved, const at::Tensor& grad_y, std::array<bool, 4> wanted, variable_list& result) {
+    // Differentiated by these aliases: the originals may be one tensor, or depend on each other, and each would be given the gradient of
+    // both.
+    for (at::Tensor* input : {&saved.x, &saved.weight, &saved.bias, &saved.residual}) {
+      if (input->defined()) *input = input->view_as(*input);
+    }
     at::Tensor output = saved.normalised();
     at::Tensor grad_output = grad_y;
     if (saved.mask.defined()) {

@@ -1,4 +1,5 @@
-// Clipping is outside differentiation, as torch's, which runs it under no_grad: the operators fall through autograd and only count versions.
+// Clipping is outside differentiation, as torch's, which runs it under no_grad: the operators fall through autograd and only count
+// versions.
 #include <torch/library.h>
 
 #include "autograd/function.h"

@@ -1,6 +1,6 @@
-// Large outputs on huge pages. The C library gives blocks of some MiB back to the system when they are freed and gets them again page by page: writing to
-// a fresh 25 MiB output then costs 6,000 page faults, more than the arithmetic. Where the system grants huge pages on request (transparent_hugepage
-// madvise, the usual setting), the same costs a dozen. `bench/bench_batch_norm_act.py` prints the faults of each row.
+// Large outputs on huge pages. The C library gives blocks of some MiB back to the system when they are freed and gets them again page by
+// page: a fresh output then costs a page fault for every 4 KiB. Where the system grants huge pages on request (transparent_hugepage is
+// madvise, the usual setting), it is one for every 2 MiB.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -9,7 +9,7 @@
 namespace gradkernels {
 
 inline bool has_kernel(const at::Tensor& x) {
-  return (x.device().is_cpu() || x.device().is_meta()) && x.layout() == at::kStrided && !x.is_nested() &&
+  return (x.device().is_cpu() || x.device().is_meta()) && x.layout() == at::kStrided && !x.is_nested() && !x.is_neg() &&
          (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble);
 }
 

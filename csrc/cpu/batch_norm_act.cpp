@@ -1,6 +1,6 @@
-// batch_norm_act on the CPU. The operand is cut into slabs, by its shape alone, so that results do not depend on the number of threads. A slab that
-// holds its channels whole goes through statistics and normalisation in one task, the second pass finding it in cache; where channels are too few
-// or too large for that, all slabs go through one pass before the next, which then walks back from the end.
+// batch_norm_act on the CPU. The operand is cut into slabs, by its shape alone, so that results do not depend on the number of threads. A
+// slab that holds its channels whole goes through statistics and normalisation in one task, the second pass finding it in cache; where
+// channels are too few or too large for that, all slabs go through one pass before the next, which then walks back from the end.
 #include "ops/batch_norm_act.h"
 
 #include <algorithm>
@@ -105,8 +105,8 @@ void finish_channel(const BatchNormBackward& p, int64_t channel, const math::Gra
   });
 }
 
-// Two passes over the slabs: reduce(slab, out) leaves a partial result for each of its channels, finish(channel, result) takes the merged one, and
-// only then apply(slab, results) runs. Where a channel is in one slab, that all happens in one task.
+// Two passes over the slabs: reduce(slab, out) leaves a partial result for each of its channels, finish(channel, result) takes the merged
+// one, and only then apply(slab, results) runs. Where a channel is in one slab, that all happens in one task.
 template <typename Result, typename Reduce, typename Finish, typename Apply>
 void reduce_then_apply(const Slabs& slabs, int64_t channels, const Reduce& reduce, const Finish& finish, const Apply& apply) {
   std::vector<Result> partial(slabs.parts() * channels);

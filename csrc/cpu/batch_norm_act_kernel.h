@@ -1,9 +1,10 @@
-// The SIMD loops of batch_norm_act, over two kinds of lines. Long runs: a line is one channel's run of `inner` elements, and what belongs to the channel
-// stays in registers. Short runs, and channels_last with its runs of one: a line is a row across the channels of the slab, and what belongs to a channel
-// is spread out to one value a column. Both bring the same types, so that what happens to an element is written once.
+// The SIMD loops of batch_norm_act, over two kinds of lines. Long runs: a line is one channel's run of `inner` elements, and what belongs
+// to the channel stays in registers. Short runs, and channels_last with its runs of one: a line is a row across the channels of the slab,
+// and what belongs to a channel is spread out to one value a column. Both bring the same types, so that what happens to an element is
+// written once.
 //
-// The moments of a tile are taken in two passes, the mean first, while the tile lies in cache. Sums that may cancel, those of x - mean, of dz and of
-// dz (x - mean), are float64. Compiled once per instruction set.
+// The moments of a tile are taken in two passes, the mean first, while the tile lies in cache. Sums that may cancel, those of x - mean, of
+// dz and of dz (x - mean), are float64. Compiled once per instruction set.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -15,7 +16,8 @@
 namespace gradkernels::cpu {
 namespace {
 
-// ---- Lines and tiles -----------------------------------------------------------------------------------------------------------------------
+// ---- Lines and tiles
+// -----------------------------------------------------------------------------------------------------------------------
 
 // Elements [begin, end) from offset + row * row_stride on, for each row; of long runs those of one channel, of short runs those of several.
 struct Lines {
@@ -45,8 +47,8 @@ GK_INLINE void for_each_tile(const Lines& lines, int64_t rows, int64_t width, co
   }
 }
 
-// Where a vector stands: its first element in the operand and in the mask's bytes, and its column in the line; and whether the output's line is to be
-// written past the caches.
+// Where a vector stands: its first element in the operand and in the mask's bytes, and its column in the line; and whether the output's
+// line is to be written past the caches.
 struct Position {
   int64_t element;
   int64_t mask_byte;
@@ -54,7 +56,8 @@ struct Position {
   bool past_caches;
 };
 
-// Calls function(position, lanes) for each vector of the lines. With an output, its lines that begin at a register's alignment are written past the caches.
+// Calls function(position, lanes) for each vector of the lines. With an output, its lines that begin at a register's alignment are written
+// past the caches.
 template <typename scalar_t, typename Function>
 GK_INLINE void for_each_position(const Lines& lines, const scalar_t* streamed_output, const Function& function) {
   for (int64_t row = lines.row_begin; row < lines.row_end; ++row) {
@@ -102,7 +105,8 @@ GK_INLINE void add_product(math::Sum<Vec<double>>& sum, Vec<double> a, Vec<doubl
   }
 }
 
-// Vectors of eight doubles that a vector of scalar_t widens to, and a loop over them with a constant index, which keeps arrays of them in registers.
+// Vectors of eight doubles that a vector of scalar_t widens to, and a loop over them with a constant index, which keeps arrays of them in
+// registers.
 template <typename scalar_t>
 constexpr int kParts = Vec<scalar_t>::kLanes / Vec<double>::kLanes;
 
@@ -117,7 +121,8 @@ GK_INLINE void for_each_part(const Function& function) {
   if constexpr (kParts<scalar_t> == 2) function(Part<1>());
 }
 
-// ---- Long runs -----------------------------------------------------------------------------------------------------------------------------
+// ---- Long runs
+// -----------------------------------------------------------------------------------------------------------------------------
 
 struct LongRuns {
   // Calls function(lines) for each channel of the slab.
@@ -182,7 +187,8 @@ struct LongRuns {
   };
 };
 
-// ---- Short runs ----------------------------------------------------------------------------------------------------------------------------
+// ---- Short runs
+// ----------------------------------------------------------------------------------------------------------------------------
 
 // A value a column; a lane past the last column holds anything.
 template <typename T>
@@ -300,7 +306,8 @@ GK_INLINE void visit_runs(const BatchNormShape& shape, const Function& function)
   }
 }
 
-// ---- Statistics ----------------------------------------------------------------------------------------------------------------------------
+// ---- Statistics
+// ----------------------------------------------------------------------------------------------------------------------------
 
 // Sums of (x - about) and of its square over a tile of one channel.
 struct DifferenceSums {
@@ -438,7 +445,8 @@ void batch_norm_moments_kernel(const BatchNormForward& p, Slab slab, math::Momen
   });
 }
 
-// ---- Forward -------------------------------------------------------------------------------------------------------------------------------
+// ---- Forward
+// -------------------------------------------------------------------------------------------------------------------------------
 
 template <typename scalar_t>
 GK_INLINE double channel_value(const void* values, int64_t channel, double otherwise) {
@@ -490,7 +498,8 @@ void batch_norm_normalise_kernel(const BatchNormForward& p, Slab slab) {
   });
 }
 
-// ---- Backward ------------------------------------------------------------------------------------------------------------------------------
+// ---- Backward
+// ------------------------------------------------------------------------------------------------------------------------------
 
 // Calls function(dz), where dz(normalise, x, at, lanes) is the gradient at the output of the normalisation.
 template <typename scalar_t, typename Function>

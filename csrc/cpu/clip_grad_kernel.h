@@ -1,5 +1,5 @@
-// The SIMD loops of gradient clipping, over one contiguous run of elements. Squares are taken and summed in float64, whatever the element type: no
-// gradient that float32 holds can overflow or vanish. Compiled once per instruction set.
+// The SIMD loops of gradient clipping, over one contiguous run of elements. Squares are taken and summed in float64, whatever the element
+// type: no gradient that float32 holds can overflow or vanish. Compiled once per instruction set.
 #pragma once
 
 #include "cpu/kernels.h"

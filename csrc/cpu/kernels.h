@@ -1,5 +1,5 @@
-// What one instruction set exports: a table of its kernels. They work on one piece of an operand; cutting into pieces, threads and the order in
-// which partial results meet belong to the drivers, cpu/<stem>.cpp, which are compiled once.
+// What one instruction set exports: a table of its kernels. They work on one piece of an operand; cutting into pieces, threads and the
+// order in which partial results meet belong to the drivers, cpu/<stem>.cpp, which are compiled once.
 #pragma once
 
 #include "math/batch_norm_act.h"

@@ -1,5 +1,5 @@
-// Threads: torch's own pool, through its C interface. This library then needs no OpenMP of its own (at::parallel_for is a header template that
-// runs serially, without a word, where -fopenmp is missing, and a second runtime in the process oversubscribes the cores).
+// Threads: torch's own pool, through its C interface. This library then needs no OpenMP of its own (at::parallel_for is a header template
+// that runs serially, without a word, where -fopenmp is missing, and a second runtime in the process oversubscribes the cores).
 #pragma once
 
 #include <torch/csrc/stable/c/shim.h>

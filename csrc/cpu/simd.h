@@ -1,7 +1,8 @@
-// Vec<T>: the vector of an instruction set, at least eight lanes wide so that a vector always fills whole bytes of a bit mask, with the operations
-// that math/ is written in. The including file has switched the instruction set on and said so with kRegisterBytes: 64 is AVX-512 F, DQ and VL, 32 is
-// AVX2 and FMA, 16 is what every processor has. (g++ before 13 does not define __AVX2__ after #pragma GCC target.) Everything has internal linkage and is forced inline: an instruction set's
-// object must not hand a function to the rest of the library (tests/test_layout.py looks with nm).
+// Vec<T>: the vector of an instruction set, at least eight lanes wide so that a vector always fills whole bytes of a bit mask, with the
+// operations that math/ is written in. The including file has switched the instruction set on and said so with kRegisterBytes: 64 is
+// AVX-512 F, DQ and VL, 32 is AVX2 and FMA, 16 is what every processor has. (g++ before 13 does not define __AVX2__ after #pragma GCC
+// target.) Everything has internal linkage and is forced inline: an instruction set's object must not hand a function to the rest of the
+// library (tests/test_layout.py looks with nm).
 #pragma once
 
 #include <cstdint>
@@ -195,8 +196,8 @@ GK_INLINE void store(T* target, SomeLanes lanes, Vec<T> value) {
   for (int i = 0; i < lanes.count; ++i) target[i] = lane[i];
 }
 
-// Past the caches: without reading the target's line first, which for an output too large to stay in cache is a third of the traffic. Other cores see it
-// after stream_fence. The target is aligned to the register.
+// Past the caches: without reading the target's line first, which for an output too large to stay in cache is a third of the traffic. Other
+// cores see it after stream_fence. The target is aligned to the register.
 template <typename T>
 GK_INLINE void stream(T* target, Vec<T> value) {
 #if defined(__x86_64__)

@@ -5,8 +5,8 @@
 //   backward_from_output(grad_y, y)   the same from the output: only where y determines the derivative
 //   passes(x), backward_from_mask     the same from one bit: only where the derivative takes two values
 //
-// A member that does not exist is a use that is not legal: Swish cannot be undone, so an in-place Swish does not compile. Comparisons are the ones
-// of torch's operators, which decides the values at nan and at zero.
+// A member that does not exist is a use that is not legal: Swish cannot be undone, so an in-place Swish does not compile. Comparisons are
+// the ones of torch's operators, which decides the values at nan and at zero.
 #pragma once
 
 #include "math/exp.h"
@@ -88,7 +88,8 @@ struct Elu {
   GK_HOST_DEVICE T backward_from_output(T grad_y, T y) const { return select(y <= T(0), grad_y * (y + alpha), grad_y); }
 };
 
-// swish(x) = x s with s = sigmoid(beta x), and with z = beta x: swish'(x) = s (1 + z (1 - s)) = numerator (denominator + z complement) / denominator^2
+// swish(x) = x s with s = sigmoid(beta x), and with z = beta x: swish'(x) = s (1 + z (1 - s)) = numerator (denominator + z complement) /
+// denominator^2
 template <typename T>
 struct Swish {
   T beta;

@@ -14,16 +14,16 @@ struct Moments {
   T m2;
 };
 
-// Moments of a tile from the sums of d = x - about and of d^2. `about` is near the tile's mean, so that nothing cancels: mean = about + S/n,
-// M2 = Q - S^2/n.
+// Moments of a tile from the sums of d = x - about and of d^2. `about` is near the tile's mean, so that nothing cancels: mean = about +
+// S/n, M2 = Q - S^2/n.
 template <typename T>
 GK_HOST_DEVICE Moments<T> moments_about(T about, T count, T sum, T sum_of_squares) {
   const T correction = sum / count;
   return {count, about + correction, sum_of_squares - sum * correction};
 }
 
-// Moments of the union of two disjoint sets (Chan, Golub and LeVeque 1979); the second may not be empty. The products are grouped so that an empty
-// first set weighs nothing even where delta^2 overflows.
+// Moments of the union of two disjoint sets (Chan, Golub and LeVeque 1979); the second may not be empty. The products are grouped so that
+// an empty first set weighs nothing even where delta^2 overflows.
 template <typename T>
 GK_HOST_DEVICE Moments<T> merge(const Moments<T>& a, const Moments<T>& b) {
   const T count = a.count + b.count;
@@ -32,8 +32,8 @@ GK_HOST_DEVICE Moments<T> merge(const Moments<T>& a, const Moments<T>& b) {
   return {count, a.mean + delta * weight, a.m2 + b.m2 + delta * (delta * (a.count * weight))};
 }
 
-// 1 / sqrt(var + eps), and 0 for a constant channel with eps = 0, as torch's. One Newton step with the exact residual takes back the roundings of the
-// root and of the quotient: every output scales with this number.
+// 1 / sqrt(var + eps), and 0 for a constant channel with eps = 0, as torch's. One Newton step with the exact residual takes back the
+// roundings of the root and of the quotient: every output scales with this number.
 GK_HOST_DEVICE double inverse_std(double variance, double eps) {
   const double v = variance + eps;
   if (v == 0.0) return 0.0;
@@ -51,8 +51,9 @@ GK_HOST_DEVICE double update_running(double running, double observed, double mom
 
 // batch_norm(x) = (x - mean) invstd weight + bias = fma(x - mean_high, scale, shift)
 //
-// mean = mean_high + mean_low, the second carried by the shift: for data at 1e4 +- 1e-2 the plain (x - mean) * invstd in float32 is off by 7e-3
-// and this form by 2e-7. The backward pass rebuilds the argument of the activation with the same expression, hence with the same sign.
+// mean = mean_high + mean_low, the second carried by the shift: data at 1e4 +- 1e-2 keep their digits (test_statistics_of_hard_inputs),
+// which (x - mean) * invstd in float32 loses. The backward pass rebuilds the argument of the activation with the same expression, hence
+// with the same sign.
 template <typename T>
 struct Normalisation {
   T mean_high;
@@ -76,8 +77,8 @@ GK_HOST_DEVICE Normalisation<scalar_t> normalisation(double mean, double invstd,
   return {mean_high, scale, static_cast<scalar_t>(bias - mean_low * static_cast<double>(scale))};
 }
 
-// The sums behind every gradient, over a channel: S1 = sum dz, S2 = sum dz (x - mean), with dz the gradient at the output of the normalisation.
-// grad_bias = S1, grad_weight = invstd S2.
+// The sums behind every gradient, over a channel: S1 = sum dz, S2 = sum dz (x - mean), with dz the gradient at the output of the
+// normalisation. grad_bias = S1, grad_weight = invstd S2.
 struct GradientSums {
   double dz;
   double dz_x;
@@ -85,8 +86,8 @@ struct GradientSums {
 
 GK_HOST_DEVICE GradientSums merge(const GradientSums& a, const GradientSums& b) { return {a.dz + b.dz, a.dz_x + b.dz_x}; }
 
-// training: grad_x = weight invstd (dz - S1/N - (x - mean) invstd^2 S2/N) = fma(scale, dz - dz_mean_high, fma(slope, x - mean_high, offset))
-// evaluation: grad_x = weight invstd dz
+// training: grad_x = weight invstd (dz - S1/N - (x - mean) invstd^2 S2/N) = fma(scale, dz - dz_mean_high, fma(slope, x - mean_high,
+// offset)) evaluation: grad_x = weight invstd dz
 //
 // S1/N is split as the mean is: gradients that sit on a large common offset keep their digits.
 template <typename T>

@@ -17,9 +17,9 @@ GK_HOST_DEVICE T max_or_nan(T maximum, T x) {
   return select((x > maximum) | (x != x), x, maximum);
 }
 
-// A sum of squares of float64 values outside these bounds has lost digits to overflow or to denormals, although the norm may be representable: it
-// is taken again over x * factor with a power of two that brings the largest magnitude near one, which loses nothing. Squares of float32 values
-// never leave the bounds, but for zero.
+// A sum of squares of float64 values outside these bounds has lost digits to overflow or to denormals, although the norm may be
+// representable: it is taken again over x * factor with a power of two that brings the largest magnitude near one, which loses nothing.
+// Squares of float32 values never leave the bounds, but for zero.
 constexpr double kSmallestSafeSquareSum = 1e-280;
 constexpr double kLargestSafeSquareSum = 1e300;
 

@@ -1,8 +1,8 @@
 // exp, expm1 and the logistic function without branches or table, for scalars and SIMD vectors alike: libm's versions do not vectorise.
-// Argument reduction x = n ln 2 + r with |r| <= ln(2) / 2 (Cody and Waite), Taylor's series of e^r - 1, scaling by 2^n. The series ends where its
-// remainder is below 0.1 ulp. Results carry their own rounding error beside them where a caller goes on computing: elu and swish and their gradients stay
-// within 2 ulp of the exact value where the processor has fma (tests/test_activation.py) and 4 where not. nan stays nan; the ends saturate to 0, -1
-// and inf; denormal results are kept.
+// Argument reduction x = n ln 2 + r with |r| <= ln(2) / 2 (Cody and Waite), Taylor's series of e^r - 1, scaling by 2^n. The series ends
+// where its remainder is below 0.1 ulp. Results carry their own rounding error beside them where a caller goes on computing: elu and swish
+// and their gradients stay within 2 ulp of the exact value where the processor has fma (tests/test_activation.py) and 4 where not. nan
+// stays nan; the ends saturate to 0, -1 and inf; denormal results are kept.
 #pragma once
 
 #include "common/host_device.h"
@@ -105,9 +105,9 @@ GK_HOST_DEVICE Sum<T> expm1_of_reduced(const ReducedExp<T>& reduced) {
   return {high, fma(square, reduced.q, reduced.r - high)};
 }
 
-// e^x = (high + low) tail: high alone is right to one ulp, and the two together to a third of one. 2^n is applied in two halves, since it leaves the
-// normal range itself where the result is denormal or just below overflow; a caller who multiplies by something large before the tail keeps the
-// digits that a denormal e^x has lost.
+// e^x = (high + low) tail: high alone is right to one ulp, and the two together to a third of one. 2^n is applied in two halves, since it
+// leaves the normal range itself where the result is denormal or just below overflow; a caller who multiplies by something large before the
+// tail keeps the digits that a denormal e^x has lost.
 template <typename T>
 struct SplitExp {
   T high;
@@ -140,8 +140,8 @@ GK_HOST_DEVICE Sum<T> expm1_of_nonpositive(T x) {
   return {sum.high, fma(scale, expm1.low, sum.low)};
 }
 
-// sigmoid(x) = 1 / (1 + e^-x) = numerator / denominator * tail, and 1 - sigmoid(x) = complement / denominator, with only e^-|x| inside: no overflow,
-// and full relative accuracy on both sides of zero.
+// sigmoid(x) = 1 / (1 + e^-x) = numerator / denominator * tail, and 1 - sigmoid(x) = complement / denominator, with only e^-|x| inside: no
+// overflow, and full relative accuracy on both sides of zero.
 template <typename T>
 struct Logistic {
   Sum<T> numerator;

@@ -1,5 +1,5 @@
-// The activations' operators: check, allocate, hand to the kernels. Elementwise work goes over storage order, whatever the strides, as long as the
-// elements fill it without gaps; other tensors are copied first, as ATen's TensorIterator would walk them.
+// The activations' operators: check, allocate, hand to the kernels. Elementwise work goes over storage order, whatever the strides, as long
+// as the elements fill it without gaps; other tensors are copied first, as ATen's TensorIterator would walk them.
 #include "ops/activation.h"
 
 #include <ATen/MemoryOverlap.h>
@@ -12,7 +12,6 @@
 #include <ATen/ops/leaky_relu.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/silu.h>
-#include <ATen/ops/silu_backward.h>
 #include <torch/library.h>
 
 #include "common/allocate.h"

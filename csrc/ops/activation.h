@@ -11,7 +11,8 @@ enum class Saved : uint8_t { kInput, kOutput, kMask };
 
 namespace cpu {
 
-// y = act(x) over `count` elements in storage order; x may be y. With a mask, which only activations of two slopes have, its bits are written too.
+// y = act(x) over `count` elements in storage order; x may be y. With a mask, which only activations of two slopes have, its bits are
+// written too.
 void activation_forward(DType dtype, math::Activation act, int64_t count, const void* x, void* y, uint8_t* mask);
 
 // grad_x = grad_y act'(x); grad_x may be grad_y.

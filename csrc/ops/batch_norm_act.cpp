@@ -1,5 +1,6 @@
-// batch_norm_act's operators: check, allocate, describe the layout, hand to the kernels. The output takes x's memory format, as torch's. Cases that
-// torch's batch norm treats apart (empty batches, one value a channel, mixed dtypes, statistics with gaps) go to it, and so do its errors.
+// batch_norm_act's operators: check, allocate, describe the layout, hand to the kernels. The output takes x's memory format, as torch's.
+// Cases that torch's batch norm treats apart (empty batches, one value a channel, mixed dtypes, statistics with gaps) go to it, and so do
+// its errors.
 #include "ops/batch_norm_act.h"
 
 #include <ATen/Context.h>
@@ -156,15 +157,13 @@ BatchNormActResult batch_norm_act(const at::Tensor& x, const OptionalTensor& run
   at::Tensor invstd = at::empty_like(mean);
   at::Tensor mask = layout.empty_mask(x, added.defined() && activation_of_y.has_two_slopes());
   double factor = momentum.value_or(0.0);
-  if (training && is_given(num_batches_tracked)) {
-    int64_t& count = *num_batches_tracked->mutable_data_ptr<int64_t>();
-    ++count;
-    if (!momentum.has_value()) factor = 1.0 / static_cast<double>(count);
-  }
+  int64_t* count = training && is_given(num_batches_tracked) ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr;
+  if (count != nullptr && !momentum.has_value()) factor = 1.0 / static_cast<double>(*count + 1);
   cpu::batch_norm_act_forward({dtype_of(x), layout.shape(), activation_of_y, training, factor, eps, source.const_data_ptr(), data_of(added),
                                data_of(weight), data_of(bias), mutable_data_of(running_mean), mutable_data_of(running_var),
                                mean.mutable_data_ptr<double>(), invstd.mutable_data_ptr<double>(), y.mutable_data_ptr(),
                                mask.numel() == 0 ? nullptr : mask.mutable_data_ptr<uint8_t>()});
+  if (count != nullptr) ++*count;
   return {y, mean, invstd, mask};
 }
 

@@ -17,7 +17,8 @@ struct BatchNormShape {
 // Below this many elements a channel's run is too short for a loop of its own; kernels then walk across channels.
 constexpr int64_t kShortRunElements = 64;
 
-// Bytes of the 1-bit mask kept for backward. A line, which fills whole bytes, is a channel's run or, where runs are short, a row over all channels.
+// Bytes of the 1-bit mask kept for backward. A line, which fills whole bytes, is a channel's run or, where runs are short, a row over all
+// channels.
 template <typename Int>
 Int mask_bytes(const Int& rows, const Int& channels, const Int& inner) {
   if (inner < kShortRunElements) return rows * ((channels * inner + 7) / 8);

@@ -1,6 +1,7 @@
 // The clipping operators: describe the gradients as runs of elements, hand them to the kernels.
 #include "ops/clip_grad.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -59,6 +60,8 @@ at::Tensor get_total_norm(at::TensorList tensors, double norm_type) {
 
 void clip_grads_with_norm_(at::TensorList grads, double max_norm, const at::Tensor& total_norm) {
   check_tensors(grads);
+  // Before anything is written.
+  for (const at::Tensor& grad : grads) at::assert_no_internal_overlap(grad);
   const double coefficient = math::clip_coefficient(total_norm.item<double>(), max_norm);
   if (math::leaves_unscaled(coefficient)) return;
   std::vector<Run> runs;
@@ -67,7 +70,10 @@ void clip_grads_with_norm_(at::TensorList grads, double max_norm, const at::Tens
     if (grad.is_non_overlapping_and_dense()) {
       runs.push_back(run_of(grad));
     } else {
-      grad.mul_(coefficient);
+      const at::Tensor copy = grad.contiguous();
+      const Run run = run_of(copy);
+      cpu::scale(&run, 1, coefficient);
+      grad.copy_(copy);
     }
   }
   if (disjoint(runs)) {

@@ -1,5 +1,5 @@
-// The operators composed of ATen's: for dtypes, devices and tensor types without a kernel, and under functorch and forward-mode differentiation,
-// which differentiate through ATen operators.
+// The operators composed of ATen's: for dtypes, devices and tensor types without a kernel, and under functorch and forward-mode
+// differentiation, which differentiate through ATen operators.
 #pragma once
 
 #include <ATen/core/Tensor.h>

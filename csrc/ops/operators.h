@@ -1,5 +1,5 @@
-// The operators as C++ types, for those who call them through the dispatcher: call<ops::Elu>(x, alpha). A signature that does not match schema.cpp is
-// an error at the first call.
+// The operators as C++ types, for those who call them through the dispatcher: call<ops::Elu>(x, alpha). A signature that does not match
+// schema.cpp is an error at the first call.
 #pragma once
 
 #include <ATen/core/Tensor.h>
