@@ -497,7 +497,11 @@ def plot(path: Path, vanished: Vanishing, exploded: Exploding, notes: NotesNetwo
     figure = Figure(figsize=(15, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(
-        "gradkernels (lines) and torch.nn (rings), from the same weights on the same batches; training amplifies the last bit, so they part", x=0.01, ha="left", fontsize=11, color=INK
+        "gradkernels (lines) and torch.nn (rings), same weights, same batches; training amplifies the last bit, so they part",
+        x=0.01,
+        ha="left",
+        fontsize=11,
+        color=INK,
     )
     left, middle, right = figure.subplots(1, 3)
 
