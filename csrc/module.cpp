@@ -67,7 +67,8 @@ Tensor batch_norm_act(const Tensor& x, const OptionalTensor& running_mean, const
 
 bool clip_grad_applies(const std::vector<Tensor>& tensors) {
   for (const Tensor& tensor : tensors) {
-    if (!has_kernel(tensor) || !tensor.device().is_cpu() || tensor.key_set().has(c10::DispatchKey::Python)) return false;
+    if (!has_kernel(tensor) || tensor.element_size() == 2 || !tensor.device().is_cpu() || tensor.key_set().has(c10::DispatchKey::Python))
+      return false;
   }
   return true;
 }

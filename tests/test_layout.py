@@ -22,7 +22,7 @@ SUFFIXES = {".cpp", ".h", ".cu", ".cuh", ".py", ".pyi"}
 
 STANDARD = r"<[a-z_0-9]+>"
 TORCH = r"<(ATen|c10|torch)/.*>"
-OWN_TORCH_FREE = r'"(common/(host_device|dispatch)|math/\w+)\.h"'
+OWN_TORCH_FREE = r'"(common/(host_device|dispatch|half|shape)|math/\w+)\.h"'
 SEAM = rf'"ops/({"|".join(STEMS)})\.h"'
 
 
@@ -49,7 +49,11 @@ LAYERS = {
         (LAUNCH, "data_ptr"),
     ),
     "common": Layer(("common/*",), (STANDARD, TORCH, r"<sys/mman\.h>", r'"common/\w+\.h"'), (LAUNCH, r"\bfor\b")),
-    "common without torch": Layer(("common/host_device.h", "common/dispatch.h"), (STANDARD, r'"common/host_device\.h"'), (ATEN,)),
+    "common without torch": Layer(
+        tuple(f"common/{stem}.h" for stem in ("host_device", "dispatch", "half", "shape")),
+        (STANDARD, OWN_TORCH_FREE),
+        (ATEN,),
+    ),
     "math": Layer(
         ("math/*",),
         (r"<cstdint>", r'"common/host_device\.h"', r'"math/\w+\.h"'),
@@ -72,8 +76,8 @@ LAYERS = {
         (LAUNCH, ATEN, ALLOCATION, r"\bcuda::", r"#\s*pragma\s+omp"),
     ),
     "kernels compiled per instruction set": Layer(
-        ("cpu/isa_*.cpp", "cpu/*_kernel.h", "cpu/simd.h", "cpu/kernels_table.h"),
-        (r"<cstdint>", r"<immintrin\.h>", OWN_TORCH_FREE, r'"cpu/(kernels|kernels_table|simd|\w+_kernel)\.h"'),
+        ("cpu/isa_*.cpp", "cpu/*_kernel.h", "cpu/simd.h", "cpu/lines.h", "cpu/kernels_table.h"),
+        (r"<cstdint>", r"<immintrin\.h>", OWN_TORCH_FREE, r'"cpu/(kernels|kernels_table|simd|lines|\w+_kernel)\.h"'),
         (THREADS, r"\bstd::", r"\bstatic\s+\w+\s+\w+\s*[;=]"),
     ),
     "cuda": Layer(

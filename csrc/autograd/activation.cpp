@@ -77,7 +77,8 @@ variable_list elu_gradients(AutogradContext* ctx, const at::Tensor& grad) {
 struct Elu : torch::autograd::Function<Elu> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, double alpha) {
     const at::Tensor y = call_below_autograd<ops::Elu>(x, alpha);
-    const bool is_result = alpha >= 0.0;
+    // An output of 16 bits does not hold the digits that the gradient near its end, -alpha, is read from.
+    const bool is_result = alpha >= 0.0 && x.element_size() > 2;
     save_elu(ctx, is_result ? y : x, alpha, is_result);
     return y;
   }

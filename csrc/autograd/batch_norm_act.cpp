@@ -93,10 +93,10 @@ struct BatchNormAct : torch::autograd::Function<BatchNormAct> {
       if (training) return at::batch_norm(x, weight, bias, {}, {}, true, 0.0, eps, false);
       std::vector<int64_t> per_channel(x.dim(), 1);
       per_channel[1] = -1;
-      at::Tensor z = (x - mean.to(x.scalar_type()).view(per_channel)) * invstd.to(x.scalar_type()).view(per_channel);
+      at::Tensor z = (x - mean.view(per_channel)) * invstd.view(per_channel);
       if (weight.defined()) z = z * weight.view(per_channel);
       if (bias.defined()) z = z + bias.view(per_channel);
-      return z;
+      return z.to(x.scalar_type());
     }
   };
 

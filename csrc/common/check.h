@@ -9,12 +9,26 @@
 namespace gradkernels {
 
 inline bool has_kernel(const at::Tensor& x) {
+  const at::ScalarType dtype = x.scalar_type();
   return (x.device().is_cpu() || x.device().is_meta()) && x.layout() == at::kStrided && !x.is_nested() && !x.is_neg() &&
-         (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble);
+         (dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf);
 }
 
-// Precondition: has_kernel.
-inline DType dtype_of(const at::Tensor& x) { return x.scalar_type() == at::kFloat ? DType::kFloat32 : DType::kFloat64; }
+// Precondition: one of has_kernel's.
+inline DType dtype_of(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kDouble:
+      return DType::kFloat64;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kHalf:
+      return DType::kFloat16;
+    default:
+      return DType::kFloat32;
+  }
+}
+
+inline DType dtype_of(const at::Tensor& x) { return dtype_of(x.scalar_type()); }
 
 inline bool same_dtype_and_device(const at::Tensor& a, const at::Tensor& b) {
   return a.scalar_type() == b.scalar_type() && a.device() == b.device();

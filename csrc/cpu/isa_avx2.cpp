@@ -1,6 +1,6 @@
-// The kernels for processors with AVX2 and FMA. The pragma stays in force to the end of the file: templates are instantiated there.
+// The kernels for processors with AVX2, FMA and F16C. The pragma stays in force to the end of the file: templates are instantiated there.
 #if defined(__x86_64__)
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 namespace gradkernels::cpu {
 namespace {
 constexpr int kRegisterBytes = 32;

@@ -12,7 +12,7 @@ const Kernels& choose() {
   const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
   // A value that names nothing leaves the choice to the processor, as in torch.
   const auto is = [&](const char* name) { return capability != nullptr && std::strcmp(capability, name) == 0; };
-  if (!is("default") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+  if (!is("default") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     return avx512 && !is("avx2") ? kernels_avx512 : kernels_avx2;
   }

@@ -1,6 +1,6 @@
 // Vec<T>: the vector of an instruction set, at least eight lanes wide so that a vector always fills whole bytes of a bit mask, with the
 // operations that math/ is written in. The including file has switched the instruction set on and said so with kRegisterBytes: 64 is
-// AVX-512 F, DQ and VL, 32 is AVX2 and FMA, 16 is what every processor has. (g++ before 13 does not define __AVX2__ after #pragma GCC
+// AVX-512 F, DQ and VL, 32 is AVX2, FMA and F16C, 16 is what every processor has. (g++ before 13 does not define __AVX2__ after #pragma GCC
 // target.) Everything has internal linkage and is forced inline: an instruction set's object must not hand a function to the rest of the
 // library (tests/test_layout.py looks with nm).
 #pragma once
@@ -10,6 +10,7 @@
 #include <immintrin.h>
 #endif
 
+#include "common/half.h"
 #include "common/host_device.h"
 #include "math/exp.h"
 
@@ -59,6 +60,7 @@ struct Vec {
   Register part[kRegisters];
 
   Vec() = default;
+  GK_INLINE Vec(Register first) : part{first} {}
   // x - 0 is x for every x, which x + 0 is not for -0
   GK_INLINE Vec(T x) {
     for (int i = 0; i < kRegisters; ++i) part[i] = x - Register{};
@@ -127,6 +129,38 @@ struct Vec {
     return r;
   }
 
+  friend GK_INLINE Vec scale_by_exp2(Vec x, Vec n) {
+#if defined(__x86_64__)
+    if constexpr (kRegisterBytes == 64 && sizeof(T) == 4) return {_mm512_scalef_ps(x.part[0], n.part[0])};
+    if constexpr (kRegisterBytes == 64 && sizeof(T) == 8) return {_mm512_scalef_pd(x.part[0], n.part[0])};
+#endif
+    return math::scale_by_halves(x, n);
+  }
+
+  friend GK_INLINE Vec approximate_inverse(Vec x) {
+#if defined(__x86_64__)
+    if constexpr (kRegisterBytes == 64 && sizeof(T) == 4) return {_mm512_rcp14_ps(x.part[0])};
+#endif
+    return Vec(T(1)) / x;
+  }
+
+  friend GK_INLINE Vec negative_magnitude(Vec x) {
+    Vec r;
+    const Bits sign = reinterpret_cast<Bits>(-Register{});
+    for (int i = 0; i < kRegisters; ++i) r.part[i] = reinterpret_cast<Register>(reinterpret_cast<Bits>(x.part[i]) | sign);
+    return r;
+  }
+
+  // The processor's maximum is its second operand where one is nan.
+  friend GK_INLINE Vec at_least(Vec bound, Vec x) {
+#if defined(__x86_64__)
+    if constexpr (kRegisterBytes == 64 && sizeof(T) == 4) return {_mm512_max_ps(bound.part[0], x.part[0])};
+    if constexpr (kRegisterBytes == 64 && sizeof(T) == 8) return {_mm512_max_pd(bound.part[0], x.part[0])};
+    if constexpr (kRegisterBytes == 32 && sizeof(T) == 4) return {_mm256_max_ps(bound.part[0], x.part[0])};
+#endif
+    return select(bound > x, bound, x);
+  }
+
   friend GK_INLINE Vec exp2_of_integer(Vec n) {
     using C = math::ExpConstants<T>;
     Vec r;
@@ -155,54 +189,171 @@ struct SomeLanes {
   int count;
 };
 
+// As many 16-bit elements as a register of floats has lanes.
+typedef uint16_t HalfWords __attribute__((vector_size(kRegisterBytes / 2)));
+typedef uint32_t Words __attribute__((vector_size(kRegisterBytes)));
+typedef Vec<float>::Register FloatRegister;
+
+// Templates, though for one type each: in a template the branches for other instruction sets are left out.
+template <typename X>
+GK_INLINE Words widen_words(X x) {
+#if defined(__x86_64__)
+  if constexpr (kRegisterBytes == 64) return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(x)));
+  if constexpr (kRegisterBytes == 32) return reinterpret_cast<Words>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(x)));
+#endif
+  return __builtin_convertvector(x, Words);
+}
+
+// The lower halves.
+template <typename X>
+GK_INLINE HalfWords narrow_words(X x) {
+#if defined(__x86_64__)
+  if constexpr (kRegisterBytes == 64) return reinterpret_cast<HalfWords>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(x)));
+  if constexpr (kRegisterBytes == 32) {
+    const __m256i packed = _mm256_packus_epi32(reinterpret_cast<__m256i>(x & 0xFFFFu), reinterpret_cast<__m256i>(x & 0xFFFFu));
+    return reinterpret_cast<HalfWords>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+  }
+#endif
+  return __builtin_convertvector(x, HalfWords);
+}
+
+template <typename X>
+GK_INLINE FloatRegister to_float(X x, BFloat16) {
+  return reinterpret_cast<FloatRegister>(widen_words(x) << 16);
+}
+
+// BFloat16(float), lane by lane.
+template <typename X>
+GK_INLINE HalfWords from_float(X x, BFloat16) {
+  const Words wide = reinterpret_cast<Words>(x);
+  const Words rounded = (wide + 0x7FFFu + (wide >> 16 & 1u)) >> 16;
+  return narrow_words(x == x ? rounded : 0x7FC0u - Words{});
+}
+
+template <typename X>
+GK_INLINE FloatRegister to_float(X x, Float16) {
+  FloatRegister r;
+#if defined(__x86_64__)
+  const auto convert = [&](auto words) GK_INLINE_LAMBDA {
+    if constexpr (sizeof(words) == 32) return _mm512_cvtph_ps(reinterpret_cast<__m256i>(words));
+    if constexpr (sizeof(words) == 16) return _mm256_cvtph_ps(reinterpret_cast<__m128i>(words));
+  };
+  if constexpr (sizeof(X) >= 16) {
+    r = convert(x);
+    return r;
+  }
+#endif
+  for (int i = 0; i < Vec<float>::kRegisterLanes; ++i) {
+    Float16 lane;
+    lane.bits = x[i];
+    r[i] = static_cast<float>(lane);
+  }
+  return r;
+}
+
+template <typename X>
+GK_INLINE HalfWords from_float(X x, Float16) {
+#if defined(__x86_64__)
+  if constexpr (kRegisterBytes == 64) {
+    return reinterpret_cast<HalfWords>(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  if constexpr (kRegisterBytes == 32) {
+    return reinterpret_cast<HalfWords>(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+#endif
+  HalfWords r;
+  for (int i = 0; i < Vec<float>::kRegisterLanes; ++i) r[i] = Float16(x[i]).bits;
+  return r;
+}
+
+// Elements in memory as a vector of what they are computed in, and back.
 template <typename T>
-GK_INLINE Vec<T> load(const T* source, AllLanes, Vec<T> = Vec<T>(T(0))) {
+GK_INLINE Vec<T> load(const T* source) {
   return Vec<T>::load(source);
 }
 template <typename T>
-GK_INLINE void store(T* target, AllLanes, Vec<T> value) {
+GK_INLINE void store(T* target, Vec<T> value) {
   value.store(target);
+}
+
+template <typename Half>
+GK_INLINE Vec<float> load_half(const Half* source) {
+  Vec<float> r;
+  for (int i = 0; i < Vec<float>::kRegisters; ++i) {
+    HalfWords words;
+    __builtin_memcpy(&words, source + i * Vec<float>::kRegisterLanes, sizeof(words));
+    r.part[i] = to_float(words, Half());
+  }
+  return r;
+}
+GK_INLINE Vec<float> load(const BFloat16* source) { return load_half(source); }
+GK_INLINE Vec<float> load(const Float16* source) { return load_half(source); }
+
+template <typename Half>
+GK_INLINE void store_half(Half* target, Vec<float> value) {
+  for (int i = 0; i < Vec<float>::kRegisters; ++i) {
+    const HalfWords words = from_float(value.part[i], Half());
+    __builtin_memcpy(target + i * Vec<float>::kRegisterLanes, &words, sizeof(words));
+  }
+}
+GK_INLINE void store(BFloat16* target, Vec<float> value) { store_half(target, value); }
+GK_INLINE void store(Float16* target, Vec<float> value) { store_half(target, value); }
+
+template <typename scalar_t>
+GK_INLINE Vec<opmath_t<scalar_t>> load(const scalar_t* source, AllLanes, Vec<opmath_t<scalar_t>> = Vec<opmath_t<scalar_t>>(0)) {
+  return load(source);
+}
+template <typename scalar_t>
+GK_INLINE void store(scalar_t* target, AllLanes, Vec<opmath_t<scalar_t>> value) {
+  store(target, value);
 }
 
 // The other lanes from `fill`; memory past the count is not touched.
 template <typename T>
-GK_INLINE Vec<T> load(const T* source, SomeLanes lanes, Vec<T> fill = Vec<T>(T(0))) {
+GK_INLINE Vec<opmath_t<T>> load(const T* source, SomeLanes lanes, Vec<opmath_t<T>> fill = Vec<opmath_t<T>>(0)) {
 #if defined(__x86_64__)
   if constexpr (kRegisterBytes == 64) {
     const uint32_t mask = (1u << lanes.count) - 1u;
     if constexpr (sizeof(T) == 4) fill.part[0] = _mm512_mask_loadu_ps(fill.part[0], static_cast<__mmask16>(mask), source);
     if constexpr (sizeof(T) == 8) fill.part[0] = _mm512_mask_loadu_pd(fill.part[0], static_cast<__mmask8>(mask), source);
-    return fill;
+    if constexpr (sizeof(T) >= 4) return fill;
   }
 #endif
-  T lane[Vec<T>::kLanes];
-  fill.store(lane);
+  T lane[Vec<opmath_t<T>>::kLanes];
+  store(lane, fill);
   for (int i = 0; i < lanes.count; ++i) lane[i] = source[i];
-  return Vec<T>::load(lane);
+  return load(lane);
 }
 
 template <typename T>
-GK_INLINE void store(T* target, SomeLanes lanes, Vec<T> value) {
+GK_INLINE void store(T* target, SomeLanes lanes, Vec<opmath_t<T>> value) {
 #if defined(__x86_64__)
   if constexpr (kRegisterBytes == 64) {
     const uint32_t mask = (1u << lanes.count) - 1u;
     if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(target, static_cast<__mmask16>(mask), value.part[0]);
     if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(target, static_cast<__mmask8>(mask), value.part[0]);
-    return;
+    if constexpr (sizeof(T) >= 4) return;
   }
 #endif
-  T lane[Vec<T>::kLanes];
-  value.store(lane);
+  T lane[Vec<opmath_t<T>>::kLanes];
+  store(lane, value);
   for (int i = 0; i < lanes.count; ++i) target[i] = lane[i];
 }
 
 // Past the caches: without reading the target's line first, which for an output too large to stay in cache is a third of the traffic. Other
 // cores see it after stream_fence. The target is aligned to the register.
 template <typename T>
-GK_INLINE void stream(T* target, Vec<T> value) {
+GK_INLINE void stream(T* target, Vec<opmath_t<T>> value) {
 #if defined(__x86_64__)
-  for (int i = 0; i < Vec<T>::kRegisters; ++i) {
-    T* to = target + i * Vec<T>::kRegisterLanes;
+  using V = Vec<opmath_t<T>>;
+  for (int i = 0; i < V::kRegisters; ++i) {
+    T* to = target + i * V::kRegisterLanes;
+    if constexpr (sizeof(T) == 2) {
+      const HalfWords words = from_float(value.part[i], T());
+      if constexpr (kRegisterBytes == 64) _mm256_stream_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(words));
+      if constexpr (kRegisterBytes == 32) _mm_stream_si128(reinterpret_cast<__m128i*>(to), reinterpret_cast<__m128i>(words));
+      if constexpr (kRegisterBytes == 16) _mm_stream_si64(reinterpret_cast<long long*>(to), reinterpret_cast<long long>(words));
+    }
     if constexpr (kRegisterBytes == 64 && sizeof(T) == 4) _mm512_stream_ps(to, value.part[i]);
     if constexpr (kRegisterBytes == 64 && sizeof(T) == 8) _mm512_stream_pd(to, value.part[i]);
     if constexpr (kRegisterBytes == 32 && sizeof(T) == 4) _mm256_stream_ps(to, value.part[i]);
@@ -211,7 +362,7 @@ GK_INLINE void stream(T* target, Vec<T> value) {
     if constexpr (kRegisterBytes == 16 && sizeof(T) == 8) _mm_stream_pd(to, value.part[i]);
   }
 #else
-  value.store(target);
+  store(target, value);
 #endif
 }
 
@@ -223,15 +374,15 @@ GK_INLINE void stream_fence() {
 
 // As store, past the caches where `past_caches` says so.
 template <typename T>
-GK_INLINE void store(T* target, AllLanes, Vec<T> value, bool past_caches) {
+GK_INLINE void store(T* target, AllLanes, Vec<opmath_t<T>> value, bool past_caches) {
   if (past_caches) {
     stream(target, value);
   } else {
-    value.store(target);
+    store(target, value);
   }
 }
 template <typename T>
-GK_INLINE void store(T* target, SomeLanes lanes, Vec<T> value, bool) {
+GK_INLINE void store(T* target, SomeLanes lanes, Vec<opmath_t<T>> value, bool) {
   store(target, lanes, value);
 }
 
@@ -358,6 +509,12 @@ GK_INLINE Vec<double> widen(Vec<float> x, int part) {
 
 // As many elements as Vec<double> has lanes, converted.
 GK_INLINE Vec<double> load_double(const double* source) { return Vec<double>::load(source); }
+template <typename Half>
+GK_INLINE Vec<double> load_double(const Half* source) {
+  double lane[Vec<double>::kLanes];
+  for (int i = 0; i < Vec<double>::kLanes; ++i) lane[i] = static_cast<double>(source[i]);
+  return Vec<double>::load(lane);
+}
 GK_INLINE Vec<double> load_double(const float* source) {
   Vec<double> r;
   for (int i = 0; i < Vec<double>::kRegisters; ++i) {
@@ -368,6 +525,12 @@ GK_INLINE Vec<double> load_double(const float* source) {
   return r;
 }
 GK_INLINE void store_double(double* target, Vec<double> value) { value.store(target); }
+template <typename Half>
+GK_INLINE void store_double(Half* target, Vec<double> value) {
+  double lane[Vec<double>::kLanes];
+  value.store(lane);
+  for (int i = 0; i < Vec<double>::kLanes; ++i) target[i] = Half(lane[i]);
+}
 GK_INLINE void store_double(float* target, Vec<double> value) {
   for (int i = 0; i < Vec<double>::kRegisters; ++i) {
     const HalfRegister floats = to_float(value.part[i]);

@@ -67,6 +67,11 @@ struct LeakyRelu {
     return select(pass, grad_y, grad_y * negative_slope);
   }
   GK_HOST_DEVICE T backward(T grad_y, T x) const { return backward_from_mask(grad_y, passes(x)); }
+  // The gradient of x, with that of negative_slope in grad_slope.
+  GK_HOST_DEVICE T backward(T grad_y, T x, T& grad_slope) const {
+    grad_slope = select(passes(x), T(0), grad_y * x);
+    return backward(grad_y, x);
+  }
 };
 
 // elu(x) = x for x > 0, alpha (e^x - 1) otherwise
@@ -76,39 +81,33 @@ struct LeakyRelu {
 template <typename T>
 struct Elu {
   T alpha;
-  GK_HOST_DEVICE T forward(T x) const {
-    const Sum<T> y = multiply(alpha, expm1_of_nonpositive(x));
-    return select(x < T(0), y.high + y.low, x);
-  }
+  GK_HOST_DEVICE T forward(T x) const { return select(x < T(0), alpha * expm1_of_nonpositive(x), x); }
   GK_HOST_DEVICE T backward(T grad_y, T x) const {
-    const SplitExp<T> exp = split_exp(x);
-    const Sum<T> slope = multiply(alpha, {exp.high, exp.low});
-    return select(x <= T(0), grad_y * ((slope.high + slope.low) * exp.tail), grad_y);
+    const ReducedExp<T> exp = reduce_exp(at_least(T(ExpConstants<scalar_of_t<T>>::kUnderflow), x));
+    return select(x <= T(0), multiply_scaled(grad_y, fma(alpha, exp.expm1, alpha), exp.n), grad_y);
   }
   GK_HOST_DEVICE T backward_from_output(T grad_y, T y) const { return select(y <= T(0), grad_y * (y + alpha), grad_y); }
 };
 
-// swish(x) = x s with s = sigmoid(beta x), and with z = beta x: swish'(x) = s (1 + z (1 - s)) = numerator (denominator + z complement) /
-// denominator^2
+// swish(x) = x s with s = sigmoid(beta x), and with z = beta x: swish'(x) = s (1 + z (1 - s)); the derivative by beta is x^2 s (1 - s)
 template <typename T>
 struct Swish {
   T beta;
   GK_HOST_DEVICE T forward(T x) const {
     const Logistic<T> s = logistic(beta * x);
-    const Sum<T> y = divide(multiply(x, s.numerator), s.denominator, T(1) / s.denominator.high);
-    // At x = inf the error is nan and the quotient right; at zero it is +0, which would take the sign of -0.
-    return select((y.low < T(0)) | (y.low > T(0)), y.high + y.low, y.high) * s.tail;
+    return scale_by_exp2(x * s.gate, s.exponent);
   }
-  GK_HOST_DEVICE T backward(T grad_y, T x) const {
-    const T z = beta * x;
-    const Logistic<T> s = logistic(z);
-    const T factor = fma(z, s.complement, s.denominator.high);
-    const T factor_low = fma(z, s.complement, s.denominator.high - factor) + s.denominator.low;
-    Sum<T> slope = multiply(factor, s.numerator);
-    slope.low = fma(factor_low, s.numerator.high, slope.low);
-    const T inverse = T(1) / s.denominator.high;
-    slope = divide(divide(slope, s.denominator, inverse), s.denominator, inverse);
-    return grad_y * ((slope.high + slope.low) * s.tail);
+  GK_HOST_DEVICE T backward(T grad_y, T x) const { return gradient(grad_y, beta * x, logistic(beta * x)); }
+  // The gradient of x, with that of beta in grad_beta.
+  GK_HOST_DEVICE T backward(T grad_y, T x, T& grad_beta) const {
+    const Logistic<T> s = logistic(beta * x);
+    grad_beta = grad_y * (scale_by_exp2(x * s.gate, s.exponent) * (x * s.complement));
+    return gradient(grad_y, beta * x, s);
+  }
+
+ private:
+  static GK_HOST_DEVICE T gradient(T grad_y, T z, const Logistic<T>& s) {
+    return multiply_scaled(grad_y, s.gate * fma(z, s.complement, T(1)), s.exponent);
   }
 };
 
@@ -144,5 +143,34 @@ GK_HOST_DEVICE void visit_two_slopes(Activation act, const Function& function) {
       return function(LeakyRelu<T>{T(static_cast<scalar_of_t<T>>(act.parameter))});
   }
 }
+
+// The activation chosen at each element, which compiles once instead of once for each of them.
+template <typename T>
+struct AnyActivation {
+  Activation act;
+  GK_HOST_DEVICE T forward(T x) const {
+    visit<T>(act, [&](auto f) GK_INLINE_LAMBDA { x = f.forward(x); });
+    return x;
+  }
+  GK_HOST_DEVICE T backward(T grad_y, T x) const {
+    visit<T>(act, [&](auto f) GK_INLINE_LAMBDA { grad_y = f.backward(grad_y, x); });
+    return grad_y;
+  }
+};
+
+template <typename T>
+struct AnyTwoSlopes : AnyActivation<T> {
+  using AnyActivation<T>::act;
+  GK_HOST_DEVICE auto passes(T x) const {
+    auto pass = x > T(0);
+    visit_two_slopes<T>(act, [&](auto f) GK_INLINE_LAMBDA { pass = f.passes(x); });
+    return pass;
+  }
+  template <typename Mask>
+  GK_HOST_DEVICE T backward_from_mask(T grad_y, Mask pass) const {
+    visit_two_slopes<T>(act, [&](auto f) GK_INLINE_LAMBDA { grad_y = f.backward_from_mask(grad_y, pass); });
+    return grad_y;
+  }
+};
 
 }  // namespace gradkernels::math

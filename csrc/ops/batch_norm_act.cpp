@@ -15,6 +15,9 @@
 #include <ATen/ops/relu6.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <initializer_list>
+
 #include "common/allocate.h"
 #include "common/check.h"
 #include "ops/composite.h"
@@ -60,15 +63,25 @@ struct Layout {
       inner = 1;
     }
   }
-  BatchNormShape shape() const { return {rows.expect_int(), channels.expect_int(), inner.expect_int()}; }
+  ChannelShape shape() const { return {rows.expect_int(), channels.expect_int(), inner.expect_int()}; }
   at::Tensor empty_mask(const at::Tensor& x, bool needed) const {
     return at::empty_symint({needed ? mask_bytes(rows, channels, inner) : c10::SymInt(0)}, x.options().dtype(at::kByte));
   }
 };
 
-bool per_channel(const OptionalTensor& values, const at::Tensor& x) {
-  return !is_given(values) ||
-         (same_dtype_and_device(*values, x) && values->dim() == 1 && values->sym_size(0) == x.sym_size(1) && values->is_contiguous());
+at::ScalarType parameter_dtype(const at::Tensor& x, std::initializer_list<OptionalTensor> parameters) {
+  const auto first = std::find_if(parameters.begin(), parameters.end(), is_given);
+  return first == parameters.end() ? x.scalar_type() : (*first)->scalar_type();
+}
+
+// Whether every given one holds a value a channel, all in one dtype: that of x, or float32 beside an x of 16 bits.
+bool per_channel(const at::Tensor& x, std::initializer_list<OptionalTensor> parameters) {
+  const at::ScalarType dtype = parameter_dtype(x, parameters);
+  if (dtype != x.scalar_type() && !(dtype == at::kFloat && x.element_size() == 2)) return false;
+  return std::all_of(parameters.begin(), parameters.end(), [&](const OptionalTensor& values) {
+    return !is_given(values) || (values->scalar_type() == dtype && values->device() == x.device() && values->dim() == 1 &&
+                                 values->sym_size(0) == x.sym_size(1) && values->is_contiguous());
+  });
 }
 
 void check_residual(const at::Tensor& x, const OptionalTensor& residual) {
@@ -89,10 +102,10 @@ void check_num_batches_tracked(const OptionalTensor& count) {
 
 bool composite::batch_norm_act_has_kernel(const at::Tensor& x, const OptionalTensor& running_mean, const OptionalTensor& running_var,
                                           const OptionalTensor& weight, const OptionalTensor& bias, bool training) {
-  if (!has_kernel(x) || x.dim() < 2 || x.dim() > 5 || x.sym_numel() == 0) return false;
+  if (!has_kernel(x) || x.element_size() == 2 || x.dim() < 2 || x.dim() > 5 || x.sym_numel() == 0) return false;
   if (training ? x.sym_numel() == x.sym_size(1) : !is_given(running_mean)) return false;
   if (is_given(running_mean) != is_given(running_var)) return false;
-  return per_channel(running_mean, x) && per_channel(running_var, x) && per_channel(weight, x) && per_channel(bias, x);
+  return per_channel(x, {running_mean, running_var, weight, bias});
 }
 
 at::Tensor composite::add_and_activate(at::Tensor z, const OptionalTensor& residual, std::string_view act, double act_param) {
@@ -159,8 +172,9 @@ BatchNormActResult batch_norm_act(const at::Tensor& x, const OptionalTensor& run
   double factor = momentum.value_or(0.0);
   int64_t* count = training && is_given(num_batches_tracked) ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr;
   if (count != nullptr && !momentum.has_value()) factor = 1.0 / static_cast<double>(*count + 1);
-  cpu::batch_norm_act_forward({dtype_of(x), layout.shape(), activation_of_y, training, factor, eps, source.const_data_ptr(), data_of(added),
-                               data_of(weight), data_of(bias), mutable_data_of(running_mean), mutable_data_of(running_var),
+  const DType parameters = dtype_of(parameter_dtype(x, {running_mean, running_var, weight, bias}));
+  cpu::batch_norm_act_forward({dtype_of(x), parameters, layout.shape(), activation_of_y, training, factor, eps, source.const_data_ptr(),
+                               data_of(added), data_of(weight), data_of(bias), mutable_data_of(running_mean), mutable_data_of(running_var),
                                mean.mutable_data_ptr<double>(), invstd.mutable_data_ptr<double>(), y.mutable_data_ptr(),
                                mask.numel() == 0 ? nullptr : mask.mutable_data_ptr<uint8_t>()});
   if (count != nullptr) ++*count;
@@ -204,9 +218,10 @@ struct Backward {
       TORCH_CHECK(!is_given(residual) || !act.has_two_slopes(), "batch_norm_act_backward: ", name, " with a residual needs the mask");
     }
     const at::Tensor none = at::empty({0}, x.options());
+    const at::TensorOptions of_parameters = x.options().dtype(parameter_dtype(x, {weight, bias}));
     gradients = {output_mask[0] ? at::empty_like(x, layout.format) : none,
-                 output_mask[1] ? at::empty_symint({layout.channels}, x.options()) : at::empty_like(none),
-                 output_mask[2] ? at::empty_symint({layout.channels}, x.options()) : at::empty_like(none),
+                 output_mask[1] ? at::empty_symint({layout.channels}, of_parameters) : at::empty_like(none),
+                 output_mask[2] ? at::empty_symint({layout.channels}, of_parameters) : at::empty_like(none),
                  output_mask[3] ? at::empty_like(x, layout.format) : at::empty_like(none)};
   }
 
@@ -223,8 +238,9 @@ struct Backward {
                       statistic.sym_size(0) == x.sym_size(1) && statistic.is_contiguous(),
                   "batch_norm_act_backward: mean and invstd must be float64 of ", x.sym_size(1), " elements");
     }
-    TORCH_CHECK(per_channel(weight, x) && per_channel(bias, x), "batch_norm_act_backward: weight and bias must have x's dtype and ",
-                x.sym_size(1), " elements");
+    TORCH_CHECK(per_channel(x, {weight, bias}),
+                "batch_norm_act_backward: weight and bias must have x's dtype, or float32 beside one of 16 ", "bits, and ", x.sym_size(1),
+                " elements");
     check_residual(x, residual);
   }
 };
@@ -242,10 +258,11 @@ BatchNormActGradients batch_norm_act_backward(const at::Tensor& grad_y, const at
   const at::Tensor source = x.contiguous(format);
   const at::Tensor added = is_given(residual) ? residual->contiguous(format) : at::Tensor();
   const auto wanted = [&](int i, const at::Tensor& gradient) { return output_mask[i] ? gradient.mutable_data_ptr() : nullptr; };
-  cpu::batch_norm_act_backward({dtype_of(x), b.layout.shape(), b.act, training, source_of_grad_y.const_data_ptr(), source.const_data_ptr(),
-                                data_of(added), static_cast<const uint8_t*>(data_of(mask)), data_of(weight), data_of(bias),
-                                mean.const_data_ptr<double>(), invstd.const_data_ptr<double>(), wanted(0, grad_x), wanted(1, grad_weight),
-                                wanted(2, grad_bias), wanted(3, grad_residual)});
+  cpu::batch_norm_act_backward({dtype_of(x), dtype_of(parameter_dtype(x, {weight, bias})), b.layout.shape(), b.act, training,
+                                source_of_grad_y.const_data_ptr(), source.const_data_ptr(), data_of(added),
+                                static_cast<const uint8_t*>(data_of(mask)), data_of(weight), data_of(bias), mean.const_data_ptr<double>(),
+                                invstd.const_data_ptr<double>(), wanted(0, grad_x), wanted(1, grad_weight), wanted(2, grad_bias),
+                                wanted(3, grad_residual)});
   return b.gradients;
 }
 

@@ -2,20 +2,10 @@
 #pragma once
 
 #include "common/dispatch.h"
+#include "common/shape.h"
 #include "math/activation.h"
 
 namespace gradkernels {
-
-// Element i of channel c in row r lies at (r * channels + c) * inner + i: N,C,*,* has rows = N and inner = the pixels of one image;
-// channels_last and N,C have inner = 1 and a row for every pixel.
-struct BatchNormShape {
-  int64_t rows;
-  int64_t channels;
-  int64_t inner;
-};
-
-// Below this many elements a channel's run is too short for a loop of its own; kernels then walk across channels.
-constexpr int64_t kShortRunElements = 64;
 
 // Bytes of the 1-bit mask kept for backward. A line, which fills whole bytes, is a channel's run or, where runs are short, a row over all
 // channels.
@@ -27,8 +17,9 @@ Int mask_bytes(const Int& rows, const Int& channels, const Int& inner) {
 
 // y = act(batch_norm(x) + residual)
 struct BatchNormForward {
-  DType dtype;  // of x, residual, y, weight, bias and the running statistics
-  BatchNormShape shape;
+  DType dtype;            // of x, residual and y
+  DType parameter_dtype;  // of weight, bias and the running statistics
+  ChannelShape shape;
   math::Activation act;
   bool training;
   double momentum;
@@ -48,7 +39,8 @@ struct BatchNormForward {
 // Gradients that nobody needs are null. With a residual, act' comes from the mask where act has two slopes, else from x and the residual.
 struct BatchNormBackward {
   DType dtype;
-  BatchNormShape shape;
+  DType parameter_dtype;
+  ChannelShape shape;
   math::Activation act;
   bool training;
   const void* grad_y;

@@ -1,0 +1,301 @@
+// How kernels with something to each channel walk a tensor, over two kinds of lines. Long runs: a line is one channel's run of `inner`
+// elements, and what belongs to the channel stays in registers. Short runs, and channels_last with its runs of one: a line is a row across
+// the channels of the slab, and what belongs to a channel is spread out to one value a column. Both bring the same types, so that what
+// happens to an element is written once.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+#include "math/sum.h"
+
+namespace gradkernels::cpu {
+namespace {
+
+// Elements [begin, end) from offset + row * row_stride on, for each row; of long runs those of one channel, of short runs those of several.
+struct Lines {
+  int64_t channel_begin, channel_end;
+  int64_t inner;
+  int64_t row_begin, row_end;
+  int64_t begin, end;
+  int64_t offset, row_stride;
+  int64_t mask_offset, mask_row_stride;  // bytes
+
+  GK_INLINE int64_t channels() const { return channel_end - channel_begin; }
+  GK_INLINE int64_t elements_per_channel() const { return (row_end - row_begin) * (end - begin) / channels(); }
+};
+
+// Calls tile(part) for tiles of at most `rows` rows and `width` elements of a row.
+template <typename Function>
+GK_INLINE void for_each_tile(const Lines& lines, int64_t rows, int64_t width, const Function& tile) {
+  for (int64_t row = lines.row_begin; row < lines.row_end; row += rows) {
+    for (int64_t begin = lines.begin; begin < lines.end; begin += width) {
+      Lines part = lines;
+      part.row_begin = row;
+      part.row_end = row + rows < lines.row_end ? row + rows : lines.row_end;
+      part.begin = begin;
+      part.end = begin + width < lines.end ? begin + width : lines.end;
+      tile(part);
+    }
+  }
+}
+
+// Where a vector stands: its first element in the operand and in the mask's bytes, and its column in the line; and whether the output's
+// line is to be written past the caches.
+struct Position {
+  int64_t element;
+  int64_t mask_byte;
+  int64_t column;
+  bool past_caches;
+};
+
+// Calls function(position, lanes) for each vector of the lines, which hold scalar_t. With an output, its lines that begin at a register's
+// alignment are written past the caches.
+template <typename scalar_t, typename Function>
+GK_INLINE void for_each_position(const Lines& lines, const scalar_t* streamed_output, const Function& function) {
+  for (int64_t row = lines.row_begin; row < lines.row_end; ++row) {
+    const int64_t element = lines.offset + row * lines.row_stride;
+    const int64_t mask_byte = lines.mask_offset + row * lines.mask_row_stride;
+    const bool past_caches =
+        streamed_output != nullptr && reinterpret_cast<uintptr_t>(streamed_output + element + lines.begin) % kRegisterBytes == 0;
+    for_each_vector<opmath_t<scalar_t>>(lines.begin, lines.end, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
+      function(Position{element + i, mask_byte + i / 8, i, past_caches}, lanes);
+    });
+  }
+  if (streamed_output != nullptr) stream_fence();
+}
+
+template <typename scalar_t, typename Function>
+GK_INLINE void for_each_position(const Lines& lines, const Function& function) {
+  for_each_position<scalar_t>(lines, static_cast<const scalar_t*>(nullptr), function);
+}
+
+// The output where it is to be written past the caches, for being too large for the next reader to find it there; else null.
+// bench/bench_batch_norm_act.py decides about the size.
+template <typename scalar_t>
+GK_INLINE const scalar_t* streamed(const ChannelShape& shape, const scalar_t* output) {
+  constexpr int64_t kStreamedBytes = 16 * 1024 * 1024;
+  return shape.rows * shape.channels * shape.inner * static_cast<int64_t>(sizeof(scalar_t)) >= kStreamedBytes ? output : nullptr;
+}
+
+// From here on a type is what is computed in. Adds to float64 sums: float64 terms leave their rounding errors in the second sum; of float32
+// terms, that of the additions is nothing.
+template <typename opmath>
+GK_INLINE void add_term(math::Sum<Vec<double>>& sum, Vec<double> x) {
+  if constexpr (sizeof(opmath) == sizeof(double)) {
+    math::add(sum, x);
+  } else {
+    sum.high = sum.high + x;
+  }
+}
+template <typename opmath>
+GK_INLINE void add_product(math::Sum<Vec<double>>& sum, Vec<double> a, Vec<double> b) {
+  if constexpr (sizeof(opmath) == sizeof(double)) {
+    const Vec<double> product = a * b;
+    math::add(sum, product);
+    sum.low = sum.low + fma(a, b, -product);
+  } else {
+    sum.high = fma(a, b, sum.high);
+  }
+}
+
+// Vectors of eight doubles that a vector of opmath widens to, and a loop over them with a constant index, which keeps arrays of them in
+// registers.
+template <typename opmath>
+constexpr int kParts = Vec<opmath>::kLanes / Vec<double>::kLanes;
+
+template <int I>
+struct Part {
+  static constexpr int kIndex = I;
+};
+
+template <typename opmath, typename Function>
+GK_INLINE void for_each_part(const Function& function) {
+  function(Part<0>());
+  if constexpr (kParts<opmath> == 2) function(Part<1>());
+}
+
+// ---- Long runs
+// -----------------------------------------------------------------------------------------------------------------------------
+
+struct LongRuns {
+  // Calls function(lines) for each channel of the slab.
+  template <typename Function>
+  static GK_INLINE void for_each_lines(const ChannelShape& shape, Slab s, const Function& function) {
+    const int64_t line_bytes = (shape.inner + 7) / 8;
+    for (int64_t channel = s.channel_begin; channel < s.channel_end; ++channel) {
+      function(Lines{channel, channel + 1, shape.inner, s.row_begin, s.row_end, s.inner_begin, s.inner_end, channel * shape.inner,
+                     shape.channels * shape.inner, channel * line_bytes, shape.channels * line_bytes});
+    }
+  }
+
+  // C<opmath> of the channel, at every column.
+  template <template <typename> class C, typename opmath>
+  class Coefficients {
+   public:
+    template <typename OfChannel>
+    GK_INLINE Coefficients(const Lines& lines, const OfChannel& of_channel)
+        : value_(of_channel(lines.channel_begin).template map<Vec<opmath>>([](opmath x) GK_INLINE_LAMBDA { return Vec<opmath>(x); })) {}
+    GK_INLINE const C<Vec<opmath>>& at(int64_t) const { return value_; }
+
+   private:
+    C<Vec<opmath>> value_;
+  };
+
+  // A float64 value of the channel.
+  class Doubles {
+   public:
+    GK_INLINE Doubles(const Lines& lines, const double* of_channel) : value_(of_channel[lines.channel_begin]) {}
+    GK_INLINE Vec<double> at(int64_t, int) const { return value_; }
+
+   private:
+    Vec<double> value_;
+  };
+
+  template <typename opmath>
+  class Sums {
+   public:
+    explicit GK_INLINE Sums(const Lines&) {
+      for_each_part<opmath>([&](auto part) GK_INLINE_LAMBDA { sum_[part.kIndex] = {Vec<double>(0.0), Vec<double>(0.0)}; });
+    }
+    template <int I>
+    GK_INLINE void add(int64_t, Part<I>, Vec<double> x) {
+      add_term<opmath>(sum_[I], x);
+    }
+    template <int I>
+    GK_INLINE void add_product(int64_t, Part<I>, Vec<double> a, Vec<double> b) {
+      cpu::add_product<opmath>(sum_[I], a, b);
+    }
+    GK_INLINE double of_channel(const Lines&, int64_t) const {
+      double high = 0.0, low = 0.0;
+      for_each_part<opmath>([&](auto part) GK_INLINE_LAMBDA {
+        high += sum_of_lanes(sum_[part.kIndex].high);
+        low += sum_of_lanes(sum_[part.kIndex].low);
+      });
+      return high + low;
+    }
+
+   private:
+    math::Sum<Vec<double>> sum_[kParts<opmath>];
+  };
+};
+
+// ---- Short runs
+// ----------------------------------------------------------------------------------------------------------------------------
+
+// A value a column; a lane past the last column holds anything.
+template <typename T>
+struct Columns {
+  alignas(64) T value[kMaxColumns];
+
+  Columns() = default;
+  explicit GK_INLINE Columns(const Lines& lines) {
+    for (int64_t i = 0; i < lines.end; i += Vec<T>::kLanes) store(i, Vec<T>(T(0)));
+  }
+  GK_INLINE Vec<T> load(int64_t column) const { return Vec<T>::load(value + column); }
+  GK_INLINE void store(int64_t column, Vec<T> x) { x.store(value + column); }
+};
+
+struct ShortRuns {
+  // Calls function(lines) for the slab.
+  template <typename Function>
+  static GK_INLINE void for_each_lines(const ChannelShape& shape, Slab s, const Function& function) {
+    const int64_t columns = shape.channels * shape.inner;
+    const int64_t first = s.channel_begin * shape.inner;
+    // `first` is a multiple of 8 (the driver sees to it), so that no two slabs share a byte of the mask.
+    function(Lines{s.channel_begin, s.channel_end, shape.inner, s.row_begin, s.row_end, 0, (s.channel_end - s.channel_begin) * shape.inner,
+                   first, columns, first / 8, (columns + 7) / 8});
+  }
+
+  template <template <typename> class C, typename opmath>
+  class Coefficients {
+   public:
+    template <typename OfChannel>
+    GK_INLINE Coefficients(const Lines& lines, const OfChannel& of_channel) {
+      int64_t column = 0;
+      for (int64_t channel = lines.channel_begin; channel < lines.channel_end; ++channel) {
+        const C<opmath> coefficients = of_channel(channel);
+        for (const int64_t end = column + lines.inner; column < end; ++column) {
+          int member = 0;
+          coefficients.template map<int>([&](opmath x) GK_INLINE_LAMBDA {
+            member_[member].value[column] = x;
+            return member++;
+          });
+        }
+      }
+    }
+    GK_INLINE C<Vec<opmath>> at(int64_t column) const {
+      int member = 0;
+      return C<opmath>().template map<Vec<opmath>>([&](opmath) GK_INLINE_LAMBDA { return member_[member++].load(column); });
+    }
+
+   private:
+    Columns<opmath> member_[sizeof(C<opmath>) / sizeof(opmath)];
+  };
+
+  class Doubles {
+   public:
+    GK_INLINE Doubles(const Lines& lines, const double* of_channel) {
+      int64_t column = 0;
+      for (int64_t channel = lines.channel_begin; channel < lines.channel_end; ++channel) {
+        for (const int64_t end = column + lines.inner; column < end; ++column) value_.value[column] = of_channel[channel];
+      }
+    }
+    GK_INLINE Vec<double> at(int64_t column, int part) const { return value_.load(column + part * Vec<double>::kLanes); }
+
+   private:
+    Columns<double> value_;
+  };
+
+  template <typename opmath>
+  class Sums {
+   public:
+    explicit GK_INLINE Sums(const Lines& lines) : high_(lines), low_(lines) {}
+    template <int I>
+    GK_INLINE void add(int64_t column, Part<I>, Vec<double> x) {
+      update(column + I * Vec<double>::kLanes, [&](math::Sum<Vec<double>>& sum) GK_INLINE_LAMBDA { add_term<opmath>(sum, x); });
+    }
+    template <int I>
+    GK_INLINE void add_product(int64_t column, Part<I>, Vec<double> a, Vec<double> b) {
+      update(column + I * Vec<double>::kLanes, [&](math::Sum<Vec<double>>& sum) GK_INLINE_LAMBDA { cpu::add_product<opmath>(sum, a, b); });
+    }
+    GK_INLINE Vec<double> of_columns(int64_t column) const { return high_.load(column) + low_.load(column); }
+    GK_INLINE double of_channel(const Lines& lines, int64_t c) const {
+      math::Sum<double> sum{0.0, 0.0};
+      for (int64_t i = c * lines.inner; i < (c + 1) * lines.inner; ++i) {
+        math::add(sum, high_.value[i]);
+        sum.low += low_.value[i];
+      }
+      return sum.high + sum.low;
+    }
+
+   private:
+    template <typename Change>
+    GK_INLINE void update(int64_t column, const Change& change) {
+      if constexpr (sizeof(opmath) == sizeof(double)) {
+        math::Sum<Vec<double>> sum{high_.load(column), low_.load(column)};
+        change(sum);
+        high_.store(column, sum.high);
+        low_.store(column, sum.low);
+      } else {
+        math::Sum<Vec<double>> sum{high_.load(column), Vec<double>(0.0)};
+        change(sum);
+        high_.store(column, sum.high);
+      }
+    }
+
+    Columns<double> high_, low_;
+  };
+};
+
+// Calls function(Runs()) with the kind of lines that the shape has.
+template <typename Function>
+GK_INLINE void visit_runs(const ChannelShape& shape, const Function& function) {
+  if (shape.inner >= kShortRunElements) {
+    function(LongRuns());
+  } else {
+    function(ShortRuns());
+  }
+}
+
+}  // namespace
+}  // namespace gradkernels::cpu

@@ -1,0 +1,72 @@
+// A tensor seen by channel, cut into slabs: pieces that a thread takes. Its shape alone decides, so that results do not depend on the
+// number of threads.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+
+namespace gradkernels::cpu {
+
+// A channel up to this size is worked on by one thread: two operands of it in float32 fill a second-level cache of 2 MiB.
+constexpr int64_t kWholeElements = 256 * 1024;
+// With this many channels, threads find enough to do among larger ones too; 4 MiB then wait in the third-level cache.
+constexpr int64_t kManyChannels = 16;
+constexpr int64_t kWholeElementsOfMany = 1024 * 1024;
+// What a task takes of a channel that is cut, and about the least that is worth a thread.
+constexpr int64_t kPartElements = 64 * 1024;
+constexpr int64_t kGrainElements = 16 * 1024;
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+class Slabs {
+ public:
+  explicit Slabs(const ChannelShape& shape) : shape_(shape), rows_(shape.rows), inner_(shape.inner) {
+    const int64_t elements = shape.rows * shape.inner;
+    int64_t limit = kWholeElements;
+    if (shape.inner >= kShortRunElements) {
+      channels_ = 1;
+      if (shape.channels >= kManyChannels) limit = kWholeElementsOfMany;
+    } else {
+      // Wide for the loops, narrow for the threads; a multiple of 8 channels keeps the bytes of the mask apart.
+      const int64_t wish = std::clamp(elements * shape.channels / 16, kGrainElements, 2 * kPartElements) / shape.rows;
+      const int64_t columns = std::clamp<int64_t>(wish, kShortRunElements, kMaxColumns);
+      channels_ = std::min(std::max<int64_t>(columns / shape.inner / 8 * 8, 8), shape.channels);
+    }
+    if (elements * channels_ > limit) {
+      const int64_t width = channels_ * shape.inner;
+      rows_ = std::clamp<int64_t>(kPartElements / width, 1, shape.rows);
+      if (shape.inner >= kShortRunElements) inner_ = std::min(shape.inner, kPartElements);
+    }
+    channel_slabs_ = divide_up(shape.channels, channels_);
+    row_slabs_ = divide_up(shape.rows, rows_);
+    inner_slabs_ = divide_up(shape.inner, inner_);
+  }
+
+  // Slabs that one channel is cut into.
+  int64_t parts() const { return row_slabs_ * inner_slabs_; }
+  int64_t size() const { return channel_slabs_ * parts(); }
+  int64_t part(int64_t i) const { return i / channel_slabs_; }
+  int64_t grain() const { return std::max<int64_t>(1, kGrainElements / (rows_ * inner_ * channels_)); }
+
+  Slab operator[](int64_t i) const {
+    const int64_t channel = i % channel_slabs_ * channels_;
+    const int64_t row = part(i) / inner_slabs_ * rows_;
+    const int64_t inner = part(i) % inner_slabs_ * inner_;
+    return {channel, std::min(channel + channels_, shape_.channels), row, std::min(row + rows_, shape_.rows),
+            inner,   std::min(inner + inner_, shape_.inner)};
+  }
+
+  template <typename Function>
+  void for_each(const Function& function) const {
+    parallel_for(size(), grain(), function);
+  }
+
+ private:
+  ChannelShape shape_;
+  int64_t channels_, rows_, inner_;  // of one slab
+  int64_t channel_slabs_, row_slabs_, inner_slabs_;
+};
+
+}  // namespace gradkernels::cpu
