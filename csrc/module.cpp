@@ -58,6 +58,16 @@ Tensor elu(Tensor x, double alpha, bool inplace) {
 
 Tensor swish(const Tensor& x, double beta) { return call<ops::Swish>(x, beta); }
 
+Tensor swish_tensor(const Tensor& x, const Tensor& beta) { return call<ops::SwishTensor>(x, beta); }
+
+Tensor prelu(const Tensor& x, const Tensor& weight) { return call<ops::Prelu>(x, weight); }
+
+Tensor rrelu(Tensor x, const Tensor& seed, double lower, double upper, bool inplace) {
+  if (!inplace) return std::get<0>(call<ops::RreluWithMask>(x, seed, lower, upper));
+  call<ops::RreluWithMaskInplace>(x, seed, lower, upper);
+  return x;
+}
+
 Tensor batch_norm_act(const Tensor& x, const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& weight,
                       const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& num_batches_tracked, bool training,
                       std::optional<double> momentum, double eps, std::string_view act, double act_param) {
@@ -89,6 +99,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("leaky_relu", leaky_relu, without_gil);
   m.def("elu", elu, without_gil);
   m.def("swish", swish, without_gil);
+  m.def("swish_tensor", swish_tensor, without_gil);
+  m.def("prelu", prelu, without_gil);
+  m.def("rrelu", rrelu, without_gil);
   m.def("batch_norm_act", batch_norm_act, without_gil);
   m.def("clip_grad_applies", clip_grad_applies);
   m.def("get_total_norm", get_total_norm, without_gil);

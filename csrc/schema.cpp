@@ -20,6 +20,18 @@ TORCH_LIBRARY(gradkernels, m) {
   m.def("swish(Tensor x, float beta=1.0) -> Tensor", tags);
   m.def("swish_backward(Tensor grad_y, Tensor x, float beta) -> Tensor grad_x", tags);
 
+  // weight, beta: of one element or of x.size(1). output_mask: which of the gradients to compute; the others come back empty.
+  m.def("swish.Tensor(Tensor x, Tensor beta) -> Tensor", tags);
+  m.def("swish_backward.Tensor(Tensor grad_y, Tensor x, Tensor beta, bool[2] output_mask) -> (Tensor grad_x, Tensor grad_beta)", tags);
+  m.def("prelu(Tensor x, Tensor weight) -> Tensor", tags);
+  m.def("prelu_backward(Tensor grad_y, Tensor x, Tensor weight, bool[2] output_mask) -> (Tensor grad_x, Tensor grad_weight)", tags);
+
+  // Training. seed: int64, one element; the slope of an element follows from it and from the element's place in storage order. mask and
+  // stride: as leaky_relu's.
+  m.def("rrelu_with_mask(Tensor x, Tensor seed, float lower, float upper) -> (Tensor y, Tensor mask)", tags);
+  m.def("rrelu_with_mask_(Tensor(a!) x, Tensor seed, float lower, float upper) -> Tensor mask", tags);
+  m.def("rrelu_backward(Tensor grad_y, Tensor mask, SymInt[] stride, Tensor seed, float lower, float upper) -> Tensor grad_x", tags);
+
   // mean, invstd: float64 [C], the statistics applied. mask: uint8, a bit where act's slope is 1, lines filling whole bytes
   // (ops/batch_norm_act.h), if act has two slopes and there is a residual; else empty. num_batches_tracked: given, it is incremented, and
   // momentum None means 1 / num_batches_tracked.

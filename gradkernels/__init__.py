@@ -7,7 +7,7 @@ composed of torch's own stand in under the same names, and one warning says why 
 import warnings
 
 from gradkernels import _native
-from gradkernels.activation import ELU, LeakyReLU, Swish, elu, leaky_relu, swish
+from gradkernels.activation import ELU, LeakyReLU, PReLU, RReLU, Swish, elu, leaky_relu, prelu, rrelu, swish
 from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, batch_norm_act
 from gradkernels.clip_grad import clip_grad_norm_
 
@@ -19,12 +19,16 @@ __all__ = [
     "BatchNormAct2d",
     "BatchNormAct3d",
     "LeakyReLU",
+    "PReLU",
+    "RReLU",
     "Swish",
     "__version__",
     "batch_norm_act",
     "clip_grad_norm_",
     "elu",
     "leaky_relu",
+    "prelu",
+    "rrelu",
     "swish",
 ]
 

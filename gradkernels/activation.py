@@ -1,9 +1,11 @@
-"""leaky_relu, elu and swish, each with its module.
+"""leaky_relu, prelu, rrelu, elu and swish, each with its module.
 
-The kernels keep for backward a bit per element (leaky_relu), the output (elu with alpha >= 0) or the input (swish).
-torch.compile sees torch's own operators instead: it fuses those into their neighbours, which it cannot do with ours.
+The kernels keep for backward a bit per element (leaky_relu; rrelu with a seed beside it), the output (elu with alpha >= 0, but
+for 16-bit types) or the input (swish, prelu). 16-bit types are computed in float32 and rounded once. torch.compile sees torch's
+own operators instead: it fuses those into their neighbours, which it cannot do with ours.
 """
 
+import torch
 from torch import Tensor, nn
 
 from gradkernels import _native, reference
@@ -74,21 +76,25 @@ def elu(x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     return y
 
 
-def swish(x: Tensor, beta: float = 1.0) -> Tensor:
+def swish(x: Tensor, beta: float | Tensor = 1.0) -> Tensor:
     """Swish, with beta=1 as torch.nn.functional.silu.
 
         y = x sigmoid(beta x)
 
+    The gradient of a tensor beta is reduced in the pass that computes that of x, in float64 and in an order that the number of
+    threads does not change.
+
     Args:
         x: any shape; floating point.
-        beta: how sharp the gate is, in units of 1/x: 0 gives x / 2, large values approach relu.
+        beta: how sharp the gate is, in units of 1/x: 0 gives x / 2, large values approach relu. A number, or a tensor with
+            one element or with one for each channel of x (dimension 1).
 
     Returns:
-        y, of the shape and dtype of x.
+        y, of the shape and dtype of x (of the promoted dtype, where beta is a tensor of another one).
 
     Raises:
         NotImplementedError: x is of an integer dtype.
-        TypeError: beta is a tensor.
+        RuntimeError: the length of beta is neither 1 nor the number of channels.
 
     Source: Elfwing, Uchibe, Doya, "Sigmoid-Weighted Linear Units for Neural Network Function Approximation in
     Reinforcement Learning", 2017; Ramachandran, Zoph, Le, "Searching for Activation Functions", 2017.
@@ -98,13 +104,95 @@ def swish(x: Tensor, beta: float = 1.0) -> Tensor:
         >>> gk.swish(torch.tensor([-2.0, 0.0, 4.0]), beta=0.5)
         tensor([-0.5379,  0.0000,  3.5232])
     """
-    # A tensor of one element would convert to float, and its gradient be lost in silence. isinstance asks Tensor's metaclass, in Python.
+    y: Tensor
+    # isinstance asks Tensor's metaclass, in Python.
     if type(beta) is not float and isinstance(beta, Tensor):
-        raise TypeError("swish takes beta as a number, not as a tensor")
+        native = _native.library(x, beta)
+        if native is None:
+            return reference.swish(x, beta)
+        reference.check_beta(x, beta)
+        y = native.swish_tensor(x, beta)
+        return y
     native = _native.library(x)
     if native is None:
         return reference.swish(x, beta)
-    y: Tensor = native.swish(x, beta)
+    y = native.swish(x, beta)
+    return y
+
+
+def prelu(x: Tensor, weight: Tensor) -> Tensor:
+    """Leaky rectified linear unit whose slope is learnt, as torch.nn.functional.prelu.
+
+        y = x             where x > 0
+        y = weight x      elsewhere
+
+    The gradient of weight is reduced in the pass that computes that of x, in float64 and in an order that the number of threads
+    does not change.
+
+    Args:
+        x: any shape; floating point.
+        weight: slope where x is not positive, without unit; one element, or one for each channel of x (dimension 1).
+
+    Returns:
+        y, of the shape and dtype of x.
+
+    Raises:
+        RuntimeError: the length of weight is neither 1 nor the number of channels, or its dtype is not that of x.
+        NotImplementedError: x is of an integer or complex dtype.
+
+    Source: He, Zhang, Ren, Sun, "Delving Deep into Rectifiers", 2015.
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> gk.prelu(torch.tensor([[-2.0, -2.0, 3.0]]), torch.tensor([0.5, 0.25, 0.5]))
+        tensor([[-1.0000, -0.5000,  3.0000]])
+    """
+    native = _native.library(x, weight)
+    if native is None:
+        return reference.prelu(x, weight)
+    y: Tensor = native.prelu(x, weight)
+    return y
+
+
+def rrelu(x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False) -> Tensor:
+    """Randomised leaky rectified linear unit, as torch.nn.functional.rrelu.
+
+        y = x       where x > 0
+        y = a x     elsewhere; a is uniform in [lower, upper] for each element in training, else (lower + upper) / 2
+
+    In training one seed is drawn from torch's generator and every slope follows from it, so that backward keeps no tensor of
+    slopes. Under one torch.manual_seed the slopes are not those that torch draws.
+
+    Args:
+        x: any shape; floating point.
+        lower: least slope, without unit.
+        upper: largest slope.
+        training: draw the slopes.
+        inplace: write y into x.
+
+    Returns:
+        y, of the shape and dtype of x; x itself with inplace=True.
+
+    Raises:
+        RuntimeError: lower is above upper.
+        NotImplementedError: x is of an integer or complex dtype.
+
+    Source: Xu, Wang, Chen, Li, "Empirical Evaluation of Rectified Activations in Convolution Network", 2015; the slopes: Salmon,
+    Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", 2011.
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> gk.rrelu(torch.tensor([-2.0, 3.0]), lower=0.25, upper=0.75)
+        tensor([-1.,  3.])
+    """
+    native = _native.library(x)
+    # Bounds in the wrong order are torch's error.
+    if native is None or not lower <= upper:
+        return reference.rrelu(x, lower, upper, training, inplace)
+    if not training:
+        return leaky_relu(x, (lower + upper) / 2, inplace)
+    seed = torch.empty((), dtype=torch.int64, device=x.device).random_()
+    y: Tensor = native.rrelu(x, seed, lower, upper, inplace)
     return y
 
 
@@ -142,31 +230,94 @@ class ELU(nn.ELU):
         return elu(x, self.alpha, self.inplace)
 
 
+class PReLU(nn.PReLU):
+    """Module of prelu, as torch.nn.PReLU.
+
+    Args:
+        num_parameters: 1, or the number of channels of the input.
+        init: what every slope starts from.
+        device: where weight is made.
+        dtype: of weight.
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> gk.PReLU(init=0.5)(torch.tensor([-2.0, 3.0])).detach()
+        tensor([-1.,  3.])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return prelu(x, self.weight)
+
+
+class RReLU(nn.RReLU):
+    """Module of rrelu, as torch.nn.RReLU.
+
+    Args:
+        lower: least slope.
+        upper: largest slope.
+        inplace: write the output into the input.
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> gk.RReLU(0.25, 0.75).eval()(torch.tensor([-2.0, 3.0]))
+        tensor([-1.,  3.])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rrelu(x, self.lower, self.upper, self.training, self.inplace)
+
+
 class Swish(nn.Module):
     """Module of swish, with beta=1 as torch.nn.SiLU.
 
     Args:
-        beta: how sharp the gate is; a number, with no entry in state_dict.
+        beta: how sharp the gate is.
+        learnable: make beta a Parameter of shape (num_parameters,), in state_dict; else it is a number and leaves no entry.
+        num_parameters: 1, or the number of channels of the input.
+        device: where the Parameter is made.
+        dtype: of the Parameter.
 
     Raises:
         TypeError: beta is a tensor.
+        ValueError: num_parameters other than 1 without learnable.
 
     Example:
         >>> import torch, gradkernels as gk
         >>> gk.Swish(beta=2.0)
         Swish(beta=2.0)
+        >>> gk.Swish(learnable=True, num_parameters=3).beta.shape
+        torch.Size([3])
     """
 
-    beta: float
+    beta: float | Tensor
 
-    def __init__(self, beta: float = 1.0) -> None:
+    def __init__(
+        self,
+        beta: float = 1.0,
+        learnable: bool = False,
+        num_parameters: int = 1,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if isinstance(beta, Tensor):
-            raise TypeError("Swish takes beta as a number, not as a tensor")
-        self.beta = beta
+            raise TypeError("Swish takes beta as a number, not as a tensor; learnable=True makes it a Parameter")
+        if not learnable and num_parameters != 1:
+            raise ValueError(f"num_parameters={num_parameters} needs learnable=True")
+        self.init = beta
+        if learnable:
+            self.beta = nn.Parameter(torch.full((num_parameters,), float(beta), device=device, dtype=dtype))
+        else:
+            self.beta = beta
+
+    def reset_parameters(self) -> None:
+        if isinstance(self.beta, Tensor):
+            nn.init.constant_(self.beta, self.init)
 
     def forward(self, x: Tensor) -> Tensor:
         return swish(x, self.beta)
 
     def extra_repr(self) -> str:
+        if isinstance(self.beta, Tensor):
+            return f"beta={self.init}, learnable=True, num_parameters={self.beta.numel()}"
         return f"beta={self.beta}"

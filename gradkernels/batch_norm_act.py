@@ -132,13 +132,13 @@ def _resolve_act(act: str | nn.Module, act_param: float | None) -> tuple[str, fl
     """The name and the parameter of what BatchNormAct was given."""
     if isinstance(act, str):
         return act, reference.check_act(act, act_param)
-    if type(act) not in _ACT_MODULES:
+    if type(act) not in _ACT_MODULES or any(True for _ in act.parameters()):
         names = ", ".join(map(repr, reference.ACTIVATIONS))
         modules = ", ".join(sorted({each.__name__ for each in _ACT_MODULES}))
-        kind = act.__name__ + " itself" if isinstance(act, type) else type(act).__name__
+        kind = act.__name__ + " itself" if isinstance(act, type) else str(act)
         raise TypeError(
             f"act is one of {names}, or an instance of {modules}, not {kind}. "
-            "An activation with learnable parameters, such as PReLU, stays a module of its own after act='identity'"
+            "An activation with learnable parameters, such as PReLU or a learnable Swish, stays a module of its own after act='identity'"
         )
     if act_param is not None:
         raise ValueError(f"act_param is read from the module given as act, {act}; pass one or the other")

@@ -23,11 +23,29 @@ def elu(x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     return F.elu(x, alpha, inplace)
 
 
-def swish(x: Tensor, beta: float = 1.0) -> Tensor:
+def check_beta(x: Tensor, beta: Tensor) -> None:
+    """RuntimeError unless beta has one element or one for each channel of x."""
+    channels = x.shape[1] if x.dim() > 1 else 1
+    if beta.dim() > 1 or beta.numel() not in (1, channels):
+        raise RuntimeError(f"swish: beta must have 1 element or {channels}, one for each channel of x, got shape {tuple(beta.shape)}")
+
+
+def swish(x: Tensor, beta: float | Tensor = 1.0) -> Tensor:
     # Integers go to F.silu for its error: the product would promote them in silence.
-    if beta == 1 or not (x.is_floating_point() or x.is_complex()):
+    if (not isinstance(beta, Tensor) and beta == 1) or not (x.is_floating_point() or x.is_complex()):
         return F.silu(x)
+    if isinstance(beta, Tensor):
+        check_beta(x, beta)
+        beta = beta.reshape(()) if beta.numel() == 1 else beta.view(-1, *[1] * (x.dim() - 2))
     return x * torch.sigmoid(beta * x)
+
+
+def prelu(x: Tensor, weight: Tensor) -> Tensor:
+    return F.prelu(x, weight)
+
+
+def rrelu(x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False) -> Tensor:
+    return F.rrelu(x, lower, upper, training, inplace)
 
 
 # name -> (what act_param=None means, None where the activation has no parameter; the activation itself)

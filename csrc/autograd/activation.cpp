@@ -1,6 +1,7 @@
-// The activations' gradients: leaky_relu keeps one bit an element; elu its output where alpha >= 0, which the next layer keeps anyway, else
-// its input; swish its input. Under create_graph leaky_relu's gradient, linear in grad_y, is recorded as the same operator again; the
-// others are then written in ATen's differentiable operators.
+// The activations' gradients: leaky_relu keeps one bit an element, rrelu that and a seed; elu its output where that determines the gradient,
+// which the next layer keeps anyway, else its input; swish and prelu their input. Under create_graph the gradients that are linear in grad_y
+// are recorded as the same operator again; the others are then written in ATen's differentiable operators.
+#include <ATen/autocast_mode.h>
 #include <ATen/ops/elu_backward.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
@@ -14,129 +15,172 @@
 namespace gradkernels::autograd {
 namespace {
 
-// What a gradient made from a mask needs.
-void save_mask(AutogradContext* ctx, const at::Tensor& mask, std::vector<c10::SymInt> stride, double negative_slope) {
-  ctx->save_for_backward({mask});
-  ctx->saved_data["stride"] = std::move(stride);
-  ctx->saved_data["negative_slope"] = negative_slope;
-  ctx->set_materialize_grads(false);
+using torch::autograd::SavedVariable;
+
+using Strides = std::vector<c10::SymInt>;
+
+// Those of the copy that the kernel works on where x has gaps.
+Strides strides_of(const at::Tensor& x) { return (x.is_non_overlapping_and_dense() ? x : at::empty_like(x)).sym_strides().vec(); }
+
+// Makes y the result that `node` differentiates.
+template <typename Node>
+at::Tensor recorded(at::Tensor y, const Node& node) {
+  torch::autograd::set_history(y, node);
+  return y;
 }
 
-at::Tensor gradient_from_mask(AutogradContext* ctx, const at::Tensor& grad) {
-  if (!grad.defined()) return {};
-  return call<ops::LeakyReluBackward>(grad, ctx->get_saved_variables()[0], ctx->saved_data["stride"].toSymIntVector(),
-                                      ctx->saved_data["negative_slope"].toDouble());
+// The same for x, which has been written.
+template <typename Node>
+void recorded_in_place(at::Tensor x, const Node& node) {
+  increment_version(x);
+  torch::autograd::rebase_history(x, node);
 }
 
-struct LeakyRelu : torch::autograd::Function<LeakyRelu> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, double negative_slope) {
-    auto [y, mask] = call_below_autograd<ops::LeakyReluWithMask>(x, negative_slope);
-    save_mask(ctx, mask, y.sym_strides().vec(), negative_slope);
-    return y;
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) { return {gradient_from_mask(ctx, grads[0]), {}}; }
-};
+// ---- leaky_relu
 
-struct LeakyReluInplace : torch::autograd::Function<LeakyReluInplace> {
-  static at::Tensor forward(AutogradContext* ctx, at::Tensor x, double negative_slope) {
-    const at::Tensor mask = call_below_version_counting<ops::LeakyReluWithMaskInplace>(x, negative_slope);
-    ctx->mark_dirty({x});
-    // The order of the copy that the kernel works on where x has gaps.
-    save_mask(ctx, mask, (x.is_non_overlapping_and_dense() ? x : at::empty_like(x)).sym_strides().vec(), negative_slope);
-    return x;
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) { return {gradient_from_mask(ctx, grads[0]), {}}; }
-};
+struct LeakyReluGradient : Gradient<LeakyReluGradient> {
+  static constexpr const char* kName = "LeakyReluBackward";
+  SavedVariable mask;
+  Strides stride;
+  double negative_slope;
 
-struct LeakyReluBackward : torch::autograd::Function<LeakyReluBackward> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& grad_y, const at::Tensor& mask, std::vector<c10::SymInt> stride,
-                            double negative_slope) {
-    at::Tensor grad_x = call_below_autograd<ops::LeakyReluBackward>(grad_y, mask, stride, negative_slope);
-    save_mask(ctx, mask, std::move(stride), negative_slope);
-    return grad_x;
+  template <typename Self, typename F>
+  static void members(Self& self, const F& f) {
+    f(self.mask, self.stride, self.negative_slope);
   }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    return {gradient_from_mask(ctx, grads[0]), {}, {}, {}};
+  void keep(const at::Tensor& mask_, Strides stride_, double negative_slope_) {
+    mask = SavedVariable(mask_, false);
+    stride = std::move(stride_);
+    negative_slope = negative_slope_;
+  }
+  variable_list backward(const at::Tensor& grad_y) {
+    return {call_in_backward<ops::LeakyReluBackward>(grad_y, mask.unpack(), stride, negative_slope)};
   }
 };
 
-void save_elu(AutogradContext* ctx, const at::Tensor& self_or_result, double alpha, bool is_result) {
-  ctx->save_for_backward({self_or_result});
-  ctx->saved_data["alpha"] = alpha;
-  ctx->saved_data["is_result"] = is_result;
-  ctx->set_materialize_grads(false);
+at::Tensor leaky_relu(const at::Tensor& x, double negative_slope) {
+  if (!has_kernel(x) || differentiates_through_aten(x)) return composite::leaky_relu(x, negative_slope);
+  if (!records(x)) return call_below_autograd<ops::LeakyRelu>(x, negative_slope);
+  const auto node = gradient_of<LeakyReluGradient>(x);
+  auto [y, mask] = call_below_autograd<ops::LeakyReluWithMask>(x, negative_slope);
+  node->keep(mask, y.sym_strides().vec(), negative_slope);
+  return recorded(y, node);
 }
 
-variable_list elu_gradients(AutogradContext* ctx, const at::Tensor& grad) {
-  if (!grad.defined()) return {{}, {}};
-  return {call<ops::EluBackward>(grad, ctx->get_saved_variables()[0], ctx->saved_data["alpha"].toDouble(),
-                                 ctx->saved_data["is_result"].toBool()),
-          {}};
-}
-
-struct Elu : torch::autograd::Function<Elu> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, double alpha) {
-    const at::Tensor y = call_below_autograd<ops::Elu>(x, alpha);
-    // An output of 16 bits does not hold the digits that the gradient near its end, -alpha, is read from.
-    const bool is_result = alpha >= 0.0 && x.element_size() > 2;
-    save_elu(ctx, is_result ? y : x, alpha, is_result);
-    return y;
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) { return elu_gradients(ctx, grads[0]); }
-};
-
-struct EluInplace : torch::autograd::Function<EluInplace> {
-  static at::Tensor forward(AutogradContext* ctx, at::Tensor x, double alpha) {
-    call_below_version_counting<ops::EluInplace>(x, alpha);
-    ctx->mark_dirty({x});
-    save_elu(ctx, x, alpha, true);
-    return x;
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) { return elu_gradients(ctx, grads[0]); }
-};
-
-struct Swish : torch::autograd::Function<Swish> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, double beta) {
-    ctx->save_for_backward({x});
-    ctx->saved_data["beta"] = beta;
-    ctx->set_materialize_grads(false);
-    return call_below_autograd<ops::Swish>(x, beta);
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    if (!grads[0].defined()) return {{}, {}};
-    return {call<ops::SwishBackward>(grads[0], ctx->get_saved_variables()[0], ctx->saved_data["beta"].toDouble()), {}};
-  }
-};
-
-// Operator(x, parameter): by ATen where it must, recorded as Function where a gradient will be wanted, else straight below.
-template <typename Operator, typename Function, auto kComposite>
-at::Tensor unary(const at::Tensor& x, double parameter) {
-  if (!has_kernel(x) || differentiates_through_aten(x)) return kComposite(x, parameter);
-  if (records(x)) return Function::apply(x, parameter);
-  return call_below_autograd<Operator>(x, parameter);
-}
-
-template <typename Operator, typename Function, auto kComposite>
-void unary_inplace(at::Tensor x, double parameter) {
-  if (!has_kernel(x) || differentiates_through_aten(x)) return kComposite(x, parameter);
+void leaky_relu_(at::Tensor x, double negative_slope) {
+  if (!has_kernel(x) || differentiates_through_aten(x)) return composite::leaky_relu_(x, negative_slope);
   // Before anything is written.
   torch::autograd::check_inplace(x, records(x));
-  if (records(x)) {
-    Function::apply(x, parameter);
-  } else {
-    call_below_autograd<Operator>(x, parameter);
-  }
+  if (!records(x)) return call_below_autograd<ops::LeakyReluInplace>(x, negative_slope);
+  const auto node = gradient_of<LeakyReluGradient>(x);
+  node->keep(call_below_version_counting<ops::LeakyReluWithMaskInplace>(x, negative_slope), strides_of(x), negative_slope);
+  recorded_in_place(x, node);
 }
 
 at::Tensor leaky_relu_backward(const at::Tensor& grad_y, const at::Tensor& mask, c10::SymIntArrayRef stride, double negative_slope) {
-  if (records(grad_y)) return LeakyReluBackward::apply(grad_y, mask, stride.vec(), negative_slope);
-  return call_below_autograd<ops::LeakyReluBackward>(grad_y, mask, stride, negative_slope);
+  at::Tensor grad_x = call_below_autograd<ops::LeakyReluBackward>(grad_y, mask, stride, negative_slope);
+  if (!records(grad_y)) return grad_x;
+  const auto node = gradient_of<LeakyReluGradient>(grad_y);
+  node->keep(mask, stride.vec(), negative_slope);
+  return recorded(grad_x, node);
 }
 
-// With alpha < 0 the output does not determine the gradient: ATen refuses, in its words.
+// ---- rrelu
+
+struct RreluGradient : Gradient<RreluGradient> {
+  static constexpr const char* kName = "RreluBackward";
+  SavedVariable mask, seed;
+  Strides stride;
+  double lower, upper;
+
+  template <typename Self, typename F>
+  static void members(Self& self, const F& f) {
+    f(self.mask, self.seed, self.stride, self.lower, self.upper);
+  }
+  void keep(const at::Tensor& mask_, const at::Tensor& seed_, Strides stride_, double lower_, double upper_) {
+    mask = SavedVariable(mask_, false);
+    seed = SavedVariable(seed_, false);
+    stride = std::move(stride_);
+    lower = lower_;
+    upper = upper_;
+  }
+  variable_list backward(const at::Tensor& grad_y) {
+    return {call_in_backward<ops::RreluBackward>(grad_y, mask.unpack(), stride, seed.unpack(), lower, upper)};
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor> rrelu_with_mask(const at::Tensor& x, const at::Tensor& seed, double lower, double upper) {
+  if (!has_kernel(x) || differentiates_through_aten(x)) return composite::rrelu_with_mask(x, seed, lower, upper);
+  if (!records(x)) return call_below_autograd<ops::RreluWithMask>(x, seed, lower, upper);
+  const auto node = gradient_of<RreluGradient>(x);
+  auto [y, mask] = call_below_autograd<ops::RreluWithMask>(x, seed, lower, upper);
+  node->keep(mask, seed, y.sym_strides().vec(), lower, upper);
+  return {recorded(y, node), mask};
+}
+
+at::Tensor rrelu_with_mask_(at::Tensor x, const at::Tensor& seed, double lower, double upper) {
+  if (!has_kernel(x) || differentiates_through_aten(x)) return composite::rrelu_with_mask_(x, seed, lower, upper);
+  torch::autograd::check_inplace(x, records(x));
+  if (!records(x)) return call_below_autograd<ops::RreluWithMaskInplace>(x, seed, lower, upper);
+  const auto node = gradient_of<RreluGradient>(x);
+  at::Tensor mask = call_below_version_counting<ops::RreluWithMaskInplace>(x, seed, lower, upper);
+  node->keep(mask, seed, strides_of(x), lower, upper);
+  recorded_in_place(x, node);
+  return mask;
+}
+
+at::Tensor rrelu_backward(const at::Tensor& grad_y, const at::Tensor& mask, c10::SymIntArrayRef stride, const at::Tensor& seed,
+                          double lower, double upper) {
+  at::Tensor grad_x = call_below_autograd<ops::RreluBackward>(grad_y, mask, stride, seed, lower, upper);
+  if (!records(grad_y)) return grad_x;
+  const auto node = gradient_of<RreluGradient>(grad_y);
+  node->keep(mask, seed, stride.vec(), lower, upper);
+  return recorded(grad_x, node);
+}
+
+// ---- elu
+
+struct EluGradient : Gradient<EluGradient> {
+  static constexpr const char* kName = "EluBackward";
+  SavedVariable self_or_result;
+  double alpha;
+  bool is_result;
+
+  template <typename Self, typename F>
+  static void members(Self& self, const F& f) {
+    f(self.self_or_result, self.alpha, self.is_result);
+  }
+  void keep(const at::Tensor& self_or_result_, double alpha_, bool is_result_) {
+    self_or_result = SavedVariable(self_or_result_, is_result_);
+    alpha = alpha_;
+    is_result = is_result_;
+  }
+  variable_list backward(const at::Tensor& grad_y) {
+    const at::Tensor saved = is_result ? self_or_result.unpack(getptr()) : self_or_result.unpack();
+    return {call_in_backward<ops::EluBackward>(grad_y, saved, alpha, is_result)};
+  }
+};
+
+at::Tensor elu(const at::Tensor& x, double alpha) {
+  if (!has_kernel(x) || differentiates_through_aten(x)) return composite::elu(x, alpha);
+  if (!records(x)) return call_below_autograd<ops::Elu>(x, alpha);
+  const auto node = gradient_of<EluGradient>(x);
+  at::Tensor y = recorded(call_below_autograd<ops::Elu>(x, alpha), node);
+  // An output of 16 bits does not hold the digits that the gradient near its end, -alpha, is read from.
+  const bool is_result = alpha >= 0.0 && x.element_size() > 2;
+  node->keep(is_result ? y : x, alpha, is_result);
+  return y;
+}
+
 void elu_(at::Tensor x, double alpha) {
-  if (alpha < 0.0 && records(x)) return composite::elu_(x, alpha);
-  unary_inplace<ops::EluInplace, EluInplace, composite::elu_>(x, alpha);
+  // With alpha < 0 the output does not determine the gradient: ATen refuses, in its words.
+  if (!has_kernel(x) || differentiates_through_aten(x) || (alpha < 0.0 && records(x))) return composite::elu_(x, alpha);
+  torch::autograd::check_inplace(x, records(x));
+  if (!records(x)) return call_below_autograd<ops::EluInplace>(x, alpha);
+  const auto node = gradient_of<EluGradient>(x);
+  call_below_version_counting<ops::EluInplace>(x, alpha);
+  recorded_in_place(x, node);
+  node->keep(x, alpha, true);
 }
 
 at::Tensor elu_backward(const at::Tensor& grad_y, const at::Tensor& self_or_result, double alpha, bool is_result) {
@@ -144,37 +188,114 @@ at::Tensor elu_backward(const at::Tensor& grad_y, const at::Tensor& self_or_resu
   return call_below_autograd<ops::EluBackward>(grad_y, self_or_result, alpha, is_result);
 }
 
+// ---- swish
+
+struct SwishGradient : Gradient<SwishGradient> {
+  static constexpr const char* kName = "SwishBackward";
+  SavedVariable x;
+  double beta;
+
+  template <typename Self, typename F>
+  static void members(Self& self, const F& f) {
+    f(self.x, self.beta);
+  }
+  variable_list backward(const at::Tensor& grad_y) { return {call_in_backward<ops::SwishBackward>(grad_y, x.unpack(), beta)}; }
+};
+
+at::Tensor swish(const at::Tensor& x, double beta) {
+  if (!has_kernel(x) || differentiates_through_aten(x)) return composite::swish(x, beta);
+  if (!records(x)) return call_below_autograd<ops::Swish>(x, beta);
+  const auto node = gradient_of<SwishGradient>(x);
+  node->x = SavedVariable(x, false);
+  node->beta = beta;
+  return recorded(call_below_autograd<ops::Swish>(x, beta), node);
+}
+
 at::Tensor swish_backward(const at::Tensor& grad_y, const at::Tensor& x, double beta) {
   if (records(grad_y, x)) return composite::swish_backward(grad_y, x, beta);
   return call_below_autograd<ops::SwishBackward>(grad_y, x, beta);
 }
 
-// Counts the version of x around Operator, which writes it.
-template <typename Operator>
-auto counting_version(at::Tensor x, double parameter) {
+// ---- swish with a tensor, prelu: Operator(x, parameter) with Backward(grad_y, x, parameter, output_mask)
+
+template <typename Backward>
+struct ParametricGradient : Gradient<ParametricGradient<Backward>> {
+  static constexpr const char* kName = std::is_same_v<Backward, ops::PreluBackward> ? "PreluBackward" : "SwishBackward";
+  SavedVariable x, parameter;
+
+  template <typename Self, typename F>
+  static void members(Self& self, const F& f) {
+    f(self.x, self.parameter);
+  }
+  variable_list backward(const at::Tensor& grad_y) {
+    const std::array<bool, 2> wanted = {this->task_should_compute_output(0), this->task_should_compute_output(1)};
+    auto [grad_x, grad_parameter] = call_in_backward<Backward>(grad_y, x.unpack(), parameter.unpack(), wanted);
+    return {wanted[0] ? grad_x : at::Tensor(), wanted[1] ? grad_parameter : at::Tensor()};
+  }
+};
+
+template <typename Operator, typename Backward, auto kComposite>
+at::Tensor parametric(const at::Tensor& x, const at::Tensor& parameter) {
+  if (!composite::parametric_has_kernel(x, parameter) || differentiates_through_aten(x, parameter)) return kComposite(x, parameter);
+  if (!records(x, parameter)) return call_below_autograd<Operator>(x, parameter);
+  const auto node = gradient_of<ParametricGradient<Backward>>(x, parameter);
+  node->x = SavedVariable(x, false);
+  node->parameter = SavedVariable(parameter, false);
+  return recorded(call_below_autograd<Operator>(x, parameter), node);
+}
+
+template <typename Backward, auto kComposite>
+std::tuple<at::Tensor, at::Tensor> parametric_backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& parameter,
+                                                       std::array<bool, 2> output_mask) {
+  if (records(grad_y, x, parameter)) return kComposite(grad_y, x, parameter, output_mask);
+  return call_below_autograd<Backward>(grad_y, x, parameter, output_mask);
+}
+
+// Counts the version of x, which Operator writes.
+template <typename Operator, typename... Args>
+auto counting_version(at::Tensor x, Args... args) {
   increment_version(x);
-  return call_below_version_counting<Operator>(x, parameter);
+  return call_below_version_counting<Operator>(x, args...);
+}
+
+// prelu is on torch's list of what runs in the lower precision.
+template <c10::DeviceType kDevice>
+at::Tensor prelu_autocast(const at::Tensor& x, const at::Tensor& weight) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(kDevice));
+  const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
+  return call<ops::Prelu>(at::autocast::cached_cast(dtype, x, kDevice), at::autocast::cached_cast(dtype, weight, kDevice));
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gradkernels, Autograd, m) {
-  m.impl("leaky_relu", unary<ops::LeakyRelu, LeakyRelu, composite::leaky_relu>);
-  m.impl("leaky_relu_", unary_inplace<ops::LeakyReluInplace, LeakyReluInplace, composite::leaky_relu_>);
+  m.impl("leaky_relu", leaky_relu);
+  m.impl("leaky_relu_", leaky_relu_);
   m.impl("leaky_relu_with_mask", torch::autograd::autogradNotImplementedFallback());
   m.impl("leaky_relu_with_mask_", torch::autograd::autogradNotImplementedFallback());
   m.impl("leaky_relu_backward", leaky_relu_backward);
-  m.impl("elu", unary<ops::Elu, Elu, composite::elu>);
+  m.impl("rrelu_with_mask", rrelu_with_mask);
+  m.impl("rrelu_with_mask_", rrelu_with_mask_);
+  m.impl("rrelu_backward", rrelu_backward);
+  m.impl("elu", elu);
   m.impl("elu_", elu_);
   m.impl("elu_backward", elu_backward);
-  m.impl("swish", unary<ops::Swish, Swish, composite::swish>);
+  m.impl("swish", swish);
   m.impl("swish_backward", swish_backward);
+  m.impl("swish.Tensor", parametric<ops::SwishTensor, ops::SwishTensorBackward, composite::swish_tensor>);
+  m.impl("swish_backward.Tensor", parametric_backward<ops::SwishTensorBackward, composite::swish_tensor_backward>);
+  m.impl("prelu", parametric<ops::Prelu, ops::PreluBackward, composite::prelu>);
+  m.impl("prelu_backward", parametric_backward<ops::PreluBackward, composite::prelu_backward>);
 }
 
 TORCH_LIBRARY_IMPL(gradkernels, ADInplaceOrView, m) {
-  m.impl("leaky_relu_", counting_version<ops::LeakyReluInplace>);
-  m.impl("leaky_relu_with_mask_", counting_version<ops::LeakyReluWithMaskInplace>);
-  m.impl("elu_", counting_version<ops::EluInplace>);
+  m.impl("leaky_relu_", counting_version<ops::LeakyReluInplace, double>);
+  m.impl("leaky_relu_with_mask_", counting_version<ops::LeakyReluWithMaskInplace, double>);
+  m.impl("rrelu_with_mask_", counting_version<ops::RreluWithMaskInplace, const at::Tensor&, double, double>);
+  m.impl("elu_", counting_version<ops::EluInplace, double>);
 }
+
+TORCH_LIBRARY_IMPL(gradkernels, AutocastCPU, m) { m.impl("prelu", prelu_autocast<c10::DeviceType::CPU>); }
+TORCH_LIBRARY_IMPL(gradkernels, AutocastCUDA, m) { m.impl("prelu", prelu_autocast<c10::DeviceType::CUDA>); }
 
 }  // namespace gradkernels::autograd

@@ -1,8 +1,12 @@
-// The activations on the CPU: runs of elements over threads.
+// The activations on the CPU: runs of elements over threads, or slabs of channels where a parameter is learnt for each.
 #include "ops/activation.h"
+
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/slabs.h"
+#include "math/sum.h"
 
 namespace gradkernels::cpu {
 namespace {
@@ -36,6 +40,43 @@ void activation_backward(DType dtype, math::Activation act, Saved kind, int64_t 
     kernels().activation_backward(dtype, act, kind, n, static_cast<const char*>(grad_y) + offset * size,
                                   static_cast<const char*>(saved) + (kind == Saved::kMask ? offset / 8 : offset * size),
                                   static_cast<char*>(grad_x) + offset * size);
+  });
+}
+
+void parametric_forward(const ParametricForward& p) {
+  const Slabs slabs(p.shape, /*goes_twice=*/false);
+  slabs.for_each([&](int64_t i) { kernels().parametric_forward(p, slabs[i]); });
+}
+
+void parametric_backward(const ParametricBackward& p) {
+  const Slabs slabs(p.shape, /*goes_twice=*/false);
+  std::vector<double> partial(slabs.parts() * p.shape.channels);
+  slabs.for_each([&](int64_t i) {
+    kernels().parametric_backward(p, slabs[i], partial.data() + slabs.part(i) * p.shape.channels + slabs[i].channel_begin);
+  });
+  if (p.grad_parameter == nullptr) return;
+  dispatch(p.dtype, [&](auto zero) {
+    for (int64_t c = 0; c < p.shape.channels; ++c) {
+      math::Sum<double> sum{0.0, 0.0};
+      for (int64_t part = 0; part < slabs.parts(); ++part) math::add(sum, partial[part * p.shape.channels + c]);
+      static_cast<decltype(zero)*>(p.grad_parameter)[c] = static_cast<decltype(zero)>(sum.high + sum.low);
+    }
+  });
+}
+
+void rrelu_forward(DType dtype, math::RandomSlopes slopes, int64_t count, const void* x, void* y, uint8_t* mask) {
+  const int64_t size = size_of(dtype);
+  for_each_chunk(count, [&](int64_t offset, int64_t n) {
+    kernels().rrelu_forward(dtype, slopes, offset, n, static_cast<const char*>(x) + offset * size, static_cast<char*>(y) + offset * size,
+                            mask + offset / 8);
+  });
+}
+
+void rrelu_backward(DType dtype, math::RandomSlopes slopes, int64_t count, const void* grad_y, const uint8_t* mask, void* grad_x) {
+  const int64_t size = size_of(dtype);
+  for_each_chunk(count, [&](int64_t offset, int64_t n) {
+    kernels().rrelu_backward(dtype, slopes, offset, n, static_cast<const char*>(grad_y) + offset * size, mask + offset / 8,
+                             static_cast<char*>(grad_x) + offset * size);
   });
 }
 

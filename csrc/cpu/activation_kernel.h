@@ -1,7 +1,9 @@
-// The SIMD loops of the activations, over one contiguous run of elements. Compiled once per instruction set.
+// The SIMD loops of the activations, over one contiguous run of elements, or by channel where a parameter is learnt for each. Compiled once
+// per instruction set.
 #pragma once
 
 #include "cpu/kernels.h"
+#include "cpu/lines.h"
 #include "cpu/simd.h"
 #include "math/activation.h"
 
@@ -61,6 +63,123 @@ void activation_backward_kernel(DType dtype, math::Activation act, Saved kind, i
         });
       });
     }
+  });
+}
+
+// What Coefficients spread over columns: one value a channel.
+template <typename T>
+struct Parameter {
+  T value;
+
+  template <typename U, typename Function>
+  GK_INLINE Parameter<U> map(const Function& function) const {
+    return {function(value)};
+  }
+};
+
+// Calls function(activation), with activation(parameter) the functor.
+template <typename V, typename Function>
+GK_INLINE void visit_parametric(Parametric act, const Function& function) {
+  if (act == Parametric::kPrelu) {
+    function([](V parameter) GK_INLINE_LAMBDA { return math::LeakyRelu<V>{parameter}; });
+  } else {
+    function([](V parameter) GK_INLINE_LAMBDA { return math::Swish<V>{parameter}; });
+  }
+}
+
+// Calls function(scalar_t(), Runs(), activation) with the kind of lines and the functor that the problem has.
+template <typename Problem, typename Function>
+GK_INLINE void visit_parametric_problem(const Problem& p, const Function& function) {
+  dispatch(p.dtype, [&](auto zero) {
+    visit_runs(p.shape, [&](auto runs) {
+      visit_parametric<Vec<opmath_t<decltype(zero)>>>(p.act, [&](auto activation) { function(zero, runs, activation); });
+    });
+  });
+}
+
+template <typename scalar_t>
+GK_INLINE auto parameter_of_channel(const void* parameter) {
+  return [=](int64_t channel) GK_INLINE_LAMBDA {
+    return Parameter<opmath_t<scalar_t>>{static_cast<opmath_t<scalar_t>>(static_cast<const scalar_t*>(parameter)[channel])};
+  };
+}
+
+void parametric_forward_kernel(const ParametricForward& p, Slab slab) {
+  visit_parametric_problem(p, [&](auto zero, auto runs, auto activation) {
+    using scalar_t = decltype(zero);
+    using Runs = decltype(runs);
+    const scalar_t* x = static_cast<const scalar_t*>(p.x);
+    scalar_t* y = static_cast<scalar_t*>(p.y);
+    Runs::for_each_lines(p.shape, slab, [&](const Lines& lines) GK_INLINE_LAMBDA {
+      const typename Runs::template Coefficients<Parameter, opmath_t<scalar_t>> parameters(lines,
+                                                                                           parameter_of_channel<scalar_t>(p.parameter));
+      for_each_position<scalar_t>(lines, streamed(p.shape, y), [&](Position at, auto lanes) GK_INLINE_LAMBDA {
+        store(y + at.element, lanes, activation(parameters.at(at.column).value).forward(load(x + at.element, lanes)), at.past_caches);
+      });
+    });
+  });
+}
+
+void parametric_backward_kernel(const ParametricBackward& p, Slab slab, double* out) {
+  visit_parametric_problem(p, [&](auto zero, auto runs, auto activation) {
+    using scalar_t = decltype(zero);
+    using opmath = opmath_t<scalar_t>;
+    using Runs = decltype(runs);
+    using V = Vec<opmath>;
+    const scalar_t* grad_y = static_cast<const scalar_t*>(p.grad_y);
+    const scalar_t* x = static_cast<const scalar_t*>(p.x);
+    scalar_t* grad_x = static_cast<scalar_t*>(p.grad_x);
+    Runs::for_each_lines(p.shape, slab, [&](const Lines& lines) GK_INLINE_LAMBDA {
+      const typename Runs::template Coefficients<Parameter, opmath> parameters(lines, parameter_of_channel<scalar_t>(p.parameter));
+      typename Runs::template Sums<opmath> sums(lines);
+      for_each_position<scalar_t>(lines, streamed(p.shape, grad_x), [&](Position at, auto lanes) GK_INLINE_LAMBDA {
+        V grad_parameter;
+        // Lanes past the end bring a gradient of 0, at an x where that stays 0 for an infinite parameter too.
+        const V gradient = activation(parameters.at(at.column).value)
+                               .backward(load(grad_y + at.element, lanes), load(x + at.element, lanes, V(1)), grad_parameter);
+        if (grad_x != nullptr) store(grad_x + at.element, lanes, gradient, at.past_caches);
+        for_each_part<opmath>([&](auto part) GK_INLINE_LAMBDA { sums.add(at.column, part, widen(grad_parameter, part.kIndex)); });
+      });
+      for (int64_t c = 0; c < lines.channels(); ++c) out[lines.channel_begin + c - slab.channel_begin] = sums.of_channel(lines, c);
+    });
+  });
+}
+
+// The slopes of a vector's elements from the one at `index` on, a multiple of 4.
+template <typename opmath>
+GK_INLINE Vec<opmath> draw(const math::RandomSlopes& slopes, int64_t index) {
+  opmath lane[Vec<opmath>::kLanes];
+  for (int i = 0; i < Vec<opmath>::kLanes; i += 4) slopes.draw(static_cast<uint64_t>((index + i) / 4), lane + i);
+  return Vec<opmath>::load(lane);
+}
+
+void rrelu_forward_kernel(DType dtype, math::RandomSlopes slopes, int64_t first, int64_t count, const void* x_data, void* y_data,
+                          uint8_t* mask) {
+  dispatch(dtype, [&](auto zero) {
+    using scalar_t = decltype(zero);
+    using opmath = opmath_t<scalar_t>;
+    const scalar_t* x = static_cast<const scalar_t*>(x_data);
+    scalar_t* y = static_cast<scalar_t*>(y_data);
+    for_each_vector<opmath>(0, count, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
+      const math::LeakyRelu<Vec<opmath>> f{draw<opmath>(slopes, first + i)};
+      const Vec<opmath> value = load(x + i, lanes);
+      store_bits<opmath>(mask + i / 8, lanes, f.passes(value));
+      store(y + i, lanes, f.forward(value));
+    });
+  });
+}
+
+void rrelu_backward_kernel(DType dtype, math::RandomSlopes slopes, int64_t first, int64_t count, const void* grad_y_data,
+                           const uint8_t* mask, void* grad_x_data) {
+  dispatch(dtype, [&](auto zero) {
+    using scalar_t = decltype(zero);
+    using opmath = opmath_t<scalar_t>;
+    const scalar_t* grad_y = static_cast<const scalar_t*>(grad_y_data);
+    scalar_t* grad_x = static_cast<scalar_t*>(grad_x_data);
+    for_each_vector<opmath>(0, count, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
+      const math::LeakyRelu<Vec<opmath>> f{draw<opmath>(slopes, first + i)};
+      store(grad_x + i, lanes, f.backward_from_mask(load(grad_y + i, lanes), load_bits<opmath>(mask + i / 8, lanes)));
+    });
   });
 }
 

@@ -9,7 +9,7 @@
 
 namespace gradkernels::cpu {
 
-// A part of a batch-norm operand. Where runs are short (kShortRunElements) it holds whole runs, and at most kMaxColumns elements of a row.
+// A part of an operand that is seen by channel. Where runs are short (kShortRunElements) it holds whole runs, and at most kMaxColumns elements of a row.
 struct Slab {
   int64_t channel_begin, channel_end;
   int64_t row_begin, row_end;
@@ -23,6 +23,12 @@ struct Kernels {
 
   void (*activation_forward)(DType, math::Activation, int64_t count, const void* x, void* y, uint8_t* mask);
   void (*activation_backward)(DType, math::Activation, Saved, int64_t count, const void* grad_y, const void* saved, void* grad_x);
+  // grad_parameter of each channel of the slab into out[0...].
+  void (*parametric_forward)(const ParametricForward&, Slab);
+  void (*parametric_backward)(const ParametricBackward&, Slab, double* out);
+  // `first` is the index of the first element, a multiple of 8.
+  void (*rrelu_forward)(DType, math::RandomSlopes, int64_t first, int64_t count, const void* x, void* y, uint8_t* mask);
+  void (*rrelu_backward)(DType, math::RandomSlopes, int64_t first, int64_t count, const void* grad_y, const uint8_t* mask, void* grad_x);
 
   // Per channel of the slab, into out[0...].
   void (*batch_norm_moments)(const BatchNormForward&, Slab, math::Moments<double>* out);

@@ -22,12 +22,13 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 class Slabs {
  public:
-  explicit Slabs(const ChannelShape& shape) : shape_(shape), rows_(shape.rows), inner_(shape.inner) {
+  // What goes over its channels twice takes those that fit into a cache whole.
+  explicit Slabs(const ChannelShape& shape, bool goes_twice = true) : shape_(shape), rows_(shape.rows), inner_(shape.inner) {
     const int64_t elements = shape.rows * shape.inner;
-    int64_t limit = kWholeElements;
+    int64_t limit = goes_twice ? kWholeElements : kPartElements;
     if (shape.inner >= kShortRunElements) {
       channels_ = 1;
-      if (shape.channels >= kManyChannels) limit = kWholeElementsOfMany;
+      if (goes_twice && shape.channels >= kManyChannels) limit = kWholeElementsOfMany;
     } else {
       // Wide for the loops, narrow for the threads; a multiple of 8 channels keeps the bytes of the mask apart.
       const int64_t wish = std::clamp(elements * shape.channels / 16, kGrainElements, 2 * kPartElements) / shape.rows;

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "math/exp.h"
+#include "math/philox.h"
 
 namespace gradkernels::math {
 
@@ -108,6 +109,25 @@ struct Swish {
  private:
   static GK_HOST_DEVICE T gradient(T grad_y, T z, const Logistic<T>& s) {
     return multiply_scaled(grad_y, s.gate * fma(z, s.complement, T(1)), s.exponent);
+  }
+};
+
+// rrelu(x) = x for x > 0, a x otherwise, with a uniform in [lower, upper] for each element: leaky_relu with slopes drawn from a seed.
+struct RandomSlopes {
+  uint64_t seed;
+  double lower;
+  double upper;
+
+  // Of elements [4 block, 4 block + 4), in storage order.
+  template <typename scalar_t>
+  GK_HOST_DEVICE void draw(uint64_t block, scalar_t* slope) const {
+    const PhiloxBlock random = philox(seed, block);
+    for (int i = 0; i < 4; ++i) {
+      // The sum may round up to beyond the bound.
+      const scalar_t drawn =
+          fma(static_cast<scalar_t>(upper - lower), static_cast<scalar_t>(uniform_of(random.word[i])), static_cast<scalar_t>(lower));
+      slope[i] = drawn < static_cast<scalar_t>(upper) ? drawn : static_cast<scalar_t>(upper);
+    }
   }
 };
 

@@ -10,13 +10,17 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/leaky_relu.h>
+#include <ATen/ops/prelu.h>
+#include <ATen/ops/rrelu.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/silu.h>
+#include <ATen/ops/where.h>
 #include <torch/library.h>
 
 #include "common/allocate.h"
 #include "common/check.h"
 #include "ops/composite.h"
+#include "ops/layout.h"
 
 namespace gradkernels {
 
@@ -30,6 +34,65 @@ at::Tensor swish(const at::Tensor& x, double beta) { return beta == 1.0 ? at::si
 at::Tensor swish_backward(const at::Tensor& grad_y, const at::Tensor& x, double beta) {
   const at::Tensor s = at::sigmoid(x * beta);
   return grad_y * (s * (1 + x * beta * (1 - s)));
+}
+
+namespace {
+
+// The parameter as it is multiplied with x.
+at::Tensor across_channels(const at::Tensor& parameter, const at::Tensor& x) {
+  if (parameter.sym_numel() == 1) return parameter.reshape({});
+  std::vector<int64_t> shape(x.dim() < 2 ? 1 : x.dim(), 1);
+  shape[shape.size() == 1 ? 0 : 1] = -1;
+  return parameter.reshape(shape);
+}
+
+// The gradient of the parameter from those at each element.
+at::Tensor sum_over_channels(const at::Tensor& gradients, const at::Tensor& parameter) {
+  if (parameter.sym_numel() == 1) return gradients.sum().reshape_symint(parameter.sym_sizes());
+  std::vector<int64_t> dims;
+  for (int64_t d = 0; d < gradients.dim(); ++d) {
+    if (d != 1) dims.push_back(d);
+  }
+  return gradients.sum(dims);
+}
+
+}  // namespace
+
+at::Tensor swish_tensor(const at::Tensor& x, const at::Tensor& beta) {
+  // Integers go to silu for its error: the product would promote them in silence.
+  if (!x.is_floating_point() && !x.is_complex()) return at::silu(x);
+  return x * at::sigmoid(across_channels(beta, x) * x);
+}
+
+std::tuple<at::Tensor, at::Tensor> swish_tensor_backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& beta,
+                                                         std::array<bool, 2> output_mask) {
+  const at::Tensor z = across_channels(beta, x) * x;
+  const at::Tensor s = at::sigmoid(z);
+  return {output_mask[0] ? grad_y * (s * (1 + z * (1 - s))) : at::empty({0}, x.options()),
+          output_mask[1] ? sum_over_channels(grad_y * (x * x) * (s * (1 - s)), beta) : at::empty({0}, beta.options())};
+}
+
+at::Tensor prelu(const at::Tensor& x, const at::Tensor& weight) { return at::prelu(x, weight); }
+
+std::tuple<at::Tensor, at::Tensor> prelu_backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight,
+                                                  std::array<bool, 2> output_mask) {
+  const at::Tensor passes = x > 0;
+  return {output_mask[0] ? at::where(passes, grad_y, across_channels(weight, x) * grad_y) : at::empty({0}, x.options()),
+          output_mask[1] ? sum_over_channels(at::where(passes, 0, x * grad_y), weight) : at::empty({0}, weight.options())};
+}
+
+bool parametric_has_kernel(const at::Tensor& x, const at::Tensor& parameter) {
+  return has_kernel(x) && has_kernel(parameter) && same_dtype_and_device(x, parameter) && x.dim() > 0 && parameter.dim() <= 1 &&
+         (parameter.sym_numel() == 1 || (x.dim() >= 2 && parameter.sym_numel() == x.sym_size(1)));
+}
+
+std::tuple<at::Tensor, at::Tensor> rrelu_with_mask(const at::Tensor& x, const at::Tensor&, double lower, double upper) {
+  return {at::rrelu(x, lower, upper, /*training=*/true), at::empty({0}, x.options().dtype(at::kByte))};
+}
+
+at::Tensor rrelu_with_mask_(at::Tensor x, const at::Tensor&, double lower, double upper) {
+  at::rrelu_(x, lower, upper, /*training=*/true);
+  return at::empty({0}, x.options().dtype(at::kByte));
 }
 
 }  // namespace composite
@@ -97,42 +160,49 @@ void leaky_relu_(at::Tensor x, double negative_slope) {
   forward_({ActivationKind::kLeakyRelu, negative_slope}, x);
 }
 
-void check_maskable(const at::Tensor& x) {
-  TORCH_CHECK_NOT_IMPLEMENTED(has_kernel(x), "\"leaky_relu_with_mask\" not implemented for '", x.scalar_type(), "' on ", x.device());
+void check_maskable(const char* name, const at::Tensor& x) {
+  TORCH_CHECK_NOT_IMPLEMENTED(has_kernel(x), "\"", name, "\" not implemented for '", x.scalar_type(), "' on ", x.device());
 }
 
 std::tuple<at::Tensor, at::Tensor> leaky_relu_with_mask(const at::Tensor& x, double negative_slope) {
-  check_maskable(x);
+  check_maskable("leaky_relu_with_mask", x);
   at::Tensor mask = mask_like(x);
   return {forward({ActivationKind::kLeakyRelu, negative_slope}, x, mask), mask};
 }
 
 at::Tensor leaky_relu_with_mask_(at::Tensor x, double negative_slope) {
-  check_maskable(x);
+  check_maskable("leaky_relu_with_mask", x);
   at::Tensor mask = mask_like(x);
   forward_({ActivationKind::kLeakyRelu, negative_slope}, x, mask);
   return mask;
 }
 
-void check_mask(const at::Tensor& grad_y, const at::Tensor& mask, size_t strides) {
-  check_maskable(grad_y);
+void check_mask(const char* name, const at::Tensor& grad_y, const at::Tensor& mask, size_t strides) {
+  check_maskable(name, grad_y);
   TORCH_CHECK(mask.scalar_type() == at::kByte && mask.device() == grad_y.device() && mask.dim() == 1 && mask.is_contiguous() &&
                   mask.sym_numel() == (grad_y.sym_numel() + 7) / 8,
-              "leaky_relu_backward: the mask must be uint8 with one bit for each of ", grad_y.sym_numel(), " elements, got ",
-              mask.scalar_type(), " of shape ", mask.sym_sizes());
-  TORCH_CHECK(static_cast<int64_t>(strides) == grad_y.dim(), "leaky_relu_backward: ", strides, " strides for a tensor of ", grad_y.dim(),
-              " dimensions");
+              name, ": the mask must be uint8 with one bit for each of ", grad_y.sym_numel(), " elements, got ", mask.scalar_type(),
+              " of shape ", mask.sym_sizes());
+  TORCH_CHECK(static_cast<int64_t>(strides) == grad_y.dim(), name, ": ", strides, " strides for a tensor of ", grad_y.dim(), " dimensions");
 }
 
+// grad_y in the order that the mask was written in, and a grad_x to be written.
+struct MaskedBackward {
+  at::Tensor grad_y, grad_x;
+
+  MaskedBackward(const char* name, const at::Tensor& given, const at::Tensor& mask, c10::SymIntArrayRef stride) {
+    check_mask(name, given, mask, stride.size());
+    grad_y = in_order(given, C10_AS_INTARRAYREF_SLOW(stride));
+    TORCH_CHECK(grad_y.is_non_overlapping_and_dense(), name, ": strides ", stride, " leave gaps in a tensor of shape ", given.sizes());
+    grad_x = on_huge_pages(at::empty_like(grad_y));
+  }
+};
+
 at::Tensor leaky_relu_backward(const at::Tensor& grad_y, const at::Tensor& mask, c10::SymIntArrayRef stride, double negative_slope) {
-  check_mask(grad_y, mask, stride.size());
-  const at::Tensor source = in_order(grad_y, C10_AS_INTARRAYREF_SLOW(stride));
-  TORCH_CHECK(source.is_non_overlapping_and_dense(), "leaky_relu_backward: strides ", stride, " leave gaps in a tensor of shape ",
-              grad_y.sizes());
-  const at::Tensor grad_x = on_huge_pages(at::empty_like(source));
-  cpu::activation_backward(dtype_of(source), {ActivationKind::kLeakyRelu, negative_slope}, Saved::kMask, source.numel(),
-                           source.const_data_ptr(), mask.const_data_ptr(), grad_x.mutable_data_ptr());
-  return grad_x;
+  const MaskedBackward b("leaky_relu_backward", grad_y, mask, stride);
+  cpu::activation_backward(dtype_of(b.grad_y), {ActivationKind::kLeakyRelu, negative_slope}, Saved::kMask, b.grad_y.numel(),
+                           b.grad_y.const_data_ptr(), mask.const_data_ptr(), b.grad_x.mutable_data_ptr());
+  return b.grad_x;
 }
 
 at::Tensor elu(const at::Tensor& x, double alpha) {
@@ -160,6 +230,137 @@ at::Tensor swish_backward(const at::Tensor& grad_y, const at::Tensor& x, double 
   return backward({ActivationKind::kSwish, beta}, Saved::kInput, grad_y, x);
 }
 
+// x seen by channel: by storage order where one parameter serves all of them.
+struct ByChannel {
+  at::Tensor x;
+  ChannelShape shape;
+
+  ByChannel(const at::Tensor& given, const at::Tensor& parameter) {
+    if (parameter.numel() == 1) {
+      x = dense(given);
+      shape = {1, 1, given.numel()};
+    } else {
+      const Layout layout(given);
+      x = given.contiguous(layout.format);
+      shape = layout.shape();
+    }
+  }
+};
+
+// Calls fill(target), with target in the order of `source`; the result has the strides that torch gives an output like x.
+template <typename Function>
+at::Tensor filled_like(const at::Tensor& x, const at::Tensor& source, const Function& fill) {
+  const at::Tensor result = on_huge_pages(at::empty_like(x));
+  const at::Tensor target = in_order(result, source.strides()).is_same(result) ? result : at::empty_like(source);
+  fill(target);
+  if (!target.is_same(result)) result.copy_(target);
+  return result;
+}
+
+at::Tensor parametric(Parametric act, const at::Tensor& x, const at::Tensor& parameter) {
+  const ByChannel by_channel(x, parameter);
+  return filled_like(x, by_channel.x, [&](const at::Tensor& y) {
+    if (x.numel() == 0) return;
+    cpu::parametric_forward(
+        {dtype_of(x), by_channel.shape, act, by_channel.x.const_data_ptr(), parameter.contiguous().const_data_ptr(), y.mutable_data_ptr()});
+  });
+}
+
+void check_parametric_backward(const char* name, const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& parameter) {
+  check_backward(name, grad_y, x);
+  TORCH_CHECK(composite::parametric_has_kernel(x, parameter), name, ": a parameter of shape ", parameter.sym_sizes(), " and type ",
+              parameter.scalar_type(), " does not fit x of shape ", x.sym_sizes(), " and type ", x.scalar_type());
+}
+
+std::tuple<at::Tensor, at::Tensor> parametric_backward(const char* name, Parametric act, const at::Tensor& grad_y, const at::Tensor& x,
+                                                       const at::Tensor& parameter, std::array<bool, 2> output_mask) {
+  check_parametric_backward(name, grad_y, x, parameter);
+  const ByChannel by_channel(x, parameter);
+  const at::Tensor source = in_order(grad_y, by_channel.x.strides());
+  const at::Tensor grad_parameter =
+      output_mask[1] ? at::empty_like(parameter, at::MemoryFormat::Contiguous) : at::empty({0}, parameter.options());
+  void* const parameter_sums = output_mask[1] ? grad_parameter.mutable_data_ptr() : nullptr;
+  const auto run = [&](void* grad_x) {
+    if (x.numel() == 0) {
+      grad_parameter.zero_();
+      return;
+    }
+    cpu::parametric_backward({dtype_of(x), by_channel.shape, act, source.const_data_ptr(), by_channel.x.const_data_ptr(),
+                              parameter.contiguous().const_data_ptr(), grad_x, parameter_sums});
+  };
+  if (!output_mask[0]) {
+    run(nullptr);
+    return {at::empty({0}, x.options()), grad_parameter};
+  }
+  return {filled_like(x, by_channel.x, [&](const at::Tensor& grad_x) { run(grad_x.mutable_data_ptr()); }), grad_parameter};
+}
+
+at::Tensor swish_tensor(const at::Tensor& x, const at::Tensor& beta) {
+  if (!composite::parametric_has_kernel(x, beta)) return composite::swish_tensor(x, beta);
+  return parametric(Parametric::kSwish, x, beta);
+}
+
+std::tuple<at::Tensor, at::Tensor> swish_tensor_backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& beta,
+                                                         std::array<bool, 2> output_mask) {
+  return parametric_backward("swish_backward", Parametric::kSwish, grad_y, x, beta, output_mask);
+}
+
+at::Tensor prelu(const at::Tensor& x, const at::Tensor& weight) {
+  if (!composite::parametric_has_kernel(x, weight)) return composite::prelu(x, weight);
+  return parametric(Parametric::kPrelu, x, weight);
+}
+
+std::tuple<at::Tensor, at::Tensor> prelu_backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight,
+                                                  std::array<bool, 2> output_mask) {
+  return parametric_backward("prelu_backward", Parametric::kPrelu, grad_y, x, weight, output_mask);
+}
+
+void check_rrelu(const at::Tensor& seed, double lower, double upper) {
+  TORCH_CHECK(seed.scalar_type() == at::kLong && seed.sym_numel() == 1, "rrelu: the seed must be one int64 element, got ",
+              seed.scalar_type(), " of shape ", seed.sym_sizes());
+  TORCH_CHECK(lower <= upper, "Lower bound should be less than or equal to the upper bound");
+}
+
+math::RandomSlopes random_slopes(const at::Tensor& seed, double lower, double upper) {
+  return {static_cast<uint64_t>(seed.item<int64_t>()), lower, upper};
+}
+
+// The mask, having written y, which may be x: both in storage order.
+at::Tensor rrelu_into(const at::Tensor& y, const at::Tensor& x, const at::Tensor& seed, double lower, double upper) {
+  at::Tensor mask = mask_like(x);
+  cpu::rrelu_forward(dtype_of(x), random_slopes(seed, lower, upper), x.numel(), x.const_data_ptr(), y.mutable_data_ptr(),
+                     mask.mutable_data_ptr<uint8_t>());
+  return mask;
+}
+
+std::tuple<at::Tensor, at::Tensor> rrelu_with_mask(const at::Tensor& x, const at::Tensor& seed, double lower, double upper) {
+  if (!has_kernel(x)) return composite::rrelu_with_mask(x, seed, lower, upper);
+  check_rrelu(seed, lower, upper);
+  const at::Tensor source = dense(x);
+  at::Tensor y = on_huge_pages(at::empty_like(source));
+  at::Tensor mask = rrelu_into(y, source, seed, lower, upper);
+  return {y, mask};
+}
+
+at::Tensor rrelu_with_mask_(at::Tensor x, const at::Tensor& seed, double lower, double upper) {
+  if (!has_kernel(x)) return composite::rrelu_with_mask_(x, seed, lower, upper);
+  check_rrelu(seed, lower, upper);
+  at::assert_no_internal_overlap(x);
+  const at::Tensor target = dense(x);
+  at::Tensor mask = rrelu_into(target, target, seed, lower, upper);
+  if (!target.is_same(x)) x.copy_(target);
+  return mask;
+}
+
+at::Tensor rrelu_backward(const at::Tensor& grad_y, const at::Tensor& mask, c10::SymIntArrayRef stride, const at::Tensor& seed,
+                          double lower, double upper) {
+  const MaskedBackward b("rrelu_backward", grad_y, mask, stride);
+  check_rrelu(seed, lower, upper);
+  cpu::rrelu_backward(dtype_of(b.grad_y), random_slopes(seed, lower, upper), b.grad_y.numel(), b.grad_y.const_data_ptr(),
+                      mask.const_data_ptr<uint8_t>(), b.grad_x.mutable_data_ptr());
+  return b.grad_x;
+}
+
 // Shapes and strides alone, for tracing.
 namespace meta {
 
@@ -168,7 +369,7 @@ void in_place(at::Tensor, double) {}
 std::tuple<at::Tensor, at::Tensor> with_mask(const at::Tensor& x, double) { return {at::empty_like(x), mask_like(x)}; }
 at::Tensor with_mask_(at::Tensor x, double) { return mask_like(x); }
 at::Tensor leaky_relu_backward(const at::Tensor& grad_y, const at::Tensor& mask, c10::SymIntArrayRef stride, double) {
-  check_mask(grad_y, mask, stride.size());
+  check_mask("leaky_relu_backward", grad_y, mask, stride.size());
   return at::empty_strided_symint(grad_y.sym_sizes(), stride, grad_y.options());
 }
 at::Tensor elu_backward(const at::Tensor& grad_y, const at::Tensor& self_or_result, double, bool) {
@@ -178,6 +379,32 @@ at::Tensor elu_backward(const at::Tensor& grad_y, const at::Tensor& self_or_resu
 at::Tensor swish_backward(const at::Tensor& grad_y, const at::Tensor& x, double) {
   check_backward("swish_backward", grad_y, x);
   return at::empty_like(x);
+}
+at::Tensor swish_tensor(const at::Tensor& x, const at::Tensor& beta) {
+  return composite::parametric_has_kernel(x, beta) ? at::empty_like(x) : composite::swish_tensor(x, beta);
+}
+at::Tensor prelu(const at::Tensor& x, const at::Tensor& weight) {
+  return composite::parametric_has_kernel(x, weight) ? at::empty_like(x) : composite::prelu(x, weight);
+}
+std::tuple<at::Tensor, at::Tensor> parametric_backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& parameter,
+                                                       std::array<bool, 2> output_mask) {
+  check_parametric_backward("gradient of a parameter", grad_y, x, parameter);
+  return {output_mask[0] ? at::empty_like(x) : at::empty({0}, x.options()),
+          output_mask[1] ? at::empty_like(parameter, at::MemoryFormat::Contiguous) : at::empty({0}, parameter.options())};
+}
+std::tuple<at::Tensor, at::Tensor> rrelu_with_mask(const at::Tensor& x, const at::Tensor& seed, double lower, double upper) {
+  check_rrelu(seed, lower, upper);
+  return {at::empty_like(x), mask_like(x)};
+}
+at::Tensor rrelu_with_mask_(at::Tensor x, const at::Tensor& seed, double lower, double upper) {
+  check_rrelu(seed, lower, upper);
+  return mask_like(x);
+}
+at::Tensor rrelu_backward(const at::Tensor& grad_y, const at::Tensor& mask, c10::SymIntArrayRef stride, const at::Tensor& seed,
+                          double lower, double upper) {
+  check_mask("rrelu_backward", grad_y, mask, stride.size());
+  check_rrelu(seed, lower, upper);
+  return at::empty_strided_symint(grad_y.sym_sizes(), stride, grad_y.options());
 }
 
 }  // namespace meta
@@ -194,6 +421,13 @@ TORCH_LIBRARY_IMPL(gradkernels, CPU, m) {
   m.impl("elu_backward", elu_backward);
   m.impl("swish", swish);
   m.impl("swish_backward", swish_backward);
+  m.impl("swish.Tensor", swish_tensor);
+  m.impl("swish_backward.Tensor", swish_tensor_backward);
+  m.impl("prelu", prelu);
+  m.impl("prelu_backward", prelu_backward);
+  m.impl("rrelu_with_mask", rrelu_with_mask);
+  m.impl("rrelu_with_mask_", rrelu_with_mask_);
+  m.impl("rrelu_backward", rrelu_backward);
 }
 
 TORCH_LIBRARY_IMPL(gradkernels, Meta, m) {
@@ -207,6 +441,13 @@ TORCH_LIBRARY_IMPL(gradkernels, Meta, m) {
   m.impl("elu_backward", meta::elu_backward);
   m.impl("swish", meta::like);
   m.impl("swish_backward", meta::swish_backward);
+  m.impl("swish.Tensor", meta::swish_tensor);
+  m.impl("swish_backward.Tensor", meta::parametric_backward);
+  m.impl("prelu", meta::prelu);
+  m.impl("prelu_backward", meta::parametric_backward);
+  m.impl("rrelu_with_mask", meta::rrelu_with_mask);
+  m.impl("rrelu_with_mask_", meta::rrelu_with_mask_);
+  m.impl("rrelu_backward", meta::rrelu_backward);
 }
 
 // Devices without kernels.
@@ -216,6 +457,12 @@ TORCH_LIBRARY_IMPL(gradkernels, CompositeExplicitAutograd, m) {
   m.impl("elu", composite::elu);
   m.impl("elu_", composite::elu_);
   m.impl("swish", composite::swish);
+  m.impl("swish.Tensor", composite::swish_tensor);
+  m.impl("swish_backward.Tensor", composite::swish_tensor_backward);
+  m.impl("prelu", composite::prelu);
+  m.impl("prelu_backward", composite::prelu_backward);
+  m.impl("rrelu_with_mask", composite::rrelu_with_mask);
+  m.impl("rrelu_with_mask_", composite::rrelu_with_mask_);
 }
 
 // vmap: ATen's operators have batching rules.
@@ -225,6 +472,10 @@ TORCH_LIBRARY_IMPL(gradkernels, FuncTorchBatched, m) {
   m.impl("elu", composite::elu);
   m.impl("elu_", composite::elu_);
   m.impl("swish", composite::swish);
+  m.impl("swish.Tensor", composite::swish_tensor);
+  m.impl("prelu", composite::prelu);
+  m.impl("rrelu_with_mask", composite::rrelu_with_mask);
+  m.impl("rrelu_with_mask_", composite::rrelu_with_mask_);
 }
 
 }  // namespace gradkernels

@@ -2,12 +2,37 @@
 #pragma once
 
 #include "common/dispatch.h"
+#include "common/shape.h"
 #include "math/activation.h"
 
 namespace gradkernels {
 
 // What the forward pass kept for the gradient: x, y, or one bit an element (bit i % 8 of byte i / 8, in storage order).
 enum class Saved : uint8_t { kInput, kOutput, kMask };
+
+// The activations whose parameter is learnt, a value for each channel: prelu by its slope, swish by beta.
+enum class Parametric : uint8_t { kPrelu, kSwish };
+
+struct ParametricForward {
+  DType dtype;
+  ChannelShape shape;
+  Parametric act;
+  const void* x;
+  const void* parameter;
+  void* y;
+};
+
+// Gradients that nobody needs are null.
+struct ParametricBackward {
+  DType dtype;
+  ChannelShape shape;
+  Parametric act;
+  const void* grad_y;
+  const void* x;
+  const void* parameter;
+  void* grad_x;
+  void* grad_parameter;
+};
 
 namespace cpu {
 
@@ -17,6 +42,13 @@ void activation_forward(DType dtype, math::Activation act, int64_t count, const 
 
 // grad_x = grad_y act'(x); grad_x may be grad_y.
 void activation_backward(DType dtype, math::Activation act, Saved kind, int64_t count, const void* grad_y, const void* saved, void* grad_x);
+
+void parametric_forward(const ParametricForward& p);
+void parametric_backward(const ParametricBackward& p);
+
+// leaky_relu with the slopes drawn; the mask is one bit an element, as above.
+void rrelu_forward(DType dtype, math::RandomSlopes slopes, int64_t count, const void* x, void* y, uint8_t* mask);
+void rrelu_backward(DType dtype, math::RandomSlopes slopes, int64_t count, const void* grad_y, const uint8_t* mask, void* grad_x);
 
 }  // namespace cpu
 }  // namespace gradkernels

@@ -21,6 +21,7 @@
 #include "common/allocate.h"
 #include "common/check.h"
 #include "ops/composite.h"
+#include "ops/layout.h"
 
 namespace gradkernels {
 
@@ -48,26 +49,9 @@ const void* data_of(const OptionalTensor& x) { return is_given(x) ? x->const_dat
 const void* data_of(const at::Tensor& x) { return x.defined() ? x.const_data_ptr() : nullptr; }
 void* mutable_data_of(const OptionalTensor& x) { return is_given(x) ? x->mutable_data_ptr() : nullptr; }
 
-// The kernels' view of x in its memory format, and the tensor in that format.
-struct Layout {
-  at::MemoryFormat format;
-  c10::SymInt rows, channels, inner;
-
-  explicit Layout(const at::Tensor& x) : format(x.suggest_memory_format()), channels(x.sym_size(1)) {
-    if (format == at::MemoryFormat::Contiguous) {
-      rows = x.sym_size(0);
-      inner = 1;
-      for (int64_t d = 2; d < x.dim(); ++d) inner *= x.sym_size(d);
-    } else {
-      rows = x.sym_numel() / channels;
-      inner = 1;
-    }
-  }
-  ChannelShape shape() const { return {rows.expect_int(), channels.expect_int(), inner.expect_int()}; }
-  at::Tensor empty_mask(const at::Tensor& x, bool needed) const {
-    return at::empty_symint({needed ? mask_bytes(rows, channels, inner) : c10::SymInt(0)}, x.options().dtype(at::kByte));
-  }
-};
+at::Tensor empty_mask(const at::Tensor& x, const Layout& layout, bool needed) {
+  return at::empty_symint({needed ? mask_bytes(layout.rows, layout.channels, layout.inner) : c10::SymInt(0)}, x.options().dtype(at::kByte));
+}
 
 at::ScalarType parameter_dtype(const at::Tensor& x, std::initializer_list<OptionalTensor> parameters) {
   const auto first = std::find_if(parameters.begin(), parameters.end(), is_given);
@@ -168,7 +152,7 @@ BatchNormActResult batch_norm_act(const at::Tensor& x, const OptionalTensor& run
   at::Tensor y = on_huge_pages(at::empty_like(source, layout.format));
   at::Tensor mean = at::empty_symint({layout.channels}, x.options().dtype(at::kDouble));
   at::Tensor invstd = at::empty_like(mean);
-  at::Tensor mask = layout.empty_mask(x, added.defined() && activation_of_y.has_two_slopes());
+  at::Tensor mask = empty_mask(x, layout, added.defined() && activation_of_y.has_two_slopes());
   double factor = momentum.value_or(0.0);
   int64_t* count = training && is_given(num_batches_tracked) ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr;
   if (count != nullptr && !momentum.has_value()) factor = 1.0 / static_cast<double>(*count + 1);
@@ -195,7 +179,7 @@ BatchNormActResult batch_norm_act_meta(const at::Tensor& x, const OptionalTensor
   const Layout layout(x);
   at::Tensor mean = at::empty_symint({layout.channels}, x.options().dtype(at::kDouble));
   return {at::empty_like(x, layout.format), mean, at::empty_like(mean),
-          layout.empty_mask(x, is_given(residual) && activation_of_y.has_two_slopes())};
+          empty_mask(x, layout, is_given(residual) && activation_of_y.has_two_slopes())};
 }
 
 using BatchNormActGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -16,6 +17,18 @@ at::Tensor elu(const at::Tensor& x, double alpha);
 void elu_(at::Tensor x, double alpha);
 at::Tensor swish(const at::Tensor& x, double beta);
 at::Tensor swish_backward(const at::Tensor& grad_y, const at::Tensor& x, double beta);
+at::Tensor swish_tensor(const at::Tensor& x, const at::Tensor& beta);
+std::tuple<at::Tensor, at::Tensor> swish_tensor_backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& beta,
+                                                         std::array<bool, 2> output_mask);
+at::Tensor prelu(const at::Tensor& x, const at::Tensor& weight);
+std::tuple<at::Tensor, at::Tensor> prelu_backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight,
+                                                  std::array<bool, 2> output_mask);
+// False for what swish and prelu with a parameter to each channel leave to the composite.
+bool parametric_has_kernel(const at::Tensor& x, const at::Tensor& parameter);
+
+// With slopes from torch's generator instead of the seed; the mask comes back empty: the gradient runs through ATen's.
+std::tuple<at::Tensor, at::Tensor> rrelu_with_mask(const at::Tensor& x, const at::Tensor& seed, double lower, double upper);
+at::Tensor rrelu_with_mask_(at::Tensor x, const at::Tensor& seed, double lower, double upper);
 
 using OptionalTensor = std::optional<at::Tensor>;
 using BatchNormActResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;

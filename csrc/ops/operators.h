@@ -9,6 +9,7 @@
 #include <optional>
 #include <string_view>
 #include <tuple>
+#include <type_traits>
 
 namespace gradkernels {
 namespace ops {
@@ -56,6 +57,36 @@ struct SwishBackward {
   static constexpr const char* kName = "gradkernels::swish_backward";
   using Signature = Tensor(const Tensor&, const Tensor&, double);
 };
+struct SwishTensor {
+  static constexpr const char* kName = "gradkernels::swish";
+  static constexpr const char* kOverload = "Tensor";
+  using Signature = Tensor(const Tensor&, const Tensor&);
+};
+struct SwishTensorBackward {
+  static constexpr const char* kName = "gradkernels::swish_backward";
+  static constexpr const char* kOverload = "Tensor";
+  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, std::array<bool, 2>);
+};
+struct Prelu {
+  static constexpr const char* kName = "gradkernels::prelu";
+  using Signature = Tensor(const Tensor&, const Tensor&);
+};
+struct PreluBackward {
+  static constexpr const char* kName = "gradkernels::prelu_backward";
+  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, std::array<bool, 2>);
+};
+struct RreluWithMask {
+  static constexpr const char* kName = "gradkernels::rrelu_with_mask";
+  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, double, double);
+};
+struct RreluWithMaskInplace {
+  static constexpr const char* kName = "gradkernels::rrelu_with_mask_";
+  using Signature = Tensor(Tensor, const Tensor&, double, double);
+};
+struct RreluBackward {
+  static constexpr const char* kName = "gradkernels::rrelu_backward";
+  using Signature = Tensor(const Tensor&, const Tensor&, c10::SymIntArrayRef, const Tensor&, double, double);
+};
 struct BatchNormAct {
   static constexpr const char* kName = "gradkernels::batch_norm_act";
   using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const OptionalTensor&,
@@ -80,11 +111,22 @@ struct ClipGradsWithNormInplace {
 
 }  // namespace ops
 
+// The overload that an operator's type names, or the one without a name.
+template <typename Operator, typename = void>
+struct OverloadOf {
+  static constexpr const char* value = "";
+};
+template <typename Operator>
+struct OverloadOf<Operator, std::void_t<decltype(Operator::kOverload)>> {
+  static constexpr const char* value = Operator::kOverload;
+};
+
 // Through the dispatcher, as the thread's dispatch state has it.
 template <typename Operator, typename... Args>
 auto call(Args&&... args) {
-  static const auto handle =
-      c10::Dispatcher::singleton().findSchemaOrThrow(Operator::kName, "").template typed<typename Operator::Signature>();
+  static const auto handle = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow(Operator::kName, OverloadOf<Operator>::value)
+                                 .template typed<typename Operator::Signature>();
   return handle.call(std::forward<Args>(args)...);
 }
 
