@@ -131,16 +131,16 @@ void parametric_backward_kernel(const ParametricBackward& p, Slab slab, double* 
     scalar_t* grad_x = static_cast<scalar_t*>(p.grad_x);
     Runs::for_each_lines(p.shape, slab, [&](const Lines& lines) GK_INLINE_LAMBDA {
       const typename Runs::template Coefficients<Parameter, opmath> parameters(lines, parameter_of_channel<scalar_t>(p.parameter));
-      typename Runs::template Sums<opmath> sums(lines);
-      for_each_position<scalar_t>(lines, streamed(p.shape, grad_x), [&](Position at, auto lanes) GK_INLINE_LAMBDA {
+      typename Runs::template Sums<opmath, 1> sums(lines);
+      sums.template add<scalar_t>(lines, [&](Position at, auto lanes, auto& sum) GK_INLINE_LAMBDA {
         V grad_parameter;
         // Lanes past the end bring a gradient of 0, at an x where that stays 0 for an infinite parameter too.
         const V gradient = activation(parameters.at(at.column).value)
                                .backward(load(grad_y + at.element, lanes), load(x + at.element, lanes, V(1)), grad_parameter);
-        if (grad_x != nullptr) store(grad_x + at.element, lanes, gradient, at.past_caches);
-        for_each_part<opmath>([&](auto part) GK_INLINE_LAMBDA { sums.add(at.column, part, widen(grad_parameter, part.kIndex)); });
+        if (grad_x != nullptr) store(grad_x + at.element, lanes, gradient);
+        sum.template add<0>(grad_parameter);
       });
-      for (int64_t c = 0; c < lines.channels(); ++c) out[lines.channel_begin + c - slab.channel_begin] = sums.of_channel(lines, c);
+      for (int64_t c = 0; c < lines.channels(); ++c) out[lines.channel_begin + c - slab.channel_begin] = sums.of_channel(lines, c, 0);
     });
   });
 }

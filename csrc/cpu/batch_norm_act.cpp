@@ -44,26 +44,30 @@ void finish_channel(const BatchNormBackward& p, int64_t channel, const math::Gra
   });
 }
 
-// Two passes over the slabs: reduce(slab, out) leaves a partial result for each of its channels, finish(channel, result) takes the merged
-// one, and only then apply(slab, results) runs. Where a channel is in one slab, that all happens in one task.
+// Two passes over the slabs: reduce(slab, out, copy) leaves a partial result for each of its channels, finish(channel, result) takes the
+// merged one, and only then apply(slab, results, copy) runs. Where a channel is in one slab, that all happens in one task, and both are
+// given memory for `copy_bytes` for each element of the slab; else, and with none asked for, the copy is null.
 template <typename Result, typename Reduce, typename Finish, typename Apply>
-void reduce_then_apply(const Slabs& slabs, int64_t channels, const Reduce& reduce, const Finish& finish, const Apply& apply) {
+void reduce_then_apply(const Slabs& slabs, int64_t channels, int64_t copy_bytes, const Reduce& reduce, const Finish& finish,
+                       const Apply& apply) {
   std::vector<Result> partial(slabs.parts() * channels);
-  const auto reduce_slab = [&](int64_t i) { reduce(slabs[i], partial.data() + slabs.part(i) * channels + slabs[i].channel_begin); };
+  const auto reduce_slab = [&](int64_t i, void* copy) {
+    reduce(slabs[i], partial.data() + slabs.part(i) * channels + slabs[i].channel_begin, copy);
+  };
   if (slabs.parts() == 1) {
-    slabs.for_each([&](int64_t i) {
-      reduce_slab(i);
+    slabs.for_each_with_copy(copy_bytes, [&](int64_t i, void* copy) {
+      reduce_slab(i, copy);
       for (int64_t c = slabs[i].channel_begin; c < slabs[i].channel_end; ++c) finish(c, partial[c]);
-      apply(slabs[i], partial.data());
+      apply(slabs[i], partial.data(), copy);
     });
     return;
   }
-  slabs.for_each(reduce_slab);
+  slabs.for_each([&](int64_t i) { reduce_slab(i, nullptr); });
   for (int64_t c = 0; c < channels; ++c) {
     for (int64_t part = 1; part < slabs.parts(); ++part) partial[c] = math::merge(partial[c], partial[part * channels + c]);
     finish(c, partial[c]);
   }
-  slabs.for_each([&](int64_t i) { apply(slabs[slabs.size() - 1 - i], partial.data()); });
+  slabs.for_each([&](int64_t i) { apply(slabs[slabs.size() - 1 - i], partial.data(), nullptr); });
 }
 
 }  // namespace
@@ -73,9 +77,10 @@ void batch_norm_act_forward(const BatchNormForward& p) {
   const Kernels& isa = kernels();
   if (p.training) {
     reduce_then_apply<math::Moments<double>>(
-        slabs, p.shape.channels, [&](Slab slab, math::Moments<double>* out) { isa.batch_norm_moments(p, slab, out); },
+        slabs, p.shape.channels, /*copy_bytes=*/0,
+        [&](Slab slab, math::Moments<double>* out, void*) { isa.batch_norm_moments(p, slab, out); },
         [&](int64_t channel, const math::Moments<double>& moments) { finish_channel(p, channel, moments); },
-        [&](Slab slab, const math::Moments<double>*) { isa.batch_norm_normalise(p, slab); });
+        [&](Slab slab, const math::Moments<double>*, const void*) { isa.batch_norm_normalise(p, slab); });
   } else {
     use_running_statistics(p);
     slabs.for_each([&](int64_t i) { isa.batch_norm_normalise(p, slabs[i]); });
@@ -86,16 +91,20 @@ void batch_norm_act_backward(const BatchNormBackward& p) {
   const Slabs slabs(p.shape);
   const Kernels& isa = kernels();
   const bool needs_sums = p.grad_weight != nullptr || p.grad_bias != nullptr || p.grad_residual != nullptr || p.training;
-  const auto apply = [&](Slab slab, const math::GradientSums* sums) {
-    if (p.grad_x != nullptr) isa.batch_norm_gradient_input(p, slab, sums);
+  // An exponential costs more than dz on its way through the cache.
+  const bool copies_dz = p.grad_x != nullptr && p.grad_residual == nullptr &&
+                         (p.act.kind == math::ActivationKind::kElu || p.act.kind == math::ActivationKind::kSwish);
+  const auto apply = [&](Slab slab, const math::GradientSums* sums, const void* dz_copy) {
+    if (p.grad_x != nullptr) isa.batch_norm_gradient_input(p, slab, sums, dz_copy);
   };
   if (needs_sums) {
     reduce_then_apply<math::GradientSums>(
-        slabs, p.shape.channels, [&](Slab slab, math::GradientSums* out) { isa.batch_norm_gradient_sums(p, slab, out); },
+        slabs, p.shape.channels, copies_dz ? (p.dtype == DType::kFloat64 ? 8 : 4) : 0,
+        [&](Slab slab, math::GradientSums* out, void* dz_copy) { isa.batch_norm_gradient_sums(p, slab, out, dz_copy); },
         [&](int64_t channel, const math::GradientSums& sums) { finish_channel(p, channel, sums); }, apply);
   } else {
     const std::vector<math::GradientSums> none(p.shape.channels, {0.0, 0.0});
-    slabs.for_each([&](int64_t i) { apply(slabs[i], none.data()); });
+    slabs.for_each([&](int64_t i) { apply(slabs[i], none.data(), nullptr); });
   }
 }
 

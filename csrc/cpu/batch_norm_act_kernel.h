@@ -21,49 +21,35 @@ struct DifferenceSums {
   double squares;
 };
 
-// Float64, with the rounding errors kept.
-GK_INLINE DifferenceSums sum_differences(const double* x, const Lines& tile, double about) {
-  using V = Vec<double>;
-  LongRuns::Sums<double> differences(tile), squares(tile);
-  for_each_position<double>(tile, [&](Position at, auto lanes) GK_INLINE_LAMBDA {
-    const V difference = load(x + at.element, lanes, V(about)) - V(about);
-    differences.add(0, Part<0>(), difference);
-    squares.add_product(0, Part<0>(), difference, difference);
-  });
-  return {differences.of_channel(tile, 0), squares.of_channel(tile, 0)};
+// Adds x - about and its square, of one vector.
+template <typename opmath>
+GK_INLINE void add_difference(Accumulators<opmath, 2>& sums, Vec<opmath> difference) {
+  sums.template add<0>(difference);
+  if constexpr (sizeof(opmath) == sizeof(double)) {
+    sums.template add_product<1>(Part<0>(), difference, difference);
+  } else {
+    sums.template add<1>(difference * difference);
+  }
 }
 
-// Float32 and narrower: eight differences, and eight squares, meet in float32 before they enter a float64 sum.
+// The same of eight vectors `stride` elements apart. In float32 they meet before they enter a float64 sum.
 template <typename scalar_t>
-GK_INLINE DifferenceSums sum_differences(const scalar_t* x, const Lines& tile, float about) {
-  using V = Vec<float>;
-  constexpr int64_t kStep = 8 * V::kLanes;
-  LongRuns::Sums<float> differences(tile), squares(tile);
-  const auto take = [&](V difference, V square) GK_INLINE_LAMBDA {
-    for_each_part<float>([&](auto part) GK_INLINE_LAMBDA {
-      differences.add(0, part, widen(difference, part.kIndex));
-      squares.add(0, part, widen(square, part.kIndex));
-    });
-  };
-  for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
-    const scalar_t* run = x + tile.offset + row * tile.row_stride;
-    int64_t i = tile.begin;
-    for (; i + kStep <= tile.end; i += kStep) {
-      V difference[4], square[4];
-      for (int k = 0; k < 4; ++k) {
-        const V a = load(run + i + k * V::kLanes) - V(about);
-        const V b = load(run + i + (k + 4) * V::kLanes) - V(about);
-        difference[k] = a + b;
-        square[k] = fma(b, b, a * a);
-      }
-      take((difference[0] + difference[1]) + (difference[2] + difference[3]), (square[0] + square[1]) + (square[2] + square[3]));
+GK_INLINE void add_differences(Accumulators<opmath_t<scalar_t>, 2>& sums, const scalar_t* x, int64_t stride,
+                               Vec<opmath_t<scalar_t>> about) {
+  using V = Vec<opmath_t<scalar_t>>;
+  if constexpr (sizeof(scalar_t) == sizeof(double)) {
+    for (int k = 0; k < 8; ++k) add_difference(sums, load(x + k * stride) - about);
+  } else {
+    V difference[4], square[4];
+    for (int k = 0; k < 4; ++k) {
+      const V a = load(x + k * stride) - about;
+      const V b = load(x + (k + 4) * stride) - about;
+      difference[k] = a + b;
+      square[k] = fma(b, b, a * a);
     }
-    for_each_vector<float>(i, tile.end, [&](int64_t j, auto lanes) GK_INLINE_LAMBDA {
-      const V difference = load(run + j, lanes, V(about)) - V(about);
-      take(difference, difference * difference);
-    });
+    sums.template add<0>((difference[0] + difference[1]) + (difference[2] + difference[3]));
+    sums.template add<1>((square[0] + square[1]) + (square[2] + square[3]));
   }
-  return {differences.of_channel(tile, 0), squares.of_channel(tile, 0)};
 }
 
 // About the mean of a tile: near enough for differences from it not to cancel.
@@ -86,15 +72,27 @@ GK_INLINE opmath_t<scalar_t> approximate_mean(const scalar_t* x, const Lines& ti
 
 template <typename scalar_t>
 math::Moments<double> long_run_moments(const scalar_t* x, const Lines& lines) {
+  using V = Vec<opmath_t<scalar_t>>;
   // 16 KiB of float32 or 32 of float64: the second pass finds them in the first-level cache.
   constexpr int64_t kTileElements = 4096;
+  constexpr int64_t kStep = 8 * V::kLanes;
   const int64_t width = lines.end - lines.begin < kTileElements ? lines.end - lines.begin : kTileElements;
   math::Moments<double> moments{0.0, 0.0, 0.0};
   for_each_tile(lines, kTileElements / width, width, [&](const Lines& tile) GK_INLINE_LAMBDA {
     const double count = static_cast<double>(tile.elements_per_channel());
     const auto about = approximate_mean(x, tile, count);
-    const DifferenceSums sums = sum_differences(x, tile, about);
-    moments = math::merge(moments, math::moments_about(static_cast<double>(about), count, sums.differences, sums.squares));
+    Accumulators<opmath_t<scalar_t>, 2> accumulators;
+    for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
+      const scalar_t* run = x + tile.offset + row * tile.row_stride;
+      int64_t i = tile.begin;
+      for (; i + kStep <= tile.end; i += kStep) add_differences(accumulators, run + i, V::kLanes, V(about));
+      for_each_vector<opmath_t<scalar_t>>(i, tile.end, [&](int64_t j, auto lanes) GK_INLINE_LAMBDA {
+        add_difference(accumulators, load(run + j, lanes, V(about)) - V(about));
+      });
+    }
+    const LongRuns::Sums<opmath_t<scalar_t>, 2> sums(accumulators);
+    moments = math::merge(moments,
+                          math::moments_about(static_cast<double>(about), count, sums.of_channel(tile, 0, 0), sums.of_channel(tile, 0, 1)));
   });
   return moments;
 }
@@ -108,29 +106,33 @@ void short_run_moments(const scalar_t* x, const Lines& lines, math::Moments<doub
   Columns<double> means(lines), m2s(lines);
   double rows_before = 0.0;
   // Enough rows to make a merge cheap (and in float64, rare, since each one rounds), few enough to stay in the second-level cache.
-  for_each_tile(lines, sizeof(opmath) == sizeof(double) ? 128 : 32, lines.end, [&](const Lines& tile) GK_INLINE_LAMBDA {
+  for_each_tile(lines, sizeof(opmath) == sizeof(double) ? 128 : 64, lines.end, [&](const Lines& tile) GK_INLINE_LAMBDA {
     const double rows = static_cast<double>(tile.row_end - tile.row_begin);
     Columns<opmath> about(tile);
     for_each_position<scalar_t>(tile, [&](Position at, auto lanes) GK_INLINE_LAMBDA {
       about.store(at.column, about.load(at.column) + load(x + at.element, lanes));
     });
-    for (int64_t i = 0; i < lines.end; i += V::kLanes) about.store(i, about.load(i) / V(static_cast<opmath>(rows)));
-    ShortRuns::Sums<opmath> differences(tile), squares(tile);
-    for_each_position<scalar_t>(tile, [&](Position at, auto lanes) GK_INLINE_LAMBDA {
-      const V difference = load(x + at.element, lanes, about.load(at.column)) - about.load(at.column);
+    for_each_vector<opmath>(0, lines.end, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
+      const V mean = about.load(i) / V(static_cast<opmath>(rows));
+      about.store(i, mean);
+      Accumulators<opmath, 2> accumulators;
+      const scalar_t* column = x + tile.offset + tile.row_begin * tile.row_stride + i;
+      const scalar_t* const end = x + tile.offset + tile.row_end * tile.row_stride + i;
+      if constexpr (decltype(lanes)::kAll) {
+        for (; column + 8 * tile.row_stride <= end; column += 8 * tile.row_stride) {
+          add_differences(accumulators, column, tile.row_stride, mean);
+        }
+      }
+      for (; column < end; column += tile.row_stride) add_difference(accumulators, load(column, lanes, mean) - mean);
       for_each_part<opmath>([&](auto part) GK_INLINE_LAMBDA {
-        const D difference_part = widen(difference, part.kIndex);
-        differences.add(at.column, part, difference_part);
-        squares.add_product(at.column, part, difference_part, difference_part);
+        const int64_t j = i + part.kIndex * D::kLanes;
+        const auto sum_of = [&](int n) GK_INLINE_LAMBDA { return accumulators.sum(n, part).high + accumulators.sum(n, part).low; };
+        const auto merged = math::merge(math::Moments<D>{D(rows_before), means.load(j), m2s.load(j)},
+                                        math::moments_about(widen(mean, part.kIndex), D(rows), sum_of(0), sum_of(1)));
+        means.store(j, merged.mean);
+        m2s.store(j, merged.m2);
       });
     });
-    for (int64_t i = 0; i < lines.end; i += D::kLanes) {
-      const auto merged =
-          math::merge(math::Moments<D>{D(rows_before), means.load(i), m2s.load(i)},
-                      math::moments_about(load_double(about.value + i), D(rows), differences.of_columns(i), squares.of_columns(i)));
-      means.store(i, merged.mean);
-      m2s.store(i, merged.m2);
-    }
     rows_before += rows;
   });
   for (int64_t c = 0; c < lines.channels(); ++c) {
@@ -169,15 +171,31 @@ GK_INLINE math::Normalisation<opmath> channel_normalisation(const Problem& p, in
                                      channel_value(p.parameter_dtype, p.bias, channel, 0.0));
 }
 
-// Calls function(functor): one for each activation where it pays, else one that chooses when it runs. What is compiled for every activation
-// is most of a build.
-template <typename scalar_t>
-constexpr bool kCompiledForEach = kRegisterBytes > 16 && sizeof(scalar_t) == 4;
+// The activation chosen at each vector and called, not inlined: what is inlined for every activation is most of a build, and processors
+// without AVX2 are not worth that.
+template <typename V>
+__attribute__((noinline)) V forward_of(math::Activation act, V x) {
+  return math::AnyActivation<V>{act}.forward(x);
+}
+template <typename V>
+__attribute__((noinline)) V backward_of(math::Activation act, V grad_y, V x) {
+  return math::AnyActivation<V>{act}.backward(grad_y, x);
+}
 
+template <typename V>
+struct CalledActivation {
+  math::Activation act;
+  GK_INLINE V forward(V x) const { return forward_of(act, x); }
+  GK_INLINE V backward(V grad_y, V x) const { return backward_of(act, grad_y, x); }
+};
+
+// Calls function(functor): one for each activation of float32, else one that chooses when it runs.
 template <typename scalar_t, typename Function>
 GK_INLINE void visit_activation(math::Activation act, const Function& function) {
   using V = Vec<opmath_t<scalar_t>>;
-  if constexpr (kCompiledForEach<scalar_t>) {
+  if constexpr (kRegisterBytes == 16) {
+    function(CalledActivation<V>{act});
+  } else if constexpr (sizeof(scalar_t) == 4) {
     math::visit<V>(act, function);
   } else {
     function(math::AnyActivation<V>{act});
@@ -186,7 +204,7 @@ GK_INLINE void visit_activation(math::Activation act, const Function& function) 
 template <typename scalar_t, typename Function>
 GK_INLINE void visit_activation_of_two_slopes(math::Activation act, const Function& function) {
   using V = Vec<opmath_t<scalar_t>>;
-  if constexpr (kCompiledForEach<scalar_t>) {
+  if constexpr (kRegisterBytes > 16 && sizeof(scalar_t) == 4) {
     math::visit_two_slopes<V>(act, function);
   } else {
     function(math::AnyTwoSlopes<V>{act});
@@ -235,11 +253,16 @@ void batch_norm_normalise_kernel(const BatchNormForward& p, Slab slab) {
 // ---- Backward
 // ------------------------------------------------------------------------------------------------------------------------------
 
-// Calls function(dz), where dz(normalise, x, at, lanes) is the gradient at the output of the normalisation.
+// Calls function(dz), where dz(normalise, x, at, lanes) is the gradient at the output of the normalisation: from `copied`, unless that is
+// null, or computed.
 template <typename scalar_t, typename Function>
-GK_INLINE void visit_gradient(const BatchNormBackward& p, const Function& function) {
+GK_INLINE void visit_gradient(const BatchNormBackward& p, const opmath_t<scalar_t>* copied, const Function& function) {
   using opmath = opmath_t<scalar_t>;
   using V = Vec<opmath>;
+  if (copied != nullptr) {
+    function([=](const auto&, V, Position at, auto lanes) GK_INLINE_LAMBDA { return load(copied + at.copied, lanes); });
+    return;
+  }
   const scalar_t* grad_y = static_cast<const scalar_t*>(p.grad_y);
   const scalar_t* residual = static_cast<const scalar_t*>(p.residual);
   if (p.mask != nullptr) {
@@ -260,32 +283,33 @@ GK_INLINE void visit_gradient(const BatchNormBackward& p, const Function& functi
   }
 }
 
-void batch_norm_gradient_sums_kernel(const BatchNormBackward& p, Slab slab, math::GradientSums* out) {
+void batch_norm_gradient_sums_kernel(const BatchNormBackward& p, Slab slab, math::GradientSums* out, void* dz_copy) {
   dispatch(p.dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     using opmath = opmath_t<scalar_t>;
     const scalar_t* x_data = static_cast<const scalar_t*>(p.x);
     scalar_t* grad_residual = static_cast<scalar_t*>(p.grad_residual);
+    opmath* copy = static_cast<opmath*>(dz_copy);
     visit_runs(p.shape, [&](auto runs) {
       using Runs = decltype(runs);
-      visit_gradient<scalar_t>(p, [&](auto dz_of) {
+      visit_gradient<scalar_t>(p, nullptr, [&](auto dz_of) {
         Runs::for_each_lines(p.shape, slab, [&](const Lines& lines) GK_INLINE_LAMBDA {
           const typename Runs::template Coefficients<math::Normalisation, opmath> coefficients(
               lines, [&](int64_t channel) GK_INLINE_LAMBDA { return channel_normalisation<opmath>(p, channel); });
           const typename Runs::Doubles mean(lines, p.mean);
-          typename Runs::template Sums<opmath> dz_sum(lines), dz_x_sum(lines);
-          for_each_position<scalar_t>(lines, [&](Position at, auto lanes) GK_INLINE_LAMBDA {
+          typename Runs::template Sums<opmath, 2> sums(lines);
+          sums.template add<scalar_t>(lines, [&](Position at, auto lanes, auto& sum) GK_INLINE_LAMBDA {
             const Vec<opmath> x = load(x_data + at.element, lanes);
             const Vec<opmath> dz = dz_of(coefficients.at(at.column), x, at, lanes);
             if (grad_residual != nullptr) store(grad_residual + at.element, lanes, dz);
+            if (copy != nullptr) store(copy + at.copied, lanes, dz);
             for_each_part<opmath>([&](auto part) GK_INLINE_LAMBDA {
-              const Vec<double> dz_part = widen(dz, part.kIndex);
-              dz_sum.add(at.column, part, dz_part);
-              dz_x_sum.add_product(at.column, part, dz_part, widen(x, part.kIndex) - mean.at(at.column, part.kIndex));
+              sum.template add_product<1>(part, widen(dz, part.kIndex), widen(x, part.kIndex) - mean.at(at.column, part.kIndex));
             });
+            sum.template add<0>(dz);
           });
           for (int64_t c = 0; c < lines.channels(); ++c) {
-            out[lines.channel_begin + c - slab.channel_begin] = {dz_sum.of_channel(lines, c), dz_x_sum.of_channel(lines, c)};
+            out[lines.channel_begin + c - slab.channel_begin] = {sums.of_channel(lines, c, 0), sums.of_channel(lines, c, 1)};
           }
         });
       });
@@ -304,7 +328,7 @@ struct GradientCoefficients {
   }
 };
 
-void batch_norm_gradient_input_kernel(const BatchNormBackward& p, Slab slab, const math::GradientSums* sums) {
+void batch_norm_gradient_input_kernel(const BatchNormBackward& p, Slab slab, const math::GradientSums* sums, const void* dz_copy) {
   BatchNormBackward source = p;
   if (p.grad_residual != nullptr) {
     // dz is already there: the first pass has left it.
@@ -323,7 +347,7 @@ void batch_norm_gradient_input_kernel(const BatchNormBackward& p, Slab slab, con
     const bool training = p.training;
     visit_runs(p.shape, [&](auto runs) {
       using Runs = decltype(runs);
-      visit_gradient<scalar_t>(source, [&](auto dz_of) {
+      visit_gradient<scalar_t>(source, static_cast<const opmath*>(dz_copy), [&](auto dz_of) {
         Runs::for_each_lines(p.shape, slab, [&](const Lines& lines) GK_INLINE_LAMBDA {
           const typename Runs::template Coefficients<GradientCoefficients, opmath> coefficients(
               lines, [&](int64_t channel) GK_INLINE_LAMBDA {

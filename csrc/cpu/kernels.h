@@ -9,7 +9,8 @@
 
 namespace gradkernels::cpu {
 
-// A part of an operand that is seen by channel. Where runs are short (kShortRunElements) it holds whole runs, and at most kMaxColumns elements of a row.
+// A part of an operand that is seen by channel. Where runs are short (kShortRunElements) it holds whole runs, and at most kMaxColumns
+// elements of a row.
 struct Slab {
   int64_t channel_begin, channel_end;
   int64_t row_begin, row_end;
@@ -33,10 +34,11 @@ struct Kernels {
   // Per channel of the slab, into out[0...].
   void (*batch_norm_moments)(const BatchNormForward&, Slab, math::Moments<double>* out);
   void (*batch_norm_normalise)(const BatchNormForward&, Slab);
-  // Per channel of the slab, into out[0...]; writes grad_residual where it is asked for.
-  void (*batch_norm_gradient_sums)(const BatchNormBackward&, Slab, math::GradientSums* out);
-  // From the sums of all channels. Where grad_residual was written, dz is read from it.
-  void (*batch_norm_gradient_input)(const BatchNormBackward&, Slab, const math::GradientSums* sums);
+  // Per channel of the slab, into out[0...]; writes grad_residual where it is asked for. dz_copy: null, or where dz of the slab is left,
+  // line by line, in the type it is computed in.
+  void (*batch_norm_gradient_sums)(const BatchNormBackward&, Slab, math::GradientSums* out, void* dz_copy);
+  // From the sums of all channels. Where grad_residual was written, dz is read from it, or else from dz_copy unless that is null.
+  void (*batch_norm_gradient_input)(const BatchNormBackward&, Slab, const math::GradientSums* sums, const void* dz_copy);
 
   // sum (x * factor)^2
   double (*sum_of_squares)(DType, int64_t count, const void* x, double factor);

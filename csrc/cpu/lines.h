@@ -39,27 +39,36 @@ GK_INLINE void for_each_tile(const Lines& lines, int64_t rows, int64_t width, co
   }
 }
 
-// Where a vector stands: its first element in the operand and in the mask's bytes, and its column in the line; and whether the output's
-// line is to be written past the caches.
+// Where a vector stands: its first element in the operand, in the mask's bytes and in a copy of the lines without gaps, and its column in
+// the line; and whether the output's line is to be written past the caches.
 struct Position {
   int64_t element;
   int64_t mask_byte;
+  int64_t copied;
   int64_t column;
   bool past_caches;
 };
+
+// Of the first column in a row.
+GK_INLINE Position position_of_row(const Lines& lines, int64_t row) {
+  return {lines.offset + row * lines.row_stride, lines.mask_offset + row * lines.mask_row_stride, (row - lines.row_begin) * lines.end, 0,
+          false};
+}
+
+GK_INLINE Position advanced(Position at, int64_t columns) {
+  return {at.element + columns, at.mask_byte + columns / 8, at.copied + columns, at.column + columns, at.past_caches};
+}
 
 // Calls function(position, lanes) for each vector of the lines, which hold scalar_t. With an output, its lines that begin at a register's
 // alignment are written past the caches.
 template <typename scalar_t, typename Function>
 GK_INLINE void for_each_position(const Lines& lines, const scalar_t* streamed_output, const Function& function) {
   for (int64_t row = lines.row_begin; row < lines.row_end; ++row) {
-    const int64_t element = lines.offset + row * lines.row_stride;
-    const int64_t mask_byte = lines.mask_offset + row * lines.mask_row_stride;
-    const bool past_caches =
-        streamed_output != nullptr && reinterpret_cast<uintptr_t>(streamed_output + element + lines.begin) % kRegisterBytes == 0;
-    for_each_vector<opmath_t<scalar_t>>(lines.begin, lines.end, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
-      function(Position{element + i, mask_byte + i / 8, i, past_caches}, lanes);
-    });
+    Position begin = position_of_row(lines, row);
+    begin.past_caches =
+        streamed_output != nullptr && reinterpret_cast<uintptr_t>(streamed_output + begin.element + lines.begin) % kRegisterBytes == 0;
+    for_each_vector<opmath_t<scalar_t>>(lines.begin, lines.end,
+                                        [&](int64_t i, auto lanes) GK_INLINE_LAMBDA { function(advanced(begin, i), lanes); });
   }
   if (streamed_output != nullptr) stream_fence();
 }
@@ -114,6 +123,32 @@ GK_INLINE void for_each_part(const Function& function) {
   if constexpr (kParts<opmath> == 2) function(Part<1>());
 }
 
+// N float64 sums for each lane.
+template <typename opmath, int N>
+class Accumulators {
+ public:
+  GK_INLINE Accumulators() {
+    for (int n = 0; n < N; ++n) {
+      for_each_part<opmath>([&](auto part) GK_INLINE_LAMBDA { sum_[n][part.kIndex] = {Vec<double>(0.0), Vec<double>(0.0)}; });
+    }
+  }
+  template <int n>
+  GK_INLINE void add(Vec<opmath> x) {
+    for_each_part<opmath>([&](auto part) GK_INLINE_LAMBDA { add_term<opmath>(sum_[n][part.kIndex], widen(x, part.kIndex)); });
+  }
+  template <int n, int I>
+  GK_INLINE void add_product(Part<I>, Vec<double> a, Vec<double> b) {
+    cpu::add_product<opmath>(sum_[n][I], a, b);
+  }
+  template <int I>
+  GK_INLINE const math::Sum<Vec<double>>& sum(int n, Part<I>) const {
+    return sum_[n][I];
+  }
+
+ private:
+  math::Sum<Vec<double>> sum_[N][kParts<opmath>];
+};
+
 // ---- Long runs
 // -----------------------------------------------------------------------------------------------------------------------------
 
@@ -151,31 +186,27 @@ struct LongRuns {
     Vec<double> value_;
   };
 
-  template <typename opmath>
+  template <typename opmath, int N>
   class Sums {
    public:
-    explicit GK_INLINE Sums(const Lines&) {
-      for_each_part<opmath>([&](auto part) GK_INLINE_LAMBDA { sum_[part.kIndex] = {Vec<double>(0.0), Vec<double>(0.0)}; });
-    }
-    template <int I>
-    GK_INLINE void add(int64_t, Part<I>, Vec<double> x) {
-      add_term<opmath>(sum_[I], x);
-    }
-    template <int I>
-    GK_INLINE void add_product(int64_t, Part<I>, Vec<double> a, Vec<double> b) {
-      cpu::add_product<opmath>(sum_[I], a, b);
-    }
-    GK_INLINE double of_channel(const Lines&, int64_t) const {
+    explicit GK_INLINE Sums(const Lines&) {}
+    explicit GK_INLINE Sums(const Accumulators<opmath, N>& total) : total_(total) {}
+    GK_INLINE double of_channel(const Lines&, int64_t, int n) const {
       double high = 0.0, low = 0.0;
       for_each_part<opmath>([&](auto part) GK_INLINE_LAMBDA {
-        high += sum_of_lanes(sum_[part.kIndex].high);
-        low += sum_of_lanes(sum_[part.kIndex].low);
+        high += sum_of_lanes(total_.sum(n, part).high);
+        low += sum_of_lanes(total_.sum(n, part).low);
       });
       return high + low;
     }
+    // Calls function(position, lanes, accumulators) for each vector of the lines.
+    template <typename scalar_t, typename Function>
+    GK_INLINE void add(const Lines& lines, const Function& function) {
+      for_each_position<scalar_t>(lines, [&](Position at, auto lanes) GK_INLINE_LAMBDA { function(at, lanes, total_); });
+    }
 
    private:
-    math::Sum<Vec<double>> sum_[kParts<opmath>];
+    Accumulators<opmath, N> total_;
   };
 };
 
@@ -246,44 +277,53 @@ struct ShortRuns {
     Columns<double> value_;
   };
 
-  template <typename opmath>
+  template <typename opmath, int N>
   class Sums {
    public:
-    explicit GK_INLINE Sums(const Lines& lines) : high_(lines), low_(lines) {}
-    template <int I>
-    GK_INLINE void add(int64_t column, Part<I>, Vec<double> x) {
-      update(column + I * Vec<double>::kLanes, [&](math::Sum<Vec<double>>& sum) GK_INLINE_LAMBDA { add_term<opmath>(sum, x); });
+    explicit GK_INLINE Sums(const Lines& lines) {
+      for (int n = 0; n < N; ++n) high_[n] = low_[n] = Columns<double>(lines);
     }
-    template <int I>
-    GK_INLINE void add_product(int64_t column, Part<I>, Vec<double> a, Vec<double> b) {
-      update(column + I * Vec<double>::kLanes, [&](math::Sum<Vec<double>>& sum) GK_INLINE_LAMBDA { cpu::add_product<opmath>(sum, a, b); });
-    }
-    GK_INLINE Vec<double> of_columns(int64_t column) const { return high_.load(column) + low_.load(column); }
-    GK_INLINE double of_channel(const Lines& lines, int64_t c) const {
+    // The float64 columns from this one on, as many as a vector has.
+    GK_INLINE Vec<double> of_columns(int64_t column, int n) const { return high_[n].load(column) + low_[n].load(column); }
+    GK_INLINE double of_channel(const Lines& lines, int64_t c, int n) const {
       math::Sum<double> sum{0.0, 0.0};
       for (int64_t i = c * lines.inner; i < (c + 1) * lines.inner; ++i) {
-        math::add(sum, high_.value[i]);
-        sum.low += low_.value[i];
+        math::add(sum, high_[n].value[i]);
+        sum.low += low_[n].value[i];
       }
       return sum.high + sum.low;
     }
-
-   private:
-    template <typename Change>
-    GK_INLINE void update(int64_t column, const Change& change) {
-      if constexpr (sizeof(opmath) == sizeof(double)) {
-        math::Sum<Vec<double>> sum{high_.load(column), low_.load(column)};
-        change(sum);
-        high_.store(column, sum.high);
-        low_.store(column, sum.low);
-      } else {
-        math::Sum<Vec<double>> sum{high_.load(column), Vec<double>(0.0)};
-        change(sum);
-        high_.store(column, sum.high);
+    // Calls function(position, lanes, accumulators) for each vector of the lines, down a column and then the next: sums stay in registers.
+    // As many rows at once as stay in the second-level cache until the last column.
+    template <typename scalar_t, typename Function>
+    GK_INLINE void add(const Lines& lines, const Function& function) {
+      constexpr int64_t kRows = 64;
+      for_each_tile(lines, kRows, lines.end, [&](const Lines& tile) GK_INLINE_LAMBDA {
+        for_each_vector<opmath>(0, tile.end, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
+          Accumulators<opmath, N> sums;
+          for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
+            Position at = advanced(position_of_row(tile, row), i);
+            at.copied += (tile.row_begin - lines.row_begin) * lines.end;
+            function(at, lanes, sums);
+          }
+          add(i, sums);
+        });
+      });
+    }
+    GK_INLINE void add(int64_t column, const Accumulators<opmath, N>& sums) {
+      for (int n = 0; n < N; ++n) {
+        for_each_part<opmath>([&](auto part) GK_INLINE_LAMBDA {
+          const int64_t i = column + part.kIndex * Vec<double>::kLanes;
+          math::Sum<Vec<double>> total{high_[n].load(i), low_[n].load(i)};
+          add_term<opmath>(total, sums.sum(n, part).high);
+          high_[n].store(i, total.high);
+          low_[n].store(i, total.low + sums.sum(n, part).low);
+        });
       }
     }
 
-    Columns<double> high_, low_;
+   private:
+    Columns<double> high_[N], low_[N];
   };
 };
 

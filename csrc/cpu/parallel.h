@@ -8,17 +8,23 @@
 
 namespace gradkernels::cpu {
 
-// function(i) for i in [0, count), on any thread; a thread takes runs of at least `grain` of them. The function must not throw.
+// function(begin, end) for runs of at least `grain` that make up [0, count), on any thread. The function must not throw.
 template <typename Function>
-void parallel_for(int64_t count, int64_t grain, const Function& function) {
+void parallel_for_runs(int64_t count, int64_t grain, const Function& function) {
   if (count <= grain) {
-    for (int64_t i = 0; i < count; ++i) function(i);
+    function(int64_t{0}, count);
     return;
   }
-  const auto run = [](int64_t begin, int64_t end, void* context) {
-    for (int64_t i = begin; i < end; ++i) (*static_cast<const Function*>(context))(i);
-  };
+  const auto run = [](int64_t begin, int64_t end, void* context) { (*static_cast<const Function*>(context))(begin, end); };
   torch_parallel_for(0, count, grain, run, const_cast<Function*>(&function));
+}
+
+// function(i) for i in [0, count).
+template <typename Function>
+void parallel_for(int64_t count, int64_t grain, const Function& function) {
+  parallel_for_runs(count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) function(i);
+  });
 }
 
 }  // namespace gradkernels::cpu

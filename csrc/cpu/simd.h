@@ -184,8 +184,11 @@ struct Vec {
 };
 
 // How many lanes of a vector are meant: all, which the type says, or `count` of them, 0 < count < lanes.
-struct AllLanes {};
+struct AllLanes {
+  static constexpr bool kAll = true;
+};
 struct SomeLanes {
+  static constexpr bool kAll = false;
   int count;
 };
 
@@ -230,25 +233,37 @@ GK_INLINE HalfWords from_float(X x, BFloat16) {
   return narrow_words(x == x ? rounded : 0x7FC0u - Words{});
 }
 
+// Without the instruction, lane by lane: called, not inlined, since it stands at every load and store.
 template <typename X>
-GK_INLINE FloatRegister to_float(X x, Float16) {
+__attribute__((noinline)) FloatRegister to_float_by_lanes(X x) {
   FloatRegister r;
-#if defined(__x86_64__)
-  const auto convert = [&](auto words) GK_INLINE_LAMBDA {
-    if constexpr (sizeof(words) == 32) return _mm512_cvtph_ps(reinterpret_cast<__m256i>(words));
-    if constexpr (sizeof(words) == 16) return _mm256_cvtph_ps(reinterpret_cast<__m128i>(words));
-  };
-  if constexpr (sizeof(X) >= 16) {
-    r = convert(x);
-    return r;
-  }
-#endif
   for (int i = 0; i < Vec<float>::kRegisterLanes; ++i) {
     Float16 lane;
     lane.bits = x[i];
     r[i] = static_cast<float>(lane);
   }
   return r;
+}
+template <typename X>
+__attribute__((noinline)) HalfWords from_float_by_lanes(X x) {
+  HalfWords r;
+  for (int i = 0; i < Vec<float>::kRegisterLanes; ++i) r[i] = Float16(x[i]).bits;
+  return r;
+}
+
+template <typename X>
+GK_INLINE FloatRegister to_float(X x, Float16) {
+#if defined(__x86_64__)
+  const auto convert = [&](auto words) GK_INLINE_LAMBDA {
+    if constexpr (sizeof(words) == 32) return _mm512_cvtph_ps(reinterpret_cast<__m256i>(words));
+    if constexpr (sizeof(words) == 16) return _mm256_cvtph_ps(reinterpret_cast<__m128i>(words));
+  };
+  if constexpr (sizeof(X) >= 16) {
+    const FloatRegister r = convert(x);
+    return r;
+  }
+#endif
+  return to_float_by_lanes(x);
 }
 
 template <typename X>
@@ -261,9 +276,7 @@ GK_INLINE HalfWords from_float(X x, Float16) {
     return reinterpret_cast<HalfWords>(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 #endif
-  HalfWords r;
-  for (int i = 0; i < Vec<float>::kRegisterLanes; ++i) r[i] = Float16(x[i]).bits;
-  return r;
+  return from_float_by_lanes(x);
 }
 
 // Elements in memory as a vector of what they are computed in, and back.

@@ -1,5 +1,5 @@
-// Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", 2011): the numbers of an element follow from a
-// seed and the element's index alone, so that backward draws again what forward drew, in any order, on any number of threads.
+// Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", 2011): the numbers of an element follow from
+// a seed and the element's index alone, so that backward draws again what forward drew, in any order, on any number of threads.
 #pragma once
 
 #include "common/host_device.h"
