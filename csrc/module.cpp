@@ -2,10 +2,14 @@
 // calls most (torch.ops costs more a call: it resolves overloads by trial).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+#include <cmath>
 #include <optional>
 #include <string_view>
+#include <tuple>
 #include <vector>
 
 #include "build_stamp.h"
@@ -75,18 +79,63 @@ Tensor batch_norm_act(const Tensor& x, const OptionalTensor& running_mean, const
                                              eps, act, act_param));
 }
 
-bool clip_grad_applies(const std::vector<Tensor>& tensors) {
-  for (const Tensor& tensor : tensors) {
-    if (!has_kernel(tensor) || tensor.element_size() == 2 || !tensor.device().is_cpu() || tensor.key_set().has(c10::DispatchKey::Python))
-      return false;
+using Tensors = std::vector<Tensor>;
+
+bool clips(const Tensor& grad) { return has_kernel(grad) && grad.device().is_cpu() && !grad.key_set().has(c10::DispatchKey::Python); }
+
+bool clip_grad_applies(const Tensors& tensors) { return std::all_of(tensors.begin(), tensors.end(), clips); }
+
+// The gradients of a list of parameters or (name, parameter) pairs; none where one of them is not for the kernels, or a warning of torch's
+// is due (a tensor that is no leaf and keeps no gradient). Walking the list in Python would take longer than reading small gradients.
+std::optional<Tensors> grads_of(const py::list& parameters) {
+  Tensors grads;
+  grads.reserve(parameters.size());
+  for (const py::handle& entry : parameters) {
+    PyObject* parameter = entry.ptr();
+    if (PyTuple_Check(parameter) && PyTuple_GET_SIZE(parameter) == 2) parameter = PyTuple_GET_ITEM(parameter, 1);
+    if (!THPVariable_Check(parameter)) return std::nullopt;
+    const Tensor& tensor = THPVariable_Unpack(parameter);
+    if (tensor.key_set().has(c10::DispatchKey::Python) || !(tensor.is_leaf() || tensor.retains_grad())) return std::nullopt;
+    const Tensor& grad = tensor.grad();
+    if (!grad.defined()) continue;
+    if (!clips(grad)) return std::nullopt;
+    grads.push_back(grad);
   }
-  return true;
+  return grads.empty() ? std::nullopt : std::optional(std::move(grads));
 }
 
-Tensor get_total_norm(const std::vector<Tensor>& tensors, double norm_type) { return call<ops::GetTotalNorm>(tensors, norm_type); }
+// The total norm, and whether the gradients were left alone because it is not finite; nothing where the kernels do not serve.
+std::optional<std::tuple<Tensor, bool>> clip_grad_norm_(const py::list& parameters, double max_norm, double norm_type,
+                                                        bool error_if_nonfinite) {
+  const std::optional<Tensors> grads = grads_of(parameters);
+  if (!grads.has_value()) return std::nullopt;
+  const py::gil_scoped_release without_gil;
+  const at::NoGradGuard no_grad;
+  const Tensor total_norm = std::get<3>(call<ops::GradNorms>(*grads, norm_type));
+  const bool refused = error_if_nonfinite && !std::isfinite(total_norm.item<double>());
+  if (!refused) call<ops::ClipGradsWithNormInplace>(*grads, max_norm, total_norm);
+  c10::ScalarType dtype = grads->front().scalar_type();
+  for (const Tensor& grad : *grads) {
+    if (grad.scalar_type() != dtype) dtype = c10::promoteTypes(dtype, grad.scalar_type());
+  }
+  return std::tuple(total_norm.to(dtype), refused);
+}
 
-void clip_grads_with_norm_(const std::vector<Tensor>& grads, double max_norm, const Tensor& total_norm) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> grad_norms(const Tensors& grads, double norm_type) {
+  return call<ops::GradNorms>(grads, norm_type);
+}
+
+void clip_grads_with_norm_(const Tensors& grads, double max_norm, const Tensor& total_norm) {
   call<ops::ClipGradsWithNormInplace>(grads, max_norm, total_norm);
+}
+
+void clip_grad_value_(const Tensors& grads, double clip_value) { call<ops::ClipGradValueInplace>(grads, clip_value); }
+
+void rmsprop_(const Tensors& params, const Tensors& grads, const Tensors& square_avgs, const Tensors& grad_avgs,
+              const Tensors& momentum_buffers, double lr, double alpha, double eps, double weight_decay, double momentum,
+              double grad_coefficient) {
+  call<ops::RmspropInplace>(params, grads, square_avgs, grad_avgs, momentum_buffers, lr, alpha, eps, weight_decay, momentum,
+                            grad_coefficient);
 }
 
 }  // namespace
@@ -104,8 +153,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("rrelu", rrelu, without_gil);
   m.def("batch_norm_act", batch_norm_act, without_gil);
   m.def("clip_grad_applies", clip_grad_applies);
-  m.def("get_total_norm", get_total_norm, without_gil);
+  m.def("clip_grad_norm_", clip_grad_norm_);
+  m.def("grad_norms", grad_norms, without_gil);
   m.def("clip_grads_with_norm_", clip_grads_with_norm_, without_gil);
+  m.def("clip_grad_value_", clip_grad_value_, without_gil);
+  m.def("rmsprop_", rmsprop_, without_gil);
 }
 
 }  // namespace gradkernels

@@ -48,7 +48,16 @@ TORCH_LIBRARY(gradkernels, m) {
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
       tags);
 
-  // The norm of all tensors, at least one, as one vector, float64; norm_type 2 or inf.
-  m.def("get_total_norm(Tensor[] tensors, float norm_type) -> Tensor", tags);
+  // Of each gradient and of all, at least one, as one vector: norm and max |g| in float64, how many elements are nan or inf in int64;
+  // norm_type 1, 2 or inf.
+  m.def("grad_norms(Tensor[] grads, float norm_type) -> (Tensor norms, Tensor max_abs, Tensor nonfinite, Tensor total_norm)", tags);
   m.def("clip_grads_with_norm_(Tensor(a!)[] grads, float max_norm, Tensor total_norm) -> ()", tags);
+  m.def("clip_grad_value_(Tensor(a!)[] grads, float clip_value) -> ()", tags);
+
+  // One step; grads are multiplied with grad_coefficient first, and not written. grad_avgs: empty unless centered; momentum_buffers: empty
+  // without momentum.
+  m.def(
+      "rmsprop_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, Tensor(c!)[] grad_avgs, Tensor(d!)[] momentum_buffers, "
+      "float lr, float alpha, float eps, float weight_decay, float momentum, float grad_coefficient) -> ()",
+      tags);
 }

@@ -9,7 +9,7 @@ import warnings
 from gradkernels import _native
 from gradkernels.activation import ELU, LeakyReLU, PReLU, RReLU, Swish, elu, leaky_relu, prelu, rrelu, swish
 from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, batch_norm_act
-from gradkernels.clip_grad import clip_grad_norm_
+from gradkernels.clip_grad import GradReport, clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm, grad_report
 
 __version__ = "0.1.0.dev0"
 
@@ -18,6 +18,7 @@ __all__ = [
     "BatchNormAct1d",
     "BatchNormAct2d",
     "BatchNormAct3d",
+    "GradReport",
     "LeakyReLU",
     "PReLU",
     "RReLU",
@@ -25,7 +26,11 @@ __all__ = [
     "__version__",
     "batch_norm_act",
     "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_grads_with_norm_",
     "elu",
+    "get_total_norm",
+    "grad_report",
     "leaky_relu",
     "prelu",
     "rrelu",

@@ -1,7 +1,7 @@
-"""clip_grad_norm_: gradients scaled so that their norm, taken over all of them as one vector, is at most max_norm.
+"""Gradients as one vector: its norm, clipping by norm and by value, and a report of which parameter is large or not finite.
 
-The norm is summed and kept in float64 until it is returned; gradients that are short enough are read once and not written.
-What the kernels do not serve (other norms, dtypes, layouts, devices, tensor subclasses) goes to torch's function whole.
+One pass reads every gradient once and sums in float64; gradients that are short enough are not written. What the kernels do not serve
+(other norms, dtypes, layouts, devices) goes to torch's functions whole; DTensors go by their local shards (sharded.py).
 """
 
 import functools
@@ -9,15 +9,22 @@ import math
 import types
 import warnings
 from collections.abc import Iterable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from gradkernels import _native, reference
+from gradkernels import _native, reference, sharded
+
+Parameters: TypeAlias = Tensor | nn.Module | Iterable[Tensor | tuple[str, Tensor]]
+_Entries: TypeAlias = list[Tensor | tuple[str, Tensor]]
+
+# Those with kernels.
+_NORM_TYPES = (2.0, math.inf, 1.0)
 
 
 def clip_grad_norm_(
-    parameters: Tensor | nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
+    parameters: Parameters,
     max_norm: float,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
@@ -28,22 +35,25 @@ def clip_grad_norm_(
         total_norm = (sum of |g|^p over every element of every gradient)^(1/p)
         g = g min(1, max_norm / (total_norm + 1e-6))
 
-    A total norm that is not finite spreads as in torch: nan makes every gradient nan, inf makes them 0 or nan. Where torch's
-    float32 sum of squares overflows, at elements of about 1e19, this one does not.
+    A total norm that is not finite spreads as in torch: nan makes every gradient nan, inf makes them 0 or nan. Norm and
+    coefficient are float64 until they are used, so that gradients are clipped where torch's norm overflows or vanishes:
+    float32 from about 1e19 on, float16 where the norm passes 65504.
 
     Args:
-        parameters: a tensor, an iterable of tensors, a module, or (name, parameter) pairs; those without a gradient are skipped.
+        parameters: a tensor, an iterable of tensors, a module, or (name, parameter) pairs; those without a gradient are
+            skipped. DTensors may stand beside plain tensors, which are taken to be the same on every rank.
         max_norm: the largest total norm allowed, in units of the gradients.
-        norm_type: p; 2 and inf have kernels.
+        norm_type: p; 1, 2 and inf have kernels.
         error_if_nonfinite: raise, before anything is scaled, where the total norm is nan or inf.
         foreach: which of its implementations torch is to use where the kernels do not serve.
 
     Returns:
-        The total norm before clipping: 0-d, of the promoted dtype of the gradients, on the device of the first one.
+        The total norm before clipping: 0-d, of the promoted dtype of the gradients, on the device of the first one. A
+        replicated DTensor where all gradients are DTensors on one mesh.
 
     Raises:
-        RuntimeError: the total norm is not finite and error_if_nonfinite is set; it names the first parameter at fault
-            where names are known.
+        RuntimeError: the total norm is not finite and error_if_nonfinite is set; it names the first parameter at fault, by
+            its place among the parameters where names are not known.
 
     Source: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", 2013.
 
@@ -56,49 +66,340 @@ def clip_grad_norm_(
         >>> weight.grad
         tensor([0.6000, 0.8000])
     """
-    entries: list[Tensor | tuple[str, Tensor]]
-    if isinstance(parameters, Tensor):
-        entries = [parameters]
-    elif isinstance(parameters, nn.Module):
-        entries = [*parameters.named_parameters()]
-    else:
-        entries = [*parameters]
-        if not entries and isinstance(parameters, types.GeneratorType):
-            warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2)
-    tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
-    grads = [grad for grad in [tensor.grad for tensor in tensors] if grad is not None]
+    entries = _entries(parameters)
+    if not entries and isinstance(parameters, types.GeneratorType):
+        warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2)
     norm_type = float(norm_type)
     max_norm = float(max_norm)
-    message = (
+
+    native = None if torch.compiler.is_compiling() else _native.C
+    if native is not None and norm_type in _NORM_TYPES:
+        served = native.clip_grad_norm_(entries, max_norm, norm_type, error_if_nonfinite)
+        if served is not None:
+            total_norm: Tensor
+            total_norm, refused = served
+            if refused:
+                raise RuntimeError(_nonfinite_message(norm_type) + _first_at_fault(entries))
+            return total_norm
+
+    tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
+    grads = [grad for grad in [tensor.grad for tensor in tensors] if grad is not None]
+    with torch.no_grad():
+        if _is_sharded(grads, norm_type):
+            total_norm = _sharded_total_norm(grads, norm_type)
+            if error_if_nonfinite and not total_norm.isfinite():
+                raise RuntimeError(_nonfinite_message(norm_type) + _first_at_fault(entries))
+            _scale(grads, max_norm, total_norm)
+            return sharded.as_torch_returns(total_norm.to(_device_and_dtype(grads)), grads)
+    try:
+        return reference.clip_grad_norm_(tensors, max_norm, norm_type, error_if_nonfinite, foreach)
+    except RuntimeError as error:
+        if str(error) != _nonfinite_message(norm_type):
+            raise
+        raise RuntimeError(str(error) + _first_at_fault(entries)) from None
+
+
+def get_total_norm(
+    tensors: Tensor | Iterable[Tensor], norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+) -> Tensor:
+    """The norm of all tensors as one vector, as torch.nn.utils.get_total_norm.
+
+        total_norm = (sum of |x|^p over every element of every tensor)^(1/p)
+
+    Args:
+        tensors: a tensor or an iterable of tensors, which are gradients themselves and not parameters.
+        norm_type: p; 1, 2 and inf have kernels.
+        error_if_nonfinite: raise where the total norm is nan or inf.
+        foreach: which of its implementations torch is to use where the kernels do not serve.
+
+    Returns:
+        The total norm: 0-d, of the promoted dtype of the tensors, on the device of the first one; 0 of no tensors. A
+        replicated DTensor where all are DTensors on one mesh.
+
+    Raises:
+        RuntimeError: the total norm is not finite and error_if_nonfinite is set.
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> gk.get_total_norm([torch.tensor([3.0]), torch.tensor([4.0])])
+        tensor(5.)
+    """
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    norm_type = float(norm_type)
+    with torch.no_grad():
+        if _is_sharded(tensors, norm_type):
+            total_norm = _sharded_total_norm(tensors, norm_type)
+        elif norm_type in _NORM_TYPES and _applies(tensors):
+            total_norm = _local_norms(tensors, norm_type)[3]
+        else:
+            return reference.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
+        if error_if_nonfinite and not total_norm.isfinite():
+            raise RuntimeError(_nonfinite_message(norm_type))
+        return sharded.as_torch_returns(total_norm.to(_device_and_dtype(tensors)), tensors)
+
+
+def clip_grads_with_norm_(parameters: Parameters, max_norm: float, total_norm: Tensor, foreach: bool | None = None) -> None:
+    """Scale gradients in place by what a total norm asks for, as torch.nn.utils.clip_grads_with_norm_.
+
+        g = g min(1, max_norm / (total_norm + 1e-6))
+
+    The coefficient is computed in float64; nothing is written where it is at least 1.
+
+    Args:
+        parameters: as those of clip_grad_norm_.
+        max_norm: the largest total norm allowed, in units of the gradients.
+        total_norm: 0-d; from get_total_norm, reduced over whatever ranks hold other parameters.
+        foreach: which of its implementations torch is to use where the kernels do not serve.
+
+    Returns:
+        Nothing.
+
+    Raises:
+        RuntimeError: elements of a gradient share memory.
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> weight = torch.zeros(2, requires_grad=True)
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> gk.clip_grads_with_norm_([weight], max_norm=1.0, total_norm=torch.tensor(10.0))
+        >>> weight.grad
+        tensor([0.3000, 0.4000])
+    """
+    tensors = _tensors(_entries(parameters))
+    grads = [grad for grad in [tensor.grad for tensor in tensors] if grad is not None]
+    with torch.no_grad():
+        if isinstance(total_norm, Tensor) and (_applies(grads) or _is_sharded(grads, 2.0)):
+            _scale(grads, float(max_norm), sharded.full(total_norm))
+        else:
+            reference.clip_grads_with_norm_(tensors, max_norm, total_norm, foreach)
+
+
+def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | None = None) -> None:
+    """Clamp every element of every gradient in place, as torch.nn.utils.clip_grad_value_.
+
+        g = min(max(g, -clip_value), clip_value)
+
+    nan stays nan. What lies within the bounds is read and not written.
+
+    Args:
+        parameters: as those of clip_grad_norm_.
+        clip_value: the largest magnitude allowed, in units of the gradients.
+        foreach: which of its implementations torch is to use where the kernels do not serve.
+
+    Returns:
+        Nothing.
+
+    Raises:
+        RuntimeError: elements of a gradient share memory.
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> weight = torch.zeros(3, requires_grad=True)
+        >>> weight.grad = torch.tensor([-3.0, 0.5, 4.0])
+        >>> gk.clip_grad_value_([weight], clip_value=1.0)
+        >>> weight.grad
+        tensor([-1.0000,  0.5000,  1.0000])
+    """
+    tensors = _tensors(_entries(parameters))
+    clip_value = float(clip_value)
+    grads = [grad for grad in [tensor.grad for tensor in tensors] if grad is not None]
+    with torch.no_grad():
+        is_sharded = _is_sharded(grads, 2.0)
+        shards = sharded.local_tensors(grads) if is_sharded else grads
+        # torch refuses a bound that a dtype cannot hold.
+        if _applies(shards) and (abs(clip_value) <= torch.finfo(torch.float16).max or math.isinf(clip_value)):
+            _native_library().clip_grad_value_(shards, clip_value)
+            sharded.count_versions(grads)
+        elif is_sharded:
+            for shard in shards:
+                shard.clamp_(-clip_value, clip_value)
+            sharded.count_versions(grads)
+        else:
+            reference.clip_grad_value_(tensors, clip_value, foreach)
+
+
+class GradReport:
+    """What grad_report found: norm, largest magnitude and non-finite elements of each parameter's gradient.
+
+    Attributes:
+        names: of the parameters, in their order; its place as a number where a parameter came without a name.
+        norms: float64 [len(names)], of each gradient, nan where there is none; in units of the gradients.
+        max_abs: float64 [len(names)], the largest magnitude, likewise.
+        nonfinite: int64 [len(names)], how many elements are nan or inf.
+        total_norm: float64, 0-d, the norm of all gradients as one vector.
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> weight, bias = torch.zeros(2, requires_grad=True), torch.zeros(1, requires_grad=True)
+        >>> weight.grad, bias.grad = torch.tensor([3.0, 4.0]), torch.tensor([float("inf")])
+        >>> report = gk.grad_report({"weight": weight, "bias": bias}.items())
+        >>> report.first_nonfinite()
+        'bias'
+        >>> print(report.table())
+        parameter        norm   max |g|   non-finite
+        weight              5         4            0
+        bias              inf       inf            1
+        total             inf       inf            1
+    """
+
+    def __init__(self, names: list[str], parameters: list[Tensor], norms: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+        self.names = names
+        self.norms, self.max_abs, self.nonfinite, self.total_norm = norms
+        self._parameters = parameters
+
+    def first_nonfinite(self) -> str | None:
+        """The name of the first parameter whose gradient holds nan or inf; None where there is none."""
+        places = self.nonfinite.nonzero()
+        return self.names[int(places[0])] if len(places) else None
+
+    def table(self) -> str:
+        """The report for a person: a line for each parameter, the total below."""
+        has_gradient = ~self.norms.isnan() | (self.nonfinite > 0)
+        norms, max_abs, nonfinite = self.norms.tolist(), self.max_abs.tolist(), self.nonfinite.tolist()
+        rows = [
+            (name, f"{norm:.4g}", f"{largest:.4g}", str(count)) if given else (name, "-", "-", "no gradient")
+            for name, norm, largest, count, given in zip(self.names, norms, max_abs, nonfinite, has_gradient.tolist(), strict=True)
+        ]
+        given = self.max_abs[has_gradient]
+        largest = given.max().item() if len(given) else 0.0
+        rows.append(("total", f"{self.total_norm.item():.4g}", f"{largest:.4g}", str(sum(nonfinite))))
+        width = max(len(name) for name, *_ in [("parameter",), *rows])
+        lines = [("parameter", "norm", "max |g|", "non-finite"), *rows]
+        return "\n".join(f"{name:<{width}}  {norm:>10}  {largest:>8}  {count:>11}" for name, norm, largest, count in lines)
+
+    def clip_(self, max_norm: float) -> Tensor:
+        """Scale the gradients as clip_grad_norm_ would, without reading them again; they must not have changed since.
+
+        Args:
+            max_norm: the largest total norm allowed, in units of the gradients.
+
+        Returns:
+            The total norm before clipping, float64.
+        """
+        clip_grads_with_norm_(self._parameters, max_norm, self.total_norm)
+        return self.total_norm
+
+    def __repr__(self) -> str:
+        return self.table()
+
+
+def grad_report(parameters: Parameters, norm_type: float = 2.0) -> GradReport:
+    """Find out in one pass how large each parameter's gradient is and whether it is finite.
+
+        norms[i] = (sum of |g|^p over the elements of gradient i)^(1/p)
+
+    Everything stays on the gradients' device; nothing waits for it until a result is read. Of DTensors the report is
+    about the whole tensor, the same on every rank, all of which must call it.
+
+    Args:
+        parameters: as those of clip_grad_norm_, best a module or (name, parameter) pairs; those without a gradient are
+            listed with norm nan.
+        norm_type: p; 1, 2 and inf have kernels.
+
+    Returns:
+        A GradReport.
+
+    Raises:
+        NotImplementedError: a gradient is sparse.
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> model = torch.nn.Linear(2, 1)
+        >>> model(torch.tensor([[3.0, 4.0]])).sum().backward()
+        >>> report = gk.grad_report(model)
+        >>> report.names, report.norms.tolist(), report.first_nonfinite()
+        (['weight', 'bias'], [5.0, 1.0], None)
+        >>> report.clip_(1.0)
+        tensor(5.0990, dtype=torch.float64)
+    """
+    entries = _entries(parameters)
+    names = [entry[0] if isinstance(entry, tuple) else str(i) for i, entry in enumerate(entries)]
+    tensors = _tensors(entries)
+    given = [(i, tensor.grad) for i, tensor in enumerate(tensors) if tensor.grad is not None]
+    grads = [grad for _, grad in given]
+    norm_type = float(norm_type)
+    with torch.no_grad():
+        norms = sharded.grad_norms(grads, norm_type, _local_norms) if _is_sharded(grads, norm_type) else _local_norms(grads, norm_type)
+        if len(given) != len(tensors):
+            places = [i for i, _ in given]
+            each, max_abs, nonfinite, total_norm = norms
+            each, max_abs, nonfinite = (_spread(values, places, len(tensors)) for values in (each, max_abs, nonfinite))
+            norms = each, max_abs, nonfinite, total_norm
+    return GradReport(names, tensors, norms)
+
+
+def _entries(parameters: Parameters) -> _Entries:
+    if isinstance(parameters, Tensor):
+        return [parameters]
+    if isinstance(parameters, nn.Module):
+        return [*parameters.named_parameters()]
+    return [*parameters]
+
+
+def _tensors(entries: _Entries) -> list[Tensor]:
+    return [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
+
+
+def _native_library() -> Any:
+    return None if torch.compiler.is_compiling() else _native.C
+
+
+def _applies(grads: list[Tensor]) -> bool:
+    """Whether the kernels serve these gradients, of which there is at least one."""
+    native = _native_library()
+    return native is not None and bool(grads) and all(isinstance(grad, Tensor) for grad in grads) and native.clip_grad_applies(grads)
+
+
+def _is_sharded(grads: list[Tensor], norm_type: float) -> bool:
+    return norm_type in _NORM_TYPES and not torch.compiler.is_compiling() and sharded.serves(grads)
+
+
+def _local_norms(grads: list[Tensor], norm_type: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Norms, largest magnitudes, non-finite counts and total of plain tensors, in float64."""
+    if norm_type in _NORM_TYPES and _applies(grads):
+        norms: tuple[Tensor, Tensor, Tensor, Tensor] = _native_library().grad_norms(grads, norm_type)
+        return norms
+    return reference.grad_norms(grads, norm_type)
+
+
+def _sharded_total_norm(grads: list[Tensor], norm_type: float) -> Tensor:
+    return sharded.total_norm(grads, norm_type, _local_norms)
+
+
+def _scale(grads: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
+    """Plain tensors and the local shards of DTensors."""
+    tensors = sharded.local_tensors(grads)
+    if _applies(tensors):
+        _native_library().clip_grads_with_norm_(tensors, max_norm, total_norm.cpu())
+    else:
+        reference.scale_grads_(tensors, max_norm, total_norm)
+    sharded.count_versions(grads)
+
+
+def _device_and_dtype(grads: list[Tensor]) -> Tensor:
+    """What torch's total norm is like: to() takes device and dtype from it."""
+    return torch.empty((), device=grads[0].device, dtype=functools.reduce(torch.promote_types, {grad.dtype for grad in grads}))
+
+
+def _spread(values: Tensor, places: list[int], count: int) -> Tensor:
+    """values[i] at places[i] of `count`, nan (0 of integers) elsewhere."""
+    spread = values.new_full((count,), math.nan if values.is_floating_point() else 0)
+    return spread.index_copy_(0, torch.tensor(places, dtype=torch.int64, device=values.device), values)
+
+
+def _nonfinite_message(norm_type: float) -> str:
+    """torch's words."""
+    return (
         f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be clipped. "
         "To disable this error and scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
     )
 
-    native = None if torch.compiler.is_compiling() else _native.C
-    if native is None or not grads or norm_type not in (2.0, math.inf) or not native.clip_grad_applies(grads):
-        if not error_if_nonfinite:
-            return reference.clip_grad_norm_(tensors, max_norm, norm_type, foreach=foreach)
-        try:
-            return reference.clip_grad_norm_(tensors, max_norm, norm_type, True, foreach)
-        except RuntimeError as error:
-            if str(error) != message:
-                raise
-            raise RuntimeError(message + _first_nonfinite(entries)) from None
 
-    with torch.no_grad():
-        total_norm: Tensor = native.get_total_norm(grads, norm_type)
-        if error_if_nonfinite and not total_norm.isfinite():
-            raise RuntimeError(message + _first_nonfinite(entries))
-        native.clip_grads_with_norm_(grads, max_norm, total_norm)
-        dtype = functools.reduce(torch.promote_types, {grad.dtype for grad in grads})
-        return total_norm.to(grads[0].device, dtype)
-
-
-def _first_nonfinite(entries: list[Tensor | tuple[str, Tensor]]) -> str:
-    """What an error adds where names are known; nothing where every gradient is finite and only their norm is not."""
-    for entry in entries:
-        if isinstance(entry, tuple):
-            name, tensor = entry
-            if tensor.grad is not None and not tensor.grad.isfinite().all():
-                return f". The first gradient that is not finite is that of {name}"
-    return ""
+def _first_at_fault(entries: _Entries) -> str:
+    """What an error adds; nothing where every gradient is finite and only their norm is not."""
+    report = grad_report(entries)
+    name = report.first_nonfinite()
+    if name is None:
+        return ""
+    named = isinstance(entries[report.names.index(name)], tuple)
+    return f". The first gradient that is not finite is that of {name if named else f'parameter {name}'}"

@@ -1,4 +1,4 @@
-"""clip_grad_norm_ beside torch.nn.utils.clip_grad_norm_ and an exact norm: results, what spreads, what is refused, what is left alone.
+"""Clipping and the gradient report beside torch.nn.utils and an exact norm: results, what spreads, what is refused, what is left alone.
 
 The norm is held to max(torch's error, 2 ulp) of the exact one, gradients likewise, elementwise; float64 gradients to 2 ulp of what follows
 from the norm that was returned.
@@ -19,6 +19,7 @@ from torch.testing import assert_close
 
 import gradkernels as gk
 from accuracy import ULP_BOUND, assert_accurate, assert_bitwise_equal, extended, outcome
+from gradkernels import reference
 
 OPS = torch.ops.gradkernels
 
@@ -34,7 +35,7 @@ SIZES = {
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_sizes = pytest.mark.parametrize("sizes", SIZES)
-each_native_norm = pytest.mark.parametrize("norm_type", [2.0, math.inf], ids=str)
+each_native_norm = pytest.mark.parametrize("norm_type", [2.0, math.inf, 1.0], ids=str)
 
 
 def parameters_with(grads):
@@ -57,7 +58,7 @@ def clones(grads):
 
 def exact_norm(grads, norm_type):
     flat = np.concatenate([np.zeros(1, np.longdouble), *(abs(extended(grad)).ravel() for grad in grads)])
-    return flat.max() if norm_type == math.inf else np.sqrt(np.square(flat).sum())
+    return flat.max() if norm_type == math.inf else flat.sum() if norm_type == 1 else np.sqrt(np.square(flat).sum())
 
 
 def assert_clips(grads, max_norm, norm_type=2.0):
@@ -93,14 +94,14 @@ def test_clips_like_torch(sizes, dtype, norm_type, max_norm):
 
 
 @each_dtype
-@pytest.mark.parametrize("norm_type", [1.0, 0.5, 0.0, 3.0, -math.inf, -1.0], ids=str)
+@pytest.mark.parametrize("norm_type", [0.5, 0.0, 3.0, -math.inf, -1.0, math.nan], ids=str)
 def test_other_norms_are_torchs(norm_type, dtype):
     grads = gradients([1, 64, 1009], dtype)
     ours, theirs = clones(grads), clones(grads)
     total = gk.clip_grad_norm_(parameters_with(ours), 0.1, norm_type)
     torch_total = torch_clip_grad_norm_(parameters_with(theirs), 0.1, norm_type)
     assert_bitwise_equal("total norm", total, torch_total)
-    assert_close(ours, theirs, rtol=0, atol=0)
+    assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 def test_norm_type_may_be_a_string():
@@ -214,7 +215,7 @@ def test_same_bits_for_any_number_of_threads(norm_type, dtype, each_thread_count
 def test_the_norm_does_not_depend_on_how_the_elements_are_cut(norm_type):
     """4 ulp of float64, as between the shards of one gradient on several ranks."""
     whole = torch.randn(300_007)
-    norms = [OPS.get_total_norm([*whole.split(size)], norm_type) for size in (300_007, 100_000, 16_384, 4097, 1000)]
+    norms = [OPS.grad_norms([*whole.split(size)], norm_type)[3] for size in (300_007, 100_000, 16_384, 4097, 1000)]
     assert all(norm.dtype == torch.float64 and norm.dim() == 0 for norm in norms)
     for norm in norms:
         assert abs(norm - norms[0]) <= 4 * np.spacing(norms[0].item())
@@ -398,7 +399,8 @@ def test_error_if_nonfinite(value, norm_type, dtype):
     before = clones(grads)
     expected = outcome(torch_clip_grad_norm_, parameters_with(grads), 1.0, norm_type, error_if_nonfinite=True)
     assert expected[0] is RuntimeError
-    assert outcome(gk.clip_grad_norm_, parameters_with(grads), 1.0, norm_type, error_if_nonfinite=True) == expected
+    kind, text = outcome(gk.clip_grad_norm_, parameters_with(grads), 1.0, norm_type, error_if_nonfinite=True)
+    assert (kind, text) == (RuntimeError, f"{expected[1]}. The first gradient that is not finite is that of parameter 1")
     assert_close(grads, before, rtol=0, atol=0, equal_nan=True)
     names = ["first.weight", "second.weight", "third.weight"]
     named = list(zip(names, parameters_with(grads), strict=True))
@@ -411,9 +413,10 @@ def test_error_if_nonfinite(value, norm_type, dtype):
 def test_error_if_nonfinite_through_torch():
     grads = gradients([64, 9])
     grads[0][0] = math.inf
-    expected = outcome(torch_clip_grad_norm_, parameters_with(grads), 1.0, 1.0, error_if_nonfinite=True)
-    assert outcome(gk.clip_grad_norm_, parameters_with(grads), 1.0, 1.0, error_if_nonfinite=True) == expected
-    kind, text = outcome(gk.clip_grad_norm_, {"a.b": parameters_with(grads)[0]}.items(), 1.0, 1.0, error_if_nonfinite=True)
+    expected = outcome(torch_clip_grad_norm_, parameters_with(grads), 1.0, 3.0, error_if_nonfinite=True)
+    kind, text = outcome(gk.clip_grad_norm_, parameters_with(grads), 1.0, 3.0, error_if_nonfinite=True)
+    assert (kind, text) == (RuntimeError, f"{expected[1]}. The first gradient that is not finite is that of parameter 0")
+    kind, text = outcome(gk.clip_grad_norm_, {"a.b": parameters_with(grads)[0]}.items(), 1.0, 3.0, error_if_nonfinite=True)
     assert kind is expected[0] and text.startswith(expected[1]) and "a.b" in text
 
 
@@ -439,6 +442,231 @@ def test_what_is_no_parameter():
     for wrong in ([1.0], ["name"], 3):
         expected = outcome(torch_clip_grad_norm_, wrong, 1.0)
         assert outcome(gk.clip_grad_norm_, wrong, 1.0)[0] is expected[0]
+
+
+# gradients that share memory
+
+
+def sharing_memory():
+    """Lists of gradients that overlap, by name, made anew from one buffer."""
+    buffer = torch.arange(1.0, 200_001.0)
+    table = buffer[:60].view(6, 10)
+    return {
+        "partly": (buffer, [buffer[:150_000], buffer[100_000:], buffer[3:7]]),
+        "dense and gapped": (buffer, [buffer, buffer[::2], table[:, 1:4], buffer[:5]]),
+        "gapped, side by side": (buffer, [table[:, :5], table[:, 5:], buffer[60:]]),
+        "one inside another, an empty one between": (buffer, [buffer, buffer[5:5], buffer[10:20]]),
+    }
+
+
+@pytest.mark.parametrize("case", sharing_memory())
+def test_gradients_that_share_memory_are_scaled_one_after_the_other(case, each_thread_count):
+    expected, grads = sharing_memory()[case]
+    torch_total = torch_clip_grad_norm_(parameters_with([grad for grad in grads if grad.numel()]), 1.0)
+
+    def run():
+        buffer, grads = sharing_memory()[case]
+        return gk.clip_grad_norm_(parameters_with(grads), 1.0), buffer
+
+    for total, buffer in each_thread_count(run):
+        assert_close(total, torch_total)
+        assert_close(buffer, expected)
+
+
+# get_total_norm and clip_grads_with_norm_
+
+
+@each_dtype
+@each_native_norm
+@each_sizes
+def test_get_total_norm_and_clip_grads_with_norm_are_clip_grad_norm_(sizes, norm_type, dtype):
+    grads = gradients(SIZES[sizes], dtype)
+    whole, halves = clones(grads), clones(grads)
+    expected = gk.clip_grad_norm_(parameters_with(whole), 0.37, norm_type)
+    total = gk.get_total_norm(halves, norm_type)
+    assert_bitwise_equal("total norm", total, expected)
+    assert gk.clip_grads_with_norm_(parameters_with(halves), 0.37, total) is None
+    assert_close(halves, whole)
+
+
+def test_get_total_norm_is_torchs_elsewhere():
+    for tensors in ([], [torch.randn(3, dtype=torch.complex64)], torch.randn(3), (torch.randn(3) for _ in range(2))):
+        given = list(tensors) if not isinstance(tensors, torch.Tensor) else tensors
+        assert_close(gk.get_total_norm(given), torch.nn.utils.get_total_norm(given))
+    for norm_type in (3.0, 0.5, "inf"):
+        tensors = gradients([3, 64])
+        assert_close(gk.get_total_norm(tensors, norm_type), torch.nn.utils.get_total_norm(tensors, norm_type))
+    sparse = [torch.eye(3).to_sparse()]
+    assert outcome(gk.get_total_norm, sparse) == outcome(torch.nn.utils.get_total_norm, sparse)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 3.0])
+def test_get_total_norm_refuses_what_is_not_finite(norm_type):
+    tensors = [torch.tensor([1.0, math.nan])]
+    expected = outcome(torch.nn.utils.get_total_norm, tensors, norm_type, error_if_nonfinite=True)
+    assert expected[0] is RuntimeError
+    assert outcome(gk.get_total_norm, tensors, norm_type, error_if_nonfinite=True) == expected
+
+
+def test_clip_grads_with_norm_is_torchs_elsewhere():
+    for grads in ([], [None], [torch.randn(3, dtype=torch.complex64)], [torch.randn(3), None]):
+        ours, theirs = clones(grads), clones(grads)
+        gk.clip_grads_with_norm_(parameters_with(ours), 0.1, torch.tensor(2.0))
+        torch.nn.utils.clip_grads_with_norm_(parameters_with(theirs), 0.1, torch.tensor(2.0))
+        assert_close([grad for grad in ours if grad is not None], [grad for grad in theirs if grad is not None])
+
+
+def test_clip_grads_with_norm_takes_a_norm_of_any_dtype():
+    for dtype in (torch.float64, torch.bfloat16, torch.int64):
+        ours, theirs = torch.full((3,), 2.0), torch.full((3,), 2.0)
+        gk.clip_grads_with_norm_(parameters_with([ours]), 1.0, torch.tensor(4, dtype=dtype))
+        torch.nn.utils.clip_grads_with_norm_(parameters_with([theirs]), 1.0, torch.tensor(4.0))
+        assert_close(ours, theirs)
+
+
+# clip_grad_value_
+
+
+@each_dtype
+@each_sizes
+@pytest.mark.parametrize("clip_value", [1.0, 0.37, 0.0, -0.5, math.inf, 1e9, math.nan], ids=str)
+def test_clip_grad_value_is_torchs(clip_value, sizes, dtype):
+    grads = [grad for grad in gradients(SIZES[sizes], dtype) if grad.numel()]
+    for place, value in ((0, math.nan), (-1, math.inf), (len(grads) // 2, -math.inf)):
+        grads[place][-1] = value
+    ours, theirs = clones(grads), clones(grads)
+    assert gk.clip_grad_value_(parameters_with(ours), clip_value) is None
+    torch.nn.utils.clip_grad_value_(parameters_with(theirs), clip_value)
+    for i, (our, their) in enumerate(zip(ours, theirs, strict=True)):
+        assert_bitwise_equal(f"gradient {i}", our, their)
+
+
+def test_clip_grad_value_of_strided_overlapping_and_other_gradients():
+    base, other = torch.randn(40, 30), torch.randn(65)
+    before = base.clone()
+    gk.clip_grad_value_(parameters_with([base[:, ::2], other, base[:, :5]]), 0.1)
+    expected = before.clone()
+    expected[:, ::2].clamp_(-0.1, 0.1)
+    expected[:, :5].clamp_(-0.1, 0.1)
+    assert_bitwise_equal("base", base, expected)
+    assert other.abs().max() <= 0.1
+    for grads, value in (([torch.tensor([5, -7])], 3), ([None], 1.0), ([torch.randn(9)], 1e300)):
+        ours, theirs = clones(grads), clones(grads)
+        expected = outcome(torch.nn.utils.clip_grad_value_, [as_parameter(grad) for grad in theirs], value)
+        assert outcome(gk.clip_grad_value_, [as_parameter(grad) for grad in ours], value) == expected
+        assert_close([grad for grad in ours if grad is not None], [grad for grad in theirs if grad is not None])
+
+
+def as_parameter(grad):
+    """Integer gradients have no parameter."""
+    tensor = torch.empty(0) if grad is None else torch.empty_like(grad)
+    tensor.grad = grad
+    return tensor
+
+
+def test_clip_grad_value_refuses_overlap_before_it_writes():
+    grads = [torch.full((3,), 2.0), torch.ones(1).expand(3)]
+    with pytest.raises(RuntimeError, match="more than one element of the written-to tensor refers to a single memory location"):
+        gk.clip_grad_value_(parameters_with(grads), 0.1)
+    assert_bitwise_equal("the first gradient", grads[0], torch.full((3,), 2.0))
+
+
+def test_clip_grad_value_counts_versions_and_leaves_the_neighbours():
+    buffer = torch.randn(5000) * 10
+    before, piece = buffer.clone(), buffer[3:4000]
+    version = piece._version
+    gk.clip_grad_value_(parameters_with([piece]), 1.0)
+    assert piece._version == version + 1
+    assert_bitwise_equal("around it", torch.cat([buffer[:3], buffer[4000:]]), torch.cat([before[:3], before[4000:]]))
+
+
+# the report
+
+
+@each_dtype
+@each_native_norm
+@each_sizes
+def test_report_of_each_gradient(sizes, norm_type, dtype):
+    grads = gradients(SIZES[sizes], dtype)
+    for i, grad in enumerate(grads):
+        if grad.numel() > 2 and i % 3 == 1:
+            grad[-1], grad[1] = math.nan, math.inf
+        elif grad.numel() and i % 3 == 2:
+            grad[0] = -math.inf
+    report = gk.grad_report(parameters_with(grads), norm_type)
+    assert report.names == [str(i) for i in range(len(grads))]
+    assert report.norms.dtype == report.max_abs.dtype == report.total_norm.dtype == torch.float64
+    assert report.nonfinite.tolist() == [int((~grad.isfinite()).sum()) for grad in grads]
+    with np.errstate(invalid="ignore"):
+        expected = torch.tensor([float(exact_norm([grad], norm_type)) for grad in grads], dtype=torch.float64)
+        largest = torch.tensor([float(exact_norm([grad], math.inf)) for grad in grads], dtype=torch.float64)
+    assert_close(report.norms, expected, rtol=1e-15, atol=0, equal_nan=True)
+    assert_close(report.max_abs, largest, rtol=0, atol=0, equal_nan=True)
+    composed = reference.grad_norms(grads, norm_type)
+    for ours, theirs in zip((report.norms, report.max_abs, report.nonfinite, report.total_norm), composed, strict=True):
+        assert_close(ours, theirs, rtol=1e-12, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("scale", [1e300, 1e-300, 1e154, 1e-162], ids=str)
+def test_report_of_gradients_whose_squares_leave_float64(scale):
+    """Beside others whose squares do not."""
+    grads = [torch.randn(1009, dtype=torch.float64) * scale, torch.randn(64, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)]
+    report = gk.grad_report(parameters_with(grads))
+    exact = torch.tensor([float(exact_norm([grad], 2.0)) for grad in grads], dtype=torch.float64)
+    assert_close(report.norms, exact, rtol=1e-15, atol=0)
+    assert_close(report.total_norm.item(), float(exact_norm(grads, 2.0)), rtol=1e-15, atol=0)
+
+
+def model_with_gradients():
+    model = nn.Sequential(nn.Linear(5, 7), nn.ELU(), nn.Linear(7, 3))
+    model(torch.randn(4, 5)).square().sum().backward()
+    return model
+
+
+def test_report_names_counts_and_clips():
+    model = model_with_gradients()
+    model[0].bias.grad = None
+    report = gk.grad_report(model)
+    assert report.names == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert report.norms.isnan().tolist() == report.max_abs.isnan().tolist() == [False, True, False, False]
+    assert report.nonfinite.tolist() == [0, 0, 0, 0] and report.first_nonfinite() is None
+    other = copy.deepcopy(model)
+    for parameter, copied in zip(model.parameters(), other.parameters(), strict=True):
+        copied.grad = clones([parameter.grad])[0]
+    assert_close(report.clip_(0.1).float(), gk.clip_grad_norm_(other, 0.1))
+    assert_close([p.grad for p in model.parameters() if p.grad is not None], [p.grad for p in other.parameters() if p.grad is not None])
+    table = report.table()
+    assert str(report) == table
+    lines = table.splitlines()
+    assert len(lines) == 6 and len({len(line) for line in lines}) == 1
+    assert "no gradient" in lines[2] and lines[-1].startswith("total")
+
+
+def test_report_finds_what_is_not_finite():
+    model = model_with_gradients()
+    model[2].weight.grad[1, 2] = math.nan
+    model[2].bias.grad[0] = math.inf
+    report = gk.grad_report(model.named_parameters())
+    assert report.first_nonfinite() == "2.weight"
+    assert report.nonfinite.tolist() == [0, 0, 1, 1]
+    assert report.total_norm.isnan()
+    assert report.table().splitlines()[3].split() == ["2.weight", "nan", "nan", "1"]
+
+
+def test_report_of_nothing():
+    for parameters in ([], parameters_with([None, None])):
+        report = gk.grad_report(parameters)
+        assert report.total_norm == 0 and report.first_nonfinite() is None and len(report.norms) == len(parameters)
+        assert report.table().splitlines()[-1].split() == ["total", "0", "0", "0"]
+        report.clip_(1.0)
+
+
+def test_report_of_what_has_no_kernel():
+    grads = [torch.randn(64, dtype=torch.complex64), torch.randn(3, dtype=torch.complex64)]
+    report = gk.grad_report(parameters_with(grads))
+    assert_close(report.norms, torch.stack([grad.to(torch.complex128).norm() for grad in grads]))
+    report = gk.grad_report(parameters_with(gradients([9, 64])), 3.0)
+    assert report.norms.dtype == torch.float64 and report.norms.shape == (2,)
 
 
 # torch's machinery
@@ -479,18 +707,19 @@ def test_opcheck():
             torch.randn(5, 3, dtype=dtype).t(),
             torch.randn(3, 8, dtype=dtype)[:, ::2],
         ]
-        for norm_type in (2.0, math.inf):
-            opcheck(OPS.get_total_norm.default, (grads, norm_type))
+        for norm_type in (1.0, 2.0, math.inf):
+            opcheck(OPS.grad_norms.default, (grads, norm_type))
         total_norm = torch.tensor(7.0, dtype=torch.float64)
         for max_norm in (0.1, 100.0):
             opcheck(OPS.clip_grads_with_norm_.default, (grads, max_norm, total_norm))
-    opcheck(OPS.get_total_norm.default, ([torch.randn(3, requires_grad=True)], 2.0))
+        opcheck(OPS.clip_grad_value_.default, (grads, 0.1))
+    opcheck(OPS.grad_norms.default, ([torch.randn(3, requires_grad=True)], 2.0))
 
 
 def test_operators_compute_what_their_schema_says():
     grads = gradients([64, 1009])
     expected = exact_norm(grads, 2.0)
-    total_norm = OPS.get_total_norm(grads, 2.0)
+    *_, total_norm = OPS.grad_norms(grads, 2.0)
     assert total_norm.dtype == torch.float64 and total_norm.dim() == 0
     assert_close(total_norm.item(), float(expected), rtol=1e-14, atol=0)
     ours = clones(grads)

@@ -1,4 +1,4 @@
-// Clipping is outside differentiation, as torch's, which runs it under no_grad: the operators fall through autograd and only count
+// Clipping and RMSprop are outside differentiation, as torch's, which run under no_grad: the operators fall through autograd and only count
 // versions.
 #include <torch/library.h>
 
@@ -7,18 +7,40 @@
 namespace gradkernels::autograd {
 namespace {
 
+void increment_versions(at::TensorList tensors) {
+  for (const at::Tensor& tensor : tensors) increment_version(tensor);
+}
+
 void clip_grads_with_norm_(at::TensorList grads, double max_norm, const at::Tensor& total_norm) {
   call_below_version_counting<ops::ClipGradsWithNormInplace>(grads, max_norm, total_norm);
-  for (const at::Tensor& grad : grads) increment_version(grad);
+  increment_versions(grads);
+}
+
+void clip_grad_value_(at::TensorList grads, double clip_value) {
+  call_below_version_counting<ops::ClipGradValueInplace>(grads, clip_value);
+  increment_versions(grads);
+}
+
+void rmsprop_(at::TensorList params, at::TensorList grads, at::TensorList square_avgs, at::TensorList grad_avgs,
+              at::TensorList momentum_buffers, double lr, double alpha, double eps, double weight_decay, double momentum,
+              double grad_coefficient) {
+  call_below_version_counting<ops::RmspropInplace>(params, grads, square_avgs, grad_avgs, momentum_buffers, lr, alpha, eps, weight_decay,
+                                                   momentum, grad_coefficient);
+  for (const at::TensorList& written : {params, square_avgs, grad_avgs, momentum_buffers}) increment_versions(written);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gradkernels, Autograd, m) {
-  m.impl("get_total_norm", torch::CppFunction::makeFallthrough());
-  m.impl("clip_grads_with_norm_", torch::CppFunction::makeFallthrough());
+  for (const char* name : {"grad_norms", "clip_grads_with_norm_", "clip_grad_value_", "rmsprop_"}) {
+    m.impl(name, torch::CppFunction::makeFallthrough());
+  }
 }
 
-TORCH_LIBRARY_IMPL(gradkernels, ADInplaceOrView, m) { m.impl("clip_grads_with_norm_", clip_grads_with_norm_); }
+TORCH_LIBRARY_IMPL(gradkernels, ADInplaceOrView, m) {
+  m.impl("clip_grads_with_norm_", clip_grads_with_norm_);
+  m.impl("clip_grad_value_", clip_grad_value_);
+  m.impl("rmsprop_", rmsprop_);
+}
 
 }  // namespace gradkernels::autograd

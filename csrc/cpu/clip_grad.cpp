@@ -1,84 +1,112 @@
-// Gradient clipping on the CPU: all tensors cut into chunks, the chunks over threads, partial results met in the order of the elements.
+// Gradient clipping on the CPU: one pass over all tensors for everything there is to know of them, one to write. Partial results meet in
+// the order of the elements, whoever computed them.
 #include "ops/clip_grad.h"
 
 #include <vector>
 
+#include "cpu/chunks.h"
 #include "cpu/kernels.h"
-#include "cpu/parallel.h"
 #include "math/clip_grad.h"
 #include "math/sum.h"
 
 namespace gradkernels::cpu {
 namespace {
 
-constexpr int64_t kChunkElements = 65536;
-
-// A thread is worth its start from about this many elements on; tensors below it share one.
-constexpr int64_t kGrainElements = 32768;
-
-std::vector<Run> chunks_of(const Run* runs, int64_t run_count) {
-  std::vector<Run> chunks;
-  chunks.reserve(run_count);
-  for (int64_t r = 0; r < run_count; ++r) {
-    for (int64_t offset = 0; offset < runs[r].count; offset += kChunkElements) {
-      const int64_t rest = runs[r].count - offset;
-      chunks.push_back({runs[r].dtype, rest < kChunkElements ? rest : kChunkElements,
-                        static_cast<char*>(runs[r].data) + offset * size_of(runs[r].dtype)});
-    }
-  }
-  return chunks;
+Chunks chunks_of(const Run* runs, int64_t run_count) {
+  return Chunks(run_count, [runs](int64_t r) { return runs[r].count; });
 }
 
-template <typename Function>
-void for_each_chunk(const std::vector<Run>& chunks, const Function& function) {
-  const int64_t count = static_cast<int64_t>(chunks.size());
-  int64_t elements = 1;
-  for (const Run& chunk : chunks) elements += chunk.count;
-  parallel_for(count, 1 + kGrainElements * count / elements, function);
+void* data_of(const Run* runs, const Chunk& chunk) {
+  const Run& run = runs[chunk.tensor];
+  return static_cast<char*>(run.data) + chunk.begin * size_of(run.dtype);
 }
 
-// What `partial` returns for each chunk, in order.
-template <typename Partial>
-std::vector<double> partials_of(const std::vector<Run>& chunks, const Partial& partial) {
-  std::vector<double> partials(chunks.size());
-  for_each_chunk(chunks, [&](int64_t i) { partials[i] = partial(chunks[i]); });
+std::vector<PartialNorm> partials_of(const Run* runs, const Chunks& chunks, Norm norm, double factor) {
+  std::vector<PartialNorm> partials(chunks.size());
+  const auto partial_norm = kernels().partial_norm;
+  chunks.for_each([&](int64_t i) {
+    const Chunk& chunk = chunks[i];
+    partials[i] = partial_norm(runs[chunk.tensor].dtype, norm, chunk.count, data_of(runs, chunk), factor);
+  });
   return partials;
 }
 
-double square_sum(const std::vector<Run>& chunks, double factor) {
-  math::Sum<double> total{0.0, 0.0};
-  for (const double partial :
-       partials_of(chunks, [&](const Run& c) { return kernels().sum_of_squares(c.dtype, c.count, c.data, factor); })) {
-    math::add(total, partial);
-  }
-  return total.high + total.low;
+// The 2-norm of float64 elements whose squares leave float64; `max_abs` is finite.
+double rescaled_norm(const Run& run, double max_abs) {
+  const math::Rescaling rescaled = math::rescaling(max_abs);
+  math::Sum<double> sum{0.0, 0.0};
+  for (const PartialNorm& partial : partials_of(&run, chunks_of(&run, 1), Norm::kTwo, rescaled.factor)) math::add(sum, partial.sum);
+  return math::sqrt(sum.high + sum.low) * rescaled.inverse;
 }
 
-double max_magnitude(const std::vector<Run>& chunks) {
+// The 2-norm of norms whose squares may leave float64.
+double norm_of_norms(const double* norms, int64_t count) {
   double maximum = 0.0;
-  for (const double partial : partials_of(chunks, [](const Run& c) { return kernels().max_magnitude(c.dtype, c.count, c.data); })) {
-    maximum = math::max_or_nan(maximum, partial);
+  for (int64_t i = 0; i < count; ++i) maximum = math::max_or_nan(maximum, norms[i]);
+  const math::Rescaling rescaled = math::rescaling(maximum);
+  math::Sum<double> sum{0.0, 0.0};
+  for (int64_t i = 0; i < count; ++i) {
+    const double norm = norms[i] * rescaled.factor;
+    math::add(sum, norm * norm);
   }
-  return maximum;
+  return math::sqrt(sum.high + sum.low) * rescaled.inverse;
 }
 
 }  // namespace
 
-double total_norm(const Run* runs, int64_t run_count, Norm norm) {
-  const std::vector<Run> chunks = chunks_of(runs, run_count);
-  if (norm == Norm::kInfinity) return max_magnitude(chunks);
-  const double sum = square_sum(chunks, 1.0);
-  if (sum >= math::kSmallestSafeSquareSum && sum <= math::kLargestSafeSquareSum) return math::sqrt(sum);
-  const math::Rescaling rescaled = math::rescaling(max_magnitude(chunks));
-  return math::sqrt(square_sum(chunks, rescaled.factor)) * rescaled.inverse;
+double grad_norms(const Run* runs, int64_t run_count, Norm norm, const GradNorms& out) {
+  const Chunks chunks = chunks_of(runs, run_count);
+  const std::vector<PartialNorm> partials = partials_of(runs, chunks, norm, 1.0);
+  math::Sum<double> total{0.0, 0.0};
+  double total_max = 0.0;
+  bool rescued = false;
+  for (int64_t r = 0, i = 0; r < run_count; ++r) {
+    math::Sum<double> run_sum{0.0, 0.0};
+    double max_abs = 0.0;
+    int64_t nonfinite = 0;
+    for (; i < chunks.size() && chunks[i].tensor == r; ++i) {
+      math::add(run_sum, partials[i].sum);
+      math::add(total, partials[i].sum);
+      max_abs = math::max_or_nan(max_abs, partials[i].max_abs);
+      nonfinite += partials[i].nonfinite;
+    }
+    const double sum = run_sum.high + run_sum.low;
+    out.max_abs[r] = max_abs;
+    out.nonfinite[r] = nonfinite;
+    total_max = math::max_or_nan(total_max, max_abs);
+    if (norm == Norm::kInfinity) {
+      out.norms[r] = max_abs;
+    } else if (norm == Norm::kOne) {
+      out.norms[r] = sum;
+    } else if (nonfinite != 0 || max_abs == 0.0 || math::is_safe_square_sum(sum)) {
+      out.norms[r] = math::sqrt(sum);
+    } else {
+      out.norms[r] = rescaled_norm(runs[r], max_abs);
+      rescued = true;
+    }
+  }
+  if (norm == Norm::kInfinity) return total_max;
+  const double sum = total.high + total.low;
+  if (norm == Norm::kOne) return sum;
+  // A sum of nothing but zeros is not safe either, and comes to the same.
+  return rescued || !math::is_safe_square_sum(sum) ? norm_of_norms(out.norms, run_count) : math::sqrt(sum);
 }
 
 void scale(const Run* runs, int64_t run_count, double coefficient) {
-  const std::vector<Run> chunks = chunks_of(runs, run_count);
-  // Last first: what the norm has read last is still in cache.
-  for_each_chunk(chunks, [&](int64_t i) {
-    const Run& chunk = chunks[chunks.size() - 1 - i];
-    kernels().scale(chunk.dtype, chunk.count, chunk.data, coefficient);
+  const Chunks chunks = chunks_of(runs, run_count);
+  const auto scale_chunk = kernels().scale;
+  chunks.for_each_reversed([&](int64_t i) {
+    const Chunk& chunk = chunks[i];
+    scale_chunk(runs[chunk.tensor].dtype, chunk.count, data_of(runs, chunk), coefficient);
+  });
+}
+
+void clamp(const Run* runs, int64_t run_count, double limit) {
+  const Chunks chunks = chunks_of(runs, run_count);
+  const auto clamp_chunk = kernels().clamp;
+  chunks.for_each([&](int64_t i) {
+    const Chunk& chunk = chunks[i];
+    clamp_chunk(runs[chunk.tensor].dtype, chunk.count, data_of(runs, chunk), limit);
   });
 }
 

@@ -10,67 +10,138 @@
 namespace gradkernels::cpu {
 namespace {
 
-// Independent sums hide the latency of an addition.
-constexpr int kSums = 4;
+// The largest magnitude of each lane. Magnitudes are compared as integers, in whose order nan stands above inf and inf above every number:
+// a nan stays without a test of its own.
+template <typename T>
+struct LargestMagnitude {
+  using V = Vec<T>;
+  using Integer = typename IntegerOf<T>::type;
+  typename V::Bits bits[V::kRegisters] = {};
 
-// Calls function(vector of float64, index of the sum that takes it) for elements [begin, end), zeros past the end.
-template <typename scalar_t, typename Function>
-GK_INLINE void for_each_double_vector(const scalar_t* x, int64_t begin, int64_t end, const Function& function) {
-  using V = Vec<double>;
-  int64_t i = begin;
-  for (; i + kSums * V::kLanes <= end; i += kSums * V::kLanes) {
-    for (int k = 0; k < kSums; ++k) function(load_double(x + i + k * V::kLanes), k);
-  }
-  for (; i < end; i += V::kLanes) {
-    scalar_t rest[V::kLanes] = {};
-    for (int64_t j = i; j < end && j < i + V::kLanes; ++j) rest[j - i] = x[j];
-    function(load_double(rest), 0);
-  }
-}
-
-double sum_of_squares_kernel(DType dtype, int64_t count, const void* x, double factor) {
-  using V = Vec<double>;
-  // A lane adds up some dozens of squares; what it comes to is added to the total with the rounding error kept.
-  constexpr int64_t kBlockElements = 64 * kSums * V::kLanes;
-  math::Sum<V> total{V(0.0), V(0.0)};
-  dispatch(dtype, [&](auto zero) {
-    for (int64_t begin = 0; begin < count; begin += kBlockElements) {
-      V sum[kSums] = {V(0.0), V(0.0), V(0.0), V(0.0)};
-      for_each_double_vector(static_cast<const decltype(zero)*>(x), begin, count - begin < kBlockElements ? count : begin + kBlockElements,
-                             [&](V value, int k) GK_INLINE_LAMBDA {
-                               value = value * V(factor);
-                               sum[k] = fma(value, value, sum[k]);
-                             });
-      math::add(total, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+  GK_INLINE void add(V x) {
+    for (int i = 0; i < V::kRegisters; ++i) {
+      const typename V::Bits magnitude = reinterpret_cast<typename V::Bits>(x.part[i]) & static_cast<Integer>(~(Integer(1) << kSignBit));
+      bits[i] = magnitude > bits[i] ? magnitude : bits[i];
     }
-  });
-  return sum_of_lanes(total.high) + sum_of_lanes(total.low);
+  }
+  GK_INLINE double value() const {
+    Integer lane[V::kLanes];
+    __builtin_memcpy(lane, bits, sizeof(lane));
+    Integer largest = 0;
+    for (int i = 0; i < V::kLanes; ++i) largest = lane[i] > largest ? lane[i] : largest;
+    T value;
+    __builtin_memcpy(&value, &largest, sizeof(value));
+    return static_cast<double>(value);
+  }
+
+ private:
+  static constexpr int kSignBit = 8 * sizeof(T) - 1;
+};
+
+// sum + |x|^p for p of 1 and 2; for inf there is nothing to sum.
+template <Norm norm>
+GK_INLINE Vec<double> accumulate(Vec<double> sum, Vec<double> x) {
+  if constexpr (norm == Norm::kTwo) return fma(x, x, sum);
+  if constexpr (norm == Norm::kOne) return sum + select(x < Vec<double>(0.0), -x, x);
+  return sum;
 }
 
-double max_magnitude_kernel(DType dtype, int64_t count, const void* x) {
-  using V = Vec<double>;
-  V maximum[kSums] = {V(0.0), V(0.0), V(0.0), V(0.0)};
-  dispatch(dtype, [&](auto zero) {
-    for_each_double_vector(static_cast<const decltype(zero)*>(x), 0, count, [&](V value, int k) GK_INLINE_LAMBDA {
-      maximum[k] = math::max_or_nan(maximum[k], select(value < V(0.0), -value, value));
+template <Norm norm, typename scalar_t>
+GK_INLINE PartialNorm partial_norm(int64_t count, const scalar_t* x, double factor) {
+  using T = opmath_t<scalar_t>;
+  using V = Vec<T>;
+  using D = Vec<double>;
+  constexpr int kParts = V::kLanes / D::kLanes;
+  // Independent sums hide the latency of an addition.
+  constexpr int kSums = 4;
+  constexpr int kStepElements = kSums * D::kLanes;
+  // A lane adds up some dozens of squares; what it comes to is added to the total with the rounding error kept.
+  constexpr int64_t kBlockElements = 64 * kStepElements;
+  const auto term = [factor](V value, int part) GK_INLINE_LAMBDA {
+    const D wide = widen(value, part);
+    // Only squares of float64 can leave float64.
+    if constexpr (sizeof(T) == 8) return wide * D(factor);
+    return wide;
+  };
+
+  math::Sum<D> total{D(0.0), D(0.0)};
+  LargestMagnitude<T> largest;
+  for (int64_t begin = 0; begin < count; begin += kBlockElements) {
+    const int64_t end = count - begin < kBlockElements ? count : begin + kBlockElements;
+    D sum[kSums] = {D(0.0), D(0.0), D(0.0), D(0.0)};
+    int64_t i = begin;
+    for (; i + kStepElements <= end; i += kStepElements) {
+      for (int v = 0; v < kSums / kParts; ++v) {
+        const V value = load(x + i + v * V::kLanes, AllLanes());
+        largest.add(value);
+        for (int part = 0; part < kParts; ++part) sum[v * kParts + part] = accumulate<norm>(sum[v * kParts + part], term(value, part));
+      }
+    }
+    for_each_vector<T>(i, end, [&](int64_t j, auto lanes) GK_INLINE_LAMBDA {
+      const V value = load(x + j, lanes);
+      largest.add(value);
+      for (int part = 0; part < kParts; ++part) sum[part] = accumulate<norm>(sum[part], term(value, part));
     });
-  });
-  double lane[kSums * V::kLanes];
-  for (int k = 0; k < kSums; ++k) maximum[k].store(lane + k * V::kLanes);
-  double result = 0.0;
-  for (const double value : lane) result = math::max_or_nan(result, value);
+    if constexpr (norm != Norm::kInfinity) math::add(total, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+  }
+
+  PartialNorm result{sum_of_lanes(total.high) + sum_of_lanes(total.low), largest.value(), 0};
+  // Rare: a gradient that is nan or inf is read twice.
+  if (!(result.max_abs - result.max_abs == 0.0)) {
+    for_each_vector<T>(0, count, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
+      const V value = load(x + i, lanes);
+      result.nonfinite += __builtin_popcount(to_bits<T>(!(value - value == V(T(0)))));
+    });
+  }
   return result;
 }
 
-// The product is taken in float64 and rounded once: a coefficient may be too small for float32 where the product is not.
-void scale_kernel(DType dtype, int64_t count, void* x_data, double factor) {
-  using V = Vec<double>;
+PartialNorm partial_norm_kernel(DType dtype, Norm norm, int64_t count, const void* x, double factor) {
+  return dispatch(dtype, [&](auto zero) {
+    const auto* data = static_cast<const decltype(zero)*>(x);
+    if (norm == Norm::kTwo) return partial_norm<Norm::kTwo>(count, data, factor);
+    if (norm == Norm::kOne) return partial_norm<Norm::kOne>(count, data, factor);
+    return partial_norm<Norm::kInfinity>(count, data, factor);
+  });
+}
+
+// The product is taken in float64 and rounded once: a coefficient may be too small for float32 where the product is not. Of 16-bit
+// elements it is taken in float32, whose rounding is lost in theirs, where float32 holds the coefficient with all its digits.
+void scale_kernel(DType dtype, int64_t count, void* x_data, double coefficient) {
+  using D = Vec<double>;
+  const double magnitude = coefficient < 0.0 ? -coefficient : coefficient;
+  const bool fits_float = !(magnitude < 0x1p-126 || magnitude > 0x1p127) || magnitude == 0.0;
   dispatch(dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     scalar_t* x = static_cast<scalar_t*>(x_data);
+    if (sizeof(scalar_t) == 2 && fits_float) {
+      using T = opmath_t<scalar_t>;
+      const Vec<T> factor(static_cast<T>(coefficient));
+      for_each_vector<T>(0, count, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA { store(x + i, lanes, load(x + i, lanes) * factor); });
+      return;
+    }
     int64_t i = 0;
-    for (; i + V::kLanes <= count; i += V::kLanes) store_double(x + i, load_double(x + i) * V(factor));
-    for (; i < count; ++i) x[i] = static_cast<scalar_t>(static_cast<double>(x[i]) * factor);
+    for (; i + D::kLanes <= count; i += D::kLanes) store_double(x + i, load_double(x + i) * D(coefficient));
+    for (; i < count; ++i) x[i] = static_cast<scalar_t>(static_cast<double>(x[i]) * coefficient);
+  });
+}
+
+// A block whose elements all lie within the limit is not written.
+void clamp_kernel(DType dtype, int64_t count, void* x_data, double limit) {
+  constexpr int64_t kBlockElements = 1024;
+  dispatch(dtype, [&](auto zero) {
+    using scalar_t = decltype(zero);
+    using T = opmath_t<scalar_t>;
+    scalar_t* x = static_cast<scalar_t*>(x_data);
+    for (int64_t begin = 0; begin < count; begin += kBlockElements) {
+      const int64_t end = count - begin < kBlockElements ? count : begin + kBlockElements;
+      LargestMagnitude<T> largest;
+      for_each_vector<T>(begin, end, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA { largest.add(load(x + i, lanes)); });
+      if (largest.value() <= limit) continue;
+      for_each_vector<T>(begin, end, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
+        store(x + i, lanes, math::clamp(load(x + i, lanes), Vec<T>(static_cast<T>(limit))));
+      });
+    }
   });
 }
 

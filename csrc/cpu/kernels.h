@@ -6,6 +6,7 @@
 #include "ops/activation.h"
 #include "ops/batch_norm_act.h"
 #include "ops/clip_grad.h"
+#include "ops/optim.h"
 
 namespace gradkernels::cpu {
 
@@ -18,6 +19,14 @@ struct Slab {
 };
 
 constexpr int64_t kMaxColumns = 512;
+
+// Of a piece of a gradient: sum |x factor|^p for p of 1 and 2, max |x|, and how many elements are nan or inf. `factor` other than 1 is for
+// float64 alone.
+struct PartialNorm {
+  double sum;
+  double max_abs;
+  int64_t nonfinite;
+};
 
 struct Kernels {
   const char* name;
@@ -40,10 +49,12 @@ struct Kernels {
   // From the sums of all channels. Where grad_residual was written, dz is read from it, or else from dz_copy unless that is null.
   void (*batch_norm_gradient_input)(const BatchNormBackward&, Slab, const math::GradientSums* sums, const void* dz_copy);
 
-  // sum (x * factor)^2
-  double (*sum_of_squares)(DType, int64_t count, const void* x, double factor);
-  double (*max_magnitude)(DType, int64_t count, const void* x);
-  void (*scale)(DType, int64_t count, void* x, double factor);
+  PartialNorm (*partial_norm)(DType, Norm, int64_t count, const void* x, double factor);
+  void (*scale)(DType, int64_t count, void* x, double coefficient);
+  void (*clamp)(DType, int64_t count, void* x, double limit);
+
+  // Elements [begin, begin + count) of the run.
+  void (*rmsprop)(const RmspropRun&, int64_t begin, int64_t count, const math::RmspropOptions&);
 };
 
 extern const Kernels kernels_base;

@@ -5,6 +5,7 @@
 #include "cpu/batch_norm_act_kernel.h"
 #include "cpu/clip_grad_kernel.h"
 #include "cpu/kernels.h"
+#include "cpu/optim_kernel.h"
 
 namespace gradkernels::cpu {
 namespace {
@@ -21,9 +22,10 @@ constexpr Kernels kernels_named(const char* name) {
           batch_norm_normalise_kernel,
           batch_norm_gradient_sums_kernel,
           batch_norm_gradient_input_kernel,
-          sum_of_squares_kernel,
-          max_magnitude_kernel,
-          scale_kernel};
+          partial_norm_kernel,
+          scale_kernel,
+          clamp_kernel,
+          rmsprop_kernel};
 }
 
 }  // namespace

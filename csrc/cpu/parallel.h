@@ -8,9 +8,10 @@
 
 namespace gradkernels::cpu {
 
-// function(begin, end) for runs of at least `grain` that make up [0, count), on any thread. The function must not throw.
+// function(begin, end) for ranges that make up [0, count), on any threads; a range has at least `grain` where there are so many. The
+// function must not throw.
 template <typename Function>
-void parallel_for_runs(int64_t count, int64_t grain, const Function& function) {
+void parallel_for_ranges(int64_t count, int64_t grain, const Function& function) {
   if (count <= grain) {
     function(int64_t{0}, count);
     return;
@@ -19,10 +20,10 @@ void parallel_for_runs(int64_t count, int64_t grain, const Function& function) {
   torch_parallel_for(0, count, grain, run, const_cast<Function*>(&function));
 }
 
-// function(i) for i in [0, count).
+// function(i) for i in [0, count), likewise.
 template <typename Function>
 void parallel_for(int64_t count, int64_t grain, const Function& function) {
-  parallel_for_runs(count, grain, [&](int64_t begin, int64_t end) {
+  parallel_for_ranges(count, grain, [&function](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) function(i);
   });
 }

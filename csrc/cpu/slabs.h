@@ -67,7 +67,7 @@ class Slabs {
   // Calls function(i, copy) with memory of each thread's own, for as many elements of this size as a slab has; of size 0, null.
   template <typename Function>
   void for_each_with_copy(int64_t element_bytes, const Function& function) const {
-    parallel_for_runs(size(), grain(), [&](int64_t begin, int64_t end) {
+    parallel_for_ranges(size(), grain(), [&](int64_t begin, int64_t end) {
       std::vector<char> copy(rows_ * inner_ * channels_ * element_bytes);
       for (int64_t i = begin; i < end; ++i) function(i, element_bytes == 0 ? nullptr : copy.data());
     });

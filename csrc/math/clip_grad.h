@@ -11,6 +11,13 @@ GK_HOST_DEVICE double clip_coefficient(double total_norm, double max_norm) { ret
 // False for nan, which has to spread as torch's does.
 GK_HOST_DEVICE bool leaves_unscaled(double coefficient) { return coefficient >= 1.0; }
 
+// min(max(x, -limit), limit), torch's order, which decides where limit < 0; nan stays.
+template <typename T>
+GK_HOST_DEVICE T clamp(T x, T limit) {
+  const T raised = select(x < -limit, -limit, x);
+  return select(raised > limit, limit, raised);
+}
+
 // max |x| that keeps a nan once it has seen one; x is a magnitude.
 template <typename T>
 GK_HOST_DEVICE T max_or_nan(T maximum, T x) {
@@ -23,12 +30,15 @@ GK_HOST_DEVICE T max_or_nan(T maximum, T x) {
 constexpr double kSmallestSafeSquareSum = 1e-280;
 constexpr double kLargestSafeSquareSum = 1e300;
 
+GK_HOST_DEVICE bool is_safe_square_sum(double sum) { return sum >= kSmallestSafeSquareSum && sum <= kLargestSafeSquareSum; }
+
 struct Rescaling {
   double factor;
   double inverse;
 };
 
 GK_HOST_DEVICE Rescaling rescaling(double max_magnitude) {
+  if (max_magnitude > 1e-140 && max_magnitude < 1e140) return {1.0, 1.0};
   return max_magnitude > 1.0 ? Rescaling{0x1p-600, 0x1p600} : Rescaling{0x1p600, 0x1p-600};
 }
 

@@ -12,15 +12,25 @@ struct Run {
   void* data;
 };
 
-enum class Norm : uint8_t { kTwo, kInfinity };
+enum class Norm : uint8_t { kOne, kTwo, kInfinity };
+
+// Arrays with a number for each run.
+struct GradNorms {
+  double* norms;
+  double* max_abs;
+  int64_t* nonfinite;
+};
 
 namespace cpu {
 
-// The norm of all elements of all runs as if they were one vector.
-double total_norm(const Run* runs, int64_t run_count, Norm norm);
+// Fills `out` and returns the norm of all elements of all runs as if they were one vector. nan and inf come through.
+double grad_norms(const Run* runs, int64_t run_count, Norm norm, const GradNorms& out);
 
-// Every element times `coefficient`.
+// Every element times `coefficient`. No two runs may share memory.
 void scale(const Run* runs, int64_t run_count, double coefficient);
+
+// Every element to [-limit, limit], nan left as it is; where limit < 0, to limit. No two runs may share memory.
+void clamp(const Run* runs, int64_t run_count, double limit);
 
 }  // namespace cpu
 }  // namespace gradkernels

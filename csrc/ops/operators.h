@@ -100,13 +100,22 @@ struct BatchNormActBackward {
                                                                const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                                                                const OptionalTensor&, bool, c10::string_view, double, std::array<bool, 4>);
 };
-struct GetTotalNorm {
-  static constexpr const char* kName = "gradkernels::get_total_norm";
-  using Signature = Tensor(at::TensorList, double);
+struct GradNorms {
+  static constexpr const char* kName = "gradkernels::grad_norms";
+  using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor>(at::TensorList, double);
 };
 struct ClipGradsWithNormInplace {
   static constexpr const char* kName = "gradkernels::clip_grads_with_norm_";
   using Signature = void(at::TensorList, double, const Tensor&);
+};
+struct ClipGradValueInplace {
+  static constexpr const char* kName = "gradkernels::clip_grad_value_";
+  using Signature = void(at::TensorList, double);
+};
+struct RmspropInplace {
+  static constexpr const char* kName = "gradkernels::rmsprop_";
+  using Signature = void(at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList, double, double, double, double,
+                         double, double);
 };
 
 }  // namespace ops

@@ -1,0 +1,77 @@
+// One step of RMSprop (Hinton 2012; centered: Graves 2013), an element at a time, in torch's order of operations.
+#pragma once
+
+#include "common/host_device.h"
+
+namespace gradkernels::math {
+
+// torch's options as numbers. grad_coefficient multiplies the gradient before anything else: clipping, and -1 for maximize.
+struct RmspropOptions {
+  double lr;
+  double alpha;
+  double eps;
+  double weight_decay;
+  double momentum;
+  double grad_coefficient;
+};
+
+// What one element has, before the step and after it; grad_avg and momentum_buffer only where the options want them.
+template <typename T>
+struct RmspropState {
+  T param;
+  T square_avg;
+  T grad_avg;
+  T momentum_buffer;
+};
+
+// g = grad_coefficient grad + weight_decay param
+// square_avg = alpha square_avg + (1 - alpha) g^2
+// grad_avg = grad_avg + (1 - alpha) (g - grad_avg)                             centered
+// denominator = sqrt(square_avg - grad_avg^2) + eps                            without grad_avg where not centered
+// momentum_buffer = momentum momentum_buffer + g / denominator                 momentum > 0
+// param = param - lr momentum_buffer                                           param - lr g / denominator without momentum
+//
+// 1 - alpha is a difference of float64, rounded to T afterwards, as torch's.
+template <typename T>
+struct Rmsprop {
+  using scalar_t = scalar_of_t<T>;
+
+  T lr, alpha, one_minus_alpha, eps, weight_decay, momentum, grad_coefficient;
+  bool decays, lerps_from_end;
+
+  GK_HOST_DEVICE explicit Rmsprop(const RmspropOptions& options)
+      : lr(T(static_cast<scalar_t>(options.lr))),
+        alpha(T(static_cast<scalar_t>(options.alpha))),
+        one_minus_alpha(T(static_cast<scalar_t>(1.0 - options.alpha))),
+        eps(T(static_cast<scalar_t>(options.eps))),
+        weight_decay(T(static_cast<scalar_t>(options.weight_decay))),
+        momentum(T(static_cast<scalar_t>(options.momentum))),
+        grad_coefficient(T(static_cast<scalar_t>(options.grad_coefficient))),
+        // 0 times a parameter of inf would be nan.
+        decays(options.weight_decay != 0.0),
+        lerps_from_end(1.0 - options.alpha >= 0.5) {}
+
+  template <bool centered, bool has_momentum>
+  GK_HOST_DEVICE RmspropState<T> step(RmspropState<T> x, T grad) const {
+    T g = grad * grad_coefficient;
+    if (decays) g = g + weight_decay * x.param;
+    x.square_avg = x.square_avg * alpha + one_minus_alpha * g * g;
+    T variance = x.square_avg;
+    if constexpr (centered) {
+      // torch.lerp's two forms: the nearer end is hit exactly.
+      const T difference = g - x.grad_avg;
+      x.grad_avg = lerps_from_end ? g - difference * (T(scalar_t(1)) - one_minus_alpha) : x.grad_avg + one_minus_alpha * difference;
+      variance = variance - x.grad_avg * x.grad_avg;
+    }
+    const T denominator = sqrt(variance) + eps;
+    if constexpr (has_momentum) {
+      x.momentum_buffer = x.momentum_buffer * momentum + g / denominator;
+      x.param = x.param - lr * x.momentum_buffer;
+    } else {
+      x.param = x.param - lr * g / denominator;
+    }
+    return x;
+  }
+};
+
+}  // namespace gradkernels::math

@@ -1,0 +1,27 @@
+// The seam between RMSprop's operator and its kernel. The operator stands in ops/clip_grad.cpp, since clipping is folded into the step and
+// each file that includes torch is what a clean build waits for.
+#pragma once
+
+#include "common/dispatch.h"
+#include "math/optim.h"
+
+namespace gradkernels {
+
+// One parameter with what belongs to it, element for element in one storage order; null where the options do not want it.
+struct RmspropRun {
+  DType dtype;
+  int64_t count;
+  void* param;
+  const void* grad;
+  void* square_avg;
+  void* grad_avg;
+  void* momentum_buffer;
+};
+
+namespace cpu {
+
+// One step of every parameter. No two may share memory.
+void rmsprop(const RmspropRun* runs, int64_t run_count, const math::RmspropOptions& options);
+
+}  // namespace cpu
+}  // namespace gradkernels

@@ -1,0 +1,159 @@
+"""Gradients that are DTensors: what this rank holds of them, and their norms over all ranks.
+
+No gradient is ever gathered. What ranks hold is summed in float64, in one all-reduce for each mesh, over each of its dimensions along which
+a gradient is sharded; along the others every rank holds the same.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Norms: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+LocalNorms: TypeAlias = Callable[[list[Tensor], float], Norms]
+
+
+def _is_dtensor(x: object) -> bool:
+    # There is none before somebody has imported the module, which takes a second.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def serves(grads: list[Tensor]) -> bool:
+    """Whether there are DTensors among these and each is sharded or replicated; a partial one is a sum that torch has to make first."""
+    return any(map(_is_dtensor, grads)) and all(
+        placement.is_shard() or placement.is_replicate() for grad in grads if _is_dtensor(grad) for placement in _placements(grad)
+    )
+
+
+def local_tensors(grads: list[Tensor]) -> list[Tensor]:
+    """This rank's shards; plain tensors as they are."""
+    return [_local_tensor(grad) if _is_dtensor(grad) else grad for grad in grads]
+
+
+def full(total_norm: Tensor) -> Tensor:
+    """A total norm as a plain tensor."""
+    whole: Tensor = _dtensor(total_norm).full_tensor() if _is_dtensor(total_norm) else total_norm
+    return whole
+
+
+def as_torch_returns(total_norm: Tensor, grads: list[Tensor]) -> Tensor:
+    """A replicated DTensor where all gradients are DTensors on one mesh."""
+    if not all(map(_is_dtensor, grads)) or len({_dtensor(grad).device_mesh for grad in grads}) != 1:
+        return total_norm
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = _dtensor(grads[0]).device_mesh
+    return DTensor.from_local(total_norm, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def count_versions(grads: list[Tensor]) -> None:
+    """A DTensor counts its own versions beside those of its local tensor, which was written."""
+    torch.autograd.graph.increment_version([grad for grad in grads if _is_dtensor(grad) and not grad.is_inference()])
+
+
+def total_norm(grads: list[Tensor], norm_type: float, local_norms: LocalNorms) -> Tensor:
+    """The norm of all gradients as one vector, float64, the same on every rank. Plain tensors are taken to be the same on every rank."""
+    locals_ = local_tensors(grads)
+    device = locals_[0].device
+    norms = [local_norms([locals_[i] for i in counted], norm_type)[3].to(device) for _, _, counted in _by_mesh(grads)]
+    exponent = _common_exponent(grads, norms)
+    parts = []
+    for (mesh, dims, _), norm in zip(_by_mesh(grads), norms, strict=True):
+        value = _ldexp(norm, -exponent)
+        parts.append(_reduced(value if norm_type != 2 else value.square(), norm_type, mesh, dims))
+    if norm_type == math.inf:
+        return _ldexp(torch.stack(parts).amax(), exponent)
+    total = torch.stack(parts).sum()
+    return _ldexp(total if norm_type == 1 else total.sqrt(), exponent)
+
+
+def grad_norms(grads: list[Tensor], norm_type: float, local_norms: LocalNorms) -> Norms:
+    """Of each whole gradient norm, largest magnitude and number of elements that are not finite, and the norm of all."""
+    total = total_norm(grads, norm_type, local_norms)
+    norms, max_abs, nonfinite, _ = local_norms(local_tensors(grads), norm_type)
+    exponent = _common_exponent(grads, [*norms])
+    values = _ldexp(norms, -exponent)
+    values = values if norm_type != 2 else values.square()
+    for mesh, dims, counted in _by_mesh(grads):
+        if mesh is None:
+            continue
+        places = [i for i, grad in enumerate(grads) if _is_dtensor(grad) and _dtensor(grad).device_mesh == mesh]
+        mine = torch.zeros(len(grads), dtype=torch.bool, device=norms.device)
+        mine[counted] = True
+        values[places] = _reduced(torch.where(mine, values, 0)[places], norm_type, mesh, dims)
+        max_abs[places] = _reduced(max_abs[places], math.inf, mesh, dims)
+        nonfinite[places] = _reduced(torch.where(mine, nonfinite, 0)[places], 1.0, mesh, dims)
+    return _ldexp(values if norm_type != 2 else values.sqrt(), exponent), max_abs, nonfinite, total
+
+
+def _dtensor(x: Tensor) -> Any:
+    return x
+
+
+def _placements(grad: Tensor) -> Any:
+    return _dtensor(grad).placements
+
+
+def _local_tensor(grad: Tensor) -> Tensor:
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    with torch.no_grad():
+        local: Tensor = _dtensor(grad).to_local()
+    return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
+
+
+def _by_mesh(grads: list[Tensor]) -> list[tuple[Any, list[int], list[int]]]:
+    """(mesh, its dimensions to sum over, places of the gradients that this rank counts in the sum), in the gradients' order.
+
+    The mesh of plain tensors is None. A gradient that is replicated along a dimension counts on the first of its ranks alone.
+    """
+    places: dict[Any, list[int]] = {}
+    for i, grad in enumerate(grads):
+        places.setdefault(_dtensor(grad).device_mesh if _is_dtensor(grad) else None, []).append(i)
+    groups = []
+    for mesh, members in places.items():
+        dims: list[int] = []
+        if mesh is not None:
+            dims = [dim for dim in range(mesh.ndim) if any(_placements(grads[i])[dim].is_shard() for i in members)]
+        coordinate = mesh.get_coordinate() if dims else None
+        if coordinate is not None:
+            members = [i for i in members if all(_placements(grads[i])[dim].is_shard() or coordinate[dim] == 0 for dim in dims)]
+        groups.append((mesh, dims, members))
+    return groups
+
+
+def _reduced(values: Tensor, norm_type: float, mesh: Any, dims: list[int]) -> Tensor:
+    """Summed over the ranks of a mesh, or their maximum for inf, where nan wins as it does in torch."""
+    if not dims or mesh.get_coordinate() is None:
+        return values
+    from torch import distributed
+
+    # Whether a maximum of nan and a number is nan is left open by the libraries that reduce.
+    sent = (
+        torch.stack([values.nan_to_num(math.inf, math.inf), values.isnan().to(values.dtype)]) if norm_type == math.inf else values.clone()
+    )
+    for dim in dims:
+        operation = distributed.ReduceOp.MAX if norm_type == math.inf else distributed.ReduceOp.SUM
+        distributed.all_reduce(sent, operation, group=mesh.get_group(dim))
+    return torch.where(sent[1] > 0, math.nan, sent[0]) if norm_type == math.inf else sent
+
+
+def _common_exponent(grads: list[Tensor], norms: list[Tensor]) -> int:
+    """What every rank divides its norms by, as a power of two, before they are squared: 0 unless the squares may leave float64."""
+    if not any(grad.dtype == torch.float64 for grad in grads):
+        return 0
+    largest = torch.stack(norms).amax()
+    for mesh, dims, _ in _by_mesh(grads):
+        largest = _reduced(largest, math.inf, mesh, dims)
+    value = largest.item()
+    return math.frexp(value)[1] if math.isfinite(value) else 0
+
+
+def _ldexp(values: Tensor, exponent: int) -> Tensor:
+    # In two halves: a power of two may itself leave float64 where the product does not.
+    half = exponent // 2
+    return values * 2.0**half * 2.0 ** (exponent - half) if exponent else values
