@@ -131,6 +131,21 @@ void clip_grads_with_norm_(const Tensors& grads, double max_norm, const Tensor& 
 
 void clip_grad_value_(const Tensors& grads, double clip_value) { call<ops::ClipGradValueInplace>(grads, clip_value); }
 
+// Whether every parameter is for the kernel, with gradient and state of its dtype, shape and strides, and no gaps.
+bool rmsprop_applies(const Tensors& params, const std::vector<Tensors>& lists) {
+  for (size_t i = 0; i < params.size(); ++i) {
+    if (!clips(params[i]) || !params[i].is_non_overlapping_and_dense()) return false;
+    for (const Tensors& list : lists) {
+      if (list.empty()) continue;
+      if (!clips(list[i]) || !same_dtype_and_device(list[i], params[i]) || list[i].sizes() != params[i].sizes() ||
+          list[i].strides() != params[i].strides()) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
 void rmsprop_(const Tensors& params, const Tensors& grads, const Tensors& square_avgs, const Tensors& grad_avgs,
               const Tensors& momentum_buffers, double lr, double alpha, double eps, double weight_decay, double momentum,
               double grad_coefficient) {
@@ -157,6 +172,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("grad_norms", grad_norms, without_gil);
   m.def("clip_grads_with_norm_", clip_grads_with_norm_, without_gil);
   m.def("clip_grad_value_", clip_grad_value_, without_gil);
+  m.def("rmsprop_applies", rmsprop_applies);
   m.def("rmsprop_", rmsprop_, without_gil);
 }
 

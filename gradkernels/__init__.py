@@ -6,10 +6,11 @@ composed of torch's own stand in under the same names, and one warning says why 
 
 import warnings
 
-from gradkernels import _native
+from gradkernels import _native, optim
 from gradkernels.activation import ELU, LeakyReLU, PReLU, RReLU, Swish, elu, leaky_relu, prelu, rrelu, swish
 from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, batch_norm_act
 from gradkernels.clip_grad import GradReport, clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm, grad_report
+from gradkernels.optim import ClippingHandle, attach_clipping
 
 __version__ = "0.1.0.dev0"
 
@@ -18,12 +19,14 @@ __all__ = [
     "BatchNormAct1d",
     "BatchNormAct2d",
     "BatchNormAct3d",
+    "ClippingHandle",
     "GradReport",
     "LeakyReLU",
     "PReLU",
     "RReLU",
     "Swish",
     "__version__",
+    "attach_clipping",
     "batch_norm_act",
     "clip_grad_norm_",
     "clip_grad_value_",
@@ -32,6 +35,7 @@ __all__ = [
     "get_total_norm",
     "grad_report",
     "leaky_relu",
+    "optim",
     "prelu",
     "rrelu",
     "swish",

@@ -18,9 +18,10 @@ _SERVED = {
     "elu": "float32 and float64 on the CPU",
     "swish": "float32 and float64 on the CPU",
     "batch_norm_act": "float32 and float64 on the CPU",
-    "clip_grad_norm_": "float32 and float64 on the CPU, norm_type 1, 2 and inf",
-    "clip_grad_value_": "float32 and float64 on the CPU",
-    "grad_report": "float32 and float64 on the CPU, norm_type 1, 2 and inf",
+    "clip_grad_norm_": "float32, float64, bfloat16 and float16 on the CPU, norm_type 1, 2 and inf",
+    "clip_grad_value_": "float32, float64, bfloat16 and float16 on the CPU",
+    "grad_report": "float32, float64, bfloat16 and float16 on the CPU, norm_type 1, 2 and inf",
+    "optim.RMSprop": "float32, float64, bfloat16 and float16 on the CPU",
 }
 
 

@@ -89,8 +89,8 @@ def clip_grad_norm_(
             total_norm = _sharded_total_norm(grads, norm_type)
             if error_if_nonfinite and not total_norm.isfinite():
                 raise RuntimeError(_nonfinite_message(norm_type) + _first_at_fault(entries))
-            _scale(grads, max_norm, total_norm)
-            return sharded.as_torch_returns(total_norm.to(_device_and_dtype(grads)), grads)
+            scale_(grads, max_norm, total_norm)
+            return sharded.as_torch_returns(total_norm.to(device_and_dtype(grads)), grads)
     try:
         return reference.clip_grad_norm_(tensors, max_norm, norm_type, error_if_nonfinite, foreach)
     except RuntimeError as error:
@@ -129,13 +129,13 @@ def get_total_norm(
     with torch.no_grad():
         if _is_sharded(tensors, norm_type):
             total_norm = _sharded_total_norm(tensors, norm_type)
-        elif norm_type in _NORM_TYPES and _applies(tensors):
-            total_norm = _local_norms(tensors, norm_type)[3]
+        elif norm_type in _NORM_TYPES and applies(tensors):
+            total_norm = local_norms(tensors, norm_type)[3]
         else:
             return reference.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
         if error_if_nonfinite and not total_norm.isfinite():
             raise RuntimeError(_nonfinite_message(norm_type))
-        return sharded.as_torch_returns(total_norm.to(_device_and_dtype(tensors)), tensors)
+        return sharded.as_torch_returns(total_norm.to(device_and_dtype(tensors)), tensors)
 
 
 def clip_grads_with_norm_(parameters: Parameters, max_norm: float, total_norm: Tensor, foreach: bool | None = None) -> None:
@@ -168,8 +168,8 @@ def clip_grads_with_norm_(parameters: Parameters, max_norm: float, total_norm: T
     tensors = _tensors(_entries(parameters))
     grads = [grad for grad in [tensor.grad for tensor in tensors] if grad is not None]
     with torch.no_grad():
-        if isinstance(total_norm, Tensor) and (_applies(grads) or _is_sharded(grads, 2.0)):
-            _scale(grads, float(max_norm), sharded.full(total_norm))
+        if isinstance(total_norm, Tensor) and (applies(grads) or _is_sharded(grads, 2.0)):
+            scale_(grads, float(max_norm), sharded.full(total_norm))
         else:
             reference.clip_grads_with_norm_(tensors, max_norm, total_norm, foreach)
 
@@ -207,8 +207,8 @@ def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | 
         is_sharded = _is_sharded(grads, 2.0)
         shards = sharded.local_tensors(grads) if is_sharded else grads
         # torch refuses a bound that a dtype cannot hold.
-        if _applies(shards) and (abs(clip_value) <= torch.finfo(torch.float16).max or math.isinf(clip_value)):
-            _native_library().clip_grad_value_(shards, clip_value)
+        if applies(shards) and (abs(clip_value) <= torch.finfo(torch.float16).max or math.isinf(clip_value)):
+            native_library().clip_grad_value_(shards, clip_value)
             sharded.count_versions(grads)
         elif is_sharded:
             for shard in shards:
@@ -319,7 +319,7 @@ def grad_report(parameters: Parameters, norm_type: float = 2.0) -> GradReport:
     grads = [grad for _, grad in given]
     norm_type = float(norm_type)
     with torch.no_grad():
-        norms = sharded.grad_norms(grads, norm_type, _local_norms) if _is_sharded(grads, norm_type) else _local_norms(grads, norm_type)
+        norms = sharded.grad_norms(grads, norm_type, local_norms) if _is_sharded(grads, norm_type) else local_norms(grads, norm_type)
         if len(given) != len(tensors):
             places = [i for i, _ in given]
             each, max_abs, nonfinite, total_norm = norms
@@ -340,13 +340,13 @@ def _tensors(entries: _Entries) -> list[Tensor]:
     return [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
 
 
-def _native_library() -> Any:
+def native_library() -> Any:
     return None if torch.compiler.is_compiling() else _native.C
 
 
-def _applies(grads: list[Tensor]) -> bool:
+def applies(grads: list[Tensor]) -> bool:
     """Whether the kernels serve these gradients, of which there is at least one."""
-    native = _native_library()
+    native = native_library()
     return native is not None and bool(grads) and all(isinstance(grad, Tensor) for grad in grads) and native.clip_grad_applies(grads)
 
 
@@ -354,29 +354,29 @@ def _is_sharded(grads: list[Tensor], norm_type: float) -> bool:
     return norm_type in _NORM_TYPES and not torch.compiler.is_compiling() and sharded.serves(grads)
 
 
-def _local_norms(grads: list[Tensor], norm_type: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def local_norms(grads: list[Tensor], norm_type: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Norms, largest magnitudes, non-finite counts and total of plain tensors, in float64."""
-    if norm_type in _NORM_TYPES and _applies(grads):
-        norms: tuple[Tensor, Tensor, Tensor, Tensor] = _native_library().grad_norms(grads, norm_type)
+    if norm_type in _NORM_TYPES and applies(grads):
+        norms: tuple[Tensor, Tensor, Tensor, Tensor] = native_library().grad_norms(grads, norm_type)
         return norms
     return reference.grad_norms(grads, norm_type)
 
 
 def _sharded_total_norm(grads: list[Tensor], norm_type: float) -> Tensor:
-    return sharded.total_norm(grads, norm_type, _local_norms)
+    return sharded.total_norm(grads, norm_type, local_norms)
 
 
-def _scale(grads: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
+def scale_(grads: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
     """Plain tensors and the local shards of DTensors."""
     tensors = sharded.local_tensors(grads)
-    if _applies(tensors):
-        _native_library().clip_grads_with_norm_(tensors, max_norm, total_norm.cpu())
+    if applies(tensors):
+        native_library().clip_grads_with_norm_(tensors, max_norm, total_norm.cpu())
     else:
         reference.scale_grads_(tensors, max_norm, total_norm)
     sharded.count_versions(grads)
 
 
-def _device_and_dtype(grads: list[Tensor]) -> Tensor:
+def device_and_dtype(grads: list[Tensor]) -> Tensor:
     """What torch's total norm is like: to() takes device and dtype from it."""
     return torch.empty((), device=grads[0].device, dtype=functools.reduce(torch.promote_types, {grad.dtype for grad in grads}))
 

@@ -24,6 +24,7 @@ from gradkernels import reference
 OPS = torch.ops.gradkernels
 
 DTYPES = [torch.float32, torch.float64]
+HALVES = [torch.bfloat16, torch.float16]
 # Sizes of the tensors of one call.
 SIZES = {
     "one": [1009],
@@ -221,6 +222,75 @@ def test_the_norm_does_not_depend_on_how_the_elements_are_cut(norm_type):
         assert abs(norm - norms[0]) <= 4 * np.spacing(norms[0].item())
 
 
+# bfloat16 and float16, held to one rounding of what float64 gives
+
+
+def assert_clips_halves(grads, max_norm, norm_type=2.0):
+    ours = clones(grads)
+    total = gk.clip_grad_norm_(parameters_with(ours), max_norm, norm_type)
+    norm = exact_norm([grad.double() for grad in grads], norm_type)
+    assert total.dtype == grads[0].dtype
+    assert_bitwise_equal("total norm", total, torch.tensor(float(norm), dtype=torch.float64).to(total.dtype))
+    coefficient = float(min(np.longdouble(max_norm) / (norm + np.longdouble(1e-6)), 1))
+    for i, (grad, our) in enumerate(zip(grads, ours, strict=True)):
+        exact = grad.double() * coefficient
+        rounded = exact.to(our.dtype).abs()
+        unit = torch.nextafter(rounded, torch.tensor(math.inf, dtype=our.dtype)).double() - rounded.double()
+        assert ((our.double() - exact).abs() <= 0.501 * unit).all(), f"gradient {i}"
+    return ours
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@each_sizes
+@each_native_norm
+@pytest.mark.parametrize("max_norm", [1.0, 0.37, 1e9], ids=["clips", "clips more", "does not clip"])
+def test_clips_halves(sizes, dtype, norm_type, max_norm):
+    grads = [grad.to(dtype) for grad in gradients(SIZES[sizes])]
+    if norm_type == 1 and dtype == torch.float16:
+        grads = [grad / 16 for grad in grads]
+    assert_clips_halves(grads, max_norm, norm_type)
+
+
+def test_float16_gradients_whose_norm_passes_65504():
+    """torch finds a norm of inf and turns every gradient into 0."""
+    grads = [torch.full((1009,), 40000.0, dtype=torch.float16)]
+    theirs = clones(grads)
+    assert torch_clip_grad_norm_(parameters_with(theirs), 1.0) == math.inf
+    assert (theirs[0] == 0).all()
+    total = gk.clip_grad_norm_(parameters_with(grads), 1.0)
+    assert total == math.inf and total.dtype == torch.float16
+    assert_close(grads[0].double().norm(), torch.tensor(1.0, dtype=torch.float64), rtol=1e-3, atol=0)
+
+
+def test_the_coefficient_is_not_rounded_to_bfloat16():
+    """torch's clips a norm of 30 to 3.0176, and not to 3."""
+    grads = [torch.full((9,), 10.0, dtype=torch.bfloat16)]
+    theirs = clones(grads)
+    torch_clip_grad_norm_(parameters_with(theirs), 3.01)
+    assert_clips_halves(grads, 3.01)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_halves_by_a_coefficient_beyond_float32(dtype):
+    grads = [torch.full((17,), 3e4, dtype=dtype), torch.randn(9).to(dtype)]
+    ours = assert_clips_halves(grads, 1e-39 if dtype == torch.bfloat16 else 1e-3)
+    assert all(our.abs().max() > 0 for our in ours[:1])
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@each_native_norm
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+def test_nan_and_inf_of_halves_spread_like_torchs(value, norm_type, dtype):
+    for sizes in ("seams", "many tiny"):
+        for place in (0, -1):
+            grads = [grad.to(dtype) for grad in gradients(SIZES[sizes]) if grad.numel()]
+            grads[place][place] = value
+            ours, theirs = clones(grads), clones(grads)
+            total = gk.clip_grad_norm_(parameters_with(ours), 1.0, norm_type)
+            assert_close(total, torch_clip_grad_norm_(parameters_with(theirs), 1.0, norm_type), equal_nan=True)
+            assert_close(ours, theirs, equal_nan=True)
+
+
 # what parameters may be
 
 
@@ -313,6 +383,8 @@ def test_a_parameter_given_twice_is_scaled_one_time_after_the_other():
         (torch.float64, torch.float32),
         (torch.bfloat16,),
         (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float64),
+        (torch.float16, torch.bfloat16),
         (torch.complex64,),
     ],
     ids=str,
@@ -324,7 +396,10 @@ def test_dtypes(dtypes):
         theirs = clones(grads)
         total = gk.clip_grad_norm_(parameters_with(grads), max_norm)
         torch_total = torch_clip_grad_norm_(parameters_with(theirs), max_norm)
-        exactly = {} if set(dtypes) <= set(DTYPES) else {"rtol": 0, "atol": 0}
+        exactly = {"rtol": 0, "atol": 0} if dtypes == (torch.complex64,) else {}
+        # torch rounds norms and coefficient to the 16-bit type.
+        if {*dtypes} & {*HALVES}:
+            exactly = {"rtol": 2e-2, "atol": 1e-4}
         assert_close(total, torch_total, **exactly)
         assert_close(grads, theirs, **exactly)
 
@@ -527,16 +602,17 @@ def test_clip_grads_with_norm_takes_a_norm_of_any_dtype():
 # clip_grad_value_
 
 
-@each_dtype
+@pytest.mark.parametrize("dtype", [*DTYPES, *HALVES], ids=str)
 @each_sizes
 @pytest.mark.parametrize("clip_value", [1.0, 0.37, 0.0, -0.5, math.inf, 1e9, math.nan], ids=str)
 def test_clip_grad_value_is_torchs(clip_value, sizes, dtype):
-    grads = [grad for grad in gradients(SIZES[sizes], dtype) if grad.numel()]
+    grads = [grad.to(dtype) for grad in gradients(SIZES[sizes]) if grad.numel()]
     for place, value in ((0, math.nan), (-1, math.inf), (len(grads) // 2, -math.inf)):
         grads[place][-1] = value
     ours, theirs = clones(grads), clones(grads)
-    assert gk.clip_grad_value_(parameters_with(ours), clip_value) is None
-    torch.nn.utils.clip_grad_value_(parameters_with(theirs), clip_value)
+    # float16 does not hold 1e9, which is an error.
+    expected = outcome(torch.nn.utils.clip_grad_value_, parameters_with(theirs), clip_value)
+    assert outcome(gk.clip_grad_value_, parameters_with(ours), clip_value) == expected
     for i, (our, their) in enumerate(zip(ours, theirs, strict=True)):
         assert_bitwise_equal(f"gradient {i}", our, their)
 

@@ -31,7 +31,7 @@ struct RmspropState {
 // momentum_buffer = momentum momentum_buffer + g / denominator                 momentum > 0
 // param = param - lr momentum_buffer                                           param - lr g / denominator without momentum
 //
-// 1 - alpha is a difference of float64, rounded to T afterwards, as torch's.
+// 1 - alpha is a difference of float64, rounded to T afterwards, and products are fused with the sums that may cancel.
 template <typename T>
 struct Rmsprop {
   using scalar_t = scalar_of_t<T>;
@@ -54,19 +54,19 @@ struct Rmsprop {
   template <bool centered, bool has_momentum>
   GK_HOST_DEVICE RmspropState<T> step(RmspropState<T> x, T grad) const {
     T g = grad * grad_coefficient;
-    if (decays) g = g + weight_decay * x.param;
-    x.square_avg = x.square_avg * alpha + one_minus_alpha * g * g;
+    if (decays) g = fma(weight_decay, x.param, g);
+    x.square_avg = fma(one_minus_alpha * g, g, x.square_avg * alpha);
     T variance = x.square_avg;
     if constexpr (centered) {
       // torch.lerp's two forms: the nearer end is hit exactly.
       const T difference = g - x.grad_avg;
-      x.grad_avg = lerps_from_end ? g - difference * (T(scalar_t(1)) - one_minus_alpha) : x.grad_avg + one_minus_alpha * difference;
-      variance = variance - x.grad_avg * x.grad_avg;
+      x.grad_avg = lerps_from_end ? fma(one_minus_alpha - T(scalar_t(1)), difference, g) : fma(one_minus_alpha, difference, x.grad_avg);
+      variance = fma(-x.grad_avg, x.grad_avg, variance);
     }
     const T denominator = sqrt(variance) + eps;
     if constexpr (has_momentum) {
       x.momentum_buffer = x.momentum_buffer * momentum + g / denominator;
-      x.param = x.param - lr * x.momentum_buffer;
+      x.param = fma(-lr, x.momentum_buffer, x.param);
     } else {
       x.param = x.param - lr * g / denominator;
     }
