@@ -1,6 +1,8 @@
-"""clip_grad_norm_ on the gradients of real models, when they are short enough and when they are not, beside torch's.
+"""Clipping the gradients of real models, when they are short enough and when they are not, and optimizers with clipping in them.
 
-Least traffic, G = bytes of all gradients: 1G when nothing is clipped, 3G when everything is scaled. torch always moves 3G.
+Least traffic, G = bytes of all gradients: 1G when nothing is clipped, 3G when everything is scaled; torch always moves 3G. A step of
+RMSprop reads parameter, gradient and average and writes two of them, 5G; AdamW reads four and writes three, and writes the gradients that
+it scales, 8G. Taking the norm first is 1G more.
 """
 
 from collections.abc import Callable
@@ -106,6 +108,95 @@ def case(model: str, clips: bool) -> Case:
     )
 
 
+def parameters_like(shapes: Shapes, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    parameters = []
+    for shape in shapes:
+        parameters.append(nn.Parameter(torch.randn(shape, generator=generator).to(dtype)))
+        parameters[-1].grad = torch.randn(shape, generator=generator).to(dtype)
+    return parameters
+
+
+# What makes, of some parameters, the step that is measured.
+Stepper = Callable[[list[nn.Parameter]], Callable[[], None]]
+
+
+def after(step: Stepper, shapes: Shapes, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The parameters after one step."""
+    parameters = parameters_like(shapes, dtype)
+    step(parameters)()
+    return {f"parameter {i}": parameter.detach() for i, parameter in enumerate(parameters)}
+
+
+def step_case(name: str, steps: dict[str, Stepper], passes: int) -> Case:
+    """passes: how many times the bytes of all gradients have to be moved."""
+    shapes = gpt2_small()
+    total_bytes = 4 * elements(shapes)
+    # Proved on a few tensors: a float64 copy of the model with its state would take more memory than many machines have.
+    proved: Shapes = [(1,), (17,), (255,), (768, 70), (65537,)]
+    return Case(
+        name=f"GPT-2 small, {name}",
+        providers={provider: make(parameters_like(shapes)) for provider, make in steps.items()},
+        bytes=passes * total_bytes,
+        copied=total_bytes,
+        prove=lambda: prove(
+            name, after(steps["gradkernels"], proved), after(steps["eager"], proved), after(steps["eager"], proved, torch.float64)
+        ),
+        direction="in place",
+        layout=f"{len(shapes)} tensors",
+        outputs="warm",
+    )
+
+
+def rmsprop(parameters: list[nn.Parameter], kind: type[torch.optim.Optimizer], max_norm: float | None = None) -> Callable[[], None]:
+    if kind is gk.optim.RMSprop:
+        return gk.optim.RMSprop(parameters, max_norm=max_norm).step
+    optimizer = torch.optim.RMSprop(parameters)
+
+    def step() -> None:
+        if max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        optimizer.step()
+
+    return step
+
+
+def adamw(parameters: list[nn.Parameter], provider: str) -> Callable[[], None]:
+    """Clips in every step but "norm, then step", which takes the norm and does nothing with it."""
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    grads = [parameter.grad for parameter in parameters]
+    # Each clipping step has to clip again what the last one left.
+    bound = [torch.nn.utils.get_total_norm(grads).item()]
+    if provider == "gradkernels":
+        handle = gk.attach_clipping(optimizer, bound[0])
+
+    def step() -> None:
+        bound[0] *= 0.999
+        if provider == "gradkernels":
+            handle.max_norm = bound[0]
+        elif provider == "eager":
+            torch.nn.utils.clip_grad_norm_(parameters, bound[0])
+        else:
+            gk.get_total_norm(grads)
+        optimizer.step()
+
+    return step
+
+
+def rmsprop_case(clips: bool) -> Case:
+    max_norm = 1.0 if clips else None
+    kinds = {"eager": torch.optim.RMSprop, "gradkernels": gk.optim.RMSprop}
+    steps = {provider: partial(rmsprop, kind=kind, max_norm=max_norm) for provider, kind in kinds.items()}
+    return step_case("RMSprop with max_norm" if clips else "RMSprop", steps, 6 if clips else 5)
+
+
+def adamw_case() -> Case:
+    """Beside eager, what attached clipping is to cost no more than: the norm alone and torch's fused step."""
+    providers = ("eager", "norm, then step", "gradkernels")
+    return step_case("AdamW with clipping", {provider: partial(adamw, provider=provider) for provider in providers}, 9)
+
+
 if __name__ == "__main__":
     options = arguments(__doc__)
-    run("clip_grad_norm_, float32", [partial(case, model, clips) for model in MODELS for clips in (False, True)], options)
+    clipping = [partial(case, model, clips) for model in MODELS for clips in (False, True)]
+    run("clipping, float32", [*clipping, partial(rmsprop_case, False), partial(rmsprop_case, True), adamw_case], options)

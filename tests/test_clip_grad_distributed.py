@@ -1,0 +1,299 @@
+"""Clipping of DTensors over real Gloo processes: FSDP2, tensor parallel, mixed meshes, plain tensors among them, the pipeline's route.
+
+Each rank compares what it holds with the unsharded gradients, which every rank makes from the same seed, and counts the collectives.
+"""
+
+import datetime
+import math
+
+import pytest
+import torch
+from torch import distributed, multiprocessing, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.testing import assert_close
+
+import gradkernels as gk
+
+TIMEOUT_S = 120
+
+
+def run(rank, world_size, file, scenarios):
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=TIMEOUT_S)
+    distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world_size, timeout=timeout)
+    try:
+        for scenario in scenarios:
+            torch.manual_seed(0)
+            try:
+                scenario()
+            except BaseException as error:
+                raise AssertionError(f"{scenario.__name__} on rank {rank}") from error
+        distributed.barrier()
+    finally:
+        distributed.destroy_process_group()
+
+
+def spawn(world_size, tmp_path, scenarios):
+    context = multiprocessing.spawn(run, (world_size, str(tmp_path / "store"), scenarios), nprocs=world_size, join=False)
+    deadline = datetime.datetime.now() + datetime.timedelta(seconds=TIMEOUT_S)
+    try:
+        while not context.join(timeout=5):
+            assert datetime.datetime.now() < deadline, "the processes did not end"
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+
+
+def sharded(full, mesh, placements):
+    """A parameter whose gradient is `full`, distributed."""
+    parameter = nn.Parameter(distribute_tensor(torch.zeros_like(full), mesh, placements))
+    parameter.grad = distribute_tensor(full, mesh, placements)
+    return parameter
+
+
+def plain(full):
+    parameter = nn.Parameter(torch.zeros_like(full))
+    parameter.grad = full.clone()
+    return parameter
+
+
+def whole(grad):
+    return grad.full_tensor() if isinstance(grad, DTensor) else grad
+
+
+def assert_clips(make, reduces, returns_dtensor):
+    """make() -> parameters and their whole gradients. reduces: all-reduces of one total norm."""
+    for norm_type in (2.0, 1.0, math.inf):
+        for max_norm in (0.37, 1e9):
+            params, fulls = make()
+            expected_params = [plain(full) for full in fulls]
+            expected = gk.clip_grad_norm_(expected_params, max_norm, norm_type)
+            assert_close(whole(gk.get_total_norm([param.grad for param in params], norm_type)), expected)
+            with CommDebugMode() as communication:
+                total = gk.clip_grad_norm_(params, max_norm, norm_type)
+            counts = {str(operation): count for operation, count in communication.get_comm_counts().items()}
+            assert sum(counts.values()) == reduces, counts
+            assert all("reduce" in operation for operation in counts), counts
+            assert isinstance(total, DTensor) == returns_dtensor
+            total = whole(total)
+            assert total.dtype == expected.dtype and total.dim() == 0
+            # One rounding from float64.
+            assert_close(total, expected, rtol=2 * torch.finfo(total.dtype).eps, atol=0)
+            for param, expected_param in zip(params, expected_params, strict=True):
+                assert_close(whole(param.grad), expected_param.grad)
+                if isinstance(param.grad, DTensor):
+                    assert param.grad._version > 0 or max_norm > 1e6
+
+
+def mesh_1d():
+    return init_device_mesh("cpu", (distributed.get_world_size(),))
+
+
+def gradients(dtype=torch.float32):
+    return [torch.randn(size, dtype=torch.float64).to(dtype) for size in ((7, 3), (16,), (1, 5), (33, 2))]
+
+
+def scenario_one_mesh():
+    mesh = mesh_1d()
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+
+        def make(dtype=dtype):
+            torch.manual_seed(1)
+            fulls = gradients(dtype)
+            placements = [Shard(0), Replicate(), Shard(1), Shard(0)]
+            return [sharded(full, mesh, [placement]) for full, placement in zip(fulls, placements, strict=True)], fulls
+
+        # Of float64 the largest norm comes first, for squares that may leave it.
+        assert_clips(make, 2 if dtype == torch.float64 else 1, True)
+
+
+def scenario_replicated():
+    mesh = mesh_1d()
+
+    def make():
+        torch.manual_seed(1)
+        fulls = gradients()
+        return [sharded(full, mesh, [Replicate()]) for full in fulls], fulls
+
+    assert_clips(make, 0, True)
+
+
+def scenario_beside_plain_tensors():
+    mesh = mesh_1d()
+
+    def make():
+        torch.manual_seed(1)
+        fulls = gradients()
+        return [plain(fulls[0]), sharded(fulls[1], mesh, [Shard(0)]), plain(fulls[2]), sharded(fulls[3], mesh, [Shard(0)])], fulls
+
+    assert_clips(make, 1, False)
+
+
+def scenario_two_dimensions():
+    mesh = init_device_mesh("cpu", (2, distributed.get_world_size() // 2), mesh_dim_names=("dp", "tp"))
+
+    def make():
+        torch.manual_seed(1)
+        fulls = gradients()
+        placements = [(Shard(0), Shard(1)), (Replicate(), Shard(0)), (Shard(0), Replicate()), (Replicate(), Replicate())]
+        return [sharded(full, mesh, placement) for full, placement in zip(fulls, placements, strict=True)], fulls
+
+    assert_clips(make, 2, True)
+
+
+def scenario_two_meshes():
+    mesh = init_device_mesh("cpu", (2, distributed.get_world_size() // 2), mesh_dim_names=("dp", "tp"))
+
+    def make():
+        torch.manual_seed(1)
+        fulls = gradients()
+        return [
+            sharded(fulls[0], mesh["dp"], [Shard(0)]),
+            sharded(fulls[1], mesh["tp"], [Shard(0)]),
+            plain(fulls[2]),
+            sharded(fulls[3], mesh["dp"], [Shard(0)]),
+        ], fulls
+
+    assert_clips(make, 2, False)
+
+
+def scenario_what_is_not_finite():
+    mesh = mesh_1d()
+    for value in (math.nan, math.inf):
+        for place in (0, -1):
+            full = torch.randn(9, 2)
+            full[place, 0] = value
+            for norm_type in (2.0, 1.0, math.inf):
+                params, expected = [sharded(full, mesh, [Shard(0)]), sharded(torch.randn(3), mesh, [Replicate()])], plain(full)
+                total = whole(gk.get_total_norm([param.grad for param in params], norm_type))
+                assert_close(total, gk.get_total_norm([expected.grad], norm_type), equal_nan=True)
+                named = {"first": params[1], "second": params[0]}.items()
+                with pytest.raises(RuntimeError, match=r"is non-finite.*that of second"):
+                    gk.clip_grad_norm_(named, 1.0, norm_type, error_if_nonfinite=True)
+                assert_close(whole(params[0].grad), full, rtol=0, atol=0, equal_nan=True)
+                gk.clip_grad_norm_(params[:1], 1.0, norm_type)
+                gk.clip_grad_norm_([expected], 1.0, norm_type)
+                assert_close(whole(params[0].grad), expected.grad, equal_nan=True)
+
+
+def scenario_squares_that_leave_float64():
+    mesh = mesh_1d()
+    for scale in (1e300, 1e-300):
+        full = torch.randn(9, 2, dtype=torch.float64) * scale
+        total = whole(gk.clip_grad_norm_([sharded(full, mesh, [Shard(0)])], 1.0))
+        assert_close(total / scale, (full / scale).norm(), rtol=1e-14, atol=0)
+
+
+def scenario_report():
+    mesh = mesh_1d()
+    torch.manual_seed(1)
+    fulls = gradients()
+    fulls[3][20, 1] = math.inf
+    placements = [Shard(0), Replicate(), Shard(1), Shard(0)]
+    params = [sharded(full, mesh, [placement]) for full, placement in zip(fulls, placements, strict=True)]
+    params.insert(2, nn.Parameter(distribute_tensor(torch.zeros(3), mesh, [Shard(0)])))
+    expected_params = [plain(full) for full in fulls]
+    expected_params.insert(2, nn.Parameter(torch.zeros(3)))
+    for norm_type in (2.0, 1.0, math.inf):
+        report, expected = gk.grad_report(params, norm_type), gk.grad_report(expected_params, norm_type)
+        for name in ("norms", "max_abs", "nonfinite", "total_norm"):
+            assert_close(getattr(report, name), getattr(expected, name), rtol=1e-14, atol=0, equal_nan=True)
+        assert report.first_nonfinite() == "4"
+
+
+def scenario_pipeline():
+    """get_total_norm, reduced over stages, clip_grads_with_norm_; clip_grad_value_."""
+    mesh = mesh_1d()
+    torch.manual_seed(1)
+    fulls = gradients()
+    params, expected = [sharded(full, mesh, [Shard(0)]) for full in fulls], [plain(full) for full in fulls]
+    total = gk.get_total_norm([param.grad for param in params])
+    for given in (total, total.full_tensor()):
+        gk.clip_grads_with_norm_(params, 0.5, given)
+        gk.clip_grads_with_norm_(expected, 0.5, total.full_tensor())
+        assert_close([whole(param.grad) for param in params], [param.grad for param in expected])
+    gk.clip_grad_value_(params, 1e-3)
+    gk.clip_grad_value_(expected, 1e-3)
+    assert_close([whole(param.grad) for param in params], [param.grad for param in expected])
+
+
+def scenario_partial():
+    """torch reduces them."""
+    mesh = mesh_1d()
+    parameter = nn.Parameter(distribute_tensor(torch.zeros(3), mesh, [Replicate()]))
+    parameter.grad = DTensor.from_local(torch.full((3,), 2.0), mesh, [Partial()])
+    total = whole(gk.clip_grad_norm_([parameter], 1e9))
+    assert_close(total, torch.tensor(2.0 * distributed.get_world_size() * math.sqrt(3)))
+
+
+def trained(model, clip, steps=3):
+    """The whole parameters after some steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    x = torch.arange(40.0).view(8, 5) / 10
+    norms = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        norms.append(whole(clip(model, optimizer)))
+        optimizer.step()
+    return norms, [whole(param.detach()) for param in model.parameters()]
+
+
+def a_model():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def scenario_fsdp_ddp_and_tensor_parallel():
+    """The ranks see the same batch, so that each trains what one process would."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    def clip(model, optimizer):
+        return gk.clip_grad_norm_(model.parameters(), 0.5)
+
+    expected = trained(a_model(), clip)
+    model = a_model()
+    for layer in (model[0], model[2], model):
+        fully_shard(layer, mesh=mesh_1d())
+    assert all(isinstance(param, DTensor) for param in model.parameters())
+    assert_close(trained(model, clip), expected, rtol=1e-4, atol=1e-5)
+    tensor_parallel = parallelize_module(a_model(), mesh_1d(), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    assert_close(trained(tensor_parallel, clip), expected, rtol=1e-4, atol=1e-5)
+    assert_close(trained(nn.parallel.DistributedDataParallel(a_model()), clip), expected, rtol=1e-4, atol=1e-5)
+
+    attached = fully_shard(a_model(), mesh=mesh_1d())
+    handles = []
+
+    def attach(model, optimizer):
+        if not handles:
+            handles.append(gk.attach_clipping(optimizer, 0.5))
+        return torch.zeros(())
+
+    assert_close(trained(attached, attach)[1], expected[1], rtol=1e-4, atol=1e-5)
+    assert_close(whole(handles[0].last_norm), expected[0][-1], rtol=1e-4, atol=1e-5)
+
+
+SCENARIOS = [
+    scenario_one_mesh,
+    scenario_replicated,
+    scenario_beside_plain_tensors,
+    scenario_what_is_not_finite,
+    scenario_squares_that_leave_float64,
+    scenario_report,
+    scenario_pipeline,
+    scenario_partial,
+    scenario_fsdp_ddp_and_tensor_parallel,
+]
+
+
+def test_on_two_ranks(tmp_path):
+    spawn(2, tmp_path, SCENARIOS)
+
+
+@pytest.mark.slow
+def test_on_four_ranks(tmp_path):
+    spawn(4, tmp_path, [*SCENARIOS, scenario_two_dimensions, scenario_two_meshes])
