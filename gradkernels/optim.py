@@ -64,11 +64,11 @@ class RMSprop(torch.optim.RMSprop):
     Example:
         >>> import torch, gradkernels as gk
         >>> weight = torch.tensor([1.0, 2.0], requires_grad=True)
-        >>> optimizer = gk.optim.RMSprop([weight], lr=0.1, max_norm=1.0)
+        >>> optimizer = gk.optim.RMSprop([weight], lr=0.05, max_norm=1.0)
         >>> weight.grad = torch.tensor([3.0, 4.0])
         >>> optimizer.step()
         >>> weight.detach(), optimizer.last_norm
-        (tensor([1.4901e-06, 1.0000e+00]), tensor(5.))
+        (tensor([0.5000, 1.5000]), tensor(5.))
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 
 import gradkernels as gk
 from accuracy import ULP_BOUND, assert_accurate, assert_bitwise_equal, extended, outcome
-from gradkernels import reference
+from gradkernels import _native, reference
 
 OPS = torch.ops.gradkernels
 
@@ -517,6 +517,21 @@ def test_what_is_no_parameter():
     for wrong in ([1.0], ["name"], 3):
         expected = outcome(torch_clip_grad_norm_, wrong, 1.0)
         assert outcome(gk.clip_grad_norm_, wrong, 1.0)[0] is expected[0]
+
+
+def test_without_the_library(monkeypatch):
+    grads = gradients([64, 0, 1009])
+    ours, values, theirs = clones(grads), clones(grads), clones(grads)
+    native = gk.grad_report(parameters_with(grads))
+    expected = gk.clip_grad_norm_(parameters_with(theirs), 0.1)
+    monkeypatch.setattr(_native, "C", None)
+    report = gk.grad_report(parameters_with(ours))
+    assert_close((report.norms, report.max_abs, report.nonfinite), (native.norms, native.max_abs, native.nonfinite), rtol=1e-12, atol=0)
+    assert_close(gk.get_total_norm(grads), expected)
+    assert_close(report.clip_(0.1).float(), expected)
+    assert_close(ours, theirs)
+    gk.clip_grad_value_(parameters_with(values), 0.1)
+    assert all(grad.abs().le(0.1).all() for grad in values)
 
 
 # gradients that share memory

@@ -288,6 +288,21 @@ def test_rmsprop_clips_where_a_group_takes_torchs_step():
     assert_close([our.detach() for our in ours], [their.detach() for their in theirs])
 
 
+def test_without_the_library(monkeypatch):
+    ours = parameters()
+    theirs = copies(ours)
+    gk.clip_grad_norm_(theirs, 0.1)
+    torch.optim.RMSprop(theirs).step()
+    monkeypatch.setattr(_native, "C", None)
+    gk.optim.RMSprop(ours, max_norm=0.1).step()
+    assert_close([our.detach() for our in ours], [their.detach() for their in theirs], rtol=1e-4, atol=1e-5)
+    fused = parameters([(5,), (7,)])
+    attached = torch.optim.SGD(fused, lr=0.1, fused=True)
+    gk.attach_clipping(attached, 0.1)
+    attached.step()
+    assert_close(torch.cat([param.grad for param in fused]).norm(), torch.tensor(0.1), rtol=1e-4, atol=0)
+
+
 def test_rmsprop_opcheck():
     for dtype in (torch.float32, torch.bfloat16):
         params, grads, square_avgs, grad_avgs, buffers = (
