@@ -48,6 +48,30 @@ TORCH_LIBRARY(gradkernels, m) {
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
       tags);
 
+  // batch_norm_act in parts, between which many processes exchange what each has found in its share of the batch.
+  // moments: float64 [1 + 2 C], the count of a channel's elements, then the mean of each channel, then M2 = sum (x - mean)^2 of each; of
+  // all processes [ranks, 1 + 2 C]. The running statistics become those of the union; where it has no elements, they stay as they are.
+  m.def("batch_norm_act_stats(Tensor x) -> Tensor moments", tags);
+  m.def(
+      "batch_norm_act_gather_stats(Tensor moments, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
+      "float? momentum, float eps) -> (Tensor mean, Tensor invstd, Tensor count)",
+      tags);
+  m.def(
+      "batch_norm_act_elemt(Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor? residual, str act, "
+      "float act_param) -> (Tensor y, Tensor mask)",
+      tags);
+  // sums: float64 [2 C], sum dz and sum dz (x - mean) of each channel, with dz the gradient at the output of the normalisation, which is
+  // that of the residual too.
+  m.def(
+      "batch_norm_act_backward_reduce(Tensor grad_y, Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, "
+      "Tensor? residual, Tensor? mask, str act, float act_param, bool residual_g) -> (Tensor sums, Tensor grad_residual)",
+      tags);
+  // sums and count: those of all processes.
+  m.def(
+      "batch_norm_act_backward_elemt(Tensor grad_y, Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, "
+      "Tensor? residual, Tensor? mask, str act, float act_param, Tensor sums, Tensor count) -> Tensor grad_x",
+      tags);
+
   // Of each gradient and of all, at least one, as one vector: norm and max |g| in float64, how many elements are nan or inf in int64;
   // norm_type 1, 2 or inf.
   m.def("grad_norms(Tensor[] grads, float norm_type) -> (Tensor norms, Tensor max_abs, Tensor nonfinite, Tensor total_norm)", tags);

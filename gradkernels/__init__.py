@@ -11,6 +11,7 @@ from gradkernels.activation import ELU, LeakyReLU, PReLU, RReLU, Swish, elu, lea
 from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, batch_norm_act
 from gradkernels.clip_grad import GradReport, clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm, grad_report
 from gradkernels.optim import ClippingHandle, attach_clipping
+from gradkernels.sync_batch_norm_act import SyncBatchNormAct, convert_sync_batch_norm
 
 __version__ = "0.1.0.dev0"
 
@@ -25,12 +26,14 @@ __all__ = [
     "PReLU",
     "RReLU",
     "Swish",
+    "SyncBatchNormAct",
     "__version__",
     "attach_clipping",
     "batch_norm_act",
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "convert_sync_batch_norm",
     "elu",
     "get_total_norm",
     "grad_report",

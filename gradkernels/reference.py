@@ -69,13 +69,18 @@ def check_act(act: str, act_param: float | None) -> float:
     return default if act_param is None else float(act_param)
 
 
-def check_batch_norm_act(x: Tensor, residual: Tensor | None, training: bool, eps: float, act: str, act_param: float | None) -> float:
-    """Refuses what neither torch nor the kernels are to see, in F.batch_norm's words where it has them; returns act_param as check_act."""
+def check_batch_norm_act(
+    x: Tensor, residual: Tensor | None, training: bool, eps: float, act: str, act_param: float | None, *, is_share: bool = False
+) -> float:
+    """Refuses what neither torch nor the kernels are to see, in F.batch_norm's words where it has them; returns act_param as check_act.
+
+    is_share: x is a part of the batch, other processes have the rest; how many values there are per channel is not known yet.
+    """
     act_param = check_act(act, act_param)
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device):
         x_is, residual_is = (f"{tuple(each.shape)} {each.dtype} on {each.device}" for each in (x, residual))
         raise RuntimeError(f"residual must have the shape, dtype and device of x: residual is {residual_is}, x is {x_is}")
-    if training and math.prod(x.shape[:1] + x.shape[2:]) == 1:
+    if training and not is_share and math.prod(x.shape[:1] + x.shape[2:]) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     if training and eps <= 0.0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
@@ -108,6 +113,58 @@ def batch_norm_act(
     # nn.BatchNorm counts first; here a batch that was refused is not counted.
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
+    if residual is not None:
+        y = y + residual
+    return ACTIVATIONS[act][1](y, act_param)
+
+
+def sync_batch_norm_act(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    *,
+    act: str,
+    act_param: float,
+    residual: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    all_gather: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """batch_norm_act in training where x is one share of the batch. all_gather, to be differentiable, stacks a vector of every process.
+
+    Statistics and normalisation are float64: this is also what double backward differentiates.
+    """
+    channels, elements = x.shape[1], math.prod(x.shape[:1] + x.shape[2:])
+    dims, per_channel = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
+    wide = x.to(torch.float64)
+    mean = wide.sum(dims) / max(elements, 1)
+    m2 = (wide - mean.view(per_channel)).square().sum(dims)
+    counts, means, m2s = all_gather(torch.cat([mean.new_full((1,), elements), mean, m2])).split([1, channels, channels], dim=1)
+    count = counts.sum()
+    if x.device.type == "cpu" and count == 1:
+        raise ValueError("Expected more than 1 value per channel when training, got 1 in the batches of all processes together")
+    divisor = count.clamp(min=1)
+    mean = (counts * means).sum(0) / divisor
+    m2 = m2s.sum(0) + (counts * (means - mean).square()).sum(0)
+    with torch.no_grad():
+        factor: float | Tensor = 0.0 if momentum is None else momentum
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+            if momentum is None:
+                factor = num_batches_tracked.double().reciprocal()
+        # Of one value, or none, there is no variance.
+        for running, observed in ((running_mean, mean), (running_var, m2 / (count - 1))):
+            if running is not None:
+                running.copy_(torch.where(count > 1, running * (1 - factor) + observed * factor, running))
+    y = (wide - mean.view(per_channel)) * (m2 / divisor + eps).rsqrt().view(per_channel)
+    if weight is not None:
+        y = y * weight.view(per_channel)
+    if bias is not None:
+        y = y + bias.view(per_channel)
+    y = y.to(x.dtype)
     if residual is not None:
         y = y + residual
     return ACTIVATIONS[act][1](y, act_param)

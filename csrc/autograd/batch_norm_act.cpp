@@ -169,13 +169,40 @@ Result counting_versions(const at::Tensor& x, const OptionalTensor& running_mean
   return result;
 }
 
+using GatheredStats = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+// Not the fallback of the other parts, which goes past the counting of versions.
+GatheredStats gather_stats(const at::Tensor& moments, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                           const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!records(moments), "the derivative for batch_norm_act_gather_stats is not implemented");
+  return call_below_autograd<ops::BatchNormActGatherStats>(moments, running_mean, running_var, num_batches_tracked, momentum, eps);
+}
+
+GatheredStats gather_stats_counting_versions(const at::Tensor& moments, const OptionalTensor& running_mean,
+                                             const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+                                             std::optional<double> momentum, double eps) {
+  GatheredStats result =
+      call_below_version_counting<ops::BatchNormActGatherStats>(moments, running_mean, running_var, num_batches_tracked, momentum, eps);
+  for (const OptionalTensor& written : {running_mean, running_var, num_batches_tracked}) increment_version(written.value_or(at::Tensor()));
+  return result;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gradkernels, Autograd, m) {
   m.impl("batch_norm_act", batch_norm_act);
   m.impl("batch_norm_act_backward", torch::autograd::autogradNotImplementedFallback());
+  // Their gradient needs the other processes: gradkernels/sync_batch_norm_act.py has it.
+  m.impl("batch_norm_act_stats", torch::autograd::autogradNotImplementedFallback());
+  m.impl("batch_norm_act_gather_stats", gather_stats);
+  m.impl("batch_norm_act_elemt", torch::autograd::autogradNotImplementedFallback());
+  m.impl("batch_norm_act_backward_reduce", torch::autograd::autogradNotImplementedFallback());
+  m.impl("batch_norm_act_backward_elemt", torch::autograd::autogradNotImplementedFallback());
 }
 
-TORCH_LIBRARY_IMPL(gradkernels, ADInplaceOrView, m) { m.impl("batch_norm_act", counting_versions); }
+TORCH_LIBRARY_IMPL(gradkernels, ADInplaceOrView, m) {
+  m.impl("batch_norm_act", counting_versions);
+  m.impl("batch_norm_act_gather_stats", gather_stats_counting_versions);
+}
 
 }  // namespace gradkernels::autograd

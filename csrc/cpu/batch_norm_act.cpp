@@ -83,7 +83,7 @@ void batch_norm_act_forward(const BatchNormForward& p) {
         [&](Slab slab, const math::Moments<double>*, const void*) { isa.batch_norm_normalise(p, slab); });
   } else {
     use_running_statistics(p);
-    slabs.for_each([&](int64_t i) { isa.batch_norm_normalise(p, slabs[i]); });
+    batch_norm_act_elemt(p);
   }
 }
 
@@ -106,6 +106,64 @@ void batch_norm_act_backward(const BatchNormBackward& p) {
     const std::vector<math::GradientSums> none(p.shape.channels, {0.0, 0.0});
     slabs.for_each([&](int64_t i) { apply(slabs[i], none.data(), nullptr); });
   }
+}
+
+void batch_norm_act_stats(const BatchNormForward& p, double* moments) {
+  const Kernels& isa = kernels();
+  const int64_t channels = p.shape.channels;
+  moments[0] = static_cast<double>(p.shape.rows * p.shape.inner);
+  reduce_then_apply<math::Moments<double>>(
+      Slabs(p.shape), channels, [&](Slab slab, math::Moments<double>* out) { isa.batch_norm_moments(p, slab, out); },
+      [&](int64_t channel, const math::Moments<double>& found) {
+        moments[1 + channel] = found.mean;
+        moments[1 + channels + channel] = found.m2;
+      },
+      [](Slab, const math::Moments<double>*) {});
+}
+
+void batch_norm_act_gather_stats(const BatchNormForward& p, int64_t ranks, const double* moments) {
+  const int64_t channels = p.shape.channels;
+  for (int64_t c = 0; c < channels; ++c) {
+    math::Moments<double> merged{0.0, 0.0, 0.0};
+    for (int64_t rank = 0; rank < ranks; ++rank) {
+      const double* of_rank = moments + rank * (1 + 2 * channels);
+      if (of_rank[0] > 0.0) merged = math::merge(merged, {of_rank[0], of_rank[1 + c], of_rank[1 + channels + c]});
+    }
+    if (merged.count > 0.0) {
+      finish_channel(p, c, merged);
+    } else {
+      p.mean[c] = p.invstd[c] = 0.0;
+    }
+  }
+}
+
+void batch_norm_act_elemt(const BatchNormForward& p) {
+  const Slabs slabs(p.shape);
+  const Kernels& isa = kernels();
+  slabs.for_each([&](int64_t i) { isa.batch_norm_normalise(p, slabs[i]); });
+}
+
+void batch_norm_act_backward_reduce(const BatchNormBackward& p, double* sums) {
+  const Kernels& isa = kernels();
+  const int64_t channels = p.shape.channels;
+  reduce_then_apply<math::GradientSums>(
+      Slabs(p.shape), channels, [&](Slab slab, math::GradientSums* out) { isa.batch_norm_gradient_sums(p, slab, out); },
+      [&](int64_t channel, const math::GradientSums& found) {
+        sums[channel] = found.dz;
+        sums[channels + channel] = found.dz_x;
+      },
+      [](Slab, const math::GradientSums*) {});
+}
+
+void batch_norm_act_backward_elemt(const BatchNormBackward& p, const double* sums, double count) {
+  const Slabs slabs(p.shape);
+  const Kernels& isa = kernels();
+  const int64_t channels = p.shape.channels;
+  // The kernel divides by the count of its own operand.
+  const double share = static_cast<double>(p.shape.rows * p.shape.inner) / count;
+  std::vector<math::GradientSums> of_share(channels);
+  for (int64_t c = 0; c < channels; ++c) of_share[c] = {sums[c] * share, sums[channels + c] * share};
+  slabs.for_each([&](int64_t i) { isa.batch_norm_gradient_input(p, slabs[i], of_share.data()); });
 }
 
 }  // namespace gradkernels::cpu

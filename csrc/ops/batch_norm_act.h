@@ -62,5 +62,16 @@ namespace cpu {
 void batch_norm_act_forward(const BatchNormForward& p);
 void batch_norm_act_backward(const BatchNormBackward& p);
 
+// The parts of the two, for a batch that lies on many processes. moments and sums are laid out as csrc/schema.cpp has them.
+void batch_norm_act_stats(const BatchNormForward& p, double* moments);
+// Merges the moments of `ranks` processes into mean and invstd, and updates the running statistics.
+void batch_norm_act_gather_stats(const BatchNormForward& p, int64_t ranks, const double* moments);
+// From mean and invstd, which are read.
+void batch_norm_act_elemt(const BatchNormForward& p);
+// Writes grad_residual where it is asked for.
+void batch_norm_act_backward_reduce(const BatchNormBackward& p, double* sums);
+// grad_x from the sums and the count of all processes.
+void batch_norm_act_backward_elemt(const BatchNormBackward& p, const double* sums, double count);
+
 }  // namespace cpu
 }  // namespace gradkernels

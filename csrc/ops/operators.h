@@ -100,6 +100,11 @@ struct BatchNormActBackward {
                                                                const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                                                                const OptionalTensor&, bool, c10::string_view, double, std::array<bool, 4>);
 };
+struct BatchNormActGatherStats {
+  static constexpr const char* kName = "gradkernels::batch_norm_act_gather_stats";
+  using Signature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                                       std::optional<double>, double);
+};
 struct GradNorms {
   static constexpr const char* kName = "gradkernels::grad_norms";
   using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor>(at::TensorList, double);
