@@ -13,15 +13,18 @@ import gradkernels
 from gradkernels import _native
 
 # operator -> what its kernels serve; the rest goes to torch's own operators
+_KERNELS = "float32, float64, bfloat16 and float16 on the CPU"
 _SERVED = {
-    "leaky_relu": "float32 and float64 on the CPU",
-    "elu": "float32 and float64 on the CPU",
-    "swish": "float32 and float64 on the CPU",
-    "batch_norm_act": "float32 and float64 on the CPU",
-    "clip_grad_norm_": "float32, float64, bfloat16 and float16 on the CPU, norm_type 1, 2 and inf",
-    "clip_grad_value_": "float32, float64, bfloat16 and float16 on the CPU",
-    "grad_report": "float32, float64, bfloat16 and float16 on the CPU, norm_type 1, 2 and inf",
-    "optim.RMSprop": "float32, float64, bfloat16 and float16 on the CPU",
+    "leaky_relu": _KERNELS,
+    "prelu": _KERNELS,
+    "rrelu": _KERNELS,
+    "elu": _KERNELS,
+    "swish": _KERNELS,
+    "batch_norm_act": _KERNELS,
+    "clip_grad_norm_": f"{_KERNELS}, norm_type 1, 2 and inf",
+    "clip_grad_value_": _KERNELS,
+    "grad_report": f"{_KERNELS}, norm_type 1, 2 and inf",
+    "optim.RMSprop": _KERNELS,
 }
 
 

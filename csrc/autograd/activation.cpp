@@ -1,6 +1,6 @@
 // The activations' gradients: leaky_relu keeps one bit an element, rrelu that and a seed; elu its output where that determines the
-// gradient, which the next layer keeps anyway, else its input; swish and prelu their input. Under create_graph the gradients that are linear
-// in grad_y are recorded as the same operator again; the others are then written in ATen's differentiable operators.
+// gradient, which the next layer keeps anyway, else its input; swish and prelu their input. Under create_graph the gradients that are
+// linear in grad_y are recorded as the same operator again; the others are then written in ATen's differentiable operators.
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/elu_backward.h>
 #include <ATen/ops/empty_like.h>

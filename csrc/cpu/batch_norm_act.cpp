@@ -113,12 +113,13 @@ void batch_norm_act_stats(const BatchNormForward& p, double* moments) {
   const int64_t channels = p.shape.channels;
   moments[0] = static_cast<double>(p.shape.rows * p.shape.inner);
   reduce_then_apply<math::Moments<double>>(
-      Slabs(p.shape), channels, [&](Slab slab, math::Moments<double>* out) { isa.batch_norm_moments(p, slab, out); },
+      Slabs(p.shape), channels, /*copy_bytes=*/0,
+      [&](Slab slab, math::Moments<double>* out, void*) { isa.batch_norm_moments(p, slab, out); },
       [&](int64_t channel, const math::Moments<double>& found) {
         moments[1 + channel] = found.mean;
         moments[1 + channels + channel] = found.m2;
       },
-      [](Slab, const math::Moments<double>*) {});
+      [](Slab, const math::Moments<double>*, const void*) {});
 }
 
 void batch_norm_act_gather_stats(const BatchNormForward& p, int64_t ranks, const double* moments) {
@@ -147,12 +148,13 @@ void batch_norm_act_backward_reduce(const BatchNormBackward& p, double* sums) {
   const Kernels& isa = kernels();
   const int64_t channels = p.shape.channels;
   reduce_then_apply<math::GradientSums>(
-      Slabs(p.shape), channels, [&](Slab slab, math::GradientSums* out) { isa.batch_norm_gradient_sums(p, slab, out); },
+      Slabs(p.shape), channels, /*copy_bytes=*/0,
+      [&](Slab slab, math::GradientSums* out, void*) { isa.batch_norm_gradient_sums(p, slab, out, nullptr); },
       [&](int64_t channel, const math::GradientSums& found) {
         sums[channel] = found.dz;
         sums[channels + channel] = found.dz_x;
       },
-      [](Slab, const math::GradientSums*) {});
+      [](Slab, const math::GradientSums*, const void*) {});
 }
 
 void batch_norm_act_backward_elemt(const BatchNormBackward& p, const double* sums, double count) {
@@ -163,7 +165,7 @@ void batch_norm_act_backward_elemt(const BatchNormBackward& p, const double* sum
   const double share = static_cast<double>(p.shape.rows * p.shape.inner) / count;
   std::vector<math::GradientSums> of_share(channels);
   for (int64_t c = 0; c < channels; ++c) of_share[c] = {sums[c] * share, sums[channels + c] * share};
-  slabs.for_each([&](int64_t i) { isa.batch_norm_gradient_input(p, slabs[i], of_share.data()); });
+  slabs.for_each([&](int64_t i) { isa.batch_norm_gradient_input(p, slabs[i], of_share.data(), nullptr); });
 }
 
 }  // namespace gradkernels::cpu
