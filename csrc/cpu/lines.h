@@ -293,11 +293,11 @@ struct ShortRuns {
       }
       return sum.high + sum.low;
     }
-    // Calls function(position, lanes, accumulators) for each vector of the lines, down a column and then the next: sums stay in registers.
-    // As many rows at once as stay in the second-level cache until the last column.
+    // Calls function(position, lanes, accumulators) for each vector of the lines, a few rows down a column and then the next: sums stay in
+    // registers meanwhile, and the processor's prefetching follows as many streams as there are rows.
     template <typename scalar_t, typename Function>
     GK_INLINE void add(const Lines& lines, const Function& function) {
-      constexpr int64_t kRows = 64;
+      constexpr int64_t kRows = 8;
       for_each_tile(lines, kRows, lines.end, [&](const Lines& tile) GK_INLINE_LAMBDA {
         for_each_vector<opmath>(0, tile.end, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
           Accumulators<opmath, N> sums;
