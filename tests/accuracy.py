@@ -1,8 +1,9 @@
 """How near a result must be, in one place: its error is at most torch's own error or 2 ulp, whichever is larger.
 
-Float64 has no wider type to compute in, and gets half an ulp more.
+Float64 has no wider type to compute in, and gets half an ulp more. Bfloat16 and float16 are computed in float32 and rounded once: half an
+ulp for the rounding, 0.01 for what float32 missed before it, whatever torch's own error is.
 
-Exact means more digits than the result has: for float32 gradkernels.reference run in float64, for float64 the same formulas in numpy's
+Exact means more digits than the result has: below float64 gradkernels.reference run in float64, for float64 the same formulas in numpy's
 long double (64 bits of mantissa on x86), which stand here and are held against gradkernels.reference by the tests that use them.
 """
 
@@ -10,20 +11,30 @@ import numpy as np
 import torch
 
 ULP_BOUND = 2.0
-NUMPY_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+ROUNDED_ONCE = 0.51
 
 
 def extended(tensor):
     """The tensor's values as numpy long doubles; numbers and None pass through, as they do through torch's functions."""
     if isinstance(tensor, torch.Tensor):
-        return tensor.detach().cpu().numpy().astype(np.longdouble)
+        # numpy has no bfloat16.
+        return (tensor.double() if tensor.dtype in SIXTEEN_BITS else tensor).detach().cpu().numpy().astype(np.longdouble)
     return tensor if tensor is None else np.asarray(tensor, np.longdouble)
+
+
+def spacing(magnitude, dtype):
+    """The distance of neighbouring numbers of dtype at a magnitude, which may lie between two of them; that of the largest beyond it."""
+    info = torch.finfo(dtype)
+    clamped = np.clip(np.asarray(magnitude, np.longdouble), info.smallest_normal, info.max)
+    return np.ldexp(np.longdouble(info.eps), np.frexp(clamped)[1] - 1)
 
 
 def ulps(actual, exact, dtype, unit):
     """|actual - exact| in units in the last place of dtype; 0 where both are the same inf or nan, inf where only one of them is."""
     with np.errstate(all="ignore"):
-        rounded = exact.astype(NUMPY_DTYPES[dtype])
+        largest = np.longdouble(torch.finfo(dtype).max)
+        rounded = np.where(np.abs(exact) >= largest + spacing(largest, dtype) / 2, np.copysign(np.inf, exact), exact)
         same = (actual == rounded) | (np.isnan(actual) & np.isnan(exact))
         error = np.abs(actual - exact) / unit
         return np.where(same & ~np.isfinite(rounded), 0, np.where(np.isfinite(error), error, np.inf))
@@ -36,6 +47,8 @@ def assert_accurate(name, actual, torchs, exact, *, per="element", scale=0.0, bo
     cancel can be held to.
     `scale` (a number, or one per element) is the size of the terms where they are larger than the result they cancel to. Where torch is
     lost (inf or nan instead of a number) its error counts for nothing; `most` bounds ours where torch's is known to be large.
+
+    16 bits: `bound` float32 ulp of the larger of result and scale, at least 0.01 ulp of the result, and half an ulp of it to round.
     """
     assert actual.shape == torchs.shape and actual.dtype == torchs.dtype, (
         f"{name}: {actual.shape} {actual.dtype}, torch has {torchs.shape} {torchs.dtype}"
@@ -50,16 +63,20 @@ def assert_accurate(name, actual, torchs, exact, *, per="element", scale=0.0, bo
         finite = magnitude[np.isfinite(magnitude)]
         magnitude = np.full_like(magnitude, finite.max() if finite.size else 1)
     magnitude = np.maximum(np.where(np.isfinite(magnitude), magnitude, 1), extended(scale))
-    # One below the largest number: the spacing above that is inf.
-    largest = np.nextafter(np.finfo(NUMPY_DTYPES[dtype]).max, 0)
     if per == "tensor":
-        unit = np.maximum(magnitude * np.finfo(NUMPY_DTYPES[dtype]).eps, np.finfo(NUMPY_DTYPES[dtype]).smallest_subnormal)
+        info = torch.finfo(dtype)
+        unit = np.maximum(magnitude * info.eps, spacing(0, dtype))
     else:
-        unit = np.spacing(np.minimum(magnitude, largest).astype(NUMPY_DTYPES[dtype])).astype(np.longdouble)
+        unit = spacing(magnitude, dtype)
+    if dtype in SIXTEEN_BITS:
+        # Where bound float32 ulp of the terms are more than 0.01 ulp of the result, so much more is allowed.
+        own = spacing(np.where(np.isfinite(exact), np.abs(exact), 1), dtype)
+        unit = own / ROUNDED_ONCE * np.maximum(ROUNDED_ONCE, 0.5 + bound * spacing(magnitude, torch.float32) / own)
+        bound = most = ROUNDED_ONCE
+    elif dtype == torch.float64:
+        bound += 0.5
     ours = ulps(extended(actual), exact, dtype, unit)
     theirs = ulps(extended(torchs), exact, dtype, unit)
-    if dtype == torch.float64:
-        bound += 0.5
     bound = min(max(float(theirs[np.isfinite(theirs)].max(initial=0)), bound), most)
     if float(ours.max()) <= bound:
         return
