@@ -5,6 +5,8 @@ for 16-bit types) or the input (swish, prelu). 16-bit types are computed in floa
 own operators instead: it fuses those into their neighbours, which it cannot do with ours.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -186,12 +188,13 @@ def rrelu(x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool 
         tensor([-1.,  3.])
     """
     native = _native.library(x)
-    # Bounds in the wrong order are torch's error.
-    if native is None or not lower <= upper:
+    # Other bounds are torch's error.
+    if native is None or not -math.inf < lower <= upper < math.inf:
         return reference.rrelu(x, lower, upper, training, inplace)
     if not training:
         return leaky_relu(x, (lower + upper) / 2, inplace)
-    seed = torch.empty((), dtype=torch.int64, device=x.device).random_()
+    # Not random_(), which vmap refuses where each slice is to have slopes of its own.
+    seed = torch.randint(2**63 - 1, (), device=x.device)
     y: Tensor = native.rrelu(x, seed, lower, upper, inplace)
     return y
 

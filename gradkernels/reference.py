@@ -36,7 +36,11 @@ def swish(x: Tensor, beta: float | Tensor = 1.0) -> Tensor:
         return F.silu(x)
     if isinstance(beta, Tensor):
         check_beta(x, beta)
-        beta = beta.reshape(()) if beta.numel() == 1 else beta.view(-1, *[1] * (x.dim() - 2))
+        # One element keeps its dimension, which decides what it promotes x to.
+        if x.dim() == 0:
+            beta = beta.reshape(())
+        elif beta.numel() != 1:
+            beta = beta.view(-1, *[1] * (x.dim() - 2))
     return x * torch.sigmoid(beta * x)
 
 
@@ -45,6 +49,10 @@ def prelu(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rrelu(x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False) -> Tensor:
+    if training and x.dtype == torch.float16 and x.is_cpu:
+        # For which torch draws no slopes.
+        y = F.rrelu(x.float(), lower, upper, True).to(x.dtype)
+        return x.copy_(y) if inplace else y
     return F.rrelu(x, lower, upper, training, inplace)
 
 

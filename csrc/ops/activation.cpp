@@ -40,7 +40,8 @@ namespace {
 
 // The parameter as it is multiplied with x.
 at::Tensor across_channels(const at::Tensor& parameter, const at::Tensor& x) {
-  if (parameter.sym_numel() == 1) return parameter.reshape({});
+  // One element keeps its dimension, which decides what it promotes x to.
+  if (parameter.sym_numel() == 1) return x.dim() == 0 ? parameter.reshape({}) : parameter;
   std::vector<int64_t> shape(x.dim() < 2 ? 1 : x.dim(), 1);
   shape[shape.size() == 1 ? 0 : 1] = -1;
   return parameter.reshape(shape);
@@ -82,16 +83,30 @@ std::tuple<at::Tensor, at::Tensor> prelu_backward(const at::Tensor& grad_y, cons
 }
 
 bool parametric_has_kernel(const at::Tensor& x, const at::Tensor& parameter) {
-  return has_kernel(x) && has_kernel(parameter) && same_dtype_and_device(x, parameter) && x.dim() > 0 && parameter.dim() <= 1 &&
+  return has_kernel(x) && has_kernel(parameter) && same_dtype_and_device(x, parameter) && parameter.dim() <= 1 &&
          (parameter.sym_numel() == 1 || (x.dim() >= 2 && parameter.sym_numel() == x.sym_size(1)));
 }
 
+namespace {
+
+// 1 where x > 0. at::rrelu, which refuses in its words what has no kernel, knows neither vmap nor, in place, forward AD.
+at::Tensor drawn_slopes(const at::Tensor& x, double lower, double upper) {
+  return at::where(x > 0, 1, at::empty_like(x).uniform_(lower, upper));
+}
+
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor> rrelu_with_mask(const at::Tensor& x, const at::Tensor&, double lower, double upper) {
-  return {at::rrelu(x, lower, upper, /*training=*/true), at::empty({0}, x.options().dtype(at::kByte))};
+  return {has_kernel(x) ? x * drawn_slopes(x, lower, upper) : at::rrelu(x, lower, upper, /*training=*/true),
+          at::empty({0}, x.options().dtype(at::kByte))};
 }
 
 at::Tensor rrelu_with_mask_(at::Tensor x, const at::Tensor&, double lower, double upper) {
-  at::rrelu_(x, lower, upper, /*training=*/true);
+  if (has_kernel(x)) {
+    x.mul_(drawn_slopes(x, lower, upper));
+  } else {
+    at::rrelu_(x, lower, upper, /*training=*/true);
+  }
   return at::empty({0}, x.options().dtype(at::kByte));
 }
 
