@@ -26,8 +26,9 @@ def extended(tensor):
 def spacing(magnitude, dtype):
     """The distance of neighbouring numbers of dtype at a magnitude, which may lie between two of them; that of the largest beyond it."""
     info = torch.finfo(dtype)
-    clamped = np.clip(np.asarray(magnitude, np.longdouble), info.smallest_normal, info.max)
-    return np.ldexp(np.longdouble(info.eps), np.frexp(clamped)[1] - 1)
+    # Each of the four types has its spacings in float64, whose frexp is ten times that of long double.
+    clamped = np.clip(magnitude, info.smallest_normal, info.max).astype(np.float64)
+    return np.ldexp(info.eps, np.frexp(clamped)[1] - 1)
 
 
 def ulps(actual, exact, dtype, unit):

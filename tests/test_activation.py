@@ -120,7 +120,8 @@ INPLACE = [act for act in ACTIVATIONS if act.has_inplace]
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, torch.float64, *SIXTEEN_BITS]
 ROUTED_DTYPES = [torch.int64, torch.bool, torch.complex64]
-SIZES = [0, 1, 7, 8, 9, 15, 16, 17, 63, 64, 65, 1009, 16383, 16384, 16385, 40009]
+# The last ones lie about the chunk that a thread takes.
+SIZES = [0, 1, 7, 8, 9, 15, 16, 17, 63, 64, 65, 1009, 32767, 32769]
 LAYOUTS = {
     "0-d": lambda make: make(()),
     "empty": lambda make: make(3, 0, 2),
@@ -196,7 +197,7 @@ def exact_value_and_grad(act, x, grad_y, param):
 @each_dtype
 @each_param
 def test_value_and_gradient(act, param, dtype):
-    for size in SIZES:
+    for size in SIZES if param == act.params[0] else (4099,):
         x, grad_y = torch.randn(size, dtype=dtype) * 4, torch.randn(size, dtype=dtype)
         y, grad_x = value_and_grad(act.function, x, grad_y, param)
         torch_y, torch_grad_x = value_and_grad(act.reference, x, grad_y, param)
@@ -209,7 +210,7 @@ def test_value_and_gradient(act, param, dtype):
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
-@each_param
+@pytest.mark.parametrize("act,param", [(act, param) for act in ACTIVATIONS for param in act.params[:2]], ids=str)
 def test_every_value_of_16_bits_is_rounded_once(act, param, dtype):
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     x = x[x.isfinite()]
@@ -285,7 +286,7 @@ def test_edge_values(act, dtype):
 @each_act
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 def test_nan_and_inf_stay_where_they_are(act, dtype, value):
-    for size in SIZES[1:-3]:
+    for size in SIZES[1:-2]:
         x, grad_y = torch.randn(size, dtype=dtype), torch.randn(size, dtype=dtype)
         clean_y, clean_grad_x = value_and_grad(act.function, x, grad_y)
         x[0] = x[-1] = value
@@ -938,7 +939,9 @@ def samples_of(op, dtype, requires_grad):
         samples += op.reference_inputs("cpu", dtype, requires_grad=requires_grad)
     for sample in samples:
         yield sample
-        yield sample.noncontiguous()
+        # An operator has three samples of a million elements, which bring no layout of their own.
+        if sample.input.numel() < 100_000:
+            yield sample.noncontiguous()
 
 
 def value_and_grads(function, args, kwargs, grad_y):
