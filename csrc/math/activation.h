@@ -98,17 +98,18 @@ struct Swish {
     const Logistic<T> s = logistic(beta * x);
     return scale_by_exp2(x * s.gate, s.exponent);
   }
-  GK_HOST_DEVICE T backward(T grad_y, T x) const { return gradient(grad_y, beta * x, logistic(beta * x)); }
+  GK_HOST_DEVICE T backward(T grad_y, T x) const { return gradient(grad_y, x, logistic(beta * x)); }
   // The gradient of x, with that of beta in grad_beta.
   GK_HOST_DEVICE T backward(T grad_y, T x, T& grad_beta) const {
     const Logistic<T> s = logistic(beta * x);
     grad_beta = grad_y * (scale_by_exp2(x * s.gate, s.exponent) * (x * s.complement));
-    return gradient(grad_y, beta * x, s);
+    return gradient(grad_y, x, s);
   }
 
  private:
-  static GK_HOST_DEVICE T gradient(T grad_y, T z, const Logistic<T>& s) {
-    return multiply_scaled(grad_y, s.gate * fma(z, s.complement, T(1)), s.exponent);
+  // Not with z, which may be infinite where x is not, and then meets a factor that is 0.
+  GK_HOST_DEVICE T gradient(T grad_y, T x, const Logistic<T>& s) const {
+    return multiply_scaled(grad_y, fma(x * s.gate, beta * s.complement, s.gate), s.exponent);
   }
 };
 
