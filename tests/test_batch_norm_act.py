@@ -23,7 +23,7 @@ from torch.testing._internal.common_modules import module_db
 from torch.utils.checkpoint import checkpoint
 
 import gradkernels as gk
-from accuracy import assert_accurate, assert_bitwise_equal, exact_batch_norm_act, extended, outcome
+from accuracy import SIXTEEN_BITS, assert_accurate, assert_bitwise_equal, exact_batch_norm_act, extended, outcome
 from gradkernels import reference
 
 OPS = torch.ops.gradkernels
@@ -487,14 +487,26 @@ def test_what_act_may_not_be():
         gk.BatchNormAct2d(3, act=nn.LeakyReLU(0.2), act_param=0.1)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+@pytest.mark.parametrize("parameters", ["of the same type", "float32"])
 @each_training
-def test_other_dtypes_are_torchs(training, dtype):
-    given = arguments((4, 3, 5, 5), residual=True)
-    for names in (tuple(given), ("x", "residual", "grad_y")):
-        low = given | {name: given[name].to(dtype) for name in names}
-        ours, theirs = (call(function, low, training, "leaky_relu") for function in (gk.batch_norm_act, reference.batch_norm_act))
-        assert_same_bits(ours, theirs)
+@each_residual
+@each_act
+@pytest.mark.parametrize(
+    "shape,channels_last", [((4, 3, 5, 5), False), ((6, 24, 9, 9), True), ((3, 8, 7, 7), False), ((33, 20), False), ((2, 3, 40, 50), False)]
+)
+def test_16_bits_are_rounded_once(shape, channels_last, act, residual, training, parameters, dtype):
+    given = arguments(shape, residual=residual)
+    given = given | cast({name: given[name] for name in (given if parameters == "of the same type" else ("x", "residual", "grad_y"))}, dtype)
+    if channels_last:
+        given["x"] = given["x"].contiguous(memory_format=torch.channels_last)
+    given = without_kinks(given, training, act)
+    ours, theirs = (call(function, given, training, act) for function in (gk.batch_norm_act, reference.batch_norm_act))
+    exact = call(reference.batch_norm_act, cast(given, torch.float64), training, act)
+    assert ours["y"].stride() == theirs["y"].stride()
+    for name, tensor in ours.items():
+        if tensor is not None:
+            assert_accurate(name, tensor, theirs[name], exact[name], per="tensor")
 
 
 # running statistics

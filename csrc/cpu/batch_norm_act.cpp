@@ -92,7 +92,7 @@ void batch_norm_act_backward(const BatchNormBackward& p) {
   const Kernels& isa = kernels();
   const bool needs_sums = p.grad_weight != nullptr || p.grad_bias != nullptr || p.grad_residual != nullptr || p.training;
   // An exponential costs more than dz on its way through the cache.
-  const bool copies_dz = p.grad_x != nullptr && p.grad_residual == nullptr &&
+  const bool copies_dz = p.grad_x != nullptr && (p.grad_residual == nullptr || size_of(p.dtype) == 2) &&
                          (p.act.kind == math::ActivationKind::kElu || p.act.kind == math::ActivationKind::kSwish);
   const auto apply = [&](Slab slab, const math::GradientSums* sums, const void* dz_copy) {
     if (p.grad_x != nullptr) isa.batch_norm_gradient_input(p, slab, sums, dz_copy);

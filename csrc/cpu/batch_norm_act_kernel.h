@@ -136,10 +136,7 @@ void short_run_moments(const scalar_t* x, const Lines& lines, math::Moments<doub
     rows_before += rows;
   });
   for (int64_t c = 0; c < lines.channels(); ++c) {
-    out[c] = {0.0, 0.0, 0.0};
-    for (int64_t i = c * lines.inner; i < (c + 1) * lines.inner; ++i) {
-      out[c] = math::merge(out[c], math::Moments<double>{rows_before, means.value[i], m2s.value[i]});
-    }
+    out[c] = math::merge_of_equal_counts(rows_before, lines.inner, means.value + c * lines.inner, m2s.value + c * lines.inner);
   }
 }
 
@@ -330,8 +327,8 @@ struct GradientCoefficients {
 
 void batch_norm_gradient_input_kernel(const BatchNormBackward& p, Slab slab, const math::GradientSums* sums, const void* dz_copy) {
   BatchNormBackward source = p;
-  if (p.grad_residual != nullptr) {
-    // dz is already there: the first pass has left it.
+  if (p.grad_residual != nullptr && size_of(p.dtype) > 2) {
+    // dz is already there: the first pass has left it, though of 16 bits only rounded.
     source.grad_y = p.grad_residual;
     source.act.kind = math::ActivationKind::kIdentity;
     source.mask = nullptr;

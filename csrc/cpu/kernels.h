@@ -18,7 +18,7 @@ struct Slab {
   int64_t inner_begin, inner_end;
 };
 
-constexpr int64_t kMaxColumns = 512;
+constexpr int64_t kMaxColumns = 1024;
 
 // Of a piece of a gradient: sum |x factor|^p for p of 1 and 2, max |x|, and how many elements are nan or inf. `factor` other than 1 is for
 // float64 alone.
@@ -46,7 +46,7 @@ struct Kernels {
   // Per channel of the slab, into out[0...]; writes grad_residual where it is asked for. dz_copy: null, or where dz of the slab is left,
   // line by line, in the type it is computed in.
   void (*batch_norm_gradient_sums)(const BatchNormBackward&, Slab, math::GradientSums* out, void* dz_copy);
-  // From the sums of all channels. Where grad_residual was written, dz is read from it, or else from dz_copy unless that is null.
+  // From the sums of all channels. dz is read from dz_copy unless that is null, or else from a grad_residual that holds it unrounded.
   void (*batch_norm_gradient_input)(const BatchNormBackward&, Slab, const math::GradientSums* sums, const void* dz_copy);
 
   PartialNorm (*partial_norm)(DType, Norm, int64_t count, const void* x, double factor);

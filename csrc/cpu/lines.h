@@ -216,7 +216,7 @@ struct LongRuns {
 // A value a column; a lane past the last column holds anything.
 template <typename T>
 struct Columns {
-  alignas(64) T value[kMaxColumns];
+  alignas(64) T value[kMaxColumns + Vec<T>::kLanes];
 
   Columns() = default;
   explicit GK_INLINE Columns(const Lines& lines) {
@@ -224,6 +224,10 @@ struct Columns {
   }
   GK_INLINE Vec<T> load(int64_t column) const { return Vec<T>::load(value + column); }
   GK_INLINE void store(int64_t column, Vec<T> x) { x.store(value + column); }
+  // The same value at `count` columns from this one on; what it leaves beyond is for the next call to overwrite.
+  GK_INLINE void spread(int64_t column, int64_t count, T x) {
+    for (int64_t i = 0; i < count; i += Vec<T>::kLanes) store(column + i, Vec<T>(x));
+  }
 };
 
 struct ShortRuns {
@@ -243,15 +247,12 @@ struct ShortRuns {
     template <typename OfChannel>
     GK_INLINE Coefficients(const Lines& lines, const OfChannel& of_channel) {
       int64_t column = 0;
-      for (int64_t channel = lines.channel_begin; channel < lines.channel_end; ++channel) {
-        const C<opmath> coefficients = of_channel(channel);
-        for (const int64_t end = column + lines.inner; column < end; ++column) {
-          int member = 0;
-          coefficients.template map<int>([&](opmath x) GK_INLINE_LAMBDA {
-            member_[member].value[column] = x;
-            return member++;
-          });
-        }
+      for (int64_t channel = lines.channel_begin; channel < lines.channel_end; ++channel, column += lines.inner) {
+        int member = 0;
+        of_channel(channel).template map<int>([&](opmath x) GK_INLINE_LAMBDA {
+          member_[member].spread(column, lines.inner, x);
+          return member++;
+        });
       }
     }
     GK_INLINE C<Vec<opmath>> at(int64_t column) const {
@@ -267,8 +268,8 @@ struct ShortRuns {
    public:
     GK_INLINE Doubles(const Lines& lines, const double* of_channel) {
       int64_t column = 0;
-      for (int64_t channel = lines.channel_begin; channel < lines.channel_end; ++channel) {
-        for (const int64_t end = column + lines.inner; column < end; ++column) value_.value[column] = of_channel[channel];
+      for (int64_t channel = lines.channel_begin; channel < lines.channel_end; ++channel, column += lines.inner) {
+        value_.spread(column, lines.inner, of_channel[channel]);
       }
     }
     GK_INLINE Vec<double> at(int64_t column, int part) const { return value_.load(column + part * Vec<double>::kLanes); }
@@ -288,7 +289,11 @@ struct ShortRuns {
     GK_INLINE double of_channel(const Lines& lines, int64_t c, int n) const {
       math::Sum<double> sum{0.0, 0.0};
       for (int64_t i = c * lines.inner; i < (c + 1) * lines.inner; ++i) {
-        math::add(sum, high_[n].value[i]);
+        if constexpr (sizeof(opmath) == sizeof(double)) {
+          math::add(sum, high_[n].value[i]);
+        } else {
+          sum.high += high_[n].value[i];
+        }
         sum.low += low_[n].value[i];
       }
       return sum.high + sum.low;

@@ -18,6 +18,10 @@ constexpr int64_t kWholeElementsOfMany = 1024 * 1024;
 // What a task takes of a channel that is cut, and about the least that is worth a thread.
 constexpr int64_t kPartElements = 64 * 1024;
 constexpr int64_t kGrainElements = 16 * 1024;
+// A row of fewer columns than these, with a gap to the next one, is a poor piece of memory to read.
+constexpr int64_t kNarrowColumns = 256;
+// What has to be made ready for each column of a part is shared by this many rows.
+constexpr int64_t kLeastRows = 256;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -31,15 +35,19 @@ class Slabs {
       channels_ = 1;
       if (goes_twice && shape.channels >= kManyChannels) limit = kWholeElementsOfMany;
     } else {
-      // Wide for the loops, narrow for the threads; a multiple of 8 channels keeps the bytes of the mask apart.
+      // Wide for the loops, narrow for the threads; a multiple of 8 channels keeps the bytes of the mask apart. Where narrow columns would
+      // be cut anyway, as wide as can be: a part's rows then follow each other in memory.
       const int64_t wish = std::clamp(elements * shape.channels / 16, kGrainElements, 2 * kPartElements) / shape.rows;
-      const int64_t columns = std::clamp<int64_t>(wish, kShortRunElements, kMaxColumns);
+      const int64_t columns = elements * kNarrowColumns > limit ? kMaxColumns : std::clamp<int64_t>(wish, kShortRunElements, kMaxColumns);
       channels_ = std::min(std::max<int64_t>(columns / shape.inner / 8 * 8, 8), shape.channels);
     }
     if (elements * channels_ > limit) {
-      const int64_t width = channels_ * shape.inner;
-      rows_ = std::clamp<int64_t>(kPartElements / width, 1, shape.rows);
-      if (shape.inner >= kShortRunElements) inner_ = std::min(shape.inner, kPartElements);
+      if (shape.inner >= kShortRunElements) {
+        rows_ = std::clamp<int64_t>(kPartElements / shape.inner, 1, shape.rows);
+        inner_ = std::min(shape.inner, kPartElements);
+      } else {
+        rows_ = std::min(std::max(kPartElements / (channels_ * shape.inner), kLeastRows), shape.rows);
+      }
     }
     channel_slabs_ = divide_up(shape.channels, channels_);
     row_slabs_ = divide_up(shape.rows, rows_);

@@ -32,6 +32,22 @@ GK_HOST_DEVICE Moments<T> merge(const Moments<T>& a, const Moments<T>& b) {
   return {count, a.mean + delta * weight, a.m2 + b.m2 + delta * (delta * (a.count * weight))};
 }
 
+// Moments of the union of `sets` sets of `count` elements each: the mean of the means, and M2 with what the means differ by. One division,
+// where merging them in turn takes one for each. The first mean is taken off, lest means of one sign add up beyond their digits.
+GK_HOST_DEVICE Moments<double> merge_of_equal_counts(double count, int64_t sets, const double* mean, const double* m2) {
+  if (sets == 1) return {count, mean[0], m2[0]};
+  double delta_sum = 0.0;
+  for (int64_t i = 0; i < sets; ++i) delta_sum += mean[i] - mean[0];
+  const double mean_delta = delta_sum / static_cast<double>(sets);
+  double within = 0.0, between = 0.0;
+  for (int64_t i = 0; i < sets; ++i) {
+    const double difference = mean[i] - mean[0] - mean_delta;
+    within += m2[i];
+    between = fma(difference, difference, between);
+  }
+  return {count * static_cast<double>(sets), mean[0] + mean_delta, fma(count, between, within)};
+}
+
 // 1 / sqrt(var + eps), and 0 for a constant channel with eps = 0, as torch's. One Newton step with the exact residual takes back the
 // roundings of the root and of the quotient: every output scales with this number.
 GK_HOST_DEVICE double inverse_std(double variance, double eps) {
