@@ -53,6 +53,9 @@ def elu(x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
         y = x                   where x > 0
         y = alpha (e^x - 1)     elsewhere
 
+    For float32 and alpha=1, y is within 1 ulp of the exact value, and the gradient, which is read off the output, within 1 ulp
+    of alpha.
+
     Args:
         x: any shape; floating point.
         alpha: minus the value reached far left of zero, in units of y.
@@ -83,6 +86,7 @@ def swish(x: Tensor, beta: float | Tensor = 1.0) -> Tensor:
 
         y = x sigmoid(beta x)
 
+    For float32 and beta=1, y is within 2.1 ulp of the exact value, and the gradient within 2.6 ulp of the size of its terms.
     The gradient of a tensor beta is reduced in the pass that computes that of x, in float64 and in an order that the number of
     threads does not change.
 

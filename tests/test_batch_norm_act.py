@@ -497,7 +497,8 @@ def test_what_act_may_not_be():
 )
 def test_16_bits_are_rounded_once(shape, channels_last, act, residual, training, parameters, dtype):
     given = arguments(shape, residual=residual)
-    given = given | cast({name: given[name] for name in (given if parameters == "of the same type" else ("x", "residual", "grad_y"))}, dtype)
+    narrowed = given if parameters == "of the same type" else ("x", "residual", "grad_y")
+    given = given | cast({name: given[name] for name in narrowed}, dtype)
     if channels_last:
         given["x"] = given["x"].contiguous(memory_format=torch.channels_last)
     given = without_kinks(given, training, act)
