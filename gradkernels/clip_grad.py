@@ -83,7 +83,7 @@ def clip_grad_norm_(
             return total_norm
 
     tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
-    grads = [grad for grad in [tensor.grad for tensor in tensors] if grad is not None]
+    grads = _grads(tensors)
     with torch.no_grad():
         if _is_sharded(grads, norm_type):
             total_norm = _sharded_total_norm(grads, norm_type)
@@ -166,7 +166,7 @@ def clip_grads_with_norm_(parameters: Parameters, max_norm: float, total_norm: T
         tensor([0.3000, 0.4000])
     """
     tensors = _tensors(_entries(parameters))
-    grads = [grad for grad in [tensor.grad for tensor in tensors] if grad is not None]
+    grads = _grads(tensors)
     with torch.no_grad():
         if isinstance(total_norm, Tensor) and (applies(grads) or _is_sharded(grads, 2.0)):
             scale_(grads, float(max_norm), sharded.full(total_norm))
@@ -202,7 +202,7 @@ def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | 
     """
     tensors = _tensors(_entries(parameters))
     clip_value = float(clip_value)
-    grads = [grad for grad in [tensor.grad for tensor in tensors] if grad is not None]
+    grads = _grads(tensors)
     with torch.no_grad():
         is_sharded = _is_sharded(grads, 2.0)
         shards = sharded.local_tensors(grads) if is_sharded else grads
@@ -338,6 +338,10 @@ def _entries(parameters: Parameters) -> _Entries:
 
 def _tensors(entries: _Entries) -> list[Tensor]:
     return [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
+
+
+def _grads(tensors: list[Tensor]) -> list[Tensor]:
+    return [grad for grad in [tensor.grad for tensor in tensors] if grad is not None]
 
 
 def native_library() -> Any:

@@ -242,6 +242,27 @@ struct Backward {
   }
 };
 
+// What the kernels are given, but for the gradients they are to write; grad_y, x and residual in the layout of b.
+BatchNormBackward backward_problem(const Backward& b, const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& mean,
+                                   const at::Tensor& invstd, const OptionalTensor& weight, const OptionalTensor& bias,
+                                   const at::Tensor& residual, const OptionalTensor& mask, bool training) {
+  BatchNormBackward p{};
+  p.dtype = dtype_of(x);
+  p.parameter_dtype = dtype_of(parameter_dtype(x, {weight, bias}));
+  p.shape = b.layout.shape();
+  p.act = b.act;
+  p.training = training;
+  p.grad_y = grad_y.const_data_ptr();
+  p.x = x.const_data_ptr();
+  p.residual = data_of(residual);
+  p.mask = static_cast<const uint8_t*>(data_of(mask));
+  p.weight = data_of(weight);
+  p.bias = data_of(bias);
+  p.mean = mean.const_data_ptr<double>();
+  p.invstd = invstd.const_data_ptr<double>();
+  return p;
+}
+
 BatchNormActGradients batch_norm_act_backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& mean,
                                               const at::Tensor& invstd, const OptionalTensor& weight, const OptionalTensor& bias,
                                               const OptionalTensor& residual, const OptionalTensor& mask, bool training,
@@ -255,11 +276,12 @@ BatchNormActGradients batch_norm_act_backward(const at::Tensor& grad_y, const at
   const at::Tensor source = x.contiguous(format);
   const at::Tensor added = is_given(residual) ? residual->contiguous(format) : at::Tensor();
   const auto wanted = [&](int i, const at::Tensor& gradient) { return output_mask[i] ? gradient.mutable_data_ptr() : nullptr; };
-  cpu::batch_norm_act_backward({dtype_of(x), dtype_of(parameter_dtype(x, {weight, bias})), b.layout.shape(), b.act, training,
-                                source_of_grad_y.const_data_ptr(), source.const_data_ptr(), data_of(added),
-                                static_cast<const uint8_t*>(data_of(mask)), data_of(weight), data_of(bias), mean.const_data_ptr<double>(),
-                                invstd.const_data_ptr<double>(), wanted(0, grad_x), wanted(1, grad_weight), wanted(2, grad_bias),
-                                wanted(3, grad_residual)});
+  BatchNormBackward p = backward_problem(b, source_of_grad_y, source, mean, invstd, weight, bias, added, mask, training);
+  p.grad_x = wanted(0, grad_x);
+  p.grad_weight = wanted(1, grad_weight);
+  p.grad_bias = wanted(2, grad_bias);
+  p.grad_residual = wanted(3, grad_residual);
+  cpu::batch_norm_act_backward(p);
   return b.gradients;
 }
 
@@ -519,26 +541,6 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_act_elemt_meta(const at::Tensor& x
   return {at::empty_like(x, layout.format), empty_mask(x, layout, needs_mask)};
 }
 
-BatchNormBackward backward_problem(const Backward& b, const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& mean,
-                                   const at::Tensor& invstd, const OptionalTensor& weight, const OptionalTensor& bias,
-                                   const at::Tensor& residual, const OptionalTensor& mask) {
-  BatchNormBackward p{};
-  p.dtype = dtype_of(x);
-  p.parameter_dtype = dtype_of(parameter_dtype(x, {weight, bias}));
-  p.shape = b.layout.shape();
-  p.act = b.act;
-  p.training = true;
-  p.grad_y = grad_y.const_data_ptr();
-  p.x = x.const_data_ptr();
-  p.residual = data_of(residual);
-  p.mask = static_cast<const uint8_t*>(data_of(mask));
-  p.weight = data_of(weight);
-  p.bias = data_of(bias);
-  p.mean = mean.const_data_ptr<double>();
-  p.invstd = invstd.const_data_ptr<double>();
-  return p;
-}
-
 std::tuple<at::Tensor, at::Tensor> batch_norm_act_backward_reduce(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& mean,
                                                                   const at::Tensor& invstd, const OptionalTensor& weight,
                                                                   const OptionalTensor& bias, const OptionalTensor& residual,
@@ -558,7 +560,7 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_act_backward_reduce(const at::Tens
   const at::Tensor source = x.contiguous(b.layout.format);
   const at::Tensor added = is_given(residual) ? residual->contiguous(b.layout.format) : at::Tensor();
   at::Tensor sums = at::empty_symint({2 * b.layout.channels}, mean.options());
-  BatchNormBackward p = backward_problem(b, source_of_grad_y, source, mean, invstd, weight, bias, added, mask);
+  BatchNormBackward p = backward_problem(b, source_of_grad_y, source, mean, invstd, weight, bias, added, mask, /*training=*/true);
   if (residual_g) p.grad_residual = grad_residual.mutable_data_ptr();
   cpu::batch_norm_act_backward_reduce(p, sums.mutable_data_ptr<double>());
   return {sums, grad_residual};
@@ -600,7 +602,7 @@ at::Tensor batch_norm_act_backward_elemt(const at::Tensor& grad_y, const at::Ten
   const at::Tensor source_of_grad_y = grad_y.contiguous(b.layout.format);
   const at::Tensor source = x.contiguous(b.layout.format);
   const at::Tensor added = is_given(residual) ? residual->contiguous(b.layout.format) : at::Tensor();
-  BatchNormBackward p = backward_problem(b, source_of_grad_y, source, mean, invstd, weight, bias, added, mask);
+  BatchNormBackward p = backward_problem(b, source_of_grad_y, source, mean, invstd, weight, bias, added, mask, /*training=*/true);
   p.grad_x = grad_x.mutable_data_ptr();
   cpu::batch_norm_act_backward_elemt(p, sums.const_data_ptr<double>(), count.item<double>());
   return grad_x;
