@@ -4,7 +4,6 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/elu_backward.h>
 #include <ATen/ops/empty_like.h>
-#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
@@ -22,14 +21,7 @@ using Strides = std::vector<c10::SymInt>;
 // Those of the copy that the kernel works on where x has gaps.
 Strides strides_of(const at::Tensor& x) { return (x.is_non_overlapping_and_dense() ? x : at::empty_like(x)).sym_strides().vec(); }
 
-// Makes y the result that `node` differentiates.
-template <typename Node>
-at::Tensor recorded(at::Tensor y, const Node& node) {
-  torch::autograd::set_history(y, node);
-  return y;
-}
-
-// The same for x, which has been written.
+// Makes x, which has been written, the result that `node` differentiates.
 template <typename Node>
 void recorded_in_place(at::Tensor x, const Node& node) {
   increment_version(x);

@@ -4,7 +4,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
@@ -18,7 +18,6 @@
 
 namespace gradkernels::autograd {
 
-using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 inline bool has_tangent(const at::Tensor& x) { return x.defined() && x._fw_grad(/*level=*/0).defined(); }
@@ -46,7 +45,7 @@ auto call_below_autograd(Args&&... args) {
   return call<Operator>(std::forward<Args>(args)...);
 }
 
-// For what an autograd::Function marks dirty: that counts the version, and the ADInplaceOrView kernel must not count it again.
+// For callers that count the version of what is written themselves: the ADInplaceOrView kernel must not count it again.
 template <typename Operator, typename... Args>
 auto call_below_version_counting(Args&&... args) {
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -132,6 +131,13 @@ auto gradient_of(const Inputs&... inputs) {
   }(std::common_type<Node>());
   node->set_next_edges(torch::autograd::collect_next_edges(inputs...));
   return node;
+}
+
+// Makes y the result that `node` differentiates.
+template <typename Node>
+at::Tensor recorded(at::Tensor y, const Node& node) {
+  torch::autograd::set_history(y, node);
+  return y;
 }
 
 }  // namespace gradkernels::autograd

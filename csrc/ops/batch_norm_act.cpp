@@ -95,6 +95,12 @@ void check_num_batches_tracked(const OptionalTensor& count) {
               "num_batches_tracked must be one int64 element");
 }
 
+// The weight of this batch in the running statistics; without a momentum that of an average over the batches counted so far and this one.
+double exponential_average_factor(std::optional<double> momentum, const OptionalTensor& num_batches_tracked) {
+  if (momentum.has_value() || !is_given(num_batches_tracked)) return momentum.value_or(0.0);
+  return 1.0 / static_cast<double>(num_batches_tracked->item<int64_t>() + 1);
+}
+
 }  // namespace
 
 bool composite::batch_norm_act_has_kernel(const at::Tensor& x, const OptionalTensor& running_mean, const OptionalTensor& running_var,
@@ -131,9 +137,8 @@ BatchNormActResult composite::batch_norm_act(const at::Tensor& x, const Optional
   activation(act, act_param);
   check_residual(x, residual);
   check_num_batches_tracked(num_batches_tracked);
-  const bool counts = training && is_given(num_batches_tracked);
-  double factor = momentum.value_or(0.0);
-  if (counts && !momentum.has_value()) factor = 1.0 / static_cast<double>(num_batches_tracked->item<int64_t>() + 1);
+  const OptionalTensor counted = training ? num_batches_tracked : OptionalTensor();
+  const double factor = exponential_average_factor(momentum, counted);
   const auto batch_norm = [&](const OptionalTensor& mean, const OptionalTensor& var) {
     return at::batch_norm(x, weight, bias, mean, var, training, factor, eps, at::globalContext().userEnabledCuDNN());
   };
@@ -141,12 +146,54 @@ BatchNormActResult composite::batch_norm_act(const at::Tensor& x, const Optional
   const bool elsewhere = (is_given(weight) && weight->device() != x.device()) || (is_given(bias) && bias->device() != x.device());
   if (elsewhere && is_given(running_mean) && is_given(running_var)) batch_norm(running_mean->clone(), running_var->clone());
   const at::Tensor z = batch_norm(running_mean, running_var);
-  if (counts) num_batches_tracked->add_(1);
+  if (is_given(counted)) counted->add_(1);
   const at::Tensor none = at::empty({0}, x.options());
   return {add_and_activate(z, residual, act, act_param), none.to(at::kDouble), none.to(at::kDouble), none.to(at::kByte)};
 }
 
 namespace {
+
+// In the layout of the kernels, copied where they are not.
+struct Operands {
+  at::Tensor x, residual, grad_y;
+
+  Operands(const Layout& layout, const at::Tensor& x, const OptionalTensor& residual, const at::Tensor& grad_y = {})
+      : x(x.contiguous(layout.format)),
+        residual(is_given(residual) ? residual->contiguous(layout.format) : at::Tensor()),
+        grad_y(grad_y.defined() ? grad_y.contiguous(layout.format) : at::Tensor()) {}
+};
+
+// The checks and the outputs of the forward operators, for kernels and tracing alike.
+struct Forward {
+  Activation act;
+  Layout layout;
+  at::Tensor y, mask;
+
+  Forward(const at::Tensor& x, const OptionalTensor& residual, c10::string_view name, double act_param)
+      : act(activation(name, act_param)),
+        layout((check_residual(x, residual), x)),
+        y(at::empty_like(x, layout.format)),
+        mask(empty_mask(x, layout, is_given(residual) && act.has_two_slopes())) {}
+
+  // What the kernels are given, but for running statistics.
+  BatchNormForward problem(const Operands& operands, const OptionalTensor& weight, const OptionalTensor& bias, const at::Tensor& mean,
+                           const at::Tensor& invstd) const {
+    BatchNormForward p{};
+    p.dtype = dtype_of(y);
+    p.parameter_dtype = dtype_of(parameter_dtype(y, {weight, bias}));
+    p.shape = layout.shape();
+    p.act = act;
+    p.x = operands.x.const_data_ptr();
+    p.residual = data_of(operands.residual);
+    p.weight = data_of(weight);
+    p.bias = data_of(bias);
+    p.mean = mean.mutable_data_ptr<double>();
+    p.invstd = invstd.mutable_data_ptr<double>();
+    p.y = on_huge_pages(y).mutable_data_ptr();
+    p.mask = mask.numel() == 0 ? nullptr : mask.mutable_data_ptr<uint8_t>();
+    return p;
+  }
+};
 
 BatchNormActResult batch_norm_act(const at::Tensor& x, const OptionalTensor& running_mean, const OptionalTensor& running_var,
                                   const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
@@ -156,26 +203,22 @@ BatchNormActResult batch_norm_act(const at::Tensor& x, const OptionalTensor& run
     return composite::batch_norm_act(x, running_mean, running_var, weight, bias, residual, num_batches_tracked, training, momentum, eps,
                                      act, act_param);
   }
-  const Activation activation_of_y = activation(act, act_param);
-  check_residual(x, residual);
+  const Forward f(x, residual, act, act_param);
   check_num_batches_tracked(num_batches_tracked);
-  const Layout layout(x);
-  const at::Tensor source = x.contiguous(layout.format);
-  const at::Tensor added = is_given(residual) ? residual->contiguous(layout.format) : at::Tensor();
-  at::Tensor y = on_huge_pages(at::empty_like(source, layout.format));
-  at::Tensor mean = at::empty_symint({layout.channels}, x.options().dtype(at::kDouble));
+  const Operands operands(f.layout, x, residual);
+  at::Tensor mean = at::empty_symint({f.layout.channels}, x.options().dtype(at::kDouble));
   at::Tensor invstd = at::empty_like(mean);
-  at::Tensor mask = empty_mask(x, layout, added.defined() && activation_of_y.has_two_slopes());
-  double factor = momentum.value_or(0.0);
-  int64_t* count = training && is_given(num_batches_tracked) ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr;
-  if (count != nullptr && !momentum.has_value()) factor = 1.0 / static_cast<double>(*count + 1);
-  const DType parameters = dtype_of(parameter_dtype(x, {running_mean, running_var, weight, bias}));
-  cpu::batch_norm_act_forward({dtype_of(x), parameters, layout.shape(), activation_of_y, training, factor, eps, source.const_data_ptr(),
-                               data_of(added), data_of(weight), data_of(bias), mutable_data_of(running_mean), mutable_data_of(running_var),
-                               mean.mutable_data_ptr<double>(), invstd.mutable_data_ptr<double>(), y.mutable_data_ptr(),
-                               mask.numel() == 0 ? nullptr : mask.mutable_data_ptr<uint8_t>()});
-  if (count != nullptr) ++*count;
-  return {y, mean, invstd, mask};
+  BatchNormForward p = f.problem(operands, weight, bias, mean, invstd);
+  p.parameter_dtype = dtype_of(parameter_dtype(x, {running_mean, running_var, weight, bias}));
+  p.training = training;
+  p.eps = eps;
+  p.running_mean = mutable_data_of(running_mean);
+  p.running_var = mutable_data_of(running_var);
+  const OptionalTensor counted = training ? num_batches_tracked : OptionalTensor();
+  p.momentum = exponential_average_factor(momentum, counted);
+  cpu::batch_norm_act_forward(p);
+  if (is_given(counted)) ++*counted->mutable_data_ptr<int64_t>();
+  return {f.y, mean, invstd, f.mask};
 }
 
 BatchNormActResult batch_norm_act_meta(const at::Tensor& x, const OptionalTensor& running_mean, const OptionalTensor& running_var,
@@ -186,13 +229,10 @@ BatchNormActResult batch_norm_act_meta(const at::Tensor& x, const OptionalTensor
     return composite::batch_norm_act(x, running_mean, running_var, weight, bias, residual, num_batches_tracked, training, momentum, eps,
                                      act, act_param);
   }
-  const Activation activation_of_y = activation(act, act_param);
-  check_residual(x, residual);
+  const Forward f(x, residual, act, act_param);
   check_num_batches_tracked(num_batches_tracked);
-  const Layout layout(x);
-  at::Tensor mean = at::empty_symint({layout.channels}, x.options().dtype(at::kDouble));
-  return {at::empty_like(x, layout.format), mean, at::empty_like(mean),
-          empty_mask(x, layout, is_given(residual) && activation_of_y.has_two_slopes())};
+  at::Tensor mean = at::empty_symint({f.layout.channels}, x.options().dtype(at::kDouble));
+  return {f.y, mean, at::empty_like(mean), f.mask};
 }
 
 using BatchNormActGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -201,7 +241,7 @@ using BatchNormActGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at:
 struct Backward {
   Activation act;
   Layout layout;
-  BatchNormActGradients gradients;
+  at::Tensor grad_x, grad_weight, grad_bias, grad_residual;
 
   Backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& mean, const at::Tensor& invstd, const OptionalTensor& weight,
            const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask, c10::string_view name, double act_param,
@@ -214,12 +254,40 @@ struct Backward {
     } else {
       TORCH_CHECK(!is_given(residual) || !act.has_two_slopes(), "batch_norm_act_backward: ", name, " with a residual needs the mask");
     }
-    const at::Tensor none = at::empty({0}, x.options());
     const at::TensorOptions of_parameters = x.options().dtype(parameter_dtype(x, {weight, bias}));
-    gradients = {output_mask[0] ? at::empty_like(x, layout.format) : none,
-                 output_mask[1] ? at::empty_symint({layout.channels}, of_parameters) : at::empty_like(none),
-                 output_mask[2] ? at::empty_symint({layout.channels}, of_parameters) : at::empty_like(none),
-                 output_mask[3] ? at::empty_like(x, layout.format) : at::empty_like(none)};
+    const auto like_x = [&](bool wanted) { return wanted ? at::empty_like(x, layout.format) : at::empty({0}, x.options()); };
+    const auto like_weight = [&](bool wanted) { return at::empty_symint({wanted ? layout.channels : c10::SymInt(0)}, of_parameters); };
+    grad_x = like_x(output_mask[0]);
+    grad_weight = like_weight(output_mask[1]);
+    grad_bias = like_weight(output_mask[2]);
+    grad_residual = like_x(output_mask[3]);
+  }
+
+  BatchNormActGradients gradients() const { return {grad_x, grad_weight, grad_bias, grad_residual}; }
+
+  // What the kernels are given.
+  BatchNormBackward problem(const Operands& operands, const at::Tensor& mean, const at::Tensor& invstd, const OptionalTensor& weight,
+                            const OptionalTensor& bias, const OptionalTensor& mask, bool training) const {
+    const auto written = [](const at::Tensor& gradient) { return gradient.numel() == 0 ? nullptr : gradient.mutable_data_ptr(); };
+    BatchNormBackward p{};
+    p.dtype = dtype_of(operands.x);
+    p.parameter_dtype = dtype_of(grad_weight);
+    p.shape = layout.shape();
+    p.act = act;
+    p.training = training;
+    p.grad_y = operands.grad_y.const_data_ptr();
+    p.x = operands.x.const_data_ptr();
+    p.residual = data_of(operands.residual);
+    p.mask = static_cast<const uint8_t*>(data_of(mask));
+    p.weight = data_of(weight);
+    p.bias = data_of(bias);
+    p.mean = mean.const_data_ptr<double>();
+    p.invstd = invstd.const_data_ptr<double>();
+    p.grad_x = written(on_huge_pages(grad_x));
+    p.grad_weight = written(grad_weight);
+    p.grad_bias = written(grad_bias);
+    p.grad_residual = written(on_huge_pages(grad_residual));
+    return p;
   }
 
  private:
@@ -242,54 +310,20 @@ struct Backward {
   }
 };
 
-// What the kernels are given, but for the gradients they are to write; grad_y, x and residual in the layout of b.
-BatchNormBackward backward_problem(const Backward& b, const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& mean,
-                                   const at::Tensor& invstd, const OptionalTensor& weight, const OptionalTensor& bias,
-                                   const at::Tensor& residual, const OptionalTensor& mask, bool training) {
-  BatchNormBackward p{};
-  p.dtype = dtype_of(x);
-  p.parameter_dtype = dtype_of(parameter_dtype(x, {weight, bias}));
-  p.shape = b.layout.shape();
-  p.act = b.act;
-  p.training = training;
-  p.grad_y = grad_y.const_data_ptr();
-  p.x = x.const_data_ptr();
-  p.residual = data_of(residual);
-  p.mask = static_cast<const uint8_t*>(data_of(mask));
-  p.weight = data_of(weight);
-  p.bias = data_of(bias);
-  p.mean = mean.const_data_ptr<double>();
-  p.invstd = invstd.const_data_ptr<double>();
-  return p;
-}
-
 BatchNormActGradients batch_norm_act_backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& mean,
                                               const at::Tensor& invstd, const OptionalTensor& weight, const OptionalTensor& bias,
                                               const OptionalTensor& residual, const OptionalTensor& mask, bool training,
                                               c10::string_view act, double act_param, std::array<bool, 4> output_mask) {
-  Backward b(grad_y, x, mean, invstd, weight, bias, residual, mask, act, act_param, output_mask);
-  auto& [grad_x, grad_weight, grad_bias, grad_residual] = b.gradients;
-  on_huge_pages(grad_x);
-  on_huge_pages(grad_residual);
-  const at::MemoryFormat format = b.layout.format;
-  const at::Tensor source_of_grad_y = grad_y.contiguous(format);
-  const at::Tensor source = x.contiguous(format);
-  const at::Tensor added = is_given(residual) ? residual->contiguous(format) : at::Tensor();
-  const auto wanted = [&](int i, const at::Tensor& gradient) { return output_mask[i] ? gradient.mutable_data_ptr() : nullptr; };
-  BatchNormBackward p = backward_problem(b, source_of_grad_y, source, mean, invstd, weight, bias, added, mask, training);
-  p.grad_x = wanted(0, grad_x);
-  p.grad_weight = wanted(1, grad_weight);
-  p.grad_bias = wanted(2, grad_bias);
-  p.grad_residual = wanted(3, grad_residual);
-  cpu::batch_norm_act_backward(p);
-  return b.gradients;
+  const Backward b(grad_y, x, mean, invstd, weight, bias, residual, mask, act, act_param, output_mask);
+  cpu::batch_norm_act_backward(b.problem(Operands(b.layout, x, residual, grad_y), mean, invstd, weight, bias, mask, training));
+  return b.gradients();
 }
 
 BatchNormActGradients batch_norm_act_backward_meta(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& mean,
                                                    const at::Tensor& invstd, const OptionalTensor& weight, const OptionalTensor& bias,
                                                    const OptionalTensor& residual, const OptionalTensor& mask, bool, c10::string_view act,
                                                    double act_param, std::array<bool, 4> output_mask) {
-  return Backward(grad_y, x, mean, invstd, weight, bias, residual, mask, act, act_param, output_mask).gradients;
+  return Backward(grad_y, x, mean, invstd, weight, bias, residual, mask, act, act_param, output_mask).gradients();
 }
 
 // ---- The parts, between which many processes exchange what they have found
@@ -434,16 +468,13 @@ GatheredStats batch_norm_act_gather_stats(const at::Tensor& moments, const Optio
   count.copy_(moments.select(1, 0).sum(0, true));
   TORCH_CHECK_VALUE(count.item<double>() != 1.0,
                     "Expected more than 1 value per channel when training, got 1 in the batches of all processes together");
-  int64_t* batches = is_given(num_batches_tracked) ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr;
-  double factor = momentum.value_or(0.0);
-  if (batches != nullptr && !momentum.has_value()) factor = 1.0 / static_cast<double>(*batches + 1);
   // The kernel writes float64, and what is stored is rounded from that.
   const auto in_double = [](const OptionalTensor& running) { return is_given(running) ? running->to(at::kDouble) : at::Tensor(); };
   const at::Tensor wide_mean = in_double(running_mean), wide_var = in_double(running_var);
   BatchNormForward p{};
   p.parameter_dtype = DType::kFloat64;
   p.shape = {0, mean.numel(), 0};
-  p.momentum = factor;
+  p.momentum = exponential_average_factor(momentum, num_batches_tracked);
   p.eps = eps;
   p.running_mean = mutable_data_of(wide_mean);
   p.running_var = mutable_data_of(wide_var);
@@ -452,7 +483,7 @@ GatheredStats batch_norm_act_gather_stats(const at::Tensor& moments, const Optio
   cpu::batch_norm_act_gather_stats(p, moments.size(0), moments.const_data_ptr<double>());
   if (is_given(running_mean)) running_mean->copy_(wide_mean);
   if (is_given(running_var)) running_var->copy_(wide_var);
-  if (batches != nullptr) ++*batches;
+  if (is_given(num_batches_tracked)) ++*num_batches_tracked->mutable_data_ptr<int64_t>();
   return {mean, invstd, count};
 }
 
@@ -502,43 +533,23 @@ void check_elemt(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& 
 std::tuple<at::Tensor, at::Tensor> batch_norm_act_elemt(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& invstd,
                                                         const OptionalTensor& weight, const OptionalTensor& bias,
                                                         const OptionalTensor& residual, c10::string_view name, double act_param) {
-  const Activation act = activation(name, act_param);
   check_elemt(x, mean, invstd, residual);
   if (!parts_have_kernel(x, weight, bias)) {
     const parts::Normalised normalised(x, mean, invstd, weight, bias);
     return {parts::as_output(composite::add_and_activate(normalised.z, residual, name, act_param), x),
             at::empty({0}, x.options().dtype(at::kByte))};
   }
-  const Layout layout(x);
-  const at::Tensor source = x.contiguous(layout.format);
-  const at::Tensor added = is_given(residual) ? residual->contiguous(layout.format) : at::Tensor();
-  at::Tensor y = on_huge_pages(at::empty_like(source, layout.format));
-  at::Tensor mask = empty_mask(x, layout, added.defined() && act.has_two_slopes());
-  BatchNormForward p{};
-  p.dtype = dtype_of(x);
-  p.parameter_dtype = dtype_of(parameter_dtype(x, {weight, bias}));
-  p.shape = layout.shape();
-  p.act = act;
-  p.x = source.const_data_ptr();
-  p.residual = data_of(added);
-  p.weight = data_of(weight);
-  p.bias = data_of(bias);
-  p.mean = mean.mutable_data_ptr<double>();
-  p.invstd = invstd.mutable_data_ptr<double>();
-  p.y = y.mutable_data_ptr();
-  p.mask = mask.numel() == 0 ? nullptr : mask.mutable_data_ptr<uint8_t>();
-  cpu::batch_norm_act_elemt(p);
-  return {y, mask};
+  const Forward f(x, residual, name, act_param);
+  cpu::batch_norm_act_elemt(f.problem(Operands(f.layout, x, residual), weight, bias, mean, invstd));
+  return {f.y, f.mask};
 }
 
 std::tuple<at::Tensor, at::Tensor> batch_norm_act_elemt_meta(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& invstd,
                                                              const OptionalTensor& weight, const OptionalTensor& bias,
                                                              const OptionalTensor& residual, c10::string_view name, double act_param) {
-  const Activation act = activation(name, act_param);
   check_elemt(x, mean, invstd, residual);
-  const Layout layout(x);
-  const bool needs_mask = parts_have_kernel(x, weight, bias) && is_given(residual) && act.has_two_slopes();
-  return {at::empty_like(x, layout.format), empty_mask(x, layout, needs_mask)};
+  const Forward f(x, residual, name, act_param);
+  return {f.y, parts_have_kernel(x, weight, bias) ? f.mask : at::empty({0}, f.mask.options())};
 }
 
 std::tuple<at::Tensor, at::Tensor> batch_norm_act_backward_reduce(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& mean,
@@ -554,16 +565,12 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_act_backward_reduce(const at::Tens
     const at::Tensor dz_x_sum = (dz * normalised.centred).sum(parts::reduced_dims(x), false, at::kDouble) - normalised.mean_low * dz_sum;
     return {at::cat({dz_sum, dz_x_sum}), residual_g ? parts::as_output(dz, x) : at::empty({0}, x.options())};
   }
-  Backward b(grad_y, x, mean, invstd, weight, bias, residual, mask, act, act_param, {false, false, false, residual_g});
-  const at::Tensor& grad_residual = on_huge_pages(std::get<3>(b.gradients));
-  const at::Tensor source_of_grad_y = grad_y.contiguous(b.layout.format);
-  const at::Tensor source = x.contiguous(b.layout.format);
-  const at::Tensor added = is_given(residual) ? residual->contiguous(b.layout.format) : at::Tensor();
+  const Backward b(grad_y, x, mean, invstd, weight, bias, residual, mask, act, act_param, {false, false, false, residual_g});
   at::Tensor sums = at::empty_symint({2 * b.layout.channels}, mean.options());
-  BatchNormBackward p = backward_problem(b, source_of_grad_y, source, mean, invstd, weight, bias, added, mask, /*training=*/true);
-  if (residual_g) p.grad_residual = grad_residual.mutable_data_ptr();
-  cpu::batch_norm_act_backward_reduce(p, sums.mutable_data_ptr<double>());
-  return {sums, grad_residual};
+  const Operands operands(b.layout, x, residual, grad_y);
+  cpu::batch_norm_act_backward_reduce(b.problem(operands, mean, invstd, weight, bias, mask, /*training=*/true),
+                                      sums.mutable_data_ptr<double>());
+  return {sums, b.grad_residual};
 }
 
 std::tuple<at::Tensor, at::Tensor> batch_norm_act_backward_reduce_meta(const at::Tensor& grad_y, const at::Tensor& x,
@@ -576,8 +583,8 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_act_backward_reduce_meta(const at:
   if (!parts_have_kernel(x, weight, bias)) {
     return {sums, residual_g ? at::empty_like(x, Layout(x).format) : at::empty({0}, x.options())};
   }
-  Backward b(grad_y, x, mean, invstd, weight, bias, residual, mask, act, act_param, {false, false, false, residual_g});
-  return {sums, std::get<3>(b.gradients)};
+  const Backward b(grad_y, x, mean, invstd, weight, bias, residual, mask, act, act_param, {false, false, false, residual_g});
+  return {sums, b.grad_residual};
 }
 
 at::Tensor batch_norm_act_backward_elemt(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& mean, const at::Tensor& invstd,
@@ -597,15 +604,11 @@ at::Tensor batch_norm_act_backward_elemt(const at::Tensor& grad_y, const at::Ten
     const at::Tensor of_x = at::addcmul(spread(offset), normalised.centred, spread(slope));
     return parts::as_output(at::addcmul(of_x, dz - spread(dz_mean_high), spread(normalised.scale)), x);
   }
-  Backward b(grad_y, x, mean, invstd, weight, bias, residual, mask, act, act_param, {true, false, false, false});
-  const at::Tensor& grad_x = on_huge_pages(std::get<0>(b.gradients));
-  const at::Tensor source_of_grad_y = grad_y.contiguous(b.layout.format);
-  const at::Tensor source = x.contiguous(b.layout.format);
-  const at::Tensor added = is_given(residual) ? residual->contiguous(b.layout.format) : at::Tensor();
-  BatchNormBackward p = backward_problem(b, source_of_grad_y, source, mean, invstd, weight, bias, added, mask, /*training=*/true);
-  p.grad_x = grad_x.mutable_data_ptr();
-  cpu::batch_norm_act_backward_elemt(p, sums.const_data_ptr<double>(), count.item<double>());
-  return grad_x;
+  const Backward b(grad_y, x, mean, invstd, weight, bias, residual, mask, act, act_param, {true, false, false, false});
+  const Operands operands(b.layout, x, residual, grad_y);
+  cpu::batch_norm_act_backward_elemt(b.problem(operands, mean, invstd, weight, bias, mask, /*training=*/true),
+                                     sums.const_data_ptr<double>(), count.item<double>());
+  return b.grad_x;
 }
 
 at::Tensor batch_norm_act_backward_elemt_meta(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& mean,
@@ -615,8 +618,7 @@ at::Tensor batch_norm_act_backward_elemt_meta(const at::Tensor& grad_y, const at
   check_elemt(x, mean, invstd, residual);
   check_statistic(sums, x, 2);
   if (!parts_have_kernel(x, weight, bias)) return at::empty_like(x, Layout(x).format);
-  return std::get<0>(
-      Backward(grad_y, x, mean, invstd, weight, bias, residual, mask, act, act_param, {true, false, false, false}).gradients);
+  return Backward(grad_y, x, mean, invstd, weight, bias, residual, mask, act, act_param, {true, false, false, false}).grad_x;
 }
 
 }  // namespace
