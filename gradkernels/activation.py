@@ -41,10 +41,15 @@ def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -
         tensor([-1.,  0.,  3.])
     """
     native = _native.library(x)
-    if native is None:
-        return reference.leaky_relu(x, negative_slope, inplace)
-    y: Tensor = native.leaky_relu(x, negative_slope, inplace)
-    return y
+    # Of a tensor the number would be taken, and its gradient lost.
+    if native is not None and (type(negative_slope) is float or not isinstance(negative_slope, Tensor)):
+        try:
+            y: Tensor = native.leaky_relu(x, negative_slope, inplace)
+            return y
+        except TypeError:
+            # An argument of another type, which torch refuses in its words.
+            pass
+    return reference.leaky_relu(x, negative_slope, inplace)
 
 
 def elu(x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
@@ -54,7 +59,8 @@ def elu(x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
         y = alpha (e^x - 1)     elsewhere
 
     For float32 and alpha=1, y is within 1 ulp of the exact value, and the gradient, which is read off the output, within 1 ulp
-    of alpha.
+    of alpha: below x = -17 it is 0 where the exact one is less than 5e-8 alpha. The output is what is kept for backward, so y may
+    not be modified in place before it.
 
     Args:
         x: any shape; floating point.
@@ -75,10 +81,15 @@ def elu(x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
         tensor([-0.5000,  0.0000,  3.0000])
     """
     native = _native.library(x)
-    if native is None:
-        return reference.elu(x, alpha, inplace)
-    y: Tensor = native.elu(x, alpha, inplace)
-    return y
+    # Of a tensor the number would be taken, and its gradient lost.
+    if native is not None and (type(alpha) is float or not isinstance(alpha, Tensor)):
+        try:
+            y: Tensor = native.elu(x, alpha, inplace)
+            return y
+        except TypeError:
+            # An argument of another type, which torch refuses in its words.
+            pass
+    return reference.elu(x, alpha, inplace)
 
 
 def swish(x: Tensor, beta: float | Tensor = 1.0) -> Tensor:
@@ -120,10 +131,13 @@ def swish(x: Tensor, beta: float | Tensor = 1.0) -> Tensor:
         y = native.swish_tensor(x, beta)
         return y
     native = _native.library(x)
-    if native is None:
-        return reference.swish(x, beta)
-    y = native.swish(x, beta)
-    return y
+    if native is not None:
+        try:
+            y = native.swish(x, beta)
+            return y
+        except TypeError:
+            pass
+    return reference.swish(x, beta)
 
 
 def prelu(x: Tensor, weight: Tensor) -> Tensor:
@@ -154,10 +168,14 @@ def prelu(x: Tensor, weight: Tensor) -> Tensor:
         tensor([[-1.0000, -0.5000,  3.0000]])
     """
     native = _native.library(x, weight)
-    if native is None:
-        return reference.prelu(x, weight)
-    y: Tensor = native.prelu(x, weight)
-    return y
+    if native is not None:
+        try:
+            y: Tensor = native.prelu(x, weight)
+            return y
+        except TypeError:
+            # An argument of another type, which torch refuses in its words.
+            pass
+    return reference.prelu(x, weight)
 
 
 def rrelu(x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False) -> Tensor:

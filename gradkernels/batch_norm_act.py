@@ -59,9 +59,10 @@ def batch_norm_act(
         training: normalise with the statistics of this batch.
         momentum: weight of this batch in the running statistics, without unit.
         eps: added to the variance, in units of x squared.
-        act: "identity", "relu", "relu6", "leaky_relu", "elu" or "swish".
+        act: "identity", "relu", "relu6", "leaky_relu", "elu" or "swish"; leaky_relu unless said otherwise.
         act_param: negative_slope, alpha or beta of act; None is 0.01, 1 and 1. Ignored where act has none.
-        residual: of the shape, dtype and device of x, added before the activation.
+        residual: of the shape, dtype and device of x, added before the activation. Under autocast another dtype promotes, as in
+            the sum of the two.
 
     Returns:
         y, of the shape and dtype of x.
@@ -99,33 +100,41 @@ def _batch_norm_act(
     act: str,
     act_param: float | None,
 ) -> Tensor:
+    if isinstance(residual, Tensor) and residual.dtype != x.dtype and torch.is_autocast_enabled(x.device.type):
+        # As the sum of the two would promote.
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(dtype), residual.to(dtype)
     tensors = (x, running_mean, running_var, weight, bias, residual, num_batches_tracked)
     native = _native.library(*tensors)
-    if native is None and not _native.is_opaque(*tensors):
-        return reference.batch_norm_act(
-            x,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            act=act,
-            act_param=act_param,
-            residual=residual,
-            num_batches_tracked=num_batches_tracked,
-        )
-    act_param = reference.check_batch_norm_act(x, residual, training, eps, act, act_param)
-    # None is the average over the batches counted so far; without a count nn.BatchNorm does not move its statistics.
-    if momentum is None and num_batches_tracked is None:
-        momentum = 0.0
-    y: Tensor
-    if native is None:
-        y = torch.ops.gradkernels.batch_norm_act.default(*tensors, training, momentum, eps, act, act_param)[0]
-    else:
-        y = native.batch_norm_act(*tensors, training, momentum, eps, act, act_param)
-    return y
+    if native is not None or _native.is_opaque(*tensors):
+        act_param = reference.check_batch_norm_act(x, residual, training, eps, act, act_param)
+        # None is the average over the batches counted so far; without a count nn.BatchNorm does not move its statistics.
+        if momentum is None and num_batches_tracked is None:
+            momentum = 0.0
+        y: Tensor
+        if native is None:
+            y = torch.ops.gradkernels.batch_norm_act.default(*tensors, training, momentum, eps, act, act_param)[0]
+            return y
+        try:
+            y = native.batch_norm_act(*tensors, training, momentum, eps, act, act_param)
+            return y
+        except TypeError:
+            # An argument of another type, which torch refuses below in its words.
+            pass
+    return reference.batch_norm_act(
+        x,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        act=act,
+        act_param=act_param,
+        residual=residual,
+        num_batches_tracked=num_batches_tracked,
+    )
 
 
 def _resolve_act(act: str | nn.Module, act_param: float | None) -> tuple[str, float]:
@@ -248,7 +257,8 @@ class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
         dtype: of parameters and buffers.
         bias: False leaves out the bias of an affine layer.
         act: "identity", "relu", "relu6", "leaky_relu", "elu" or "swish", or a module: nn.Identity, nn.ReLU, nn.ReLU6,
-            nn.LeakyReLU, nn.ELU, nn.SiLU, or LeakyReLU, ELU, Swish of this package.
+            nn.LeakyReLU, nn.ELU, nn.SiLU, or LeakyReLU, ELU, Swish of this package. leaky_relu unless said otherwise:
+            act="identity" is torch.nn.BatchNorm2d.
         act_param: negative_slope, alpha or beta of act; None is 0.01, 1 and 1. Read from `act` where that is a module.
 
     Raises:

@@ -37,7 +37,8 @@ def clip_grad_norm_(
 
     A total norm that is not finite spreads as in torch: nan makes every gradient nan, inf makes them 0 or nan. Norm and
     coefficient are float64 until they are used, so that gradients are clipped where torch's norm overflows or vanishes:
-    float32 from about 1e19 on, float16 where the norm passes 65504.
+    float32 from about 1e19 on, float16 where the norm passes 65504. What is returned is rounded to the gradients' dtype, inf
+    where that has no such number, and error_if_nonfinite asks the unrounded one.
 
     Args:
         parameters: a tensor, an iterable of tensors, a module, or (name, parameter) pairs; those without a gradient are
@@ -114,7 +115,8 @@ def get_total_norm(
 
     Returns:
         The total norm: 0-d, of the promoted dtype of the tensors, on the device of the first one; 0 of no tensors. A
-        replicated DTensor where all are DTensors on one mesh.
+        replicated DTensor where all are DTensors on one mesh. Of float16 it is inf past 65504, as torch's:
+        grad_report(...).total_norm is float64.
 
     Raises:
         RuntimeError: the total norm is not finite and error_if_nonfinite is set.
@@ -148,7 +150,8 @@ def clip_grads_with_norm_(parameters: Parameters, max_norm: float, total_norm: T
     Args:
         parameters: as those of clip_grad_norm_.
         max_norm: the largest total norm allowed, in units of the gradients.
-        total_norm: 0-d; from get_total_norm, reduced over whatever ranks hold other parameters.
+        total_norm: 0-d; from get_total_norm, or of float16 from grad_report, reduced over whatever ranks hold other
+            parameters.
         foreach: which of its implementations torch is to use where the kernels do not serve.
 
     Returns:
@@ -211,6 +214,9 @@ def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | 
             native_library().clip_grad_value_(shards, clip_value)
             sharded.count_versions(grads)
         elif is_sharded:
+            for dtype in {shard.dtype for shard in shards}:
+                # Refused, where it is, before the first shard is written.
+                torch.zeros((), dtype=dtype).clamp_(-clip_value, clip_value)
             for shard in shards:
                 shard.clamp_(-clip_value, clip_value)
             sharded.count_versions(grads)
@@ -246,6 +252,7 @@ class GradReport:
         self.names = names
         self.norms, self.max_abs, self.nonfinite, self.total_norm = norms
         self._parameters = parameters
+        self._versions = _versions(parameters)
 
     def first_nonfinite(self) -> str | None:
         """The name of the first parameter whose gradient holds nan or inf; None where there is none."""
@@ -268,14 +275,19 @@ class GradReport:
         return "\n".join(f"{name:<{width}}  {norm:>10}  {largest:>8}  {count:>11}" for name, norm, largest, count in lines)
 
     def clip_(self, max_norm: float) -> Tensor:
-        """Scale the gradients as clip_grad_norm_ would, without reading them again; they must not have changed since.
+        """Scale the gradients as clip_grad_norm_ would, without reading them again.
 
         Args:
             max_norm: the largest total norm allowed, in units of the gradients.
 
         Returns:
             The total norm before clipping, float64.
+
+        Raises:
+            RuntimeError: gradients have been replaced or written since the report, by clip_ itself too; nothing is scaled.
         """
+        if _versions(self._parameters) != self._versions:
+            raise RuntimeError("the gradients have changed since the report was made, which its norm is no longer that of; make another")
         clip_grads_with_norm_(self._parameters, max_norm, self.total_norm)
         return self.total_norm
 
@@ -326,6 +338,12 @@ def grad_report(parameters: Parameters, norm_type: float = 2.0) -> GradReport:
             each, max_abs, nonfinite = (_spread(values, places, len(tensors)) for values in (each, max_abs, nonfinite))
             norms = each, max_abs, nonfinite, total_norm
     return GradReport(names, tensors, norms)
+
+
+def _versions(parameters: list[Tensor]) -> list[tuple[int, int] | None]:
+    """What tells whether gradients are the same and have not been written."""
+    grads = [parameter.grad for parameter in parameters]
+    return [None if grad is None else (id(grad), 0 if grad.is_inference() else grad._version) for grad in grads]
 
 
 def _entries(parameters: Parameters) -> _Entries:

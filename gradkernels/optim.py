@@ -5,6 +5,7 @@ read once for its norm and once for the step.
 """
 
 import functools
+import inspect
 import math
 import types
 from collections.abc import Callable
@@ -55,7 +56,7 @@ class RMSprop(torch.optim.RMSprop):
         last_norm: the total norm before clipping in the last step, as clip_grad_norm_ returns it; None without max_norm.
 
     Raises:
-        ValueError: an option is negative, in torch's words.
+        ValueError: one of torch's options is negative, in torch's words. max_norm is taken as clip_grad_norm_ takes it.
         RuntimeError: a gradient is sparse.
 
     Source: Hinton, "Neural Networks for Machine Learning", lecture 6e, 2012; centered: Graves, "Generating Sequences With
@@ -200,7 +201,8 @@ class ClippingHandle:
     Attributes:
         max_norm, norm_type: as given; may be changed between steps.
         last_norm: the total norm before clipping in the last step, without GradScaler's scale, as clip_grad_norm_ returns
-            it; None before the first step.
+            it; None before the first step. A step that GradScaler leaves out is none: the optimizer is not called, unless it is
+            one of torch's fused ones, which find out by themselves; their last_norm is then not finite.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -293,8 +295,11 @@ def _lay_down(optimizer: torch.optim.Optimizer, attributes: dict[str, Any]) -> N
 
 
 def _reads_grad_scale(optimizer: torch.optim.Optimizer, grads: list[Tensor]) -> bool:
+    # A subclass may bring a step of its own, which does not.
+    inherited = next((each for each in _FUSED if isinstance(optimizer, each)), None)
     return (
-        isinstance(optimizer, _FUSED)
+        inherited is not None
+        and inspect.unwrap(type(optimizer).step) is inspect.unwrap(inherited.step)
         and getattr(optimizer, "_step_supports_amp_scaling", False)
         and all(group.get("fused") for group in optimizer.param_groups)
         and bool(grads)
@@ -323,6 +328,7 @@ def attach_clipping(optimizer: torch.optim.Optimizer, max_norm: float, norm_type
 
     Raises:
         ValueError: the optimizer is LBFGS.
+        TypeError: what is given is no optimizer.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -335,6 +341,8 @@ def attach_clipping(optimizer: torch.optim.Optimizer, max_norm: float, norm_type
         (tensor([-0.6000, -0.8000]), tensor(5.))
         >>> handle.remove()
     """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(
             "attach_clipping does not take LBFGS: it evaluates the closure several times in a step and models the curvature from "

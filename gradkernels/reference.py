@@ -74,6 +74,8 @@ def check_act(act: str, act_param: float | None) -> float:
     default = ACTIVATIONS[act][0]
     if default is None:
         return 0.0
+    if isinstance(act_param, Tensor):
+        raise TypeError(f"act_param must be a float, not {type(act_param).__name__}: it is not learnt")
     return default if act_param is None else float(act_param)
 
 
@@ -85,6 +87,8 @@ def check_batch_norm_act(
     is_share: x is a part of the batch, other processes have the rest; how many values there are per channel is not known yet.
     """
     act_param = check_act(act, act_param)
+    if residual is not None and not isinstance(residual, Tensor):
+        raise TypeError(f"residual must be Tensor, not {type(residual).__name__}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device):
         x_is, residual_is = (f"{tuple(each.shape)} {each.dtype} on {each.device}" for each in (x, residual))
         raise RuntimeError(f"residual must have the shape, dtype and device of x: residual is {residual_is}, x is {x_is}")
@@ -117,6 +121,11 @@ def batch_norm_act(
         num_batches_tracked = None
     if momentum is None:
         momentum = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked + 1)
+    parameters = [each for each in (running_mean, running_var, weight, bias) if each is not None]
+    if training and any(each.dtype != parameters[0].dtype or each.device != x.device for each in parameters):
+        # torch writes the running statistics before it finds that one of the others is of another dtype or elsewhere.
+        copied_mean, copied_var = (None if each is None else each.clone() for each in (running_mean, running_var))
+        F.batch_norm(x, copied_mean, copied_var, weight, bias, True, momentum, eps)
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     # nn.BatchNorm counts first; here a batch that was refused is not counted.
     if num_batches_tracked is not None:

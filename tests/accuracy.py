@@ -41,24 +41,10 @@ def ulps(actual, exact, dtype, unit):
         return np.where(same & ~np.isfinite(rounded), 0, np.where(np.isfinite(error), error, np.inf))
 
 
-def assert_accurate(name, actual, torchs, exact, *, per="element", scale=0.0, bound=ULP_BOUND, most=np.inf):
-    """Fails, saying where and by how much, unless the largest error of `actual` is at most max(largest error of `torchs`, `bound`).
-
-    An ulp is that of the exact element, or with per="tensor" the largest exact element times the dtype's epsilon: what a sum of terms that
-    cancel can be held to.
-    `scale` (a number, or one per element) is the size of the terms where they are larger than the result they cancel to. Where torch is
-    lost (inf or nan instead of a number) its error counts for nothing; `most` bounds ours where torch's is known to be large.
-
-    16 bits: `bound` float32 ulp of the larger of result and scale, at least 0.01 ulp of the result, and half an ulp of it to round.
-    """
-    assert actual.shape == torchs.shape and actual.dtype == torchs.dtype, (
-        f"{name}: {actual.shape} {actual.dtype}, torch has {torchs.shape} {torchs.dtype}"
-    )
+def errors_in_ulps(actual, torchs, exact, *, per="element", scale=0.0, bound=ULP_BOUND):
+    """The errors of `actual` and of `torchs`, element by element, and the bound on ours, as assert_accurate says."""
     dtype = actual.dtype
     exact = extended(exact)
-    assert tuple(exact.shape) == tuple(actual.shape), f"{name}: {tuple(actual.shape)}, the reference has {tuple(exact.shape)}"
-    if exact.size == 0:
-        return
     magnitude = np.abs(exact)
     if per == "tensor":
         finite = magnitude[np.isfinite(magnitude)]
@@ -73,11 +59,32 @@ def assert_accurate(name, actual, torchs, exact, *, per="element", scale=0.0, bo
         # Where bound float32 ulp of the terms are more than 0.01 ulp of the result, so much more is allowed.
         own = spacing(np.where(np.isfinite(exact), np.abs(exact), 1), dtype)
         unit = own / ROUNDED_ONCE * np.maximum(ROUNDED_ONCE, 0.5 + bound * spacing(magnitude, torch.float32) / own)
-        bound = most = ROUNDED_ONCE
+        bound = ROUNDED_ONCE
     elif dtype == torch.float64:
         bound += 0.5
-    ours = ulps(extended(actual), exact, dtype, unit)
-    theirs = ulps(extended(torchs), exact, dtype, unit)
+    return ulps(extended(actual), exact, dtype, unit), ulps(extended(torchs), exact, dtype, unit), bound
+
+
+def assert_accurate(name, actual, torchs, exact, *, per="element", scale=0.0, bound=ULP_BOUND, most=np.inf):
+    """Fails, saying where and by how much, unless the largest error of `actual` is at most max(largest error of `torchs`, `bound`).
+
+    An ulp is that of the exact element, or with per="tensor" the largest exact element times the dtype's epsilon: what a sum of terms that
+    cancel can be held to.
+    `scale` (a number, or one per element) is the size of the terms where they are larger than the result they cancel to. Where torch is
+    lost (inf or nan instead of a number) its error counts for nothing; `most` bounds ours where torch's is known to be large.
+
+    16 bits: `bound` float32 ulp of the larger of result and scale, at least 0.01 ulp of the result, and half an ulp of it to round.
+    """
+    assert actual.shape == torchs.shape and actual.dtype == torchs.dtype, (
+        f"{name}: {actual.shape} {actual.dtype}, torch has {torchs.shape} {torchs.dtype}"
+    )
+    exact = extended(exact)
+    assert tuple(exact.shape) == tuple(actual.shape), f"{name}: {tuple(actual.shape)}, the reference has {tuple(exact.shape)}"
+    if exact.size == 0:
+        return
+    ours, theirs, bound = errors_in_ulps(actual, torchs, exact, per=per, scale=scale, bound=bound)
+    if actual.dtype in SIXTEEN_BITS:
+        most = bound
     bound = min(max(float(theirs[np.isfinite(theirs)].max(initial=0)), bound), most)
     if float(ours.max()) <= bound:
         return

@@ -872,6 +872,33 @@ def test_inference_mode(act):
 
 
 @each_act
+def test_tensor_made_in_inference_mode_is_not_written_outside(act):
+    if not act.has_inplace:
+        return
+    with torch.inference_mode():
+        x = torch.randn(65)
+    before = x.clone()
+    came = outcome(act.function, x, inplace=True)
+    assert_bitwise_equal("x", x, before)
+    assert came == outcome(F.leaky_relu, x, inplace=True) and came[0] is RuntimeError
+
+
+@pytest.mark.parametrize("function,torchs", [(gk.leaky_relu, F.leaky_relu), (gk.elu, F.elu)], ids=["leaky_relu", "elu"])
+@pytest.mark.parametrize("number", ["a", None, [0.1], 1j, torch.tensor([0.1, 0.2]), torch.tensor(0.1, requires_grad=True)], ids=str)
+def test_number_that_is_none(function, torchs, number):
+    """Of a parameter the number would be taken and its gradient lost."""
+    x = torch.randn(3)
+    came = outcome(function, x, number)
+    assert came == outcome(torchs, x, number) and came[0] in (TypeError, RuntimeError)
+
+
+@pytest.mark.parametrize("beta", [1.0, 2.0, torch.tensor(2.0)], ids=str)
+def test_swish_of_integers(beta):
+    assert outcome(gk.swish, torch.arange(3), beta) == outcome(F.silu, torch.arange(3))
+    assert outcome(OPS.swish, torch.arange(3), beta) == outcome(F.silu, torch.arange(3))
+
+
+@each_act
 def test_autocast_has_torchs_dtypes(act):
     """That of the input, but for prelu, which torch runs in the lower precision."""
     x, grad_y = torch.randn(65), torch.randn(65)

@@ -23,13 +23,12 @@ from torch.testing._internal.common_modules import module_db
 from torch.utils.checkpoint import checkpoint
 
 import gradkernels as gk
-from accuracy import SIXTEEN_BITS, assert_accurate, assert_bitwise_equal, exact_batch_norm_act, extended, outcome
+from accuracy import SIXTEEN_BITS, assert_accurate, assert_bitwise_equal, exact_batch_norm_act, outcome
+from batch_norm_act_calls import ACTS, HARD_INPUTS, arguments, call, cast, hard_input, judged, without_kinks
 from gradkernels import reference
 
 OPS = torch.ops.gradkernels
 
-# name -> a parameter that is not the default
-ACTS = {"identity": None, "relu": None, "relu6": None, "leaky_relu": 0.2, "elu": 1.3, "swish": 1.7}
 TWO_SLOPES = ("relu", "relu6", "leaky_relu")
 DTYPES = [torch.float32, torch.float64]
 MODULES = {2: (gk.BatchNormAct1d, nn.BatchNorm1d), 3: (gk.BatchNormAct1d, nn.BatchNorm1d)}
@@ -50,96 +49,9 @@ each_training = pytest.mark.parametrize("training", [True, False], ids=["trainin
 each_residual = pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
 
 
-def arguments(shape, dtype=torch.float32, *, x=None, residual=False, seed=0):
-    """Everything a call needs, of which nothing is constant: x, the four vectors per channel, a residual or None, grad_y."""
-    torch.manual_seed(seed)
-    channels = shape[1]
-    if x is None:
-        x = torch.randn(shape, dtype=dtype) * 2 + torch.randn(channels, dtype=dtype).view(1, -1, *[1] * (len(shape) - 2))
-    return {
-        "x": x,
-        "running_mean": torch.randn(channels, dtype=dtype),
-        "running_var": torch.rand(channels, dtype=dtype) + 0.5,
-        "weight": (torch.rand(channels, dtype=dtype) * 2 + 0.5) * torch.randn(channels, dtype=dtype).sign(),
-        "bias": torch.randn(channels, dtype=dtype),
-        "residual": torch.randn(shape, dtype=dtype) if residual else None,
-        "grad_y": torch.randn(shape, dtype=dtype),
-    }
-
-
-def cast(given, dtype):
-    return {name: None if tensor is None else tensor.to(dtype) for name, tensor in given.items()}
-
-
-def call(function, given, training, act, momentum=0.1, eps=1e-5, act_param="of the table"):
-    """y, the gradients and the running statistics after the call, by name; the given tensors stay as they are."""
-    param = ACTS[act] if act_param == "of the table" else act_param
-    names = [name for name in ("x", "weight", "bias", "residual") if given[name] is not None]
-    leaves = {name: given[name].detach().requires_grad_() for name in names}
-    stats = {name: None if given[name] is None else given[name].clone() for name in ("running_mean", "running_var")}
-    y = function(
-        leaves["x"],
-        stats["running_mean"],
-        stats["running_var"],
-        leaves.get("weight"),
-        leaves.get("bias"),
-        training,
-        momentum,
-        eps,
-        act=act,
-        act_param=param,
-        residual=leaves.get("residual"),
-    )
-    grads = torch.autograd.grad(y, list(leaves.values()), given["grad_y"])
-    return {"y": y.detach(), **{f"grad_{name}": grad for name, grad in zip(names, grads, strict=True)}, **stats}
-
-
-def without_kinks(given, training, act, eps=1e-5):
-    """grad_y set to 0 where rounding decides on which side of a kink an element lies: there no implementation is right or wrong."""
-    kinks = {"relu": (0,), "leaky_relu": (0,), "relu6": (0, 6)}.get(act, ())
-    wide = cast(given, torch.float64)
-    u = reference.batch_norm_act(
-        *(wide[name] for name in ("x", "running_mean", "running_var", "weight", "bias")),
-        training,
-        0.0,
-        eps,
-        act="identity",
-        residual=wide["residual"],
-    )
-    near = sum((u - kink).abs() < 1e-5 for kink in kinks) > 0 if kinks else torch.zeros_like(u, dtype=torch.bool)
-    return given | {"grad_y": torch.where(near, 0, given["grad_y"])}
-
-
-def scales_of(given, training, momentum, eps):
-    """How large the terms are whose sums results are: of a sum over a channel their norm, of grad_x the largest of them."""
-    x, grad_y = extended(given["x"]), extended(given["grad_y"])
-    axes = (0, *range(2, x.ndim))
-    mean, var = (x.mean(axes), x.var(axes)) if training else (extended(given["running_mean"]), extended(given["running_var"]))
-    invstd = 1 / np.sqrt(var + eps)
-    normalised = np.moveaxis(np.moveaxis(x, 1, -1) - mean, -1, 1) * invstd.reshape(1, -1, *[1] * (x.ndim - 2))
-    norm, norm_of_weight = (np.sqrt(np.square(terms).sum(axes)) for terms in (grad_y, grad_y * normalised))
-    gain = invstd * abs(extended(1.0 if given["weight"] is None else given["weight"]))
-    return {
-        "grad_weight": np.maximum(norm, norm_of_weight),
-        "grad_bias": norm,
-        "grad_x": (gain * abs(grad_y).max(axes)).max(),
-        "running_mean": abs(momentum) * np.sqrt(np.square(x).sum(axes)) / (x.size // x.shape[1]),
-    }
-
-
 def assert_all_accurate(given, training, act, momentum=0.1, eps=1e-5, most=math.inf):
-    given = without_kinks(given, training, act, eps)
-    ours = call(gk.batch_norm_act, given, training, act, momentum, eps)
-    theirs = call(reference.batch_norm_act, given, training, act, momentum, eps)
-    if given["x"].dtype == torch.float64:
-        operands = (given[name] for name in ("x", "running_mean", "running_var", "weight", "bias"))
-        param = {"residual": given["residual"], "grad_y": given["grad_y"], "act": act, "act_param": ACTS[act]}
-        exact = exact_batch_norm_act(*operands, training, momentum, eps, **param)
-    else:
-        exact = call(reference.batch_norm_act, cast(given, torch.float64), training, act, momentum, eps)
-    scales = scales_of(given, training, momentum, eps)
-    for name, actual in bits_of(ours).items():
-        assert_accurate(name, actual, theirs[name], exact[name], per="tensor", scale=scales.get(name, 0.0), most=most)
+    for name, (ours, theirs, exact, scale) in judged(given, training, act, momentum, eps).items():
+        assert_accurate(name, ours, theirs, exact, per="tensor", scale=scale, most=most)
 
 
 def bits_of(result):
@@ -187,43 +99,18 @@ def test_channels_last(shape, act, residual, training, dtype):
     assert y.stride() == call(reference.batch_norm_act, given, training, act)["y"].stride()
 
 
-def made_of(name, shape):
-    """The classes of input that statistics must survive."""
-    torch.manual_seed(3)
-    normal = torch.randn(shape)
-    if name == "N(0,1)":
-        return normal
-    if name == "1e4 +- 1":
-        return 1e4 + normal
-    if name == "1e4 +- 1e-2":
-        return 1e4 + 1e-2 * normal
-    if name == "first element 1e6":
-        normal[(0,) * len(shape)] = 1e6
-        return normal
-    if name == "last element 1e6":
-        normal[(-1,) * len(shape)] = 1e6
-        return normal
-    if name == "scale 1e18":
-        return 1e18 * normal
-    if name == "scale 1e-18":
-        return 1e-18 * normal
-    if name == "constant":
-        return torch.full(shape, 3.7)
-    return normal + torch.linspace(-100, 100, math.prod(shape)).view(shape)
-
-
-@pytest.mark.parametrize(
-    "inputs",
-    ["N(0,1)", "1e4 +- 1", "1e4 +- 1e-2", "first element 1e6", "last element 1e6", "scale 1e18", "scale 1e-18", "constant", "drift"],
-)
+@pytest.mark.parametrize("inputs", HARD_INPUTS)
+@pytest.mark.parametrize("dtype", [*DTYPES, *SIXTEEN_BITS], ids=str)
 @pytest.mark.parametrize("shape", [(8, 2, 90, 91), (65_521, 2)], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-def test_statistics_of_hard_inputs(inputs, shape, channels_last):
+def test_statistics_of_hard_inputs(inputs, shape, channels_last, dtype):
     """16 ulp at most, however far off torch is: its channels_last statistics of 1e4 +- 1e-2 have no right digit."""
-    x = made_of(inputs, shape)
-    if channels_last:
-        x = x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x.t().contiguous().t()
-    assert_all_accurate(arguments(shape, x=x), True, "leaky_relu", most=16.0)
+    x = hard_input(inputs, shape, dtype, channels_last)
+    if not x.isfinite().all():
+        pytest.skip(f"{inputs} is beyond {dtype}")
+    parameters = dtype if dtype in DTYPES else torch.float32
+    given = arguments(shape, parameters, x=x)
+    assert_all_accurate(given | {"grad_y": given["grad_y"].to(dtype)}, True, "leaky_relu", most=16.0)
 
 
 @each_dtype
@@ -404,6 +291,10 @@ def refusals():
         "running statistics on meta": ({"running_mean": torch.zeros(3, device="meta"), "running_var": torch.ones(3, device="meta")}, None),
         "weight on meta": ({"weight": torch.ones(3, device="meta")}, None),
         "float64 weight": ({"weight": torch.ones(3, dtype=torch.float64), "bias": torch.zeros(3, dtype=torch.float64)}, None),
+        "float64 bias": ({"bias": torch.zeros(3, dtype=torch.float64)}, None),
+        "float64 running_var": ({"running_var": torch.ones(3).double()}, None),
+        "bias on meta": ({"bias": torch.zeros(3, device="meta")}, None),
+        "running_var on meta": ({"running_var": torch.ones(3, device="meta")}, None),
         "float64 running statistics": ({"running_mean": torch.zeros(3).double(), "running_var": torch.ones(3).double()}, None),
         "eps of 0": ({"eps": 0.0}, None),
         "negative eps": ({"eps": -1.0}, None),
@@ -411,6 +302,8 @@ def refusals():
         "residual of another shape": ({"residual": torch.randn(4, 3, 1)}, (RuntimeError, "residual")),
         "residual of another dtype": ({"residual": torch.randn(4, 3, 5).double()}, (RuntimeError, "residual")),
         "residual on another device": ({"residual": torch.randn(4, 3, 5, device="meta")}, (RuntimeError, "residual")),
+        "residual that is no tensor": ({"residual": 1.0}, (TypeError, "residual must be Tensor, not float")),
+        "running_mean that requires grad": ({"running_mean": torch.zeros(3, requires_grad=True)}, None),
     }
 
 
@@ -445,6 +338,52 @@ def test_errors_of_the_function(refused):
     assert_refused(lambda: run(gk.batch_norm_act), stats, run_torch, expected)
     given["x"] = given["x"].detach().requires_grad_(given["x"].is_floating_point())
     assert_refused(lambda: run(gk.batch_norm_act), stats, run_torch, expected)
+
+
+def test_momentum_of_another_type():
+    x, stats = torch.randn(4, 3), [torch.zeros(3), torch.ones(3)]
+    came = outcome(gk.batch_norm_act, x, *stats, training=True, momentum="a", act="identity")
+    assert came == outcome(F.batch_norm, x, *stats, training=True, momentum="a")
+
+
+def test_act_param_is_not_learnt():
+    with pytest.raises(TypeError, match="act_param must be a float, not Parameter"):
+        gk.BatchNormAct1d(3, act_param=nn.Parameter(torch.tensor(0.2)))
+
+
+def test_count_of_batches_in_another_dtype_or_elsewhere():
+    x = torch.randn(4, 3, 5)
+    given = arguments((4, 3, 5), x=x)
+    operands = [given[name] for name in ("x", "running_mean", "running_var", "weight", "bias")]
+    expected = OPS.batch_norm_act(*(tensor.clone() for tensor in operands), None, None, True, 0.1, 1e-5, "elu", 1.0)[0]
+    for count in (torch.tensor(3, dtype=torch.int32), torch.tensor(3.0), torch.tensor(3, device="meta")):
+        y = OPS.batch_norm_act(*(tensor.clone() for tensor in operands), None, count, True, 0.1, 1e-5, "elu", 1.0)[0]
+        assert_close(y, expected)
+        assert count.is_meta or count == 4
+
+
+def test_error_while_saving_for_backward_writes_nothing():
+    module = gk.BatchNormAct1d(3)
+    with torch.inference_mode():
+        x = torch.randn(4, 3)
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        module(x)
+    assert_same_bits({"running_mean": module.running_mean}, {"running_mean": torch.zeros(3)})
+    assert module.num_batches_tracked == 0
+
+
+def test_running_statistics_made_in_inference_mode():
+    with torch.inference_mode():
+        stats = [torch.zeros(3), torch.ones(3)]
+    came = outcome(gk.batch_norm_act, torch.randn(4, 3), *stats, training=True)
+    assert came[0] is RuntimeError and came[1].startswith("Inplace update to inference tensor outside InferenceMode")
+    assert_same_bits({"running_mean": stats[0]}, {"running_mean": torch.zeros(3)})
+
+
+def test_variance_of_zero_in_evaluation_without_eps():
+    x, stats = torch.tensor([[1.0, 0.0]]), [torch.zeros(2), torch.zeros(2)]
+    y = gk.batch_norm_act(x, *stats, eps=0.0, act="identity")
+    assert not y.isfinite().any() and not F.batch_norm(x, *stats, eps=0.0).isfinite().any()
 
 
 def test_errors_in_evaluation():
@@ -940,6 +879,18 @@ def test_autocast(training):
         for each in (x, x.bfloat16()):
             assert_close(module(each), F.relu(torch_module(each)))
     assert_close(dict(module.named_buffers()), dict(torch_module.named_buffers()))
+
+
+def test_autocast_promotes_a_residual_of_another_dtype():
+    bn, torch_bn = gk.BatchNormAct2d(3, act="relu"), nn.BatchNorm2d(3)
+    h, x = torch.randn(4, 3, 5, 5).bfloat16(), torch.randn(4, 3, 5, 5, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = bn(h, x), F.relu(torch_bn(h) + x)
+    assert y.dtype == expected.dtype == torch.float32
+    assert_close(y, expected, rtol=0, atol=0.02)
+    assert_close(torch.autograd.grad(y.sum(), x)[0], torch.autograd.grad(expected.sum(), x)[0])
+    with pytest.raises(RuntimeError, match="residual"):
+        bn(h, x)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])

@@ -840,6 +840,39 @@ def test_inference_mode():
     assert_close(grads, theirs)
 
 
+@pytest.mark.parametrize("clip", [gk.clip_grad_norm_, gk.clip_grad_value_])
+def test_gradients_made_in_inference_mode_are_not_written_outside(clip):
+    parameters = parameters_with(gradients([64]))
+    with torch.inference_mode():
+        grad = torch.ones(64)
+    parameters[0].grad = grad
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor outside InferenceMode"):
+        clip(parameters, 0.1)
+    assert_close(grad, torch.ones(64))
+
+
+def test_a_report_clips_the_gradients_it_is_about():
+    parameters = parameters_with(gradients([64, 1009]))
+    report = gk.grad_report(parameters)
+    report.clip_(0.1)
+    clipped = clones([parameter.grad for parameter in parameters])
+    for clip_again in (report, gk.grad_report(parameters)):
+        if clip_again is not report:
+            parameters[0].grad = torch.ones(64)
+            clipped[0] = torch.ones(64)
+        with pytest.raises(RuntimeError, match="the gradients have changed since the report"):
+            clip_again.clip_(0.05)
+        assert_close([parameter.grad for parameter in parameters], clipped)
+
+
+def test_the_two_steps_in_float16_by_way_of_the_report():
+    """get_total_norm is inf, as torch's; the report's total is float64."""
+    parameters = parameters_with([torch.full((4096,), 2000.0, dtype=torch.float16)])
+    assert gk.get_total_norm([parameters[0].grad]).isinf()
+    gk.clip_grads_with_norm_(parameters, 1.0, gk.grad_report(parameters).total_norm)
+    assert_close(parameters[0].grad.double().norm().item(), 1.0, rtol=1e-3, atol=0)
+
+
 def test_deterministic_mode():
     torch.use_deterministic_algorithms(True)
     try:

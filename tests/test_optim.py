@@ -584,6 +584,27 @@ def test_nothing_to_clip():
     assert handle.last_norm == 0
 
 
+@pytest.mark.parametrize("given", [None, nn.Linear(2, 2)], ids=["None", "a model"])
+def test_what_is_no_optimizer(given):
+    with pytest.raises(TypeError, match="is not an Optimizer"):
+        gk.attach_clipping(given, 1.0)
+
+
+def test_a_subclass_whose_step_knows_no_grad_scale():
+    class Plain(torch.optim.SGD):
+        def step(self, closure=None):
+            with torch.no_grad():
+                for param in self.param_groups[0]["params"]:
+                    param.sub_(param.grad, alpha=self.param_groups[0]["lr"])
+
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = Plain([weight], lr=1.0, fused=True)
+    gk.attach_clipping(optimizer, 1.0)
+    weight.grad = torch.tensor([3.0, 4.0])
+    optimizer.step()
+    assert_close(weight.detach(), torch.tensor([-0.6, -0.8]))
+
+
 def test_lbfgs_is_refused_in_words():
     with pytest.raises(ValueError, match="LBFGS: it evaluates the closure several times"):
         gk.attach_clipping(torch.optim.LBFGS(parameters([(3,)])), 1.0)

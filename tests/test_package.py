@@ -35,7 +35,11 @@ def test_readme_line_equals_the_torch_line_beside_it(line):
         namespace = {}
         torch.manual_seed(0)
         exec(SETUP, namespace)
-        results.append(eval(expression, namespace))
+        result = eval(expression, namespace)
+        # What is written in place counts too.
+        modules = [each for each in namespace.values() if isinstance(each, torch.nn.Module)]
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        results.append((result, parameters, [parameter.grad for parameter in parameters if parameter.grad is not None]))
     ours, theirs = results
     torch.testing.assert_close(ours, theirs)
 

@@ -21,13 +21,6 @@ using Strides = std::vector<c10::SymInt>;
 // Those of the copy that the kernel works on where x has gaps.
 Strides strides_of(const at::Tensor& x) { return (x.is_non_overlapping_and_dense() ? x : at::empty_like(x)).sym_strides().vec(); }
 
-// Makes x, which has been written, the result that `node` differentiates.
-template <typename Node>
-void recorded_in_place(at::Tensor x, const Node& node) {
-  increment_version(x);
-  torch::autograd::rebase_history(x, node);
-}
-
 // ---- leaky_relu
 
 struct LeakyReluGradient : Gradient<LeakyReluGradient> {
@@ -65,8 +58,9 @@ void leaky_relu_(at::Tensor x, double negative_slope) {
   torch::autograd::check_inplace(x, records(x));
   if (!records(x)) return call_below_autograd<ops::LeakyReluInplace>(x, negative_slope);
   const auto node = gradient_of<LeakyReluGradient>(x);
-  node->keep(call_below_version_counting<ops::LeakyReluWithMaskInplace>(x, negative_slope), strides_of(x), negative_slope);
-  recorded_in_place(x, node);
+  const at::Tensor mask = call_below_autograd<ops::LeakyReluWithMaskInplace>(x, negative_slope);
+  node->keep(mask, strides_of(x), negative_slope);
+  torch::autograd::rebase_history(x, node);
 }
 
 at::Tensor leaky_relu_backward(const at::Tensor& grad_y, const at::Tensor& mask, c10::SymIntArrayRef stride, double negative_slope) {
@@ -115,9 +109,9 @@ at::Tensor rrelu_with_mask_(at::Tensor x, const at::Tensor& seed, double lower, 
   torch::autograd::check_inplace(x, records(x));
   if (!records(x)) return call_below_autograd<ops::RreluWithMaskInplace>(x, seed, lower, upper);
   const auto node = gradient_of<RreluGradient>(x);
-  at::Tensor mask = call_below_version_counting<ops::RreluWithMaskInplace>(x, seed, lower, upper);
+  at::Tensor mask = call_below_autograd<ops::RreluWithMaskInplace>(x, seed, lower, upper);
   node->keep(mask, seed, strides_of(x), lower, upper);
-  recorded_in_place(x, node);
+  torch::autograd::rebase_history(x, node);
   return mask;
 }
 
@@ -170,8 +164,8 @@ void elu_(at::Tensor x, double alpha) {
   torch::autograd::check_inplace(x, records(x));
   if (!records(x)) return call_below_autograd<ops::EluInplace>(x, alpha);
   const auto node = gradient_of<EluGradient>(x);
-  call_below_version_counting<ops::EluInplace>(x, alpha);
-  recorded_in_place(x, node);
+  call_below_autograd<ops::EluInplace>(x, alpha);
+  torch::autograd::rebase_history(x, node);
   node->keep(x, alpha, true);
 }
 
@@ -246,8 +240,15 @@ std::tuple<at::Tensor, at::Tensor> parametric_backward(const at::Tensor& grad_y,
 // Counts the version of x, which Operator writes.
 template <typename Operator, typename... Args>
 auto counting_version(at::Tensor x, Args... args) {
-  increment_version(x);
-  return call_below_version_counting<Operator>(x, args...);
+  check_version_counts(x);
+  if constexpr (std::is_void_v<decltype(call_below_version_counting<Operator>(x, args...))>) {
+    call_below_version_counting<Operator>(x, args...);
+    increment_version(x);
+  } else {
+    auto result = call_below_version_counting<Operator>(x, args...);
+    increment_version(x);
+    return result;
+  }
 }
 
 // prelu is on torch's list of what runs in the lower precision.

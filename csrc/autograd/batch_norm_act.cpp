@@ -113,31 +113,44 @@ Result batch_norm_act(const at::Tensor& x, const OptionalTensor& running_mean, c
                       const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
                       const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
                       c10::string_view act, double act_param) {
-  if (!composite::batch_norm_act_has_kernel(x, running_mean, running_var, weight, bias, training) ||
+  if (!composite::batch_norm_act_has_kernel(x, running_mean, running_var, weight, bias, num_batches_tracked, training) ||
       differentiates_through_aten(x, weight, bias, residual)) {
     return composite::batch_norm_act(x, running_mean, running_var, weight, bias, residual, num_batches_tracked, training, momentum, eps,
                                      act, act_param);
   }
-  const bool needs_gradient = records(x, weight, bias, residual);
-  const auto node = needs_gradient ? gradient_of<BatchNormActGradient>(x, weight, bias, residual) : nullptr;
-  Result result = call_below_autograd<ops::BatchNormAct>(x, running_mean, running_var, weight, bias, residual, num_batches_tracked,
-                                                         training, momentum, eps, act, act_param);
-  if (!needs_gradient) return result;
-  const auto& [y, mean, invstd, mask] = result;
+  torch::autograd::check_no_requires_grad(running_mean, "running_mean", "native_batch_norm");
+  torch::autograd::check_no_requires_grad(running_var, "running_var", "native_batch_norm");
+  const auto compute = [&] {
+    return call_below_autograd<ops::BatchNormAct>(x, running_mean, running_var, weight, bias, residual, num_batches_tracked, training,
+                                                  momentum, eps, act, act_param);
+  };
+  if (!records(x, weight, bias, residual)) return compute();
+  // What may not be kept is an error before the running statistics are written.
   const auto keep = [](const OptionalTensor& input) { return SavedVariable(input.value_or(at::Tensor()), /*is_output=*/false); };
-  const bool has_mask = mask.sym_numel() > 0;
+  const auto node = gradient_of<BatchNormActGradient>(x, weight, bias, residual);
   node->x = keep(x);
   node->weight = keep(weight);
   node->bias = keep(bias);
-  if (act != "identity" && !has_mask) node->residual = keep(residual);
-  node->mean = keep(mean);
-  node->invstd = keep(invstd);
-  if (has_mask) node->mask = keep(mask);
+  if (act == "elu" || act == "swish") node->residual = keep(residual);
   node->training = training;
   node->eps = eps;
   node->act = std::string(act);
   node->act_param = act_param;
+  Result result = compute();
+  const auto& [y, mean, invstd, mask] = result;
+  node->mean = keep(mean);
+  node->invstd = keep(invstd);
+  if (mask.sym_numel() > 0) node->mask = keep(mask);
   recorded(y, node);
+  return result;
+}
+
+// Counts the versions of what compute() writes.
+template <typename Compute>
+auto counting(const Compute& compute, std::initializer_list<OptionalTensor> written) {
+  for (const OptionalTensor& each : written) check_version_counts(each.value_or(at::Tensor()));
+  auto result = compute();
+  for (const OptionalTensor& each : written) increment_version(each.value_or(at::Tensor()));
   return result;
 }
 
@@ -145,13 +158,11 @@ Result counting_versions(const at::Tensor& x, const OptionalTensor& running_mean
                          const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
                          const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
                          c10::string_view act, double act_param) {
-  Result result = call_below_version_counting<ops::BatchNormAct>(x, running_mean, running_var, weight, bias, residual, num_batches_tracked,
-                                                                 training, momentum, eps, act, act_param);
-  if (training) {
-    for (const OptionalTensor& written : {running_mean, running_var, num_batches_tracked})
-      increment_version(written.value_or(at::Tensor()));
-  }
-  return result;
+  const auto compute = [&] {
+    return call_below_version_counting<ops::BatchNormAct>(x, running_mean, running_var, weight, bias, residual, num_batches_tracked,
+                                                          training, momentum, eps, act, act_param);
+  };
+  return training ? counting(compute, {running_mean, running_var, num_batches_tracked}) : compute();
 }
 
 using GatheredStats = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
@@ -166,10 +177,11 @@ GatheredStats gather_stats(const at::Tensor& moments, const OptionalTensor& runn
 GatheredStats gather_stats_counting_versions(const at::Tensor& moments, const OptionalTensor& running_mean,
                                              const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
                                              std::optional<double> momentum, double eps) {
-  GatheredStats result =
-      call_below_version_counting<ops::BatchNormActGatherStats>(moments, running_mean, running_var, num_batches_tracked, momentum, eps);
-  for (const OptionalTensor& written : {running_mean, running_var, num_batches_tracked}) increment_version(written.value_or(at::Tensor()));
-  return result;
+  const auto compute = [&] {
+    return call_below_version_counting<ops::BatchNormActGatherStats>(moments, running_mean, running_var, num_batches_tracked, momentum,
+                                                                     eps);
+  };
+  return counting(compute, {running_mean, running_var, num_batches_tracked});
 }
 
 }  // namespace

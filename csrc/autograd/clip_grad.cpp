@@ -7,16 +7,22 @@
 namespace gradkernels::autograd {
 namespace {
 
+void check_versions_count(at::TensorList tensors) {
+  for (const at::Tensor& tensor : tensors) check_version_counts(tensor);
+}
+
 void increment_versions(at::TensorList tensors) {
   for (const at::Tensor& tensor : tensors) increment_version(tensor);
 }
 
 void clip_grads_with_norm_(at::TensorList grads, double max_norm, const at::Tensor& total_norm) {
+  check_versions_count(grads);
   call_below_version_counting<ops::ClipGradsWithNormInplace>(grads, max_norm, total_norm);
   increment_versions(grads);
 }
 
 void clip_grad_value_(at::TensorList grads, double clip_value) {
+  check_versions_count(grads);
   call_below_version_counting<ops::ClipGradValueInplace>(grads, clip_value);
   increment_versions(grads);
 }
@@ -24,9 +30,11 @@ void clip_grad_value_(at::TensorList grads, double clip_value) {
 void rmsprop_(at::TensorList params, at::TensorList grads, at::TensorList square_avgs, at::TensorList grad_avgs,
               at::TensorList momentum_buffers, double lr, double alpha, double eps, double weight_decay, double momentum,
               double grad_coefficient) {
+  const at::TensorList written[] = {params, square_avgs, grad_avgs, momentum_buffers};
+  for (const at::TensorList& tensors : written) check_versions_count(tensors);
   call_below_version_counting<ops::RmspropInplace>(params, grads, square_avgs, grad_avgs, momentum_buffers, lr, alpha, eps, weight_decay,
                                                    momentum, grad_coefficient);
-  for (const at::TensorList& written : {params, square_avgs, grad_avgs, momentum_buffers}) increment_versions(written);
+  for (const at::TensorList& tensors : written) increment_versions(tensors);
 }
 
 }  // namespace

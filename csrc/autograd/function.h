@@ -3,6 +3,7 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/function.h>
@@ -50,6 +51,13 @@ template <typename Operator, typename... Args>
 auto call_below_version_counting(Args&&... args) {
   at::AutoDispatchBelowADInplaceOrView guard;
   return call<Operator>(std::forward<Args>(args)...);
+}
+
+// Before anything is written, in torch's words.
+inline void check_version_counts(const at::Tensor& x) {
+  TORCH_CHECK(!x.defined() || !x.is_inference() || c10::InferenceMode::is_enabled(),
+              "Inplace update to inference tensor outside InferenceMode is not allowed.You can make a clone to get a normal tensor before "
+              "doing inplace update.See https://github.com/pytorch/rfcs/pull/17 for more details.");
 }
 
 // Kernels write through pointers, which counts no version by itself; saved tensors are checked by it.

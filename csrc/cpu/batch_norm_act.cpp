@@ -22,8 +22,10 @@ void use_running_statistics(const BatchNormForward& p) {
 }
 
 void finish_channel(const BatchNormForward& p, int64_t channel, const math::Moments<double>& moments) {
-  p.mean[channel] = moments.mean;
-  p.invstd[channel] = math::inverse_std(moments.m2 / moments.count, p.eps);
+  const double mean = moments.mean + moments.mean_low;
+  p.mean[channel] = mean;
+  const double m2 = moments.m2 + moments.m2_low;
+  p.invstd[channel] = math::inverse_std_of_batch(m2 / moments.count, p.eps);
   dispatch(p.parameter_dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     const auto update = [&](void* running, double observed) {
@@ -31,8 +33,8 @@ void finish_channel(const BatchNormForward& p, int64_t channel, const math::Mome
       scalar_t& value = static_cast<scalar_t*>(running)[channel];
       value = static_cast<scalar_t>(math::update_running(static_cast<double>(value), observed, p.momentum));
     };
-    update(p.running_mean, moments.mean);
-    update(p.running_var, moments.m2 / (moments.count - 1.0));
+    update(p.running_mean, mean);
+    update(p.running_var, m2 / (moments.count - 1.0));
   });
 }
 
@@ -116,8 +118,8 @@ void batch_norm_act_stats(const BatchNormForward& p, double* moments) {
       Slabs(p.shape), channels, /*copy_bytes=*/0,
       [&](Slab slab, math::Moments<double>* out, void*) { isa.batch_norm_moments(p, slab, out); },
       [&](int64_t channel, const math::Moments<double>& found) {
-        moments[1 + channel] = found.mean;
-        moments[1 + channels + channel] = found.m2;
+        moments[1 + channel] = found.mean + found.mean_low;
+        moments[1 + channels + channel] = found.m2 + found.m2_low;
       },
       [](Slab, const math::Moments<double>*, const void*) {});
 }
@@ -125,10 +127,10 @@ void batch_norm_act_stats(const BatchNormForward& p, double* moments) {
 void batch_norm_act_gather_stats(const BatchNormForward& p, int64_t ranks, const double* moments) {
   const int64_t channels = p.shape.channels;
   for (int64_t c = 0; c < channels; ++c) {
-    math::Moments<double> merged{0.0, 0.0, 0.0};
+    math::Moments<double> merged{};
     for (int64_t rank = 0; rank < ranks; ++rank) {
       const double* of_rank = moments + rank * (1 + 2 * channels);
-      if (of_rank[0] > 0.0) merged = math::merge(merged, {of_rank[0], of_rank[1 + c], of_rank[1 + channels + c]});
+      if (of_rank[0] > 0.0) merged = math::merge(merged, {of_rank[0], of_rank[1 + c], of_rank[1 + channels + c], 0.0, 0.0});
     }
     if (merged.count > 0.0) {
       finish_channel(p, c, merged);

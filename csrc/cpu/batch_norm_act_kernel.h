@@ -15,12 +15,6 @@ namespace {
 // ---- Statistics
 // ----------------------------------------------------------------------------------------------------------------------------
 
-// Sums of (x - about) and of its square over a tile of one channel.
-struct DifferenceSums {
-  double differences;
-  double squares;
-};
-
 // Adds x - about and its square, of one vector.
 template <typename opmath>
 GK_INLINE void add_difference(Accumulators<opmath, 2>& sums, Vec<opmath> difference) {
@@ -52,22 +46,36 @@ GK_INLINE void add_differences(Accumulators<opmath_t<scalar_t>, 2>& sums, const 
   }
 }
 
-// About the mean of a tile: near enough for differences from it not to cancel.
+// `about` without the digits that numbers of this magnitude do not have: elements on a coarser grid than theirs would all be rounded alike
+// in x - about, which adds up.
+template <typename T>
+GK_INLINE T on_grid(T about, T magnitude) {
+  return (about + magnitude) - magnitude;
+}
+
+// About the mean of a tile: near enough for differences from it not to cancel. A number that scalar_t has, as what fills a vector must be.
 template <typename scalar_t>
 GK_INLINE opmath_t<scalar_t> approximate_mean(const scalar_t* x, const Lines& tile, double count) {
   using V = Vec<opmath_t<scalar_t>>;
   constexpr int64_t kStep = 4 * V::kLanes;
+  // Of the terms, not of the sum, which may be beyond the largest number.
+  const V weight(static_cast<opmath_t<scalar_t>>(1.0 / count));
   V sum[4] = {V(0), V(0), V(0), V(0)};
   for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
     const scalar_t* run = x + tile.offset + row * tile.row_stride;
     int64_t i = tile.begin;
     for (; i + kStep <= tile.end; i += kStep) {
-      for (int k = 0; k < 4; ++k) sum[k] = sum[k] + load(run + i + k * V::kLanes);
+      for (int k = 0; k < 4; ++k) sum[k] = fma(load(run + i + k * V::kLanes), weight, sum[k]);
     }
-    for_each_vector<opmath_t<scalar_t>>(i, tile.end,
-                                        [&](int64_t j, auto lanes) GK_INLINE_LAMBDA { sum[0] = sum[0] + load(run + j, lanes); });
+    for_each_vector<opmath_t<scalar_t>>(
+        i, tile.end, [&](int64_t j, auto lanes) GK_INLINE_LAMBDA { sum[0] = fma(load(run + j, lanes), weight, sum[0]); });
   }
-  return static_cast<opmath_t<scalar_t>>(sum_of_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])) / count);
+  const scalar_t* first = x + tile.offset + tile.row_begin * tile.row_stride + tile.begin;
+  const int64_t width = tile.end - tile.begin;
+  const V some = width < V::kLanes ? load(first, SomeLanes{static_cast<int>(width)}) : load(first);
+  const auto mean = static_cast<opmath_t<scalar_t>>(sum_of_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])));
+  const auto magnitude = static_cast<opmath_t<scalar_t>>(sum_of_lanes(negative_magnitude(some)));
+  return static_cast<opmath_t<scalar_t>>(static_cast<scalar_t>(on_grid(mean, magnitude)));
 }
 
 template <typename scalar_t>
@@ -77,7 +85,7 @@ math::Moments<double> long_run_moments(const scalar_t* x, const Lines& lines) {
   constexpr int64_t kTileElements = 4096;
   constexpr int64_t kStep = 8 * V::kLanes;
   const int64_t width = lines.end - lines.begin < kTileElements ? lines.end - lines.begin : kTileElements;
-  math::Moments<double> moments{0.0, 0.0, 0.0};
+  math::Moments<double> moments{};
   for_each_tile(lines, kTileElements / width, width, [&](const Lines& tile) GK_INLINE_LAMBDA {
     const double count = static_cast<double>(tile.elements_per_channel());
     const auto about = approximate_mean(x, tile, count);
@@ -103,21 +111,25 @@ void short_run_moments(const scalar_t* x, const Lines& lines, math::Moments<doub
   using opmath = opmath_t<scalar_t>;
   using V = Vec<opmath>;
   using D = Vec<double>;
-  Columns<double> means(lines), m2s(lines);
+  Columns<double> means(lines), mean_lows(lines), m2s(lines), m2_lows(lines);
   double rows_before = 0.0;
   // Enough rows to make a merge cheap (and in float64, rare, since each one rounds), few enough to stay in the second-level cache.
   for_each_tile(lines, sizeof(opmath) == sizeof(double) ? 128 : 64, lines.end, [&](const Lines& tile) GK_INLINE_LAMBDA {
     const double rows = static_cast<double>(tile.row_end - tile.row_begin);
+    const V weight(static_cast<opmath>(1.0 / rows));
     Columns<opmath> about(tile);
     for_each_position<scalar_t>(tile, [&](Position at, auto lanes) GK_INLINE_LAMBDA {
-      about.store(at.column, about.load(at.column) + load(x + at.element, lanes));
+      about.store(at.column, fma(load(x + at.element, lanes), weight, about.load(at.column)));
     });
     for_each_vector<opmath>(0, lines.end, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
-      const V mean = about.load(i) / V(static_cast<opmath>(rows));
-      about.store(i, mean);
-      Accumulators<opmath, 2> accumulators;
       const scalar_t* column = x + tile.offset + tile.row_begin * tile.row_stride + i;
       const scalar_t* const end = x + tile.offset + tile.row_end * tile.row_stride + i;
+      V magnitude(0);
+      for (const scalar_t* some = column; some < end && some < column + 4 * tile.row_stride; some += tile.row_stride) {
+        magnitude = magnitude + negative_magnitude(load(some, lanes));
+      }
+      const V mean = on_grid(about.load(i), magnitude);
+      Accumulators<opmath, 2> accumulators;
       if constexpr (decltype(lanes)::kAll) {
         for (; column + 8 * tile.row_stride <= end; column += 8 * tile.row_stride) {
           add_differences(accumulators, column, tile.row_stride, mean);
@@ -127,16 +139,19 @@ void short_run_moments(const scalar_t* x, const Lines& lines, math::Moments<doub
       for_each_part<opmath>([&](auto part) GK_INLINE_LAMBDA {
         const int64_t j = i + part.kIndex * D::kLanes;
         const auto sum_of = [&](int n) GK_INLINE_LAMBDA { return accumulators.sum(n, part).high + accumulators.sum(n, part).low; };
-        const auto merged = math::merge(math::Moments<D>{D(rows_before), means.load(j), m2s.load(j)},
+        const auto merged = math::merge(math::Moments<D>{D(rows_before), means.load(j), m2s.load(j), mean_lows.load(j), m2_lows.load(j)},
                                         math::moments_about(widen(mean, part.kIndex), D(rows), sum_of(0), sum_of(1)));
         means.store(j, merged.mean);
+        mean_lows.store(j, merged.mean_low);
+        m2_lows.store(j, merged.m2_low);
         m2s.store(j, merged.m2);
       });
     });
     rows_before += rows;
   });
   for (int64_t c = 0; c < lines.channels(); ++c) {
-    out[c] = math::merge_of_equal_counts(rows_before, lines.inner, means.value + c * lines.inner, m2s.value + c * lines.inner);
+    out[c] = math::merge_of_equal_counts(rows_before, lines.inner, means.value + c * lines.inner, mean_lows.value + c * lines.inner,
+                                         m2s.value + c * lines.inner, m2_lows.value + c * lines.inner);
   }
 }
 

@@ -33,8 +33,8 @@ struct Kernels {
 
   void (*activation_forward)(DType, math::Activation, int64_t count, const void* x, void* y, uint8_t* mask);
   void (*activation_backward)(DType, math::Activation, Saved, int64_t count, const void* grad_y, const void* saved, void* grad_x);
-  // grad_parameter of each channel of the slab into out[0...].
   void (*parametric_forward)(const ParametricForward&, Slab);
+  // grad_parameter of each channel of the slab into out[0...].
   void (*parametric_backward)(const ParametricBackward&, Slab, double* out);
   // `first` is the index of the first element, a multiple of 8.
   void (*rrelu_forward)(DType, math::RandomSlopes, int64_t first, int64_t count, const void* x, void* y, uint8_t* mask);

@@ -192,12 +192,18 @@ struct LongRuns {
     explicit GK_INLINE Sums(const Lines&) {}
     explicit GK_INLINE Sums(const Accumulators<opmath, N>& total) : total_(total) {}
     GK_INLINE double of_channel(const Lines&, int64_t, int n) const {
-      double high = 0.0, low = 0.0;
+      math::Sum<double> sum{0.0, 0.0};
       for_each_part<opmath>([&](auto part) GK_INLINE_LAMBDA {
-        high += sum_of_lanes(total_.sum(n, part).high);
-        low += sum_of_lanes(total_.sum(n, part).low);
+        sum.low += sum_of_lanes(total_.sum(n, part).low);
+        if constexpr (sizeof(opmath) == sizeof(double)) {
+          double lane[Vec<double>::kLanes];
+          total_.sum(n, part).high.store(lane);
+          for (double each : lane) math::add(sum, each);
+        } else {
+          sum.high += sum_of_lanes(total_.sum(n, part).high);
+        }
       });
-      return high + low;
+      return sum.high + sum.low;
     }
     // Calls function(position, lanes, accumulators) for each vector of the lines.
     template <typename scalar_t, typename Function>

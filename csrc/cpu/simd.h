@@ -321,7 +321,7 @@ GK_INLINE void store(scalar_t* target, AllLanes, Vec<opmath_t<scalar_t>> value) 
   store(target, value);
 }
 
-// The other lanes from `fill`; memory past the count is not touched.
+// The other lanes from `fill`, of 16 bits rounded to them; memory past the count is not touched.
 template <typename T>
 GK_INLINE Vec<opmath_t<T>> load(const T* source, SomeLanes lanes, Vec<opmath_t<T>> fill = Vec<opmath_t<T>>(0)) {
 #if defined(__x86_64__)

@@ -3,15 +3,19 @@
 #pragma once
 
 #include "common/host_device.h"
+#include "math/sum.h"
 
 namespace gradkernels::math {
 
-// Count, mean and M2 = sum (x - mean)^2 of a set of elements, in float64: T is double or a vector of it.
+// Count, mean and M2 = sum (x - mean)^2 of a set of elements, in float64: T is double or a vector of it. mean_low and m2_low are what
+// rounding took from the two: merging many sets does not wear off their last digits, which float64 data need (bench/bench_accuracy.py).
 template <typename T>
 struct Moments {
   T count;
   T mean;
   T m2;
+  T mean_low;
+  T m2_low;
 };
 
 // Moments of a tile from the sums of d = x - about and of d^2. `about` is near the tile's mean, so that nothing cancels: mean = about +
@@ -19,7 +23,9 @@ struct Moments {
 template <typename T>
 GK_HOST_DEVICE Moments<T> moments_about(T about, T count, T sum, T sum_of_squares) {
   const T correction = sum / count;
-  return {count, about + correction, sum_of_squares - sum * correction};
+  Sum<T> mean{about, T(0)};
+  add(mean, correction);
+  return {count, mean.high, sum_of_squares - sum * correction, mean.low, T(0)};
 }
 
 // Moments of the union of two disjoint sets (Chan, Golub and LeVeque 1979); the second may not be empty. The products are grouped so that
@@ -27,38 +33,62 @@ GK_HOST_DEVICE Moments<T> moments_about(T about, T count, T sum, T sum_of_square
 template <typename T>
 GK_HOST_DEVICE Moments<T> merge(const Moments<T>& a, const Moments<T>& b) {
   const T count = a.count + b.count;
-  const T delta = b.mean - a.mean;
   const T weight = b.count / count;
-  return {count, a.mean + delta * weight, a.m2 + b.m2 + delta * (delta * (a.count * weight))};
+  const T weight_low = fma(-weight, count, b.count) / count;
+  Sum<T> delta{b.mean, b.mean_low - a.mean_low};
+  add(delta, -a.mean);
+  const T step = delta.high * weight;
+  Sum<T> mean{a.mean, a.mean_low + (fma(delta.high, weight, -step) + fma(delta.high, weight_low, delta.low * weight))};
+  add(mean, step);
+  Sum<T> m2{a.m2, a.m2_low + b.m2_low};
+  add(m2, b.m2);
+  const T rounded_delta = delta.high + delta.low;
+  add(m2, rounded_delta * (rounded_delta * (a.count * weight)));
+  return {count, mean.high, m2.high, mean.low, m2.low};
 }
 
 // Moments of the union of `sets` sets of `count` elements each: the mean of the means, and M2 with what the means differ by. One division,
 // where merging them in turn takes one for each. The first mean is taken off, lest means of one sign add up beyond their digits.
-GK_HOST_DEVICE Moments<double> merge_of_equal_counts(double count, int64_t sets, const double* mean, const double* m2) {
-  if (sets == 1) return {count, mean[0], m2[0]};
-  double delta_sum = 0.0;
-  for (int64_t i = 0; i < sets; ++i) delta_sum += mean[i] - mean[0];
-  const double mean_delta = delta_sum / static_cast<double>(sets);
-  double within = 0.0, between = 0.0;
+GK_HOST_DEVICE Moments<double> merge_of_equal_counts(double count, int64_t sets, const double* mean, const double* mean_low,
+                                                     const double* m2, const double* m2_low) {
+  if (sets == 1) return {count, mean[0], m2[0], mean_low[0], m2_low[0]};
+  const double number = static_cast<double>(sets);
+  Sum<double> delta_sum{0.0, 0.0};
   for (int64_t i = 0; i < sets; ++i) {
-    const double difference = mean[i] - mean[0] - mean_delta;
-    within += m2[i];
+    add(delta_sum, mean[i]);
+    add(delta_sum, -mean[0]);
+    delta_sum.low += mean_low[i];
+  }
+  const double mean_delta = delta_sum.high / number;
+  // The mean is mean[0] + mean_delta + merged_low.
+  const double merged_low = (fma(-mean_delta, number, delta_sum.high) + delta_sum.low) / number;
+  Sum<double> within{0.0, 0.0};
+  double between = 0.0;
+  for (int64_t i = 0; i < sets; ++i) {
+    const double difference = (mean[i] - mean[0] - mean_delta) + (mean_low[i] - merged_low);
+    add(within, m2[i]);
+    within.low += m2_low[i];
     between = fma(difference, difference, between);
   }
-  return {count * static_cast<double>(sets), mean[0] + mean_delta, fma(count, between, within)};
+  Sum<double> merged{mean[0], merged_low};
+  add(merged, mean_delta);
+  add(within, count * between);
+  return {count * number, merged.high, within.high, merged.low, within.low};
 }
 
-// 1 / sqrt(var + eps), and 0 for a constant channel with eps = 0, as torch's. One Newton step with the exact residual takes back the
-// roundings of the root and of the quotient: every output scales with this number.
+// 1 / sqrt(var + eps). One Newton step with the exact residual takes back the roundings of the root and of the quotient: every output
+// scales with this number.
 GK_HOST_DEVICE double inverse_std(double variance, double eps) {
   const double v = variance + eps;
-  if (v == 0.0) return 0.0;
   const double r = 1.0 / sqrt(v);
   const double vr = v * r;
   const double residual = fma(-vr, r, 1.0) - fma(v, r, -vr) * r;
   const double corrected = fma(0.5 * r, residual, r);
   return corrected == corrected ? corrected : r;
 }
+
+// Of a batch: 0 for a constant channel with eps = 0, as torch's.
+GK_HOST_DEVICE double inverse_std_of_batch(double variance, double eps) { return variance + eps == 0.0 ? 0.0 : inverse_std(variance, eps); }
 
 // running <- (1 - momentum) running + momentum observed
 GK_HOST_DEVICE double update_running(double running, double observed, double momentum) {
@@ -102,8 +132,10 @@ struct GradientSums {
 
 GK_HOST_DEVICE GradientSums merge(const GradientSums& a, const GradientSums& b) { return {a.dz + b.dz, a.dz_x + b.dz_x}; }
 
-// training: grad_x = weight invstd (dz - S1/N - (x - mean) invstd^2 S2/N) = fma(scale, dz - dz_mean_high, fma(slope, x - mean_high,
-// offset)) evaluation: grad_x = weight invstd dz
+// training:
+//   grad_x = weight invstd (dz - S1/N - (x - mean) invstd^2 S2/N) = fma(scale, dz - dz_mean_high, fma(slope, x - mean_high, offset))
+// evaluation:
+//   grad_x = weight invstd dz
 //
 // S1/N is split as the mean is: gradients that sit on a large common offset keep their digits.
 template <typename T>

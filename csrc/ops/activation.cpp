@@ -30,7 +30,13 @@ at::Tensor leaky_relu(const at::Tensor& x, double negative_slope) { return at::l
 void leaky_relu_(at::Tensor x, double negative_slope) { at::leaky_relu_(x, negative_slope); }
 at::Tensor elu(const at::Tensor& x, double alpha) { return at::elu(x, alpha); }
 void elu_(at::Tensor x, double alpha) { at::elu_(x, alpha); }
-at::Tensor swish(const at::Tensor& x, double beta) { return beta == 1.0 ? at::silu(x) : x * at::sigmoid(x * beta); }
+
+// Integers go to silu for its error: the product would promote them in silence.
+at::Tensor swish(const at::Tensor& x, double beta) {
+  if (beta == 1.0 || !(x.is_floating_point() || x.is_complex())) return at::silu(x);
+  return x * at::sigmoid(x * beta);
+}
+
 at::Tensor swish_backward(const at::Tensor& grad_y, const at::Tensor& x, double beta) {
   const at::Tensor s = at::sigmoid(x * beta);
   return grad_y * (s * (1 + x * beta * (1 - s)));
@@ -60,8 +66,7 @@ at::Tensor sum_over_channels(const at::Tensor& gradients, const at::Tensor& para
 }  // namespace
 
 at::Tensor swish_tensor(const at::Tensor& x, const at::Tensor& beta) {
-  // Integers go to silu for its error: the product would promote them in silence.
-  if (!x.is_floating_point() && !x.is_complex()) return at::silu(x);
+  if (!x.is_floating_point() && !x.is_complex()) return swish(x, 1.0);
   return x * at::sigmoid(across_channels(beta, x) * x);
 }
 
@@ -473,9 +478,7 @@ TORCH_LIBRARY_IMPL(gradkernels, CompositeExplicitAutograd, m) {
   m.impl("elu_", composite::elu_);
   m.impl("swish", composite::swish);
   m.impl("swish.Tensor", composite::swish_tensor);
-  m.impl("swish_backward.Tensor", composite::swish_tensor_backward);
   m.impl("prelu", composite::prelu);
-  m.impl("prelu_backward", composite::prelu_backward);
   m.impl("rrelu_with_mask", composite::rrelu_with_mask);
   m.impl("rrelu_with_mask_", composite::rrelu_with_mask_);
 }

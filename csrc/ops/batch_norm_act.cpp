@@ -91,21 +91,24 @@ void check_residual(const at::Tensor& x, const OptionalTensor& residual) {
 }
 
 void check_num_batches_tracked(const OptionalTensor& count) {
-  TORCH_CHECK(!is_given(count) || (count->scalar_type() == at::kLong && count->numel() == 1),
-              "num_batches_tracked must be one int64 element");
+  TORCH_CHECK(!is_given(count) || count->sym_numel() == 1, "num_batches_tracked must be one element");
 }
 
 // The weight of this batch in the running statistics; without a momentum that of an average over the batches counted so far and this one.
 double exponential_average_factor(std::optional<double> momentum, const OptionalTensor& num_batches_tracked) {
   if (momentum.has_value() || !is_given(num_batches_tracked)) return momentum.value_or(0.0);
-  return 1.0 / static_cast<double>(num_batches_tracked->item<int64_t>() + 1);
+  return 1.0 / (num_batches_tracked->item<double>() + 1.0);
 }
 
 }  // namespace
 
 bool composite::batch_norm_act_has_kernel(const at::Tensor& x, const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                                          const OptionalTensor& weight, const OptionalTensor& bias, bool training) {
+                                          const OptionalTensor& weight, const OptionalTensor& bias,
+                                          const OptionalTensor& num_batches_tracked, bool training) {
   if (!kernels_take(x)) return false;
+  if (is_given(num_batches_tracked) && !(num_batches_tracked->device() == x.device() && num_batches_tracked->scalar_type() == at::kLong)) {
+    return false;
+  }
   if (training ? x.sym_numel() == x.sym_size(1) : !is_given(running_mean)) return false;
   if (is_given(running_mean) != is_given(running_var)) return false;
   return per_channel(x, {running_mean, running_var, weight, bias});
@@ -139,13 +142,17 @@ BatchNormActResult composite::batch_norm_act(const at::Tensor& x, const Optional
   check_num_batches_tracked(num_batches_tracked);
   const OptionalTensor counted = training ? num_batches_tracked : OptionalTensor();
   const double factor = exponential_average_factor(momentum, counted);
-  const auto batch_norm = [&](const OptionalTensor& mean, const OptionalTensor& var) {
-    return at::batch_norm(x, weight, bias, mean, var, training, factor, eps, at::globalContext().userEnabledCuDNN());
-  };
-  // ATen writes the running statistics before it finds that weight or bias is elsewhere: let it fail on copies.
-  const bool elsewhere = (is_given(weight) && weight->device() != x.device()) || (is_given(bias) && bias->device() != x.device());
-  if (elsewhere && is_given(running_mean) && is_given(running_var)) batch_norm(running_mean->clone(), running_var->clone());
-  const at::Tensor z = batch_norm(running_mean, running_var);
+  // ATen writes the running statistics before it finds that one of the others is of another dtype or elsewhere: let it write copies then.
+  const bool copies = training && is_given(running_mean) && is_given(running_var) && x.dim() >= 2 &&
+                      !per_channel(x, {running_mean, running_var, weight, bias});
+  const OptionalTensor written_mean = copies ? OptionalTensor(running_mean->clone()) : running_mean;
+  const OptionalTensor written_var = copies ? OptionalTensor(running_var->clone()) : running_var;
+  const at::Tensor z =
+      at::batch_norm(x, weight, bias, written_mean, written_var, training, factor, eps, at::globalContext().userEnabledCuDNN());
+  if (copies) {
+    running_mean->copy_(*written_mean);
+    running_var->copy_(*written_var);
+  }
   if (is_given(counted)) counted->add_(1);
   const at::Tensor none = at::empty({0}, x.options());
   return {add_and_activate(z, residual, act, act_param), none.to(at::kDouble), none.to(at::kDouble), none.to(at::kByte)};
@@ -199,7 +206,7 @@ BatchNormActResult batch_norm_act(const at::Tensor& x, const OptionalTensor& run
                                   const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
                                   const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
                                   c10::string_view act, double act_param) {
-  if (!composite::batch_norm_act_has_kernel(x, running_mean, running_var, weight, bias, training)) {
+  if (!composite::batch_norm_act_has_kernel(x, running_mean, running_var, weight, bias, num_batches_tracked, training)) {
     return composite::batch_norm_act(x, running_mean, running_var, weight, bias, residual, num_batches_tracked, training, momentum, eps,
                                      act, act_param);
   }
@@ -225,7 +232,7 @@ BatchNormActResult batch_norm_act_meta(const at::Tensor& x, const OptionalTensor
                                        const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
                                        const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
                                        c10::string_view act, double act_param) {
-  if (!composite::batch_norm_act_has_kernel(x, running_mean, running_var, weight, bias, training)) {
+  if (!composite::batch_norm_act_has_kernel(x, running_mean, running_var, weight, bias, num_batches_tracked, training)) {
     return composite::batch_norm_act(x, running_mean, running_var, weight, bias, residual, num_batches_tracked, training, momentum, eps,
                                      act, act_param);
   }
@@ -458,6 +465,8 @@ GatheredStats gathered_stats(const at::Tensor& moments, const OptionalTensor& ru
                 "batch_norm_act_gather_stats: running statistics must have ", channels, " elements on the device of moments");
   }
   check_num_batches_tracked(num_batches_tracked);
+  TORCH_CHECK(!is_given(num_batches_tracked) || num_batches_tracked->device() == moments.device(),
+              "batch_norm_act_gather_stats: num_batches_tracked must be on the device of moments");
   at::Tensor mean = at::empty_symint({channels}, moments.options());
   return {mean, at::empty_like(mean), at::empty_symint({c10::SymInt(1)}, moments.options())};
 }
@@ -483,7 +492,7 @@ GatheredStats batch_norm_act_gather_stats(const at::Tensor& moments, const Optio
   cpu::batch_norm_act_gather_stats(p, moments.size(0), moments.const_data_ptr<double>());
   if (is_given(running_mean)) running_mean->copy_(wide_mean);
   if (is_given(running_var)) running_var->copy_(wide_var);
-  if (is_given(num_batches_tracked)) ++*num_batches_tracked->mutable_data_ptr<int64_t>();
+  if (is_given(num_batches_tracked)) num_batches_tracked->add_(1);
   return {mean, invstd, count};
 }
 
@@ -523,17 +532,22 @@ GatheredStats batch_norm_act_gather_stats_meta(const at::Tensor& moments, const 
   return gathered_stats(moments, running_mean, running_var, num_batches_tracked);
 }
 
-void check_elemt(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& invstd, const OptionalTensor& residual) {
+void check_elemt(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& invstd, const OptionalTensor& weight,
+                 const OptionalTensor& bias, const OptionalTensor& residual) {
   check_part(x);
   check_statistic(mean, x, 1);
   check_statistic(invstd, x, 1);
+  for (const OptionalTensor& parameter : {weight, bias}) {
+    TORCH_CHECK(!is_given(parameter) || parameter->device() == x.device(), "batch_norm_act: weight and bias must be on the device of x, ",
+                x.device(), ", got ", parameter->device());
+  }
   check_residual(x, residual);
 }
 
 std::tuple<at::Tensor, at::Tensor> batch_norm_act_elemt(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& invstd,
                                                         const OptionalTensor& weight, const OptionalTensor& bias,
                                                         const OptionalTensor& residual, c10::string_view name, double act_param) {
-  check_elemt(x, mean, invstd, residual);
+  check_elemt(x, mean, invstd, weight, bias, residual);
   if (!parts_have_kernel(x, weight, bias)) {
     const parts::Normalised normalised(x, mean, invstd, weight, bias);
     return {parts::as_output(composite::add_and_activate(normalised.z, residual, name, act_param), x),
@@ -547,7 +561,7 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_act_elemt(const at::Tensor& x, con
 std::tuple<at::Tensor, at::Tensor> batch_norm_act_elemt_meta(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& invstd,
                                                              const OptionalTensor& weight, const OptionalTensor& bias,
                                                              const OptionalTensor& residual, c10::string_view name, double act_param) {
-  check_elemt(x, mean, invstd, residual);
+  check_elemt(x, mean, invstd, weight, bias, residual);
   const Forward f(x, residual, name, act_param);
   return {f.y, parts_have_kernel(x, weight, bias) ? f.mask : at::empty({0}, f.mask.options())};
 }
@@ -557,7 +571,7 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_act_backward_reduce(const at::Tens
                                                                   const OptionalTensor& bias, const OptionalTensor& residual,
                                                                   const OptionalTensor& mask, c10::string_view act, double act_param,
                                                                   bool residual_g) {
-  check_elemt(x, mean, invstd, residual);
+  check_elemt(x, mean, invstd, weight, bias, residual);
   if (!parts_have_kernel(x, weight, bias)) {
     const parts::Normalised normalised(x, mean, invstd, weight, bias);
     const at::Tensor dz = normalised.gradient(grad_y, residual, activation(act, act_param));
@@ -578,7 +592,7 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_act_backward_reduce_meta(const at:
                                                                        const OptionalTensor& weight, const OptionalTensor& bias,
                                                                        const OptionalTensor& residual, const OptionalTensor& mask,
                                                                        c10::string_view act, double act_param, bool residual_g) {
-  check_elemt(x, mean, invstd, residual);
+  check_elemt(x, mean, invstd, weight, bias, residual);
   const at::Tensor sums = at::empty_symint({2 * x.sym_size(1)}, mean.options());
   if (!parts_have_kernel(x, weight, bias)) {
     return {sums, residual_g ? at::empty_like(x, Layout(x).format) : at::empty({0}, x.options())};
@@ -591,8 +605,10 @@ at::Tensor batch_norm_act_backward_elemt(const at::Tensor& grad_y, const at::Ten
                                          const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
                                          const OptionalTensor& mask, c10::string_view act, double act_param, const at::Tensor& sums,
                                          const at::Tensor& count) {
-  check_elemt(x, mean, invstd, residual);
+  check_elemt(x, mean, invstd, weight, bias, residual);
   check_statistic(sums, x, 2);
+  TORCH_CHECK(count.device() == x.device(), "batch_norm_act_backward_elemt: count must be on the device of x, ", x.device(), ", got ",
+              count.device());
   if (!parts_have_kernel(x, weight, bias)) {
     const parts::Normalised normalised(x, mean, invstd, weight, bias);
     const at::Tensor dz = normalised.gradient(grad_y, residual, activation(act, act_param));
@@ -615,8 +631,10 @@ at::Tensor batch_norm_act_backward_elemt_meta(const at::Tensor& grad_y, const at
                                               const at::Tensor& invstd, const OptionalTensor& weight, const OptionalTensor& bias,
                                               const OptionalTensor& residual, const OptionalTensor& mask, c10::string_view act,
                                               double act_param, const at::Tensor& sums, const at::Tensor& count) {
-  check_elemt(x, mean, invstd, residual);
+  check_elemt(x, mean, invstd, weight, bias, residual);
   check_statistic(sums, x, 2);
+  TORCH_CHECK(count.device() == x.device(), "batch_norm_act_backward_elemt: count must be on the device of x, ", x.device(), ", got ",
+              count.device());
   if (!parts_have_kernel(x, weight, bias)) return at::empty_like(x, Layout(x).format);
   return Backward(grad_y, x, mean, invstd, weight, bias, residual, mask, act, act_param, {true, false, false, false}).grad_x;
 }

@@ -44,6 +44,7 @@ at::Tensor add_and_activate(at::Tensor z, const OptionalTensor& residual, std::s
 
 // False for what batch_norm_act leaves to the composite.
 bool batch_norm_act_has_kernel(const at::Tensor& x, const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                               const OptionalTensor& weight, const OptionalTensor& bias, bool training);
+                               const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& num_batches_tracked,
+                               bool training);
 
 }  // namespace gradkernels::composite
