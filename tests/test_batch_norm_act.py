@@ -544,6 +544,39 @@ def test_bytes_kept_for_backward(shape, act, residual, training):
         assert masks == []
 
 
+class ResidualBlock(nn.Module):
+    def __init__(self, channels, act, native):
+        super().__init__()
+        self.native = native
+        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2))
+        self.bn1, self.bn2 = (gk.BatchNormAct2d(channels, act=act) if native else nn.BatchNorm2d(channels) for _ in range(2))
+        self.act = {"relu": F.relu, "leaky_relu": F.leaky_relu, "swish": F.silu}[act]
+
+    def forward(self, x):
+        if self.native:
+            return self.bn2(self.conv2(self.bn1(self.conv1(x))), residual=x)
+        return self.act(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x))))) + x)
+
+
+@pytest.mark.parametrize("act,tensors,torchs_tensors", [("relu", 4, 4), ("leaky_relu", 4, 6), ("swish", 4, 6)])
+def test_bytes_kept_by_twenty_residual_blocks(act, tensors, torchs_tensors):
+    """Tensors of the size of an activation that a block keeps; README states them. With relu a mask of a bit an element is beside them."""
+    x = torch.randn(4, 16, 12, 12)
+    kept = []
+    for native in (True, False):
+        model = nn.Sequential(*(ResidualBlock(16, act, native) for _ in range(20)))
+        y, saved = saved_by(lambda model=model: model(x))
+        parameters = {parameter.data_ptr() for parameter in model.parameters()}
+        # The output is saved by the last block or is the loss's to save.
+        storages = {tensor.data_ptr(): tensor.nbytes for tensor in [*saved, y] if tensor.data_ptr() not in parameters}
+        kept.append(sum(storages.values()) / x.nbytes)
+    ours, torchs = kept
+    of_statistics = 20 * 2 * 2 * 8 * 16 / x.nbytes
+    of_masks = 0 if act == "swish" else 20 / 32
+    assert ours == pytest.approx(1 + 20 * tensors + of_statistics + of_masks)
+    assert torchs == pytest.approx(1 + 20 * torchs_tensors, abs=1)
+
+
 def test_nothing_is_kept_without_grad():
     module = gk.BatchNormAct2d(3)
     x = torch.randn(4, 3, 5, 5)
