@@ -6,7 +6,7 @@ composed of torch's own stand in under the same names, and one warning says why 
 
 import warnings
 
-from gradkernels import _native, optim
+from gradkernels import _native, init, optim
 from gradkernels.activation import ELU, LeakyReLU, PReLU, RReLU, Swish, elu, leaky_relu, prelu, rrelu, swish
 from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, batch_norm_act
 from gradkernels.clip_grad import GradReport, clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm, grad_report
@@ -37,6 +37,7 @@ __all__ = [
     "elu",
     "get_total_norm",
     "grad_report",
+    "init",
     "leaky_relu",
     "optim",
     "prelu",
