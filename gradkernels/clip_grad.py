@@ -329,9 +329,8 @@ def grad_report(parameters: Parameters, norm_type: float = 2.0) -> GradReport:
     tensors = _tensors(entries)
     given = [(i, tensor.grad) for i, tensor in enumerate(tensors) if tensor.grad is not None]
     grads = [grad for _, grad in given]
-    norm_type = float(norm_type)
     with torch.no_grad():
-        norms = sharded.grad_norms(grads, norm_type, local_norms) if _is_sharded(grads, norm_type) else local_norms(grads, norm_type)
+        norms = tensor_norms(grads, float(norm_type))
         if len(given) != len(tensors):
             places = [i for i, _ in given]
             each, max_abs, nonfinite, total_norm = norms
@@ -382,6 +381,11 @@ def local_norms(grads: list[Tensor], norm_type: float) -> tuple[Tensor, Tensor, 
         norms: tuple[Tensor, Tensor, Tensor, Tensor] = native_library().grad_norms(grads, norm_type)
         return norms
     return reference.grad_norms(grads, norm_type)
+
+
+def tensor_norms(tensors: list[Tensor], norm_type: float = 2.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """local_norms of whole tensors, DTensors among them."""
+    return sharded.grad_norms(tensors, norm_type, local_norms) if _is_sharded(tensors, norm_type) else local_norms(tensors, norm_type)
 
 
 def _sharded_total_norm(grads: list[Tensor], norm_type: float) -> Tensor:

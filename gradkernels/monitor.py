@@ -1,0 +1,602 @@
+"""GradientMonitor: what each layer's gradient, weight, update and activation do while a model trains.
+
+Gradients, weights and updates are read in one pass behind every optimizer step, through torch's hook for all optimizers, so that nothing in
+the training loop changes. Results stay on their device and are fetched many steps at a time: a step never waits for them. Activations
+have to be read again, by forward hooks, and so are looked at every tenth step only.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from os import PathLike
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from gradkernels import clip_grad
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Results wait on their device for this many steps: 3 numbers to a parameter, 200 KB for a network of 100 layers.
+_STEPS_PER_READ = 128
+
+_UNITS_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.RNNBase)
+_UNITS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
+
+
+class Writer(Protocol):
+    """What to_tensorboard asks of a writer; torch.utils.tensorboard.SummaryWriter is one."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object: ...
+
+
+class ActivationStatistics(NamedTuple):
+    """Of one output: mean, standard deviation, share of elements below zero, share of units that are above zero nowhere in the batch."""
+
+    mean: float
+    std: float
+    negative: float
+    dead: float
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's module inside DistributedDataParallel and torch.compile, whose prefixes no name needs."""
+    while True:
+        inner = model._modules.get("_orig_mod") or (model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def layer_name(parameter_name: str) -> str:
+    """The module that a parameter belongs to; the model's own are those of "(model)"."""
+    return parameter_name.rpartition(".")[0] or "(model)"
+
+
+def statistics_of(y: Tensor, unit_dim: int) -> Tensor:
+    """ActivationStatistics as a tensor, float64 where the device has it."""
+    y = y.detach()
+    if y.dtype in (torch.float16, torch.bfloat16):
+        y = y.float()
+    std, mean = torch.std_mean(y, correction=0)
+    negative = (y < 0).sum() / y.numel()
+    dims = [dim for dim in range(y.dim()) if dim != unit_dim % y.dim()]
+    largest = y.amax(dims) if dims else y
+    dead = (largest <= 0).sum() / largest.numel()
+    return torch.stack([each.to(std.dtype) for each in (mean, std, negative, dead)])
+
+
+class _Stopwatch:
+    """Time spent in some work: the device's where that is CUDA, else the caller's. Waits for nothing before it is read."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def time(self, device: torch.device, work: Callable[[], None]) -> None:
+        if device.type == "cuda":
+            stream = torch.cuda.current_stream(device)
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record(stream)
+            work()
+            stop.record(stream)
+            self._events.append((start, stop))
+        else:
+            begin = time.perf_counter()
+            work()
+            self._seconds += time.perf_counter() - begin
+
+    def seconds(self) -> float:
+        for start, stop in self._events:
+            stop.synchronize()
+            self._seconds += start.elapsed_time(stop) / 1e3
+        self._events.clear()
+        return self._seconds
+
+
+class _Unread:
+    """Numbers that still lie on their devices, each with who is to get them."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Tensor, Callable[[list[float]], None]]] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, values: Tensor, receive: Callable[[list[float]], None]) -> None:
+        self._waiting.append((values, receive))
+
+    def fetch(self) -> None:
+        """One transfer for each device and dtype."""
+        grouped = defaultdict(list)
+        for values, receive in self._waiting:
+            grouped[values.device, values.dtype].append((values, receive))
+        self._waiting.clear()
+        for group in grouped.values():
+            numbers = iter(torch.cat([values for values, _ in group]).tolist())
+            for values, receive in group:
+                receive(list(islice(numbers, len(values))))
+
+
+@dataclass
+class _Step:
+    """Norms of one step, by the place of the parameter; one that is not there had no gradient, or no optimizer stepped it."""
+
+    gradient: dict[int, float] = field(default_factory=dict)
+    weight: dict[int, float] = field(default_factory=dict)
+    update: dict[int, float] = field(default_factory=dict)
+
+
+class GradientMonitor:
+    """Records per layer and step what vanishes and what explodes; a context manager.
+
+        gradient norm   |g|        of a layer's parameters as one vector, as the optimizer gets it
+        weight norm     |w|        after the step
+        update          |dw| / |w| what the step changed, relative to the weight; about 1e-3 is usual
+
+    and of each module's output mean, standard deviation, the share of negative elements and the share of units that are above
+    zero nowhere in the batch (behind a relu these are dead). A step is a call of step() of any optimizer that holds parameters of
+    the model; several optimizers that take turns make one step together. Gradients that are clipped before step() are recorded
+    clipped, unless record_gradients() is called before that.
+
+    Works under DistributedDataParallel (activations are those of this process) and torch.compile, which leaves activations out.
+
+    Args:
+        model: with parameters that require a gradient.
+        every: record every so many steps.
+        activations_every: look at activations every so many steps, in the first forward pass in training mode; None never.
+
+    Raises:
+        ValueError: a model without parameters that require a gradient; every or activations_every below 1.
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with gk.GradientMonitor(model) as monitor:
+        ...     for _ in range(3):
+        ...         optimizer.zero_grad()
+        ...         model(torch.randn(16, 4)).square().mean().backward()
+        ...         optimizer.step()
+        >>> record = monitor.to_dict()
+        >>> record["steps"], record["layers"], len(record["gradient_norm"])
+        ([0, 1, 2], ['0', '2'], 3)
+        >>> print(monitor.table().splitlines()[1].split())
+        ['layer', '|g|', '|w|', '|dw|/|w|', 'mean', 'std', 'negative', 'dead']
+    """
+
+    def __init__(self, model: nn.Module, every: int = 1, activations_every: int | None = 10) -> None:
+        if every < 1 or (activations_every is not None and activations_every < 1):
+            raise ValueError(f"every and activations_every count steps from 1 on, not {every} and {activations_every}")
+        self.model = unwrapped(model)
+        named = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        if not named:
+            raise ValueError(f"{type(self.model).__name__} has no parameters that require a gradient: there is nothing to monitor")
+        self.every = every
+        self.activations_every = activations_every
+        self._parameters = [parameter for _, parameter in named]
+        self._place_of = {parameter: place for place, parameter in enumerate(self._parameters)}
+        self._layer_of_place = [layer_name(name) for name, _ in named]
+        self._layers = list(dict.fromkeys(self._layer_of_place))
+        self._snapshots: list[Tensor] | None = None
+        self._places_of: weakref.WeakKeyDictionary[Optimizer, tuple[list[int], list[int]]] = weakref.WeakKeyDictionary()
+
+        self._step = -1
+        self._stepped: set[int] = set()
+        # What record_gradients read, with the last step before it.
+        self._gradients: tuple[int, list[int], Tensor] | None = None
+        self._unread = _Unread()
+        self._steps: dict[int, _Step] = {}
+        self._activations: dict[int, dict[str, ActivationStatistics]] = {}
+        self._written: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+        self._modules = {module: name for name, module in self.model.named_modules() if name and not any(True for _ in module.children())}
+        self._watched: set[nn.Module] = set()
+        self._watching = activations_every is not None
+        self._unit_dim = 1
+        self._gradients_time, self._activations_time = _Stopwatch(), _Stopwatch()
+
+        self._handles: list[RemovableHandle] = [
+            register_optimizer_step_pre_hook(self._before_step),
+            register_optimizer_step_post_hook(self._after_step),
+        ]
+        if activations_every is not None:
+            self._handles += [module.register_forward_hook(self._after_forward) for module in self._modules]
+
+    def remove(self) -> None:
+        """Takes every hook away; what was recorded stays."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._snapshots = None
+
+    def __enter__(self) -> GradientMonitor:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.remove()
+
+    # Recording
+
+    def record_gradients(self) -> None:
+        """Read the gradients now, between backward() and clipping, instead of behind the next step."""
+        if (self._step + 1) % self.every == 0:
+            self._gradients_time.time(self._parameters[0].device, self._read_gradients)
+
+    @torch.no_grad()
+    def _read_gradients(self) -> None:
+        places, grads = self._given(range(len(self._parameters)))
+        self._gradients = self._step, places, clip_grad.tensor_norms(grads)[0]
+
+    def _places(self, optimizer: Optimizer) -> list[int]:
+        """Which of the model's parameters an optimizer holds."""
+        sizes = [len(group["params"]) for group in optimizer.param_groups]
+        known = self._places_of.get(optimizer)
+        if known is None or known[0] != sizes:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            known = sizes, [self._place_of[parameter] for parameter in parameters if parameter in self._place_of]
+            self._places_of[optimizer] = known
+        return known[1]
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        places = self._places(optimizer)
+        if not places or torch.compiler.is_compiling():
+            return
+        if self._step < 0 or not self._stepped.isdisjoint(places):
+            self._begin_step()
+        self._stepped.update(places)
+        if self._step % self.every == 0:
+            self._gradients_time.time(self._parameters[0].device, lambda: self._take_snapshots(places))
+
+    def _begin_step(self) -> None:
+        self._step += 1
+        self._stepped.clear()
+        self._watching = self.activations_every is not None and (self._step + 1) % self.activations_every == 0
+        self._watched.clear()
+        if self._step % _STEPS_PER_READ == 0:
+            self._unread.fetch()
+
+    def _take_snapshots(self, places: list[int]) -> None:
+        if self._snapshots is None:
+            self._snapshots = [torch.empty_like(parameter) for parameter in self._parameters]
+        torch._foreach_copy_([self._snapshots[place] for place in places], [self._parameters[place] for place in places])
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        places = self._places(optimizer)
+        if places and self._step >= 0 and self._step % self.every == 0 and not torch.compiler.is_compiling():
+            self._gradients_time.time(self._parameters[0].device, lambda: self._record_step(places))
+
+    def _record_step(self, places: list[int]) -> None:
+        if self._snapshots is None:
+            return
+        step = self._steps.setdefault(self._step, _Step())
+        weights = [self._parameters[place].detach() for place in places]
+        updates = [self._snapshots[place] for place in places]
+        torch._foreach_sub_(updates, weights)
+        if self._gradients is not None and self._gradients[0] >= self._step - 1:
+            _, recorded, norms = self._gradients
+            graded, grads = self._given(())
+            self._unread.add(norms, lambda norms: step.gradient.update(zip(recorded, norms, strict=True)))
+        else:
+            graded, grads = self._given(places)
+
+        def receive(norms: list[float]) -> None:
+            count = len(places)
+            step.weight.update(zip(places, norms[:count], strict=True))
+            step.update.update(zip(places, norms[count : 2 * count], strict=True))
+            step.gradient.update(zip(graded, norms[2 * count :], strict=True))
+
+        self._unread.add(clip_grad.tensor_norms(weights + updates + grads)[0], receive)
+
+    def _given(self, places: Iterable[int]) -> tuple[list[int], list[Tensor]]:
+        """The places that have a gradient, and the gradients."""
+        given = [(place, grad) for place in places if (grad := self._parameters[place].grad) is not None]
+        return [place for place, _ in given], [grad for _, grad in given]
+
+    def _after_forward(self, module: nn.Module, args: object, output: object) -> None:
+        # First, so that torch.compile sees no more of this.
+        if torch.compiler.is_compiling() or not self._watching or module in self._watched or not self.model.training:
+            return
+        if isinstance(module, _UNITS_LAST):
+            self._unit_dim = -1
+        elif isinstance(module, _UNITS_SECOND):
+            self._unit_dim = 1
+        y = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(y, Tensor) and y.is_floating_point() and y.numel() and y.dim() >= 2:
+            self._watched.add(module)
+            self._activations_time.time(y.device, lambda: self._record_activation(self._modules[module], y))
+
+    @torch.no_grad()
+    def _record_activation(self, name: str, y: Tensor) -> None:
+        found = self._activations.setdefault(self._step + 1, {})
+
+        def receive(numbers: list[float]) -> None:
+            found[name] = ActivationStatistics(*numbers)
+
+        self._unread.add(statistics_of(y, self._unit_dim), receive)
+
+    # Reading
+
+    def _fetch(self) -> None:
+        self._unread.fetch()
+        if not self._steps:
+            raise RuntimeError(
+                "GradientMonitor has recorded no step yet: it does so whenever an optimizer that holds parameters of the model takes one"
+            )
+
+    def _norm(self, norms: dict[int, float], layer: str) -> float | None:
+        """Of a layer, from those of its parameters; None where there is none."""
+        given = [norms[place] for place, name in enumerate(self._layer_of_place) if name == layer and place in norms]
+        return math.hypot(*given) if given else None
+
+    def _rows(self, step: _Step) -> dict[str, tuple[float | None, float | None, float | None]]:
+        """Gradient norm, weight norm and relative update of each layer."""
+        rows = {}
+        for layer in self._layers:
+            gradient, weight, update = (self._norm(norms, layer) for norms in (step.gradient, step.weight, step.update))
+            # A weight that was 0 has no relative size.
+            ratio = update / weight if update is not None and weight else None
+            rows[layer] = gradient, weight, ratio
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything recorded, as lists and numbers that json takes.
+
+        Returns:
+            steps: [S] and layers: [L], what the numbers below belong to; gradient_norm, weight_norm, update_ratio: [S][L], None
+            where a layer had none; activations: for each step looked at, module name -> mean, std, negative, dead;
+            milliseconds: what a recorded step cost for gradients and weights, and for activations.
+
+        Raises:
+            RuntimeError: no step has been recorded.
+        """
+        self._fetch()
+        rows = {number: self._rows(step) for number, step in self._steps.items()}
+        columns = {
+            name: [[row[column] for row in rows[number].values()] for number in rows]
+            for column, name in enumerate(("gradient_norm", "weight_norm", "update_ratio"))
+        }
+        return {
+            "steps": list(rows),
+            "layers": list(self._layers),
+            **columns,
+            "activations": {
+                step: {name: found._asdict() for name, found in modules.items()} for step, modules in self._activations.items()
+            },
+            "milliseconds": self._milliseconds(),
+        }
+
+    def table(self, step: int | None = None) -> str:
+        """One step for a person: a line for each layer, below what stands out and what it cost.
+
+        Args:
+            step: one of those recorded; None is the last one. Activations are those looked at last, up to then.
+
+        Raises:
+            RuntimeError: no step has been recorded, or not this one.
+        """
+        self._fetch()
+        number = max(self._steps) if step is None else step
+        if number not in self._steps:
+            raise RuntimeError(
+                f"step {number} was not recorded; those from {min(self._steps)} to {max(self._steps)} are, every {self.every}"
+            )
+        rows = self._rows(self._steps[number])
+        looked_at = max((each for each in self._activations if each <= number), default=None)
+        activations = {} if looked_at is None else self._activations[looked_at]
+        order = [name for name, _ in self.model.named_modules() if name in rows or name in activations]
+        order = [*(["(model)"] if "(model)" in rows else []), *order]
+        lines = [("layer", "|g|", "|w|", "|dw|/|w|", "mean", "std", "negative", "dead")]
+        for name in order:
+            norms = [_number(value) for value in rows.get(name, (None, None, None))]
+            found = activations.get(name)
+            shares = ["-"] * 4 if found is None else [_number(found.mean), _number(found.std), f"{found.negative:.0%}", f"{found.dead:.0%}"]
+            lines.append((name, *norms, *shares))
+        width = max(len(name) for name, *_ in lines)
+        text = [f"step {number}" + ("" if looked_at is None else f", activations of step {looked_at}")]
+        text += [f"{name:<{width}}" + "".join(f"  {cell:>9}" for cell in cells) for name, *cells in lines]
+        return "\n".join([*text, *self._remarks(rows, looked_at)])
+
+    def _remarks(self, rows: dict[str, tuple[float | None, float | None, float | None]], looked_at: int | None) -> list[str]:
+        gradients = {name: gradient for name, (gradient, _, _) in rows.items() if gradient is not None}
+        remarks = [f"gradient of all layers together: {math.hypot(*gradients.values()):.4g}"]
+        if len(gradients) > 1:
+            remarks.append(_first_to_last(gradients))
+        without = [name for name in rows if name not in gradients]
+        if without:
+            remarks.append(f"without a gradient: {_some(without)}")
+        nonfinite = [name for name, gradient in gradients.items() if not math.isfinite(gradient)]
+        if nonfinite:
+            remarks.append(f"gradient not finite: {_some(nonfinite)}")
+        called = {name for modules in self._activations.values() for name in modules}
+        silent = [name for module, name in self._modules.items() if name not in called and any(True for _ in module.parameters())]
+        if looked_at is not None and silent:
+            remarks.append(f"never called in training mode, or without an output to look at: {_some(silent)}")
+        elif looked_at is None and self.activations_every is not None:
+            remarks.append("no activation seen: no forward pass in training mode outside torch.compile")
+        counts = {"gradients and weights": len(self._steps), "activations": len(self._activations)}
+        costs = [f"{what} {spent:.3g} ms in each of {counts[what]} steps" for what, spent in self._milliseconds().items() if counts[what]]
+        return [*remarks, f"cost: {', '.join(costs)}"]
+
+    def _milliseconds(self) -> dict[str, float]:
+        """What a step that was recorded cost."""
+        return {
+            "gradients and weights": self._gradients_time.seconds() * 1e3 / max(len(self._steps), 1),
+            "activations": self._activations_time.seconds() * 1e3 / max(len(self._activations), 1),
+        }
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def to_tensorboard(self, writer: Writer) -> None:
+        """Write every step recorded since the last call to a TensorBoard writer.
+
+        Tags are gradient_norm/LAYER, weight_norm/LAYER, update_ratio/LAYER and activation_mean/MODULE, activation_std/MODULE,
+        activation_negative/MODULE, activation_dead/MODULE.
+
+        Args:
+            writer: a torch.utils.tensorboard.SummaryWriter, or whatever has its add_scalar.
+
+        Raises:
+            RuntimeError: no step has been recorded.
+        """
+        self._fetch()
+        last = self._written.get(writer, -1)
+        for number in sorted(each for each in self._steps if each > last):
+            for layer, values in self._rows(self._steps[number]).items():
+                for kind, value in zip(("gradient_norm", "weight_norm", "update_ratio"), values, strict=True):
+                    if value is not None:
+                        writer.add_scalar(f"{kind}/{layer}", value, number)
+        for number in sorted(each for each in self._activations if last < each <= max(self._steps)):
+            for name, found in self._activations[number].items():
+                for kind, value in found._asdict().items():
+                    writer.add_scalar(f"activation_{kind}/{name}", value, number)
+        self._written[writer] = max(self._steps)
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Draw gradient flow over depth, and a heat map of every layer over the steps, into a picture.
+
+        Args:
+            path: the file to write, .png, .pdf or .svg.
+
+        Raises:
+            RuntimeError: no step has been recorded.
+            ImportError: matplotlib is not installed.
+        """
+        self._fetch()
+        numbers = sorted(self._steps)
+        norms = [[row[0] for row in self._rows(self._steps[number]).values()] for number in numbers]
+        _plot(path, self._layers, numbers, norms)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _first_to_last(gradients: dict[str, float]) -> str:
+    """The sentence that tells vanishing from exploding."""
+    first, last = next(iter(gradients)), next(reversed(gradients))
+    ratio = gradients[first] / gradients[last] if gradients[last] else math.nan
+    return f"the gradient of the first layer, {first}, is {ratio:.2g} times that of the last, {last}"
+
+
+# Pictures, shared with diagnose
+
+BAD, GOOD, INK, PALE = "#c0392b", "#1f7a4d", "#444444", "#b8c4d6"
+_INCHES_PER_LAYER = 0.21
+# Axes and colours span four decades at least: less than that is no news, and is not to look like any.
+_LEAST_RANGE = 1e4
+
+
+def new_figure(layers: int, width: float) -> Figure:
+    """A figure high enough for a line of text to each of so many layers, up to a page."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"a picture needs matplotlib: pip install matplotlib ({error})") from error
+    figure = Figure(figsize=(width, min(max(_INCHES_PER_LAYER * layers + 1.6, 3.6), 16)), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def dress(axes: Axes, title: str, x_label: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel(x_label, color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def layers_down(axes: Axes, names: Sequence[str]) -> None:
+    """The first layer at the top, each named while there is room for the names."""
+    height = axes.get_window_extent().height / axes.figure.dpi
+    shown = range(0, len(names), math.ceil(len(names) * _INCHES_PER_LAYER * 0.8 / height))
+    axes.set_yticks([*shown], [names[place] for place in shown], fontsize=8)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+
+
+def draw_flow(axes: Axes, norms: Sequence[float | None], colour: str, label: str) -> None:
+    """One line down the layers; what a logarithmic axis has no place for, 0 and what is not finite, is written at its edge."""
+    axes.set_xscale("log")
+    drawn = [(norm, place) for place, norm in enumerate(norms) if norm and math.isfinite(norm)]
+    axes.plot([norm for norm, _ in drawn], [place for _, place in drawn], "o-", color=colour, markersize=4, linewidth=1.4, label=label)
+    for place, norm in enumerate(norms):
+        if norm is not None and not (norm and math.isfinite(norm)):
+            x, align = (0.01, "left") if norm == 0 else (0.99, "right")
+            words = f"{norm:g}" if norm else "0"
+            axes.text(x, place, words, color=colour, ha=align, va="center", fontsize=8, transform=axes.get_yaxis_transform())
+
+
+def _plot(path: str | PathLike[str], layers: list[str], steps: list[int], norms: list[list[float | None]]) -> None:
+    from matplotlib.colors import ListedColormap, LogNorm
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    figure = new_figure(len(layers), 13)
+    flow, heat = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1.25))
+
+    finite = [[row[place] for row in norms if row[place] and math.isfinite(row[place] or 0)] for place in range(len(layers))]
+    reached = [(place, values) for place, values in enumerate(finite) if values]
+    flow.fill_betweenx(
+        [place for place, _ in reached],
+        [min(value or 0 for value in values) for _, values in reached],
+        [max(value or 0 for value in values) for _, values in reached],
+        color=PALE,
+        alpha=0.5,
+        linewidth=0,
+        label="all steps",
+    )
+    if len(steps) > 1:
+        draw_flow(flow, norms[0], "#4a78b5", f"step {steps[0]}")
+    draw_flow(flow, norms[-1], INK, f"step {steps[-1]}")
+    lowest, highest = flow.get_xlim()
+    flow.set_xlim(left=min(lowest, highest / _LEAST_RANGE))
+    layers_down(flow, layers)
+    flow.grid(axis="x", color="#e6e6e6")
+    flow.legend(frameon=False, fontsize=9)
+    given = {name: norm for name, norm in zip(layers, norms[-1], strict=True) if norm is not None}
+    words = "gradient flow over depth"
+    if len(given) > 1:
+        first, last = next(iter(given.values())), next(reversed(given.values()))
+        words += f": the first layer has {first / last if last else math.nan:.2g} times\nthe last one's gradient at step {steps[-1]}"
+    dress(flow, words, "gradient norm")
+
+    image = [[norm if norm and math.isfinite(norm) else math.nan for norm in column] for column in zip(*norms, strict=True)]
+    drawn = [norm for column in image for norm in column if not math.isnan(norm)] or [1.0]
+    scale = LogNorm(min(min(drawn), max(drawn) / _LEAST_RANGE), max(drawn))
+    edges = (-0.5, len(steps) - 0.5, len(layers) - 0.5, -0.5)
+    shown = heat.imshow(image, aspect="auto", interpolation="nearest", extent=edges, cmap="viridis", norm=scale)
+    figure.colorbar(shown, ax=heat, label="gradient norm", pad=0.01)
+    legend = []
+    for colour, words, holds in (
+        (BAD, "not finite", lambda norm: norm is not None and not math.isfinite(norm)),
+        ("#000000", "exactly 0", lambda norm: norm == 0),
+        ("#ffffff", "none", lambda norm: norm is None),
+    ):
+        mask = [[1.0 if holds(norm) else math.nan for norm in column] for column in zip(*norms, strict=True)]
+        if any(value == 1 for column in mask for value in column):
+            heat.imshow(mask, aspect="auto", interpolation="nearest", extent=edges, cmap=ListedColormap([colour]))
+            legend.append(Patch(facecolor=colour, edgecolor=INK, label=words))
+    if legend:
+        heat.legend(handles=legend, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9, borderpad=0)
+    heat.xaxis.set_major_locator(MaxNLocator(integer=True))
+    heat.xaxis.set_major_formatter(FuncFormatter(lambda x, _: str(steps[round(x)]) if 0 <= round(x) < len(steps) else ""))
+    dress(heat, "" if legend else "every layer over the steps", "step")
+    figure.savefig(path, dpi=110)

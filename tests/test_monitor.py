@@ -1,0 +1,429 @@
+"""The monitor's numbers against those computed by hand in float64, and that it changes nothing: no result, no random number, no hook left.
+
+That a step waits for no device is counted as reads of a scalar, which is what waiting is on a device.
+"""
+
+import json
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+from matplotlib.image import imread
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import optimizer as torch_optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gradkernels as gk
+from gradkernels import monitor as monitor_module
+
+OPTIMIZERS = {
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    "fused AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, fused=True),
+    "RMSprop of gradkernels": lambda parameters: gk.optim.RMSprop(parameters, lr=0.01, max_norm=0.1),
+    "LBFGS, with a closure": lambda parameters: torch.optim.LBFGS(parameters, lr=0.1, max_iter=1),
+}
+
+
+def network():
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3, bias=False))
+
+
+def batch():
+    return torch.randn(32, 6), torch.randint(3, (32,))
+
+
+def loss_of(model, x, target):
+    return F.cross_entropy(model(x), target)
+
+
+def step(model, optimizer, clip=None):
+    x, target = batch()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model, x, target)
+        loss.backward()
+        return loss
+
+    if isinstance(optimizer, torch.optim.LBFGS):
+        optimizer.step(closure)
+    else:
+        closure()
+        if clip is not None:
+            clip()
+        optimizer.step()
+
+
+def norms_of(model, values):
+    """Of each layer with parameters, the norm of values(parameter) as one vector, in float64."""
+    norms = {}
+    for name, parameter in model.named_parameters():
+        norms.setdefault(name.rpartition(".")[0], []).append(values(name, parameter).detach().double().flatten())
+    return [torch.cat(each).norm().item() for each in norms.values()]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_norms_are_those_of_the_step(name):
+    model = network()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    expected = {"gradient_norm": [], "weight_norm": [], "update_ratio": []}
+    with gk.GradientMonitor(model) as monitor:
+        for _ in range(4):
+            before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+            step(model, optimizer)
+            weights = norms_of(model, lambda _, parameter: parameter)
+            updates = norms_of(model, lambda key, parameter, before=before: parameter - before[key])
+            expected["gradient_norm"].append(norms_of(model, lambda _, parameter: parameter.grad))
+            expected["weight_norm"].append(weights)
+            expected["update_ratio"].append([update / weight for update, weight in zip(updates, weights, strict=True)])
+    found = monitor.to_dict()
+    assert found["layers"] == ["0", "1", "3", "5"]
+    assert found["steps"] == [0, 1, 2, 3]
+    for key, rows in expected.items():
+        torch.testing.assert_close(
+            torch.tensor(found[key], dtype=torch.float64), torch.tensor(rows, dtype=torch.float64), rtol=1e-7, atol=0
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype):
+    model = nn.Linear(6, 3).to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with gk.GradientMonitor(model, activations_every=1) as monitor:
+        model(torch.randn(4, 6, dtype=dtype)).square().sum().backward()
+        optimizer.step()
+    assert monitor.to_dict()["gradient_norm"] == [pytest.approx(norms_of(model, lambda _, parameter: parameter.grad), rel=1e-12)]
+
+
+def test_every_and_activations_every():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gk.GradientMonitor(model, every=3, activations_every=4) as monitor:
+        for _ in range(9):
+            step(model, optimizer)
+            model.eval()(batch()[0])
+            model.train()
+    found = monitor.to_dict()
+    assert found["steps"] == [0, 3, 6]
+    assert [*found["activations"]] == [0, 4, 8]
+    assert gk.GradientMonitor(model, activations_every=None).remove() is None
+    assert "activations of step 0" in monitor.table(3)
+    with pytest.raises(RuntimeError, match="step 4 was not recorded; those from 0 to 6 are, every 3"):
+        monitor.table(4)
+
+
+class Watched(nn.Module):
+    """A convolution of whose channels one never fires, and rows of tokens whose units are last; an activation shared by both."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3)
+        self.relu = nn.ReLU()
+        self.tokens = nn.Linear(36, 5)
+        nn.init.constant_(self.conv.bias, 0.0)
+        with torch.no_grad():
+            self.conv.bias[1] = -100
+            self.tokens.bias[:2] = -100
+
+    def forward(self, x):
+        return torch.relu(self.tokens(self.relu(self.conv(x)).flatten(2))).sum((1, 2))
+
+
+def test_activations():
+    model = Watched()
+    x = torch.randn(8, 2, 8, 8)
+    seen = {}
+
+    def see(module, _, y):
+        seen.setdefault(module, y.detach().double())
+
+    handles = [module.register_forward_hook(see) for module in model.children()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with gk.GradientMonitor(model) as monitor:
+        model(x).sum().backward()
+        model(x + 1)
+        optimizer.step()
+    for handle in handles:
+        handle.remove()
+    found = monitor.to_dict()["activations"][0]
+    for name, dead in (("conv", 1 / 4), ("relu", 1 / 4), ("tokens", 2 / 5)):
+        y = seen[model.get_submodule(name)]
+        assert found[name]["mean"] == pytest.approx(y.mean().item(), rel=1e-5)
+        assert found[name]["std"] == pytest.approx(y.std(correction=0).item(), rel=1e-5)
+        assert found[name]["negative"] == pytest.approx((y < 0).double().mean().item())
+        assert found[name]["dead"] == pytest.approx(dead)
+    assert " 25%" in monitor.table() and " 40%" in monitor.table()
+
+
+def test_gradients_before_clipping():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    expected = []
+
+    def clip():
+        expected.append(norms_of(model, lambda _, parameter: parameter.grad))
+        monitor.record_gradients()
+        gk.clip_grad_norm_(model, 1e-3)
+
+    with gk.GradientMonitor(model) as monitor:
+        step(model, optimizer, clip)
+        step(model, optimizer, lambda: gk.clip_grad_norm_(model, 1e-3))
+        step(model, optimizer, clip)
+    first, clipped, third = monitor.to_dict()["gradient_norm"]
+    assert first == pytest.approx(expected[0], rel=1e-7)
+    assert third == pytest.approx(expected[1], rel=1e-7)
+    assert math.hypot(*clipped) == pytest.approx(1e-3, rel=1e-2), "what was recorded once does not serve again"
+
+
+def test_optimizers_that_take_turns_make_one_step():
+    model = network()
+    body, head = torch.optim.SGD(model[0].parameters(), lr=0.1), torch.optim.Adam(model[3:].parameters())
+    stranger = nn.Linear(2, 2)
+    other = torch.optim.SGD(stranger.parameters(), lr=0.1)
+    with gk.GradientMonitor(model) as monitor:
+        for _ in range(2):
+            stranger(torch.randn(1, 2)).sum().backward()
+            other.step()
+            loss_of(model, *batch()).backward()
+            head.step()
+            body.step()
+    found = monitor.to_dict()
+    assert found["steps"] == [0, 1]
+    assert all(norms[1] is None and None not in (norms[0], *norms[2:]) for norms in found["gradient_norm"])
+    assert "without a gradient: 1" in monitor.table()
+
+
+# It changes nothing
+
+
+def trained(watched):
+    torch.manual_seed(3)
+    model = nn.Sequential(network(), nn.Dropout(0.1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with gk.GradientMonitor(model, every=2, activations_every=2) if watched else nullcontext():
+        for _ in range(5):
+            step(model, optimizer)
+    return [*model.state_dict().values(), torch.get_rng_state()]
+
+
+def test_training_is_the_same_to_the_bit():
+    assert all(map(torch.equal, trained(True), trained(False)))
+
+
+def hooks_of(model):
+    everywhere = [torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks]
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    on_modules = [getattr(module, kind) for module in model.modules() for kind in kinds]
+    return [dict(each) for each in everywhere + on_modules], [parameter._backward_hooks for parameter in model.parameters()]
+
+
+def test_hooks_are_gone_afterwards_also_after_an_exception():
+    model = network()
+    before = hooks_of(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ZeroDivisionError), gk.GradientMonitor(model) as monitor:
+        step(model, optimizer)
+        assert hooks_of(model) != before
+        raise ZeroDivisionError
+    assert hooks_of(model) == before
+    monitor.remove()
+    step(model, optimizer)
+    assert monitor.to_dict()["steps"] == [0], "removed, it records nothing and keeps what it has"
+
+
+class CountReads(TorchDispatchMode):
+    """How many times Python waited for a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def reads(model, optimizer, steps):
+    with CountReads() as counted:
+        for _ in range(steps):
+            step(model, optimizer)
+    return counted.count
+
+
+def test_a_step_waits_for_nothing_and_reads_come_in_batches(monkeypatch):
+    monkeypatch.setattr(monitor_module, "_STEPS_PER_READ", 6)
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    without = reads(model, optimizer, 5)
+    with gk.GradientMonitor(model, activations_every=2) as monitor:
+        assert reads(model, optimizer, 5) == without
+        assert len(monitor._unread) > 5
+        step(model, optimizer)
+        step(model, optimizer)
+        assert len(monitor._unread) == 1, "the first six steps have been read together, and the seventh has not"
+    assert len(monitor.to_dict()["steps"]) == 7
+
+
+# Wrappers
+
+
+def test_distributed_data_parallel_without_its_prefix():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(network())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with gk.GradientMonitor(model) as monitor:
+            step(model, optimizer)
+    finally:
+        torch.distributed.destroy_process_group()
+    found = monitor.to_dict()
+    assert found["layers"] == ["0", "1", "3", "5"]
+    assert found["gradient_norm"] == [pytest.approx(norms_of(model.module, lambda _, parameter: parameter.grad), rel=1e-7)]
+    assert [*found["activations"][0]] == [str(place) for place in range(6)]
+
+
+@pytest.mark.parametrize("monitored_first", [True, False])
+def test_under_compile_gradients_are_recorded_and_activations_left_out(monitored_first):
+    torch._dynamo.reset()
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    if not monitored_first:
+        step(compiled, optimizer)
+    with gk.GradientMonitor(compiled) as monitor:
+        step(compiled, optimizer)
+        step(compiled, optimizer)
+    found = monitor.to_dict()
+    assert found["layers"] == ["0", "1", "3", "5"]
+    assert found["gradient_norm"][1] == pytest.approx(norms_of(model, lambda _, parameter: parameter.grad), rel=1e-7)
+    assert found["activations"] == {}
+    assert "no activation seen: no forward pass in training mode outside torch.compile" in monitor.table()
+
+
+# What a person gets
+
+
+@pytest.fixture(scope="module")
+def vanishing():
+    torch.manual_seed(0)
+    model = nn.Sequential(*[layer for _ in range(12) for layer in (nn.Linear(6, 6), nn.Sigmoid())], nn.Linear(6, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gk.GradientMonitor(model) as monitor:
+        for _ in range(3):
+            step(model, optimizer)
+    return monitor
+
+
+def test_table_tells_what_vanishes_and_what_it_cost(vanishing):
+    lines = str(vanishing).splitlines()
+    assert lines[0] == "step 2, activations of step 0"
+    first = next(line for line in lines if line.startswith("0 ")).split()
+    last = next(line for line in lines if line.startswith("24 ")).split()
+    assert float(first[1]) < 1e-6 * float(last[1])
+    assert any(line.startswith("the gradient of the first layer, 0, is ") and "times that of the last, 24" in line for line in lines)
+    assert lines[-1].startswith("cost: gradients and weights") and "activations" in lines[-1] and "in each of 3 steps" in lines[-1]
+
+
+def test_dict_is_json(vanishing):
+    found = vanishing.to_dict()
+    assert json.loads(json.dumps(found))["gradient_norm"] == found["gradient_norm"]
+    assert found["milliseconds"]["gradients and weights"] > 0 < found["milliseconds"]["activations"]
+
+
+def test_plot_draws_both_panels(vanishing, tmp_path):
+    vanishing.plot(tmp_path / "flow.png")
+    image = imread(tmp_path / "flow.png")[..., :3]
+    width = image.shape[1]
+    flow, heat = image[:, : width * 2 // 5], image[:, width // 2 : width * 9 // 10]
+    assert (flow.min(axis=2) < 0.5).mean() > 0.005
+    assert len({tuple(pixel) for pixel in (heat[:: heat.shape[0] // 40, heat.shape[1] // 2] * 255).round().astype(int)}) > 8
+
+
+def test_plot_and_table_of_what_is_not_finite_zero_or_absent(tmp_path):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with gk.GradientMonitor(model) as monitor:
+        for gradient in (1.0, float("inf"), float("nan"), 0.0):
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, gradient)
+            model[5].weight.grad = None
+            optimizer.step()
+            assert ("gradient not finite: 0, 1, 3" in monitor.table()) == (not math.isfinite(gradient))
+    monitor.plot(tmp_path / "odd.png")
+    assert imread(tmp_path / "odd.png").size
+    norms = monitor.to_dict()["gradient_norm"]
+    assert [row[3] for row in norms] == [None] * 4
+    assert [row[0] for row in norms] == [pytest.approx(56**0.5), math.inf, pytest.approx(math.nan, nan_ok=True), 0]
+
+
+class Scalars(list):
+    """A writer; lists take no weak references, so it is none of those that are kept by accident."""
+
+    __hash__ = object.__hash__
+
+    def add_scalar(self, tag, scalar_value, global_step):
+        self.append((tag, scalar_value, global_step))
+
+
+def test_tensorboard_gets_each_step_once():
+    model, writer = network(), Scalars()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gk.GradientMonitor(model, activations_every=2) as monitor:
+        step(model, optimizer)
+        monitor.to_tensorboard(writer)
+        first = len(writer)
+        assert first == 3 * 4 + 4 * 6
+        step(model, optimizer)
+        step(model, optimizer)
+        monitor.to_tensorboard(writer)
+    assert len(writer) == first + 2 * 3 * 4 + 4 * 6
+    assert len({(tag, number) for tag, _, number in writer}) == len(writer)
+    found = monitor.to_dict()
+    values = {(tag, number): value for tag, value, number in writer}
+    assert values["gradient_norm/3", 1] == found["gradient_norm"][1][2]
+    assert values["activation_dead/2", 2] == found["activations"][2]["2"]["dead"]
+
+
+def test_tensorboard_of_torch(tmp_path):
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    model = network()
+    with gk.GradientMonitor(model) as monitor, tensorboard.SummaryWriter(tmp_path) as writer:
+        step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        monitor.to_tensorboard(writer)
+    assert any(tmp_path.iterdir())
+
+
+# Bad input, in words
+
+
+def test_no_step_yet():
+    monitor = gk.GradientMonitor(network())
+    for read in (monitor.table, monitor.to_dict, lambda: monitor.plot("never.png"), lambda: monitor.to_tensorboard(Scalars())):
+        with pytest.raises(RuntimeError, match="has recorded no step yet: it does so whenever an optimizer"):
+            read()
+    monitor.remove()
+
+
+@pytest.mark.parametrize("model", [nn.ReLU(), nn.Linear(2, 2).requires_grad_(False)])
+def test_nothing_to_monitor(model):
+    with pytest.raises(ValueError, match="has no parameters that require a gradient: there is nothing to monitor"):
+        gk.GradientMonitor(model)
+
+
+@pytest.mark.parametrize("keywords", [{"every": 0}, {"activations_every": 0}])
+def test_counting_starts_at_one(keywords):
+    with pytest.raises(ValueError, match="count steps from 1 on"):
+        gk.GradientMonitor(network(), **keywords)
+
+
+def test_a_module_that_is_never_called_is_named():
+    model = nn.ModuleDict({"used": nn.Linear(6, 3), "unused": nn.Linear(6, 3)})
+    model.forward = lambda x: model["used"](x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gk.GradientMonitor(model) as monitor:
+        loss_of(model, *batch()).backward()
+        optimizer.step()
+    assert "without a gradient: unused" in monitor.table()
+    assert "never called in training mode, or without an output to look at: unused" in monitor.table()
