@@ -1,6 +1,7 @@
-"""python -m gradkernels info | demo.
+"""python -m gradkernels info | demo | diagnose.
 
-info prints what is native on this machine, and why the rest is not; demo trains on real data with and without the cures (demo.py).
+info prints what is native on this machine, and why the rest is not; demo trains on real data with and without the cures (demo.py);
+diagnose looks at a user's own model (diagnose_command.py).
 """
 
 import argparse
@@ -10,7 +11,7 @@ import sys
 import torch
 
 import gradkernels
-from gradkernels import _native
+from gradkernels import _native, diagnose_command
 
 # operator -> what its kernels serve; the rest goes to torch's own operators
 _KERNELS = "float32, float64, bfloat16 and float16 on the CPU"
@@ -58,12 +59,15 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is native here, and why the rest is not")
     commands.add_parser("demo", help="train on real data with and without the cures", add_help=False)
+    commands.add_parser("diagnose", help="which layers of your model do not learn, why, and what to do", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "demo":
         # Its requirements (matplotlib, rich, scikit-learn) are not those of the package.
         from gradkernels import demo
 
         return demo.main(rest)
+    if arguments.command == "diagnose":
+        return diagnose_command.main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     print(info())

@@ -531,6 +531,12 @@ def _reason_to_keep(module: nn.Module, embedded: set[Tensor]) -> str | None:
     return None
 
 
+def expected_std(module: nn.Linear | nn.modules.conv._ConvNd, activation: str | None) -> float:
+    """The deviation that apply_ would give a layer's weight for an activation; one that is not known here counts as linear."""
+    name = activation if activation in _ACTIVATIONS else "linear"
+    return _std(_ACTIVATIONS[name].scheme, calculate_gain(name), *_fans(module))
+
+
 def _fans(module: nn.Linear | nn.modules.conv._ConvNd) -> tuple[float, float]:
     """How many products each output sums, and each input enters."""
     weight = module.weight

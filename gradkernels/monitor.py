@@ -16,18 +16,14 @@ from dataclasses import dataclass, field
 from itertools import islice
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from gradkernels import clip_grad
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from gradkernels import clip_grad, pictures
 
 # Results wait on their device for this many steps: 3 numbers to a parameter, 200 KB for a network of 100 layers.
 _STEPS_PER_READ = 128
@@ -65,14 +61,21 @@ def layer_name(parameter_name: str) -> str:
     return parameter_name.rpartition(".")[0] or "(model)"
 
 
-def statistics_of(y: Tensor, unit_dim: int) -> Tensor:
+def unit_dim(module: nn.Module, otherwise: int) -> int:
+    """The dimension along which the units of a module's output lie; an activation keeps that of the layer before it."""
+    if isinstance(module, _UNITS_LAST):
+        return -1
+    return 1 if isinstance(module, _UNITS_SECOND) else otherwise
+
+
+def statistics_of(y: Tensor, dim: int) -> Tensor:
     """ActivationStatistics as a tensor, float64 where the device has it."""
     y = y.detach()
     if y.dtype in (torch.float16, torch.bfloat16):
         y = y.float()
     std, mean = torch.std_mean(y, correction=0)
     negative = (y < 0).sum() / y.numel()
-    dims = [dim for dim in range(y.dim()) if dim != unit_dim % y.dim()]
+    dims = [each for each in range(y.dim()) if each != dim % y.dim()]
     largest = y.amax(dims) if dims else y
     dead = (largest <= 0).sum() / largest.numel()
     return torch.stack([each.to(std.dtype) for each in (mean, std, negative, dead)])
@@ -311,10 +314,7 @@ class GradientMonitor:
         # First, so that torch.compile sees no more of this.
         if torch.compiler.is_compiling() or not self._watching or module in self._watched or not self.model.training:
             return
-        if isinstance(module, _UNITS_LAST):
-            self._unit_dim = -1
-        elif isinstance(module, _UNITS_SECOND):
-            self._unit_dim = 1
+        self._unit_dim = unit_dim(module, self._unit_dim)
         y = output[0] if isinstance(output, tuple) and output else output
         if isinstance(y, Tensor) and y.is_floating_point() and y.numel() and y.dim() >= 2:
             self._watched.add(module)
@@ -402,9 +402,13 @@ class GradientMonitor:
         order = [*(["(model)"] if "(model)" in rows else []), *order]
         lines = [("layer", "|g|", "|w|", "|dw|/|w|", "mean", "std", "negative", "dead")]
         for name in order:
-            norms = [_number(value) for value in rows.get(name, (None, None, None))]
+            norms = [three_digits(value) for value in rows.get(name, (None, None, None))]
             found = activations.get(name)
-            shares = ["-"] * 4 if found is None else [_number(found.mean), _number(found.std), f"{found.negative:.0%}", f"{found.dead:.0%}"]
+            shares = (
+                ["-"] * 4
+                if found is None
+                else [three_digits(found.mean), three_digits(found.std), f"{found.negative:.0%}", f"{found.dead:.0%}"]
+            )
             lines.append((name, *norms, *shares))
         width = max(len(name) for name, *_ in lines)
         text = [f"step {number}" + ("" if looked_at is None else f", activations of step {looked_at}")]
@@ -418,14 +422,14 @@ class GradientMonitor:
             remarks.append(_first_to_last(gradients))
         without = [name for name in rows if name not in gradients]
         if without:
-            remarks.append(f"without a gradient: {_some(without)}")
+            remarks.append(f"without a gradient: {some(without)}")
         nonfinite = [name for name, gradient in gradients.items() if not math.isfinite(gradient)]
         if nonfinite:
-            remarks.append(f"gradient not finite: {_some(nonfinite)}")
+            remarks.append(f"gradient not finite: {some(nonfinite)}")
         called = {name for modules in self._activations.values() for name in modules}
         silent = [name for module, name in self._modules.items() if name not in called and any(True for _ in module.parameters())]
         if looked_at is not None and silent:
-            remarks.append(f"never called in training mode, or without an output to look at: {_some(silent)}")
+            remarks.append(f"never called in training mode, or without an output to look at: {some(silent)}")
         elif looked_at is None and self.activations_every is not None:
             remarks.append("no activation seen: no forward pass in training mode outside torch.compile")
         counts = {"gradients and weights": len(self._steps), "activations": len(self._activations)}
@@ -480,14 +484,16 @@ class GradientMonitor:
         self._fetch()
         numbers = sorted(self._steps)
         norms = [[row[0] for row in self._rows(self._steps[number]).values()] for number in numbers]
-        _plot(path, self._layers, numbers, norms)
+        pictures.gradient_flow(path, self._layers, numbers, norms)
 
 
-def _number(value: float | None) -> str:
+def three_digits(value: float | None) -> str:
+    """Three digits of a figure, a dash where there is none."""
     return "-" if value is None else f"{value:.3g}"
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first five names, and how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
@@ -496,107 +502,3 @@ def _first_to_last(gradients: dict[str, float]) -> str:
     first, last = next(iter(gradients)), next(reversed(gradients))
     ratio = gradients[first] / gradients[last] if gradients[last] else math.nan
     return f"the gradient of the first layer, {first}, is {ratio:.2g} times that of the last, {last}"
-
-
-# Pictures, shared with diagnose
-
-BAD, GOOD, INK, PALE = "#c0392b", "#1f7a4d", "#444444", "#b8c4d6"
-_INCHES_PER_LAYER = 0.21
-# Axes and colours span four decades at least: less than that is no news, and is not to look like any.
-_LEAST_RANGE = 1e4
-
-
-def new_figure(layers: int, width: float) -> Figure:
-    """A figure high enough for a line of text to each of so many layers, up to a page."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(f"a picture needs matplotlib: pip install matplotlib ({error})") from error
-    figure = Figure(figsize=(width, min(max(_INCHES_PER_LAYER * layers + 1.6, 3.6), 16)), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def dress(axes: Axes, title: str, x_label: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.set_xlabel(x_label, color=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def layers_down(axes: Axes, names: Sequence[str]) -> None:
-    """The first layer at the top, each named while there is room for the names."""
-    height = axes.get_window_extent().height / axes.figure.dpi
-    shown = range(0, len(names), math.ceil(len(names) * _INCHES_PER_LAYER * 0.8 / height))
-    axes.set_yticks([*shown], [names[place] for place in shown], fontsize=8)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-
-
-def draw_flow(axes: Axes, norms: Sequence[float | None], colour: str, label: str) -> None:
-    """One line down the layers; what a logarithmic axis has no place for, 0 and what is not finite, is written at its edge."""
-    axes.set_xscale("log")
-    drawn = [(norm, place) for place, norm in enumerate(norms) if norm and math.isfinite(norm)]
-    axes.plot([norm for norm, _ in drawn], [place for _, place in drawn], "o-", color=colour, markersize=4, linewidth=1.4, label=label)
-    for place, norm in enumerate(norms):
-        if norm is not None and not (norm and math.isfinite(norm)):
-            x, align = (0.01, "left") if norm == 0 else (0.99, "right")
-            words = f"{norm:g}" if norm else "0"
-            axes.text(x, place, words, color=colour, ha=align, va="center", fontsize=8, transform=axes.get_yaxis_transform())
-
-
-def _plot(path: str | PathLike[str], layers: list[str], steps: list[int], norms: list[list[float | None]]) -> None:
-    from matplotlib.colors import ListedColormap, LogNorm
-    from matplotlib.patches import Patch
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    figure = new_figure(len(layers), 13)
-    flow, heat = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1.25))
-
-    finite = [[row[place] for row in norms if row[place] and math.isfinite(row[place] or 0)] for place in range(len(layers))]
-    reached = [(place, values) for place, values in enumerate(finite) if values]
-    flow.fill_betweenx(
-        [place for place, _ in reached],
-        [min(value or 0 for value in values) for _, values in reached],
-        [max(value or 0 for value in values) for _, values in reached],
-        color=PALE,
-        alpha=0.5,
-        linewidth=0,
-        label="all steps",
-    )
-    if len(steps) > 1:
-        draw_flow(flow, norms[0], "#4a78b5", f"step {steps[0]}")
-    draw_flow(flow, norms[-1], INK, f"step {steps[-1]}")
-    lowest, highest = flow.get_xlim()
-    flow.set_xlim(left=min(lowest, highest / _LEAST_RANGE))
-    layers_down(flow, layers)
-    flow.grid(axis="x", color="#e6e6e6")
-    flow.legend(frameon=False, fontsize=9)
-    given = {name: norm for name, norm in zip(layers, norms[-1], strict=True) if norm is not None}
-    words = "gradient flow over depth"
-    if len(given) > 1:
-        first, last = next(iter(given.values())), next(reversed(given.values()))
-        words += f": the first layer has {first / last if last else math.nan:.2g} times\nthe last one's gradient at step {steps[-1]}"
-    dress(flow, words, "gradient norm")
-
-    image = [[norm if norm and math.isfinite(norm) else math.nan for norm in column] for column in zip(*norms, strict=True)]
-    drawn = [norm for column in image for norm in column if not math.isnan(norm)] or [1.0]
-    scale = LogNorm(min(min(drawn), max(drawn) / _LEAST_RANGE), max(drawn))
-    edges = (-0.5, len(steps) - 0.5, len(layers) - 0.5, -0.5)
-    shown = heat.imshow(image, aspect="auto", interpolation="nearest", extent=edges, cmap="viridis", norm=scale)
-    figure.colorbar(shown, ax=heat, label="gradient norm", pad=0.01)
-    legend = []
-    for colour, words, holds in (
-        (BAD, "not finite", lambda norm: norm is not None and not math.isfinite(norm)),
-        ("#000000", "exactly 0", lambda norm: norm == 0),
-        ("#ffffff", "none", lambda norm: norm is None),
-    ):
-        mask = [[1.0 if holds(norm) else math.nan for norm in column] for column in zip(*norms, strict=True)]
-        if any(value == 1 for column in mask for value in column):
-            heat.imshow(mask, aspect="auto", interpolation="nearest", extent=edges, cmap=ListedColormap([colour]))
-            legend.append(Patch(facecolor=colour, edgecolor=INK, label=words))
-    if legend:
-        heat.legend(handles=legend, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9, borderpad=0)
-    heat.xaxis.set_major_locator(MaxNLocator(integer=True))
-    heat.xaxis.set_major_formatter(FuncFormatter(lambda x, _: str(steps[round(x)]) if 0 <= round(x) < len(steps) else ""))
-    dress(heat, "" if legend else "every layer over the steps", "step")
-    figure.savefig(path, dpi=110)

@@ -1,0 +1,166 @@
+"""The cures: which verdict asks for which, and each in a sentence and a line of code for the model at hand.
+
+They are ranked by how many layers ask for them and how much. Safe are those that change no architecture: initialisation, clipping, learning
+rate; diagnose may try these on a copy.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import nn
+
+from gradkernels.probe import Origin, Probe
+from gradkernels.verdicts import (
+    BADLY_INITIALISED,
+    DEAD,
+    EXPLODING,
+    HEALTHY,
+    NO_GRADIENT,
+    NON_FINITE,
+    SATURATED,
+    TINY_BATCH,
+    VANISHING,
+    Verdict,
+)
+
+# The update relative to the weight that a suggested learning rate is to make at most.
+LARGEST_UPDATE = 1e-2
+
+ACTIVATION, INITIALISATION, BATCH_NORM, RESIDUAL = "activation", "initialisation", "batch norm", "residual connections"
+CLIPPING, LEARNING_RATE, STATISTICS, ARITHMETIC = "clipping", "learning rate", "batch statistics", "arithmetic"
+SAFE = (INITIALISATION, CLIPPING, LEARNING_RATE)
+# How much each verdict asks for each cure; cures are ranked by the sum over layers.
+_ASKS_FOR: dict[str, dict[str, float]] = {
+    NON_FINITE: {ARITHMETIC: 9},
+    EXPLODING: {INITIALISATION: 3, CLIPPING: 2.5, BATCH_NORM: 2, LEARNING_RATE: 1},
+    VANISHING: {INITIALISATION: 3, BATCH_NORM: 2.5, RESIDUAL: 2},
+    DEAD: {ACTIVATION: 3, INITIALISATION: 2, LEARNING_RATE: 1},
+    SATURATED: {ACTIVATION: 4, INITIALISATION: 3, BATCH_NORM: 2},
+    BADLY_INITIALISED: {INITIALISATION: 4},
+    TINY_BATCH: {STATISTICS: 3},
+}
+# Where one of these overflows, numbers have grown from layer to layer; elsewhere the operator itself is to be mended.
+_GROWTH = ("addmm", "mm", "bmm", "baddbmm", "convolution", "add", "mul", "linear", "native_batch_norm", "batch_norm_act", "leaky_relu")
+_GREW: dict[str, float] = {INITIALISATION: 9, CLIPPING: 2, LEARNING_RATE: 1}
+_SATURATING = ("sigmoid", "tanh", "hardsigmoid", "hardtanh")
+# What vanishes behind one of these does so because of it.
+_VANISHING_AND_SATURATING: dict[str, float] = {ACTIVATION: 4}
+
+
+class Cure(NamedTuple):
+    """What to do, why, the line of code, and whether diagnose may try it on a copy."""
+
+    name: str
+    why: str
+    line: str
+    safe: bool
+
+
+def cures(layers: list[Verdict], found: Probe) -> list[Cure]:
+    scores: dict[str, float] = defaultdict(float)
+    for each in layers:
+        for verdict in each.verdicts:
+            asks_for: Mapping[str, float] = _ASKS_FOR.get(verdict, {})
+            if verdict == VANISHING and each.layer.act in _SATURATING:
+                asks_for = {**asks_for, **_VANISHING_AND_SATURATING}
+            if verdict == NON_FINITE and found.origin is not None and found.origin.operator in _GROWTH:
+                asks_for = _GREW
+            for cure, weight in asks_for.items():
+                scores[cure] += weight
+    described = {cure: _describe(cure, layers, found) for cure in scores}
+    ranked = sorted(described, key=lambda cure: -scores[cure])
+    return [found_cure for name in ranked if (found_cure := described[name]) is not None]
+
+
+def _describe(cure: str, layers: list[Verdict], found: Probe) -> Cure | None:
+    """The cure in words and code for this model; None where there is no place for it."""
+    ill = [each for each in layers if set(each.verdicts) - {HEALTHY, NO_GRADIENT}]
+    weights = [each for each in layers if isinstance(each.layer.module, nn.Linear | nn.modules.conv._ConvNd)]
+    safe = cure in SAFE
+    if cure == ACTIVATION:
+        at = next((each for each in ill if each.layer.act in _SATURATING or DEAD in each.verdicts), ill[0])
+        act, kept = at.layer.act, "LeakyReLU" if DEAD in at.verdicts else "ELU"
+        why = f"{act} lets no gradient through where it is {'off' if DEAD in at.verdicts else 'flat'}"
+        if act == "sigmoid":
+            why = "the slope of sigmoid is 0.25 at most, and every layer multiplies by it"
+        function = {"LeakyReLU": "leaky_relu", "ELU": "elu"}[kept]
+        line = f"gk.{function}(x)    # instead of {act}(x) behind {at.name}"
+        if at.layer.act_module is not None:
+            line = f"{_assign(at.layer.act_module)} = gk.{kept}()    # and so behind every other layer"
+        return Cure(cure, why, line, safe)
+    if cure == INITIALISATION:
+        if not weights:
+            return None
+        return Cure(cure, "weights of the scale that each activation keeps (He, LeCun, Xavier)", "gk.init.apply_(model)", safe)
+    if cure == BATCH_NORM:
+        bare = next((each for each in weights if not each.layer.normalised), None)
+        if bare is None:
+            return None
+        module = bare.layer.module
+        dimension = next((digit for digit in "23" if f"{digit}d" in type(module).__name__), "1") + "d"
+        units = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+        act = bare.layer.act if bare.layer.act in ("relu", "relu6", "leaky_relu", "elu", "swish") else "elu"
+        line = f'gk.BatchNormAct{dimension}({units}, act="{act}")    # behind {bare.name}, in place of its activation, and so on'
+        return Cure(cure, "every layer then gets inputs of deviation 1, whatever came before", line, safe)
+    if cure == RESIDUAL:
+        return Cure(cure, "the gradient then reaches every layer undiminished", "x = x + block(x)", safe) if len(weights) > 5 else None
+    if cure == CLIPPING:
+        long = f"; the gradient is {found.total_norm:.3g} long" if math.isfinite(found.total_norm) else ""
+        why = f"bounds every step{long}"
+        return Cure(cure, why, "gk.clip_grad_norm_(model, max_norm=1.0)    # between backward() and step()", safe)
+    if cure == LEARNING_RATE:
+        rate = learning_rate(layers)
+        if rate is None:
+            return Cure(cure, "smaller steps, if it was healthy before some step", "lr = lr / 10", safe)
+        return Cure(
+            cure,
+            f"SGD then changes no weight by more than {LARGEST_UPDATE:.0%}",
+            f"torch.optim.SGD(model.parameters(), lr={rate:.1g})",
+            safe,
+        )
+    if cure == STATISTICS:
+        at = next(each for each in layers if TINY_BATCH in each.verdicts)
+        line = "model = gk.convert_sync_batch_norm(model)    # or, on one machine, nn.GroupNorm or a larger batch"
+        return Cure(cure, f"layer {at.name} has {at.why}", line, safe)
+    if not found.finite_inputs:
+        return Cure(
+            cure, "nothing is learnt from nan", "inputs = torch.nan_to_num(inputs)    # better: find out where the data get it from", safe
+        )
+    return Cure(
+        cure, f"{found.origin.operator} leaves what the numbers can hold" if found.origin else "a weight is lost", _mend(found.origin), safe
+    )
+
+
+def _mend(origin: Origin | None) -> str:
+    if origin is None:
+        return "model.load_state_dict(...)    # of a checkpoint before it happened"
+    word = origin.operator.lower()
+    for name, line in {
+        "log": "torch.log(x.clamp_min(1e-12))    # log_softmax, logsigmoid and cross_entropy need no log of yours",
+        "sqrt": "torch.sqrt(x + 1e-12)    # the slope of sqrt at 0 is infinite",
+        "norm": "torch.sqrt(x.square().sum() + 1e-12)    # the slope of a norm at 0 is not defined",
+        "div": "x / y.clamp_min(1e-12)",
+        "reciprocal": "y.clamp_min(1e-12).reciprocal()",
+        "exp": "torch.exp(x.clamp_max(80))",
+        "pow": "x.clamp_min(1e-12).pow(p)",
+    }.items():
+        if name in word:
+            return line
+    return "gk.init.apply_(model)    # if it grew until it overflowed; in 16 bits bfloat16, or torch.amp.GradScaler"
+
+
+def _assign(module: str) -> str:
+    """Python for a submodule, where a name may be the number of an entry."""
+    parts = module.split(".")
+    return "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in parts)
+
+
+def learning_rate(layers: list[Verdict]) -> float | None:
+    """What keeps the largest relative update of plain SGD at LARGEST_UPDATE."""
+    ratios = [each.layer.gradient / each.layer.weight for each in layers if each.layer.gradient is not None and each.layer.weight]
+    largest = max(ratios, default=0.0)
+    if not 0 < largest < math.inf:
+        return None
+    return LARGEST_UPDATE / largest

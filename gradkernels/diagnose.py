@@ -1,0 +1,259 @@
+"""diagnose: a verdict for every layer of a model after one step, what it rests on, and the cures in the order in which to try them.
+
+The figures come from probe.py, the verdicts from verdicts.py and the cures from cures.py; here they are put together for a person, and the
+safe cures are tried on a copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Callable
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradkernels import clip_grad, init, monitor, pictures
+from gradkernels.cures import CLIPPING, INITIALISATION, LEARNING_RATE, cures, learning_rate
+from gradkernels.probe import Probe, probe, untouched
+from gradkernels.verdicts import HEALTHY, VERDICTS, Verdict, origin_sentence, verdicts
+
+
+class Diagnosis:
+    """What diagnose found; str() is for a person.
+
+    Attributes:
+        layers: a Verdict for each module with parameters of its own, in the order in which they ran.
+        cures: the Cures, the one to try first at the top.
+        loss: of the batch.
+        total_norm: of all gradients as one vector.
+        origin: the sentence on where nan or inf began; None where everything was finite.
+        after: with apply=True, the Diagnosis of the copy with the safe cures; else None.
+        applied: with apply=True, what was done to the copy.
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
+        <torch._C.Generator object at ...>
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> batch = torch.randn(32, 8), torch.randint(2, (32,))
+        >>> diagnosis = gk.diagnose(model, batch, torch.nn.functional.cross_entropy)
+        >>> [(layer.name, layer.verdicts) for layer in diagnosis.layers]
+        [('0', ('healthy',)), ('2', ('healthy',))]
+    """
+
+    def __init__(self, title: str, found: Probe) -> None:
+        self.title = title
+        self.loss, self.total_norm = found.loss, found.total_norm
+        self.origin = origin_sentence(found)
+        self.layers = verdicts(found)
+        self.cures = cures(self.layers, found)
+        self.after: Diagnosis | None = None
+        self.applied: list[str] = []
+        self.loss_after_step: float | None = None
+
+    def counts(self) -> dict[str, int]:
+        """Verdict -> number of layers, the worst first."""
+        counts = Counter(verdict for layer in self.layers for verdict in layer.verdicts)
+        return {verdict: counts[verdict] for verdict in VERDICTS if counts[verdict]}
+
+    def first_to_last(self) -> float:
+        """The gradient norm of the first layer over that of the last; nan where one has none."""
+        norms = [layer.layer.gradient for layer in self.layers if layer.layer.gradient is not None]
+        return norms[0] / norms[-1] if norms and norms[-1] else math.nan
+
+    def headline(self) -> str:
+        counts = self.counts()
+        return ", ".join(f"{verdict} {count}" for verdict, count in counts.items()) + f" of {len(self.layers)} layers"
+
+    def table(self) -> str:
+        """A line for each layer: gradient, weight, output, activation, verdict."""
+        lines = [["layer", "|g|", "|w|", "output std", "activation", "dead", "saturated", "verdict"]]
+        for each in self.layers:
+            layer = each.layer
+            figures = [monitor.three_digits(value) for value in (layer.gradient, layer.weight, layer.output_std)]
+            shares = ["-" if share is None else f"{share:.0%}" for share in (layer.dead, layer.saturated)]
+            lines.append([each.name, *figures, layer.act or "-", *shares, ", ".join(each.verdicts)])
+        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+        left = (0, 4, 7)
+        return "\n".join(
+            "  ".join(
+                f"{cell:<{width}}" if column in left else f"{cell:>{width}}"
+                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+    def __str__(self) -> str:
+        norms = [each for each in self.layers if each.layer.gradient is not None]
+        text = [f"{self.title}: {self.headline()}", f"loss {self.loss:.4g}, gradient of all layers together {self.total_norm:.4g}"]
+        if len(norms) > 1 and math.isfinite(self.first_to_last()):
+            text.append(
+                f"the gradient of the first layer, {norms[0].name}, is {self.first_to_last():.2g} times that of the last, {norms[-1].name}"
+            )
+        if self.origin is not None:
+            text.append(self.origin)
+        text += ["", self.table()]
+        reasons = self._reasons()
+        if reasons:
+            text += ["", "why", *reasons]
+        if self.cures:
+            text += ["", "cures, the first to try at the top"]
+            for number, cure in enumerate(self.cures, start=1):
+                text += [f"{number:>3}. {cure.name}{' (safe)' if cure.safe else ''}: {cure.why}", f"         {cure.line}"]
+        if self.after is not None:
+            text += ["", *self._before_and_after(self.after)]
+        return "\n".join(text)
+
+    def _reasons(self) -> list[str]:
+        """One line for all layers with the same verdict: the reason of the first of them."""
+        alike: dict[tuple[str, ...], list[Verdict]] = {}
+        for each in self.layers:
+            if each.verdicts != (HEALTHY,):
+                alike.setdefault(each.verdicts, []).append(each)
+        return [
+            f"  {monitor.some([each.name for each in group])}: {group[0].why}{f' (that is {group[0].name})' if len(group) > 1 else ''}"
+            for group in alike.values()
+        ]
+
+    def _before_and_after(self, after: Diagnosis) -> list[str]:
+        rows = [
+            ("", "before", "after"),
+            ("first / last layer", f"{self.first_to_last():.2g}", f"{after.first_to_last():.2g}"),
+            ("gradient of all layers", f"{self.total_norm:.3g}", f"{after.total_norm:.3g}"),
+            (
+                "healthy layers",
+                f"{self.counts().get(HEALTHY, 0)} of {len(self.layers)}",
+                f"{after.counts().get(HEALTHY, 0)} of {len(after.layers)}",
+            ),
+            ("loss", f"{self.loss:.4g}", f"{after.loss:.4g}"),
+        ]
+        if after.loss_after_step is not None:
+            rows.append(("loss after one step of SGD", "", f"{after.loss_after_step:.4g}"))
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines = [f"  {name:<{widths[0]}}  {before:>{widths[1]}}  {then:>{widths[2]}}" for name, before, then in rows]
+        return ["the safe cures, applied to a copy", *(f"  {line}" for line in self.applied), *lines]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as lists and numbers that json takes."""
+        return {
+            "loss": self.loss,
+            "total_norm": self.total_norm,
+            "origin": self.origin,
+            "layers": [
+                {"name": each.name, "kind": each.kind, "verdicts": list(each.verdicts), "why": each.why, **each.figures()}
+                for each in self.layers
+            ],
+            "cures": [cure._asdict() for cure in self.cures],
+            "applied": list(self.applied),
+            "after": None if self.after is None else self.after.to_dict(),
+        }
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Draw the gradient norm of every layer over depth, in the colour of its verdict, beside the cures.
+
+        Args:
+            path: the file to write, .png, .pdf or .svg.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        after = None
+        if self.after is not None:
+            norms = {each.name: each.layer.gradient for each in self.after.layers}
+            after = [norms[each.name] for each in self.layers]
+        remarks = [self.headline(), f"loss {self.loss:.4g}", *([self.origin] if self.origin else [])]
+        for number, cure in enumerate(self.cures, start=1):
+            remarks += ["", f"{number}. {cure.name}{' (safe)' if cure.safe else ''}: {cure.why}", f"    {cure.line.partition('    #')[0]}"]
+        pictures.verdicts(
+            path,
+            f"{self.title}: gradient of every layer, first layer at the top",
+            [(each.name, each.verdicts[0]) for each in self.layers],
+            [each.layer.gradient for each in self.layers],
+            after,
+            remarks,
+        )
+
+
+def diagnose(model: nn.Module, batch: tuple[Any, Any], loss_fn: Callable[[Any, Any], Any], *, apply: bool = False) -> Diagnosis:
+    """Find out from one forward and one backward pass which layers do not learn, why, and what to do.
+
+        vanishing           |g| < 1e-3 of the largest |g| nearer the loss, or |g| < 1e-7 |w|
+        exploding           |g| > 100 |w|, or |g| > 1e3 times that of the layer nearest the loss
+        dead                more than two thirds of the units of a relu pass nothing on, whatever the sample
+        saturated           more than half of the outputs of an activation lie where its slope is below a tenth of its steepest
+        non-finite          an output or a gradient holds nan or inf; the operator that made the first one is named
+        badly initialised   all weights equal, or their deviation below 1/4 or above 5/2 of what the activation asks for
+        BN with tiny batch  statistics of fewer than 4 samples, or fewer than 16 values to a channel
+
+    The model, its gradients, running statistics, training flags and hooks and torch's random numbers are afterwards as they were,
+    also where this raises. A model in evaluation is looked at in training mode.
+
+    Args:
+        model: with parameters that require a gradient; on any device.
+        batch: (inputs, targets), for loss_fn(model(inputs), targets); where the model is.
+        loss_fn: returns one number as a tensor, such as torch.nn.functional.cross_entropy.
+        apply: apply the cures that are safe (initialisation, clipping, learning rate) to a copy, and show before and after.
+
+    Returns:
+        A Diagnosis.
+
+    Raises:
+        ValueError: batch is no pair; no parameter requires a gradient; the loss is not one number.
+        TypeError: the loss is no tensor.
+        RuntimeError: the loss does not depend on a parameter.
+
+    Source: Glorot, Bengio, "Understanding the difficulty of training deep feedforward neural networks", 2010; He, Zhang, Ren,
+    Sun, "Delving Deep into Rectifiers", 2015; Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural
+    networks", 2013.
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> layers = [layer for _ in range(12) for layer in (torch.nn.Linear(16, 16), torch.nn.Sigmoid())]
+        >>> model = torch.nn.Sequential(*layers, torch.nn.Linear(16, 2))
+        >>> batch = torch.randn(64, 16), torch.randint(2, (64,))
+        >>> diagnosis = gk.diagnose(model, batch, torch.nn.functional.cross_entropy)
+        >>> diagnosis.layers[0].verdicts, diagnosis.cures[0].name
+        (('vanishing',), 'activation')
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise ValueError("batch is the pair (inputs, targets), for loss_fn(model(inputs), targets)")
+    inputs, targets = batch
+    diagnosis = Diagnosis(type(monitor.unwrapped(model)).__name__, probe(model, inputs, targets, loss_fn))
+    if apply:
+        _apply(diagnosis, model, inputs, targets, loss_fn)
+    return diagnosis
+
+
+def _apply(before: Diagnosis, model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[[Any, Any], Any]) -> None:
+    safe = [cure.name for cure in before.cures if cure.safe]
+    if not safe:
+        before.applied.append("none of the cures is safe")
+        return
+    trial = copy.deepcopy(monitor.unwrapped(model))
+    with untouched(trial, (inputs, targets)):
+        if INITIALISATION in safe:
+            counts = Counter(each.scheme for each in init.apply_(trial).layers)
+            filled = ", ".join(f"{scheme} for {count}" for scheme, count in counts.items())
+            before.applied.append(f"gk.init.apply_(model): {filled} layers")
+        found = probe(trial, inputs, targets, loss_fn)
+        after = Diagnosis(before.title, found)
+        shrunk = min(1.0, 1 / found.total_norm) if CLIPPING in safe and found.total_norm > 0 else 1.0
+        if CLIPPING in safe:
+            before.applied.append(
+                f"gk.clip_grad_norm_(model, max_norm=1.0): {found.total_norm:.3g} becomes {found.total_norm * shrunk:.3g}"
+            )
+        rate = learning_rate(after.layers)
+        if LEARNING_RATE in safe and rate is not None:
+            before.applied.append(f"torch.optim.SGD(model.parameters(), lr={rate / shrunk:.1g})")
+            if not trial.training:
+                trial.train()
+            trial.zero_grad()
+            loss_fn(trial(inputs), targets).backward()
+            clip_grad.clip_grad_norm_(trial, found.total_norm * shrunk)
+            torch.optim.SGD(trial.parameters(), lr=rate / shrunk).step()
+            after.loss_after_step = probe(trial, inputs, targets, loss_fn).loss
+    before.after = after

@@ -1,0 +1,168 @@
+"""The pictures of GradientMonitor and diagnose: layers from top to bottom, gradient norms on a logarithmic axis.
+
+matplotlib is imported when something is drawn: importing gradkernels does not need it.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from os import PathLike
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BAD, GOOD, INK, PALE = "#c0392b", "#1f7a4d", "#444444", "#b8c4d6"
+_INCHES_PER_LAYER = 0.21
+# Axes and colours span four decades at least: less than that is no news, and is not to look like any.
+_LEAST_RANGE = 1e4
+
+
+def _figure(layers: int, width: float) -> Figure:
+    """A figure high enough for a line of text to each of so many layers, up to a page."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"a picture needs matplotlib: pip install matplotlib ({error})") from error
+    figure = Figure(figsize=(width, min(max(_INCHES_PER_LAYER * layers + 1.6, 3.6), 16)), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _dress(axes: Axes, title: str, x_label: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel(x_label, color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _name_layers(axes: Axes, names: Sequence[str]) -> None:
+    """The first layer at the top, each named while there is room for the names."""
+    height = axes.get_window_extent().height / axes.figure.dpi
+    shown = range(0, len(names), math.ceil(len(names) * _INCHES_PER_LAYER * 0.8 / height))
+    axes.set_yticks([*shown], [names[place] for place in shown], fontsize=8)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+
+
+def _least_range(axes: Axes) -> None:
+    lowest, highest = axes.get_xlim()
+    axes.set_xlim(left=min(lowest, highest / _LEAST_RANGE))
+
+
+def _draw_flow(axes: Axes, norms: Sequence[float | None], colour: str, label: str) -> None:
+    """One line down the layers; what a logarithmic axis has no place for, 0 and what is not finite, is written at its edge."""
+    axes.set_xscale("log")
+    drawn = [(norm, place) for place, norm in enumerate(norms) if norm and math.isfinite(norm)]
+    axes.plot([norm for norm, _ in drawn], [place for _, place in drawn], "o-", color=colour, markersize=4, linewidth=1.4, label=label)
+    for place, norm in enumerate(norms):
+        if norm is not None and not (norm and math.isfinite(norm)):
+            x, align = (0.01, "left") if norm == 0 else (0.99, "right")
+            words = f"{norm:g}" if norm else "0"
+            axes.text(x, place, words, color=colour, ha=align, va="center", fontsize=8, transform=axes.get_yaxis_transform())
+
+
+def gradient_flow(path: str | PathLike[str], layers: list[str], steps: list[int], norms: list[list[float | None]]) -> None:
+    """norms[i][j] is that of layer j at steps[i], None where there was none."""
+    from matplotlib.colors import ListedColormap, LogNorm
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    figure = _figure(len(layers), 13)
+    flow, heat = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1.25))
+
+    finite = [[row[place] for row in norms if row[place] and math.isfinite(row[place] or 0)] for place in range(len(layers))]
+    reached = [(place, values) for place, values in enumerate(finite) if values]
+    flow.fill_betweenx(
+        [place for place, _ in reached],
+        [min(value or 0 for value in values) for _, values in reached],
+        [max(value or 0 for value in values) for _, values in reached],
+        color=PALE,
+        alpha=0.5,
+        linewidth=0,
+        label="all steps",
+    )
+    if len(steps) > 1:
+        _draw_flow(flow, norms[0], "#4a78b5", f"step {steps[0]}")
+    _draw_flow(flow, norms[-1], INK, f"step {steps[-1]}")
+    _least_range(flow)
+    _name_layers(flow, layers)
+    flow.grid(axis="x", color="#e6e6e6")
+    flow.legend(frameon=False, fontsize=9)
+    given = {name: norm for name, norm in zip(layers, norms[-1], strict=True) if norm is not None}
+    words = "gradient flow over depth"
+    if len(given) > 1:
+        first, last = next(iter(given.values())), next(reversed(given.values()))
+        words += f": the first layer has {first / last if last else math.nan:.2g} times\nthe last one's gradient at step {steps[-1]}"
+    _dress(flow, words, "gradient norm")
+
+    image = [[norm if norm and math.isfinite(norm) else math.nan for norm in column] for column in zip(*norms, strict=True)]
+    drawn = [norm for column in image for norm in column if not math.isnan(norm)] or [1.0]
+    scale = LogNorm(min(min(drawn), max(drawn) / _LEAST_RANGE), max(drawn))
+    edges = (-0.5, len(steps) - 0.5, len(layers) - 0.5, -0.5)
+    shown = heat.imshow(image, aspect="auto", interpolation="nearest", extent=edges, cmap="viridis", norm=scale)
+    figure.colorbar(shown, ax=heat, label="gradient norm", pad=0.01)
+    legend = []
+    for colour, words, holds in (
+        (BAD, "not finite", lambda norm: norm is not None and not math.isfinite(norm)),
+        ("#000000", "exactly 0", lambda norm: norm == 0),
+        ("#ffffff", "none", lambda norm: norm is None),
+    ):
+        mask = [[1.0 if holds(norm) else math.nan for norm in column] for column in zip(*norms, strict=True)]
+        if any(value == 1 for column in mask for value in column):
+            heat.imshow(mask, aspect="auto", interpolation="nearest", extent=edges, cmap=ListedColormap([colour]))
+            legend.append(Patch(facecolor=colour, edgecolor=INK, label=words))
+    if legend:
+        heat.legend(handles=legend, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9, borderpad=0)
+    heat.xaxis.set_major_locator(MaxNLocator(integer=True))
+    heat.xaxis.set_major_formatter(FuncFormatter(lambda x, _: str(steps[round(x)]) if 0 <= round(x) < len(steps) else ""))
+    _dress(heat, "" if legend else "every layer over the steps", "step")
+    figure.savefig(path, dpi=110)
+
+
+# Verdicts that stand for a gradient too small are blue, too large red, blocked ones brown, the rest apart from these.
+_COLOURS = {
+    "non-finite": "#000000",
+    "exploding": BAD,
+    "vanishing": "#2f6fb3",
+    "dead": "#8a5a2b",
+    "saturated": "#d9902f",
+    "badly initialised": "#8e44ad",
+    "BN with tiny batch": "#c46fa8",
+    "no gradient": "#9a9a9a",
+    "healthy": GOOD,
+}
+
+
+def verdicts(
+    path: str | PathLike[str],
+    title: str,
+    layers: Sequence[tuple[str, str]],
+    norms: Sequence[float | None],
+    after: Sequence[float | None] | None,
+    remarks: Sequence[str],
+) -> None:
+    """layers: name and worst verdict of each; norms: of their gradients; after: those with the cures applied; remarks: written beside."""
+    figure = _figure(len(layers), 13)
+    flow, words = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    if after is not None:
+        _draw_flow(flow, after, "#8cc5a6", "with the safe cures")
+    _draw_flow(flow, norms, "#cccccc", "")
+    for verdict, colour in _COLOURS.items():
+        places = [place for place, (_, each) in enumerate(layers) if each == verdict]
+        finite = [place for place in places if (norms[place] or 0) > 0 and math.isfinite(norms[place] or 0)]
+        if places:
+            flow.plot([norms[place] for place in finite], finite, "o", color=colour, markersize=7, label=f"{verdict} ({len(places)})")
+    _least_range(flow)
+    _name_layers(flow, [name for name, _ in layers])
+    for label, (_, verdict) in zip(flow.get_yticklabels(), layers, strict=False):
+        label.set_color(INK if len(flow.get_yticklabels()) < len(layers) else _COLOURS[verdict])
+    flow.grid(axis="x", color="#e6e6e6")
+    flow.legend(frameon=False, fontsize=9)
+    _dress(flow, title, "gradient norm")
+    words.axis("off")
+    text = "\n".join(line for remark in remarks for line in (textwrap.wrap(remark, 68, subsequent_indent="    ") or [""]))
+    words.text(0, 1, text, va="top", fontsize=9, family="monospace", color=INK, transform=words.transAxes)
+    figure.savefig(path, dpi=110)
