@@ -129,17 +129,18 @@ def _describe(cure: str, layers: list[Verdict], found: Probe) -> Cure | None:
             cure, "nothing is learnt from nan", "inputs = torch.nan_to_num(inputs)    # better: find out where the data get it from", safe
         )
     return Cure(
-        cure, f"{found.origin.operator} leaves what the numbers can hold" if found.origin else "a weight is lost", _mend(found.origin), safe
+        cure, f"{found.origin.operator} leaves what the numbers can hold" if found.origin else "a weight is lost", mend(found.origin), safe
     )
 
 
-def _mend(origin: Origin | None) -> str:
+def mend(origin: Origin | None) -> str:
+    """The line of code for the operator that made nan or inf."""
     if origin is None:
         return "model.load_state_dict(...)    # of a checkpoint before it happened"
     word = origin.operator.lower()
     for name, line in {
         "log": "torch.log(x.clamp_min(1e-12))    # log_softmax, logsigmoid and cross_entropy need no log of yours",
-        "sqrt": "torch.sqrt(x + 1e-12)    # the slope of sqrt at 0 is infinite",
+        "sqrt": "torch.sqrt(x.clamp_min(1e-12))    # the slope of sqrt at 0 is infinite",
         "norm": "torch.sqrt(x.square().sum() + 1e-12)    # the slope of a norm at 0 is not defined",
         "div": "x / y.clamp_min(1e-12)",
         "reciprocal": "y.clamp_min(1e-12).reciprocal()",

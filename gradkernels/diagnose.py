@@ -18,7 +18,8 @@ from torch import nn
 
 from gradkernels import clip_grad, init, monitor, pictures
 from gradkernels.cures import CLIPPING, INITIALISATION, LEARNING_RATE, cures, learning_rate
-from gradkernels.probe import Probe, probe, untouched
+from gradkernels.probe import Probe, probe
+from gradkernels.untouched import untouched
 from gradkernels.verdicts import HEALTHY, VERDICTS, Verdict, origin_sentence, verdicts
 
 
@@ -71,7 +72,7 @@ class Diagnosis:
 
     def table(self) -> str:
         """A line for each layer: gradient, weight, output, activation, verdict."""
-        lines = [["layer", "|g|", "|w|", "output std", "activation", "dead", "saturated", "verdict"]]
+        lines = [["layer", "|g|", "|w|", "output std", "activation", "units off", "flat", "verdict"]]
         for each in self.layers:
             layer = each.layer
             figures = [monitor.three_digits(value) for value in (layer.gradient, layer.weight, layer.output_std)]
@@ -105,7 +106,9 @@ class Diagnosis:
             for number, cure in enumerate(self.cures, start=1):
                 text += [f"{number:>3}. {cure.name}{' (safe)' if cure.safe else ''}: {cure.why}", f"         {cure.line}"]
         if self.after is not None:
-            text += ["", *self._before_and_after(self.after)]
+            text += ["", "the safe cures, applied to a copy", *(f"  {line}" for line in self.applied), *self._before_and_after(self.after)]
+        elif self.applied:
+            text += ["", *self.applied]
         return "\n".join(text)
 
     def _reasons(self) -> list[str]:
@@ -134,8 +137,7 @@ class Diagnosis:
         if after.loss_after_step is not None:
             rows.append(("loss after one step of SGD", "", f"{after.loss_after_step:.4g}"))
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines = [f"  {name:<{widths[0]}}  {before:>{widths[1]}}  {then:>{widths[2]}}" for name, before, then in rows]
-        return ["the safe cures, applied to a copy", *(f"  {line}" for line in self.applied), *lines]
+        return [f"  {name:<{widths[0]}}  {before:>{widths[1]}}  {then:>{widths[2]}}" for name, before, then in rows]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as lists and numbers that json takes."""
@@ -231,10 +233,10 @@ def diagnose(model: nn.Module, batch: tuple[Any, Any], loss_fn: Callable[[Any, A
 def _apply(before: Diagnosis, model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[[Any, Any], Any]) -> None:
     safe = [cure.name for cure in before.cures if cure.safe]
     if not safe:
-        before.applied.append("none of the cures is safe")
+        before.applied += ["none of the cures is safe to try"] if before.cures else []
         return
     trial = copy.deepcopy(monitor.unwrapped(model))
-    with untouched(trial, (inputs, targets)):
+    with untouched(trial, inputs, targets):
         if INITIALISATION in safe:
             counts = Counter(each.scheme for each in init.apply_(trial).layers)
             filled = ", ".join(f"{scheme} for {count}" for scheme, count in counts.items())

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from gradkernels.activation import Swish
 from gradkernels.batch_norm_act import _BatchNormAct
+from gradkernels.untouched import untouched
 
 __all__ = [
     "InitReport",
@@ -365,7 +366,9 @@ def _follows(node: fx.Node, root: nn.Module) -> Activation | None:
 def _following(model: nn.Module) -> dict[nn.Module, Activation | None]:
     """For every layer that runs, the activation that follows it, by dataflow; by the order of modules where Python cannot be traced."""
     try:
-        graph = _Tracer().trace(model)
+        # Its forward runs once, on stand-ins for tensors, which it may store.
+        with untouched(model):
+            graph = _Tracer().trace(model)
     except Exception:
         return _following_in_order(model)
     found: dict[nn.Module, Activation | None] = {}

@@ -7,8 +7,8 @@ called them, and belong to the layer that ran last; there too is found which ope
 
 import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradkernels import clip_grad
 from gradkernels.monitor import layer_name, unit_dim, unwrapped
+from gradkernels.untouched import untouched
 
 # An activation is saturated where its slope is below this share of its steepest one.
 SATURATED_SLOPE = 0.1
@@ -104,35 +105,6 @@ class Probe:
     finite_inputs: bool
 
 
-@contextmanager
-def untouched(model: nn.Module, batch: object) -> Iterator[None]:
-    """Puts buffers, training flags and random numbers back, whatever happens inside."""
-    flags = [(module, module.training) for module in model.modules()]
-    buffers = [(module, name, value, None if value is None else value.detach().clone()) for module, name, value in _buffers(model)]
-    tensors = [*model.parameters(), *model.buffers(), *(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))]
-    devices = {tensor.device for tensor in tensors if tensor.device.type in ("cuda", "xpu")}
-    with ExitStack() as stack:
-        for kind in {device.type for device in devices} or {"cuda"}:
-            indices = sorted(device.index for device in devices if device.type == kind)
-            stack.enter_context(torch.random.fork_rng(indices, device_type=kind))
-        try:
-            yield
-        finally:
-            for module, training in flags:
-                module.training = training
-            with torch.no_grad():
-                for module, name, value, copy in buffers:
-                    module._buffers[name] = value
-                    if value is not None and copy is not None and not torch.equal(value, copy):
-                        value.copy_(copy)
-
-
-def _buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor | None]]:
-    for module in model.modules():
-        for name, value in module._buffers.items():
-            yield module, name, value
-
-
 class _Watch(TorchDispatchMode):
     """Looks at the output of every operator."""
 
@@ -149,11 +121,14 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__.rstrip("_")
         look = self.origin is None and not name.startswith(_ALLOWED)
-        # Before the call, since it may write its argument.
-        finite = look and _all_finite(tree_leaves((args, kwargs)))
+        # What it writes has to be looked at before; other arguments only once something came out that is not finite.
+        written = func._schema.is_mutable
+        finite = look and written and _all_finite(tree_leaves((args, kwargs)))
         result = func(*args, **kwargs)
-        if finite and not _all_finite(tree_leaves(result)):
-            self.origin = Origin(self.phase, _operator(name), None if self.layer is None else self.layer.name)
+        if look and not _all_finite(result if isinstance(result, tuple | list) else (result,)):
+            finite = finite if written else _all_finite(tree_leaves((args, kwargs)))
+            if finite:
+                self.origin = Origin(self.phase, _operator(name), None if self.layer is None else self.layer.name)
         if self.phase == "forward" and self.layer is not None and name in _ACTS:
             _see(self.layer, _ACTS[name], args, result, self.dim)
             self.layer.act_module = self.module
@@ -166,10 +141,9 @@ def _operator(name: str) -> str:
     return name if node is None else node.name().rstrip("0123456789").rpartition("::")[2]
 
 
-def _all_finite(values: list[Any]) -> bool:
-    return all(
-        bool(value.isfinite().all()) for value in values if isinstance(value, Tensor) and value.is_floating_point() and value.numel()
-    )
+def _all_finite(values: Iterable[Any]) -> bool:
+    tensors = (value for value in values if isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point())
+    return all(bool(value.isfinite().all()) for value in tensors)
 
 
 def _see(layer: Layer, act: str, args: tuple[Any, ...], result: Any, dim: int) -> None:
@@ -209,6 +183,8 @@ def probe(model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[[Any, A
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not parameters:
         raise ValueError(f"{type(model).__name__} has no parameters that require a gradient: there is nothing to diagnose")
+    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in parameters.values()):
+        raise ValueError(f"{type(model).__name__} has parameters without a shape: run it on a batch first")
     layers: dict[str, Layer] = {}
     for name in parameters:
         layer = layers.setdefault(layer_name(name), Layer(layer_name(name), model.get_submodule(name.rpartition(".")[0])))
@@ -251,7 +227,7 @@ def probe(model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[[Any, A
 
         return hook
 
-    with untouched(model, (inputs, targets)), ExitStack() as stack:
+    with untouched(model, inputs, targets), ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         if "torch._dynamo" in sys.modules:

@@ -233,6 +233,28 @@ def test_order_of_modules_serves_where_tracing_cannot():
     assert activations == {"block.0": "elu(1)", "block.2": "tanh", "first": "swish(1)", "last": "nothing"}
 
 
+def test_tracing_leaves_no_trace():
+    class Storing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("mean", torch.zeros(4))
+
+        def forward(self, x):
+            self.calls += 1
+            y = self.layer(x)
+            self.mean = y.mean(0)
+            self.features = y
+            return torch.tanh(y)
+
+    model = Storing().eval()
+    before = dict(model.__dict__), dict(model.named_buffers())
+    assert schemes(gk.init.apply_(model)) == {"layer": ("xavier_uniform_", "tanh")}
+    assert dict(model.__dict__) == before[0]
+    assert all(value is before[1][name] and not value.any() for name, value in model.named_buffers())
+
+
 def test_what_is_not_its_own_to_set_is_kept_with_a_reason():
     model = nn.ModuleDict(
         {

@@ -1,0 +1,591 @@
+"""Every verdict on a model that has just this illness and on one that has not, the cures carried out, and that the model stays as it was.
+
+Thresholds are tested at both sides on figures made by hand; models are small and their illness is put in on purpose.
+"""
+
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from matplotlib.image import imread
+from torch import nn
+from torch.nn import functional as F
+
+import gradkernels as gk
+from gradkernels import cures, diagnose_command, verdicts
+from gradkernels.probe import Layer, Origin, Probe
+
+WIDTH, CLASSES = 16, 4
+
+
+def mlp(act, depth=12, std=None, norm=False):
+    model = nn.Sequential()
+    for number in range(depth):
+        model.add_module(f"linear{number}", nn.Linear(WIDTH, WIDTH))
+        if norm:
+            model.add_module(f"bn{number}", nn.BatchNorm1d(WIDTH))
+        model.add_module(f"act{number}", act())
+    model.add_module("head", nn.Linear(WIDTH, CLASSES))
+    if std is not None:
+        for linear in (module for module in model if isinstance(module, nn.Linear)):
+            nn.init.normal_(linear.weight, std=std / math.sqrt(WIDTH))
+    return model
+
+
+def batch(count=64):
+    return torch.randn(count, WIDTH), torch.randint(CLASSES, (count,))
+
+
+def diagnosed(model, count=64, **keywords):
+    return gk.diagnose(model, batch(count), F.cross_entropy, **keywords)
+
+
+def words(diagnosis):
+    return {each.name: each.verdicts for each in diagnosis.layers}
+
+
+class Net(nn.Module):
+    """A layer, a function, a head."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.body = nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, CLASSES)
+        self.function = function
+
+    def forward(self, x):
+        return self.head(self.function(self.body(x)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, std):
+        super().__init__()
+        self.inward, self.recur, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+        nn.init.normal_(self.recur.weight, std=std / math.sqrt(WIDTH))
+
+    def forward(self, x):
+        h = torch.zeros_like(x)
+        for _ in range(30):
+            h = F.leaky_relu(self.inward(x) + self.recur(h), 0.2)
+        return self.head(h)
+
+
+# Verdicts
+
+
+def test_vanishing():
+    diagnosis = diagnosed(mlp(nn.Sigmoid))
+    assert words(diagnosis)["linear0"] == ("vanishing",) and words(diagnosis)["head"] == ("healthy",)
+    assert diagnosis.first_to_last() < 1e-6
+    assert [cure.name for cure in diagnosis.cures] == ["activation", "initialisation", "batch norm", "residual connections"]
+    text = str(diagnosis)
+    assert "vanishing" in text and "exploding" not in text
+    assert "the gradient of the first layer, linear0, is" in text and "0.25 at most" in text
+
+
+@pytest.mark.parametrize("model", [mlp(nn.LeakyReLU, std=6), Recurrent(4.0)], ids=["depth", "time"])
+def test_exploding(model):
+    diagnosis = diagnosed(model)
+    assert "exploding" in next(iter(words(diagnosis).values()))
+    names = [cure.name for cure in diagnosis.cures]
+    assert names[:2] == ["initialisation", "clipping"] and "learning rate" in names
+    assert "exploding" in str(diagnosis) and "vanishing" not in str(diagnosis)
+
+
+@pytest.mark.parametrize("model", [mlp(nn.ELU, norm=True), Recurrent(0.5), mlp(nn.ReLU, 3)], ids=["batch norm", "recurrent", "shallow"])
+def test_healthy(model):
+    diagnosis = diagnosed(model)
+    assert set(words(diagnosis).values()) == {("healthy",)}
+    assert diagnosis.cures == []
+    text = str(diagnosis)
+    assert not any(word in text for word in verdicts.VERDICTS if word != "healthy")
+
+
+@pytest.mark.parametrize(
+    "relu",
+    [
+        F.relu,
+        lambda z: z.relu_(),
+        F.relu6,
+        nn.ReLU(inplace=True),
+        gk.BatchNormAct1d(WIDTH, affine=False, act="relu", track_running_stats=False).eval(),
+    ],
+)
+def test_dead(relu):
+    model = Net(relu)
+    if isinstance(relu, gk.BatchNormAct1d):
+        model.function = nn.Sequential(gk.BatchNormAct1d(WIDTH, act="relu"))
+        nn.init.constant_(model.function[0].bias, -20.0)
+    else:
+        nn.init.constant_(model.body.bias, -20.0)
+    diagnosis = diagnosed(model)
+    sick = next(each for each in diagnosis.layers if "dead" in each.verdicts)
+    assert sick.layer.dead == 1 and "100% of the units behind relu" in sick.why
+    assert "activation" in [cure.name for cure in diagnosis.cures]
+    few = diagnosed(model, count=8)
+    assert all("dead" not in each.verdicts for each in few.layers), "eight samples are too few to call a unit dead"
+
+
+@pytest.mark.parametrize("act", [torch.sigmoid, torch.tanh, F.hardtanh, F.hardsigmoid, lambda z: gk.elu(z - 20), nn.Tanh(), nn.SELU()])
+def test_saturated(act):
+    model = Net(act)
+    nn.init.normal_(model.body.weight, std=10.0)
+    if isinstance(act, nn.SELU):
+        nn.init.constant_(model.body.bias, -200.0)
+    assert "saturated" in words(diagnosed(model))["body"]
+    nn.init.normal_(model.body.weight, std=0.25)
+    if not isinstance(act, nn.SELU) and act(torch.zeros(())).abs() < 0.9:
+        assert words(diagnosed(model))["body"] == ("healthy",)
+
+
+def test_badly_initialised():
+    model = mlp(nn.ReLU, 3)
+    nn.init.constant_(model.linear1.weight, 0.01)
+    assert "badly initialised" in words(diagnosed(model))["linear1"]
+    nn.init.normal_(model.linear1.weight, std=3.0)
+    assert "badly initialised" in words(diagnosed(model))["linear1"]
+    nn.init.zeros_(model.linear1.weight)
+    assert "all weights are 0" in str(diagnosed(model))
+
+
+def test_zeros_at_the_end_of_a_residual_branch_are_meant():
+    class Branch(Net):
+        def forward(self, x):
+            return self.head(x + self.last(F.relu(self.body(x))))
+
+    model = Branch(None)
+    model.first, model.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+    model.forward = lambda x: Branch.forward(model, model.first(x))
+    nn.init.zeros_(model.last.weight)
+    assert "badly initialised" not in words(diagnosed(model))["last"]
+
+
+@pytest.mark.parametrize(("count", "ill"), [(3, True), (8, True), (16, False)])
+def test_batch_norm_of_a_tiny_batch(count, ill):
+    diagnosis = diagnosed(mlp(nn.ReLU, 2, norm=True), count)
+    assert (words(diagnosis)["bn0"] == ("BN with tiny batch",)) == ill
+    assert ("convert_sync_batch_norm" in str(diagnosis)) == ill
+    frozen = mlp(nn.ReLU, 2, norm=True)
+    frozen.bn0.eval()
+    assert words(diagnosed(frozen, count))["bn0"] == ("healthy",)
+
+
+def poisoned_weight():
+    model = Net(F.relu)
+    with torch.no_grad():
+        model.body.weight[2, 3] = math.nan
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "origin", "line"),
+    [
+        (Net(torch.log), "in or behind layer body: log made them", "torch.log(x.clamp_min(1e-12))"),
+        (
+            Net(lambda z: torch.sqrt((z - z).square())),
+            "in the backward pass, at layer head or just before it: SqrtBackward",
+            "torch.sqrt(x.clamp_min(1e-12))",
+        ),
+        (Net(lambda z: z / F.relu(z)), "in or behind layer body: div made them", "x / y.clamp_min(1e-12)"),
+        (mlp(nn.ReLU, 40, std=100.0), "addmm made them", "gk.init.apply_(model)"),
+        (poisoned_weight(), "a parameter or a buffer holds nan or inf already", "model.load_state_dict"),
+    ],
+    ids=["log", "sqrt backward", "div", "growth", "weight"],
+)
+def test_non_finite_and_where_it_began(model, origin, line):
+    diagnosis = diagnosed(model)
+    assert origin in diagnosis.origin
+    assert diagnosis.cures[0].line.startswith(line)
+    assert "non-finite" in next(iter(words(diagnosis).values()))
+    assert diagnosis.origin in str(diagnosis)
+
+
+def test_a_loss_that_is_nan_at_once():
+    diagnosis = gk.diagnose(mlp(nn.ELU, 1), batch(), lambda y, target: F.cross_entropy(y, target) + y.sum().detach().mul(0).log().mul(0))
+    assert math.isnan(diagnosis.loss)
+    assert "in or behind layer head" in diagnosis.origin
+    x, target = batch()
+    x[0, 0] = math.inf
+    assert gk.diagnose(mlp(nn.ELU, 1), (x, target), F.cross_entropy).origin == "the batch itself holds nan or inf"
+
+
+def test_infinities_on_purpose_are_no_origin():
+    def masked(z):
+        return torch.softmax(z.masked_fill(z > 1, -math.inf), dim=1)
+
+    assert diagnosed(Net(masked)).origin is None
+
+
+def test_never_called_and_without_influence():
+    model = Net(F.relu)
+    model.idle = nn.Linear(2, 2)
+    model.cut = nn.Linear(WIDTH, WIDTH)
+    model.function = lambda z: z + model.cut(z).detach()
+    diagnosis = diagnosed(model)
+    reasons = {each.name: each.why for each in diagnosis.layers}
+    assert words(diagnosis)["idle"] == words(diagnosis)["cut"] == ("no gradient",)
+    assert reasons["idle"] == "never called" and reasons["cut"] == "the loss does not depend on it"
+
+
+def judged(**figures):
+    """The verdicts of the first of two layers with the figures given; the last has a gradient and a weight of 1."""
+    module = nn.Module()
+    first = Layer("first", module, called=1, gradient=1.0, weight=1.0)
+    for name, value in figures.items():
+        setattr(first, name, value)
+    last = Layer("last", module, called=1, gradient=1.0, weight=1.0)
+    return verdicts.verdicts(Probe([first, last], loss=1.0, total_norm=1.0, origin=None, finite_inputs=True))[0].verdicts
+
+
+@pytest.mark.parametrize(
+    ("below", "above", "verdict"),
+    [
+        ({"gradient": 1.01e-3}, {"gradient": 0.99e-3}, "vanishing"),
+        ({"gradient": 1.0, "weight": 0.99e7}, {"gradient": 1.0, "weight": 1.01e7}, "vanishing"),
+        ({"gradient": 99.0}, {"gradient": 101.0}, "exploding"),
+        ({"gradient": 999.0, "weight": 1e6}, {"gradient": 1001.0, "weight": 1e6}, "exploding"),
+        ({"dead": 0.66, "samples": 16, "act": "relu"}, {"dead": 0.67, "samples": 16, "act": "relu"}, "dead"),
+        ({"dead": 1.0, "samples": 15, "act": "relu"}, {"dead": 1.0, "samples": 16, "act": "relu"}, "dead"),
+        ({"saturated": 0.5, "act": "tanh"}, {"saturated": 0.51, "act": "tanh"}, "saturated"),
+        ({"batch": (4, 16)}, {"batch": (3, 1000)}, "BN with tiny batch"),
+        ({"batch": (4, 16)}, {"batch": (15, 15)}, "BN with tiny batch"),
+        ({"finite": True}, {"finite": False}, "non-finite"),
+        ({"nonfinite": 0}, {"nonfinite": 1}, "non-finite"),
+    ],
+)
+def test_thresholds(below, above, verdict):
+    assert judged(**below) == ("healthy",)
+    assert judged(**above) == (verdict,)
+
+
+@pytest.mark.parametrize(("scale", "ill"), [(0.2, True), (0.26, False), (2.4, False), (2.6, True)])
+@pytest.mark.parametrize("act", ["relu", "swish", "tanh", None])
+def test_threshold_of_the_scale_of_weights(scale, ill, act):
+    linear = nn.Linear(400, 300)
+    std = scale * gk.init.expected_std(linear, act)
+    nn.init.normal_(linear.weight, std=std)
+    layer = Layer("layer", linear, called=1, gradient=1.0, weight=1.0, act=act)
+    found = Probe([layer], 1.0, 1.0, None, True)
+    assert ("badly initialised" in verdicts.verdicts(found)[0].verdicts) == ill
+    layer.normalised = True
+    assert verdicts.verdicts(found)[0].verdicts == ("healthy",)
+
+
+# Cures
+
+
+def test_the_line_of_code_runs_and_cures():
+    model, namespace = mlp(nn.Sigmoid), {"gk": gk}
+    namespace["model"] = model
+    before = diagnosed(model)
+    exec(before.cures[0].line, namespace)
+    assert isinstance(model.act0, gk.ELU)
+    for number in range(1, 12):
+        setattr(model, f"act{number}", gk.ELU())
+    exec(before.cures[1].line, namespace)
+    assert set(words(diagnosed(model)).values()) == {("healthy",)}
+
+
+def test_a_numbered_module_is_named_as_python_has_it():
+    model = nn.Sequential(*[layer for _ in range(12) for layer in (nn.Linear(WIDTH, WIDTH), nn.Sigmoid())], nn.Linear(WIDTH, CLASSES))
+    line = diagnosed(model).cures[0].line
+    assert line.startswith("model[1] = gk.ELU()")
+    exec(line, {"gk": gk, "model": model})
+    assert isinstance(model[1], gk.ELU)
+
+
+@pytest.mark.parametrize("operator", ["log", "SqrtBackward", "LinalgVectorNormBackward", "div", "reciprocal", "exp", "pow", "addmm"])
+def test_every_cure_of_arithmetic_is_python(operator):
+    line = cures.mend(Origin("forward", operator, "layer"))
+    names = {"torch": torch, "x": torch.tensor([-1.0, 0.0, 2.0]), "y": torch.zeros(3), "p": 0.5, "gk": gk, "model": nn.Linear(2, 2)}
+    result = eval(line, names)
+    assert not isinstance(result, torch.Tensor) or bool(result.isfinite().all())
+
+
+def test_apply_shows_before_and_after_and_leaves_the_model():
+    model = mlp(nn.LeakyReLU, std=6)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    diagnosis = diagnosed(model, apply=True)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert set(words(diagnosis.after).values()) == {("healthy",)}
+    assert diagnosis.after.total_norm < 1e3 < diagnosis.total_norm
+    assert diagnosis.after.loss_after_step < diagnosis.after.loss
+    text = str(diagnosis)
+    for part in (
+        "the safe cures, applied to a copy",
+        "before",
+        "after",
+        "gk.init.apply_(model): he_normal_ for 12",
+        "clip_grad_norm_",
+        "lr=",
+    ):
+        assert part in text
+
+
+def test_apply_where_nothing_is_safe_says_so():
+    diagnosis = diagnosed(Net(torch.log), apply=True)
+    assert diagnosis.after is None
+    assert "none of the cures is safe to try" in str(diagnosis)
+    assert "safe" not in str(diagnosed(mlp(nn.ELU, norm=True), apply=True))
+
+
+# The model stays as it was
+
+
+class Noisy(nn.Module):
+    """Batch norm, dropout, a buffer replaced and one written in forward; raises where it is told to."""
+
+    def __init__(self, fail):
+        super().__init__()
+        self.body, self.bn, self.drop, self.head = nn.Linear(WIDTH, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, CLASSES)
+        self.frozen = nn.BatchNorm1d(8).eval()
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("nothing", None)
+        self.fail = fail
+
+    def forward(self, x):
+        y = self.frozen(self.drop(self.bn(self.body(x))))
+        self.count += 1
+        self.mean = y.detach().mean(0)
+        self.features = y
+        if self.fail == "forward":
+            raise ZeroDivisionError
+        return self.head(y)
+
+
+def snapshot(model):
+    """Everything that is to stay; gradients and buffers by identity as well as by value."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    hook_kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {
+        "identity": {name: id(value) for name, value in {**tensors, **grads}.items()},
+        "values": {name: value.detach().clone().tolist() for name, value in tensors.items()},
+        "gradients": {name: None if grad is None else grad.clone().tolist() for name, grad in grads.items()},
+        "versions": [parameter._version for parameter in model.parameters()],
+        "attributes": [set(module.__dict__) for module in model.modules()],
+        "flags": [module.training for module in model.modules()],
+        "hooks": [dict(getattr(module, kind)) for module in model.modules() for kind in hook_kinds],
+        "tensor hooks": [parameter._backward_hooks for parameter in model.parameters()],
+        "random numbers": torch.get_rng_state().tolist(),
+        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), len(torch.overrides._get_current_function_mode_stack())),
+    }
+
+
+@pytest.mark.parametrize("apply", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("fail", ["nowhere", "forward", "loss"])
+def test_everything_is_as_it_was(fail, training, apply):
+    model = Noisy(fail).train(training)
+    model.frozen.eval()
+    nn.init.constant_(model.body.weight, 0.01)
+    model.head.weight.grad = torch.randn_like(model.head.weight)
+    accumulated = []
+    model.body.weight.register_post_accumulate_grad_hook(accumulated.append)
+    before = snapshot(model)
+
+    def loss_fn(y, target):
+        if fail == "loss":
+            raise ZeroDivisionError
+        return F.cross_entropy(y, target)
+
+    data = batch()
+    before["random numbers"] = torch.get_rng_state().tolist()
+    try:
+        with torch.no_grad():
+            gk.diagnose(model, data, loss_fn, apply=apply)
+    except ZeroDivisionError:
+        assert fail != "nowhere"
+    else:
+        assert fail == "nowhere"
+    after = snapshot(model)
+    for part, value in before.items():
+        assert after[part] == value, part
+    assert accumulated == []
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+
+
+def test_a_model_in_evaluation_is_looked_at_in_training_mode_and_frozen_parts_stay_frozen():
+    model = Noisy("nowhere")
+    model.frozen.eval()
+    seen = {}
+    model.bn.register_forward_hook(lambda module, *_: seen.update(bn=module.training))
+    model.frozen.register_forward_hook(lambda module, *_: seen.update(frozen=module.training))
+    diagnosed(model)
+    assert seen == {"bn": True, "frozen": False}
+    diagnosed(model.eval())
+    assert seen == {"bn": True, "frozen": True}
+
+
+def test_a_module_that_returns_its_parameter_keeps_no_hook():
+    class Position(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(WIDTH))
+
+        def forward(self):
+            return self.weight
+
+    model = Net(F.relu)
+    model.position = Position()
+    model.function = lambda z: F.relu(z + model.position())
+    assert words(diagnosed(model))["position"] == ("healthy",)
+    assert not model.position.weight._backward_hooks
+
+
+@pytest.mark.parametrize("wrap", ["compile", "DistributedDataParallel"])
+def test_wrapped_models(wrap):
+    model = mlp(nn.Sigmoid)
+    if wrap == "compile":
+        diagnosis = diagnosed(torch.compile(model, backend="eager"))
+    else:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        try:
+            diagnosis = diagnosed(nn.parallel.DistributedDataParallel(model))
+        finally:
+            torch.distributed.destroy_process_group()
+    assert words(diagnosis)["linear0"] == ("vanishing",)
+    assert diagnosis.layers[0].layer.act == "sigmoid"
+
+
+def test_figures_are_those_of_the_step():
+    model = mlp(nn.Tanh, 2)
+    data = batch()
+    diagnosis = gk.diagnose(model, data, F.cross_entropy)
+    loss = F.cross_entropy(model(data[0]), data[1])
+    loss.backward()
+    assert diagnosis.loss == loss.item()
+    for each in diagnosis.layers:
+        module = model.get_submodule(each.name)
+        expected = torch.cat([parameter.grad.flatten().double() for parameter in module.parameters()]).norm().item()
+        assert each.figures()["gradient_norm"] == pytest.approx(expected, rel=1e-7)
+    total = torch.cat([parameter.grad.flatten().double() for parameter in model.parameters()]).norm().item()
+    assert diagnosis.total_norm == pytest.approx(total, rel=1e-7)
+
+
+def test_sparse_and_16_bit_gradients():
+    model = nn.Sequential(nn.EmbeddingBag(10, WIDTH, sparse=True), nn.Linear(WIDTH, CLASSES))
+    diagnosis = gk.diagnose(model, (torch.randint(10, (64, 3)), torch.randint(CLASSES, (64,))), F.cross_entropy)
+    assert set(words(diagnosis).values()) == {("healthy",)}
+    x, target = batch()
+    assert gk.diagnose(mlp(nn.ELU, 2).bfloat16(), (x.bfloat16(), target), F.cross_entropy).counts() == {"healthy": 3}
+
+
+# What a person gets
+
+
+def test_picture_and_dict(tmp_path):
+    diagnosis = diagnosed(mlp(nn.Sigmoid), apply=True)
+    diagnosis.plot(tmp_path / "diagnosis.png")
+    image = imread(tmp_path / "diagnosis.png")[..., :3]
+    width = image.shape[1]
+    for panel in (image[:, : width // 2], image[:, width * 3 // 5 :]):
+        assert (panel.min(axis=2) < 0.6).mean() > 0.005
+    found = json.loads(json.dumps(diagnosis.to_dict()))
+    assert found["layers"][0]["verdicts"] == ["vanishing"] and found["cures"][0]["name"] == "activation"
+    assert found["after"]["layers"][-1]["name"] == "head"
+    diagnosed(mlp(nn.ReLU, 40, std=100.0)).plot(tmp_path / "nan.png")
+    assert imread(tmp_path / "nan.png").size
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "error", "said"),
+    [
+        (nn.ReLU(), (batch(), F.cross_entropy), ValueError, "ReLU has no parameters that require a gradient: there is nothing to diagnose"),
+        (nn.LazyLinear(3), (batch(), F.cross_entropy), ValueError, "LazyLinear has parameters without a shape: run it on a batch first"),
+        (mlp(nn.ReLU, 1), (torch.randn(2, 3), F.cross_entropy), ValueError, "batch is the pair"),
+        (mlp(nn.ReLU, 1), (batch(), lambda y, target: y.sum().item()), TypeError, "loss_fn returned float, not a tensor"),
+        (mlp(nn.ReLU, 1), (batch(), lambda y, target: y), ValueError, r"of shape \(64, 4\), not one number: take its mean"),
+        (mlp(nn.ReLU, 1), (batch(), lambda y, target: y.sum().detach()), RuntimeError, "does not depend on any parameter"),
+    ],
+)
+def test_bad_input_is_said_in_words(model, arguments, error, said):
+    with pytest.raises(error, match=said):
+        gk.diagnose(model, *arguments)
+
+
+USERS_MODULE = """
+import torch
+from torch import nn
+
+def vanishing():
+    return nn.Sequential(*[layer for _ in range(12) for layer in (nn.Linear(16, 16), nn.Sigmoid())], nn.Linear(16, 4))
+
+def data():
+    return torch.randn(32, 16), torch.randint(4, (32,))
+
+def summed(outputs, targets):
+    return outputs.square().sum()
+
+not_a_model = list
+"""
+
+
+@pytest.fixture
+def users_folder(tmp_path, monkeypatch):
+    (tmp_path / "users_module.py").write_text(USERS_MODULE)
+    torch.save((torch.randn(32, 16), torch.randint(4, (32,))), tmp_path / "batch.pt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def test_command_line(users_folder):
+    command = [sys.executable, "-m", "gradkernels", "diagnose", "users_module:vanishing", "--batch", "users_module:data", "--apply"]
+    environment = {"PYTHONPATH": f"{users_folder}:{gk.__path__[0]}/..", "PATH": ""}
+    process = subprocess.run(command, cwd=users_folder, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+    assert "vanishing" in process.stdout and "cures" in process.stdout and "applied to a copy" in process.stdout
+    assert process.stdout.endswith("wrote diagnosis.png\n")
+    assert imread(users_folder / "diagnosis.png").size
+
+
+@pytest.mark.parametrize(
+    ("wanted", "loss"),
+    [("64,16", "cross_entropy"), ("64,16", "mse_loss"), ("batch.pt", "cross_entropy"), ("users_module:data", "users_module:summed")],
+)
+def test_command_line_batches_and_losses(users_folder, capsys, wanted, loss):
+    arguments = ["users_module:vanishing", "--batch", wanted, "--loss", loss, "--output", "here.svg"]
+    assert diagnose_command.main(arguments) == 0
+    assert "vanishing" in capsys.readouterr().out
+    assert (users_folder / "here.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["users_module", "--batch", "2,16"], "'users_module' is not of the form MODULE:NAME"),
+        (["users_module:absent", "--batch", "2,16"], "users_module:absent cannot be had"),
+        (["no_such_module:model", "--batch", "2,16"], "no_such_module:model cannot be had: No module named 'no_such_module'"),
+        (["users_module:not_a_model", "--batch", "2,16"], "returned list, not a torch.nn.Module"),
+        (["users_module:vanishing", "--batch", "users_module:vanishing"], "holds no pair"),
+        (["users_module:vanishing", "--batch", "2,16", "--loss", "no_loss"], "torch.nn.functional has no no_loss"),
+        (["users_module:vanishing", "--batch", "2,16", "--output", "missing/x.png"], "there is no folder missing"),
+        (["users_module:vanishing"], "--batch"),
+    ],
+)
+def test_command_line_refuses_in_words(users_folder, capsys, arguments, said):
+    with pytest.raises(SystemExit) as exit:
+        diagnose_command.main(arguments)
+    assert exit.value.code == 2
+    assert re.search(re.escape(said), capsys.readouterr().err)
+
+
+def test_progress_is_one_line_for_a_person_and_nothing_in_a_log(users_folder, capsys, monkeypatch):
+    diagnose_command.main(["users_module:vanishing", "--batch", "64,16"])
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    diagnose_command.main(["users_module:vanishing", "--batch", "64,16"])
+    err = capsys.readouterr().err
+    assert "forward and backward" in err and "\n" not in err and err.endswith("\x1b[K")
+
+
+def test_importing_the_package_imports_nothing_to_draw_with():
+    program = "import sys, gradkernels; print(sorted({'matplotlib', 'rich', 'sklearn', 'torch._dynamo'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
