@@ -16,8 +16,6 @@ from gradkernels.verdicts import (
     BADLY_INITIALISED,
     DEAD,
     EXPLODING,
-    HEALTHY,
-    NO_GRADIENT,
     NON_FINITE,
     SATURATED,
     TINY_BATCH,
@@ -59,6 +57,7 @@ class Cure(NamedTuple):
 
 
 def cures(layers: list[Verdict], found: Probe) -> list[Cure]:
+    """Those that the verdicts ask for, the one asked for most first."""
     scores: dict[str, float] = defaultdict(float)
     for each in layers:
         for verdict in each.verdicts:
@@ -69,68 +68,70 @@ def cures(layers: list[Verdict], found: Probe) -> list[Cure]:
                 asks_for = _GREW
             for cure, weight in asks_for.items():
                 scores[cure] += weight
-    described = {cure: _describe(cure, layers, found) for cure in scores}
-    ranked = sorted(described, key=lambda cure: -scores[cure])
-    return [found_cure for name in ranked if (found_cure := described[name]) is not None]
+    ranked = sorted(scores, key=lambda name: -scores[name])
+    return [cure for cure in (_describe(name, layers, found) for name in ranked) if cure is not None]
 
 
-def _describe(cure: str, layers: list[Verdict], found: Probe) -> Cure | None:
-    """The cure in words and code for this model; None where there is no place for it."""
-    ill = [each for each in layers if set(each.verdicts) - {HEALTHY, NO_GRADIENT}]
+def _describe(name: str, layers: list[Verdict], found: Probe) -> Cure | None:
+    """A cure in words and code for this model; None where there is no place for it."""
     weights = [each for each in layers if isinstance(each.layer.module, nn.Linear | nn.modules.conv._ConvNd)]
-    safe = cure in SAFE
-    if cure == ACTIVATION:
-        at = next((each for each in ill if each.layer.act in _SATURATING or DEAD in each.verdicts), ill[0])
-        act, kept = at.layer.act, "LeakyReLU" if DEAD in at.verdicts else "ELU"
-        why = f"{act} lets no gradient through where it is {'off' if DEAD in at.verdicts else 'flat'}"
-        if act == "sigmoid":
-            why = "the slope of sigmoid is 0.25 at most, and every layer multiplies by it"
-        function = {"LeakyReLU": "leaky_relu", "ELU": "elu"}[kept]
-        line = f"gk.{function}(x)    # instead of {act}(x) behind {at.name}"
-        if at.layer.act_module is not None:
-            line = f"{_assign(at.layer.act_module)} = gk.{kept}()    # and so behind every other layer"
-        return Cure(cure, why, line, safe)
-    if cure == INITIALISATION:
-        if not weights:
-            return None
-        return Cure(cure, "weights of the scale that each activation keeps (He, LeCun, Xavier)", "gk.init.apply_(model)", safe)
-    if cure == BATCH_NORM:
-        bare = next((each for each in weights if not each.layer.normalised), None)
-        if bare is None:
-            return None
-        module = bare.layer.module
-        dimension = next((digit for digit in "23" if f"{digit}d" in type(module).__name__), "1") + "d"
-        units = module.out_features if isinstance(module, nn.Linear) else module.out_channels
-        act = bare.layer.act if bare.layer.act in ("relu", "relu6", "leaky_relu", "elu", "swish") else "elu"
-        line = f'gk.BatchNormAct{dimension}({units}, act="{act}")    # behind {bare.name}, in place of its activation, and so on'
-        return Cure(cure, "every layer then gets inputs of deviation 1, whatever came before", line, safe)
-    if cure == RESIDUAL:
-        return Cure(cure, "the gradient then reaches every layer undiminished", "x = x + block(x)", safe) if len(weights) > 5 else None
-    if cure == CLIPPING:
-        long = f"; the gradient is {found.total_norm:.3g} long" if math.isfinite(found.total_norm) else ""
-        why = f"bounds every step{long}"
-        return Cure(cure, why, "gk.clip_grad_norm_(model, max_norm=1.0)    # between backward() and step()", safe)
-    if cure == LEARNING_RATE:
+    described: tuple[str, str] | None
+    if name == ACTIVATION:
+        described = _activation(layers)
+    elif name == BATCH_NORM:
+        described = _batch_norm(weights)
+    elif name == INITIALISATION:
+        why = "weights of the scale that each activation keeps (He, LeCun, Xavier); begins anew"
+        described = (why, "gk.init.apply_(model)") if weights else None
+    elif name == RESIDUAL:
+        described = ("the gradient then reaches every layer undiminished", "x = x + block(x)") if len(weights) > 5 else None
+    elif name == CLIPPING:
+        length = f"; the gradient is {found.total_norm:.3g} long" if math.isfinite(found.total_norm) else ""
+        described = f"bounds every step{length}", "gk.clip_grad_norm_(model, max_norm=1.0)    # between backward() and step()"
+    elif name == LEARNING_RATE:
         rate = learning_rate(layers)
-        if rate is None:
-            return Cure(cure, "smaller steps, if it was healthy before some step", "lr = lr / 10", safe)
-        return Cure(
-            cure,
-            f"SGD then changes no weight by more than {LARGEST_UPDATE:.0%}",
-            f"torch.optim.SGD(model.parameters(), lr={rate:.1g})",
-            safe,
-        )
-    if cure == STATISTICS:
+        described = "smaller steps, if it was healthy before some step", "lr = lr / 10"
+        if rate is not None:
+            why = f"SGD then changes no weight by more than {LARGEST_UPDATE:.0%}"
+            described = why, f"torch.optim.SGD(model.parameters(), lr={rate:.1g})"
+    elif name == STATISTICS:
         at = next(each for each in layers if TINY_BATCH in each.verdicts)
         line = "model = gk.convert_sync_batch_norm(model)    # or, on one machine, nn.GroupNorm or a larger batch"
-        return Cure(cure, f"layer {at.name} has {at.why}", line, safe)
-    if not found.finite_inputs:
-        return Cure(
-            cure, "nothing is learnt from nan", "inputs = torch.nan_to_num(inputs)    # better: find out where the data get it from", safe
-        )
-    return Cure(
-        cure, f"{found.origin.operator} leaves what the numbers can hold" if found.origin else "a weight is lost", mend(found.origin), safe
+        described = f"layer {at.name} has {at.why}", line
+    elif not found.finite_inputs:
+        described = "nothing is learnt from nan", "inputs = torch.nan_to_num(inputs)    # better: find out where the data get it from"
+    else:
+        why = f"{found.origin.operator} leaves what the numbers can hold" if found.origin else "a weight is lost"
+        described = why, mend(found.origin)
+    return None if described is None else Cure(name, *described, safe=name in SAFE)
+
+
+def _activation(layers: list[Verdict]) -> tuple[str, str]:
+    """For the first layer whose activation is at fault; the rest follow its example."""
+    at = next(
+        each for each in layers if {DEAD, SATURATED} & {*each.verdicts} or (VANISHING in each.verdicts and each.layer.act in _SATURATING)
     )
+    act = at.layer.act
+    if act == "sigmoid":
+        why = "the slope of sigmoid is 0.25 at most, and every layer multiplies by it"
+    else:
+        why = f"{act} lets no gradient through where it is {'off' if DEAD in at.verdicts else 'flat'}"
+    module, function = ("ELU", "elu") if act in _SATURATING else ("LeakyReLU", "leaky_relu")
+    if at.layer.act_module is None:
+        return why, f"gk.{function}(x)    # instead of {act}(x) behind {at.name}"
+    return why, f"{_assign(at.layer.act_module)} = gk.{module}()    # and so behind every other layer"
+
+
+def _batch_norm(weights: list[Verdict]) -> tuple[str, str] | None:
+    bare = next((each for each in weights if not each.layer.normalised), None)
+    if bare is None:
+        return None
+    module = bare.layer.module
+    dimension = next((digit for digit in "23" if f"{digit}d" in type(module).__name__), "1")
+    units = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+    act = bare.layer.act if bare.layer.act in ("relu", "relu6", "leaky_relu", "elu", "swish") else "elu"
+    line = f'gk.BatchNormAct{dimension}d({units}, act="{act}")    # behind {bare.name}, in place of its activation, and so on'
+    return "every layer then gets inputs of deviation 1, whatever came before", line
 
 
 def mend(origin: Origin | None) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradkernels import clip_grad, init, monitor, pictures
+from gradkernels import init, monitor, pictures
 from gradkernels.cures import CLIPPING, INITIALISATION, LEARNING_RATE, cures, learning_rate
 from gradkernels.probe import Probe, probe
 from gradkernels.untouched import untouched
@@ -174,6 +174,7 @@ class Diagnosis:
             path,
             f"{self.title}: gradient of every layer, first layer at the top",
             [(each.name, each.verdicts[0]) for each in self.layers],
+            [any(parameter.dim() > 1 for parameter in each.layer.module.parameters(recurse=False)) for each in self.layers],
             [each.layer.gradient for each in self.layers],
             after,
             remarks,
@@ -231,31 +232,38 @@ def diagnose(model: nn.Module, batch: tuple[Any, Any], loss_fn: Callable[[Any, A
 
 
 def _apply(before: Diagnosis, model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[[Any, Any], Any]) -> None:
+    """Puts into `before` what was done to a copy and what came of it."""
     safe = [cure.name for cure in before.cures if cure.safe]
     if not safe:
         before.applied += ["none of the cures is safe to try"] if before.cures else []
         return
-    trial = copy.deepcopy(monitor.unwrapped(model))
-    with untouched(trial, inputs, targets):
+    with torch.inference_mode(False), torch.enable_grad(), untouched(model, inputs, targets):
+        trial = copy.deepcopy(monitor.unwrapped(model))
         if INITIALISATION in safe:
-            counts = Counter(each.scheme for each in init.apply_(trial).layers)
-            filled = ", ".join(f"{scheme} for {count}" for scheme, count in counts.items())
-            before.applied.append(f"gk.init.apply_(model): {filled} layers")
+            before.applied.append(f"gk.init.apply_(model): {_initialise_(trial)}")
         found = probe(trial, inputs, targets, loss_fn)
-        after = Diagnosis(before.title, found)
-        shrunk = min(1.0, 1 / found.total_norm) if CLIPPING in safe and found.total_norm > 0 else 1.0
+        before.after = Diagnosis(before.title, found)
+        clipped = min(found.total_norm, 1.0) if CLIPPING in safe else found.total_norm
         if CLIPPING in safe:
-            before.applied.append(
-                f"gk.clip_grad_norm_(model, max_norm=1.0): {found.total_norm:.3g} becomes {found.total_norm * shrunk:.3g}"
-            )
-        rate = learning_rate(after.layers)
+            before.applied.append(f"gk.clip_grad_norm_(model, max_norm=1.0): {found.total_norm:.3g} becomes {clipped:.3g}")
+        rate = learning_rate(before.after.layers)
         if LEARNING_RATE in safe and rate is not None:
-            before.applied.append(f"torch.optim.SGD(model.parameters(), lr={rate / shrunk:.1g})")
+            # A gradient that clipping has shortened takes a learning rate that much larger for the same step.
+            before.applied.append(f"torch.optim.SGD(model.parameters(), lr={rate * found.total_norm / clipped:.1g})")
             if not trial.training:
                 trial.train()
-            trial.zero_grad()
-            loss_fn(trial(inputs), targets).backward()
-            clip_grad.clip_grad_norm_(trial, found.total_norm * shrunk)
-            torch.optim.SGD(trial.parameters(), lr=rate / shrunk).step()
-            after.loss_after_step = probe(trial, inputs, targets, loss_fn).loss
-    before.after = after
+            parameters = [parameter for parameter in trial.parameters() if parameter.requires_grad]
+            grads = torch.autograd.grad(loss_fn(trial(inputs), targets), parameters, allow_unused=True)
+            with torch.no_grad():
+                for parameter, grad in zip(parameters, grads, strict=True):
+                    if grad is not None:
+                        parameter.sub_(grad, alpha=rate)
+            before.after.loss_after_step = probe(trial, inputs, targets, loss_fn).loss
+
+
+def _initialise_(trial: nn.Module) -> str:
+    try:
+        counts = Counter(each.scheme for each in init.apply_(trial).layers)
+    except ValueError as error:
+        return str(error)
+    return ", ".join(f"{scheme} for {count}" for scheme, count in counts.items()) + " layers"

@@ -535,9 +535,9 @@ def _reason_to_keep(module: nn.Module, embedded: set[Tensor]) -> str | None:
 
 
 def expected_std(module: nn.Linear | nn.modules.conv._ConvNd, activation: str | None) -> float:
-    """The deviation that apply_ would give a layer's weight for an activation; one that is not known here counts as linear."""
-    name = activation if activation in _ACTIVATIONS else "linear"
-    return _std(_ACTIVATIONS[name].scheme, calculate_gain(name), *_fans(module))
+    """The deviation with which a weight keeps the scale of its inputs, gain / sqrt(fan_in); an activation not known here is linear."""
+    gain = calculate_gain(activation if activation in _ACTIVATIONS else "linear")
+    return _std("he", gain, *_fans(module))
 
 
 def _fans(module: nn.Linear | nn.modules.conv._ConvNd) -> tuple[float, float]:

@@ -142,6 +142,21 @@ class _Step:
     update: dict[int, float] = field(default_factory=dict)
 
 
+class _ForwardHook:
+    """Tells a monitor of a module's output. A copy or pickle of the module keeps a hook that tells nobody."""
+
+    def __init__(self, monitor: GradientMonitor | None = None) -> None:
+        self._monitor = monitor
+
+    def __call__(self, module: nn.Module, args: object, output: object) -> None:
+        # Asked first, so that torch.compile sees no more of this.
+        if not torch.compiler.is_compiling() and self._monitor is not None:
+            self._monitor._after_forward(module, output)
+
+    def __reduce__(self) -> tuple[type[_ForwardHook], tuple[()]]:
+        return _ForwardHook, ()
+
+
 class GradientMonitor:
     """Records per layer and step what vanishes and what explodes; a context manager.
 
@@ -216,7 +231,7 @@ class GradientMonitor:
             register_optimizer_step_post_hook(self._after_step),
         ]
         if activations_every is not None:
-            self._handles += [module.register_forward_hook(self._after_forward) for module in self._modules]
+            self._handles += [module.register_forward_hook(_ForwardHook(self)) for module in self._modules]
 
     def remove(self) -> None:
         """Takes every hook away; what was recorded stays."""
@@ -310,9 +325,8 @@ class GradientMonitor:
         given = [(place, grad) for place in places if (grad := self._parameters[place].grad) is not None]
         return [place for place, _ in given], [grad for _, grad in given]
 
-    def _after_forward(self, module: nn.Module, args: object, output: object) -> None:
-        # First, so that torch.compile sees no more of this.
-        if torch.compiler.is_compiling() or not self._watching or module in self._watched or not self.model.training:
+    def _after_forward(self, module: nn.Module, output: object) -> None:
+        if not self._watching or module in self._watched or not self.model.training:
             return
         self._unit_dim = unit_dim(module, self._unit_dim)
         y = output[0] if isinstance(output, tuple) and output else output
@@ -484,7 +498,8 @@ class GradientMonitor:
         self._fetch()
         numbers = sorted(self._steps)
         norms = [[row[0] for row in self._rows(self._steps[number]).values()] for number in numbers]
-        pictures.gradient_flow(path, self._layers, numbers, norms)
+        weights = {name for parameter, name in zip(self._parameters, self._layer_of_place, strict=True) if parameter.dim() > 1}
+        pictures.gradient_flow(path, self._layers, [name in weights for name in self._layers], numbers, norms)
 
 
 def three_digits(value: float | None) -> str:

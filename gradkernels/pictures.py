@@ -9,7 +9,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,25 +47,37 @@ def _name_layers(axes: Axes, names: Sequence[str]) -> None:
     axes.set_ylim(len(names) - 0.5, -0.5)
 
 
-def _least_range(axes: Axes) -> None:
-    lowest, highest = axes.get_xlim()
-    axes.set_xlim(left=min(lowest, highest / _LEAST_RANGE))
-
-
-def _draw_flow(axes: Axes, norms: Sequence[float | None], colour: str, label: str) -> None:
-    """One line down the layers; what a logarithmic axis has no place for, 0 and what is not finite, is written at its edge."""
+def _draw_flow(axes: Axes, norms: Sequence[float | None], joined: Sequence[bool], colour: str, label: str) -> None:
+    """Points down the layers, and a line through those that are joined: normalisations have gradients of another scale than weights."""
     axes.set_xscale("log")
-    drawn = [(norm, place) for place, norm in enumerate(norms) if norm and math.isfinite(norm)]
-    axes.plot([norm for norm, _ in drawn], [place for _, place in drawn], "o-", color=colour, markersize=4, linewidth=1.4, label=label)
+    points = [(norm, place) for place, norm in enumerate(norms) if _is_drawn(norm)]
+    line = [(norm, place) for norm, place in points if joined[place]]
+    axes.plot([norm for norm, _ in line], [place for _, place in line], "-", color=colour, linewidth=1.4)
+    axes.plot([norm for norm, _ in points], [place for _, place in points], "o", color=colour, markersize=4, label=label)
+
+
+def _is_drawn(norm: float | None) -> TypeGuard[float]:
+    return norm is not None and 0 < norm < math.inf
+
+
+def _mark_edges(axes: Axes, norms: Sequence[float | None], colours: Sequence[str]) -> None:
+    """Widens the axis to its least range, and writes at its edges what has no place on a logarithmic one: 0 and what is not finite."""
+    lowest, highest = axes.get_xlim()
+    zeros, nonfinite = [norm == 0 for norm in norms], [norm is not None and not math.isfinite(norm) for norm in norms]
+    lowest = min(lowest, highest / _LEAST_RANGE)
+    room = (highest / lowest) ** 0.08
+    axes.set_xlim(lowest / room if any(zeros) else lowest, highest * room if any(nonfinite) else highest)
     for place, norm in enumerate(norms):
-        if norm is not None and not (norm and math.isfinite(norm)):
-            x, align = (0.01, "left") if norm == 0 else (0.99, "right")
-            words = f"{norm:g}" if norm else "0"
-            axes.text(x, place, words, color=colour, ha=align, va="center", fontsize=8, transform=axes.get_yaxis_transform())
+        if zeros[place] or nonfinite[place]:
+            x, align = (0.01, "left") if zeros[place] else (0.99, "right")
+            transform = axes.get_yaxis_transform()
+            axes.text(x, place, f"{norm:g}", color=colours[place], ha=align, va="center", fontsize=9, weight="bold", transform=transform)
 
 
-def gradient_flow(path: str | PathLike[str], layers: list[str], steps: list[int], norms: list[list[float | None]]) -> None:
-    """norms[i][j] is that of layer j at steps[i], None where there was none."""
+def gradient_flow(
+    path: str | PathLike[str], layers: Sequence[str], joined: Sequence[bool], steps: Sequence[int], norms: Sequence[Sequence[float | None]]
+) -> None:
+    """norms[i][j] is that of layer j at steps[i], None where there was none; joined: whether a line goes through a layer."""
     from matplotlib.colors import ListedColormap, LogNorm
     from matplotlib.patches import Patch
     from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -73,21 +85,21 @@ def gradient_flow(path: str | PathLike[str], layers: list[str], steps: list[int]
     figure = _figure(len(layers), 13)
     flow, heat = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1.25))
 
-    finite = [[row[place] for row in norms if row[place] and math.isfinite(row[place] or 0)] for place in range(len(layers))]
-    reached = [(place, values) for place, values in enumerate(finite) if values]
+    drawn = [[norm for row in norms if _is_drawn(norm := row[place])] for place in range(len(layers))]
+    reached = [(place, values) for place, values in enumerate(drawn) if values and joined[place]]
     flow.fill_betweenx(
         [place for place, _ in reached],
-        [min(value or 0 for value in values) for _, values in reached],
-        [max(value or 0 for value in values) for _, values in reached],
+        [min(values) for _, values in reached],
+        [max(values) for _, values in reached],
         color=PALE,
         alpha=0.5,
         linewidth=0,
         label="all steps",
     )
     if len(steps) > 1:
-        _draw_flow(flow, norms[0], "#4a78b5", f"step {steps[0]}")
-    _draw_flow(flow, norms[-1], INK, f"step {steps[-1]}")
-    _least_range(flow)
+        _draw_flow(flow, norms[0], joined, "#4a78b5", f"step {steps[0]}")
+    _draw_flow(flow, norms[-1], joined, INK, f"step {steps[-1]}")
+    _mark_edges(flow, norms[-1], [INK] * len(layers))
     _name_layers(flow, layers)
     flow.grid(axis="x", color="#e6e6e6")
     flow.legend(frameon=False, fontsize=9)
@@ -98,9 +110,10 @@ def gradient_flow(path: str | PathLike[str], layers: list[str], steps: list[int]
         words += f": the first layer has {first / last if last else math.nan:.2g} times\nthe last one's gradient at step {steps[-1]}"
     _dress(flow, words, "gradient norm")
 
-    image = [[norm if norm and math.isfinite(norm) else math.nan for norm in column] for column in zip(*norms, strict=True)]
-    drawn = [norm for column in image for norm in column if not math.isnan(norm)] or [1.0]
-    scale = LogNorm(min(min(drawn), max(drawn) / _LEAST_RANGE), max(drawn))
+    image = [[norm if _is_drawn(norm) else math.nan for norm in column] for column in zip(*norms, strict=True)]
+    highest = max((norm for column in drawn for norm in column), default=1.0)
+    lowest = min((norm for column in drawn for norm in column), default=1.0)
+    scale = LogNorm(min(lowest, highest / _LEAST_RANGE), highest)
     edges = (-0.5, len(steps) - 0.5, len(layers) - 0.5, -0.5)
     shown = heat.imshow(image, aspect="auto", interpolation="nearest", extent=edges, cmap="viridis", norm=scale)
     figure.colorbar(shown, ax=heat, label="gradient norm", pad=0.01)
@@ -140,22 +153,27 @@ def verdicts(
     path: str | PathLike[str],
     title: str,
     layers: Sequence[tuple[str, str]],
+    joined: Sequence[bool],
     norms: Sequence[float | None],
     after: Sequence[float | None] | None,
     remarks: Sequence[str],
 ) -> None:
-    """layers: name and worst verdict of each; norms: of their gradients; after: those with the cures applied; remarks: written beside."""
+    """The gradient norm of each layer in the colour of its verdict.
+
+    layers: name and worst verdict of each; joined: whether a line goes through it; norms: of their gradients; after: those with the cures
+    applied; remarks: written beside.
+    """
     figure = _figure(len(layers), 13)
     flow, words = figure.subplots(1, 2, width_ratios=(1.25, 1))
     if after is not None:
-        _draw_flow(flow, after, "#8cc5a6", "with the safe cures")
-    _draw_flow(flow, norms, "#cccccc", "")
+        _draw_flow(flow, after, joined, "#8cc5a6", "with the safe cures")
+    _draw_flow(flow, norms, joined, "#cccccc", "")
     for verdict, colour in _COLOURS.items():
         places = [place for place, (_, each) in enumerate(layers) if each == verdict]
-        finite = [place for place in places if (norms[place] or 0) > 0 and math.isfinite(norms[place] or 0)]
+        finite = [place for place in places if _is_drawn(norms[place])]
         if places:
             flow.plot([norms[place] for place in finite], finite, "o", color=colour, markersize=7, label=f"{verdict} ({len(places)})")
-    _least_range(flow)
+    _mark_edges(flow, norms, [_COLOURS[verdict] for _, verdict in layers])
     _name_layers(flow, [name for name, _ in layers])
     for label, (_, verdict) in zip(flow.get_yticklabels(), layers, strict=False):
         label.set_color(INK if len(flow.get_yticklabels()) < len(layers) else _COLOURS[verdict])

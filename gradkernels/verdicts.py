@@ -18,20 +18,20 @@ VANISHING_RATIO = 1e-7
 EXPLODING_RATIO = 100.0
 # Or this many times that of the layer nearest the loss.
 EXPLODING_SHARE = 1e3
-# The share of units (dead: deep relu networks lose up to half of theirs at random) or outputs (saturated) above which a layer is
-# called so, and how many values of a unit that takes: one that is
-# off for half of all inputs looks dead in one of 2^16 batches of 16.
+# The share of units (dead) or outputs (saturated) above which a layer is called so. Deep relu networks lose up to half of their units by
+# chance. A unit that is off for half of all inputs looks dead in one of 2^16 batches of 16, the fewest that are judged by.
 DEAD_SHARE = 2 / 3
 SATURATED_SHARE = 0.5
 LEAST_SAMPLES = 16
-# The deviation of a weight over that of the initialisation its activation asks for. torch's own default is at 0.34 (swish) to 0.58.
+# The deviation of a weight over that of the initialisation its activation asks for. torch's own default is at 0.31 (sigmoid) to 0.58.
 LEAST_SCALE, MOST_SCALE = 0.25, 2.5
 # Batch statistics of fewer images or fewer values to a channel are noise (Wu, He, "Group Normalization", 2018, figure 1).
 LEAST_BATCH, LEAST_BATCH_VALUES = 4, 16
+
 NON_FINITE, BADLY_INITIALISED, DEAD, SATURATED = "non-finite", "badly initialised", "dead", "saturated"
 EXPLODING, VANISHING, TINY_BATCH, NO_GRADIENT, HEALTHY = "exploding", "vanishing", "BN with tiny batch", "no gradient", "healthy"
-# The worst first.
-VERDICTS = (NON_FINITE, EXPLODING, VANISHING, DEAD, SATURATED, BADLY_INITIALISED, TINY_BATCH, NO_GRADIENT, HEALTHY)
+# The worst first, causes before what they cause.
+VERDICTS = (NON_FINITE, DEAD, SATURATED, EXPLODING, VANISHING, BADLY_INITIALISED, TINY_BATCH, NO_GRADIENT, HEALTHY)
 
 
 @dataclass(frozen=True)

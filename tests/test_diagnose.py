@@ -326,6 +326,22 @@ def test_apply_shows_before_and_after_and_leaves_the_model():
         assert part in text
 
 
+def test_apply_takes_a_step_also_without_grad_mode_and_in_evaluation():
+    model = mlp(nn.LeakyReLU, std=6).eval()
+    data = batch()
+    with torch.inference_mode():
+        diagnosis = gk.diagnose(model, data, F.cross_entropy, apply=True)
+    assert diagnosis.after.loss_after_step < diagnosis.after.loss
+    assert not model.training and all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_activation_that_is_flat_on_one_side_is_replaced_by_another():
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ELU(), nn.Linear(WIDTH, CLASSES))
+    nn.init.constant_(model[0].bias, -20.0)
+    line = next(cure.line for cure in diagnosed(model).cures if cure.name == "activation")
+    assert line.startswith("model[1] = gk.LeakyReLU()")
+
+
 def test_apply_where_nothing_is_safe_says_so():
     diagnosis = diagnosed(Net(torch.log), apply=True)
     assert diagnosis.after is None

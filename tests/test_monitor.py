@@ -3,8 +3,10 @@
 That a step waits for no device is counted as reads of a scalar, which is what waiting is on a device.
 """
 
+import copy
 import json
 import math
+import pickle
 from contextlib import nullcontext
 
 import pytest
@@ -231,6 +233,16 @@ def test_hooks_are_gone_afterwards_also_after_an_exception():
     monitor.remove()
     step(model, optimizer)
     assert monitor.to_dict()["steps"] == [0], "removed, it records nothing and keeps what it has"
+
+
+def test_copies_and_pickles_of_the_model_are_not_watched():
+    model = network()
+    with gk.GradientMonitor(model) as monitor:
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            step(twin, torch.optim.SGD(twin.parameters(), lr=0.1))
+        assert len(monitor._unread) == 0
+        step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert monitor.to_dict()["steps"] == [0]
 
 
 class CountReads(TorchDispatchMode):
