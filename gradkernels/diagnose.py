@@ -37,8 +37,7 @@ class Diagnosis:
 
     Example:
         >>> import torch, gradkernels as gk
-        >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
-        <torch._C.Generator object at ...>
+        >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
         >>> batch = torch.randn(32, 8), torch.randint(2, (32,))
         >>> diagnosis = gk.diagnose(model, batch, torch.nn.functional.cross_entropy)

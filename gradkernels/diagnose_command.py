@@ -39,10 +39,13 @@ def main(argv: list[str]) -> int:
     _progress("forward and backward" + (", and again with the cures" if arguments.apply else ""))
     diagnosis = diagnose(model, batch, loss_fn, apply=arguments.apply)
     _progress(f"drawing {arguments.output}")
-    diagnosis.plot(arguments.output)
+    try:
+        diagnosis.plot(arguments.output)
+        picture = f"wrote {arguments.output}"
+    except ImportError as error:
+        picture = f"no picture: {error}"
     _progress("")
-    print(diagnosis)
-    print(f"\nwrote {arguments.output}")
+    print(f"{diagnosis}\n\n{picture}")
     return 0
 
 

@@ -593,6 +593,13 @@ def test_command_line_refuses_in_words(users_folder, capsys, arguments, said):
     assert re.search(re.escape(said), capsys.readouterr().err)
 
 
+def test_command_line_without_matplotlib(users_folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert diagnose_command.main(["users_module:vanishing", "--batch", "64,16"]) == 0
+    out = capsys.readouterr().out
+    assert "vanishing" in out and "no picture: a picture needs matplotlib: pip install matplotlib" in out
+
+
 def test_progress_is_one_line_for_a_person_and_nothing_in_a_log(users_folder, capsys, monkeypatch):
     diagnose_command.main(["users_module:vanishing", "--batch", "64,16"])
     assert capsys.readouterr().err == ""
