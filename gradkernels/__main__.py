@@ -1,6 +1,6 @@
 """python -m gradkernels info | demo | diagnose.
 
-info prints what is native on this machine, and why the rest is not; demo trains on real data with and without the cures (demo.py);
+info prints what is native on this machine, and why the rest is not; demo trains on real data with and without the cures (demo/);
 diagnose looks at a user's own model (diagnose_command.py).
 """
 

@@ -205,7 +205,7 @@ def test_macros_are_ours_and_in_common():
 def test_the_compiled_module_is_reached_through_one_file():
     """Every other Python file asks _native for it, which knows whether it can be loaded."""
     importers = []
-    for path in sorted((ROOT / "gradkernels").glob("*.py")):
+    for path in sorted((ROOT / "gradkernels").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             by_name = isinstance(node, ast.ImportFrom) and any(alias.name == "_C" for alias in node.names)
             as_module = isinstance(node, ast.Import) and any(alias.name.endswith("gradkernels._C") for alias in node.names)

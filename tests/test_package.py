@@ -91,7 +91,8 @@ def wheel(tmp_path_factory):
 @pytest.mark.slow
 def test_wheel_from_sdist_is_complete(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    sources = {f"gradkernels/{path.name}" for path in (ROOT / "gradkernels").iterdir() if path.suffix in (".py", ".pyi", ".typed")}
+    package = ROOT / "gradkernels"
+    sources = {f"gradkernels/{path.relative_to(package)}" for path in package.rglob("*") if path.suffix in (".py", ".pyi", ".typed")}
     libraries = {name for name in names if re.fullmatch(r"gradkernels/_C\..*so", name)}
     assert len(libraries) == 1
     assert {name for name in names if ".dist-info/" not in name} == sources | libraries

@@ -1,87 +1,34 @@
-"""The demonstration: three experiments on handwritten digits, each run with torch.nn and with gradkernels, same weights, same batches.
+"""Three experiments on handwritten digits, each run with torch.nn and with gradkernels, same weights, same batches.
 
 Rounding grows chaotically in training, so two correct programs part after some dozen steps. Held to a number of ulp is therefore one
 step from one copied state, at several points of the training; over a whole training only the test accuracy is compared. Whatever does
 not hold ends the program with a sentence that says so.
 """
 
-import argparse
 import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.table import Table
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import gradkernels as gk
-from gradkernels import _native
-
-try:
-    from matplotlib.axes import Axes
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.table import Table
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-except ImportError as error:
-    raise SystemExit(
-        f"gradkernels demo needs more packages than gradkernels ({error}): pip install scikit-learn matplotlib rich"
-    ) from error
+from gradkernels.demo.harness import Advance, Digits, Report, Setting, accuracy, forward_backward, require
+from gradkernels.demo.telling import BAD, GOOD, dress, new_figure, new_table
 
 TORCH, OURS = "torch.nn", "gradkernels"
 PROVIDERS = (TORCH, OURS)
-BATCH_SIZE = 64
 CHECKED_STEPS = (0, 10, 50)
 
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise SystemExit(f"gradkernels demo failed: {message}")
-
-
-# The data and the networks
-
-
-@dataclass(frozen=True)
-class Digits:
-    x_train: Tensor
-    y_train: Tensor
-    x_test: Tensor
-    y_test: Tensor
-
-    @property
-    def batches_per_epoch(self) -> int:
-        return len(self.y_train) // BATCH_SIZE
-
-    def batches(self, seed: int, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(seed)
-        for _ in range(epochs):
-            order = torch.randperm(len(self.y_train), generator=generator)
-            for rows in order[: self.batches_per_epoch * BATCH_SIZE].split(BATCH_SIZE):
-                yield self.x_train[rows], self.y_train[rows]
-
-
-def digits(seed: int) -> Digits:
-    """1,797 images of 8 x 8 pixels, split 80/20 with every digit in its share; pixels in [0, 1], less the training part's mean image."""
-    images, labels = load_digits(return_X_y=True)
-    x_train, x_test, y_train, y_test = train_test_split(images / 16, labels, test_size=0.2, stratify=labels, random_state=seed)
-    mean = x_train.mean(axis=0)
-    return Digits(
-        torch.from_numpy(x_train - mean).float(),
-        torch.from_numpy(y_train),
-        torch.from_numpy(x_test - mean).float(),
-        torch.from_numpy(y_test),
-    )
+# The networks
 
 
 @dataclass(frozen=True)
@@ -220,26 +167,11 @@ class Pair:
         return {provider: run.accuracies[-1] for provider, run in self.runs.items()}
 
 
-def forward_backward(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-    model.zero_grad()
-    loss = F.cross_entropy(model(x), target)
-    loss.backward()
-    return loss.detach()
-
-
 def gradients(model: nn.Module) -> list[Tensor]:
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
-def accuracy(model: nn.Module, data: Digits) -> float:
-    model.eval()
-    with torch.no_grad():
-        hits = model(data.x_test).argmax(dim=1) == data.y_test
-    model.train()
-    return int(hits.sum()) / len(hits)
-
-
-def train(network: Network, data: Digits, seed: int, epochs: int, advance: Callable[[], None]) -> Pair:
+def train(network: Network, data: Digits, seed: int, epochs: int, advance: Advance) -> Pair:
     """Trains the network of both providers, side by side, and ends the program where the two differ by more than rounding."""
     state = network.initial_state(seed)
     models, schedules, runs = {}, {}, {provider: Run() for provider in PROVIDERS}
@@ -348,7 +280,7 @@ class Vanishing:
     cured: Pair
 
 
-def vanishing(data: Digits, seed: int, epochs: int, advance: Callable[[], None]) -> Vanishing:
+def vanishing(data: Digits, seed: int, epochs: int, advance: Advance) -> Vanishing:
     result = Vanishing(train(SIGMOID, data, seed, epochs, advance), train(CURED, data, seed, epochs, advance))
     for provider in PROVIDERS:
         ratio, cured_ratio = (pair.runs[provider].first_to_last for pair in (result.without, result.cured))
@@ -371,7 +303,7 @@ class Exploding:
     clipped: Pair
 
 
-def exploding(data: Digits, seed: int, epochs: int, advance: Callable[[], None]) -> Exploding:
+def exploding(data: Digits, seed: int, epochs: int, advance: Advance) -> Exploding:
     result = Exploding(train(UNCLIPPED, data, seed, epochs, advance), train(CLIPPED, data, seed, epochs, advance))
     for provider in PROVIDERS:
         lost, learned = result.without.runs[provider].first_nan, result.clipped.accuracy[provider]
@@ -389,7 +321,7 @@ class NotesNetwork:
     milliseconds: dict[str, float]
 
 
-def notes_network(data: Digits, seed: int, epochs: int, advance: Callable[[], None]) -> NotesNetwork:
+def notes_network(data: Digits, seed: int, epochs: int, advance: Advance) -> NotesNetwork:
     pair = train(NOTES, data, seed, epochs, advance)
     for provider, learned in pair.accuracy.items():
         require(learned > 0.9, f"the notes' network of {provider} was to learn, and has {learned:.1%} of the test digits right")
@@ -421,14 +353,12 @@ def milliseconds_per_step(network: Network, data: Digits, seed: int) -> dict[str
 
 def table_of(title: str, pairs: tuple[Pair, ...], rows: dict[str, Callable[[Run], str]]) -> Table:
     """A row per quantity, a column per run."""
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("")
-    for pair in pairs:
-        for provider in PROVIDERS:
-            table.add_column(f"{pair.network.name}\n{provider}", justify="right")
-    for name, show in rows.items():
-        table.add_row(name, *(show(pair.runs[provider]) for pair in pairs for provider in PROVIDERS))
-    return table
+    headers = [f"{pair.network.name}\n{provider}" for pair in pairs for provider in PROVIDERS]
+    return new_table(
+        title,
+        ["", *headers],
+        ([name, *(show(pair.runs[provider]) for pair in pairs for provider in PROVIDERS)] for name, show in rows.items()),
+    )
 
 
 def vanishing_table(result: Vanishing) -> Table:
@@ -474,34 +404,31 @@ def notes_network_table(result: NotesNetwork) -> Table:
 
 
 def agreement_table(pairs: list[Pair]) -> Table:
-    table = Table(
-        title=f"One step from one state, at steps {', '.join(map(str, CHECKED_STEPS))}: largest distance in ulp",
-        title_justify="left",
-        title_style="bold",
+    return new_table(
+        f"One step from one state, at steps {', '.join(map(str, CHECKED_STEPS))}: largest distance in ulp",
+        ("network", "gradkernels\nto torch.nn", "allowed", "torch.nn\nto float64", "gradkernels\nto float64"),
+        (
+            [
+                pair.network.name,
+                *(
+                    f"{distance:.3g}"
+                    for distance in (
+                        pair.agreement.apart,
+                        pair.network.ulp_limit,
+                        pair.agreement.torch_error,
+                        pair.agreement.our_error,
+                    )
+                ),
+            ]
+            for pair in pairs
+        ),
         caption="of loss, norm, gradients, running statistics; ulp of a tensor's\nlargest value; nan facing nan agrees",
-        caption_justify="left",
     )
-    table.add_column("network")
-    for header in ("gradkernels\nto torch.nn", "allowed", "torch.nn\nto float64", "gradkernels\nto float64"):
-        table.add_column(header, justify="right")
-    for pair in pairs:
-        distances = (pair.agreement.apart, pair.network.ulp_limit, pair.agreement.torch_error, pair.agreement.our_error)
-        table.add_row(pair.network.name, *(f"{distance:.3g}" for distance in distances))
-    return table
 
 
-BAD, GOOD, INK = "#c0392b", "#1f7a4d", "#444444"
-
-
-def plot(path: Path, vanished: Vanishing, exploded: Exploding, notes: NotesNetwork) -> None:
-    figure = Figure(figsize=(15, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(
-        "gradkernels (lines) and torch.nn (rings), same weights, same batches; training amplifies the last bit, so they part",
-        x=0.01,
-        ha="left",
-        fontsize=11,
-        color=INK,
+def plot(vanished: Vanishing, exploded: Exploding, notes: NotesNetwork) -> Figure:
+    figure = new_figure(
+        15, 5.2, "gradkernels (lines) and torch.nn (rings), same weights, same batches; training amplifies the last bit, so they part"
     )
     left, middle, right = figure.subplots(1, 3)
 
@@ -534,7 +461,7 @@ def plot(path: Path, vanished: Vanishing, exploded: Exploding, notes: NotesNetwo
     right.set_ylim(bottom=0)
     right.text(0.3, 0.4, f"He, batch norm + ELU:\n{tested(notes.pair)}", color=GOOD, transform=right.transAxes)
     dress(right, "The notes' network, 64-300-100-10:\nloss and accuracy as with torch.nn", "step", "training loss, mean of each epoch")
-    figure.savefig(path, dpi=100, format="png")
+    return figure
 
 
 def tested(pair: Pair) -> str:
@@ -553,60 +480,18 @@ def epoch_means(run: Run) -> list[tuple[float, float]]:
     return [(0, run.losses[0]), *((length * (epoch + 0.5), mean) for epoch, mean in enumerate(means))]
 
 
-def dress(axes: Axes, title: str, x_label: str, y_label: str) -> None:
-    axes.set_title(title, loc="left", fontsize=12)
-    axes.set_xlabel(x_label, color=INK)
-    axes.set_ylabel(y_label, color=INK)
-    axes.spines[["top", "right"]].set_visible(False)
+def run(setting: Setting) -> Report:
+    data, seed = setting.data, setting.seed
+    deep_epochs, clipped_epochs, notes_epochs = (4, 12, 4) if setting.quick else (10, 24, 12)
 
+    def begin(description: str, epochs: int) -> Advance:
+        return setting.begin(description, epochs * data.batches_per_epoch)
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Layers this small gain nothing from a second thread, and wait long for one whose core is busy with something else."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m gradkernels demo", description="Three experiments on real digits, with torch.nn and with gradkernels."
-    )
-    parser.add_argument("--output", type=Path, default=Path("demo.png"), help="where the picture goes (default: demo.png)")
-    parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the batches (default: 0)")
-    parser.add_argument("--quick", action="store_true", help="a third to a half of the epochs")
-    arguments = parser.parse_args(argv)
-    if not arguments.output.parent.is_dir():
-        parser.error(f"there is no folder {arguments.output.parent}")
-    if _native.C is None:
-        raise SystemExit(f"gradkernels demo failed: the native library is not in use, {_native.reason}. To mend it: {_native.remedy}")
-
-    console = Console()
-    data, seed = digits(arguments.seed), arguments.seed
-    deep_epochs, clipped_epochs, notes_epochs = (4, 12, 4) if arguments.quick else (10, 24, 12)
-    console.print(
-        f"gradkernels {gk.__version__}, {_native.C.instruction_set()}, torch {torch.__version__}: "
-        f"{len(data.y_train)} digits to learn, {len(data.y_test)} to test",
-        soft_wrap=True,
-    )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with one_thread(), Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=(2 * deep_epochs + 2 * clipped_epochs + notes_epochs) * data.batches_per_epoch)
-
-        def begin(description: str) -> Callable[[], None]:
-            progress.update(task, description=description)
-            return lambda: progress.advance(task)
-
-        vanished = vanishing(data, seed, deep_epochs, begin("vanishing gradients"))
-        console.print(vanishing_table(vanished))
-        exploded = exploding(data, seed, clipped_epochs, begin("exploding gradients"))
-        console.print(exploding_table(exploded))
-        notes = notes_network(data, seed, notes_epochs, begin("the notes' network"))
-        console.print(notes_network_table(notes))
-    console.print(agreement_table([vanished.without, vanished.cured, exploded.without, exploded.clipped, notes.pair]))
-    plot(arguments.output, vanished, exploded, notes)
-    console.print(f"wrote {arguments.output}", soft_wrap=True)
-    return 0
+    vanished = vanishing(data, seed, deep_epochs, begin("vanishing gradients", 2 * deep_epochs))
+    yield vanishing_table(vanished)
+    exploded = exploding(data, seed, clipped_epochs, begin("exploding gradients", 2 * clipped_epochs))
+    yield exploding_table(exploded)
+    notes = notes_network(data, seed, notes_epochs, begin("the notes' network", notes_epochs))
+    yield notes_network_table(notes)
+    yield agreement_table([vanished.without, vanished.cured, exploded.without, exploded.clipped, notes.pair])
+    yield plot(vanished, exploded, notes)
