@@ -48,6 +48,16 @@ def slopes() -> Slopes:
 def sigmoid(setting: Setting) -> Report:
     setting.begin("the gradient of sigmoid", 1)()
     found = slopes()
+    shown = (-8, -4, -2, 0, 2, 4, 8)
+    rows = [(x, int((found.x - x).abs().argmin())) for x in shown]
+    yield new_table(
+        "The gradient of sigmoid, and of what cures it",
+        ("x", *(str(x) for x in shown)),
+        (
+            [name, *(f"{values[place]:.4f}" for _, place in rows)]
+            for name, values in {"sigmoid": found.x.sigmoid(), "its gradient": found.sigmoid, **found.cures}.items()
+        ),
+    )
     place = int(found.sigmoid.argmax())
     where, peak = found.x[place].item(), found.sigmoid[place].item()
     require(
@@ -66,16 +76,6 @@ def sigmoid(setting: Setting) -> Report:
         least = gradient[found.x >= 1].min().item()
         require(least > 0.9, f"the gradient of {name} was to be near 1 from x = 1 on, and falls to {least:.2g}")
 
-    shown = (-8, -4, -2, 0, 2, 4, 8)
-    rows = [(x, int((found.x - x).abs().argmin())) for x in shown]
-    yield new_table(
-        "The gradient of sigmoid, and of what cures it",
-        ("x", *(str(x) for x in shown)),
-        (
-            [name, *(f"{values[place]:.4f}" for _, place in rows)]
-            for name, values in {"sigmoid": found.x.sigmoid(), "its gradient": found.sigmoid, **found.cures}.items()
-        ),
-    )
     yield draw_slopes(found)
 
 
@@ -172,13 +172,6 @@ def multiply(generator: torch.Generator) -> Product:
 def matrices(setting: Setting) -> Report:
     setting.begin("a product of matrices", 1)()
     found = multiply(setting.generator())
-    require(
-        found.largest[-1] > 1e12, f"a product of {MATRICES} matrices was to explode, and its largest element is {found.largest[-1]:.1e}"
-    )
-    apart = abs(found.total - found.exact_total) / found.exact_total
-    require(apart < 1e-6, f"the norm of gradkernels was to be {found.exact_total:.6e}, as in float64, and is {found.total:.6e}")
-    require(abs(found.clipped_total - 1) < 1e-5, f"gradients clipped to norm 1 were to have it, and have {found.clipped_total:.3g}")
-
     yield new_table(
         f"The gradients of a product of {MATRICES} random {SIZE} x {SIZE} matrices, float32, clipped to norm 1",
         ("", "total norm", "after clipping", "largest gradient left"),
@@ -188,6 +181,13 @@ def matrices(setting: Setting) -> Report:
             ["torch.nn", f"{found.torch_total:.3g}", f"{found.torch_clipped.norm():.3g}", f"{found.torch_clipped.max():.2g}"],
         ),
     )
+    require(
+        found.largest[-1] > 1e12, f"a product of {MATRICES} matrices was to explode, and its largest element is {found.largest[-1]:.1e}"
+    )
+    apart = abs(found.total - found.exact_total) / found.exact_total
+    require(apart < 1e-6, f"the norm of gradkernels was to be {found.exact_total:.6e}, as in float64, and is {found.total:.6e}")
+    require(abs(found.clipped_total - 1) < 1e-5, f"gradients clipped to norm 1 were to have it, and have {found.clipped_total:.3g}")
+
     yield draw_product(found)
 
 
@@ -267,6 +267,12 @@ def numeric_error(data: Digits, seed: int, dtype: torch.dtype) -> list[float]:
 def numeric(setting: Setting) -> Report:
     setting.begin("the numeric gradient", 1)()
     found = NumericError(*(numeric_error(setting.data, setting.seed, dtype) for dtype in (torch.float64, torch.float32)))
+    shown = range(0, len(STEPS), 4)
+    yield new_table(
+        "Numeric gradient against backward: relative distance",
+        ("h", *(f"{STEPS[place]:.0e}" for place in shown)),
+        ([name, *(f"{errors[place]:.1e}" for place in shown)] for name, errors in found._asdict().items()),
+    )
     best = min(found.float64)
     require(best < 1e-8, f"numeric gradient and backward were to agree to 8 digits in float64, and the best h leaves {best:.1e}")
     # Two steps of STEPS are a factor of 10, in which the error of a central difference falls by 100.
@@ -275,12 +281,6 @@ def numeric(setting: Setting) -> Report:
     rise = found.float64[-1] / best
     require(rise > 100, f"at h = {STEPS[-1]:.0e} rounding was to spoil the numeric gradient, and it is {rise:.0f} times its best")
 
-    shown = range(0, len(STEPS), 4)
-    yield new_table(
-        "Numeric gradient against backward: relative distance",
-        ("h", *(f"{STEPS[place]:.0e}" for place in shown)),
-        ([name, *(f"{errors[place]:.1e}" for place in shown)] for name, errors in found._asdict().items()),
-    )
     yield draw_numeric(found)
 
 

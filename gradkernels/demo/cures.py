@@ -146,11 +146,11 @@ def run(setting: Setting) -> Report:
     data, seed, epochs = setting.data, setting.seed, 20 if setting.quick else 30
     advance = setting.begin("cures, one at a time", len(CURES) * epochs * data.batches_per_epoch)
     found = [treat(cure, data, seed, epochs, advance) for cure in CURES]
+    yield table_of(found)
     sick = found[0]
     require(sick.ratio < 1e-2, f"the sigmoid network was to lose its gradient, and its first layer has {sick.ratio:.1e} of the last one's")
     for treated in found:
         require_expected(treated, sick)
-    yield table_of(found)
     yield draw(found)
 
 
@@ -160,7 +160,7 @@ def table_of(found: list[Treated]) -> Table:
         for before, treated in zip([sick, *found], found, strict=False):
             if treated.cure.family != before.cure.family:
                 yield []
-            times = "" if treated is sick else f"{treated.ratio / sick.ratio:,.3g}"
+            times = "" if treated is sick else f"{treated.ratio / sick.ratio:,.0f}"
             yield [treated.cure.name, f"{treated.ratio:.1e}", times, f"{treated.accuracy:.1%}"]
 
     return new_table(

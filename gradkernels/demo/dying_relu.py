@@ -66,6 +66,11 @@ def run(setting: Setting) -> Report:
     data = setting.data
     advance = setting.begin("dying ReLU", len(ACTIVATIONS) * EPOCHS * data.batches_per_epoch)
     found = {name: revive(act, data, setting.seed, EPOCHS, advance) for name, act in ACTIVATIONS.items()}
+    yield new_table(
+        f"Dying ReLU: 64-100-100-10, biases {DEAD_BIAS:g}, Adam",
+        ("", "dead units\nat the start", "\nepoch 1", f"\nepoch {EPOCHS}", "test\naccuracy"),
+        ([name, *(f"{revival.dead[epoch]:.0%}" for epoch in (0, 1, EPOCHS)), f"{revival.accuracy:.1%}"] for name, revival in found.items()),
+    )
     for name, revival in found.items():
         started, ended = revival.dead[0], revival.dead[-1]
         require(started > 0.9, f"nearly all units of {name} were to be dead at the start, and {started:.0%} are")
@@ -75,11 +80,6 @@ def run(setting: Setting) -> Report:
         else:
             require(ended < 0.1, f"{name} was to revive the dead units, and {ended:.0%} are dead still")
             require(revival.accuracy > 0.85, f"the network revived by {name} was to learn, and has {revival.accuracy:.1%} right")
-    yield new_table(
-        f"Dying ReLU: 64-100-100-10, biases {DEAD_BIAS:g}, Adam",
-        ("", "dead units\nat the start", "\nepoch 1", f"\nepoch {EPOCHS}", "test\naccuracy"),
-        ([name, *(f"{revival.dead[epoch]:.0%}" for epoch in (0, 1, EPOCHS)), f"{revival.accuracy:.1%}"] for name, revival in found.items()),
-    )
     yield draw(found)
 
 
