@@ -189,6 +189,15 @@ def test_experiment_comes_out_and_is_drawn(experiment, setting, tmp_path):
         assert axes.get_title(loc="left")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+@pytest.mark.parametrize("experiment", ALONE, ids=lambda experiment: experiment.name)
+def test_experiment_comes_out_with_other_seeds(experiment, seed, quick):
+    with demo.one_thread():
+        assert [*experiment.run(harness.Setting(harness.digits(seed), seed, quick, Counter().begin))]
+
+
 def test_names_choose_and_the_pictures_are_named(tmp_path, capsys):
     assert demo.main(["matrices", "sigmoid", "--output", str(tmp_path / "picture.png")]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["picture-matrices.png", "picture-sigmoid.png"]

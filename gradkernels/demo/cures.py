@@ -171,7 +171,8 @@ def table_of(found: list[Treated]) -> Table:
 
 
 def colour_of(treated: Treated) -> str:
-    return {NOTHING: BAD, SOMETHING: FAIR, WELL: GOOD}[treated.cure.learns]
+    """Of what it has learnt."""
+    return BAD if treated.accuracy <= NOTHING[1] else GOOD if treated.accuracy >= WELL[0] else FAIR
 
 
 # Drawn layer by layer: of each family one, where it does something to the gradient.
