@@ -346,6 +346,37 @@ def test_gradient_through_time_is_that_of_the_rest_of_the_network(digits):
             assert through_time[100 - step] == pytest.approx(state.grad.norm().item(), rel=1e-4)
 
 
+# What is known about the experiments' networks, told by diagnose
+
+
+def diagnosis(model, digits):
+    with demo.one_thread():
+        return gk.diagnose(model, next(digits.batches(seed=0, epochs=1)), nn.functional.cross_entropy)
+
+
+@pytest.mark.parametrize("name", ["sigmoid, SGD", "ReLU", "Leaky ReLU", "ELU", "Swish", "He", "batch norm", "residual"])
+def test_diagnose_tells_the_sigmoid_network_from_the_cured(name, digits):
+    cure = next(cure for cure in cures.CURES if cure.name == name)
+    told = diagnosis(cures.build(cure, seed=0), digits)
+    if cure is cures.SICK:
+        assert "vanishing" in told.layers[0].verdicts
+        assert "activation" in [each.name for each in told.cures]
+    else:
+        assert [*told.counts()] == ["healthy"]
+
+
+@pytest.mark.parametrize("name", dying_relu.ACTIVATIONS)
+def test_diagnose_tells_dead_units_from_those_that_can_be_revived(name, digits):
+    told = diagnosis(dying_relu.build(dying_relu.ACTIVATIONS[name], seed=0), digits)
+    assert ("dead" in told.counts()) == (name == "ReLU")
+
+
+def test_diagnose_says_that_the_recurrent_network_explodes_and_clips_it(digits):
+    told = diagnosis(clipping.Reader(seed=0), digits)
+    assert "exploding" in told.counts()
+    assert "gk.clip_grad_norm_(model, max_norm=1.0)" in str(told)
+
+
 # MNIST's files, written small
 
 
