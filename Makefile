@@ -29,7 +29,7 @@ help:  ## this list
 
 build: $(LIBRARY)  ## compile csrc/ into gradkernels/_C
 
-demo: $(LIBRARY)  ## train on real digits with and without the cures; writes demo.png
+demo: $(LIBRARY)  ## experiments on vanishing and exploding gradients; writes demo*.png
 	.venv/bin/python -m gradkernels demo
 
 test: $(LIBRARY)  ## pytest without the slow tests
