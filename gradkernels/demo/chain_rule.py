@@ -54,7 +54,7 @@ def sigmoid(setting: Setting) -> Report:
         "The gradient of sigmoid, and of what cures it",
         ("x", *(str(x) for x in shown)),
         (
-            [name, *(f"{values[place]:.4f}" for _, place in rows)]
+            [name, *(f"{values[place]:.3f}" for _, place in rows)]
             for name, values in {"sigmoid": found.x.sigmoid(), "its gradient": found.sigmoid, **found.cures}.items()
         ),
     )
