@@ -118,7 +118,7 @@ void short_run_moments(const scalar_t* x, const Lines& lines, math::Moments<doub
     const double rows = static_cast<double>(tile.row_end - tile.row_begin);
     const V weight(static_cast<opmath>(1.0 / rows));
     Columns<opmath> about(tile);
-    for_each_position<scalar_t>(tile, [&](Position at, auto lanes) GK_INLINE_LAMBDA {
+    for_each_position<scalar_t>(tile, static_cast<const scalar_t*>(nullptr), [&](Position at, auto lanes) GK_INLINE_LAMBDA {
       about.store(at.column, fma(load(x + at.element, lanes), weight, about.load(at.column)));
     });
     for_each_vector<opmath>(0, lines.end, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
@@ -237,9 +237,10 @@ void batch_norm_normalise_kernel(const BatchNormForward& p, Slab slab) {
         Runs::for_each_lines(p.shape, slab, [&](const Lines& lines) GK_INLINE_LAMBDA {
           const typename Runs::template Coefficients<math::Normalisation, opmath> coefficients(
               lines, [&](int64_t channel) GK_INLINE_LAMBDA { return channel_normalisation<opmath>(p, channel); });
-          for_each_position<scalar_t>(lines, streamed(p.shape, y), [&](Position at, auto lanes) GK_INLINE_LAMBDA {
-            function(coefficients.at(at.column)(load(x + at.element, lanes)), at, lanes);
-          });
+          Runs::template for_each<scalar_t>(
+              lines, streamed(p.shape, y), [&](int64_t column) GK_INLINE_LAMBDA { return coefficients.at(column); },
+              [&](const auto& normalise, Position at, auto lanes)
+                  GK_INLINE_LAMBDA { function(normalise(load(x + at.element, lanes)), at, lanes); });
         });
       };
       if (p.mask != nullptr) {
@@ -295,6 +296,13 @@ GK_INLINE void visit_gradient(const BatchNormBackward& p, const opmath_t<scalar_
   }
 }
 
+// What the sums need of a vector's columns.
+template <typename opmath>
+struct CoefficientsOfSums {
+  math::Normalisation<Vec<opmath>> normalise;
+  Vec<double> mean[kParts<opmath>];
+};
+
 void batch_norm_gradient_sums_kernel(const BatchNormBackward& p, Slab slab, math::GradientSums* out, void* dz_copy) {
   dispatch(p.dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
@@ -310,16 +318,23 @@ void batch_norm_gradient_sums_kernel(const BatchNormBackward& p, Slab slab, math
               lines, [&](int64_t channel) GK_INLINE_LAMBDA { return channel_normalisation<opmath>(p, channel); });
           const typename Runs::Doubles mean(lines, p.mean);
           typename Runs::template Sums<opmath, 2> sums(lines);
-          sums.template add<scalar_t>(lines, [&](Position at, auto lanes, auto& sum) GK_INLINE_LAMBDA {
-            const Vec<opmath> x = load(x_data + at.element, lanes);
-            const Vec<opmath> dz = dz_of(coefficients.at(at.column), x, at, lanes);
-            if (grad_residual != nullptr) store(grad_residual + at.element, lanes, dz);
-            if (copy != nullptr) store(copy + at.copied, lanes, dz);
-            for_each_part<opmath>([&](auto part) GK_INLINE_LAMBDA {
-              sum.template add_product<1>(part, widen(dz, part.kIndex), widen(x, part.kIndex) - mean.at(at.column, part.kIndex));
-            });
-            sum.template add<0>(dz);
-          });
+          sums.template add<scalar_t>(
+              lines,
+              [&](int64_t column) GK_INLINE_LAMBDA {
+                CoefficientsOfSums<opmath> of_column{coefficients.at(column), {}};
+                for_each_part<opmath>([&](auto part) GK_INLINE_LAMBDA { of_column.mean[part.kIndex] = mean.at(column, part.kIndex); });
+                return of_column;
+              },
+              [&](const auto& of_column, Position at, auto lanes, auto& sum) GK_INLINE_LAMBDA {
+                const Vec<opmath> x = load(x_data + at.element, lanes);
+                const Vec<opmath> dz = dz_of(of_column.normalise, x, at, lanes);
+                if (grad_residual != nullptr) store(grad_residual + at.element, lanes, dz);
+                if (copy != nullptr) store(copy + at.copied, lanes, dz);
+                for_each_part<opmath>([&](auto part) GK_INLINE_LAMBDA {
+                  sum.template add_product<1>(part, widen(dz, part.kIndex), widen(x, part.kIndex) - of_column.mean[part.kIndex]);
+                });
+                sum.template add<0>(dz);
+              });
           for (int64_t c = 0; c < lines.channels(); ++c) {
             out[lines.channel_begin + c - slab.channel_begin] = {sums.of_channel(lines, c, 0), sums.of_channel(lines, c, 1)};
           }
@@ -368,12 +383,13 @@ void batch_norm_gradient_input_kernel(const BatchNormBackward& p, Slab slab, con
                     math::input_gradient<opmath>(p.mean[channel], p.invstd[channel],
                                                  channel_value(p.parameter_dtype, p.weight, channel, 1.0), count, sums[channel])};
               });
-          for_each_position<scalar_t>(lines, streamed(p.shape, grad_x), [&](Position at, auto lanes) GK_INLINE_LAMBDA {
-            const auto& c = coefficients.at(at.column);
-            const V x = load(x_data + at.element, lanes);
-            const V dz = dz_of(c.normalise, x, at, lanes);
-            store(grad_x + at.element, lanes, training ? c.input.training(dz, x) : c.input.evaluation(dz), at.past_caches);
-          });
+          Runs::template for_each<scalar_t>(
+              lines, streamed(p.shape, grad_x), [&](int64_t column) GK_INLINE_LAMBDA { return coefficients.at(column); },
+              [&](const auto& c, Position at, auto lanes) GK_INLINE_LAMBDA {
+                const V x = load(x_data + at.element, lanes);
+                const V dz = dz_of(c.normalise, x, at, lanes);
+                store(grad_x + at.element, lanes, training ? c.input.training(dz, x) : c.input.evaluation(dz), at.past_caches);
+              });
         });
       });
     });

@@ -59,23 +59,21 @@ GK_INLINE Position advanced(Position at, int64_t columns) {
   return {at.element + columns, at.mask_byte + columns / 8, at.copied + columns, at.column + columns, at.past_caches};
 }
 
-// Calls function(position, lanes) for each vector of the lines, which hold scalar_t. With an output, its lines that begin at a register's
-// alignment are written past the caches.
+// Whether this place of an output is to be written past the caches: where there is one, and it is at a register's alignment.
+template <typename scalar_t>
+GK_INLINE bool goes_past_caches(const scalar_t* streamed_output, int64_t element) {
+  return streamed_output != nullptr && reinterpret_cast<uintptr_t>(streamed_output + element) % kRegisterBytes == 0;
+}
+
+// Calls function(position, lanes) for each vector of the lines, which hold scalar_t, row by row.
 template <typename scalar_t, typename Function>
 GK_INLINE void for_each_position(const Lines& lines, const scalar_t* streamed_output, const Function& function) {
   for (int64_t row = lines.row_begin; row < lines.row_end; ++row) {
     Position begin = position_of_row(lines, row);
-    begin.past_caches =
-        streamed_output != nullptr && reinterpret_cast<uintptr_t>(streamed_output + begin.element + lines.begin) % kRegisterBytes == 0;
+    begin.past_caches = goes_past_caches(streamed_output, begin.element + lines.begin);
     for_each_vector<opmath_t<scalar_t>>(lines.begin, lines.end,
                                         [&](int64_t i, auto lanes) GK_INLINE_LAMBDA { function(advanced(begin, i), lanes); });
   }
-  if (streamed_output != nullptr) stream_fence();
-}
-
-template <typename scalar_t, typename Function>
-GK_INLINE void for_each_position(const Lines& lines, const Function& function) {
-  for_each_position<scalar_t>(lines, static_cast<const scalar_t*>(nullptr), function);
 }
 
 // The output where it is to be written past the caches, for being too large for the next reader to find it there; else null.
@@ -163,6 +161,14 @@ struct LongRuns {
     }
   }
 
+  // Calls function(of_column(column), position, lanes) for each vector of the lines, which hold scalar_t.
+  template <typename scalar_t, typename OfColumn, typename Function>
+  static GK_INLINE void for_each(const Lines& lines, const scalar_t* streamed_output, const OfColumn& of_column, const Function& function) {
+    const auto values = of_column(0);
+    for_each_position<scalar_t>(lines, streamed_output, [&](Position at, auto lanes) GK_INLINE_LAMBDA { function(values, at, lanes); });
+    if (streamed_output != nullptr) stream_fence();
+  }
+
   // C<opmath> of the channel, at every column.
   template <template <typename> class C, typename opmath>
   class Coefficients {
@@ -205,10 +211,12 @@ struct LongRuns {
       });
       return sum.high + sum.low;
     }
-    // Calls function(position, lanes, accumulators) for each vector of the lines.
-    template <typename scalar_t, typename Function>
-    GK_INLINE void add(const Lines& lines, const Function& function) {
-      for_each_position<scalar_t>(lines, [&](Position at, auto lanes) GK_INLINE_LAMBDA { function(at, lanes, total_); });
+    // Calls function(of_column(column), position, lanes, accumulators) for each vector of the lines.
+    template <typename scalar_t, typename OfColumn, typename Function>
+    GK_INLINE void add(const Lines& lines, const OfColumn& of_column, const Function& function) {
+      const auto values = of_column(0);
+      for_each_position<scalar_t>(lines, static_cast<const scalar_t*>(nullptr),
+                                  [&](Position at, auto lanes) GK_INLINE_LAMBDA { function(values, at, lanes, total_); });
     }
 
    private:
@@ -245,6 +253,31 @@ struct ShortRuns {
     // `first` is a multiple of 8 (the driver sees to it), so that no two slabs share a byte of the mask.
     function(Lines{s.channel_begin, s.channel_end, shape.inner, s.row_begin, s.row_end, 0, (s.channel_end - s.channel_begin) * shape.inner,
                    first, columns, first / 8, (columns + 7) / 8});
+  }
+
+  // Calls function(column, lanes, row, row_end) for a few rows down a column of vectors and then for the next column: what belongs to the
+  // column stays in registers meanwhile, and the processor's prefetching follows as many streams as there are rows.
+  template <typename opmath, typename Function>
+  static GK_INLINE void for_each_block(const Lines& lines, const Function& function) {
+    constexpr int64_t kRows = 8;
+    for (int64_t row = lines.row_begin; row < lines.row_end; row += kRows) {
+      const int64_t row_end = row + kRows < lines.row_end ? row + kRows : lines.row_end;
+      for_each_vector<opmath>(lines.begin, lines.end,
+                              [&](int64_t column, auto lanes) GK_INLINE_LAMBDA { function(column, lanes, row, row_end); });
+    }
+  }
+
+  template <typename scalar_t, typename OfColumn, typename Function>
+  static GK_INLINE void for_each(const Lines& lines, const scalar_t* streamed_output, const OfColumn& of_column, const Function& function) {
+    for_each_block<opmath_t<scalar_t>>(lines, [&](int64_t column, auto lanes, int64_t row, int64_t row_end) GK_INLINE_LAMBDA {
+      const auto values = of_column(column);
+      for (; row < row_end; ++row) {
+        Position at = advanced(position_of_row(lines, row), column);
+        at.past_caches = goes_past_caches(streamed_output, at.element);
+        function(values, at, lanes);
+      }
+    });
+    if (streamed_output != nullptr) stream_fence();
   }
 
   template <template <typename> class C, typename opmath>
@@ -304,21 +337,13 @@ struct ShortRuns {
       }
       return sum.high + sum.low;
     }
-    // Calls function(position, lanes, accumulators) for each vector of the lines, a few rows down a column and then the next: sums stay in
-    // registers meanwhile, and the processor's prefetching follows as many streams as there are rows.
-    template <typename scalar_t, typename Function>
-    GK_INLINE void add(const Lines& lines, const Function& function) {
-      constexpr int64_t kRows = 8;
-      for_each_tile(lines, kRows, lines.end, [&](const Lines& tile) GK_INLINE_LAMBDA {
-        for_each_vector<opmath>(0, tile.end, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
-          Accumulators<opmath, N> sums;
-          for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
-            Position at = advanced(position_of_row(tile, row), i);
-            at.copied += (tile.row_begin - lines.row_begin) * lines.end;
-            function(at, lanes, sums);
-          }
-          add(i, sums);
-        });
+    template <typename scalar_t, typename OfColumn, typename Function>
+    GK_INLINE void add(const Lines& lines, const OfColumn& of_column, const Function& function) {
+      for_each_block<opmath>(lines, [&](int64_t column, auto lanes, int64_t row, int64_t row_end) GK_INLINE_LAMBDA {
+        const auto values = of_column(column);
+        Accumulators<opmath, N> sums;
+        for (; row < row_end; ++row) function(values, advanced(position_of_row(lines, row), column), lanes, sums);
+        add(column, sums);
       });
     }
     GK_INLINE void add(int64_t column, const Accumulators<opmath, N>& sums) {
