@@ -10,6 +10,7 @@ from gradkernels import _native, init, optim
 from gradkernels.activation import ELU, LeakyReLU, PReLU, RReLU, Swish, elu, leaky_relu, prelu, rrelu, swish
 from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, batch_norm_act
 from gradkernels.clip_grad import GradReport, clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm, grad_report
+from gradkernels.convert import ConversionReport, convert, revert
 from gradkernels.diagnose import Diagnosis, diagnose
 from gradkernels.monitor import GradientMonitor
 from gradkernels.optim import ClippingHandle, attach_clipping
@@ -23,6 +24,7 @@ __all__ = [
     "BatchNormAct2d",
     "BatchNormAct3d",
     "ClippingHandle",
+    "ConversionReport",
     "Diagnosis",
     "GradReport",
     "GradientMonitor",
@@ -37,6 +39,7 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "convert",
     "convert_sync_batch_norm",
     "diagnose",
     "elu",
@@ -46,6 +49,7 @@ __all__ = [
     "leaky_relu",
     "optim",
     "prelu",
+    "revert",
     "rrelu",
     "swish",
 ]

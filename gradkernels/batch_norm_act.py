@@ -5,8 +5,6 @@ before anything is written: the running statistics and the count of batches stay
 opaque operator, which reads x fewer times than the kernels the compiler makes of torch's.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,7 +14,7 @@ from gradkernels.activation import ELU, LeakyReLU, Swish
 
 # What `act` may be besides a name -> (the name, the attribute that holds its parameter). Exactly these types: a subclass may
 # compute something else.
-_ACT_MODULES: dict[type[nn.Module], tuple[str, str | None]] = {
+ACT_MODULES: dict[type[nn.Module], tuple[str, str | None]] = {
     nn.Identity: ("identity", None),
     nn.ReLU: ("relu", None),
     nn.ReLU6: ("relu6", None),
@@ -137,13 +135,13 @@ def _batch_norm_act(
     )
 
 
-def _resolve_act(act: str | nn.Module, act_param: float | None) -> tuple[str, float]:
+def resolve_act(act: str | nn.Module, act_param: float | None) -> tuple[str, float]:
     """The name and the parameter of what BatchNormAct was given."""
     if isinstance(act, str):
         return act, reference.check_act(act, act_param)
-    if type(act) not in _ACT_MODULES or any(True for _ in act.parameters()):
+    if type(act) not in ACT_MODULES or any(True for _ in act.parameters()):
         names = ", ".join(map(repr, reference.ACTIVATIONS))
-        modules = ", ".join(sorted({each.__name__ for each in _ACT_MODULES}))
+        modules = ", ".join(sorted({each.__name__ for each in ACT_MODULES}))
         kind = act.__name__ + " itself" if isinstance(act, type) else str(act)
         raise TypeError(
             f"act is one of {names}, or an instance of {modules}, not {kind}. "
@@ -151,8 +149,23 @@ def _resolve_act(act: str | nn.Module, act_param: float | None) -> tuple[str, fl
         )
     if act_param is not None:
         raise ValueError(f"act_param is read from the module given as act, {act}; pass one or the other")
-    name, attribute = _ACT_MODULES[type(act)]
+    name, attribute = ACT_MODULES[type(act)]
     return name, reference.check_act(name, None if attribute is None else getattr(act, attribute))
+
+
+def forward_of(bn: _BatchNorm, x: Tensor, residual: Tensor | None, act: str, act_param: float) -> Tensor:
+    """act(bn(x) + residual) from the fields of any of torch's batch normalisations, in whatever mode it is."""
+    bn._check_input_dim(x)
+    running_mean, running_var = bn.running_mean, bn.running_var
+    training = bn.training or (running_mean is None and running_var is None)
+    num_batches_tracked = None
+    if bn.training:
+        if bn.track_running_stats:
+            num_batches_tracked = bn.num_batches_tracked
+        else:
+            running_mean = running_var = None
+    tensors = (x, running_mean, running_var, bn.weight, bn.bias, residual, num_batches_tracked)
+    return _batch_norm_act(*tensors, training, bn.momentum, bn.eps, act, act_param)
 
 
 class _BatchNormAct(_BatchNorm):
@@ -160,8 +173,6 @@ class _BatchNormAct(_BatchNorm):
 
     act: str
     act_param: float
-    # torch's own, which has no types.
-    _check_input_dim: Callable[[Tensor], None]
 
     def __init__(
         self,
@@ -181,7 +192,7 @@ class _BatchNormAct(_BatchNorm):
         # Not handed to torch: nn.BatchNorm of torch 2.11 does not take it.
         if not bias:
             self.register_parameter("bias", None)
-        self.act, self.act_param = _resolve_act(act, act_param)
+        self.act, self.act_param = resolve_act(act, act_param)
 
     def reset_parameters(self) -> None:
         self.reset_running_stats()
@@ -192,29 +203,7 @@ class _BatchNormAct(_BatchNorm):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        self._check_input_dim(x)
-        running_mean, running_var = self.running_mean, self.running_var
-        training = self.training or (running_mean is None and running_var is None)
-        num_batches_tracked = None
-        if self.training:
-            if self.track_running_stats:
-                num_batches_tracked = self.num_batches_tracked
-            else:
-                running_mean = running_var = None
-        return _batch_norm_act(
-            x,
-            running_mean,
-            running_var,
-            self.weight,
-            self.bias,
-            residual,
-            num_batches_tracked,
-            training,
-            self.momentum,
-            self.eps,
-            self.act,
-            self.act_param,
-        )
+        return forward_of(self, x, residual, self.act, self.act_param)
 
     def extra_repr(self) -> str:
         has_param = reference.ACTIVATIONS[self.act][0] is not None

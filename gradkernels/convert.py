@@ -1,0 +1,347 @@
+"""convert(model): an existing model computed by this package's kernels, in place and exactly; revert(model); and a report of both.
+
+Modules change their class and nothing else: parameters, buffers, hooks and names stay the same objects. A batch norm becomes
+BatchNormAct with act="identity"; a block whose forward calls it beside an activation gets a forward that joins them (fused_forward.py).
+Everything is read before anything is changed, and what was changed is put back if an exception follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+
+from gradkernels import dataflow, fusion
+from gradkernels.fused_forward import ATTRIBUTE, Fused, FusedForward, base_class, fused_class
+from gradkernels.reference import check_act
+
+# Where the class that a batch norm or an activation had stands in its __dict__.
+_ORIGINAL = "_converted_from"
+_QUANTISED = ("torch.ao.", "torch.nn.quantized", "torch.nn.intrinsic", "torch.nn.qat", "torchao.")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One place where a batch norm or an activation is called.
+
+    name: of the module, for a function that of the block that calls it; "" is the model itself. found: what stands there.
+    becomes: what computes it now, None where it was left. why: the reason where it was left or more could not be done.
+    """
+
+    name: str
+    found: str
+    becomes: str | None
+    why: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest difference that conversion made, beside the largest magnitude of what differs, and its name."""
+
+    difference: float
+    magnitude: float
+    name: str
+
+    def __str__(self) -> str:
+        if self.magnitude == 0:
+            return "none, there is nothing to compare"
+        return f"{self.difference:.2g} where the largest value is {self.magnitude:.2g} ({self.name})"
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What convert saw and did; print it.
+
+    Attributes:
+        rows: a Row for each place where a batch norm or an activation is called.
+        notes: what holds for the whole model.
+        saved_bytes_before: saved for backward by one call with `check`, in bytes, parameters not counted; None without `check`.
+        saved_bytes_after: the same after conversion.
+        output_difference: a Difference of the outputs; None without `check`.
+        gradient_difference: a Difference of the gradients of all parameters.
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> report = gk.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ELU()))
+        >>> [(row.name, row.found, row.becomes) for row in report.rows]
+        [('1', 'BatchNorm2d, ELU', 'batch_norm_act(elu)')]
+    """
+
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+    saved_bytes_before: int | None = None
+    saved_bytes_after: int | None = None
+    output_difference: Difference | None = None
+    gradient_difference: Difference | None = None
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        replaced = sum(row.becomes is not None for row in self.rows)
+        yield f"convert: {replaced} of {len(self.rows)} batch norms and activations replaced"
+        yield from (f"  {note}" for note in self.notes)
+        if self.saved_bytes_before is not None and self.saved_bytes_after is not None:
+            before, after = (f"{each / 1e6:,.1f} MB" for each in (self.saved_bytes_before, self.saved_bytes_after))
+            change = f" ({self.saved_bytes_after / self.saved_bytes_before - 1:+.1%})" if self.saved_bytes_before else ""
+            yield f"  saved for backward: {before} before, {after} after{change}"
+            yield f"  largest difference of outputs: {self.output_difference}"
+            yield f"  largest difference of gradients: {self.gradient_difference}"
+        cells = [("module", "found", "becomes", "why")]
+        cells += [(row.name or "(the model)", row.found, row.becomes or "left as it is", row.why) for row in self.rows]
+        widths = [max(len(row[column]) for row in cells) for column in range(3)]
+        for row in cells if self.rows else ():
+            yield ("  " + "  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[3]])).rstrip()
+
+
+def convert(model: nn.Module, *, residual: bool = True, check: Any = None) -> ConversionReport:
+    """Rewrites a model in place so that batch norm, a residual addition and the activation after them are one kernel.
+
+    Parameters, buffers, hooks, names, state_dict and modes stay what they are, so optimizers built before stay valid; results differ by
+    rounding only. What cannot be read for certain is left as it is, and the report says why. `revert` undoes it.
+
+    Args:
+        model: any module; what it holds is found by reading the forward of each block with torch.fx.
+        residual: fuse the addition of a residual too.
+        check: a batch, or a tuple of the model's positional arguments. The model is run with it before and after, forward and backward,
+            and the report says how outputs and gradients differ and how many bytes were saved for backward. Buffers, gradients and the
+            generators of random numbers are as before afterwards. A deep network enlarges differences in rounding, more so in small
+            batches; a model in float64 shows that there is nothing else.
+
+    Returns:
+        A ConversionReport.
+
+    Raises:
+        TypeError: model is not a module.
+        Exception: what model(check) raises; the model is then as it was.
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.LeakyReLU(0.1), torch.nn.Linear(8, 2))
+        >>> print(gk.convert(model))
+        convert: 1 of 1 batch norms and activations replaced
+          module  found                   becomes                      why
+          1       BatchNorm1d, LeakyReLU  batch_norm_act(leaky_relu)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert takes a torch.nn.Module, not {type(model).__name__}")
+    problem = _problem_of(model)
+    if problem is not None:
+        return ConversionReport((), (problem,))
+    before = [(module, type(module), dict(module.__dict__)) for module in model.modules()]
+    try:
+        _revert(model)
+        plan = _Plan(model, residual)
+        seen = None if check is None else _Observation(model, check)
+        plan.apply()
+        if seen is None:
+            return ConversionReport(tuple(plan.rows), tuple(plan.notes))
+        after = _Observation(model, check)
+    except BaseException:
+        for module, kind, state in before:
+            module.__class__ = kind
+            module.__dict__.clear()
+            module.__dict__.update(state)
+        raise
+    return ConversionReport(
+        tuple(plan.rows),
+        tuple(plan.notes),
+        seen.saved_bytes,
+        after.saved_bytes,
+        _difference(seen.outputs, after.outputs),
+        _difference(seen.grads, after.grads),
+    )
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Undoes convert, in place: every module has the class it had.
+
+    What has been made of a module since, by convert_sync_batch_norm for one, stays.
+
+    Args:
+        model: any module; one that was not converted stays as it is.
+
+    Returns:
+        model.
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(8), torch.nn.ReLU())
+        >>> print(gk.convert(model).rows[0].becomes, gk.revert(model))
+        batch_norm_act(relu) Sequential(
+          (0): BatchNorm1d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+          (1): ReLU()
+        )
+    """
+    _revert(model)
+    return model
+
+
+def _revert(model: nn.Module) -> None:
+    for module in model.modules():
+        if issubclass(type(module), Fused):
+            module.__class__ = base_class(type(module))
+            module.__dict__.pop(ATTRIBUTE, None)
+        original = module.__dict__.get(_ORIGINAL)
+        if original is not None and type(module) is (fusion.BATCH_NORMS | fusion.ACTIVATION_MODULES)[original]:
+            module.__class__ = original
+            for name in (_ORIGINAL, "act", "act_param") if issubclass(original, _BatchNorm) else (_ORIGINAL,):
+                module.__dict__.pop(name)
+
+
+def _problem_of(model: nn.Module) -> str | None:
+    """Why nothing in a model is to be touched."""
+    if isinstance(model, torch.jit.ScriptModule):
+        return "the model is scripted: its code is compiled already. Convert it before torch.jit.script"
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith(_QUANTISED):
+            return f"the model is quantised ({name or 'the model itself'}: {type(module).__name__}): the kernels take floating point"
+    return None
+
+
+class _Plan:
+    """Every change, before any of it is made."""
+
+    def __init__(self, model: nn.Module, residual: bool) -> None:
+        self.model = model
+        self.rows: list[Row] = []
+        self.notes: list[str] = []
+        self.forwards: dict[nn.Module, FusedForward] = {}
+        self.names = {module: name for name, module in model.named_modules()}
+        # What the forwards did not call that were read: module -> why.
+        self.problems: dict[nn.Module, str] = {}
+        sites = [(block, site) for block in self.names for site in self.read(block, residual)]
+        self.alone = {site.module for _, site in sites if site.module is not None and site.fused is None}
+        called = {site.module for _, site in sites} | {each for _, site in sites for each in site.absorbed}
+        for block, site in sites:
+            # A subclass of batch norm that is fused in itself is a leaf without a reading in the block that calls it.
+            if site.module is None or site.module is block or site.module not in self.forwards:
+                self.rows.append(self.row(block, site))
+        for module, name in self.names.items():
+            if module not in called and (isinstance(module, _BatchNorm) or fusion.is_activation(module)):
+                self.alone.add(module)
+                self.rows.append(self.row(module, fusion.Site(module, type(module).__name__, why=self.why_uncalled(name))))
+        order = {name: place for place, name in enumerate(self.names.values())}
+        self.rows.sort(key=lambda row: order[row.name])
+        if not any(isinstance(module, _BatchNorm) for module in self.names):
+            self.notes.append("the model has no batch normalisation")
+
+    def read(self, block: nn.Module, residual: bool) -> list[fusion.Site]:
+        """The sites in the forward of one module, and the reason where there are none to be read."""
+        forward = type(block).forward
+        if getattr(forward, "__module__", "").startswith("torch.") and forward is not nn.Sequential.forward:
+            return []
+        reading = dataflow.read(block)
+        try:
+            found = fusion.fuse(block, reading, residual)
+            if found.forward is not None:
+                fused_class(type(block))
+                self.forwards[block] = found.forward
+        except (LookupError, AttributeError, ImportError, TypeError) as error:
+            self.problems[block] = f"cannot be written anew: {error}"
+            return []
+        if reading.problem is not None and not found.sites:
+            self.problems[block] = reading.problem
+        return found.sites
+
+    def row(self, block: nn.Module, site: fusion.Site) -> Row:
+        module = site.module
+        name = self.names[block if module is None else module]
+        if site.fused is not None:
+            return Row(name, site.found, site.fused, site.why)
+        if module is None:
+            return Row(name, site.found, None, site.why)
+        if type(module) in fusion.BATCH_NORMS:
+            return Row(name, site.found, fusion.BATCH_NORMS[type(module)].__name__, site.why)
+        ours, why = _activation_alone(module)
+        return Row(name, site.found, ours, site.why if isinstance(module, _BatchNorm) else why)
+
+    def why_uncalled(self, name: str) -> str:
+        """Of the innermost block above a module that no forward calls."""
+        while name:
+            name = name.rpartition(".")[0]
+            block = self.model.get_submodule(name)
+            if block in self.problems:
+                return f"the forward of {type(block).__name__} {self.problems[block]}"
+            if not isinstance(block, (nn.ModuleList, nn.ModuleDict)):
+                break
+        return "no forward that could be read calls it"
+
+    def apply(self) -> None:
+        for module in self.names:
+            kind = type(module)
+            if kind in fusion.BATCH_NORMS:
+                module.__dict__[_ORIGINAL] = kind
+                module.__dict__["act"], module.__dict__["act_param"] = "identity", check_act("identity", None)
+                module.__class__ = fusion.BATCH_NORMS[kind]
+            elif module in self.alone and kind in fusion.ACTIVATION_MODULES and _activation_alone(module)[0] is not None:
+                module.__dict__[_ORIGINAL] = kind
+                module.__class__ = fusion.ACTIVATION_MODULES[kind]
+            elif module in self.forwards:
+                module.__dict__[ATTRIBUTE] = self.forwards[module]
+                module.__class__ = fused_class(kind)
+
+
+def _activation_alone(module: nn.Module) -> tuple[str | None, str]:
+    """What an activation that nothing is fused with becomes, and why it is left."""
+    kind: Any = type(module)
+    if kind is nn.SiLU and getattr(module, "inplace", False):
+        return None, "it is in place, which ours is not"
+    if kind in fusion.ACTIVATION_MODULES:
+        return fusion.ACTIVATION_MODULES[kind].__name__, ""
+    if kind is nn.RReLU:
+        return None, "gradkernels.RReLU draws other slopes from the same seed"
+    if kind.__module__.startswith("gradkernels."):
+        return None, "it is gradkernels' already"
+    if kind in (nn.ReLU, nn.ReLU6):
+        return None, "torch's own is kept: alone there is nothing to fuse"
+    return None, f"there is no kernel for {kind.__name__}"
+
+
+class _Observation:
+    """Outputs, gradients of the parameters and bytes saved for backward of one call of a model, which is as before afterwards."""
+
+    def __init__(self, model: nn.Module, batch: Any) -> None:
+        arguments = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+        parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        of_parameters = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
+        buffers = [(each, each.clone()) for each in model.buffers()]
+        # Kept until the count is taken: memory that is freed and used again would be counted once.
+        saved: dict[int, torch.UntypedStorage] = {}
+
+        def keep(x: Tensor) -> Tensor:
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage()
+            return x
+
+        devices = {each.device.index for each in model.parameters() if each.device.type == "cuda"}
+        try:
+            with torch.random.fork_rng(devices=devices), torch.enable_grad():
+                with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                    output = model(*arguments)
+                self.saved_bytes = sum(storage.nbytes() for address, storage in saved.items() if address not in of_parameters)
+                saved.clear()
+                tensors = {f"output {place}": each for place, each in enumerate(pytree.tree_leaves(output)) if isinstance(each, Tensor)}
+                self.outputs = {name: each.detach().clone() for name, each in tensors.items()}
+                roots = [each for each in tensors.values() if each.requires_grad]
+                # Random weights: gradients of a plain sum vanish below a batch norm.
+                generator = torch.Generator().manual_seed(0)
+                weights = [torch.randn(each.shape, generator=generator).to(each) for each in roots]
+                grads = torch.autograd.grad(roots, list(parameters.values()), weights, allow_unused=True) if roots and parameters else ()
+                self.grads = {name: each for name, each in zip(parameters, grads, strict=False) if each is not None}
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+
+
+def _difference(before: dict[str, Tensor], after: dict[str, Tensor]) -> Difference:
+    """Over all of them: what is zero but for rounding, such as the gradient of a bias below a batch norm, is no measure for itself."""
+    floating = {name: each for name, each in before.items() if each.numel() and (each.is_floating_point() or each.is_complex())}
+    magnitude = max((each.abs().max().item() for each in floating.values()), default=0.0)
+    difference, name = max((((after[name] - each).abs().max().item(), name) for name, each in floating.items()), default=(0.0, ""))
+    return Difference(difference, magnitude, name)

@@ -1,0 +1,239 @@
+"""Reads what a module's forward does with its submodules, as a torch.fx graph in which every submodule is a leaf.
+
+A graph is a forward without its Python, so it stands for one only where nothing is lost: no branch over data or optional arguments,
+no state written, no random number drawn, no gradient or autocast mode switched, and the same graph in training and in evaluation.
+Whatever else a forward does is a reason to leave it alone. Reading changes nothing: mode, attributes and generators are put back.
+"""
+
+import copy
+import inspect
+import math
+import operator
+import random
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node, Proxy, Tracer
+
+# What nn.Module keeps for itself; `training` is read by forwards, the rest is not theirs.
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__) - {"training"}
+_GUARDED = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    FunctionType,
+    BuiltinFunctionType,
+    type,
+)
+IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift", "irshift")
+
+
+class Unreadable(Exception):
+    """A graph would not stand for this forward; the message says why, after the words "its forward"."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """graph: of forward, None where `problem` says why not. attributes: what it read of its module, with the values at that time.
+
+    by_mode: the graphs of training and evaluation of a forward that reads `training` and is readable but for that.
+    """
+
+    graph: Graph | None
+    problem: str | None
+    attributes: tuple[tuple[str, Any], ...] = ()
+    by_mode: tuple[Graph, Graph] | None = None
+
+
+def _in_place(name: str) -> Callable[[Proxy, Any], Proxy]:
+    function = getattr(operator, name)
+
+    def method(self: Proxy, other: Any) -> Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+def _asked_for_its_class(proxy: Proxy) -> type[Proxy]:
+    asker = sys._getframe(1).f_globals.get("__name__", "")
+    # torch.is_tensor stands in "torch" itself and asks on behalf of the forward.
+    if asker == "torch" or not asker.startswith(("torch.", f"{__package__}.")):
+        raise Unreadable("asks for the type of its input")
+    return _ReadingProxy
+
+
+# A proxy that records in-place operators as such, which Proxy does not, and notices a forward that asks whether it was given a tensor.
+_ReadingProxy = type(
+    "_ReadingProxy", (Proxy,), {"__class__": property(_asked_for_its_class), **{f"__{name}__": _in_place(name) for name in IN_PLACE}}
+)
+
+
+def _modes() -> tuple[object, ...]:
+    """What a with statement or a decorator may switch and a graph does not record."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")),
+        torch._C._autograd._top_saved_tensors_default_hooks(False),
+        torch._C._len_torch_function_stack(),
+    )
+
+
+class _Tracer(Tracer):
+    # Buffers written in place are then nodes; as plain tensors they would be written while reading.
+    proxy_buffer_attributes = True
+
+    def __init__(self) -> None:
+        # This package's functions are nodes as torch's are; traced through, they would be the operators they are composed of.
+        modules: Any = (math, sys.modules[__package__])
+        super().__init__(autowrap_modules=modules)
+        self.modes = _modes()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def proxy(self, node: Node) -> Proxy:
+        proxy: Proxy = _ReadingProxy(node, self)
+        return proxy
+
+    def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        if _modes() != self.modes:
+            raise Unreadable("switches gradients, autocast or checkpointing on or off")
+        return super().create_node(*args, **kwargs)
+
+
+def read(module: nn.Module) -> Reading:
+    """The forward of one module as it stands now."""
+    problem = _problem_of_class(module)
+    if problem is not None:
+        return Reading(None, problem)
+    try:
+        (training, reads), (evaluation, evaluation_reads) = (_trace(module, mode) for mode in (True, False))
+    except Unreadable as reason:
+        return Reading(None, str(reason))
+    except Exception as error:
+        first_line = str(error).partition("\n")[0]
+        return Reading(None, f"is no graph for torch.fx: {type(error).__name__}: {first_line}")
+    attributes = {name: value for name, value in (reads | evaluation_reads).items() if not isinstance(value, Tensor)}
+    unguarded = [name for name, value in attributes.items() if not _is_guarded(value)]
+    if unguarded:
+        kind = type(attributes[unguarded[0]]).__name__
+        return Reading(None, f"reads self.{unguarded[0]}, a {kind}, which may change without notice")
+    if "training" in attributes:
+        return Reading(None, "reads self.training", by_mode=(training, evaluation))
+    if str(training) != str(evaluation):
+        return Reading(None, "does one thing in training and another in evaluation")
+    return Reading(training, None, tuple(sorted(attributes.items())))
+
+
+def _problem_of_class(module: nn.Module) -> str | None:
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is scripted"
+    if isinstance(module, torch.fx.GraphModule):
+        return "belongs to a torch.fx.GraphModule, whose class is its own"
+    if "forward" in module.__dict__:
+        return "is set on the instance"
+    for parameter in list(inspect.signature(type(module).forward).parameters.values())[1:]:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or parameter.default is not parameter.empty:
+            return f"has an optional argument, {parameter.name}"
+    return None
+
+
+def _is_guarded(value: Any) -> bool:
+    """Whether == tells later if the value is still the same, in a copy of the module too."""
+    if type(value) in (list, tuple, set, frozenset):
+        return all(map(_is_guarded, value))
+    if type(value) is dict:
+        return all(map(_is_guarded, value)) and all(map(_is_guarded, value.values()))
+    return isinstance(value, _GUARDED)
+
+
+def _trace(module: nn.Module, training: bool) -> tuple[Graph, dict[str, Any]]:
+    """The graph in one mode, and the attributes of the module that were read on the way."""
+    reads: dict[str, Any] = {}
+    with _undisturbed(module):
+        for each in module.modules():
+            each.training = training
+        module.__class__ = _recording(type(module), reads)
+        graph = _Tracer().trace(module)
+    for node in graph.nodes:
+        node.type = None
+        if node.op == "get_attr" and not _resolves(module, str(node.target)):
+            raise Unreadable("makes a tensor")
+    return graph, reads
+
+
+def _resolves(module: nn.Module, target: str) -> bool:
+    try:
+        operator.attrgetter(target)(module)
+    except AttributeError:
+        return False
+    return True
+
+
+def _recording(kind: type[nn.Module], reads: dict[str, Any]) -> type[nn.Module]:
+    """A subclass for the time of reading, whose instance notes in `reads` which of its own attributes are asked for."""
+
+    def __getattribute__(self: nn.Module, name: str) -> Any:
+        value = kind.__getattribute__(self, name)
+        if name not in _OF_EVERY_MODULE and name not in reads and name in object.__getattribute__(self, "__dict__"):
+            reads[name] = copy.copy(value) if isinstance(value, (list, dict, set)) else value
+        return value
+
+    body = {"__getattribute__": __getattribute__, "__module__": kind.__module__}
+    return types.new_class(kind.__name__, (kind,), exec_body=lambda namespace: namespace.update(body))
+
+
+@contextmanager
+def _undisturbed(module: nn.Module) -> Iterator[None]:
+    """Puts back modes, attributes and generators; Unreadable where the forward wrote attributes or drew numbers."""
+    kind = type(module)
+    before = [(each, dict(each.__dict__)) for each in module.modules()]
+    containers = [
+        (name, value, copy.copy(value)) for _, state in before for name, value in state.items() if isinstance(value, (list, dict, set))
+    ]
+    torch_generator, generator = torch.get_rng_state(), random.getstate()
+    written: list[str] = []
+    try:
+        yield
+    finally:
+        module.__class__ = kind
+        for name, container, content in containers:
+            if _identities(container) != _identities(content):
+                written.append(name)
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
+        for each, state in before:
+            written += [
+                name for name, value in each.__dict__.items() if name != "training" and (name not in state or state[name] is not value)
+            ]
+            each.__dict__.clear()
+            each.__dict__.update(state)
+        drew = not torch.equal(torch.get_rng_state(), torch_generator) or random.getstate() != generator
+        torch.set_rng_state(torch_generator)
+        random.setstate(generator)
+    if written:
+        raise Unreadable(f"writes self.{written[0]}")
+    if drew:
+        raise Unreadable("draws random numbers")
+
+
+def _identities(container: list[Any] | dict[Any, Any] | set[Any]) -> list[tuple[int, ...]]:
+    """Contents by identity: == of what they hold may be elementwise, or a proxy."""
+    return (
+        [(id(key), id(value)) for key, value in container.items()] if isinstance(container, dict) else [(id(each),) for each in container]
+    )

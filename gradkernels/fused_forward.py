@@ -1,0 +1,167 @@
+"""The forward that a converted block has instead of its own, and the class that gives it to the block.
+
+A fused forward holds only for what was read when it was made: before each call it compares the attributes that the block's own forward
+read, the names of its submodules, the classes of those it calls differently and their hooks; where anything differs, the block's own
+forward runs, on submodules that are what they were. So a hook added later, a replaced batch norm or a switched flag is always right.
+"""
+
+import functools
+import importlib
+import linecache
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
+
+from gradkernels import reference
+from gradkernels.batch_norm_act import forward_of
+
+# Where the fused forward stands in a block's __dict__.
+ATTRIBUTE = "_fused_forward"
+_MISSING = object()
+
+Path = tuple[str, ...]
+
+
+def normalize(bn: _BatchNorm, x: Tensor, residual: Tensor | None, act: str, act_param: float) -> Tensor:
+    """What stands in a fused forward for act(bn(x) + residual)."""
+    if residual is not None and (
+        not isinstance(residual, Tensor) or residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device
+    ):
+        # A sum that broadcasts or promotes; bn itself is without an activation and unhooked, else the forward would not hold.
+        return reference.ACTIVATIONS[act][1](forward_of(bn, x, None, "identity", 0.0) + residual, act_param)
+    return forward_of(bn, x, residual, act, act_param)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module calls anything besides its forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A submodule that is called differently, or not at all: its classes, without hooks. attribute: one that has to be `value`."""
+
+    path: Path
+    kinds: tuple[type[nn.Module], ...]
+    attribute: str | None
+    value: object
+
+    def holds(self, block: nn.Module) -> bool:
+        module = child(block, self.path)
+        if type(module) not in self.kinds or has_hooks(module):
+            return False
+        return self.attribute is None or getattr(module, self.attribute, _MISSING) == self.value
+
+
+@dataclass(frozen=True)
+class FusedForward:
+    """source: of a function `forward`; names: (name in it, module, name there or "" for the module itself) of what it needs.
+
+    attributes, children, expected: what has to hold. Immutable and picklable, so that blocks and their copies share it.
+    """
+
+    source: str
+    names: tuple[tuple[str, str, str], ...]
+    attributes: tuple[tuple[str, Any], ...]
+    children: tuple[tuple[Path, tuple[tuple[str, bool], ...]], ...]
+    expected: tuple[Expected, ...]
+    function: Callable[..., Any] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        namespace: dict[str, Any] = {}
+        for name, module, qualified in self.names:
+            value: Any = importlib.import_module(module)
+            for part in qualified.split(".") if qualified else ():
+                value = getattr(value, part)
+            namespace[name] = value
+        file = f"<fused forward {hash(self.source) & 0xFFFFFFFF:08x}>"
+        # Tracebacks show its lines.
+        linecache.cache[file] = (len(self.source), None, self.source.splitlines(True), file)
+        exec(compile(self.source, file, "exec"), namespace)
+        object.__setattr__(self, "function", namespace["forward"])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FusedForward, (self.source, self.names, self.attributes, self.children, self.expected)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FusedForward":
+        return self
+
+    def holds(self, block: nn.Module) -> bool:
+        if _has_any_global_hook() or torch.fx._symbolic_trace.is_fx_symbolic_tracing():
+            return False
+        for name, value in self.attributes:
+            if getattr(block, name, _MISSING) != value:
+                return False
+        for path, names in self.children:
+            if children_of(child(block, path)) != names:
+                return False
+        return all(each.holds(block) for each in self.expected)
+
+
+def child(block: nn.Module, path: Path) -> nn.Module:
+    """The submodule at a path, empty for the block itself; a module without anything where it is no longer there."""
+    module = block
+    for name in path:
+        module = module._modules.get(name) or _NOTHING
+    return module
+
+
+_NOTHING = nn.Module()
+
+
+def children_of(module: nn.Module) -> tuple[tuple[str, bool], ...]:
+    """The names of its submodules, and which of them are None: what a forward goes through and compares with None."""
+    return tuple((name, each is None) for name, each in module._modules.items())
+
+
+# What an object without a __reduce__ of its own is made again by.
+_NEW_OBJECT = object().__reduce_ex__(2)[0]
+
+
+class Fused:
+    """What the class of every converted block has first among its bases; second is the class that the block had."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class has no name to be found by; it is made again from the one below it.
+        reduced: Any = super().__reduce_ex__(max(2, protocol))
+        if isinstance(reduced, tuple) and reduced[0] is _NEW_OBJECT:
+            (kind, *args), *rest = reduced[1:]
+            return _new, (base_class(kind), *args), *rest
+        return reduced
+
+
+def _new(base: type[nn.Module], *args: Any) -> Any:
+    kind = fused_class(base)
+    return kind.__new__(kind, *args)
+
+
+def base_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of the block before it was converted."""
+    return kind.__bases__[1]
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def fused_class(base: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of the same name whose instances run their fused forward where they have one that holds; the same for every call."""
+    if base in _CLASSES:
+        return _CLASSES[base]
+
+    @functools.wraps(base.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        fused: FusedForward | None = self.__dict__.get(ATTRIBUTE)
+        if fused is not None and fused.holds(self):
+            return fused.function(self, *args, **kwargs)
+        return base.forward(self, *args, **kwargs)
+
+    body = {"forward": forward, "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    kind = types.new_class(base.__name__, (Fused, base), exec_body=lambda namespace: namespace.update(body))
+    _CLASSES[base] = cast(type[nn.Module], kind)
+    return _CLASSES[base]

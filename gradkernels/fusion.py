@@ -1,0 +1,500 @@
+"""Finds batch normalisations, additions and activations in the graph of one forward, and writes the forward that fuses them.
+
+Only nodes whose value nobody else sees are fused. Without a residual the fused operator stands where the batch norm stood; with one it
+stands where the activation did, so what lies between must neither write to nor alias what is then read later.
+"""
+
+import importlib
+import inspect
+import operator
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gradkernels import activation
+from gradkernels.batch_norm_act import ACT_MODULES, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, resolve_act
+from gradkernels.dataflow import IN_PLACE, Reading
+from gradkernels.fused_forward import Expected, FusedForward, Path, children_of, has_hooks, normalize
+
+
+class SiLU(nn.SiLU):
+    """torch.nn.SiLU computed by swish; not for inplace=True, which swish does not have."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return activation.swish(input)
+
+
+# torch's class -> ours, which computes the same on its own; with a call that tells of an activation it computes that too.
+BATCH_NORMS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: BatchNormAct1d,
+    nn.BatchNorm2d: BatchNormAct2d,
+    nn.BatchNorm3d: BatchNormAct3d,
+}
+# The same for activations that stand alone.
+ACTIVATION_MODULES: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LeakyReLU: activation.LeakyReLU,
+    nn.ELU: activation.ELU,
+    nn.PReLU: activation.PReLU,
+    nn.SiLU: SiLU,
+}
+_CALLABLE = {*BATCH_NORMS, *BATCH_NORMS.values()}
+
+# How an activation is written without a module -> act, and the name and default of its parameter.
+_ACTS: dict[Any, tuple[str, str | None, float | None]] = {
+    **dict.fromkeys((F.relu, torch.relu, torch.relu_, "relu", "relu_"), ("relu", None, None)),
+    F.relu6: ("relu6", None, None),
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_, activation.leaky_relu), ("leaky_relu", "negative_slope", 0.01)),
+    **dict.fromkeys((F.elu, F.elu_, activation.elu), ("elu", "alpha", 1.0)),
+    F.silu: ("swish", None, None),
+    activation.swish: ("swish", "beta", 1.0),
+}
+# A function of torch's -> ours. F.silu is ours only where it is not in place, which ours is not.
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    F.leaky_relu: activation.leaky_relu,
+    F.elu: activation.elu,
+    F.silu: activation.swish,
+    F.prelu: activation.prelu,
+}
+_OTHER_FUNCTIONS = {
+    getattr(F, name): name
+    for name in (
+        "celu",
+        "gelu",
+        "glu",
+        "hardsigmoid",
+        "hardswish",
+        "hardtanh",
+        "logsigmoid",
+        "mish",
+        "rrelu",
+        "selu",
+        "softplus",
+        "softsign",
+    )
+} | {F.sigmoid: "sigmoid", torch.sigmoid: "sigmoid", "sigmoid": "sigmoid", torch.tanh: "tanh", "tanh": "tanh", F.tanh: "tanh"}
+_WRITING_ADDITIONS = (operator.iadd, "add_")
+_ADDITIONS = (operator.add, torch.add, "add", *_WRITING_ADDITIONS)
+
+# Calls that write nothing and whose result shares no memory with what they are given.
+_FRESH_MODULES = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, *_CALLABLE),
+)
+_FRESH_FUNCTIONS = (operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.cat)
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether a module is an activation, with a kernel or without."""
+    return (
+        (type(module) in ACT_MODULES and not isinstance(module, nn.Identity))
+        or (type(module).__module__ == "torch.nn.modules.activation" and not isinstance(module, nn.MultiheadAttention))
+        or isinstance(module, (activation.PReLU, activation.RReLU))
+    )
+
+
+@dataclass
+class Site:
+    """One place in a forward where a batch norm or an activation is called.
+
+    module: that which is called, None for a function. found: what stands there. fused: how it is called from now on; None where the
+    call is left, and `why` says why.
+    """
+
+    module: nn.Module | None
+    found: str
+    fused: str | None = None
+    why: str = ""
+    absorbed: tuple[nn.Module, ...] = ()
+
+
+@dataclass
+class Fusion:
+    """Of one block: its sites, and the forward to give it, None where it keeps its own."""
+
+    sites: list[Site] = field(default_factory=list)
+    forward: FusedForward | None = None
+
+
+@dataclass
+class _Chain:
+    """Nodes from a batch norm to the last one that is computed with it, each of them read by the next alone."""
+
+    nodes: list[Node]
+    expected: list[Node]
+    act: str = "identity"
+    act_param: float = 0.0
+    residual: Node | None = None
+    addition: Node | None = None
+    names: list[str] = field(default_factory=list)
+    absorbed: list[nn.Module] = field(default_factory=list)
+
+
+def fuse(block: nn.Module, reading: Reading, residual: bool) -> Fusion:
+    """What can be done with the forward of one block that was read; nothing is changed but the graph."""
+    if reading.graph is None:
+        return _fuse_norm_act(block, reading)
+    return _Fuser(block, reading.graph, reading.attributes, residual).run()
+
+
+class _Fuser:
+    def __init__(self, block: nn.Module, graph: Graph, attributes: tuple[tuple[str, Any], ...], residual: bool) -> None:
+        self.block = block
+        self.graph = graph
+        self.attributes = attributes
+        self.residual = residual
+        self.expected: dict[Path, Expected] = {}
+        self.changed = False
+
+    def run(self) -> Fusion:
+        children = self.children()
+        fusion = Fusion()
+        taken: set[Node] = set()
+        order = list(self.graph.nodes)
+        for node in order:
+            module = self.module(node)
+            if isinstance(module, _BatchNorm) and node not in taken:
+                site, chain = self.at_batch_norm(node, module, order)
+                fusion.sites.append(site)
+                if chain is not None:
+                    taken.update(chain.nodes)
+                    self.write(chain, module)
+        for node in order:
+            if node not in taken:
+                fusion.sites += self.at_activation(node)
+        if self.changed:
+            fusion.forward = self.forward(children)
+        return fusion
+
+    def module(self, node: Node | None) -> nn.Module | None:
+        return self.block.get_submodule(str(node.target)) if node is not None and node.op == "call_module" else None
+
+    def at_batch_norm(self, node: Node, module: _BatchNorm, order: list[Node]) -> tuple[Site, _Chain | None]:
+        site = Site(module, type(module).__name__)
+        if type(module) not in _CALLABLE:
+            site.why = f"a subclass of batch normalisation, {type(module).__name__}, may compute something else"
+        elif getattr(module, "act", "identity") != "identity" or len(node.args) != 1 or node.kwargs:
+            site.why = "has an activation or a residual already"
+        elif has_hooks(module):
+            site.why = "it is hooked: its hook would see another tensor"
+        if site.why:
+            return site, None
+        chain, site.why = self.extend(node, order)
+        if len(chain.nodes) == 1:
+            before = self.activation_name(node.all_input_nodes[0]) if node.all_input_nodes else None
+            if before is not None:
+                site.why = f"its activation, {before}, stands before it: only one after it can be fused"
+            return site, None
+        site.found = ", ".join([site.found, *chain.names])
+        site.fused = f"batch_norm_act({', '.join([chain.act] + ['residual'] * (chain.residual is not None))})"
+        site.absorbed = tuple(chain.absorbed)
+        return site, chain
+
+    def extend(self, node: Node, order: list[Node]) -> tuple[_Chain, str]:
+        """Follows the value of a batch norm through an addition to an activation; and what ended it, "" after an activation."""
+        chain = _Chain([node], [node])
+        after, why = self.follow(node)
+        if why:
+            return chain, why
+        residual = self.addend(after[-1], [node, *after][-2])
+        if residual is None:
+            if after[-1].target in _WRITING_ADDITIONS:
+                return chain, "its sum is written over the other term"
+            return chain, self.take_activation(chain, after)
+        if not self.residual:
+            return chain, "an addition follows, and residual=False"
+        whole = _Chain([node, *after], [node, *after[:-1]], residual=residual, addition=after[-1], names=["add"])
+        beyond, why = self.follow(after[-1])
+        why = why or self.take_activation(whole, beyond)
+        hindrance = self.hinders_move(whole, residual, after[-1], order)
+        return (chain, hindrance) if hindrance else (whole, why)
+
+    def follow(self, node: Node) -> tuple[list[Node], str]:
+        """The only reader of a value, behind any nn.Identity; or what is there instead."""
+        after: list[Node] = []
+        while True:
+            readers = list(node.users)
+            if not readers:
+                return after, "nothing reads its output"
+            times = sum(sum(each is node for each in (*reader.args, *reader.kwargs.values())) or 1 for reader in readers)
+            if times > 1:
+                return after, f"its output is read {times} times"
+            (node,) = readers
+            after.append(node)
+            module = self.module(node)
+            if type(module) is not nn.Identity or has_hooks(module) or len(node.args) != 1:
+                return after, ""
+
+    def take_activation(self, chain: _Chain, after: list[Node]) -> str:
+        node = after[-1]
+        found = self.activation(node)
+        if isinstance(found, str):
+            return found
+        act, act_param, module, name = found
+        chain.nodes += after
+        chain.expected += after if module is not None else after[:-1]
+        chain.act, chain.act_param = act, act_param
+        chain.names.append(name)
+        if module is not None:
+            chain.absorbed.append(module)
+        return ""
+
+    def activation(self, node: Node) -> tuple[str, float, nn.Module | None, str] | str:
+        """What a node computes, or why it is not an activation that a kernel has."""
+        module = self.module(node)
+        if module is not None:
+            kind = type(module).__name__
+            if not is_activation(module):
+                return f"{kind} follows, no activation"
+            if type(module) not in ACT_MODULES:
+                return f"there is no kernel for {kind} with batch norm"
+            if any(True for _ in module.parameters()):
+                return f"the parameter of {kind} is learnt"
+            if has_hooks(module):
+                return f"{kind} is hooked: its hook would see another tensor"
+            if len(node.args) != 1 or node.kwargs:
+                return f"{kind} is called with more than one argument"
+            return *resolve_act(module, None), module, kind
+        if node.op == "output":
+            return "its output is returned, no activation follows"
+        name = _name(node)
+        if node.op not in ("call_function", "call_method") or node.target not in _ACTS:
+            return f"there is no kernel for {name}" if node.target in _OTHER_FUNCTIONS else f"{name} follows, no activation"
+        act, parameter, default = _ACTS[node.target]
+        value: Any = default
+        if parameter is not None:
+            value = node.args[1] if len(node.args) > 1 else node.kwargs.get(parameter, default)
+        if not (value is None or type(value) in (int, float)):
+            return f"the parameter of {name} is computed"
+        return act, 0.0 if value is None else float(value), None, name
+
+    def activation_name(self, node: Node) -> str | None:
+        module = self.module(node)
+        if module is not None:
+            return type(module).__name__ if is_activation(module) else None
+        return _name(node) if node.target in _ACTS or node.target in _FUNCTIONS or node.target in _OTHER_FUNCTIONS else None
+
+    def addend(self, node: Node, value: Node) -> Node | None:
+        """What a node adds to `value`; None where it does something else, or writes the sum into the other."""
+        if node.target not in _ADDITIONS or node.kwargs or len(node.args) != 2 or not all(isinstance(each, Node) for each in node.args):
+            return None
+        left, right = node.args
+        if left is value:
+            return right if isinstance(right, Node) else None
+        return left if isinstance(left, Node) and node.target not in _WRITING_ADDITIONS else None
+
+    # what lies between
+
+    def hinders_move(self, chain: _Chain, residual: Node, addition: Node, order: list[Node]) -> str:
+        """Why the batch norm cannot be computed where the chain ends instead of where it begins, or the residual be read there."""
+        first, sum_at, last = (order.index(each) for each in (chain.nodes[0], addition, chain.nodes[-1]))
+        bn = self.module(chain.nodes[0])
+        read_later = self.aliases(chain.nodes[0].all_input_nodes[0], chain)
+        residual_aliases = self.aliases(residual, chain)
+        for place in range(first + 1, last):
+            node = order[place]
+            if node in chain.nodes:
+                continue
+            if place > sum_at:
+                read_later |= residual_aliases
+            module = self.module(node)
+            if module is not None and any(each is bn for each in module.modules()):
+                return "it is called again before its sum is complete"
+            if not self.is_fresh(node) and read_later.intersection(node.all_input_nodes):
+                return f"{_name(node)}, between it and its activation, may write what it reads"
+        if chain.act in ("elu", "swish"):
+            for node in residual_aliases:
+                writers = [each for each in node.users if order.index(each) > last and self.writes(each)]
+                if writers:
+                    return f"{_name(writers[0])} writes the residual, which the gradient of {chain.act} needs"
+        return ""
+
+    def aliases(self, node: Node, chain: _Chain) -> set[Node]:
+        """Every node whose value may share memory with that of `node`."""
+        found: set[Node] = set()
+        stack = [node]
+        while stack:
+            node = stack.pop()
+            if node in found or node in chain.nodes:
+                continue
+            found.add(node)
+            if node.op in ("placeholder", "get_attr"):
+                # Two arguments may be one tensor.
+                stack += [each for each in self.graph.nodes if each.op in ("placeholder", "get_attr")]
+            elif not self.is_fresh(node):
+                stack += node.all_input_nodes
+            stack += [each for each in node.users if not self.is_fresh(each)]
+        return found
+
+    def is_fresh(self, node: Node) -> bool:
+        module = self.module(node)
+        if module is not None:
+            parts = [each for each in module.modules() if type(each) is not nn.Sequential]
+            return bool(parts) and all(type(each) in _FRESH_MODULES for each in parts) and not any(map(has_hooks, module.modules()))
+        return node.op == "call_function" and node.target in _FRESH_FUNCTIONS
+
+    def writes(self, node: Node) -> bool:
+        module = self.module(node)
+        if module is not None:
+            return any(getattr(each, "inplace", False) for each in module.modules())
+        return (
+            _name(node).endswith("_") or _name(node) in IN_PLACE or any(each is True for each in (*node.args, node.kwargs.get("inplace")))
+        )
+
+    # standalone activations
+
+    def at_activation(self, node: Node) -> Iterator[Site]:
+        module = self.module(node)
+        if module is not None:
+            if is_activation(module):
+                yield Site(module, type(module).__name__)
+            return
+        if node.op not in ("call_function", "call_method"):
+            return
+        name = _name(node)
+        if node.target in _FUNCTIONS:
+            site = Site(None, name)
+            if node.target is F.silu and (node.kwargs.get("inplace") or len(node.args) > 1):
+                site.why = "it is in place, which ours is not"
+            else:
+                node.kwargs = {("x" if key == "input" else key): value for key, value in node.kwargs.items() if node.target is not F.silu}
+                node.target = _FUNCTIONS[node.target]
+                site.fused = name if name != "silu" else "swish"
+                self.changed = True
+            yield site
+        elif node.target in _ACTS and getattr(node.target, "__module__", "") != activation.__name__:
+            yield Site(None, name, why="torch's own is kept: alone there is nothing to fuse")
+        elif node.target in _OTHER_FUNCTIONS:
+            yield Site(None, name, why=f"there is no kernel for {name}")
+
+    # writing
+
+    def write(self, chain: _Chain, module: _BatchNorm) -> None:
+        place = chain.nodes[0] if chain.residual is None else chain.nodes[-1]
+        last = chain.nodes[-1]
+        with self.graph.inserting_before(place):
+            bn = self.graph.get_attr(str(chain.nodes[0].target))
+            (x,) = chain.nodes[0].args
+            fused = self.graph.call_function(normalize, (bn, x, chain.residual, chain.act, chain.act_param))
+        last.replace_all_uses_with(fused)
+        for node in reversed(chain.nodes):
+            self.graph.erase_node(node)
+        for node in chain.expected:
+            self.expect(node)
+        self.changed = True
+
+    def expect(self, node: Node) -> None:
+        path = tuple(str(node.target).split("."))
+        module = self.module(node)
+        if isinstance(module, _BatchNorm):
+            self.expected[path] = Expected(path, (BATCH_NORMS.get(type(module), type(module)),), "act", "identity")
+        elif module is not None:
+            self.expected[path] = expected_act(path, module)
+
+    def children(self) -> tuple[tuple[Path, tuple[tuple[str, bool], ...]], ...]:
+        """What the forward may have gone through on its way to what it calls."""
+        paths: set[Path] = {()}
+        for node in self.graph.nodes:
+            if node.op == "call_module":
+                path = tuple(str(node.target).split("."))
+                paths.update(path[:length] for length in range(len(path)))
+        paths.update((name,) for name, each in self.block.named_children() if isinstance(each, (nn.ModuleList, nn.ModuleDict)))
+        return tuple((path, children_of(self.block.get_submodule(".".join(path)))) for path in sorted(paths))
+
+    def forward(self, children: tuple[tuple[Path, tuple[tuple[str, bool], ...]], ...]) -> FusedForward:
+        code = self.graph.python_code("self")
+        # Without what torch.fx adds for every graph.
+        used = {name for name in code.globals if re.search(rf"(?<![\w.]){name}(?!\w)", code.src)}
+        names = tuple(sorted(_importable(name, code.globals[name]) for name in used))
+        return FusedForward(code.src, names, self.attributes, children, tuple(self.expected.values()))
+
+
+def _name(node: Node) -> str:
+    if node.op == "call_module":
+        return str(node.target)
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def _importable(name: str, value: Any) -> tuple[str, str, str]:
+    """Where a name of the generated source is found again, in another process too."""
+    if isinstance(value, ModuleType):
+        return name, value.__name__, ""
+    if isinstance(value, float):
+        return name, "math", name
+    module, qualified = value.__module__, value.__qualname__
+    if operator.attrgetter(qualified)(importlib.import_module(module)) is not value:
+        raise LookupError(f"calls {qualified}, which cannot be found by its name in {module}")
+    return name, module, qualified
+
+
+def _fuse_norm_act(block: nn.Module, reading: Reading) -> Fusion:
+    """A batch norm that applies an activation in its own forward, such as timm's BatchNormAct2d, where both modes are exactly that."""
+    if not isinstance(block, _BatchNorm) or reading.by_mode is None:
+        return Fusion()
+    found = [_norm_act(block, graph, training) for graph, training in zip(reading.by_mode, (True, False), strict=True)]
+    if found[0] is None or found[0] != found[1]:
+        return Fusion()
+    act_path, passed = found[0]
+    act = block.get_submodule(act_path)
+    name, act_param = resolve_act(act, None)
+    expected = [Expected((path,), (nn.Identity,), None, None) for path in passed] + [expected_act((act_path,), act)]
+    parameter = next(str(node.target) for node in reading.by_mode[0].nodes if node.op == "placeholder")
+    source = f"def forward(self, {parameter}):\n    return normalize(self, {parameter}, None, {name!r}, {act_param!r})\n"
+    forward = FusedForward(source, (("normalize", normalize.__module__, "normalize"),), (), (((), children_of(block)),), tuple(expected))
+    site = Site(block, f"{type(block).__name__}, {type(act).__name__}", f"batch_norm_act({name})", absorbed=(act,))
+    return Fusion([site], forward)
+
+
+def _norm_act(block: _BatchNorm, graph: Graph, training: bool) -> tuple[str, tuple[str, ...]] | None:
+    """The names of the activation and of what is passed through; None unless the graph is batch_norm, nn.Identity, activation."""
+    nodes = list(graph.nodes)
+    (node,) = nodes[-1].all_input_nodes or [nodes[0]]
+    path: list[str] = []
+    seen: set[Node] = {nodes[-1]}
+    while node.op == "call_module" and len(node.all_input_nodes) == 1 and node.args == tuple(node.all_input_nodes):
+        path.append(str(node.target))
+        seen.add(node)
+        (node,) = node.all_input_nodes
+    if not path or node.target is not F.batch_norm:
+        return None
+    act, *passed = path
+    modules = [block.get_submodule(each) for each in path]
+    if any(has_hooks(each) for each in modules) or any(type(each) is not nn.Identity for each in modules[1:]):
+        return None
+    if type(modules[0]) not in ACT_MODULES or any(True for _ in modules[0].parameters()):
+        return None
+    given = [str(each.target) if isinstance(each, Node) else each for each in (*node.args, *node.kwargs.values())]
+    inputs = [str(each.target) for each in nodes if each.op == "placeholder"]
+    fields = ["running_mean", "running_var", "weight", "bias"]
+    if given != [*inputs, *fields, training, block.momentum, block.eps] or list(node.kwargs) not in (
+        [],
+        list(_BATCH_NORM)[-len(node.kwargs) :],
+    ):
+        return None
+    seen.add(node)
+    counted = 0
+    for each in nodes:
+        if each in seen or each.op in ("placeholder", "get_attr"):
+            continue
+        if each.target == "add_" and [str(arg) for arg in each.args] == ["num_batches_tracked", "1"]:
+            counted += 1
+        elif each.target not in (getattr, operator.eq, torch._assert):
+            return None
+    return (act, tuple(passed)) if counted == training else None
+
+
+_BATCH_NORM = inspect.signature(F.batch_norm).parameters
+
+
+def expected_act(path: Path, module: nn.Module) -> Expected:
+    """An activation that is not called: the class that it has, or the one that convert gives it where it is called elsewhere."""
+    attribute = ACT_MODULES[type(module)][1]
+    kinds = tuple({type(module), ACTIVATION_MODULES.get(type(module), type(module))})
+    return Expected(path, kinds, attribute, None if attribute is None else getattr(module, attribute))
