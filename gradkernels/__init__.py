@@ -12,6 +12,7 @@ from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNorm
 from gradkernels.clip_grad import GradReport, clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm, grad_report
 from gradkernels.convert import ConversionReport, convert, revert
 from gradkernels.diagnose import Diagnosis, diagnose
+from gradkernels.fold import fold
 from gradkernels.monitor import GradientMonitor
 from gradkernels.optim import ClippingHandle, attach_clipping
 from gradkernels.sync_batch_norm_act import SyncBatchNormAct, convert_sync_batch_norm
@@ -43,6 +44,7 @@ __all__ = [
     "convert_sync_batch_norm",
     "diagnose",
     "elu",
+    "fold",
     "get_total_norm",
     "grad_report",
     "init",

@@ -125,7 +125,7 @@ def convert(model: nn.Module, *, residual: bool = True, check: Any = None) -> Co
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.LeakyReLU(0.1), torch.nn.Linear(8, 2))
         >>> print(gk.convert(model))
         convert: 1 of 1 batch norms and activations replaced
-          module  found                   becomes                      why
+          module  found                   becomes                     why
           1       BatchNorm1d, LeakyReLU  batch_norm_act(leaky_relu)
     """
     if not isinstance(model, nn.Module):
@@ -172,11 +172,10 @@ def revert(model: nn.Module) -> nn.Module:
     Example:
         >>> import torch, gradkernels as gk
         >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(8), torch.nn.ReLU())
-        >>> print(gk.convert(model).rows[0].becomes, gk.revert(model))
-        batch_norm_act(relu) Sequential(
-          (0): BatchNorm1d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
-          (1): ReLU()
-        )
+        >>> gk.convert(model).rows[0].becomes, type(model[0])
+        ('batch_norm_act(relu)', <class 'gradkernels.batch_norm_act.BatchNormAct1d'>)
+        >>> type(gk.revert(model)[0])
+        <class 'torch.nn.modules.batchnorm.BatchNorm1d'>
     """
     _revert(model)
     return model

@@ -140,6 +140,16 @@ def read(module: nn.Module) -> Reading:
     return Reading(training, None, tuple(sorted(attributes.items())))
 
 
+def read_evaluation(module: nn.Module) -> Graph | None:
+    """The graph of evaluation alone, None where there is none; its module's attributes are taken to stay as they are."""
+    if _problem_of_class(module) is not None:
+        return None
+    try:
+        return _trace(module, training=False)[0]
+    except Exception:
+        return None
+
+
 def _problem_of_class(module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         return "is scripted"

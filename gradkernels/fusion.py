@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradkernels import activation
 from gradkernels.batch_norm_act import ACT_MODULES, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, resolve_act
-from gradkernels.dataflow import IN_PLACE, Reading
+from gradkernels.dataflow import IN_PLACE, Reading, read
 from gradkernels.fused_forward import Expected, FusedForward, Path, children_of, has_hooks, normalize
 
 
@@ -434,25 +434,36 @@ def _importable(name: str, value: Any) -> tuple[str, str, str]:
     return name, module, qualified
 
 
+def applied_activation(bn: _BatchNorm) -> nn.Module | None:
+    """The activation that a batch norm applies in its own forward, as timm's BatchNormAct2d does, where it does nothing else."""
+    name = _norm_act(bn, read(bn))
+    return None if name is None else bn.get_submodule(name[0])
+
+
 def _fuse_norm_act(block: nn.Module, reading: Reading) -> Fusion:
-    """A batch norm that applies an activation in its own forward, such as timm's BatchNormAct2d, where both modes are exactly that."""
-    if not isinstance(block, _BatchNorm) or reading.by_mode is None:
+    found = _norm_act(block, reading)
+    if found is None:
         return Fusion()
-    found = [_norm_act(block, graph, training) for graph, training in zip(reading.by_mode, (True, False), strict=True)]
-    if found[0] is None or found[0] != found[1]:
-        return Fusion()
-    act_path, passed = found[0]
+    act_path, passed = found
     act = block.get_submodule(act_path)
     name, act_param = resolve_act(act, None)
     expected = [Expected((path,), (nn.Identity,), None, None) for path in passed] + [expected_act((act_path,), act)]
-    parameter = next(str(node.target) for node in reading.by_mode[0].nodes if node.op == "placeholder")
-    source = f"def forward(self, {parameter}):\n    return normalize(self, {parameter}, None, {name!r}, {act_param!r})\n"
-    forward = FusedForward(source, (("normalize", normalize.__module__, "normalize"),), (), (((), children_of(block)),), tuple(expected))
+    source = f"def forward(self, x):\n    return normalize(self, x, None, {name!r}, {act_param!r})\n"
+    names = (("normalize", normalize.__module__, "normalize"),)
+    forward = FusedForward(source, names, (), (((), children_of(block)),), tuple(expected))
     site = Site(block, f"{type(block).__name__}, {type(act).__name__}", f"batch_norm_act({name})", absorbed=(act,))
     return Fusion([site], forward)
 
 
-def _norm_act(block: _BatchNorm, graph: Graph, training: bool) -> tuple[str, tuple[str, ...]] | None:
+def _norm_act(block: nn.Module, reading: Reading) -> tuple[str, tuple[str, ...]] | None:
+    """Where both modes are exactly batch norm, any nn.Identity and an activation: the names of the activation and of what is passed."""
+    if not isinstance(block, _BatchNorm) or reading.by_mode is None:
+        return None
+    training, evaluation = (_norm_act_in(block, graph, mode) for graph, mode in zip(reading.by_mode, (True, False), strict=True))
+    return training if training == evaluation else None
+
+
+def _norm_act_in(block: _BatchNorm, graph: Graph, training: bool) -> tuple[str, tuple[str, ...]] | None:
     """The names of the activation and of what is passed through; None unless the graph is batch_norm, nn.Identity, activation."""
     nodes = list(graph.nodes)
     (node,) = nodes[-1].all_input_nodes or [nodes[0]]

@@ -1,0 +1,180 @@
+"""fold(model): a copy for inference whose batch norms have gone into the weights of the convolutions and linear layers before them.
+
+Where each goes is read as convert reads it. A layer is folded only where the batch norm alone reads its output and both are called in
+one place of a forward; the new weights are computed in float64 and rounded once.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gradkernels import activation, dataflow, fusion
+from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+from gradkernels.convert import revert
+from gradkernels.fused_forward import has_hooks
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LAYERS = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+class FoldedBatchNorm1d(nn.Identity):
+    """Stands where a batch norm was folded into a linear layer, whose last dimension is that of the channels in (N, C) only."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() != 2:
+            raise ValueError(
+                f"expected 2D input (got {input.dim()}D input): a batch norm over (N, C, L) cannot be folded into a linear layer"
+            )
+        return input
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """A copy of a model for inference with each batch norm folded into the convolution or linear layer before it.
+
+        weight' = weight s,  bias' = (bias - mean) s + beta,  s = gamma / sqrt(var + eps)
+
+    The copy is in evaluation mode and gives the outputs that the model gives there, up to rounding; activations stay. A batch norm whose
+    place cannot be read for certain, or that follows no such layer, stays too. The model may be converted or not, and is not changed.
+
+    Args:
+        model: any module; its batch norms have running statistics.
+
+    Returns:
+        The copy; where a batch norm was, it has nn.Identity or the activation that the batch norm applied.
+
+    Raises:
+        TypeError: model is not a module.
+        ValueError: in the copy's forward, an input of a linear layer that is not (N, C).
+
+    Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2017.
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> gk.fold(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1, bias=False), torch.nn.BatchNorm2d(8), torch.nn.ReLU()))
+        Sequential(
+          (0): Conv2d(3, 8, kernel_size=(1, 1), stride=(1, 1))
+          (1): Identity()
+          (2): ReLU()
+        )
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fold takes a torch.nn.Module, not {type(model).__name__}")
+    # A holder, so that a model that is itself a batch norm has a place to stand in.
+    holder = nn.ModuleList([revert(copy.deepcopy(model)).eval()])
+    graphs, unread = {}, []
+    for block in holder[0].modules():
+        forward = type(block).forward
+        if forward is nn.Sequential.forward or not getattr(forward, "__module__", "").startswith("torch."):
+            graph = dataflow.read_evaluation(block)
+            if graph is None:
+                unread.append(block)
+            else:
+                graphs[block] = graph
+    calls: dict[nn.Module, int] = {}
+    for block, graph in graphs.items():
+        for node in graph.nodes:
+            if node.op == "call_module":
+                module = block.get_submodule(str(node.target))
+                calls[module] = calls.get(module, 0) + 1
+            elif node.op == "get_attr" and "." in str(node.target):
+                # What a forward reads of a submodule besides calling it has to stay.
+                module = block.get_submodule(str(node.target).rpartition(".")[0])
+                calls[module] = calls.get(module, 0) + 2
+    within_reach = {module for block in unread for module in _within_reach(block)}
+    tied = _tied_parameters(holder)
+    for block, graph in graphs.items():
+        for node in list(graph.nodes):
+            pair = _pair(block, node)
+            if pair is None or any(calls[each] != 1 or each in within_reach or has_hooks(each) for each in pair):
+                continue
+            layer, bn = pair
+            if tied.isdisjoint(map(id, layer.parameters())):
+                replacement = _replacement(layer, bn)
+                if replacement is not None:
+                    _fold(layer, bn)
+                    _replace(holder, bn, replacement.train(False))
+    return holder[0]
+
+
+def _within_reach(block: nn.Module) -> Iterator[nn.Module]:
+    """What a forward that could not be read may call one by one: submodules, and those of plain containers."""
+    for child in block.children():
+        yield child
+        if type(child) in _CONTAINERS:
+            yield from _within_reach(child)
+
+
+def _tied_parameters(model: nn.Module) -> set[int]:
+    """Parameters that more than one module has."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    return {key for key, count in owners.items() if count > 1}
+
+
+def _pair(block: nn.Module, node: Node) -> tuple[nn.Module, _BatchNorm] | None:
+    """The layer and the batch norm of a node that calls the one with the output of the other, which nothing else reads."""
+    if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+        return None
+    bn = block.get_submodule(str(node.target))
+    (before,) = node.args
+    if not isinstance(bn, _BatchNorm) or not isinstance(before, Node) or before.op != "call_module" or len(before.users) != 1:
+        return None
+    layer = block.get_submodule(str(before.target))
+    if type(layer) not in _LAYERS or len(before.args) != 1 or before.kwargs:
+        return None
+    return layer, bn
+
+
+def _replacement(layer: Any, bn: _BatchNorm) -> nn.Module | None:
+    """What is to stand where the batch norm stands, None where it has to stay."""
+    channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    if bn.running_mean is None or bn.running_var is None or bn.num_features != channels:
+        return None
+    place: nn.Module = FoldedBatchNorm1d() if isinstance(layer, nn.Linear) else nn.Identity()
+    if type(bn) in fusion.BATCH_NORMS:
+        return place
+    if isinstance(bn, (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d)):
+        return place if bn.act == "identity" else nn.Sequential(place, _activation(bn.act, bn.act_param))
+    applied = fusion.applied_activation(bn)
+    return None if applied is None else nn.Sequential(place, applied)
+
+
+def _activation(act: str, act_param: float) -> nn.Module:
+    kinds: dict[str, Any] = {"leaky_relu": activation.LeakyReLU, "elu": activation.ELU, "swish": activation.Swish}
+    return kinds[act](act_param) if act in kinds else {"relu": nn.ReLU(), "relu6": nn.ReLU6()}[act]
+
+
+def _fold(layer: Any, bn: _BatchNorm) -> None:
+    with torch.no_grad():
+        running_mean, running_var = (each.double() for each in (bn.running_mean, bn.running_var) if each is not None)
+        scale = (running_var + bn.eps).rsqrt()
+        if bn.weight is not None:
+            scale = scale * bn.weight.double()
+        shift = torch.zeros_like(scale) if bn.bias is None else bn.bias.double()
+        bias = torch.zeros_like(scale) if layer.bias is None else layer.bias.double()
+        weight = layer.weight.double()
+        if type(layer) in _TRANSPOSED:
+            # (in, out / groups, ...), of which each group has its own part of the inputs.
+            grouped = weight.view(layer.groups, -1, *weight.shape[1:])
+            weight = (grouped * scale.view(layer.groups, 1, -1, *[1] * (weight.dim() - 2))).view_as(weight)
+        else:
+            weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+        bias = (bias - running_mean) * scale + shift
+        layer.weight = nn.Parameter(weight.to(layer.weight), layer.weight.requires_grad)
+        layer.bias = nn.Parameter(bias.to(layer.weight), layer.weight.requires_grad)
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is old:
+                module._modules[name] = new
