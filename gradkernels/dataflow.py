@@ -22,6 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
 
+Path = tuple[str, ...]
+
+# Where a module has its path and the record of reads while it is read.
+_READS = "_reads"
+_MISSING = object()
 # What nn.Module keeps for itself; `training` is read by forwards, the rest is not theirs.
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__) - {"training"}
 _GUARDED = (
@@ -48,14 +53,14 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class Reading:
-    """graph: of forward, None where `problem` says why not. attributes: what it read of its module, with the values at that time.
+    """graph: of forward, None where `problem` says why not. attributes: what it read, as (path of the module, name, value).
 
     by_mode: the graphs of training and evaluation of a forward that reads `training` and is readable but for that.
     """
 
     graph: Graph | None
     problem: str | None
-    attributes: tuple[tuple[str, Any], ...] = ()
+    attributes: tuple[tuple[Path, str, Any], ...] = ()
     by_mode: tuple[Graph, Graph] | None = None
 
 
@@ -128,16 +133,17 @@ def read(module: nn.Module) -> Reading:
     except Exception as error:
         first_line = str(error).partition("\n")[0]
         return Reading(None, f"is no graph for torch.fx: {type(error).__name__}: {first_line}")
-    attributes = {name: value for name, value in (reads | evaluation_reads).items() if not isinstance(value, Tensor)}
-    unguarded = [name for name, value in attributes.items() if not _is_guarded(value)]
-    if unguarded:
-        kind = type(attributes[unguarded[0]]).__name__
-        return Reading(None, f"reads self.{unguarded[0]}, a {kind}, which may change without notice")
-    if "training" in attributes:
-        return Reading(None, "reads self.training", by_mode=(training, evaluation))
+    attributes = {place: value for place, value in (evaluation_reads | reads).items() if not isinstance(value, Tensor)}
+    for (path, name), value in attributes.items():
+        if not _is_guarded(value):
+            dotted = ".".join(("self", *path, name))
+            return Reading(None, f"reads {dotted}, a {type(value).__name__}, which may change without notice")
+    modes = sorted(path for path, name in attributes if name == "training")
+    if modes:
+        return Reading(None, f"reads {'.'.join(('self', *modes[0]))}.training", by_mode=(training, evaluation))
     if str(training) != str(evaluation):
         return Reading(None, "does one thing in training and another in evaluation")
-    return Reading(training, None, tuple(sorted(attributes.items())))
+    return Reading(training, None, tuple((*place, value) for place, value in sorted(attributes.items())))
 
 
 def read_evaluation(module: nn.Module) -> Graph | None:
@@ -172,13 +178,15 @@ def _is_guarded(value: Any) -> bool:
     return isinstance(value, _GUARDED)
 
 
-def _trace(module: nn.Module, training: bool) -> tuple[Graph, dict[str, Any]]:
-    """The graph in one mode, and the attributes of the module that were read on the way."""
-    reads: dict[str, Any] = {}
+def _trace(module: nn.Module, training: bool) -> tuple[Graph, dict[tuple[Path, str], Any]]:
+    """The graph in one mode, and the attributes of the module and its submodules that were read on the way."""
+    reads: dict[tuple[Path, str], Any] = {}
     with _undisturbed(module):
-        for each in module.modules():
+        for name, each in list(module.named_modules()):
             each.training = training
-        module.__class__ = _recording(type(module), reads)
+            if not isinstance(each, torch.jit.ScriptModule):
+                each.__dict__[_READS] = tuple(name.split(".")) if name else (), reads
+                each.__class__ = _recording(type(each))
         graph = _Tracer().trace(module)
     for node in graph.nodes:
         node.type = None
@@ -195,41 +203,50 @@ def _resolves(module: nn.Module, target: str) -> bool:
     return True
 
 
-def _recording(kind: type[nn.Module], reads: dict[str, Any]) -> type[nn.Module]:
-    """A subclass for the time of reading, whose instance notes in `reads` which of its own attributes are asked for."""
+_RECORDING: dict[Any, Any] = {}
+
+
+def _recording(kind: Any) -> Any:
+    """A subclass of a class for the time of reading, whose instances note which of their own attributes are asked for."""
+    if kind in _RECORDING:
+        return _RECORDING[kind]
 
     def __getattribute__(self: nn.Module, name: str) -> Any:
         value = kind.__getattribute__(self, name)
-        if name not in _OF_EVERY_MODULE and name not in reads and name in object.__getattribute__(self, "__dict__"):
-            reads[name] = copy.copy(value) if isinstance(value, (list, dict, set)) else value
+        own = object.__getattribute__(self, "__dict__")
+        if name in own and name not in _OF_EVERY_MODULE and name != _READS:
+            path, reads = own[_READS]
+            reads.setdefault((path, name), copy.copy(value) if isinstance(value, (list, dict, set)) else value)
         return value
 
-    body = {"__getattribute__": __getattribute__, "__module__": kind.__module__}
-    return types.new_class(kind.__name__, (kind,), exec_body=lambda namespace: namespace.update(body))
+    body = {"__getattribute__": __getattribute__, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    _RECORDING[kind] = types.new_class(kind.__name__, (kind,), exec_body=lambda namespace: namespace.update(body))
+    return _RECORDING[kind]
 
 
 @contextmanager
 def _undisturbed(module: nn.Module) -> Iterator[None]:
     """Puts back modes, attributes and generators; Unreadable where the forward wrote attributes or drew numbers."""
-    kind = type(module)
-    before = [(each, dict(each.__dict__)) for each in module.modules()]
+    before = [(each, type(each), dict(each.__dict__)) for each in module.modules()]
     containers = [
-        (name, value, copy.copy(value)) for _, state in before for name, value in state.items() if isinstance(value, (list, dict, set))
+        (name, value, copy.copy(value)) for _, _, state in before for name, value in state.items() if isinstance(value, (list, dict, set))
     ]
     torch_generator, generator = torch.get_rng_state(), random.getstate()
     written: list[str] = []
     try:
         yield
     finally:
-        module.__class__ = kind
         for name, container, content in containers:
             if _identities(container) != _identities(content):
                 written.append(name)
                 container.clear()
                 container.extend(content) if isinstance(container, list) else container.update(content)
-        for each, state in before:
+        for each, kind, state in before:
+            if type(each) is not kind:
+                each.__class__ = kind
+            now = {name: value for name, value in each.__dict__.items() if name not in ("training", _READS)}
             written += [
-                name for name, value in each.__dict__.items() if name != "training" and (name not in state or state[name] is not value)
+                name for name in {**now, **state} if name != "training" and now.get(name, _MISSING) is not state.get(name, _MISSING)
             ]
             each.__dict__.clear()
             each.__dict__.update(state)

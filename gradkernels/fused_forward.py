@@ -20,12 +20,11 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from gradkernels import reference
 from gradkernels.batch_norm_act import forward_of
+from gradkernels.dataflow import Path
 
 # Where the fused forward stands in a block's __dict__.
 ATTRIBUTE = "_fused_forward"
 _MISSING = object()
-
-Path = tuple[str, ...]
 
 
 def normalize(bn: _BatchNorm, x: Tensor, residual: Tensor | None, act: str, act_param: float) -> Tensor:
@@ -68,7 +67,7 @@ class FusedForward:
 
     source: str
     names: tuple[tuple[str, str, str], ...]
-    attributes: tuple[tuple[str, Any], ...]
+    attributes: tuple[tuple[Path, str, Any], ...]
     children: tuple[tuple[Path, tuple[tuple[str, bool], ...]], ...]
     expected: tuple[Expected, ...]
     function: Callable[..., Any] = field(init=False, compare=False, repr=False)
@@ -95,8 +94,8 @@ class FusedForward:
     def holds(self, block: nn.Module) -> bool:
         if _has_any_global_hook() or torch.fx._symbolic_trace.is_fx_symbolic_tracing():
             return False
-        for name, value in self.attributes:
-            if getattr(block, name, _MISSING) != value:
+        for path, name, value in self.attributes:
+            if getattr(child(block, path), name, _MISSING) != value:
                 return False
         for path, names in self.children:
             if children_of(child(block, path)) != names:

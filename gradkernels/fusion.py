@@ -21,8 +21,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradkernels import activation
 from gradkernels.batch_norm_act import ACT_MODULES, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, resolve_act
-from gradkernels.dataflow import IN_PLACE, Reading, read
-from gradkernels.fused_forward import Expected, FusedForward, Path, children_of, has_hooks, normalize
+from gradkernels.dataflow import IN_PLACE, Path, Reading, read
+from gradkernels.fused_forward import Expected, FusedForward, children_of, has_hooks, normalize
+from gradkernels.reference import check_act
 
 
 class SiLU(nn.SiLU):
@@ -145,7 +146,7 @@ def fuse(block: nn.Module, reading: Reading, residual: bool) -> Fusion:
 
 
 class _Fuser:
-    def __init__(self, block: nn.Module, graph: Graph, attributes: tuple[tuple[str, Any], ...], residual: bool) -> None:
+    def __init__(self, block: nn.Module, graph: Graph, attributes: tuple[tuple[Path, str, Any], ...], residual: bool) -> None:
         self.block = block
         self.graph = graph
         self.attributes = attributes
@@ -273,7 +274,7 @@ class _Fuser:
             value = node.args[1] if len(node.args) > 1 else node.kwargs.get(parameter, default)
         if not (value is None or type(value) in (int, float)):
             return f"the parameter of {name} is computed"
-        return act, 0.0 if value is None else float(value), None, name
+        return act, check_act(act, value), None, name
 
     def activation_name(self, node: Node) -> str | None:
         module = self.module(node)
