@@ -229,11 +229,13 @@ class _Plan:
         self.rows.sort(key=lambda row: order[row.name])
         if not any(isinstance(module, _BatchNorm) for module in self.names):
             self.notes.append("the model has no batch normalisation")
+        for module, name in self.names.items():
+            if isinstance(module, torch.jit.ScriptModule) and not isinstance(self.above(name), torch.jit.ScriptModule):
+                self.notes.append(f"{name} is scripted and left as it is")
 
     def read(self, block: nn.Module, residual: bool) -> list[fusion.Site]:
         """The sites in the forward of one module, and the reason where there are none to be read."""
-        forward = type(block).forward
-        if getattr(forward, "__module__", "").startswith("torch.") and forward is not nn.Sequential.forward:
+        if not dataflow.has_own_forward(block):
             return []
         reading = dataflow.read(block)
         try:
@@ -260,11 +262,14 @@ class _Plan:
         ours, why = _activation_alone(module)
         return Row(name, site.found, ours, site.why if isinstance(module, _BatchNorm) else why)
 
+    def above(self, name: str) -> nn.Module:
+        return self.model.get_submodule(name.rpartition(".")[0])
+
     def why_uncalled(self, name: str) -> str:
         """Of the innermost block above a module that no forward calls."""
         while name:
+            block = self.above(name)
             name = name.rpartition(".")[0]
-            block = self.model.get_submodule(name)
             if block in self.problems:
                 return f"the forward of {type(block).__name__} {self.problems[block]}"
             if not isinstance(block, (nn.ModuleList, nn.ModuleDict)):

@@ -121,6 +121,14 @@ class _Tracer(Tracer):
         return super().create_node(*args, **kwargs)
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a module's forward is to be read: it is nn.Sequential's, or neither torch's nor compiled."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    forward = type(module).forward
+    return forward is nn.Sequential.forward or not getattr(forward, "__module__", "").startswith("torch.")
+
+
 def read(module: nn.Module) -> Reading:
     """The forward of one module as it stands now."""
     problem = _problem_of_class(module)
@@ -157,8 +165,6 @@ def read_evaluation(module: nn.Module) -> Graph | None:
 
 
 def _problem_of_class(module: nn.Module) -> str | None:
-    if isinstance(module, torch.jit.ScriptModule):
-        return "is scripted"
     if isinstance(module, torch.fx.GraphModule):
         return "belongs to a torch.fx.GraphModule, whose class is its own"
     if "forward" in module.__dict__:
@@ -183,8 +189,8 @@ def _trace(module: nn.Module, training: bool) -> tuple[Graph, dict[tuple[Path, s
     reads: dict[tuple[Path, str], Any] = {}
     with _undisturbed(module):
         for name, each in list(module.named_modules()):
-            each.training = training
             if not isinstance(each, torch.jit.ScriptModule):
+                each.training = training
                 each.__dict__[_READS] = tuple(name.split(".")) if name else (), reads
                 each.__class__ = _recording(type(each))
         graph = _Tracer().trace(module)
@@ -227,7 +233,7 @@ def _recording(kind: Any) -> Any:
 @contextmanager
 def _undisturbed(module: nn.Module) -> Iterator[None]:
     """Puts back modes, attributes and generators; Unreadable where the forward wrote attributes or drew numbers."""
-    before = [(each, type(each), dict(each.__dict__)) for each in module.modules()]
+    before = [(each, type(each), dict(each.__dict__)) for each in module.modules() if not isinstance(each, torch.jit.ScriptModule)]
     containers = [
         (name, value, copy.copy(value)) for _, _, state in before for name, value in state.items() if isinstance(value, (list, dict, set))
     ]

@@ -70,8 +70,7 @@ def fold(model: nn.Module) -> nn.Module:
     holder = nn.ModuleList([revert(copy.deepcopy(model)).eval()])
     graphs, unread = {}, []
     for block in holder[0].modules():
-        forward = type(block).forward
-        if forward is nn.Sequential.forward or not getattr(forward, "__module__", "").startswith("torch."):
+        if dataflow.has_own_forward(block):
             graph = dataflow.read_evaluation(block)
             if graph is None:
                 unread.append(block)

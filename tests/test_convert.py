@@ -5,6 +5,7 @@ as torch computes it. What is fused is counted by the operators that run; what m
 import collections
 import copy
 import functools
+import importlib
 import io
 import pickle
 import random
@@ -14,7 +15,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.prune import l1_unstructured
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import gradkernels as gk
 from gradkernels import fused_forward, fusion
@@ -453,3 +456,412 @@ def test_what_is_left_alone(name):
     else:
         assert_same(step(actual, x), step(expected, x))
     assert (actual.flag, actual.seen) == (expected.flag, expected.seen)
+
+
+def test_residual_can_be_left_out():
+    expected, actual, report = converted(block(WRITTEN["bn + x"][0]), residual=False)
+    x = X()
+    assert operators(copy.deepcopy(actual), x).ours == {"identity": 1} and "residual=False" in report.rows[0].why
+    assert_same(step(actual, x), step(expected, x))
+
+
+@pytest.mark.parametrize(
+    "residual", [torch.randn(3, 1, 1).double(), torch.randn(4, 3, 5, 5), torch.randn(())], ids=["broadcast", "float32", "scalar"]
+)
+def test_sums_that_broadcast_or_promote(residual):
+    expected, actual, report = converted(block(lambda self, x: self.act(self.bn(x) + self.residual), residual=residual))
+    assert report.rows[0].becomes == "batch_norm_act(relu, residual)"
+    x = X()
+    assert_same(step(actual, x), step(expected, x))
+
+
+def test_one_batch_norm_called_twice_and_one_activation_called_thrice():
+    expected, actual, report = converted(block(lambda self, x: self.act(self.bn(self.conv(self.act(self.bn(x)))) + self.act(x * 1))))
+    x = X()
+    assert operators(copy.deepcopy(actual), x).ours == {"relu": 1, "relu, residual": 1}, report
+    assert_same(step(actual, x), step(expected, x))
+
+
+def test_batch_norm_frozen_and_shared_modules():
+    model = block(WRITTEN["module"][0])
+    model = nn.Sequential(model, copy.deepcopy(model), model)
+    model[0].bn.eval().requires_grad_(False)
+    expected, actual, _ = converted(model)
+    x = X()
+    assert operators(copy.deepcopy(actual), x).ours == {"relu": 3}
+    assert_same(step(actual, x), step(expected, x))
+    assert actual[0] is actual[2] and not actual[0].bn.training and actual[1].bn.training and actual.training
+
+
+def test_weights_that_are_tied_stay_tied():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()).double()
+    model[4].weight, model[3].weight = model[1].weight, model[0].weight
+    expected, actual, _ = converted(model)
+    assert actual[4].weight is actual[1].weight
+    x = X()
+    assert_same(step(actual, x), step(expected, x))
+
+
+# what changes after conversion
+
+
+def hook_batch_norm(model, seen):
+    model.bn.register_forward_hook(lambda module, inputs, output: seen.append(output.clone()))
+
+
+def hook_activation(model, seen):
+    model.act.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
+
+
+def hook_every_module(model, seen):
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: seen.append(output.clone()))
+    model(X())
+    handle.remove()
+
+
+CHANGES = {
+    "hook on the batch norm": hook_batch_norm,
+    "hook on the activation": hook_activation,
+    "hook on every module": hook_every_module,
+    "flag": lambda model, seen: setattr(model, "flag", False),
+    "attribute of a submodule": lambda model, seen: setattr(model.conv, "scale", 2.0),
+    "activation": lambda model, seen: setattr(model, "act", nn.ELU()),
+    "parameter of the activation": lambda model, seen: setattr(model.act, "negative_slope", 0.5),
+    "batch norm": lambda model, seen: setattr(model, "bn", nn.InstanceNorm2d(3).double()),
+    "submodule None": lambda model, seen: setattr(model, "optional", None),
+    "longer ModuleList": lambda model, seen: model.blocks.append(nn.BatchNorm2d(3).double()),
+    "mode": lambda model, seen: model.bn.eval(),
+    "forward": lambda model, seen: setattr(model, "forward", lambda x: model.conv(x)),
+    "pruning": lambda model, seen: l1_unstructured(model.conv, "weight", 0.5),
+    "SyncBatchNormAct": lambda model, seen: gk.convert_sync_batch_norm(model),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changes_after_conversion(name):
+    def forward(self, x):
+        y = self.bn(self.conv(x) * self.conv.scale)
+        if self.flag:
+            y = self.act(y)
+        for each in self.blocks:
+            y = each(y)
+        return y if self.optional is None else self.optional(y)
+
+    model = block(forward, nn.LeakyReLU(0.2))
+    model.conv.scale = 1.0
+    model.optional = nn.Conv2d(3, 3, 1).double()
+    expected, actual, _ = converted(model)
+    assert operators(copy.deepcopy(actual), X()).ours == {"leaky_relu": 1}
+    seen = [], []
+    for each, its in zip((expected, actual), seen, strict=True):
+        torch.manual_seed(0)
+        CHANGES[name](each, its)
+    x = X()
+    assert_same(step(actual, x), step(expected, x))
+    assert len(seen[0]) == len(seen[1])
+    torch.testing.assert_close(seen[1], seen[0])
+
+
+def test_parts_of_a_converted_sequential():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 1)).double()
+    expected, actual, _ = converted(model)
+    x = X()
+    for each in (expected, actual):
+        each.append(nn.BatchNorm2d(3).double())
+    torch.testing.assert_close(actual[:2](x), expected[:2](x))
+    assert_same(step(actual, x), step(expected, x))
+
+
+def test_converting_twice_is_converting_once():
+    model, x = network("ResNet-18")
+    first = gk.convert(model)
+    classes = [type(module) for module in model.modules()]
+    assert gk.convert(model) == first
+    assert [type(module) for module in model.modules()] == classes
+    assert operators(model, x).ours == NETWORKS["ResNet-18"][2]
+
+
+def test_revert_leaves_what_was_made_of_a_module_since():
+    model, x = network("ResNet-18")
+    plain = copy.deepcopy(model)
+    gk.convert(model)
+    gk.convert_sync_batch_norm(model)
+    gk.revert(model)
+    assert isinstance(model.bn1, gk.SyncBatchNormAct)
+    assert_same(step(model, x), step(plain, x))
+
+
+# standalone activations
+
+
+@pytest.mark.parametrize("module", [nn.LeakyReLU(0.2, inplace=True), nn.ELU(0.5), nn.SiLU(), nn.PReLU(3)], ids=repr)
+def test_standalone_activations_become_ours(module):
+    expected, actual, report = converted(nn.Sequential(nn.Conv2d(3, 3, 1), module).double())
+    assert type(actual[1]) is not type(module) and isinstance(actual[1], type(module)) and report.rows[0].becomes
+    x = X()
+    assert_same(step(actual, x), step(expected, x))
+    assert type(gk.revert(actual)[1]) is type(module) and actual[1].__dict__.keys() == module.__dict__.keys()
+
+
+@pytest.mark.parametrize(
+    "forward", [F.leaky_relu, F.elu, F.silu, lambda x: F.leaky_relu(input=x, negative_slope=0.2), lambda x: F.elu(x, 0.5, True)]
+)
+def test_standalone_functions_become_ours(forward):
+    expected, actual, report = converted(block(lambda self, x: forward(self.conv(x))))
+    assert [row.becomes is not None for row in report.rows if row.name == ""] == [True]
+    x = X()
+    assert not operators(copy.deepcopy(actual), x).torchs
+    assert_same(step(actual, x), step(expected, x))
+
+
+@pytest.mark.parametrize(
+    ("module", "why"), [(nn.ReLU(), "nothing to fuse"), (nn.SiLU(True), "in place"), (nn.RReLU(), "other slopes"), (nn.GELU(), "no kernel")]
+)
+def test_activations_that_stay(module, why):
+    _, actual, report = converted(nn.Sequential(nn.Conv2d(3, 3, 1), module))
+    assert type(actual[1]) is type(module) and report.rows[0].becomes is None and why in report.rows[0].why
+
+
+# bad input
+
+
+def quantised():
+    return nn.Sequential(nn.BatchNorm2d(3), torch.ao.nn.quantized.Linear(3, 3))
+
+
+BAD = {
+    "scripted": (lambda: torch.jit.script(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())), "the model is scripted"),
+    "quantised": (quantised, "the model is quantised (1: Linear)"),
+    "no batch norm": (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()), "the model has no batch normalisation"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_reported_and_untouched(name):
+    make, note = BAD[name]
+    model = make()
+    before = [(type(module), repr(module)) for module in model.modules()]
+    report = gk.convert(model)
+    assert note in str(report)
+    assert [(type(module), repr(module)) for module in model.modules()] == before
+
+
+def test_a_scripted_submodule_is_left():
+    model = nn.Sequential(torch.jit.script(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())), nn.BatchNorm2d(3), nn.ReLU()).double()
+    plain = copy.deepcopy(model)
+    report = gk.convert(model)
+    assert [row.becomes for row in report.rows] == ["batch_norm_act(relu)"] and report.notes == ("0 is scripted and left as it is",)
+    x = X()
+    assert_same(step(model, x), step(plain, x))
+
+
+@pytest.mark.parametrize("convert", [gk.convert, gk.fold])
+def test_what_is_no_module(convert):
+    with pytest.raises(TypeError, match=r"takes a torch\.nn\.Module, not Tensor"):
+        convert(torch.ones(1))
+
+
+def interrupted(function, after):
+    calls = iter(range(after))
+
+    def call(*arguments):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    return call
+
+
+@pytest.mark.parametrize("converted_before", [False, True])
+@pytest.mark.parametrize("during", ["reading", "applying", "check"])
+def test_an_exception_leaves_the_model_as_it_was(during, converted_before, monkeypatch):
+    model, x = network("ResNet-18")
+    if converted_before:
+        gk.convert(model)
+    before = [(type(module), dict(module.__dict__)) for module in model.modules()]
+    buffers = [each.clone() for each in model.buffers()]
+    # The package's attribute of that name is the function.
+    module = importlib.import_module("gradkernels.convert")
+    if during == "reading":
+        monkeypatch.setattr(fusion, "fuse", interrupted(fusion.fuse, 5))
+    elif during == "applying":
+        monkeypatch.setattr(module, "check_act", interrupted(module.check_act, 5))
+    with pytest.raises(RuntimeError if during == "check" else KeyboardInterrupt):
+        gk.convert(model, check=x[:, :2] if during == "check" else x)
+    assert [(type(module), module.__dict__) for module in model.modules()] == before
+    assert all(torch.equal(*each) for each in zip(buffers, model.buffers(), strict=True))
+
+
+# the report
+
+
+def test_check_measures_and_leaves_no_trace():
+    model, x = network("U-Net")
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    buffers = {name: each.clone() for name, each in model.named_buffers()}
+    generator = torch.get_rng_state()
+    report = gk.convert(model, check=x)
+    assert all(torch.equal(each, buffers[name]) for name, each in model.named_buffers())
+    assert all(torch.equal(parameter.grad, torch.ones_like(parameter)) for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), generator)
+    for difference in (report.output_difference, report.gradient_difference):
+        assert 0 < difference.difference < 1e-9 * difference.magnitude
+    assert "saved for backward" in str(report) and report.gradient_difference.name in dict(model.named_parameters())
+
+
+def test_saved_bytes_are_those_that_autograd_keeps():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ELU(), nn.Conv2d(8, 8, 1))
+    x = torch.randn(2, 3, 16, 16)
+    report = gk.convert(model, check=x)
+    image, statistics = 2 * 8 * 16 * 16 * 4, 2 * 8
+    # x; the inputs of batch norm, ELU and convolution, and in two more numbers a channel mean and invstd.
+    assert report.saved_bytes_before == x.nbytes + 3 * image + statistics * 4
+    # Ours keeps these in float64.
+    assert report.saved_bytes_after == x.nbytes + 2 * image + statistics * 8
+
+
+def test_check_takes_several_arguments():
+    model = block(lambda self, x, y: self.act(self.bn(x) + y))
+    assert gk.convert(model, check=(X(), X())).output_difference.magnitude > 0
+
+
+# What fusing keeps less of: every slope but that of ReLU, which torch reads off the output that the next convolution keeps anyway.
+@pytest.mark.parametrize(("name", "most"), [("DarkNet", 0.75), ("EfficientNet", 0.8), ("U-Net", 0.8), ("ResNet-50", 1.03)])
+def test_saved_bytes_of_whole_networks(name, most):
+    model, x = network(name, torch.float32)
+    report = gk.convert(model, check=x)
+    assert report.saved_bytes_after <= most * report.saved_bytes_before, str(report).splitlines()[1]
+
+
+def test_the_printed_report():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.GELU())
+    assert str(gk.convert(model)) == (
+        "convert: 1 of 2 batch norms and activations replaced\n"
+        "  module  found              becomes               why\n"
+        "  1       BatchNorm2d, ReLU  batch_norm_act(relu)\n"
+        "  4       GELU               left as it is         there is no kernel for GELU"
+    )
+
+
+# fold
+
+
+@pytest.mark.parametrize("convert", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_fold_gives_the_outputs_of_evaluation(name, convert):
+    model, x = network(name)
+    step(model, x)
+    if convert:
+        gk.convert(model)
+    state = {key: each.clone() for key, each in model.state_dict().items()}
+    folded = gk.fold(model)
+    assert_same(model.state_dict(), state, bound=0)
+    assert model.training and not any(module.training for module in folded.modules())
+    with torch.no_grad():
+        assert_same({"output": flat(folded(x))}, {"output": flat(model.eval()(x))})
+    left = [type(module) for module in folded.modules() if isinstance(module, _BatchNorm)]
+    # Of these two one follows another batch norm, the others an activation.
+    assert len(left) == {"timm": 1, "MLP, activation first": 3}.get(name, 0)
+
+
+CONVOLUTIONS = [
+    (nn.Conv1d(4, 6, 3, groups=2), nn.BatchNorm1d(6), (2, 4, 9)),
+    (nn.Conv3d(4, 6, 1, bias=False), nn.BatchNorm3d(6, affine=False), (2, 4, 3, 3, 3)),
+    (nn.ConvTranspose1d(4, 6, 3), nn.BatchNorm1d(6), (2, 4, 9)),
+    (nn.ConvTranspose2d(4, 6, 3, groups=2, bias=False), nn.BatchNorm2d(6), (2, 4, 5, 5)),
+    (nn.ConvTranspose3d(4, 8, 2, groups=4), nn.BatchNorm3d(8), (2, 4, 3, 3, 3)),
+    (nn.Conv2d(4, 6, 3), gk.BatchNormAct2d(6, act="leaky_relu", act_param=0.3), (2, 4, 5, 5)),
+    (nn.Conv2d(4, 6, 3), gk.BatchNormAct2d(6, act="relu6"), (2, 4, 5, 5)),
+    (nn.Linear(4, 6), nn.BatchNorm1d(6), (5, 4)),
+]
+
+
+@pytest.mark.parametrize(("layer", "bn", "shape"), CONVOLUTIONS, ids=lambda each: type(each).__name__)
+def test_fold_of_every_layer(layer, bn, shape):
+    model = nn.Sequential(copy.deepcopy(layer), copy.deepcopy(bn)).double()
+    if bn.affine:
+        nn.init.uniform_(model[1].weight, 0.5, 1.5)
+    x = torch.randn(shape, dtype=torch.float64)
+    model(x + 0.5)
+    folded = gk.fold(model)
+    assert not any(isinstance(module, _BatchNorm) for module in folded.modules())
+    assert_same({"output": folded(x).detach()}, {"output": model.eval()(x).detach()})
+
+
+UNFOLDED = {
+    "read twice": lambda self, x: (lambda y: self.bn(y) + y)(self.conv(x)),
+    "layer called twice": lambda self, x: self.bn(self.conv(self.conv(x))),
+    "batch norm called twice": lambda self, x: self.bn(self.bn(self.conv(x))),
+    "weight read": lambda self, x: self.bn(self.conv(x)) * self.conv.weight.mean(),
+    "one at a time": lambda self, x: self.bn(self.conv(x)) if x.sum() > -1e9 else self.conv(x),
+    "hooked": lambda self, x: self.bn(self.conv(x)),
+    "tied": lambda self, x: self.bn(self.conv(x)) + self.blocks[0](x),
+    "no running statistics": lambda self, x: self.bn(self.conv(x)),
+}
+
+
+@pytest.mark.parametrize("name", UNFOLDED)
+def test_what_is_not_folded(name):
+    model = block(UNFOLDED[name], blocks=nn.ModuleList([nn.Conv2d(3, 3, 1)]).double())
+    if name == "hooked":
+        model.conv.register_forward_hook(lambda module, inputs, output: output * 2)
+    elif name == "tied":
+        model.blocks[0].weight = model.conv.weight
+    elif name == "no running statistics":
+        model.bn = nn.BatchNorm2d(3, track_running_stats=False).double()
+    folded, x = gk.fold(model), X()
+    assert isinstance(folded.bn, nn.BatchNorm2d)
+    assert_same({"output": folded(x).detach()}, {"output": model.eval()(x).detach()}, bound=1e-12)
+
+
+def test_a_folded_linear_layer_refuses_what_it_cannot_know():
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
+    with pytest.raises(ValueError, match="cannot be folded into a linear layer"):
+        gk.fold(model)(torch.randn(2, 4, 5))
+
+
+# the libraries themselves, where their compiled parts suit this torch
+
+
+def library(name):
+    try:
+        return importlib.import_module(name)
+    except (ImportError, RuntimeError, OSError) as error:
+        pytest.skip(f"{name} does not import: {error}")
+
+
+LIBRARY_MODELS = [
+    *(("torchvision", name) for name in ("resnet18", "efficientnet_b0", "mobilenet_v2", "densenet121", "shufflenet_v2_x0_5")),
+    *(("timm", name) for name in ("resnet18", "efficientnet_b0", "darknet53", "resnetv2_50", "regnety_002", "mobilenetv3_small_050")),
+    *(("ultralytics", name) for name in ("yolov8n.yaml", "yolo11n.yaml", "yolov3-tiny.yaml")),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("package", "name"), LIBRARY_MODELS)
+def test_models_of_libraries(package, name):
+    if package == "torchvision":
+        model = getattr(library("torchvision").models, name)(num_classes=10)
+    elif package == "timm":
+        model = library("timm").create_model(name, num_classes=10)
+    else:
+        model = importlib.import_module(f"{library('ultralytics').__name__}.nn.tasks").DetectionModel(name, verbose=False)
+    model = model.double()
+    for module in model.modules():
+        # Slopes of dropout are drawn anew for each call.
+        if "drop" in type(module).__name__.lower() or "StochasticDepth" in type(module).__name__:
+            module.eval()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    plain = copy.deepcopy(model)
+    report = gk.convert(model, check=x)
+    assert report.output_difference.difference <= 1e-6 * report.output_difference.magnitude, report
+    assert report.gradient_difference.difference <= 1e-4 * report.gradient_difference.magnitude, report
+    bn = [module for module in plain.modules() if isinstance(module, _BatchNorm)]
+    assert sum(row.becomes is not None and "Batch" in row.found for row in report.rows) == len(bn), report
+    with torch.no_grad():
+        model.eval(), plain.eval()
+        for each in (model, gk.fold(model)):
+            for actual, expected in zip(tree_leaves(each(x)), tree_leaves(plain(x)), strict=True):
+                if isinstance(expected, torch.Tensor):
+                    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-8)
