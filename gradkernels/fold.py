@@ -143,8 +143,8 @@ def _replacement(layer: Any, bn: _BatchNorm) -> nn.Module | None:
         return place
     if isinstance(bn, (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d)):
         return place if bn.act == "identity" else nn.Sequential(place, _activation(bn.act, bn.act_param))
-    applied = fusion.applied_activation(bn)
-    return None if applied is None else nn.Sequential(place, applied)
+    applied = fusion.applied_after(bn)
+    return None if applied is None else nn.Sequential(place, *applied)
 
 
 def _activation(act: str, act_param: float) -> nn.Module:

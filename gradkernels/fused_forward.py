@@ -6,8 +6,8 @@ forward runs, on submodules that are what they were. So a hook added later, a re
 """
 
 import functools
-import importlib
 import linecache
+import pkgutil
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -60,25 +60,20 @@ class Expected:
 
 @dataclass(frozen=True)
 class FusedForward:
-    """source: of a function `forward`; names: (name in it, module, name there or "" for the module itself) of what it needs.
+    """source: of a function `forward`; names: what it needs, as (name in it, "module:name there").
 
     attributes, children, expected: what has to hold. Immutable and picklable, so that blocks and their copies share it.
     """
 
     source: str
-    names: tuple[tuple[str, str, str], ...]
+    names: tuple[tuple[str, str], ...]
     attributes: tuple[tuple[Path, str, Any], ...]
     children: tuple[tuple[Path, tuple[tuple[str, bool], ...]], ...]
     expected: tuple[Expected, ...]
     function: Callable[..., Any] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        namespace: dict[str, Any] = {}
-        for name, module, qualified in self.names:
-            value: Any = importlib.import_module(module)
-            for part in qualified.split(".") if qualified else ():
-                value = getattr(value, part)
-            namespace[name] = value
+        namespace: dict[str, Any] = {name: pkgutil.resolve_name(place) for name, place in self.names}
         file = f"<fused forward {hash(self.source) & 0xFFFFFFFF:08x}>"
         # Tracebacks show its lines.
         linecache.cache[file] = (len(self.source), None, self.source.splitlines(True), file)

@@ -4,9 +4,9 @@ Only nodes whose value nobody else sees are fused. Without a residual the fused 
 stands where the activation did, so what lies between must neither write to nor alias what is then read later.
 """
 
-import importlib
 import inspect
 import operator
+import pkgutil
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -413,7 +413,7 @@ class _Fuser:
         code = self.graph.python_code("self")
         # Without what torch.fx adds for every graph.
         used = {name for name in code.globals if re.search(rf"(?<![\w.]){name}(?!\w)", code.src)}
-        names = tuple(sorted(_importable(name, code.globals[name]) for name in used))
+        names = tuple(sorted((name, _place(code.globals[name])) for name in used))
         return FusedForward(code.src, names, self.attributes, children, tuple(self.expected.values()))
 
 
@@ -423,72 +423,79 @@ def _name(node: Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
-def _importable(name: str, value: Any) -> tuple[str, str, str]:
-    """Where a name of the generated source is found again, in another process too."""
+def _place(value: Any) -> str:
+    """Where a value of the generated source is found again, in another process too."""
     if isinstance(value, ModuleType):
-        return name, value.__name__, ""
-    if isinstance(value, float):
-        return name, "math", name
-    module, qualified = value.__module__, value.__qualname__
-    if operator.attrgetter(qualified)(importlib.import_module(module)) is not value:
-        raise LookupError(f"calls {qualified}, which cannot be found by its name in {module}")
-    return name, module, qualified
+        return f"{value.__name__}:"
+    # torch.fx writes inf and nan by their names.
+    place = f"math:{value}" if isinstance(value, float) else f"{value.__module__}:{value.__qualname__}"
+    found = pkgutil.resolve_name(place)
+    if found is not value and value == value:
+        raise LookupError(f"{place} is not what its forward calls")
+    return place
 
 
-def applied_activation(bn: _BatchNorm) -> nn.Module | None:
-    """The activation that a batch norm applies in its own forward, as timm's BatchNormAct2d does, where it does nothing else."""
-    name = _norm_act(bn, read(bn))
-    return None if name is None else bn.get_submodule(name[0])
+def applied_after(bn: _BatchNorm) -> list[nn.Module] | None:
+    """What a batch norm applies to its result in its own forward, as timm's BatchNormAct2d does; None where it does anything else."""
+    path = _norm_act(bn, read(bn))
+    return None if path is None else [bn.get_submodule(each) for each in path]
 
 
 def _fuse_norm_act(block: nn.Module, reading: Reading) -> Fusion:
-    found = _norm_act(block, reading)
-    if found is None:
+    path = _norm_act(block, reading)
+    if not path:
         return Fusion()
-    act_path, passed = found
-    act = block.get_submodule(act_path)
-    name, act_param = resolve_act(act, None)
-    expected = [Expected((path,), (nn.Identity,), None, None) for path in passed] + [expected_act((act_path,), act)]
-    source = f"def forward(self, x):\n    return normalize(self, x, None, {name!r}, {act_param!r})\n"
-    names = (("normalize", normalize.__module__, "normalize"),)
-    forward = FusedForward(source, names, (), (((), children_of(block)),), tuple(expected))
-    site = Site(block, f"{type(block).__name__}, {type(act).__name__}", f"batch_norm_act({name})", absorbed=(act,))
-    return Fusion([site], forward)
+    act = block.get_submodule(path[-1])
+    passed = [block.get_submodule(each) for each in path[:-1]]
+    site = Site(block, ", ".join([type(block).__name__, *(type(each).__name__ for each in (*passed, act))]))
+    expected: list[Expected] = []
+    if any(map(has_hooks, (*passed, act))):
+        why = "what it applies is hooked"
+    elif any(type(each) is not nn.Identity for each in passed):
+        why = f"{type(passed[0]).__name__} stands before its activation"
+    elif type(act) not in ACT_MODULES or any(True for _ in act.parameters()):
+        why = f"there is no kernel for {type(act).__name__} with batch norm"
+    else:
+        why = ""
+    result = "normalize(self, x, None, 'identity', 0.0)"
+    if why:
+        site.fused, site.why = "batch_norm_act(identity)", why
+        for each in path:
+            result = f"self.{each}({result})"
+    else:
+        name, act_param = resolve_act(act, None)
+        expected = [Expected((each,), (nn.Identity,), None, None) for each in path[:-1]] + [expected_act((path[-1],), act)]
+        site.fused, site.absorbed = f"batch_norm_act({name})", (act,)
+        result = f"normalize(self, x, None, {name!r}, {act_param!r})"
+    names = (("normalize", _place(normalize)),)
+    source = f"def forward(self, x):\n    return {result}\n"
+    return Fusion([site], FusedForward(source, names, (), (((), children_of(block)),), tuple(expected)))
 
 
-def _norm_act(block: nn.Module, reading: Reading) -> tuple[str, tuple[str, ...]] | None:
-    """Where both modes are exactly batch norm, any nn.Identity and an activation: the names of the activation and of what is passed."""
+def _norm_act(block: nn.Module, reading: Reading) -> list[str] | None:
+    """Where both modes are exactly a batch norm and submodules applied one after another: the names of these."""
     if not isinstance(block, _BatchNorm) or reading.by_mode is None:
         return None
     training, evaluation = (_norm_act_in(block, graph, mode) for graph, mode in zip(reading.by_mode, (True, False), strict=True))
     return training if training == evaluation else None
 
 
-def _norm_act_in(block: _BatchNorm, graph: Graph, training: bool) -> tuple[str, tuple[str, ...]] | None:
-    """The names of the activation and of what is passed through; None unless the graph is batch_norm, nn.Identity, activation."""
+def _norm_act_in(block: _BatchNorm, graph: Graph, training: bool) -> list[str] | None:
     nodes = list(graph.nodes)
-    (node,) = nodes[-1].all_input_nodes or [nodes[0]]
+    seen = {nodes[-1]}
     path: list[str] = []
-    seen: set[Node] = {nodes[-1]}
+    (node,) = nodes[-1].all_input_nodes or nodes[:1]
     while node.op == "call_module" and len(node.all_input_nodes) == 1 and node.args == tuple(node.all_input_nodes):
-        path.append(str(node.target))
+        path.insert(0, str(node.target))
         seen.add(node)
         (node,) = node.all_input_nodes
-    if not path or node.target is not F.batch_norm:
-        return None
-    act, *passed = path
-    modules = [block.get_submodule(each) for each in path]
-    if any(has_hooks(each) for each in modules) or any(type(each) is not nn.Identity for each in modules[1:]):
-        return None
-    if type(modules[0]) not in ACT_MODULES or any(True for _ in modules[0].parameters()):
+    if node.target is not F.batch_norm:
         return None
     given = [str(each.target) if isinstance(each, Node) else each for each in (*node.args, *node.kwargs.values())]
     inputs = [str(each.target) for each in nodes if each.op == "placeholder"]
     fields = ["running_mean", "running_var", "weight", "bias"]
-    if given != [*inputs, *fields, training, block.momentum, block.eps] or list(node.kwargs) not in (
-        [],
-        list(_BATCH_NORM)[-len(node.kwargs) :],
-    ):
+    named = list(node.kwargs)
+    if given != [*inputs, *fields, training, block.momentum, block.eps] or named != list(_BATCH_NORM)[len(_BATCH_NORM) - len(named) :]:
         return None
     seen.add(node)
     counted = 0
@@ -499,7 +506,7 @@ def _norm_act_in(block: _BatchNorm, graph: Graph, training: bool) -> tuple[str, 
             counted += 1
         elif each.target not in (getattr, operator.eq, torch._assert):
             return None
-    return (act, tuple(passed)) if counted == training else None
+    return path if counted == training else None
 
 
 _BATCH_NORM = inspect.signature(F.batch_norm).parameters
