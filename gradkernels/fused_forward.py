@@ -110,8 +110,8 @@ _NOTHING = nn.Module()
 
 
 def children_of(module: nn.Module) -> tuple[tuple[str, bool], ...]:
-    """The names of its submodules, and which of them are None: what a forward goes through and compares with None."""
-    return tuple((name, each is None) for name, each in module._modules.items())
+    """The names of its submodules and parameters, and which of them are None: what a forward goes through and compares with None."""
+    return tuple((name, each is None) for own in (module._modules, module._parameters) for name, each in own.items())
 
 
 # What an object without a __reduce__ of its own is made again by.

@@ -24,6 +24,7 @@ from gradkernels.batch_norm_act import ACT_MODULES, BatchNormAct1d, BatchNormAct
 from gradkernels.dataflow import IN_PLACE, Path, Reading, read
 from gradkernels.fused_forward import Expected, FusedForward, children_of, has_hooks, normalize
 from gradkernels.reference import check_act
+from gradkernels.sync_batch_norm_act import SyncBatchNormAct
 
 
 class SiLU(nn.SiLU):
@@ -180,7 +181,8 @@ class _Fuser:
     def at_batch_norm(self, node: Node, module: _BatchNorm, order: list[Node]) -> tuple[Site, _Chain | None]:
         site = Site(module, type(module).__name__)
         if type(module) not in _CALLABLE:
-            site.why = f"a subclass of batch normalisation, {type(module).__name__}, may compute something else"
+            is_sync = isinstance(module, (nn.SyncBatchNorm, SyncBatchNormAct))
+            site.why = "its statistics are those of many processes" if is_sync else f"{type(module).__name__} may compute something else"
         elif getattr(module, "act", "identity") != "identity" or len(node.args) != 1 or node.kwargs:
             site.why = "has an activation or a residual already"
         elif has_hooks(module):
