@@ -22,7 +22,7 @@ print(*(each for each in requirements if not each.startswith("gradkernels")), se
 endef
 export PRINT_REQUIREMENTS
 
-.PHONY: help build demo test test-all lint format bench clean
+.PHONY: help build demo test test-all fuzz lint format bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -37,6 +37,9 @@ test: $(LIBRARY)  ## pytest without the slow tests
 
 test-all: $(LIBRARY)  ## pytest with them: builds an sdist and a wheel too
 	.venv/bin/python -m pytest -m ""
+
+fuzz: $(LIBRARY)  ## 10,000 new examples for each test of tests/test_fuzz.py, where make test has the same 200
+	.venv/bin/python -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
 
 lint: $(REQUIREMENTS)  ## ruff, mypy and clang-format, changing nothing
 	.venv/bin/ruff check .

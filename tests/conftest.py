@@ -1,12 +1,20 @@
-"""What every test gets: a native library (missing, a test fails rather than passing on the reference), seeded data, threads put back.
+"""What every test gets: a native library (missing, a test fails rather than passing on the reference), seeded data, threads put back; and
+how many examples hypothesis tries: the same 200 each time, 10,000 new ones with --hypothesis-profile=fuzz.
 
 test_native.py is about the library's absence and test_layout.py about the sources, so these two go without.
 """
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from gradkernels import _native
+
+# Seeded data and native() are the same for every example.
+ALWAYS = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
+settings.register_profile("test", max_examples=200, derandomize=True, **ALWAYS)
+settings.register_profile("fuzz", max_examples=10_000, print_blob=True, **ALWAYS)
+settings.load_profile("test")
 
 WITHOUT_NATIVE = {"test_native", "test_layout"}
 

@@ -5,11 +5,12 @@
 #include <torch/csrc/stable/c/shim.h>
 
 #include <cstdint>
+#include <new>
 
 namespace gradkernels::cpu {
 
 // function(begin, end) for ranges that make up [0, count), on any threads; a range has at least `grain` where there are so many. The
-// function must not throw.
+// function may throw std::bad_alloc alone: of an exception in one of the threads, torch says that there was one.
 template <typename Function>
 void parallel_for_ranges(int64_t count, int64_t grain, const Function& function) {
   if (count <= grain) {
@@ -17,7 +18,7 @@ void parallel_for_ranges(int64_t count, int64_t grain, const Function& function)
     return;
   }
   const auto run = [](int64_t begin, int64_t end, void* context) { (*static_cast<const Function*>(context))(begin, end); };
-  torch_parallel_for(0, count, grain, run, const_cast<Function*>(&function));
+  if (torch_parallel_for(0, count, grain, run, const_cast<Function*>(&function)) != 0) throw std::bad_alloc();
 }
 
 // function(i) for i in [0, count), likewise.

@@ -76,8 +76,8 @@ bool per_channel(const at::Tensor& x, std::initializer_list<OptionalTensor> para
   const at::ScalarType dtype = parameter_dtype(x, parameters);
   if (dtype != x.scalar_type() && !(dtype == at::kFloat && x.element_size() == 2)) return false;
   return std::all_of(parameters.begin(), parameters.end(), [&](const OptionalTensor& values) {
-    return !is_given(values) || (values->scalar_type() == dtype && values->device() == x.device() && values->dim() == 1 &&
-                                 values->sym_size(0) == x.sym_size(1) && values->is_contiguous());
+    return !is_given(values) || (values->scalar_type() == dtype && values->device() == x.device() && values->layout() == at::kStrided &&
+                                 values->dim() == 1 && values->sym_size(0) == x.sym_size(1) && values->is_contiguous());
   });
 }
 
@@ -149,13 +149,14 @@ BatchNormActResult composite::batch_norm_act(const at::Tensor& x, const Optional
   const OptionalTensor written_var = copies ? OptionalTensor(running_var->clone()) : running_var;
   const at::Tensor z =
       at::batch_norm(x, weight, bias, written_mean, written_var, training, factor, eps, at::globalContext().userEnabledCuDNN());
+  const at::Tensor y = add_and_activate(z, residual, act, act_param);
   if (copies) {
     running_mean->copy_(*written_mean);
     running_var->copy_(*written_var);
   }
   if (is_given(counted)) counted->add_(1);
   const at::Tensor none = at::empty({0}, x.options());
-  return {add_and_activate(z, residual, act, act_param), none.to(at::kDouble), none.to(at::kDouble), none.to(at::kByte)};
+  return {y, none.to(at::kDouble), none.to(at::kDouble), none.to(at::kByte)};
 }
 
 namespace {
@@ -350,6 +351,11 @@ void check_statistic(const at::Tensor& statistic, const at::Tensor& x, int64_t v
               "batch_norm_act: statistics must be float64 of ", values_per_channel, " values a channel, on the device of x");
 }
 
+void check_count(const at::Tensor& count, const at::Tensor& x) {
+  TORCH_CHECK(count.scalar_type() == at::kDouble && count.device() == x.device() && count.dim() == 1 && count.sym_size(0) == 1,
+              "batch_norm_act: count must be float64 of one element, on the device of x");
+}
+
 // Composed of ATen's operators: for devices and dtypes without a kernel, empty shares of a batch included. Nothing here waits for a device.
 namespace parts {
 
@@ -460,8 +466,9 @@ GatheredStats gathered_stats(const at::Tensor& moments, const OptionalTensor& ru
               moments.sym_sizes());
   const c10::SymInt channels = (moments.sym_size(1) - 1) / 2;
   for (const OptionalTensor& running : {running_mean, running_var}) {
-    TORCH_CHECK(!is_given(running) || (at::isFloatingType(running->scalar_type()) && running->device() == moments.device() &&
-                                       running->dim() == 1 && running->sym_size(0) == channels && running->is_contiguous()),
+    TORCH_CHECK(!is_given(running) || (at::isFloatingType(running->scalar_type()) && running->layout() == at::kStrided &&
+                                       running->device() == moments.device() && running->dim() == 1 && running->sym_size(0) == channels &&
+                                       running->is_contiguous()),
                 "batch_norm_act_gather_stats: running statistics must have ", channels, " elements on the device of moments");
   }
   check_num_batches_tracked(num_batches_tracked);
@@ -607,8 +614,7 @@ at::Tensor batch_norm_act_backward_elemt(const at::Tensor& grad_y, const at::Ten
                                          const at::Tensor& count) {
   check_elemt(x, mean, invstd, weight, bias, residual);
   check_statistic(sums, x, 2);
-  TORCH_CHECK(count.device() == x.device(), "batch_norm_act_backward_elemt: count must be on the device of x, ", x.device(), ", got ",
-              count.device());
+  check_count(count, x);
   if (!parts_have_kernel(x, weight, bias)) {
     const parts::Normalised normalised(x, mean, invstd, weight, bias);
     const at::Tensor dz = normalised.gradient(grad_y, residual, activation(act, act_param));
@@ -633,8 +639,7 @@ at::Tensor batch_norm_act_backward_elemt_meta(const at::Tensor& grad_y, const at
                                               double act_param, const at::Tensor& sums, const at::Tensor& count) {
   check_elemt(x, mean, invstd, weight, bias, residual);
   check_statistic(sums, x, 2);
-  TORCH_CHECK(count.device() == x.device(), "batch_norm_act_backward_elemt: count must be on the device of x, ", x.device(), ", got ",
-              count.device());
+  check_count(count, x);
   if (!parts_have_kernel(x, weight, bias)) return at::empty_like(x, Layout(x).format);
   return Backward(grad_y, x, mean, invstd, weight, bias, residual, mask, act, act_param, {true, false, false, false}).grad_x;
 }

@@ -1,0 +1,423 @@
+"""Every function on operands that hypothesis lays out in memory: equal to torch's or a clean exception, and nothing written outside.
+
+An operand is a view into a larger buffer: any order of dimensions, gaps, an offset, expanded dimensions, elements that share memory. What
+is written in place may change the elements of the view and not its neighbours. Raw calls of the schemas run in a process of their own, as
+does what reads from the edge of a page that may not be read. `make fuzz` tries 10,000 examples of each where `make test` tries 200.
+"""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.testing import assert_close
+
+import gradkernels as gk
+from accuracy import assert_bitwise_equal
+from gradkernels import reference
+
+OPS = torch.ops.gradkernels
+FOLDER = Path(__file__).parent
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+ROUTED_DTYPES = [torch.int64, torch.bool, torch.complex64]
+# About packets, chunks of short runs and lines; most often small, or nothing would be non-contiguous in five dimensions.
+EXTENTS = st.one_of(st.integers(1, 5), st.sampled_from([0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 129]))
+NUMBERS = st.one_of(st.sampled_from([0.0, 1.0, -1.0, 0.25, -0.5, 3.0]), st.floats(-4, 4, width=32))
+SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40, -1e-40, 3e38, -3e38, 100.0, -100.0]
+LARGEST = 20_000
+KINDS = ("plain", "plain", "format", "strided", "strided", "expanded", "sharing")
+# torch writes to these; in place it refuses expanded dimensions, and does as it happens with other elements that share memory.
+WRITABLE = ("plain", "format", "strided", "strided")
+IN_PLACE = (*WRITABLE, "expanded")
+
+
+@dataclass
+class Operand:
+    """A tensor and the buffer it is a view of."""
+
+    buffer: torch.Tensor
+    view: torch.Tensor
+
+    def copy(self):
+        buffer = self.buffer.clone()
+        return Operand(buffer, buffer.as_strided(self.view.shape, self.view.stride(), self.view.storage_offset()))
+
+    def outside(self):
+        """The buffer with the view's own elements set to 0."""
+        copy = self.copy()
+        copy.view.zero_()
+        return copy.buffer
+
+
+@st.composite
+def shapes(draw, dims=(0, 5)):
+    shape = draw(st.lists(EXTENTS, min_size=dims[0], max_size=dims[1]))
+    assume(math.prod(shape) <= LARGEST)
+    return tuple(shape)
+
+
+@st.composite
+def operands(draw, shape, dtype, *, kinds=KINDS, special=False):
+    """An operand of this shape: in one of torch's memory formats, or with any strides."""
+    order = draw(st.permutations(range(len(shape))))
+    steps = draw(st.lists(st.sampled_from([1, 1, 1, 2, 3]), min_size=len(shape), max_size=len(shape)))
+    kind = draw(st.sampled_from(kinds))
+    expanded = draw(st.sets(st.sampled_from(range(len(shape))))) if kind == "expanded" and shape else set()
+    strides, extent = [1] * len(shape), 1
+    if kind == "format" and len(shape) > 2:
+        order, kind = (1, *range(len(shape) - 1, 1, -1), 0), "ordered"
+    elif kind in ("plain", "format"):
+        order = range(len(shape) - 1, -1, -1)
+    for d in order:
+        if kind == "sharing":
+            continue
+        if d in expanded:
+            strides[d] = 0
+            continue
+        strides[d] = extent
+        extent *= max(shape[d], 1) * (steps[d] if kind in ("strided", "expanded") else 1)
+    offset = draw(st.integers(0, 9))
+    needed = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True) if size > 1) + 1
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    buffer = (torch.randn(needed + 9, generator=generator) * 3).to(dtype)
+    if special and dtype.is_floating_point and draw(st.booleans()):
+        value = draw(st.sampled_from(SPECIAL))
+        buffer[draw(st.integers(0, needed - 1))] = value
+    return Operand(buffer, buffer.as_strided(shape, strides, offset))
+
+
+def outcome_of(function):
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
+
+
+def assert_like_torch(ours, theirs, wide=None, terms=1.0):
+    """Results equal torch's in wider type where torch has one; what torch refuses may have a meaning here, never the other way round."""
+    (our, our_error), (their, their_error) = ours, theirs
+    if our_error is not None:
+        assert their_error is not None, f"torch takes what gradkernels refuses: {our_error!r}"
+        assert isinstance(our_error, type(their_error)), f"{our_error!r}, where torch raises {their_error!r}"
+    elif their_error is None:
+        for i, (actual, expected) in enumerate(zip(our, their, strict=True)):
+            assert actual.dtype == expected.dtype and actual.shape == expected.shape, f"result {i}: {actual.dtype} {actual.shape}"
+            assert_near(f"result {i}", actual, expected, expected if wide is None else wide[i], terms)
+
+
+def assert_near(name, actual, torchs, exact, terms):
+    """Rounded once, from terms of at most this size that were rounded more often, 16 bits in float32; or what torch has, bit for bit."""
+    if not actual.dtype.is_floating_point:
+        return assert_close(actual, torchs, equal_nan=True)
+    exact = exact.to(actual.dtype).double()
+    eps = torch.finfo(actual.dtype).eps
+    largest = exact[exact.isfinite()].abs().max().item() if exact.isfinite().any() else 0.0
+    slack = 64 * min(eps, torch.finfo(torch.float32).eps) * max(terms, largest)
+    right = torch.isclose(actual.double(), exact, rtol=4 * eps, atol=slack, equal_nan=True)
+    right |= (actual == torchs) | (actual.isnan() & torchs.isnan())
+    assert right.all(), f"{name}: {actual[~right][:5]} is not {exact[~right][:5]}, torch has {torchs[~right][:5]}"
+
+
+def product_of(x, grad_y):
+    """The size of grad_y x^2, the largest term in the gradient of swish's beta."""
+    return (1.0 + largest_of(x)) ** 2 * (1.0 + largest_of(grad_y))
+
+
+def largest_of(x):
+    return x[x.isfinite()].double().abs().max().item() if x.isfinite().any() else 0.0
+
+
+def value_and_grads(function, leaves, grad_y):
+    """The result and the gradients by its arguments, which are the very views that were drawn."""
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad_y.to(y.dtype))]
+
+
+def in_float64(tensors):
+    return [tensor.double() for tensor in tensors]
+
+
+ELEMENTWISE = {
+    "leaky_relu": (gk.leaky_relu, reference.leaky_relu),
+    "elu": (gk.elu, reference.elu),
+    "swish": (gk.swish, reference.swish),
+    "rrelu": (
+        lambda x, slope, inplace=False: gk.rrelu(x, slope, slope, True, inplace),
+        lambda x, slope, inplace=False: reference.leaky_relu(x, slope, inplace),
+    ),
+}
+
+
+@given(data=st.data())
+def test_activation(data):
+    ours, theirs = ELEMENTWISE[data.draw(st.sampled_from(sorted(ELEMENTWISE)))]
+    shape, param = data.draw(shapes()), data.draw(NUMBERS)
+    dtype = data.draw(st.sampled_from(DTYPES))
+    x = data.draw(operands(shape, dtype, special=True)).view
+    grad_y = x if data.draw(st.booleans()) else data.draw(operands(shape, dtype)).view
+    assert_like_torch(
+        outcome_of(lambda: value_and_grads(lambda x: ours(x, param), [x], grad_y)),
+        outcome_of(lambda: value_and_grads(lambda x: theirs(x, param), [x], grad_y)),
+        value_and_grads(lambda x: theirs(x, param), in_float64([x]), grad_y),
+        product_of(x, grad_y),
+    )
+
+
+@given(data=st.data())
+def test_activation_in_place(data):
+    ours, theirs = ELEMENTWISE[data.draw(st.sampled_from(["leaky_relu", "elu", "rrelu"]))]
+    dtype = data.draw(st.sampled_from(DTYPES + ROUTED_DTYPES))
+    param = data.draw(NUMBERS)
+    x = data.draw(operands(data.draw(shapes()), dtype, kinds=IN_PLACE, special=True))
+    mine, torchs = x.copy(), x.copy()
+    result = outcome_of(lambda: [ours(mine.view, param, inplace=True)])
+    assert_like_torch(result, outcome_of(lambda: [theirs(torchs.view, param, inplace=True)]))
+    if result[1] is None:
+        assert result[0][0] is mine.view
+        assert_bitwise_equal("memory outside x", mine.outside(), x.outside())
+    else:
+        assert_bitwise_equal("x after an error", mine.buffer, x.buffer)
+
+
+@given(data=st.data())
+def test_activation_with_a_tensor(data):
+    ours, theirs = data.draw(st.sampled_from([(gk.prelu, reference.prelu), (gk.swish, reference.swish)]))
+    shape = data.draw(shapes())
+    dtype = data.draw(st.sampled_from(DTYPES))
+    channels = shape[1] if len(shape) > 1 else 1
+    parameter_shape = data.draw(st.sampled_from([(channels,), (channels,), (1,), (), (channels + 1,), (1, channels)]))
+    x = data.draw(operands(shape, dtype)).view
+    parameter = data.draw(operands(parameter_shape, dtype)).view
+    grad_y = x if data.draw(st.booleans()) else data.draw(operands(shape, dtype)).view
+    wide = outcome_of(lambda: value_and_grads(theirs, in_float64([x, parameter]), grad_y))
+    assert_like_torch(
+        outcome_of(lambda: value_and_grads(ours, [x, parameter], grad_y)),
+        outcome_of(lambda: value_and_grads(theirs, [x, parameter], grad_y)),
+        wide[0],
+        product_of(x, grad_y),
+    )
+
+
+@given(data=st.data())
+def test_other_dtypes(data):
+    ours, theirs = ELEMENTWISE[data.draw(st.sampled_from(["leaky_relu", "elu", "swish"]))]
+    x = data.draw(operands(data.draw(shapes()), data.draw(st.sampled_from(ROUTED_DTYPES)))).view
+    param = data.draw(NUMBERS)
+    assert_like_torch(outcome_of(lambda: [ours(x, param)]), outcome_of(lambda: [theirs(x, param)]))
+
+
+def per_channel(data, shape, dtype, **options):
+    """A vector of the channels, most often; None now and then, or one of another length."""
+    channels = shape[1] if len(shape) > 1 else 1
+    length = data.draw(st.sampled_from([channels] * 8 + [channels + 1, None]))
+    return None if length is None else data.draw(operands((length,), dtype, **options))
+
+
+def view_of(operand):
+    return None if operand is None else operand.view
+
+
+def copy_of(operand):
+    return None if operand is None else operand.copy()
+
+
+@given(data=st.data())
+def test_batch_norm_act(data):
+    shape = data.draw(shapes(dims=(2, 5)))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    of_parameters = data.draw(st.sampled_from([dtype, torch.float32]))
+    act = data.draw(st.sampled_from(sorted(reference.ACTIVATIONS)))
+    training = data.draw(st.booleans())
+    x = data.draw(operands(shape, dtype)).view
+    residual = data.draw(st.sampled_from([None, "x", "another"]))
+    if residual is not None:
+        residual = x if residual == "x" else data.draw(operands(shape, dtype)).view
+    weight = view_of(per_channel(data, shape, of_parameters))
+    bias = weight if data.draw(st.booleans()) else view_of(per_channel(data, shape, of_parameters))
+    mean, var = per_channel(data, shape, of_parameters, kinds=WRITABLE), per_channel(data, shape, of_parameters, kinds=WRITABLE)
+    if var is not None:
+        var.buffer.abs_().add_(0.5)
+    grad_y = data.draw(operands(shape, dtype)).view
+    param = data.draw(st.floats(0, 2, width=32))
+
+    def call(function, convert):
+        running = [copy_of(mean), copy_of(var)]
+        given = [None if each is None else convert(each).detach() for each in (x, weight, bias, residual)]
+        for each in given:
+            if each is not None:
+                each.requires_grad_()
+        stats = [None if each is None else convert(each.view) for each in running]
+
+        def run():
+            y = function(given[0], *stats, given[1], given[2], training, act=act, act_param=param, residual=given[3])
+            leaves = [each for each in given if each is not None]
+            grads = torch.autograd.grad(y, leaves, grad_y.to(y.dtype))
+            return [y.detach(), *grads, *[each for each in stats if each is not None]]
+
+        return outcome_of(run), running
+
+    # A step of the activation cannot be told from rounding: elements near a kink get no gradient.
+    wide_z = outcome_of(
+        lambda: reference.batch_norm_act(
+            x.double(),
+            *[None if each is None else each.view.double() for each in (copy_of(mean), copy_of(var))],
+            *[None if each is None else each.double() for each in (weight, bias)],
+            training,
+            act="identity",
+            residual=None if residual is None else residual.double(),
+        )
+    )[0]
+    if wide_z is not None:
+        slack = 64 * torch.finfo(dtype).eps * max(wide_z.abs().max().item() if wide_z.numel() else 0.0, 1.0)
+        grad_y = torch.where((wide_z.abs() < slack) | ((wide_z - 6).abs() < slack), 0, grad_y)
+    ours, running = call(gk.batch_norm_act, lambda tensor: tensor)
+    theirs, _ = call(reference.batch_norm_act, lambda tensor: tensor)
+    wide, _ = call(reference.batch_norm_act, lambda tensor: tensor.double())
+    if dtype in (torch.bfloat16, torch.float16) and ours[1] is None and theirs[1] is not None:
+        theirs = ours[0], None
+    assert_like_torch(ours, theirs, wide[0])
+    for before, after in zip((mean, var), running, strict=True):
+        if before is not None:
+            assert_bitwise_equal("memory outside a running statistic", after.outside(), before.outside())
+            if ours[1] is not None or not training:
+                assert_bitwise_equal("a running statistic", after.buffer, before.buffer)
+
+
+@st.composite
+def gradients(draw):
+    """A list of gradients, some of which may be one tensor, or share memory."""
+    dtype = draw(st.sampled_from([*DTYPES, None]))
+    made = []
+    for _ in range(draw(st.integers(1, 5))):
+        own = dtype or draw(st.sampled_from(DTYPES))
+        made.append(draw(operands(draw(shapes(dims=(0, 4))), own, kinds=IN_PLACE)))
+    if draw(st.sampled_from([False, False, True])):
+        made.append(made[0])
+    return made
+
+
+def parameters_with(grads):
+    made = []
+    for grad in grads:
+        parameter = nn.Parameter(torch.empty_like(grad.view))
+        parameter.grad = grad.view
+        made.append(parameter)
+    return made
+
+
+def copies_of(grads):
+    """Copies that share what the originals share."""
+    copies = {id(grad): grad.copy() for grad in grads}
+    return [copies[id(grad)] for grad in grads]
+
+
+CLIPPINGS = {
+    "clip_grad_norm_": lambda library, p, bound, norm_type: library.clip_grad_norm_(p, bound, norm_type),
+    "clip_grad_norm_ that refuses": lambda library, p, bound, norm_type: library.clip_grad_norm_(p, bound, norm_type, True),
+    "clip_grad_value_": lambda library, p, bound, _: library.clip_grad_value_(p, bound),
+    "clip_grads_with_norm_": lambda library, p, bound, _: library.clip_grads_with_norm_(p, bound, torch.tensor(7.0, dtype=torch.float64)),
+    "get_total_norm": lambda library, p, _, norm_type: library.get_total_norm([each.grad for each in p], norm_type),
+}
+
+
+@given(data=st.data())
+def test_clipping(data):
+    function = CLIPPINGS[data.draw(st.sampled_from(sorted(CLIPPINGS)))]
+    grads = data.draw(gradients())
+    bound = data.draw(st.sampled_from([1.0, 0.1, 1e6, 0.0, -1.0, math.inf]))
+    norm_type = data.draw(st.sampled_from([2.0, 1.0, math.inf, 3.0]))
+    if norm_type == math.inf:
+        # torch has no largest element of an empty gradient.
+        grads = [grad for grad in grads if grad.view.numel()] or [Operand(torch.ones(1), torch.ones(1))]
+    mine, torchs = copies_of(grads), copies_of(grads)
+
+    def run(library, given):
+        total = function(library, parameters_with(given), bound, norm_type)
+        return [each.view for each in given] + ([] if total is None else [total])
+
+    ours, theirs = outcome_of(lambda: run(gk, mine)), outcome_of(lambda: run(nn.utils, torchs))
+    # torch takes the norm of a list in the precision of its members, and rounds the coefficient to it.
+    least_precise = max((each.view.dtype for each in grads), key=lambda dtype: torch.finfo(dtype).eps)
+    if ours[1] is None and theirs[1] is None and least_precise != torch.float64:
+        tolerance = 32 * torch.finfo(least_precise).eps
+        for actual, expected in zip(ours[0], theirs[0], strict=True):
+            assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+    else:
+        assert_like_torch(ours, theirs)
+    for before, after in zip(grads, mine, strict=True):
+        assert_bitwise_equal("memory outside a gradient", after.outside(), before.outside())
+        # Of other norms torch scales one gradient after the other, up to one that it refuses.
+        if ours[1] is not None and norm_type != 3.0:
+            assert_bitwise_equal("a gradient after an error", after.buffer, before.buffer)
+
+
+@given(data=st.data())
+def test_grad_report(data):
+    grads = data.draw(gradients())
+    report = gk.grad_report(parameters_with(grads))
+    for grad, norm, largest, nonfinite in zip(grads, report.norms, report.max_abs, report.nonfinite, strict=True):
+        magnitude = grad.view.double().abs()
+        assert_close(norm, magnitude.norm())
+        assert_close(largest, magnitude.max() if magnitude.numel() else norm.new_zeros(()))
+        assert nonfinite == (~magnitude.isfinite()).sum()
+
+
+@given(data=st.data())
+def test_rmsprop(data):
+    shape = data.draw(shapes(dims=(0, 4)))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
+    param, grad = data.draw(operands(shape, dtype, kinds=WRITABLE)), data.draw(operands(shape, dtype))
+    options = {
+        "momentum": data.draw(st.sampled_from([0.0, 0.9])),
+        "centered": data.draw(st.booleans()),
+        "weight_decay": data.draw(st.sampled_from([0.0, 0.1])),
+    }
+
+    def steps(optimizer):
+        mine = param.copy()
+        parameter = nn.Parameter(mine.view)
+        # A gradient has the strides of its parameter, unless it was given others.
+        parameter.grad = grad.view
+        made = optimizer([parameter], lr=0.1, **options)
+        for _ in range(2):
+            made.step()
+        return [parameter.detach(), mine.outside()]
+
+    ours = outcome_of(lambda: steps(gk.optim.RMSprop))
+    assert_like_torch(ours, outcome_of(lambda: steps(torch.optim.RMSprop)))
+    if ours[1] is None:
+        assert_bitwise_equal("memory outside a parameter", ours[0][1], param.outside())
+
+
+def run_alone(file, *arguments):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FOLDER.parent), str(FOLDER)])}
+    command = [sys.executable, str(FOLDER / file), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
+
+
+def test_schema_calls():
+    """Wrong counts, dtypes, devices, layouts, shapes and sizes: an exception, before anything is written, or a result; never a crash."""
+    calls = settings().max_examples
+    result = run_alone("schema_calls.py", 0 if calls <= 200 else torch.seed() % 2**32, calls // 4)
+    last = result.stdout.splitlines()[-1:]
+    assert result.returncode == 0, f"exit {result.returncode} after {last}\n{result.stderr[-3000:]}"
+
+
+def test_nothing_is_touched_beyond_an_operand():
+    result = run_alone("guard_pages.py")
+    assert result.returncode == 0, f"exit {result.returncode} after {result.stdout.splitlines()[-1:]}\n{result.stderr[-3000:]}"
+
+
+def test_the_guard_pages_guard():
+    """A byte beyond the operand does end the process."""
+    code = "import ctypes, torch, guard_pages; ctypes.string_at(guard_pages.guarded(torch.ones(3), True).data_ptr(), 13)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FOLDER.parent), str(FOLDER)])}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == -signal.SIGSEGV
