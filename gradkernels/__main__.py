@@ -1,7 +1,7 @@
-"""python -m gradkernels info | demo | diagnose.
+"""python -m gradkernels info | selftest | demo | diagnose.
 
-info prints what is native on this machine, and why the rest is not; demo trains on real data with and without the cures (demo/);
-diagnose looks at a user's own model (diagnose_command.py).
+info prints what is native on this machine, and why the rest is not; selftest checks what it computes (selftest.py); demo trains on real
+data with and without the cures (demo/); diagnose looks at a user's own model (diagnose_command.py).
 """
 
 import argparse
@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gradkernels")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is native here, and why the rest is not")
+    commands.add_parser("selftest", help="whether every operator computes here what torch does: a table, and status 0 if so")
     commands.add_parser("demo", help="train on real data with and without the cures", add_help=False)
     commands.add_parser("diagnose", help="which layers of your model do not learn, why, and what to do", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
@@ -70,6 +71,10 @@ def main(argv: list[str] | None = None) -> int:
         return diagnose_command.main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if arguments.command == "selftest":
+        from gradkernels import selftest
+
+        return selftest.main()
     print(info())
     return 0
 
