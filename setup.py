@@ -6,6 +6,7 @@ csrc/module.cpp includes).
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -71,6 +72,12 @@ def cuda_architectures() -> str:
 
 class BuildWithStamp(cpp_extension.BuildExtension):
     def build_extensions(self) -> None:
+        compiler = cpp_extension.get_cxx_compiler()
+        if shutil.which(compiler) is None:
+            sys.exit(
+                f"gradkernels: there is no C++ compiler, {compiler} is not found. Install one (apt-get install g++, or dnf install\n"
+                "gcc-c++), or name the one to use in the environment variable CXX."
+            )
         stamp = (
             f'#define GK_BUILT_FOR_TORCH "{torch.__version__}"\n'
             f'#define GK_COMMIT "{commit()}"\n'

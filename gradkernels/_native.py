@@ -47,7 +47,7 @@ def _built_for(library: Path) -> str | None:
                 return None
             start += len(_STAMP)
             return image[start : image.find(b"\0", start)].decode(errors="replace")
-    except (OSError, ValueError, struct.error):
+    except (OSError, ValueError, OverflowError, struct.error):
         return None
 
 
