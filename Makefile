@@ -10,7 +10,17 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The stamp's name carries torch's version: asking for another one installs it and, through the stamp's age, builds again.
 REQUIREMENTS := .venv/.requirements-$(TORCH)
 LIBRARY := build/.library
-CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# The oldest release that serves and the newest that the registry has.
+VERSIONS = 2.11.0 $(shell .venv/bin/pip index versions torch 2> /dev/null | sed -n 's/^torch (\(.*\))/\1/p')
+# The tests of the operators themselves, without processes of their own.
+SANITIZED := $(addprefix tests/test_,activation.py batch_norm_act.py clip_grad.py optim.py fuzz.py)
+# Python leaks on purpose; what cannot be allocated is an error of ours, and a signal is what a test may wait for.
+ASAN_OPTIONS := detect_leaks=0:allocator_may_return_null=1:handle_segv=0
+# torch's headers are needed for the name of its thread pool alone.
+KERNELS_FLAGS = -std=c++17 -pthread -ffp-contract=off -fno-math-errno -fno-trapping-math -Icsrc \
+  $(shell .venv/bin/python -c "import torch.utils.cpp_extension as e; print(*('-isystem' + path for path in e.include_paths()))")
 
 define PRINT_REQUIREMENTS
 import tomllib
@@ -22,7 +32,7 @@ print(*(each for each in requirements if not each.startswith("gradkernels")), se
 endef
 export PRINT_REQUIREMENTS
 
-.PHONY: help build demo test test-all fuzz lint format bench clean
+.PHONY: help build demo test test-all test-base fuzz sanitize emulate versions lint format bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -38,8 +48,30 @@ test: $(LIBRARY)  ## pytest without the slow tests
 test-all: $(LIBRARY)  ## pytest with them: builds an sdist and a wheel too
 	.venv/bin/python -m pytest -m ""
 
+test-base: $(LIBRARY)  ## the operators' values by the kernels for every processor, beside torch's own of that kind
+	ATEN_CPU_CAPABILITY=default .venv/bin/python -m pytest tests/test_activation.py tests/test_batch_norm_act.py tests/test_clip_grad.py \
+	  -k "test_value_and_gradient or test_edge_values or test_channels_last or test_clips"
+
 fuzz: $(LIBRARY)  ## 10,000 new examples for each test of tests/test_fuzz.py, where make test has the same 200
 	.venv/bin/python -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
+
+sanitize: $(REQUIREMENTS)  ## the operators' tests under ASan and UBSan, the kernels' threads under TSan
+	CFLAGS="-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all -fno-omit-frame-pointer" \
+	  .venv/bin/python setup.py build --build-lib build/sanitize/lib --build-temp build/sanitize/temp
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=$(ASAN_OPTIONS) \
+	  .venv/bin/python -m pytest -o pythonpath=build/sanitize/lib $(SANITIZED) -k "not compile and not export"
+	$(CXX) $(KERNELS_FLAGS) -O1 -g1 -fsanitize=thread csrc/cpu/*.cpp tests/threads/kernels.cpp -o build/sanitize/threads
+	setarch -R build/sanitize/threads
+
+emulate: $(LIBRARY)  ## the kernels on processors without AVX2 and without AVX-512, where qemu-user is installed
+	$(CXX) $(KERNELS_FLAGS) -O1 tests/threads/kernels.cpp build/temp.*/csrc/cpu/*.o -o build/kernels
+	@if command -v qemu-x86_64 > /dev/null; then \
+	  set -ex; qemu-x86_64 -cpu Nehalem build/kernels | grep base; qemu-x86_64 -cpu Haswell build/kernels | grep avx2; \
+	else echo "not run: there is no qemu-x86_64 (apt-get install qemu-user)"; fi
+
+versions: $(REQUIREMENTS)  ## make test under each of VERSIONS, in a clone and a .venv of its own; downloads what pip finds, also gigabytes
+	set -e; for torch in $(VERSIONS); do \
+	  rm -rf build/torch-$$torch; git clone --quiet . build/torch-$$torch; $(MAKE) -C build/torch-$$torch test TORCH=$$torch; done
 
 lint: $(REQUIREMENTS)  ## ruff, mypy and clang-format, changing nothing
 	.venv/bin/ruff check .

@@ -304,3 +304,15 @@ def test_no_compiler_at_install(tmp_path):
     assert result.returncode == 1
     assert "no-such-compiler" in result.stderr and "apt-get install g++" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_the_library_is_hardened():
+    """Its flags in setup.py reach the compiler and the linker."""
+    if shutil.which("readelf") is None:
+        pytest.skip("binutils (readelf) are not installed")
+    printed = subprocess.run(
+        ["readelf", "--dynamic", "--segments", "--dyn-syms", "--wide", library()], check=True, capture_output=True, text=True
+    )
+    for word in ("NOW", "GNU_RELRO", "__stack_chk_fail"):
+        assert word in printed.stdout, f"no {word} in {library().name}"
+    assert re.search(r"GNU_STACK.* RW ", printed.stdout), "the stack is executable"

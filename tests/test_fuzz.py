@@ -25,6 +25,8 @@ from gradkernels import reference
 
 OPS = torch.ops.gradkernels
 FOLDER = Path(__file__).parent
+# For processes of their own: this very package, and the files beside this one.
+PATH = os.pathsep.join([str(Path(gk.__file__).parents[1]), str(FOLDER)])
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ROUTED_DTYPES = [torch.int64, torch.bool, torch.complex64]
 # About packets, chunks of short runs and lines; most often small, or nothing would be non-contiguous in five dimensions.
@@ -401,7 +403,7 @@ def test_rmsprop(data):
 
 
 def run_alone(file, *arguments):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FOLDER.parent), str(FOLDER)])}
+    environment = {**os.environ, "PYTHONPATH": PATH}
     command = [sys.executable, str(FOLDER / file), *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
 
@@ -422,5 +424,5 @@ def test_nothing_is_touched_beyond_an_operand():
 def test_the_guard_pages_guard():
     """A byte beyond the operand does end the process."""
     code = "import ctypes, torch, guard_pages; ctypes.string_at(guard_pages.guarded(torch.ones(3), True).data_ptr(), 13)"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FOLDER.parent), str(FOLDER)])}
+    environment = {**os.environ, "PYTHONPATH": PATH}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == -signal.SIGSEGV

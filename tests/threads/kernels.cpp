@@ -1,0 +1,225 @@
+// The CPU kernels on threads of this program's own, for ThreadSanitizer (make sanitize): torch's are OpenMP's, whose barriers it does not
+// know; and for emulated processors (make emulate), on which Python takes minutes to start. Every launcher runs over operands large enough to be cut, first on one thread and then on four; results must be the same bits.
+#include <torch/csrc/stable/c/shim.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "ops/activation.h"
+#include "ops/batch_norm_act.h"
+#include "ops/clip_grad.h"
+#include "ops/optim.h"
+
+namespace {
+
+int64_t threads = 1;
+
+using namespace gradkernels;
+using math::Activation;
+using math::ActivationKind;
+
+// Numbers of either sign, the same in every run.
+std::vector<float> numbers(int64_t count, uint32_t seed) {
+  std::vector<float> made(count);
+  for (float& each : made) {
+    seed = seed * 1664525u + 1013904223u;
+    each = static_cast<float>(static_cast<int32_t>(seed)) * 0x1p-30f;
+  }
+  return made;
+}
+
+std::vector<float> positive(int64_t count, uint32_t seed) {
+  std::vector<float> made = numbers(count, seed);
+  for (float& each : made) each = std::fabs(each) + 0.5f;
+  return made;
+}
+
+// What the launchers write, one run after the other.
+struct Results {
+  std::vector<char> bytes;
+
+  template <typename T>
+  void add(const std::vector<T>& values) {
+    const char* begin = reinterpret_cast<const char*>(values.data());
+    bytes.insert(bytes.end(), begin, begin + values.size() * sizeof(T));
+  }
+};
+
+void activations(Results& results) {
+  const int64_t count = 200'003;
+  const std::vector<float> x = numbers(count, 1), grad_y = numbers(count, 2);
+  std::vector<float> y(count), grad_x(count);
+  std::vector<uint8_t> mask((count + 7) / 8);
+  for (const Activation act : {Activation{ActivationKind::kLeakyRelu, 0.1}, {ActivationKind::kElu, 1.3}, {ActivationKind::kSwish, 1.7}}) {
+    const bool masked = act.kind == ActivationKind::kLeakyRelu;
+    cpu::activation_forward(DType::kFloat32, act, count, x.data(), y.data(), masked ? mask.data() : nullptr);
+    results.add(y);
+    results.add(mask);
+    const void* saved = masked ? static_cast<const void*>(mask.data()) : x.data();
+    cpu::activation_backward(DType::kFloat32, act, masked ? Saved::kMask : Saved::kInput, count, grad_y.data(), saved, grad_x.data());
+    results.add(grad_x);
+  }
+  cpu::rrelu_forward(DType::kFloat32, {7, 0.1, 0.3}, count, x.data(), y.data(), mask.data());
+  cpu::rrelu_backward(DType::kFloat32, {7, 0.1, 0.3}, count, grad_y.data(), mask.data(), grad_x.data());
+  results.add(y);
+  results.add(grad_x);
+}
+
+const ChannelShape kShapes[] = {{8, 24, 961}, {6151, 67, 1}, {64, 129, 9}, {3, 2, 100'003}};
+
+void parametric(Results& results) {
+  for (const ChannelShape& shape : kShapes) {
+    const int64_t count = shape.rows * shape.channels * shape.inner;
+    const std::vector<float> x = numbers(count, 3), grad_y = numbers(count, 4), parameter = numbers(shape.channels, 5);
+    std::vector<float> y(count), grad_x(count), grad_parameter(shape.channels);
+    for (const Parametric act : {Parametric::kPrelu, Parametric::kSwish}) {
+      cpu::parametric_forward({DType::kFloat32, shape, act, x.data(), parameter.data(), y.data()});
+      cpu::parametric_backward(
+          {DType::kFloat32, shape, act, grad_y.data(), x.data(), parameter.data(), grad_x.data(), grad_parameter.data()});
+      results.add(y);
+      results.add(grad_x);
+      results.add(grad_parameter);
+    }
+  }
+}
+
+void batch_norm_act(Results& results) {
+  for (const ChannelShape& shape : kShapes) {
+    for (const ActivationKind kind : {ActivationKind::kRelu6, ActivationKind::kSwish}) {
+      const int64_t count = shape.rows * shape.channels * shape.inner, channels = shape.channels;
+      const std::vector<float> x = numbers(count, 6), grad_y = numbers(count, 7), residual = numbers(count, 8);
+      const std::vector<float> weight = positive(channels, 9), bias = numbers(channels, 10);
+      std::vector<float> running_mean = numbers(channels, 11), running_var = positive(channels, 12), y(count);
+      std::vector<double> mean(channels), invstd(channels), moments(1 + 2 * channels), sums(2 * channels);
+      const Activation act{kind, 1.0};
+      std::vector<uint8_t> mask(act.has_two_slopes() ? mask_bytes(shape.rows, channels, shape.inner) : 0);
+      BatchNormForward forward{};
+      forward.dtype = forward.parameter_dtype = DType::kFloat32;
+      forward.shape = shape;
+      forward.act = act;
+      forward.training = true;
+      forward.momentum = 0.1;
+      forward.eps = 1e-5;
+      forward.x = x.data();
+      forward.residual = residual.data();
+      forward.weight = weight.data();
+      forward.bias = bias.data();
+      forward.running_mean = running_mean.data();
+      forward.running_var = running_var.data();
+      forward.mean = mean.data();
+      forward.invstd = invstd.data();
+      forward.y = y.data();
+      forward.mask = mask.empty() ? nullptr : mask.data();
+      cpu::batch_norm_act_forward(forward);
+      results.add(y);
+      results.add(running_var);
+      results.add(mask);
+      cpu::batch_norm_act_stats(forward, moments.data());
+      cpu::batch_norm_act_elemt(forward);
+      results.add(moments);
+      results.add(y);
+
+      std::vector<float> grad_x(count), grad_residual(count), grad_weight(channels), grad_bias(channels);
+      BatchNormBackward backward{};
+      backward.dtype = backward.parameter_dtype = DType::kFloat32;
+      backward.shape = shape;
+      backward.act = act;
+      backward.training = true;
+      backward.grad_y = grad_y.data();
+      backward.x = x.data();
+      backward.residual = mask.empty() ? residual.data() : nullptr;
+      backward.mask = forward.mask;
+      backward.weight = weight.data();
+      backward.bias = bias.data();
+      backward.mean = mean.data();
+      backward.invstd = invstd.data();
+      backward.grad_x = grad_x.data();
+      backward.grad_weight = grad_weight.data();
+      backward.grad_bias = grad_bias.data();
+      for (const bool with_residual : {false, true}) {
+        backward.grad_residual = with_residual ? grad_residual.data() : nullptr;
+        cpu::batch_norm_act_backward(backward);
+        results.add(grad_x);
+        results.add(grad_weight);
+        results.add(grad_bias);
+      }
+      results.add(grad_residual);
+      cpu::batch_norm_act_backward_reduce(backward, sums.data());
+      cpu::batch_norm_act_backward_elemt(backward, sums.data(), static_cast<double>(2 * shape.rows * shape.inner));
+      results.add(sums);
+      results.add(grad_x);
+    }
+  }
+}
+
+void gradients(Results& results) {
+  const int64_t sizes[] = {1, 70'001, 0, 17, 300'000, 65'536};
+  std::vector<std::vector<float>> grads, params, square_avgs, momentum_buffers;
+  std::vector<Run> runs;
+  std::vector<RmspropRun> rmsprop_runs;
+  for (const int64_t size : sizes) {
+    grads.push_back(numbers(size, 13));
+    params.push_back(numbers(size, 14));
+    square_avgs.push_back(positive(size, 15));
+    momentum_buffers.push_back(numbers(size, 16));
+  }
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const int64_t count = static_cast<int64_t>(grads[i].size());
+    runs.push_back({DType::kFloat32, count, grads[i].data()});
+    rmsprop_runs.push_back(
+        {DType::kFloat32, count, params[i].data(), grads[i].data(), square_avgs[i].data(), nullptr, momentum_buffers[i].data()});
+  }
+  const int64_t count = static_cast<int64_t>(runs.size());
+  std::vector<double> norms(count), max_abs(count), total;
+  std::vector<int64_t> nonfinite(count);
+  for (const Norm norm : {Norm::kOne, Norm::kTwo, Norm::kInfinity}) {
+    total.push_back(cpu::grad_norms(runs.data(), count, norm, {norms.data(), max_abs.data(), nonfinite.data()}));
+    results.add(norms);
+  }
+  results.add(total);
+  cpu::scale(runs.data(), count, 0.37);
+  cpu::clamp(runs.data(), count, 0.5);
+  cpu::rmsprop(rmsprop_runs.data(), count, {0.1, 0.9, 1e-8, 0.01, 0.9, 0.5});
+  for (size_t i = 0; i < grads.size(); ++i) {
+    results.add(grads[i]);
+    results.add(params[i]);
+    results.add(momentum_buffers[i]);
+  }
+}
+
+Results everything(int64_t with_threads) {
+  threads = with_threads;
+  Results results;
+  activations(results);
+  parametric(results);
+  batch_norm_act(results);
+  gradients(results);
+  return results;
+}
+
+}  // namespace
+
+// As torch's: the range in as many equal parts as there are threads, of at least `grain_size`.
+AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size, ParallelFunc func, void* ctx) {
+  const int64_t parts = std::max<int64_t>(1, std::min(threads, (end - begin + grain_size - 1) / grain_size));
+  const int64_t part = (end - begin + parts - 1) / parts;
+  std::vector<std::thread> pool;
+  for (int64_t from = begin; from < end; from += part) pool.emplace_back(func, from, std::min(from + part, end), ctx);
+  for (std::thread& thread : pool) thread.join();
+  return 0;
+}
+
+int main() {
+  const Results one = everything(1), four = everything(4);
+  if (one.bytes.size() != four.bytes.size() || std::memcmp(one.bytes.data(), four.bytes.data(), one.bytes.size()) != 0) {
+    std::puts("results depend on the number of threads");
+    return 1;
+  }
+  std::printf("%s: %zu bytes of results, the same on 1 and on 4 threads\n", cpu::kernels().name, one.bytes.size());
+  return 0;
+}
