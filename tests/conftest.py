@@ -6,10 +6,12 @@ test_native.py is about the library's absence and test_layout.py about the sourc
 
 import pytest
 import torch
+import torch.testing._internal.common_utils
 from hypothesis import HealthCheck, settings
 
 from gradkernels import _native
 
+# torch's test module above chooses a profile of its own, of ten examples, when it is first imported: before this and not by a test.
 # Seeded data and native() are the same for every example.
 ALWAYS = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
 settings.register_profile("test", max_examples=200, derandomize=True, **ALWAYS)
