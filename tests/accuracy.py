@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 ULP_BOUND = 2.0
+# In ulp of the terms, under any grad_y.
+SWISH_GRADIENT = 3.4
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 ROUNDED_ONCE = 0.51
 
@@ -152,6 +154,24 @@ def exact_activation(x, grad_y, act, param):
     """y and grad_x of an activation."""
     y, slope = exact_act(extended(x), act, extended(param))
     return y, extended(grad_y) * slope
+
+
+def activation_scales(x, grad_y, act, param, *, reads_output=False):
+    """The size of what y and grad_x of an activation are computed from, where rounding it costs more than 2 ulp of the result.
+
+    elu's gradient may be read off the output, grad_y * (y + alpha); swish rounds beta * x (not for beta = 1), which exp magnifies by
+    |beta x|, and its gradient is the sum of two terms of either sign.
+    """
+    x, grad_y, param = extended(x), abs(extended(grad_y)), extended(param)
+    if act == "elu":
+        return 0.0, grad_y * abs(param) * reads_output
+    if act == "swish":
+        with np.errstate(all="ignore"):
+            z = param * x
+            gate = 1 / (1 + np.exp(-z))
+            magnified = 1 + abs(z) * (1 - gate) * (param != 1)
+            return tuple(np.nan_to_num(each) for each in (abs(x) * gate * magnified, grad_y * gate * (1 + abs(z) * (1 - gate)) * magnified))
+    return 0.0, 0.0
 
 
 def exact_batch_norm_act(x, running_mean, running_var, weight, bias, training, momentum, eps, *, act, act_param, residual, grad_y):

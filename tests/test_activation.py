@@ -30,7 +30,17 @@ from torch.testing._internal.common_utils import noncontiguous_like
 from torch.utils.checkpoint import checkpoint
 
 import gradkernels as gk
-from accuracy import ULP_BOUND, assert_accurate, assert_bitwise_equal, assert_same_outcome, exact_activation, extended, outcome
+from accuracy import (
+    SWISH_GRADIENT,
+    ULP_BOUND,
+    activation_scales,
+    assert_accurate,
+    assert_bitwise_equal,
+    assert_same_outcome,
+    exact_activation,
+    extended,
+    outcome,
+)
 from gradkernels import reference
 
 OPS = torch.ops.gradkernels
@@ -84,8 +94,6 @@ def in_float32(param):
     return torch.tensor(param, dtype=torch.float32).item()
 
 
-# In ulp of the terms, under any grad_y.
-SWISH_GRADIENT = 3.4
 SLOPES = (0.25, 0.0, 1.5, -0.5)
 ACTIVATIONS = [
     Activation(
@@ -162,22 +170,8 @@ def away_from_kink(*size, dtype=torch.float64):
 
 
 def scales(act, x, grad_y, param):
-    """The size of what y and grad_x are computed from, where rounding it costs more than 2 ulp of the result.
-
-    elu's gradient is read off the output, grad_y * (y + alpha), as in torch's elu_, unless that has 16 bits; swish rounds beta * x (not for
-    beta = 1), which exp magnifies by |beta x|, and its gradient is the sum of two terms of either sign.
-    """
-    reads_output = x.dtype not in SIXTEEN_BITS and param >= 0
-    x, grad_y, param = extended(x), abs(extended(grad_y)), extended(param)
-    if act.formula == "elu":
-        return 0.0, grad_y * abs(param) * reads_output
-    if act.formula == "swish":
-        with np.errstate(all="ignore"):
-            z = param * x
-            gate = 1 / (1 + np.exp(-z))
-            magnified = 1 + abs(z) * (1 - gate) * (param != 1)
-            return tuple(np.nan_to_num(each) for each in (abs(x) * gate * magnified, grad_y * gate * (1 + abs(z) * (1 - gate)) * magnified))
-    return 0.0, 0.0
+    """Elu's gradient is read off the output, as in torch's elu_, unless that has 16 bits."""
+    return activation_scales(x, grad_y, act.formula, param, reads_output=x.dtype not in SIXTEEN_BITS and param >= 0)
 
 
 def comparable(act, x):

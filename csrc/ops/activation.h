@@ -51,4 +51,16 @@ void rrelu_forward(DType dtype, math::RandomSlopes slopes, int64_t count, const 
 void rrelu_backward(DType dtype, math::RandomSlopes slopes, int64_t count, const void* grad_y, const uint8_t* mask, void* grad_x);
 
 }  // namespace cpu
+
+// The same on a GPU, in a library built with CUDA.
+namespace cuda {
+
+decltype(cpu::activation_forward) activation_forward;
+decltype(cpu::activation_backward) activation_backward;
+decltype(cpu::parametric_forward) parametric_forward;
+decltype(cpu::parametric_backward) parametric_backward;
+decltype(cpu::rrelu_forward) rrelu_forward;
+decltype(cpu::rrelu_backward) rrelu_backward;
+
+}  // namespace cuda
 }  // namespace gradkernels

@@ -1,0 +1,560 @@
+// The activations on CUDA: elementwise passes over packets of 16 bytes, several in flight a thread, and per-channel sums where a parameter
+// is learnt. Decided here: the activation is a run-time argument, and a kernel holds a loop for each; tensors that do not begin at a packet
+// are walked an element at a time.
+#include "ops/activation.h"
+
+#include <type_traits>
+
+#include "cuda/launch.cuh"
+#include "cuda/reduce.cuh"
+
+namespace gradkernels::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+// bench/bench_activation.py on a GPU decides both: bytes that a thread has asked for and not yet used, and blocks for each SM.
+constexpr int kBytesInFlight = 64;
+constexpr int kBlocksPerProcessor = 8;
+
+// Values of W elements in the computing type.
+template <typename scalar_t, int W>
+struct Values {
+  opmath_t<scalar_t> element[W];
+
+  __device__ __forceinline__ static Values of(const Packet<scalar_t, W>& packet) {
+    Values values;
+#pragma unroll
+    for (int i = 0; i < W; ++i) values.element[i] = static_cast<opmath_t<scalar_t>>(packet.element[i]);
+    return values;
+  }
+  __device__ __forceinline__ Packet<scalar_t, W> rounded() const {
+    Packet<scalar_t, W> packet;
+#pragma unroll
+    for (int i = 0; i < W; ++i) packet.element[i] = static_cast<scalar_t>(element[i]);
+    return packet;
+  }
+};
+
+// out = apply(first, valid, in...) over packets of W elements: apply gets the index of a packet's first element, the number of those that
+// exist (none or fewer than none past the end, where all lanes of a warp still come along), and the packets of the inputs.
+template <int W, typename scalar_t, int kInputs, typename Apply>
+__device__ __forceinline__ void elementwise(int64_t count, const scalar_t* const (&in)[kInputs], scalar_t* out, const Apply& apply) {
+  constexpr int kInFlight = W == 1 ? 4 : (kBytesInFlight / (kInputs * kPacketBytes) > 0 ? kBytesInFlight / (kInputs * kPacketBytes) : 1);
+  constexpr int64_t kTile = int64_t{kThreads} * kInFlight * W;
+  for (int64_t base = blockIdx.x * kTile; base < count; base += gridDim.x * kTile) {
+    const int64_t mine = base + static_cast<int64_t>(threadIdx.x) * W;
+    Packet<scalar_t, W> packet[kInFlight][kInputs];
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) {
+      const int64_t first = mine + int64_t{j} * kThreads * W;
+#pragma unroll
+      for (int input = 0; input < kInputs; ++input) {
+        if (first + W <= count) {
+          load(packet[j][input], in[input] + first);
+        } else {
+          load_some(packet[j][input], in[input] + first, count - first, scalar_t(0.0f));
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) {
+      const int64_t first = mine + int64_t{j} * kThreads * W;
+      Values<scalar_t, W> value[kInputs];
+#pragma unroll
+      for (int input = 0; input < kInputs; ++input) value[input] = Values<scalar_t, W>::of(packet[j][input]);
+      const Packet<scalar_t, W> result = apply(first, count - first, value).rounded();
+      if (first + W <= count) {
+        store(out + first, result);
+      } else {
+        store_some(out + first, result, count - first);
+      }
+    }
+  }
+}
+
+// One bit an element: the lanes that share a byte bring theirs together, one of them writes it. Called by whole warps.
+template <int W>
+__device__ __forceinline__ void store_bits(uint8_t* mask, int64_t first, int64_t valid, unsigned bits) {
+  constexpr int kLanes = W < 8 ? 8 / W : 1;
+  const int place = static_cast<int>(threadIdx.x) % kLanes;
+  bits <<= W * place;
+#pragma unroll
+  for (int distance = 1; distance < kLanes; distance *= 2) bits |= __shfl_xor_sync(kWholeWarp, bits, distance);
+  if (place == 0 && valid > 0) mask[first / 8] = static_cast<uint8_t>(bits);
+}
+
+template <int W>
+__device__ __forceinline__ unsigned load_bits(const uint8_t* mask, int64_t first, int64_t valid) {
+  return valid > 0 ? static_cast<unsigned>(mask[first / 8]) >> (first % 8) : 0u;
+}
+
+template <int W, typename scalar_t, typename Activation>
+__device__ __forceinline__ Values<scalar_t, W> forward_with_mask(const Activation& f, const Values<scalar_t, W>& x, unsigned& bits) {
+  Values<scalar_t, W> y;
+  bits = 0;
+#pragma unroll
+  for (int i = 0; i < W; ++i) {
+    bits |= static_cast<unsigned>(f.passes(x.element[i])) << i;
+    y.element[i] = f.forward(x.element[i]);
+  }
+  return y;
+}
+
+// Bits of elements that do not exist are 0.
+template <int W>
+__device__ __forceinline__ unsigned existing(unsigned bits, int64_t valid) {
+  return valid >= W ? bits : valid <= 0 ? 0u : bits & ((1u << valid) - 1u);
+}
+
+// y = act(x)
+//   launch   blocks of kThreads that stride over tiles
+//   requires x and y each dense, in one order, both at a packet unless W = 1; y may be x
+//   traffic  n elements read, n written
+template <typename scalar_t, int W>
+__global__ void __launch_bounds__(kThreads) activation_forward_kernel(math::Activation act, int64_t count, const scalar_t* x, scalar_t* y) {
+  const scalar_t* const in[1] = {x};
+  math::visit<opmath_t<scalar_t>>(act, [&](auto f) {
+    elementwise<W>(count, in, y, [&](int64_t, int64_t, const Values<scalar_t, W>(&value)[1]) {
+      Values<scalar_t, W> result;
+#pragma unroll
+      for (int i = 0; i < W; ++i) result.element[i] = f.forward(value[0].element[i]);
+      return result;
+    });
+  });
+}
+
+// The same with the bits of the mask, for activations of two slopes.
+//   launch   as above
+//   requires as above; mask of ceil(n / 8) bytes
+//   traffic  n elements read, n written, n bits written
+template <typename scalar_t, int W>
+__global__ void __launch_bounds__(kThreads)
+    activation_forward_mask_kernel(math::Activation act, int64_t count, const scalar_t* x, scalar_t* y, uint8_t* mask) {
+  const scalar_t* const in[1] = {x};
+  math::visit_two_slopes<opmath_t<scalar_t>>(act, [&](auto f) {
+    elementwise<W>(count, in, y, [&](int64_t first, int64_t valid, const Values<scalar_t, W>(&value)[1]) {
+      unsigned bits;
+      const Values<scalar_t, W> result = forward_with_mask(f, value[0], bits);
+      store_bits<W>(mask, first, valid, existing<W>(bits, valid));
+      return result;
+    });
+  });
+}
+
+// grad_x = grad_y act'(x), from x or, elu alone, from y
+//   launch   as above
+//   requires grad_y, saved and grad_x as x and y above; grad_x may be grad_y
+//   traffic  2n elements read, n written
+template <typename scalar_t, int W>
+__global__ void __launch_bounds__(kThreads) activation_backward_kernel(math::Activation act, bool from_output, int64_t count,
+                                                                       const scalar_t* grad_y, const scalar_t* saved, scalar_t* grad_x) {
+  using opmath = opmath_t<scalar_t>;
+  const scalar_t* const in[2] = {grad_y, saved};
+  const auto run = [&](const auto& gradient) {
+    elementwise<W>(count, in, grad_x, [&](int64_t, int64_t, const Values<scalar_t, W>(&value)[2]) {
+      Values<scalar_t, W> result;
+#pragma unroll
+      for (int i = 0; i < W; ++i) result.element[i] = gradient(value[0].element[i], value[1].element[i]);
+      return result;
+    });
+  };
+  if (from_output) {
+    const math::Elu<opmath> f{static_cast<opmath>(act.parameter)};
+    run([&](opmath g, opmath y) { return f.backward_from_output(g, y); });
+  } else {
+    math::visit<opmath>(act, [&](auto f) { run([&](opmath g, opmath x) { return f.backward(g, x); }); });
+  }
+}
+
+// The same from the mask.
+//   launch   as above
+//   requires as above; mask as forward wrote it
+//   traffic  n elements and n bits read, n written
+template <typename scalar_t, int W>
+__global__ void __launch_bounds__(kThreads)
+    activation_backward_mask_kernel(math::Activation act, int64_t count, const scalar_t* grad_y, const uint8_t* mask, scalar_t* grad_x) {
+  const scalar_t* const in[1] = {grad_y};
+  math::visit_two_slopes<opmath_t<scalar_t>>(act, [&](auto f) {
+    elementwise<W>(count, in, grad_x, [&](int64_t first, int64_t valid, const Values<scalar_t, W>(&value)[1]) {
+      const unsigned bits = load_bits<W>(mask, first, valid);
+      Values<scalar_t, W> result;
+#pragma unroll
+      for (int i = 0; i < W; ++i) result.element[i] = f.backward_from_mask(value[0].element[i], (bits >> i & 1u) != 0u);
+      return result;
+    });
+  });
+}
+
+// The slopes of elements [first, first + W).
+template <typename scalar_t, int W>
+struct DrawnSlopes {
+  opmath_t<scalar_t> slope[W];
+
+  __device__ __forceinline__ DrawnSlopes(const math::RandomSlopes& slopes, int64_t first) {
+    const uint64_t block = static_cast<uint64_t>(first) / 4;
+    if constexpr (W >= 4) {
+#pragma unroll
+      for (int i = 0; i < W; i += 4) slopes.draw(block + i / 4, slope + i);
+    } else {
+      opmath_t<scalar_t> drawn[4];
+      slopes.draw(block, drawn);
+      const int place = static_cast<int>(first % 4);
+#pragma unroll
+      for (int i = 0; i < W; ++i) {
+        // Without an index that only the run knows, which would send the four to local memory.
+        const int at = place + i;
+        slope[i] = at == 0 ? drawn[0] : at == 1 ? drawn[1] : at == 2 ? drawn[2] : drawn[3];
+      }
+    }
+  }
+};
+
+// y = rrelu(x) with slopes drawn from the seed
+//   launch   as above
+//   requires as activation_forward_mask_kernel
+//   traffic  n elements read, n written, n bits written
+template <typename scalar_t, int W>
+__global__ void __launch_bounds__(kThreads)
+    rrelu_forward_kernel(math::RandomSlopes slopes, int64_t count, const scalar_t* x, scalar_t* y, uint8_t* mask) {
+  using opmath = opmath_t<scalar_t>;
+  const scalar_t* const in[1] = {x};
+  elementwise<W>(count, in, y, [&](int64_t first, int64_t valid, const Values<scalar_t, W>(&value)[1]) {
+    const DrawnSlopes<scalar_t, W> drawn(slopes, first);
+    Values<scalar_t, W> result;
+    unsigned bits = 0;
+#pragma unroll
+    for (int i = 0; i < W; ++i) {
+      const math::LeakyRelu<opmath> f{drawn.slope[i]};
+      bits |= static_cast<unsigned>(f.passes(value[0].element[i])) << i;
+      result.element[i] = f.forward(value[0].element[i]);
+    }
+    store_bits<W>(mask, first, valid, existing<W>(bits, valid));
+    return result;
+  });
+}
+
+// grad_x of it: the slopes are drawn again
+//   launch   as above
+//   requires as activation_backward_mask_kernel
+//   traffic  n elements and n bits read, n written
+template <typename scalar_t, int W>
+__global__ void __launch_bounds__(kThreads)
+    rrelu_backward_kernel(math::RandomSlopes slopes, int64_t count, const scalar_t* grad_y, const uint8_t* mask, scalar_t* grad_x) {
+  using opmath = opmath_t<scalar_t>;
+  const scalar_t* const in[1] = {grad_y};
+  elementwise<W>(count, in, grad_x, [&](int64_t first, int64_t valid, const Values<scalar_t, W>(&value)[1]) {
+    const DrawnSlopes<scalar_t, W> drawn(slopes, first);
+    const unsigned bits = load_bits<W>(mask, first, valid);
+    Values<scalar_t, W> result;
+#pragma unroll
+    for (int i = 0; i < W; ++i) {
+      result.element[i] = math::LeakyRelu<opmath>{drawn.slope[i]}.backward_from_mask(value[0].element[i], (bits >> i & 1u) != 0u);
+    }
+    return result;
+  });
+}
+
+// Calls function(activation), with activation(parameter) the functor.
+template <typename opmath, typename Function>
+__device__ __forceinline__ void visit_parametric(Parametric act, const Function& function) {
+  if (act == Parametric::kPrelu) {
+    function([](opmath parameter) { return math::LeakyRelu<opmath>{parameter}; });
+  } else {
+    function([](opmath parameter) { return math::Swish<opmath>{parameter}; });
+  }
+}
+
+// The channel of an element, and of those after it: one division for a packet.
+struct ChannelOf {
+  int64_t inner;
+  int64_t channels;
+  int64_t within;
+  int64_t channel;
+
+  // 32-bit division where it does, a fraction of the work of 64-bit division.
+  __device__ __forceinline__ ChannelOf(const ChannelShape& shape, int64_t count, int64_t element)
+      : inner(shape.inner), channels(shape.channels) {
+    if (count <= INT32_MAX) {
+      const unsigned line = static_cast<unsigned>(element) / static_cast<unsigned>(inner);
+      within = static_cast<unsigned>(element) - line * static_cast<unsigned>(inner);
+      channel = line % static_cast<unsigned>(channels);
+    } else {
+      within = element % inner;
+      channel = element / inner % channels;
+    }
+  }
+  __device__ __forceinline__ void next() {
+    if (++within == inner) {
+      within = 0;
+      if (++channel == channels) channel = 0;
+    }
+  }
+};
+
+// y = act(x, parameter of the channel)
+//   launch   as above
+//   requires x and y dense, in the order of `shape`; both at a packet unless W = 1
+//   traffic  n elements read, n written
+template <typename scalar_t, int W>
+__global__ void __launch_bounds__(kThreads) parametric_forward_kernel(Parametric act, ChannelShape shape, int64_t count, const scalar_t* x,
+                                                                      const scalar_t* parameter, scalar_t* y) {
+  using opmath = opmath_t<scalar_t>;
+  const scalar_t* const in[1] = {x};
+  visit_parametric<opmath>(act, [&](auto activation) {
+    elementwise<W>(count, in, y, [&](int64_t first, int64_t, const Values<scalar_t, W>(&value)[1]) {
+      Values<scalar_t, W> result;
+      ChannelOf at(shape, count, first);
+#pragma unroll
+      for (int i = 0; i < W; ++i) {
+        result.element[i] = activation(static_cast<opmath>(parameter[at.channel])).forward(value[0].element[i]);
+        at.next();
+      }
+      return result;
+    });
+  });
+}
+
+using DoubleSum = math::Sum<double>;
+
+struct ParametricShared {
+  BlockScratch<DoubleSum> scratch;
+  unsigned flag;
+};
+
+// Elements whose parameter gradients a block adds up, and at most so many parts of a column.
+constexpr int64_t kElementsOfPart = 64 * kThreads;
+constexpr int64_t kMostParts = 256;
+
+// grad_x = grad_y act'(x), and the gradient of each channel's parameter, where a channel's elements lie in runs
+//   launch   parts * channels blocks of kThreads; the last block of a channel adds its parts up in order
+//   requires tensors dense, in the order of `shape`; inner a multiple of W and all at a packet unless W = 1; counters zero
+//   traffic  2n elements read, n written
+template <typename scalar_t, int W>
+__global__ void __launch_bounds__(kThreads)
+    parametric_backward_run_kernel(ParametricBackward p, int parts, double* partial, unsigned* counters) {
+  using opmath = opmath_t<scalar_t>;
+  ParametricShared& shared = *shared_memory<ParametricShared>();
+  const scalar_t* grad_y = static_cast<const scalar_t*>(p.grad_y);
+  const scalar_t* x = static_cast<const scalar_t*>(p.x);
+  scalar_t* grad_x = static_cast<scalar_t*>(p.grad_x);
+  const int64_t channel = blockIdx.x / parts;
+  const int part = static_cast<int>(blockIdx.x % parts);
+  const int64_t packets_of_row = p.shape.inner / W;
+  const int64_t begin = part * (kElementsOfPart / W);
+  const int64_t all = p.shape.rows * packets_of_row;
+  const int64_t end = begin + kElementsOfPart / W < all ? begin + kElementsOfPart / W : all;
+  const opmath parameter = static_cast<opmath>(static_cast<const scalar_t*>(p.parameter)[channel]);
+
+  ThreadSum<opmath> sum;
+  visit_parametric<opmath>(p.act, [&](auto activation) {
+    const auto f = activation(parameter);
+    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+      const int64_t row = i / packets_of_row;
+      const int64_t first = (row * p.shape.channels + channel) * p.shape.inner + (i - row * packets_of_row) * W;
+      Packet<scalar_t, W> grad_packet, x_packet;
+      load(grad_packet, grad_y + first);
+      load(x_packet, x + first);
+      const Values<scalar_t, W> gradients = Values<scalar_t, W>::of(grad_packet);
+      const Values<scalar_t, W> values = Values<scalar_t, W>::of(x_packet);
+      Values<scalar_t, W> result;
+#pragma unroll
+      for (int j = 0; j < W; ++j) {
+        opmath grad_parameter;
+        result.element[j] = f.backward(gradients.element[j], values.element[j], grad_parameter);
+        sum.add(grad_parameter);
+      }
+      if (grad_x != nullptr) store(grad_x + first, result.rounded());
+    }
+  });
+  if (p.grad_parameter == nullptr) return;
+  const DoubleSum total = block_reduce(sum.value(), shared.scratch, DoubleSum{0.0, 0.0}, AddSums());
+  if (threadIdx.x == 0) partial[blockIdx.x] = total.high + total.low;
+  if (!is_last_block(counters + channel, parts, &shared.flag)) return;
+  DoubleSum of_parts{0.0, 0.0};
+  for (int i = threadIdx.x; i < parts; i += kThreads) math::add(of_parts, partial[channel * parts + i]);
+  of_parts = block_reduce(of_parts, shared.scratch, DoubleSum{0.0, 0.0}, AddSums());
+  if (threadIdx.x == 0) static_cast<scalar_t*>(p.grad_parameter)[channel] = static_cast<scalar_t>(of_parts.high + of_parts.low);
+}
+
+template <int W>
+struct ParametricColumnShared {
+  double sum[kThreads][W];
+  unsigned flag;
+};
+
+// The same where rows run across channels
+//   launch   (column blocks, parts of the rows) of kThreads: `columns` threads side by side with W channels each, the others below them
+//   requires inner = 1; channels a multiple of W and all at a packet unless W = 1; counters zero, one for each column block
+//   traffic  2n elements read, n written
+template <typename scalar_t, int W>
+__global__ void __launch_bounds__(kThreads)
+    parametric_backward_column_kernel(ParametricBackward p, int columns, int64_t rows_of_part, double* partial, unsigned* counters) {
+  using opmath = opmath_t<scalar_t>;
+  auto& shared = *shared_memory<ParametricColumnShared<W>>();
+  const scalar_t* grad_y = static_cast<const scalar_t*>(p.grad_y);
+  const scalar_t* x = static_cast<const scalar_t*>(p.x);
+  scalar_t* grad_x = static_cast<scalar_t*>(p.grad_x);
+  const int column = static_cast<int>(threadIdx.x) % columns;
+  const int lines = kThreads / columns;
+  const int line = static_cast<int>(threadIdx.x) / columns;
+  const int64_t channels = p.shape.channels;
+  const int64_t channel = (static_cast<int64_t>(blockIdx.x) * columns + column) * W;
+  const int64_t begin = blockIdx.y * rows_of_part;
+  const int64_t end = begin + rows_of_part < p.shape.rows ? begin + rows_of_part : p.shape.rows;
+
+  ThreadSum<opmath> sum[W];
+  if (channel < channels) {
+    Values<scalar_t, W> parameter;
+#pragma unroll
+    for (int j = 0; j < W; ++j) parameter.element[j] = static_cast<opmath>(static_cast<const scalar_t*>(p.parameter)[channel + j]);
+    visit_parametric<opmath>(p.act, [&](auto activation) {
+      for (int64_t row = begin + line; row < end; row += lines) {
+        const int64_t first = row * channels + channel;
+        Packet<scalar_t, W> grad_packet, x_packet;
+        load(grad_packet, grad_y + first);
+        load(x_packet, x + first);
+        const Values<scalar_t, W> gradients = Values<scalar_t, W>::of(grad_packet);
+        const Values<scalar_t, W> values = Values<scalar_t, W>::of(x_packet);
+        Values<scalar_t, W> result;
+#pragma unroll
+        for (int j = 0; j < W; ++j) {
+          opmath grad_parameter;
+          result.element[j] = activation(parameter.element[j]).backward(gradients.element[j], values.element[j], grad_parameter);
+          sum[j].add(grad_parameter);
+        }
+        if (grad_x != nullptr) store(grad_x + first, result.rounded());
+      }
+    });
+  }
+  if (p.grad_parameter == nullptr) return;
+#pragma unroll
+  for (int j = 0; j < W; ++j) shared.sum[threadIdx.x][j] = sum[j].value().high + sum[j].value().low;
+  __syncthreads();
+  if (line == 0 && channel < channels) {
+    for (int j = 0; j < W; ++j) {
+      DoubleSum total{0.0, 0.0};
+      for (int below = 0; below < lines; ++below) math::add(total, shared.sum[below * columns + column][j]);
+      partial[blockIdx.y * channels + channel + j] = total.high + total.low;
+    }
+  }
+  if (!is_last_block(counters + blockIdx.x, gridDim.y, &shared.flag)) return;
+  for (int64_t c = static_cast<int64_t>(blockIdx.x) * columns * W + threadIdx.x;
+       c < (blockIdx.x + int64_t{1}) * columns * W && c < channels; c += kThreads) {
+    DoubleSum total{0.0, 0.0};
+    for (unsigned part = 0; part < gridDim.y; ++part) math::add(total, partial[part * channels + c]);
+    static_cast<scalar_t*>(p.grad_parameter)[c] = static_cast<scalar_t>(total.high + total.low);
+  }
+}
+
+// Calls function(scalar_t(), width) with W the elements of a packet where that fits, else 1.
+template <typename Function>
+void with_width(DType dtype, bool in_packets, const Function& function) {
+  dispatch(dtype, [&](auto zero) {
+    if (in_packets) {
+      function(zero, std::integral_constant<int, kPacketElements<decltype(zero)>>());
+    } else {
+      function(zero, std::integral_constant<int, 1>());
+    }
+  });
+}
+
+// The launch of an elementwise kernel over `count` elements.
+template <int W>
+Launch over(int64_t count, int inputs) {
+  const int in_flight = W == 1 ? 4 : kBytesInFlight / (inputs * kPacketBytes);
+  const int64_t tile = int64_t{kThreads} * in_flight * W;
+  return {grid_for((count + tile - 1) / tile, kBlocksPerProcessor), kThreads};
+}
+
+}  // namespace
+
+void activation_forward(DType dtype, math::Activation act, int64_t count, const void* x, void* y, uint8_t* mask) {
+  with_width(dtype, at_packet({x, y}), [&](auto zero, auto width) {
+    using scalar_t = decltype(zero);
+    constexpr int W = decltype(width)::value;
+    if (mask == nullptr) {
+      launch(activation_forward_kernel<scalar_t, W>, over<W>(count, 1), act, count, static_cast<const scalar_t*>(x),
+             static_cast<scalar_t*>(y));
+    } else {
+      launch(activation_forward_mask_kernel<scalar_t, W>, over<W>(count, 1), act, count, static_cast<const scalar_t*>(x),
+             static_cast<scalar_t*>(y), mask);
+    }
+  });
+}
+
+void activation_backward(DType dtype, math::Activation act, Saved kind, int64_t count, const void* grad_y, const void* saved,
+                         void* grad_x) {
+  const bool has_mask = kind == Saved::kMask;
+  with_width(dtype, at_packet({grad_y, has_mask ? grad_y : saved, grad_x}), [&](auto zero, auto width) {
+    using scalar_t = decltype(zero);
+    constexpr int W = decltype(width)::value;
+    if (has_mask) {
+      launch(activation_backward_mask_kernel<scalar_t, W>, over<W>(count, 1), act, count, static_cast<const scalar_t*>(grad_y),
+             static_cast<const uint8_t*>(saved), static_cast<scalar_t*>(grad_x));
+    } else {
+      launch(activation_backward_kernel<scalar_t, W>, over<W>(count, 2), act, kind == Saved::kOutput, count,
+             static_cast<const scalar_t*>(grad_y), static_cast<const scalar_t*>(saved), static_cast<scalar_t*>(grad_x));
+    }
+  });
+}
+
+void rrelu_forward(DType dtype, math::RandomSlopes slopes, int64_t count, const void* x, void* y, uint8_t* mask) {
+  with_width(dtype, at_packet({x, y}), [&](auto zero, auto width) {
+    using scalar_t = decltype(zero);
+    constexpr int W = decltype(width)::value;
+    launch(rrelu_forward_kernel<scalar_t, W>, over<W>(count, 1), slopes, count, static_cast<const scalar_t*>(x), static_cast<scalar_t*>(y),
+           mask);
+  });
+}
+
+void rrelu_backward(DType dtype, math::RandomSlopes slopes, int64_t count, const void* grad_y, const uint8_t* mask, void* grad_x) {
+  with_width(dtype, at_packet({grad_y, grad_x}), [&](auto zero, auto width) {
+    using scalar_t = decltype(zero);
+    constexpr int W = decltype(width)::value;
+    launch(rrelu_backward_kernel<scalar_t, W>, over<W>(count, 1), slopes, count, static_cast<const scalar_t*>(grad_y), mask,
+           static_cast<scalar_t*>(grad_x));
+  });
+}
+
+void parametric_forward(const ParametricForward& p) {
+  const int64_t count = p.shape.rows * p.shape.channels * p.shape.inner;
+  with_width(p.dtype, at_packet({p.x, p.y}), [&](auto zero, auto width) {
+    using scalar_t = decltype(zero);
+    constexpr int W = decltype(width)::value;
+    launch(parametric_forward_kernel<scalar_t, W>, over<W>(count, 1), p.act, p.shape, count, static_cast<const scalar_t*>(p.x),
+           static_cast<const scalar_t*>(p.parameter), static_cast<scalar_t*>(p.y));
+  });
+}
+
+void parametric_backward(const ParametricBackward& p) {
+  const ChannelShape& shape = p.shape;
+  const bool by_column = shape.inner == 1 && shape.channels > 1;
+  const int64_t run = by_column ? shape.channels : shape.inner;
+  const bool in_packets = at_packet({p.grad_y, p.x, p.grad_x}) && run % (kPacketBytes / size_of(p.dtype)) == 0;
+  with_width(p.dtype, in_packets, [&](auto zero, auto width) {
+    using scalar_t = decltype(zero);
+    constexpr int W = decltype(width)::value;
+    if (by_column) {
+      int columns = kWarpThreads;
+      while (columns / 2 * W >= shape.channels && columns > 1) columns /= 2;
+      const int64_t column_blocks = (shape.channels + int64_t{columns} * W - 1) / (int64_t{columns} * W);
+      // Some dozens of rows a thread, and no more parts than the last block adds up in a moment.
+      const int64_t lines = kThreads / columns;
+      int64_t rows_of_part = lines * 32;
+      if (rows_of_part * kMostParts < shape.rows) rows_of_part = (shape.rows + kMostParts - 1) / kMostParts;
+      const int64_t parts = (shape.rows + rows_of_part - 1) / rows_of_part;
+      const PartialSums sums(parts * shape.channels, column_blocks);
+      launch(parametric_backward_column_kernel<scalar_t, W>,
+             {dim3(static_cast<unsigned>(column_blocks), static_cast<unsigned>(parts)), kThreads, sizeof(ParametricColumnShared<W>)}, p,
+             columns, rows_of_part, sums.partial, sums.counters);
+    } else {
+      const int64_t parts = (shape.rows * shape.inner + kElementsOfPart - 1) / kElementsOfPart;
+      const PartialSums sums(parts * shape.channels, shape.channels);
+      launch(parametric_backward_run_kernel<scalar_t, W>,
+             {dim3(static_cast<unsigned>(parts * shape.channels)), kThreads, sizeof(ParametricShared)}, p, static_cast<int>(parts),
+             sums.partial, sums.counters);
+    }
+  });
+}
+
+}  // namespace gradkernels::cuda

@@ -1,0 +1,44 @@
+// What a launcher asks of torch, without torch: the current stream, memory for the length of a call, an error in its words. device.cpp
+// answers with c10, and is the only file of cuda/ that knows it; tests/simt answers without a GPU.
+//
+// The operators (ops/) have made the tensors' device the current one.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace gradkernels::cuda {
+
+cudaStream_t current_stream();
+
+struct DeviceLimits {
+  int processors;          // SMs
+  int shared_bytes;        // that a block may ask for
+  int compute_capability;  // 80 for 8.0
+  int64_t l2_bytes;
+};
+
+// Of the current device, asked for once.
+const DeviceLimits& device_limits();
+
+// Memory for one call from torch's allocator, on the current stream. It may be given back while kernels still use it: whoever gets it next
+// on this stream comes after them.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  void* data() const { return data_; }
+
+ private:
+  void* data_;
+};
+
+// Raises torch's error unless `status` is success.
+void check(cudaError_t status);
+
+}  // namespace gradkernels::cuda

@@ -1,0 +1,258 @@
+// How kernels are launched and what they are written in, so that one source runs on a GPU and, in tests/simt, on the host:
+//
+//   launch(kernel, {grid, block, shared_bytes, cluster}, arguments...)   on the current stream; no blocks, no launch
+//   shared_memory<T>()           the block's shared memory, all of it dynamic and 16-byte aligned: a kernel names its parts in a struct
+//   load<W>, store<W>            W elements at once where they fill a packet of 16 bytes, computed in opmath_t
+//   cluster_rank, cluster_sync, of_cluster_block    blocks of a cluster and each other's shared memory; without one, a cluster of one
+//   copy_async, commit, wait     16 bytes from global to shared memory behind the thread's back
+//
+// Everything else is CUDA's own (threadIdx, __syncthreads, __shfl_down_sync, __ballot_sync, __threadfence, atomicAdd, atomicExch), which
+// tests/simt/cuda_runtime.h has on the host. PTX stands here alone, beside what it means there.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <initializer_list>
+
+#include "common/dispatch.h"
+#include "cuda/device.h"
+
+namespace gradkernels::cuda {
+
+constexpr int kWarpThreads = 32;
+constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
+constexpr int kPacketBytes = 16;
+// What every block gets without asking.
+constexpr size_t kPlainSharedBytes = 48 << 10;
+
+// Elements of a packet.
+template <typename scalar_t>
+constexpr int kPacketElements = kPacketBytes / static_cast<int>(sizeof(scalar_t));
+
+struct Launch {
+  dim3 grid;
+  dim3 block;
+  size_t shared_bytes = 0;
+  unsigned cluster = 1;  // blocks along x
+};
+
+template <typename T>
+struct Exactly {
+  using type = T;
+};
+
+// Arguments convert to the kernel's parameters.
+template <typename... Parameters>
+void launch(void (*kernel)(Parameters...), const Launch& to, typename Exactly<Parameters>::type... arguments) {
+  if (to.grid.x == 0 || to.grid.y == 0 || to.grid.z == 0) return;
+  if (to.shared_bytes > kPlainSharedBytes) {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(to.shared_bytes)));
+  }
+  if (to.cluster > 8) {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  }
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = to.cluster;
+  cluster.val.clusterDim.y = 1;
+  cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = to.grid;
+  config.blockDim = to.block;
+  config.dynamicSmemBytes = to.shared_bytes;
+  config.stream = current_stream();
+  config.attrs = &cluster;
+  config.numAttrs = to.cluster > 1 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+// Blocks for `tiles` pieces of work that a kernel strides over: at most `per_processor` for each SM.
+inline dim3 grid_for(int64_t tiles, int per_processor) {
+  const int64_t most = static_cast<int64_t>(device_limits().processors) * per_processor;
+  return dim3(static_cast<unsigned>(tiles < most ? tiles : most));
+}
+
+// Whether every pointer stands at the beginning of a packet.
+inline bool at_packet(std::initializer_list<const void*> pointers) {
+  for (const void* pointer : pointers) {
+    if (reinterpret_cast<uintptr_t>(pointer) % kPacketBytes != 0) return false;
+  }
+  return true;
+}
+
+template <typename T>
+__device__ __forceinline__ T* shared_memory() {
+#if defined(__CUDACC__)
+  extern __shared__ __align__(16) unsigned char gradkernels_shared_memory[];
+  return reinterpret_cast<T*>(gradkernels_shared_memory);
+#else
+  return static_cast<T*>(simt::shared_memory());
+#endif
+}
+
+// Elements as they are stored: a packet is moved as one.
+template <typename scalar_t, int kElements>
+struct alignas(sizeof(scalar_t) * kElements) Packet {
+  scalar_t element[kElements];
+};
+
+// How long the caches are to keep it: what no kernel reads again soon leaves first.
+enum class Keep : uint8_t { kNormally, kBriefly };
+
+namespace packet {
+
+#if defined(__CUDACC__)
+// The bits of a packet in the vector type of its size.
+template <int kBytes>
+struct Bits;
+template <>
+struct Bits<16> {
+  using type = uint4;
+};
+template <>
+struct Bits<8> {
+  using type = uint2;
+};
+template <>
+struct Bits<4> {
+  using type = unsigned;
+};
+template <>
+struct Bits<2> {
+  using type = unsigned short;
+};
+#endif
+
+}  // namespace packet
+
+// The packet at p, which is aligned to it.
+template <Keep keep = Keep::kNormally, typename scalar_t, int kElements>
+__device__ __forceinline__ void load(Packet<scalar_t, kElements>& to, const scalar_t* p) {
+#if defined(__CUDACC__)
+  using Bits = typename packet::Bits<sizeof(to)>::type;
+  const Bits bits = keep == Keep::kBriefly ? __ldcs(reinterpret_cast<const Bits*>(p)) : *reinterpret_cast<const Bits*>(p);
+  __builtin_memcpy(&to, &bits, sizeof(to));
+#else
+  simt::check_alignment(p, sizeof(to));
+  __builtin_memcpy(&to, p, sizeof(to));
+#endif
+}
+
+template <Keep keep = Keep::kNormally, typename scalar_t, int kElements>
+__device__ __forceinline__ void store(scalar_t* p, const Packet<scalar_t, kElements>& from) {
+#if defined(__CUDACC__)
+  using Bits = typename packet::Bits<sizeof(from)>::type;
+  Bits bits;
+  __builtin_memcpy(&bits, &from, sizeof(from));
+  if constexpr (keep == Keep::kBriefly) {
+    __stcs(reinterpret_cast<Bits*>(p), bits);
+  } else {
+    *reinterpret_cast<Bits*>(p) = bits;
+  }
+#else
+  simt::check_alignment(p, sizeof(from));
+  __builtin_memcpy(p, &from, sizeof(from));
+#endif
+}
+
+// The first `valid` elements alone, anywhere in memory; the others become `fill`.
+template <typename scalar_t, int kElements>
+__device__ __forceinline__ void load_some(Packet<scalar_t, kElements>& to, const scalar_t* p, int64_t valid, scalar_t fill) {
+#pragma unroll
+  for (int i = 0; i < kElements; ++i) to.element[i] = i < valid ? p[i] : fill;
+}
+
+template <typename scalar_t, int kElements>
+__device__ __forceinline__ void store_some(scalar_t* p, const Packet<scalar_t, kElements>& from, int64_t valid) {
+#pragma unroll
+  for (int i = 0; i < kElements; ++i) {
+    if (i < valid) p[i] = from.element[i];
+  }
+}
+
+// clusters: compute capability 9.0
+
+__device__ __forceinline__ unsigned cluster_rank() {
+#if !defined(__CUDACC__)
+  return simt::cluster_rank();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#else
+  return 0;
+#endif
+}
+
+__device__ __forceinline__ unsigned cluster_blocks() {
+#if !defined(__CUDACC__)
+  return simt::cluster_blocks();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  unsigned blocks;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+  return blocks;
+#else
+  return 1;
+#endif
+}
+
+// Every thread of every block of the cluster; what they wrote to shared memory before is seen by all after. A block may not end while
+// others read its shared memory: a last cluster_sync stands behind the last read.
+__device__ __forceinline__ void cluster_sync() {
+#if !defined(__CUDACC__)
+  simt::cluster_sync();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+// Where block `rank` of the cluster has what this block has at `mine`, in shared memory.
+template <typename T>
+__device__ __forceinline__ T* of_cluster_block(T* mine, unsigned rank) {
+#if !defined(__CUDACC__)
+  return static_cast<T*>(simt::of_cluster_block(mine, rank));
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  T* theirs;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(mine), "r"(rank));
+  return theirs;
+#else
+  return mine;
+#endif
+}
+
+// asynchronous copies: compute capability 8.0; below, and on the host, the thread waits for each
+
+// kPacketBytes from global to shared memory, both aligned to a packet.
+__device__ __forceinline__ void copy_async(void* to_shared, const void* from_global) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(to_shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from_global) : "memory");
+#elif defined(__CUDACC__)
+  *static_cast<uint4*>(to_shared) = *static_cast<const uint4*>(from_global);
+#else
+  simt::check_alignment(to_shared, kPacketBytes);
+  simt::check_alignment(from_global, kPacketBytes);
+  __builtin_memcpy(to_shared, from_global, kPacketBytes);
+#endif
+}
+
+// Closes the group of this thread's copies since the last commit.
+__device__ __forceinline__ void copy_async_commit() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Until at most `kGroups` of this thread's groups are under way. Other threads' copies need a barrier after it.
+template <int kGroups>
+__device__ __forceinline__ void copy_async_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+#endif
+}
+
+}  // namespace gradkernels::cuda

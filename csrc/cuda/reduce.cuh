@@ -1,0 +1,124 @@
+// Sums over the threads of a warp, of a block and of a grid, in an order that depends on nothing but their number: results are the same bit
+// for bit from run to run. No float atomics: the last block to finish combines what the blocks left in memory.
+//
+// T is a trivially copyable struct or number whose size is a multiple of 4 bytes; combine(a, b) merges two of them, a the one of the lower
+// threads. A reduction's scratch is kBlockScratch of T in shared memory.
+#pragma once
+
+#include "cuda/launch.cuh"
+#include "math/sum.h"
+
+namespace gradkernels::cuda {
+
+constexpr int kMostWarps = 32;
+
+// Shared memory of a block reduction: one T for each warp.
+template <typename T>
+using BlockScratch = T[kMostWarps];
+
+// The value of the thread `distance` lanes above; its own where there is none. All lanes of the warp take part.
+template <typename T>
+__device__ __forceinline__ T from_lane_above(T value, int distance) {
+  constexpr int kWords = sizeof(T) / sizeof(unsigned);
+  static_assert(sizeof(T) % sizeof(unsigned) == 0, "moved in words");
+  unsigned word[kWords];
+  __builtin_memcpy(word, &value, sizeof(T));
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) word[i] = __shfl_down_sync(kWholeWarp, word[i], distance);
+  __builtin_memcpy(&value, word, sizeof(T));
+  return value;
+}
+
+// Of the first `kLanes` lanes, a power of two, in lane 0; other lanes get something else.
+template <int kLanes = kWarpThreads, typename T, typename Combine>
+__device__ __forceinline__ T warp_reduce(T value, const Combine& combine) {
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) value = combine(value, from_lane_above(value, distance));
+  return value;
+}
+
+// Of all threads of the block, in thread 0; other threads get something else. blockDim is (kWarpThreads * warps, 1, 1). No barrier is needed
+// before; before `scratch` is written again, one is.
+template <typename T, typename Combine>
+__device__ __forceinline__ T block_reduce(T value, BlockScratch<T>& scratch, const T& identity, const Combine& combine) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
+  const int warps = static_cast<int>(blockDim.x) / kWarpThreads;
+  value = warp_reduce(value, combine);
+  if (lane == 0) scratch[warp] = value;
+  __syncthreads();
+  if (warp == 0) value = warp_reduce(lane < warps ? scratch[lane] : identity, combine);
+  return value;
+}
+
+// The same, in every thread.
+template <typename T, typename Combine>
+__device__ __forceinline__ T block_all_reduce(T value, BlockScratch<T>& scratch, const T& identity, const Combine& combine) {
+  value = block_reduce(value, scratch, identity, combine);
+  if (threadIdx.x == 0) scratch[0] = value;
+  __syncthreads();
+  return scratch[0];
+}
+
+struct Add {
+  template <typename T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+
+// Whether this block is the last of `blocks` to come here, the same in all of its threads: it sees what every block wrote before. The
+// counter, in global memory, is zero before the first comes and after the last has. `flag` is a word of shared memory.
+__device__ __forceinline__ bool is_last_block(unsigned* counter, unsigned blocks, unsigned* flag) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    // What the block wrote is seen by whoever sees the counter raised; what the others wrote before they raised it is seen after.
+    __threadfence();
+    *flag = atomicAdd(counter, 1u) + 1 == blocks ? 1u : 0u;
+    __threadfence();
+    if (*flag != 0u) atomicExch(counter, 0u);
+  }
+  __syncthreads();
+  return *flag != 0u;
+}
+
+// What blocks leave for the last one: `values` float64 numbers, which are not initialised, and counters, which are zero.
+struct PartialSums {
+  Workspace workspace;
+  double* partial;
+  unsigned* counters;
+
+  PartialSums(int64_t values, int64_t counter_count)
+      : workspace(static_cast<size_t>(values) * sizeof(double) + static_cast<size_t>(counter_count) * sizeof(unsigned)),
+        partial(static_cast<double*>(workspace.data())),
+        counters(reinterpret_cast<unsigned*>(partial + values)) {
+    check(cudaMemsetAsync(counters, 0, static_cast<size_t>(counter_count) * sizeof(unsigned), current_stream()));
+  }
+};
+
+// Sums that are kept with what rounding takes away.
+struct AddSums {
+  __device__ __forceinline__ math::Sum<double> operator()(math::Sum<double> a, const math::Sum<double>& b) const {
+    math::add(a, b.high);
+    a.low += b.low;
+    return a;
+  }
+};
+
+// A thread's sum of terms, in float64 from the first one on: terms may cancel. Float64 terms bring what rounding takes away.
+template <typename opmath>
+struct ThreadSum {
+  double total = 0.0;
+
+  __device__ __forceinline__ void add(opmath x) { total += static_cast<double>(x); }
+  __device__ __forceinline__ math::Sum<double> value() const { return {total, 0.0}; }
+};
+template <>
+struct ThreadSum<double> {
+  math::Sum<double> total{0.0, 0.0};
+
+  __device__ __forceinline__ void add(double x) { math::add(total, x); }
+  __device__ __forceinline__ math::Sum<double> value() const { return total; }
+};
+
+}  // namespace gradkernels::cuda

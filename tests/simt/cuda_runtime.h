@@ -1,0 +1,138 @@
+// CUDA for the kernels of csrc/cuda when g++ compiles them: what <cuda_runtime.h> gives a kernel and its launcher, on the host. The threads
+// of a cluster are fibers of one OS thread that change over at barriers and shuffles alone, clusters run one after the other, and a barrier
+// that some threads do not reach ends the process with a message. All shared memory is dynamic (csrc/cuda/launch.cuh).
+//
+// Under ThreadSanitizer fibers are threads to it: order between them comes from barriers, shuffles of one warp and fences alone. Atomics
+// order nothing by themselves: what a thread did before a fence and an atomic is seen by one that follows the same atomic with a fence.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <limits>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 : uint3 {
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : uint3{x, y, z} {}
+};
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    uint3 clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+// Of the thread that is running.
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+
+namespace simt {
+
+// Calls body(context) as every thread of the grid.
+void run(const cudaLaunchConfig_t& config, void (*body)(const void*), const void* context);
+
+void* shared_memory();
+unsigned cluster_rank();
+unsigned cluster_blocks();
+void cluster_sync();
+void* of_cluster_block(void* mine, unsigned rank);
+void block_sync();
+void warp_sync();
+void fence();
+void before_atomic(void* p);
+// Every lane's word of the running warp, once all have brought theirs.
+const uint64_t* exchange(uint64_t word);
+// Ends the process where a packet is not aligned to its size, which a GPU would refuse.
+void check_alignment(const void* p, size_t bytes);
+
+template <typename T>
+T lane_value(T value, int lane) {
+  static_assert(sizeof(T) <= sizeof(uint64_t), "a shuffle moves up to 8 bytes");
+  uint64_t word = 0;
+  std::memcpy(&word, &value, sizeof(T));
+  word = exchange(word)[lane];
+  std::memcpy(&value, &word, sizeof(T));
+  return value;
+}
+
+inline int lane() { return static_cast<int>(threadIdx.x % 32); }
+
+}  // namespace simt
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  const auto body = [&] { kernel(arguments...); };
+  simt::run(*config, [](const void* context) { (*static_cast<const decltype(body)*>(context))(); }, &body);
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
+  std::memset(data, value, bytes);
+  return cudaSuccess;
+}
+
+inline void __syncthreads() { simt::block_sync(); }
+inline void __syncwarp(unsigned = 0xFFFFFFFFu) { simt::warp_sync(); }
+inline void __threadfence() { simt::fence(); }
+
+// The masks are those of whole warps: csrc/cuda uses no others.
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return simt::lane_value(value, lane % 32);
+}
+template <typename T>
+T __shfl_down_sync(unsigned, T value, int distance) {
+  const int lane = simt::lane() + distance;
+  return simt::lane_value(value, lane < 32 ? lane : simt::lane());
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return simt::lane_value(value, simt::lane() ^ mask);
+}
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  const uint64_t* words = simt::exchange(predicate != 0 ? 1 : 0);
+  unsigned ballot = 0;
+  for (int lane = 0; lane < 32; ++lane) ballot |= static_cast<unsigned>(words[lane]) << lane;
+  return ballot;
+}
+
+template <typename T>
+T atomicAdd(T* p, T value) {
+  simt::before_atomic(p);
+  return __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
+}
+template <typename T>
+T atomicExch(T* p, T value) {
+  simt::before_atomic(p);
+  return __atomic_exchange_n(p, value, __ATOMIC_RELAXED);
+}
+template <typename T>
+T atomicMax(T* p, T value) {
+  simt::before_atomic(p);
+  T before = __atomic_load_n(p, __ATOMIC_RELAXED);
+  while (before < value && !__atomic_compare_exchange_n(p, &before, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return before;
+}

@@ -1,0 +1,309 @@
+// The fibers behind cuda_runtime.h, and what csrc/cuda/device.h asks of torch. A GPU of two processors, so that grids that stride over
+// their work and blocks that wait for the last are seen at small sizes.
+//
+// SIMT_WITHOUT_BARRIER=k, SIMT_WITHOUT_FENCE=k: the k-th barrier or fence of each thread orders nothing. Threads still wait, so that
+// results stay: ThreadSanitizer has to find it. SIMT_REVERSED=1: blocks, and threads between barriers, run last first.
+#include <ucontext.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "cuda/device.h"
+
+// This file itself is compiled without the sanitizer, which would take its bookkeeping for races.
+#if defined(SIMT_RACES)
+#include <sanitizer/tsan_interface.h>
+#define SIMT_TSAN(call) call
+#else
+#define SIMT_TSAN(call)
+#endif
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace simt {
+namespace {
+
+constexpr size_t kStackBytes = 64 << 10;
+constexpr unsigned kWarpThreads = 32;
+
+[[noreturn]] void fail(const char* message) {
+  std::fprintf(stderr, "simt: %s\n", message);
+  std::abort();
+}
+
+int setting(const char* name) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? 0 : std::atoi(value);
+}
+
+struct Barrier {
+  unsigned members = 0;
+  unsigned arrived = 0;
+  unsigned generation = 0;
+  unsigned char* order = nullptr;  // what the sanitizer knows it by: another for each cluster
+};
+
+struct Warp {
+  Barrier barrier;
+  uint64_t words[2][kWarpThreads];
+};
+
+struct Block {
+  unsigned char* shared;
+  unsigned rank;
+  Barrier barrier;
+  std::vector<Warp> warps;
+};
+
+struct Fiber {
+  uint3 thread, place;  // threadIdx and blockIdx
+  ucontext_t context;
+  Block* block;
+  Warp* warp;
+  bool done;
+  int barriers;
+  int fences;
+  bool fenced;
+  void* last_atomic;
+  unsigned exchanges;
+  void* tsan;
+};
+
+struct Cluster {
+  std::vector<Block> blocks;
+  std::vector<Fiber> fibers;
+  Barrier barrier;
+  size_t running;
+  size_t alive;
+  size_t idle;  // changes of fiber since something moved
+  int step;     // 1, or -1 for last first
+  ucontext_t scheduler;
+  void* scheduler_tsan;
+  void (*body)(const void*);
+  const void* context;
+};
+
+Cluster cluster;
+// Shared memory and stacks. For the sanitizer each cluster gets new ones: what two of them write at one address would be a race.
+std::vector<std::unique_ptr<unsigned char[]>> memories;
+// Kept to the end of the launch: what a new fiber takes over from one that is gone would pass for its own.
+std::vector<void*> sanitized_fibers;
+int skipped_barrier;
+int skipped_fence;
+
+Fiber& running() { return cluster.fibers[cluster.running]; }
+
+void change_to_next() {
+  Fiber& from = running();
+  if (cluster.alive == 0) {
+    SIMT_TSAN(__tsan_switch_to_fiber(cluster.scheduler_tsan, __tsan_switch_to_fiber_no_sync));
+    setcontext(&cluster.scheduler);
+  }
+  const size_t count = cluster.fibers.size();
+  do {
+    cluster.running = (cluster.running + count + cluster.step) % count;
+  } while (running().done);
+  if (++cluster.idle > 4 * count) fail("threads wait at barriers that others do not reach");
+  Fiber& to = running();
+  if (&to == &from) return;
+  threadIdx = to.thread;
+  blockIdx = to.place;
+  SIMT_TSAN(__tsan_switch_to_fiber(to.tsan, __tsan_switch_to_fiber_no_sync));
+  if (from.done) {
+    setcontext(&to.context);
+  } else {
+    swapcontext(&from.context, &to.context);
+  }
+}
+
+void release_if_complete(Barrier& barrier) {
+  if (barrier.arrived < barrier.members || barrier.arrived == 0) return;
+  barrier.arrived = 0;
+  ++barrier.generation;
+  cluster.idle = 0;
+}
+
+void wait_at(Barrier& barrier, bool orders) {
+  if (orders) SIMT_TSAN(__tsan_release(barrier.order));
+  const unsigned generation = barrier.generation;
+  ++barrier.arrived;
+  release_if_complete(barrier);
+  while (barrier.generation == generation) change_to_next();
+  if (orders) SIMT_TSAN(__tsan_acquire(barrier.order));
+}
+
+void leave(Barrier& barrier) {
+  --barrier.members;
+  release_if_complete(barrier);
+}
+
+unsigned char* memory_of(size_t bytes) {
+  memories.emplace_back(new unsigned char[bytes]);
+  return memories.back().get();
+}
+
+void thread_main() {
+  cluster.body(cluster.context);
+  Fiber& fiber = running();
+  fiber.done = true;
+  --cluster.alive;
+  cluster.idle = 0;
+  SIMT_TSAN(__tsan_release(&cluster));
+  // A barrier does not wait for a thread that has ended.
+  leave(fiber.warp->barrier);
+  leave(fiber.block->barrier);
+  leave(cluster.barrier);
+  change_to_next();
+}
+
+void run_cluster(const cudaLaunchConfig_t& config, unsigned blocks, uint3 first) {
+  const unsigned threads = config.blockDim.x * config.blockDim.y * config.blockDim.z;
+  if (threads == 0 || threads > 1024) fail("a block has 1 to 1024 threads");
+  const unsigned warps = (threads + kWarpThreads - 1) / kWarpThreads;
+  cluster.blocks.resize(blocks);
+  cluster.fibers.resize(size_t{blocks} * threads);
+#if !defined(SIMT_RACES)
+  memories.clear();
+#endif
+  const size_t shared_bytes = (config.dynamicSmemBytes + 15) / 16 * 16;
+  unsigned char* orders = memory_of(8 * (2 + blocks * size_t{1 + warps}));
+  const auto reset = [&orders](Barrier& barrier, unsigned members) { barrier = {members, 0, barrier.generation, orders += 8}; };
+  unsigned char* const stacks = memory_of(cluster.fibers.size() * kStackBytes);
+  reset(cluster.barrier, blocks * threads);
+  for (unsigned b = 0; b < blocks; ++b) {
+    Block& block = cluster.blocks[b];
+    // new[] aligns to 16 bytes. Filled with nan: a GPU leaves there what was before.
+    block.shared = memory_of(shared_bytes);
+    std::memset(block.shared, 0xFF, shared_bytes);
+    block.rank = b;
+    reset(block.barrier, threads);
+    block.warps.resize(warps);
+    for (unsigned w = 0; w < warps; ++w) {
+      reset(block.warps[w].barrier, w + 1 < warps ? kWarpThreads : threads - w * kWarpThreads);
+    }
+    for (unsigned t = 0; t < threads; ++t) {
+      const size_t i = size_t{b} * threads + t;
+      Fiber& fiber = cluster.fibers[i];
+      fiber.thread = {t % config.blockDim.x, t / config.blockDim.x % config.blockDim.y, t / config.blockDim.x / config.blockDim.y};
+      fiber.place = {first.x + b, first.y, first.z};
+      fiber.block = &block;
+      fiber.warp = &block.warps[t / kWarpThreads];
+      fiber.done = false;
+      fiber.barriers = 0;
+      fiber.fences = 0;
+      fiber.fenced = false;
+      fiber.last_atomic = nullptr;
+      fiber.exchanges = 0;
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = stacks + i * kStackBytes;
+      fiber.context.uc_stack.ss_size = kStackBytes;
+      fiber.context.uc_link = nullptr;
+      makecontext(&fiber.context, thread_main, 0);
+      SIMT_TSAN(sanitized_fibers.push_back(fiber.tsan = __tsan_create_fiber(0)));
+    }
+  }
+  cluster.alive = cluster.fibers.size();
+  cluster.idle = 0;
+  cluster.running = cluster.step > 0 ? 0 : cluster.fibers.size() - 1;
+  threadIdx = running().thread;
+  blockIdx = running().place;
+  blockDim = config.blockDim;
+  gridDim = config.gridDim;
+  SIMT_TSAN(cluster.scheduler_tsan = __tsan_get_current_fiber());
+  SIMT_TSAN(__tsan_switch_to_fiber(running().tsan, __tsan_switch_to_fiber_no_sync));
+  swapcontext(&cluster.scheduler, &running().context);
+}
+
+}  // namespace
+
+void run(const cudaLaunchConfig_t& config, void (*body)(const void*), const void* context) {
+  const unsigned size = config.numAttrs == 1 ? config.attrs[0].val.clusterDim.x : 1;
+  if (config.gridDim.x % size != 0) fail("a grid is made of whole clusters");
+  if (config.dynamicSmemBytes > static_cast<size_t>(gradkernels::cuda::device_limits().shared_bytes)) fail("too much shared memory");
+  skipped_barrier = setting("SIMT_WITHOUT_BARRIER");
+  skipped_fence = setting("SIMT_WITHOUT_FENCE");
+  cluster.step = setting("SIMT_REVERSED") == 0 ? 1 : -1;
+  cluster.body = body;
+  cluster.context = context;
+  const uint64_t clusters = uint64_t{config.gridDim.x / size} * config.gridDim.y * config.gridDim.z;
+  for (uint64_t i = 0; i < clusters; ++i) {
+    const uint64_t at = cluster.step > 0 ? i : clusters - 1 - i;
+    const unsigned per_row = config.gridDim.x / size;
+    run_cluster(config, size,
+                {static_cast<unsigned>(at % per_row) * size, static_cast<unsigned>(at / per_row % config.gridDim.y),
+                 static_cast<unsigned>(at / per_row / config.gridDim.y)});
+  }
+  // The launch ends before whatever comes next on the stream.
+  SIMT_TSAN(__tsan_acquire(&cluster));
+  for ([[maybe_unused]] void* fiber : sanitized_fibers) SIMT_TSAN(__tsan_destroy_fiber(fiber));
+  sanitized_fibers.clear();
+  memories.clear();
+}
+
+void* shared_memory() { return running().block->shared; }
+unsigned cluster_rank() { return running().block->rank; }
+unsigned cluster_blocks() { return static_cast<unsigned>(cluster.blocks.size()); }
+void cluster_sync() { wait_at(cluster.barrier, true); }
+
+void* of_cluster_block(void* mine, unsigned rank) {
+  if (rank >= cluster.blocks.size()) fail("no such block in the cluster");
+  return cluster.blocks[rank].shared + (static_cast<unsigned char*>(mine) - running().block->shared);
+}
+
+void block_sync() {
+  Fiber& fiber = running();
+  wait_at(fiber.block->barrier, ++fiber.barriers != skipped_barrier);
+}
+
+void warp_sync() { wait_at(running().warp->barrier, true); }
+
+void fence() {
+  Fiber& fiber = running();
+  if (++fiber.fences == skipped_fence) return;
+  fiber.fenced = true;
+  if (fiber.last_atomic != nullptr) SIMT_TSAN(__tsan_acquire(fiber.last_atomic));
+}
+
+void before_atomic(void* p) {
+  Fiber& fiber = running();
+  if (fiber.fenced) SIMT_TSAN(__tsan_release(p));
+  fiber.last_atomic = p;
+}
+
+// Two sets of words in turn: a lane comes back to a set only after all lanes have read it.
+const uint64_t* exchange(uint64_t word) {
+  Fiber& fiber = running();
+  uint64_t* words = fiber.warp->words[fiber.exchanges++ % 2];
+  words[threadIdx.x % kWarpThreads] = word;
+  wait_at(fiber.warp->barrier, true);
+  return words;
+}
+
+void check_alignment(const void* p, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail("a packet is not aligned to its size");
+}
+
+}  // namespace simt
+
+namespace gradkernels::cuda {
+
+cudaStream_t current_stream() { return nullptr; }
+
+const DeviceLimits& device_limits() {
+  static const DeviceLimits limits{2, 227 << 10, 90, 4 << 20};
+  return limits;
+}
+
+Workspace::Workspace(size_t bytes) : data_(std::malloc(bytes)) {
+  if (data_ == nullptr) throw std::bad_alloc();
+  std::memset(data_, 0xFF, bytes);
+}
+Workspace::~Workspace() { std::free(data_); }
+
+void check(cudaError_t) {}
+
+}  // namespace gradkernels::cuda

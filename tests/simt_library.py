@@ -1,0 +1,130 @@
+"""Compiles the kernels of csrc/cuda for the host (tests/simt) and calls them on CPU tensors.
+
+load("activation") is csrc/cuda/activation.cu with its launchers, bound by tests/simt/activation.cpp; races("activation") runs that file's
+main under ThreadSanitizer. Both are kept in build/simt under a name that follows from every source they are made of. Tensors that kernels
+write come from guarded(), which fails a test where something is written outside of them.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILT = ROOT / "build/simt"
+SOURCES = ("csrc/common/*.h", "csrc/math/*.h", "csrc/ops/*.h", "csrc/cuda/*", "tests/simt/*")
+# As setup.py has them, less optimisation: a kernel is compiled in seconds.
+FLAGS = (
+    "-std=c++17",
+    "-O1",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-Itests/simt",
+    "-Icsrc",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+)
+RACES = ("-g", "-DSIMT_RACES")
+CANARY = 0x5A
+CANARY_BYTES = 256
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def compiled(stem, output, *, races=False):
+    """The shared library or, for races, the program of a stem: made unless it is there already."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler: kernels are compiled for the host by g++")
+    paths = sorted(path for pattern in SOURCES for path in ROOT.glob(pattern) if path.suffix != ".cu" or path.stem == stem)
+    content = hashlib.sha256(repr((compiler, FLAGS, RACES)).encode())
+    for path in paths:
+        content.update(path.name.encode() + path.read_bytes())
+    target = BUILT / f"{stem}-{content.hexdigest()[:16]}{output}"
+    if target.exists():
+        return target
+    BUILT.mkdir(parents=True, exist_ok=True)
+    mine = target.with_suffix(f".{os.getpid()}")
+    common = [compiler, *FLAGS, "-fPIC", *(RACES if races else ())]
+    sanitized = ["-fsanitize=thread"] if races else []
+    shim, kernels = f"{mine}.shim.o", f"{mine}.kernels.o"
+    jobs = [
+        subprocess.Popen([*common, "-c", "tests/simt/simt.cpp", "-o", shim], cwd=ROOT),
+        subprocess.Popen([*common, *sanitized, "-c", "-x", "c++", f"csrc/cuda/{stem}.cu", "-o", kernels], cwd=ROOT),
+    ]
+    assert not any([job.wait() for job in jobs]), f"{stem} does not compile for the host"
+    link = [*common, *sanitized, *(() if races else ("-shared",)), f"tests/simt/{stem}.cpp", shim, kernels, "-o", str(mine)]
+    subprocess.run(link, cwd=ROOT, check=True)
+    os.replace(mine, target)
+    for each in (shim, kernels):
+        os.unlink(each)
+    return target
+
+
+def load(stem):
+    """The launchers of a stem, as ctypes functions that return nothing."""
+    library = ctypes.CDLL(str(compiled(stem, ".so")))
+
+    def call(name, *arguments):
+        function = getattr(library, name)
+        function.restype = None
+        function(*(as_c(argument) for argument in arguments))
+
+    return call
+
+
+def as_c(argument):
+    """A tensor as its address, a dtype as its number in DType, None as a null pointer."""
+    if argument is None:
+        return ctypes.c_void_p(None)
+    if isinstance(argument, torch.Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, torch.dtype):
+        return ctypes.c_int(DTYPES[argument])
+    if isinstance(argument, float):
+        return ctypes.c_double(argument)
+    return ctypes.c_int64(argument)
+
+
+class Guarded:
+    """Hands out tensors of chosen alignment that lie between canaries, and finds out whether anything was written there."""
+
+    def __init__(self):
+        self.memories = []
+
+    def empty(self, count, dtype, *, offset=0):
+        """`count` elements that begin `offset` elements behind an address of a packet."""
+        size = torch.empty(0, dtype=dtype).element_size()
+        memory = torch.full((2 * CANARY_BYTES + (offset + count) * size,), CANARY, dtype=torch.uint8)
+        begin = CANARY_BYTES - memory.data_ptr() % 16 + offset * size
+        self.memories.append((memory, begin, begin + count * size))
+        return torch.frombuffer(memory.numpy(), dtype=dtype, count=count, offset=begin) if count else torch.empty(0, dtype=dtype)
+
+    def copy(self, tensor, *, offset=0):
+        return self.empty(tensor.numel(), tensor.dtype, offset=offset).copy_(tensor.flatten())
+
+    def check(self):
+        for memory, begin, end in self.memories:
+            outside = torch.cat([memory[:begin], memory[end:]])
+            assert (outside == CANARY).all(), "a kernel wrote outside of its tensors"
+
+
+def races(stem, **settings):
+    """The reports of ThreadSanitizer over a run of the stem's main, as text; settings are those at the head of tests/simt/simt.cpp."""
+    program = compiled(stem, "", races=True)
+    environment = {**os.environ, **{name: str(value) for name, value in settings.items()}, "TSAN_OPTIONS": "halt_on_error=1 exitcode=66"}
+    # The sanitizer of older compilers does not find its place among randomised addresses.
+    command = ["setarch", platform.machine(), "-R", str(program)] if shutil.which("setarch") else [str(program)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if "unexpected memory mapping" in run.stderr or "personality" in run.stderr:
+        pytest.skip(f"ThreadSanitizer does not start here: {run.stderr.splitlines()[0]}")
+    assert run.returncode in (0, 66), run.stderr
+    return re.sub(r"=+\n", "", run.stderr)

@@ -1,0 +1,241 @@
+"""The CUDA kernels of the activations, run on the host (tests/simt) and held to the bounds of the operators, at every seam and alignment.
+
+What stands between a launcher and a user (operators, autograd) is tested on the CPU, and on a GPU where there is one.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import gradkernels as gk
+from accuracy import SWISH_GRADIENT, ULP_BOUND, activation_scales, assert_accurate, assert_bitwise_equal, exact_activation, extended
+from gradkernels import reference
+from simt_library import Guarded, load, races
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# ActivationKind
+KINDS = {"identity": 0, "relu": 1, "relu6": 2, "leaky_relu": 3, "elu": 4, "swish": 5}
+PARAMS = {"leaky_relu": 0.3, "elu": 1.2, "swish": 1.7}
+INPUT, OUTPUT, MASK = 0, 1, 2
+PRELU, SWISH = 0, 1
+# Elements around a packet, a warp's worth of packets, a tile (256 threads, 16 packets of 2 to 8), and several tiles a block.
+SIZES = [0, 1, 3, 7, 8, 9, 31, 32, 33, 255, 257, 2047, 2048, 2049, 8191, 8193, 16_411, 70_001]
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture(scope="module")
+def call():
+    return load("activation")
+
+
+@pytest.fixture
+def guarded():
+    memory = Guarded()
+    yield memory
+    memory.check()
+
+
+def sample(count, dtype):
+    """Random numbers, with the kinks among them where there is room."""
+    x = torch.randn(count, dtype=torch.float64) * 3
+    if count > 6:
+        x[:3] = torch.tensor([0.0, -0.0, 6.0])
+        x[-2:] = torch.tensor([6.0, -1e-7])
+    return x.to(dtype)
+
+
+def packed(bits):
+    """Bit i % 8 of byte i / 8."""
+    padded = torch.zeros((bits.numel() + 7) // 8 * 8, dtype=torch.uint8)
+    padded[: bits.numel()] = bits
+    return (padded.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def passes(x, act):
+    """Where the slope is 1."""
+    if act == "leaky_relu":
+        return x > 0
+    return ~(x <= 0) if act == "relu" else ~((x <= 0) | (x >= 6))
+
+
+def torchs(x, grad_y, act, param):
+    """y and grad_x by torch, in x's dtype."""
+    x = x.clone().requires_grad_()
+    y = reference.ACTIVATIONS[act][1](x, param)
+    return y.detach(), torch.autograd.grad(y, x, grad_y)[0]
+
+
+def assert_activation(name, act, param, x, grad_y, y, grad_x):
+    exact_y, exact_grad_x = exact_activation(x, grad_y, act, param)
+    torch_y, torch_grad_x = torchs(x, grad_y, act, param)
+    y_scale, grad_scale = activation_scales(x, grad_y, act, param)
+    assert_accurate(f"{name}: y", y, torch_y, exact_y, scale=y_scale)
+    bound = SWISH_GRADIENT if act == "swish" else ULP_BOUND
+    assert_accurate(f"{name}: grad_x", grad_x, torch_grad_x, exact_grad_x, scale=grad_scale, bound=bound)
+
+
+def tensors(guarded, index, size, dtype):
+    """x, grad_y and room for y and grad_x; every third time inputs, and every third outputs, begin one element behind a packet."""
+    inputs, outputs = index % 3 == 1, index % 3 == 2
+    x = guarded.copy(sample(size, dtype), offset=inputs)
+    grad_y = guarded.copy(torch.randn(size).to(dtype), offset=inputs)
+    return x, grad_y, guarded.empty(size, dtype, offset=outputs), guarded.empty(size, dtype, offset=outputs)
+
+
+@each_dtype
+@pytest.mark.parametrize("act", KINDS)
+def test_forward_and_backward(call, guarded, act, dtype):
+    param = PARAMS.get(act, 0.0)
+    for index, size in enumerate(SIZES):
+        x, grad_y, y, grad_x = tensors(guarded, index, size, dtype)
+        call("activation_forward", dtype, KINDS[act], param, size, x, y, None)
+        call("activation_backward", dtype, KINDS[act], param, INPUT, size, grad_y, x, grad_x)
+        assert_activation(f"{act} of {size}", act, param, x, grad_y, y, grad_x)
+
+
+@each_dtype
+@pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu"])
+def test_mask(call, guarded, act, dtype):
+    param = -0.7 if act == "leaky_relu" else 0.0
+    for index, size in enumerate(SIZES):
+        x, grad_y, y, grad_x = tensors(guarded, index, size, dtype)
+        mask = guarded.empty((size + 7) // 8, torch.uint8)
+        call("activation_forward", dtype, KINDS[act], param, size, x, y, mask)
+        assert_bitwise_equal(f"mask of {size}", mask, packed(passes(x, act)))
+        call("activation_backward", dtype, KINDS[act], param, MASK, size, grad_y, mask, grad_x)
+        assert_activation(f"{act} of {size}", act, param, x, grad_y, y, grad_x)
+
+
+@each_dtype
+@pytest.mark.parametrize("act", KINDS)
+def test_nan_and_infinities(call, guarded, act, dtype):
+    x = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40, -1e-40]).to(dtype).repeat(5)
+    grad_y = guarded.copy(torch.randn(x.numel()).to(dtype))
+    y, grad_x = (guarded.empty(x.numel(), dtype) for _ in range(2))
+    call("activation_forward", dtype, KINDS[act], PARAMS.get(act, 0.0), x.numel(), x, y, None)
+    call("activation_backward", dtype, KINDS[act], PARAMS.get(act, 0.0), INPUT, x.numel(), grad_y, x, grad_x)
+    expected_y, expected_grad_x = torchs(x, grad_y, act, PARAMS.get(act, 0.0))
+    torch.testing.assert_close(y, expected_y, equal_nan=True)
+    # torch's gradient at nan is nan in one loop and grad_y in another.
+    known = ~x.isnan()
+    torch.testing.assert_close(grad_x[known], expected_grad_x[known], equal_nan=True)
+
+
+@each_dtype
+def test_elu_backward_reads_the_output(call, guarded, dtype):
+    for index, size in enumerate(SIZES):
+        y, grad_y, grad_x, _ = tensors(guarded, index, size, dtype)
+        call("activation_backward", dtype, KINDS["elu"], 1.5, OUTPUT, size, grad_y, y, grad_x)
+        slope = torch.where(y > 0, 1.0, y.double() + 1.5).where(~y.isnan(), math.nan)
+        expected = torch.ops.gradkernels.elu_backward(grad_y, y, 1.5, True)
+        assert_accurate(f"grad_x of {size}", grad_x, expected, extended(grad_y) * extended(slope), scale=extended(grad_y).__abs__())
+
+
+@each_dtype
+def test_in_place(call, guarded, dtype):
+    for index, size in enumerate(SIZES):
+        x, grad_y, y, grad_x = tensors(guarded, index, size, dtype)
+        call("activation_forward", dtype, KINDS["swish"], 1.0, size, x, y, None)
+        call("activation_backward", dtype, KINDS["swish"], 1.0, INPUT, size, grad_y, x, grad_x)
+        call("activation_backward", dtype, KINDS["swish"], 1.0, INPUT, size, grad_y, x, grad_y)
+        call("activation_forward", dtype, KINDS["swish"], 1.0, size, x, x, None)
+        assert_bitwise_equal(f"x of {size}", x, y)
+        assert_bitwise_equal(f"grad_y of {size}", grad_y, grad_x)
+
+
+@each_dtype
+def test_rrelu_draws_what_the_cpu_draws(call, guarded, dtype):
+    lower, upper, seed = 0.1, 0.4, 1 << 40 | 12345
+    for index, size in enumerate(SIZES):
+        x, grad_y, y, grad_x = tensors(guarded, index, size, dtype)
+        mask = guarded.empty((size + 7) // 8, torch.uint8)
+        call("rrelu_forward", dtype, seed, lower, upper, size, x, y, mask)
+        call("rrelu_backward", dtype, seed, lower, upper, size, grad_y, mask, grad_x)
+        expected_y, expected_mask = torch.ops.gradkernels.rrelu_with_mask(x, torch.tensor(seed), lower, upper)
+        expected_grad_x = torch.ops.gradkernels.rrelu_backward(grad_y, expected_mask, [1], torch.tensor(seed), lower, upper)
+        assert_bitwise_equal(f"mask of {size}", mask, expected_mask)
+        assert_bitwise_equal(f"y of {size}", y, expected_y)
+        assert_bitwise_equal(f"grad_x of {size}", grad_x, expected_grad_x)
+
+
+# Rows, channels, inner: one parameter for all; runs that are whole packets and runs that are not; rows across channels, with columns that
+# fill a block and that do not; more than one part of a channel.
+CHANNEL_SHAPES = [
+    *[(1, 1, 1), (1, 1, 16_385), (1, 1, 40_000)],
+    *[(2, 1, 7), (3, 3, 49), (2, 3, 64), (5, 65, 49), (9, 2, 2048)],
+    *[(1, 3, 1), (257, 3, 1), (65, 64, 1), (130, 65, 1), (8200, 8, 1), (9, 520, 1)],
+]
+
+
+def exact_shares(x, grad_y, parameter, act):
+    """What each element adds to the gradient of the parameter, and the size of what that is computed from: exp magnifies rounding."""
+    x, grad_y = extended(x), extended(grad_y)
+    if act == "prelu":
+        return (np.where(x > 0, 0, grad_y * x),) * 2
+    z = extended(parameter) * x
+    share = grad_y * x * x / (1 + np.exp(-z)) / (1 + np.exp(z))
+    return share, share * (1 + abs(z))
+
+
+@each_dtype
+@pytest.mark.parametrize("act", ["prelu", "swish"])
+def test_learnt_parameter(call, guarded, act, dtype):
+    number = {"prelu": PRELU, "swish": SWISH}[act]
+    function = {"prelu": gk.prelu, "swish": gk.swish}[act]
+    formula = {"prelu": "leaky_relu", "swish": "swish"}[act]
+    for index, shape in enumerate(CHANNEL_SHAPES):
+        rows, channels, inner = shape
+        size = rows * channels * inner
+        x = guarded.copy(torch.randn(size).to(dtype), offset=index % 3 == 1)
+        grad_y = guarded.copy(torch.randn(size).to(dtype), offset=index % 3 == 1)
+        y, grad_x = (guarded.empty(size, dtype) for _ in range(2))
+        parameter = guarded.copy(torch.rand(channels).to(dtype) + 0.25)
+        grad_parameter, alone = guarded.empty(channels, dtype), guarded.empty(channels, dtype)
+        call("parametric_forward", dtype, *shape, number, x, parameter, y)
+        call("parametric_backward", dtype, *shape, number, grad_y, x, parameter, grad_x, grad_parameter)
+        call("parametric_backward", dtype, *shape, number, grad_y, x, parameter, None, alone)
+        assert_bitwise_equal(f"grad_parameter alone {shape}", alone, grad_parameter)
+
+        x, grad_y, y, grad_x = (each.view(shape) for each in (x, grad_y, y, grad_x))
+        leaf, weight = x.clone().requires_grad_(), parameter.clone().requires_grad_()
+        cpu_y = function(leaf, weight)
+        cpu_y.backward(grad_y)
+        across = parameter.view(1, channels, 1)
+        exact_y, exact_grad_x = exact_activation(x, grad_y, formula, across)
+        y_scale, grad_scale = activation_scales(x, grad_y, formula, extended(across))
+        assert_accurate(f"y {shape}", y, cpu_y.detach(), exact_y, scale=y_scale)
+        assert_accurate(f"grad_x {shape}", grad_x, leaf.grad, exact_grad_x, scale=grad_scale, bound=SWISH_GRADIENT)
+        shares, sizes = exact_shares(x, grad_y, across, act)
+        scale = np.sqrt(np.square(sizes).sum((0, 2)))
+        bound = {"prelu": 2.0, "swish": 5.0}[act]
+        assert_accurate(f"grad_parameter {shape}", grad_parameter, weight.grad, shares.sum((0, 2)), scale=scale, bound=bound)
+
+
+def test_results_do_not_depend_on_the_order_of_blocks(call, guarded, monkeypatch):
+    for rows, channels, inner in [(1, 1, 40_000), (8200, 8, 1), (5, 3, 9001)]:
+        size = rows * channels * inner
+        x, grad_y = (guarded.copy(torch.randn(size)) for _ in range(2))
+        parameter = guarded.copy(torch.rand(channels))
+        results = []
+        for reversed_order in ("0", "1"):
+            monkeypatch.setenv("SIMT_REVERSED", reversed_order)
+            results.append(guarded.empty(channels, torch.float32))
+            call("parametric_backward", torch.float32, rows, channels, inner, SWISH, grad_y, x, parameter, None, results[-1])
+        assert_bitwise_equal(f"{rows, channels, inner}", *results)
+
+
+def test_no_races():
+    assert races("activation") == ""
+
+
+@pytest.mark.parametrize("barrier", [1, 2, 3])
+def test_a_barrier_less_is_a_race(barrier):
+    assert "data race" in races("activation", SIMT_WITHOUT_BARRIER=barrier)
+
+
+@pytest.mark.parametrize("fence", [1, 2])
+def test_a_fence_less_is_a_race(fence):
+    assert "data race" in races("activation", SIMT_WITHOUT_FENCE=fence)
