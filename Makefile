@@ -9,6 +9,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # The stamp's name carries torch's version: asking for another one installs it and, through the stamp's age, builds again.
 REQUIREMENTS := .venv/.requirements-$(TORCH)
+# For cuda-check: a torch with CUDA beside the other, and the toolkit's root, since the nvcc in PATH may be a wrapper that stands elsewhere.
+CUDA_TORCH ?= 2.11.0
+CUDA_ARCHITECTURES ?= 8.0;9.0;10.0+PTX
+CUDA_REQUIREMENTS := .venv-cuda/.requirements-$(CUDA_TORCH)
+CUDA_HOME ?= $(shell nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^\#\$$ TOP=//p')
 LIBRARY := build/.library
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
@@ -32,7 +37,7 @@ print(*(each for each in requirements if not each.startswith("gradkernels")), se
 endef
 export PRINT_REQUIREMENTS
 
-.PHONY: help build demo test test-all test-base fuzz sanitize emulate versions lint format bench clean
+.PHONY: help build demo test test-all test-base fuzz sanitize emulate versions lint format bench cuda-check clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -87,7 +92,15 @@ format: $(REQUIREMENTS)  ## ruff and clang-format, rewriting files
 bench: $(LIBRARY)  ## every bench/bench_*.py in turn
 	set -e; for script in bench/bench_*.py; do PYTHONPATH=. .venv/bin/python $$script; done
 
-clean:  ## what the build left; .venv stays
+cuda-check: $(CUDA_REQUIREMENTS)  ## compile for CUDA, load it, look at the machine code; needs nvcc and no GPU
+	rm -rf build/cuda/lib
+	CUDA_HOME="$(CUDA_HOME)" FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" \
+	  .venv-cuda/bin/python setup.py -q build --build-base build/cuda --build-lib build/cuda/lib
+	cd build/cuda/lib && ../../../.venv-cuda/bin/python -c 'from gradkernels import _native; assert _native.C is not None, _native.reason'
+	cd build/cuda/lib && ../../../.venv-cuda/bin/python -m gradkernels info
+	.venv-cuda/bin/python tests/inspect_cuda_code.py build/cuda/lib/gradkernels/_C.*.so
+
+clean:  ## what the build left; .venv and .venv-cuda stay
 	rm -rf build dist gradkernels.egg-info gradkernels/_C.*.so
 
 # Folders are prerequisites too: their age tells of a file removed.
@@ -100,4 +113,10 @@ $(REQUIREMENTS): pyproject.toml Makefile
 	.venv/bin/python -c "$$PRINT_REQUIREMENTS" > .venv/requirements.txt
 	.venv/bin/pip install $(if $(CI),--progress-bar off) torch==$(TORCH) -r .venv/requirements.txt
 	rm -f .venv/.requirements-*
+	touch $@
+
+$(CUDA_REQUIREMENTS): Makefile
+	test -x .venv-cuda/bin/pip || $(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/pip install $(if $(CI),--progress-bar off) torch==$(CUDA_TORCH) "setuptools>=77" ninja numpy
+	rm -f .venv-cuda/.requirements-*
 	touch $@

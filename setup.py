@@ -58,6 +58,8 @@ CXX_FLAGS = [
 ]
 # Every symbol is bound when the library is loaded, where a missing one is an import error, and the table of them is then read-only.
 LINK_FLAGS = ["-Wl,-z,relro,-z,now"] if sys.platform == "linux" else []
+if CUDA_SOURCES:
+    CXX_FLAGS.append("-DGK_WITH_CUDA")
 NVCC_FLAGS = ["-O2", "-fmad=false", "-Xcompiler=-fvisibility=hidden"]
 
 

@@ -81,9 +81,12 @@ Tensor batch_norm_act(const Tensor& x, const OptionalTensor& running_mean, const
 
 using Tensors = std::vector<Tensor>;
 
-bool clips(const Tensor& grad) { return has_kernel(grad) && grad.device().is_cpu() && !grad.key_set().has(c10::DispatchKey::Python); }
+bool clips(const Tensor& grad) { return has_kernel(grad) && !grad.is_meta() && !grad.key_set().has(c10::DispatchKey::Python); }
 
-bool clip_grad_applies(const Tensors& tensors) { return std::all_of(tensors.begin(), tensors.end(), clips); }
+bool clip_grad_applies(const Tensors& tensors) {
+  return std::all_of(tensors.begin(), tensors.end(),
+                     [&](const Tensor& tensor) { return clips(tensor) && tensor.device() == tensors.front().device(); });
+}
 
 // The gradients of a list of parameters or (name, parameter) pairs; none where one of them is not for the kernels, or a warning of torch's
 // is due (a tensor that is no leaf and keeps no gradient). Walking the list in Python would take longer than reading small gradients.
@@ -98,7 +101,7 @@ std::optional<Tensors> grads_of(const py::list& parameters) {
     if (tensor.key_set().has(c10::DispatchKey::Python) || !(tensor.is_leaf() || tensor.retains_grad())) return std::nullopt;
     const Tensor& grad = tensor.grad();
     if (!grad.defined()) continue;
-    if (!clips(grad)) return std::nullopt;
+    if (!clips(grad) || (!grads.empty() && grad.device() != grads.front().device())) return std::nullopt;
     grads.push_back(grad);
   }
   return grads.empty() ? std::nullopt : std::optional(std::move(grads));
@@ -134,7 +137,7 @@ void clip_grad_value_(const Tensors& grads, double clip_value) { call<ops::ClipG
 // Whether every parameter is for the kernel, with gradient and state of its dtype, shape and strides, and no gaps.
 bool rmsprop_applies(const Tensors& params, const std::vector<Tensors>& lists) {
   for (size_t i = 0; i < params.size(); ++i) {
-    if (!clips(params[i]) || !params[i].is_non_overlapping_and_dense()) return false;
+    if (!clips(params[i]) || params[i].device() != params.front().device() || !params[i].is_non_overlapping_and_dense()) return false;
     for (const Tensors& list : lists) {
       if (list.empty()) continue;
       if (!clips(list[i]) || !same_dtype_and_device(list[i], params[i]) || list[i].sizes() != params[i].sizes() ||

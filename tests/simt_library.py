@@ -82,11 +82,13 @@ def load(stem):
 
 
 def as_c(argument):
-    """A tensor as its address, a dtype as its number in DType, None as a null pointer."""
+    """A tensor as its address, a dtype as its number in DType, None as a null pointer; an array of ctypes is one already."""
     if argument is None:
         return ctypes.c_void_p(None)
     if isinstance(argument, torch.Tensor):
         return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, ctypes.Array):
+        return argument
     if isinstance(argument, torch.dtype):
         return ctypes.c_int(DTYPES[argument])
     if isinstance(argument, float):

@@ -8,9 +8,16 @@
 
 namespace gradkernels {
 
+inline bool device_has_kernels(const c10::Device& device) {
+#if defined(GK_WITH_CUDA)
+  if (device.is_cuda()) return true;
+#endif
+  return device.is_cpu() || device.is_meta();
+}
+
 inline bool has_kernel(const at::Tensor& x) {
   const at::ScalarType dtype = x.scalar_type();
-  return (x.device().is_cpu() || x.device().is_meta()) && x.layout() == at::kStrided && !x.is_nested() && !x.is_neg() &&
+  return device_has_kernels(x.device()) && x.layout() == at::kStrided && !x.is_nested() && !x.is_neg() &&
          (dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf);
 }
 

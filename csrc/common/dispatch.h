@@ -13,7 +13,7 @@ enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 // Calls function(scalar_t()) with the C++ type of `dtype`.
 template <typename Function>
-GK_INLINE auto dispatch(DType dtype, const Function& function) {
+GK_HOST_DEVICE auto dispatch(DType dtype, const Function& function) {
   switch (dtype) {
     case DType::kFloat64:
       return function(double());

@@ -35,6 +35,7 @@ GK_HOST_DEVICE T select(bool condition, T if_true, T if_false) {
 GK_HOST_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 GK_HOST_DEVICE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
+GK_HOST_DEVICE float sqrt(float x) { return __builtin_sqrtf(x); }
 GK_HOST_DEVICE double sqrt(double x) { return __builtin_sqrt(x); }
 
 }  // namespace gradkernels::math

@@ -23,6 +23,8 @@ void for_each_chunk(int64_t count, const Function& function) {
   });
 }
 
+math::RandomSlopes random_slopes(const SeededSlopes& slopes) { return {static_cast<uint64_t>(*slopes.seed), slopes.lower, slopes.upper}; }
+
 }  // namespace
 
 void activation_forward(DType dtype, math::Activation act, int64_t count, const void* x, void* y, uint8_t* mask) {
@@ -64,7 +66,8 @@ void parametric_backward(const ParametricBackward& p) {
   });
 }
 
-void rrelu_forward(DType dtype, math::RandomSlopes slopes, int64_t count, const void* x, void* y, uint8_t* mask) {
+void rrelu_forward(DType dtype, SeededSlopes seeded, int64_t count, const void* x, void* y, uint8_t* mask) {
+  const math::RandomSlopes slopes = random_slopes(seeded);
   const int64_t size = size_of(dtype);
   for_each_chunk(count, [&](int64_t offset, int64_t n) {
     kernels().rrelu_forward(dtype, slopes, offset, n, static_cast<const char*>(x) + offset * size, static_cast<char*>(y) + offset * size,
@@ -72,7 +75,8 @@ void rrelu_forward(DType dtype, math::RandomSlopes slopes, int64_t count, const 
   });
 }
 
-void rrelu_backward(DType dtype, math::RandomSlopes slopes, int64_t count, const void* grad_y, const uint8_t* mask, void* grad_x) {
+void rrelu_backward(DType dtype, SeededSlopes seeded, int64_t count, const void* grad_y, const uint8_t* mask, void* grad_x) {
+  const math::RandomSlopes slopes = random_slopes(seeded);
   const int64_t size = size_of(dtype);
   for_each_chunk(count, [&](int64_t offset, int64_t n) {
     kernels().rrelu_backward(dtype, slopes, offset, n, static_cast<const char*>(grad_y) + offset * size, mask + offset / 8,

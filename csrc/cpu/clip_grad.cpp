@@ -54,7 +54,7 @@ double norm_of_norms(const double* norms, int64_t count) {
 
 }  // namespace
 
-double grad_norms(const Run* runs, int64_t run_count, Norm norm, const GradNorms& out) {
+void grad_norms(const Run* runs, int64_t run_count, Norm norm, const GradNorms& out) {
   const Chunks chunks = chunks_of(runs, run_count);
   const std::vector<PartialNorm> partials = partials_of(runs, chunks, norm, 1.0);
   math::Sum<double> total{0.0, 0.0};
@@ -85,14 +85,20 @@ double grad_norms(const Run* runs, int64_t run_count, Norm norm, const GradNorms
       rescued = true;
     }
   }
-  if (norm == Norm::kInfinity) return total_max;
   const double sum = total.high + total.low;
-  if (norm == Norm::kOne) return sum;
-  // A sum of nothing but zeros is not safe either, and comes to the same.
-  return rescued || !math::is_safe_square_sum(sum) ? norm_of_norms(out.norms, run_count) : math::sqrt(sum);
+  if (norm == Norm::kInfinity) {
+    *out.total_norm = total_max;
+  } else if (norm == Norm::kOne) {
+    *out.total_norm = sum;
+  } else {
+    // A sum of nothing but zeros is not safe either, and comes to the same.
+    *out.total_norm = rescued || !math::is_safe_square_sum(sum) ? norm_of_norms(out.norms, run_count) : math::sqrt(sum);
+  }
 }
 
-void scale(const Run* runs, int64_t run_count, double coefficient) {
+void clip_with_norm(const Run* runs, int64_t run_count, double max_norm, const double* total_norm) {
+  const double coefficient = math::clip_coefficient(*total_norm, max_norm);
+  if (math::leaves_unscaled(coefficient)) return;
   const Chunks chunks = chunks_of(runs, run_count);
   const auto scale_chunk = kernels().scale;
   chunks.for_each_reversed([&](int64_t i) {

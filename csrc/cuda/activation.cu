@@ -190,20 +190,23 @@ template <typename scalar_t, int W>
 struct DrawnSlopes {
   opmath_t<scalar_t> slope[W];
 
-  __device__ __forceinline__ DrawnSlopes(const math::RandomSlopes& slopes, int64_t first) {
+  __device__ __forceinline__ DrawnSlopes(const SeededSlopes& seeded, int64_t first) {
+    const math::RandomSlopes slopes{static_cast<uint64_t>(*seeded.seed), seeded.lower, seeded.upper};
     const uint64_t block = static_cast<uint64_t>(first) / 4;
     if constexpr (W >= 4) {
 #pragma unroll
       for (int i = 0; i < W; i += 4) slopes.draw(block + i / 4, slope + i);
     } else {
-      opmath_t<scalar_t> drawn[4];
-      slopes.draw(block, drawn);
+      const math::PhiloxBlock random = math::philox(slopes.seed, block);
       const int place = static_cast<int>(first % 4);
 #pragma unroll
       for (int i = 0; i < W; ++i) {
         // Without an index that only the run knows, which would send the four to local memory.
         const int at = place + i;
-        slope[i] = at == 0 ? drawn[0] : at == 1 ? drawn[1] : at == 2 ? drawn[2] : drawn[3];
+        slope[i] = slopes.slope_of<opmath_t<scalar_t>>(at == 0   ? random.word[0]
+                                                       : at == 1 ? random.word[1]
+                                                       : at == 2 ? random.word[2]
+                                                                 : random.word[3]);
       }
     }
   }
@@ -215,7 +218,7 @@ struct DrawnSlopes {
 //   traffic  n elements read, n written, n bits written
 template <typename scalar_t, int W>
 __global__ void __launch_bounds__(kThreads)
-    rrelu_forward_kernel(math::RandomSlopes slopes, int64_t count, const scalar_t* x, scalar_t* y, uint8_t* mask) {
+    rrelu_forward_kernel(SeededSlopes slopes, int64_t count, const scalar_t* x, scalar_t* y, uint8_t* mask) {
   using opmath = opmath_t<scalar_t>;
   const scalar_t* const in[1] = {x};
   elementwise<W>(count, in, y, [&](int64_t first, int64_t valid, const Values<scalar_t, W>(&value)[1]) {
@@ -239,7 +242,7 @@ __global__ void __launch_bounds__(kThreads)
 //   traffic  n elements and n bits read, n written
 template <typename scalar_t, int W>
 __global__ void __launch_bounds__(kThreads)
-    rrelu_backward_kernel(math::RandomSlopes slopes, int64_t count, const scalar_t* grad_y, const uint8_t* mask, scalar_t* grad_x) {
+    rrelu_backward_kernel(SeededSlopes slopes, int64_t count, const scalar_t* grad_y, const uint8_t* mask, scalar_t* grad_x) {
   using opmath = opmath_t<scalar_t>;
   const scalar_t* const in[1] = {grad_y};
   elementwise<W>(count, in, grad_x, [&](int64_t first, int64_t valid, const Values<scalar_t, W>(&value)[1]) {
@@ -498,7 +501,7 @@ void activation_backward(DType dtype, math::Activation act, Saved kind, int64_t 
   });
 }
 
-void rrelu_forward(DType dtype, math::RandomSlopes slopes, int64_t count, const void* x, void* y, uint8_t* mask) {
+void rrelu_forward(DType dtype, SeededSlopes slopes, int64_t count, const void* x, void* y, uint8_t* mask) {
   with_width(dtype, at_packet({x, y}), [&](auto zero, auto width) {
     using scalar_t = decltype(zero);
     constexpr int W = decltype(width)::value;
@@ -507,7 +510,7 @@ void rrelu_forward(DType dtype, math::RandomSlopes slopes, int64_t count, const 
   });
 }
 
-void rrelu_backward(DType dtype, math::RandomSlopes slopes, int64_t count, const void* grad_y, const uint8_t* mask, void* grad_x) {
+void rrelu_backward(DType dtype, SeededSlopes slopes, int64_t count, const void* grad_y, const uint8_t* mask, void* grad_x) {
   with_width(dtype, at_packet({grad_y, grad_x}), [&](auto zero, auto width) {
     using scalar_t = decltype(zero);
     constexpr int W = decltype(width)::value;

@@ -2,7 +2,7 @@
 //
 //   launch(kernel, {grid, block, shared_bytes, cluster}, arguments...)   on the current stream; no blocks, no launch
 //   shared_memory<T>()           the block's shared memory, all of it dynamic and 16-byte aligned: a kernel names its parts in a struct
-//   load<W>, store<W>            W elements at once where they fill a packet of 16 bytes, computed in opmath_t
+//   Packet, load, store          elements that are moved at once, to and from global memory; load_some, store_some a part of them
 //   cluster_rank, cluster_sync, of_cluster_block    blocks of a cluster and each other's shared memory; without one, a cluster of one
 //   copy_async, commit, wait     16 bytes from global to shared memory behind the thread's back
 //
@@ -127,7 +127,7 @@ struct Bits<2> {
 
 }  // namespace packet
 
-// The packet at p, which is aligned to it.
+// The packet at p, in global memory and aligned to it.
 template <Keep keep = Keep::kNormally, typename scalar_t, int kElements>
 __device__ __forceinline__ void load(Packet<scalar_t, kElements>& to, const scalar_t* p) {
 #if defined(__CUDACC__)
@@ -149,7 +149,8 @@ __device__ __forceinline__ void store(scalar_t* p, const Packet<scalar_t, kEleme
   if constexpr (keep == Keep::kBriefly) {
     __stcs(reinterpret_cast<Bits*>(p), bits);
   } else {
-    *reinterpret_cast<Bits*>(p) = bits;
+    // Not an assignment, which the compiler may take apart.
+    __stwb(reinterpret_cast<Bits*>(p), bits);
   }
 #else
   simt::check_alignment(p, sizeof(from));

@@ -37,8 +37,8 @@ __device__ __forceinline__ T warp_reduce(T value, const Combine& combine) {
   return value;
 }
 
-// Of all threads of the block, in thread 0; other threads get something else. blockDim is (kWarpThreads * warps, 1, 1). No barrier is needed
-// before; before `scratch` is written again, one is.
+// Of all threads of the block, in thread 0; other threads get something else. blockDim is (kWarpThreads * warps, 1, 1). A barrier stands
+// between two uses of one scratch.
 template <typename T, typename Combine>
 __device__ __forceinline__ T block_reduce(T value, BlockScratch<T>& scratch, const T& identity, const Combine& combine) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;

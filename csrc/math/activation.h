@@ -119,16 +119,19 @@ struct RandomSlopes {
   double lower;
   double upper;
 
+  // The slope that a random word stands for.
+  template <typename scalar_t>
+  GK_HOST_DEVICE scalar_t slope_of(uint32_t word) const {
+    // The sum may round up to beyond the bound.
+    const scalar_t drawn = fma(static_cast<scalar_t>(upper - lower), static_cast<scalar_t>(uniform_of(word)), static_cast<scalar_t>(lower));
+    return drawn < static_cast<scalar_t>(upper) ? drawn : static_cast<scalar_t>(upper);
+  }
+
   // Of elements [4 block, 4 block + 4), in storage order.
   template <typename scalar_t>
   GK_HOST_DEVICE void draw(uint64_t block, scalar_t* slope) const {
     const PhiloxBlock random = philox(seed, block);
-    for (int i = 0; i < 4; ++i) {
-      // The sum may round up to beyond the bound.
-      const scalar_t drawn =
-          fma(static_cast<scalar_t>(upper - lower), static_cast<scalar_t>(uniform_of(random.word[i])), static_cast<scalar_t>(lower));
-      slope[i] = drawn < static_cast<scalar_t>(upper) ? drawn : static_cast<scalar_t>(upper);
-    }
+    for (int i = 0; i < 4; ++i) slope[i] = slope_of<scalar_t>(random.word[i]);
   }
 };
 

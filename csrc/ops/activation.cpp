@@ -19,6 +19,7 @@
 
 #include "common/allocate.h"
 #include "common/check.h"
+#include "common/device.h"
 #include "ops/composite.h"
 #include "ops/layout.h"
 
@@ -148,16 +149,16 @@ void check_backward(const char* name, const at::Tensor& grad_y, const at::Tensor
 at::Tensor forward(Activation act, const at::Tensor& x, const at::Tensor& mask = {}) {
   const at::Tensor source = dense(x);
   const at::Tensor y = on_huge_pages(at::empty_like(source));
-  cpu::activation_forward(dtype_of(x), act, x.numel(), source.const_data_ptr(), y.mutable_data_ptr(),
-                          mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr);
+  GK_LAUNCHER(x, activation_forward)(dtype_of(x), act, x.numel(), source.const_data_ptr(), y.mutable_data_ptr(),
+                                     mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr);
   return y;
 }
 
 void forward_(Activation act, const at::Tensor& x, const at::Tensor& mask = {}) {
   at::assert_no_internal_overlap(x);
   const at::Tensor target = dense(x);
-  cpu::activation_forward(dtype_of(x), act, x.numel(), target.const_data_ptr(), target.mutable_data_ptr(),
-                          mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr);
+  GK_LAUNCHER(x, activation_forward)(dtype_of(x), act, x.numel(), target.const_data_ptr(), target.mutable_data_ptr(),
+                                     mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr);
   if (!target.is_same(x)) x.copy_(target);
 }
 
@@ -165,8 +166,8 @@ at::Tensor backward(Activation act, Saved kind, const at::Tensor& grad_y, const 
   const at::Tensor saved = dense(saved_tensor);
   const at::Tensor source = in_order(grad_y, saved.strides());
   const at::Tensor grad_x = on_huge_pages(at::empty_like(saved));
-  cpu::activation_backward(dtype_of(saved), act, kind, saved.numel(), source.const_data_ptr(), saved.const_data_ptr(),
-                           grad_x.mutable_data_ptr());
+  GK_LAUNCHER(saved, activation_backward)(dtype_of(saved), act, kind, saved.numel(), source.const_data_ptr(), saved.const_data_ptr(),
+                                          grad_x.mutable_data_ptr());
   return grad_x;
 }
 
@@ -220,8 +221,8 @@ struct MaskedBackward {
 
 at::Tensor leaky_relu_backward(const at::Tensor& grad_y, const at::Tensor& mask, c10::SymIntArrayRef stride, double negative_slope) {
   const MaskedBackward b("leaky_relu_backward", grad_y, mask, stride);
-  cpu::activation_backward(dtype_of(b.grad_y), {ActivationKind::kLeakyRelu, negative_slope}, Saved::kMask, b.grad_y.numel(),
-                           b.grad_y.const_data_ptr(), mask.const_data_ptr(), b.grad_x.mutable_data_ptr());
+  GK_LAUNCHER(mask, activation_backward)(dtype_of(b.grad_y), {ActivationKind::kLeakyRelu, negative_slope}, Saved::kMask, b.grad_y.numel(),
+                                         b.grad_y.const_data_ptr(), mask.const_data_ptr(), b.grad_x.mutable_data_ptr());
   return b.grad_x;
 }
 
@@ -281,7 +282,7 @@ at::Tensor parametric(Parametric act, const at::Tensor& x, const at::Tensor& par
   const ByChannel by_channel(x, parameter);
   return filled_like(x, by_channel.x, [&](const at::Tensor& y) {
     if (x.numel() == 0) return;
-    cpu::parametric_forward(
+    GK_LAUNCHER(x, parametric_forward)(
         {dtype_of(x), by_channel.shape, act, by_channel.x.const_data_ptr(), parameter.contiguous().const_data_ptr(), y.mutable_data_ptr()});
   });
 }
@@ -305,8 +306,8 @@ std::tuple<at::Tensor, at::Tensor> parametric_backward(const char* name, Paramet
       grad_parameter.zero_();
       return;
     }
-    cpu::parametric_backward({dtype_of(x), by_channel.shape, act, source.const_data_ptr(), by_channel.x.const_data_ptr(),
-                              parameter.contiguous().const_data_ptr(), grad_x, parameter_sums});
+    GK_LAUNCHER(x, parametric_backward)({dtype_of(x), by_channel.shape, act, source.const_data_ptr(), by_channel.x.const_data_ptr(),
+                                         parameter.contiguous().const_data_ptr(), grad_x, parameter_sums});
   };
   if (!output_mask[0]) {
     run(nullptr);
@@ -341,15 +342,15 @@ void check_rrelu(const at::Tensor& seed, double lower, double upper) {
   TORCH_CHECK(lower <= upper, "Lower bound should be less than or equal to the upper bound");
 }
 
-math::RandomSlopes random_slopes(const at::Tensor& seed, double lower, double upper) {
-  return {static_cast<uint64_t>(seed.item<int64_t>()), lower, upper};
-}
+// Where it lies, so that nobody waits for a GPU.
+at::Tensor seed_beside(const at::Tensor& x, const at::Tensor& seed) { return seed.to(x.device()); }
 
 // The mask, having written y, which may be x: both in storage order.
 at::Tensor rrelu_into(const at::Tensor& y, const at::Tensor& x, const at::Tensor& seed, double lower, double upper) {
   at::Tensor mask = mask_like(x);
-  cpu::rrelu_forward(dtype_of(x), random_slopes(seed, lower, upper), x.numel(), x.const_data_ptr(), y.mutable_data_ptr(),
-                     mask.mutable_data_ptr<uint8_t>());
+  const at::Tensor here = seed_beside(x, seed);
+  GK_LAUNCHER(x, rrelu_forward)(dtype_of(x), {here.const_data_ptr<int64_t>(), lower, upper}, x.numel(), x.const_data_ptr(),
+                                y.mutable_data_ptr(), mask.mutable_data_ptr<uint8_t>());
   return mask;
 }
 
@@ -376,8 +377,9 @@ at::Tensor rrelu_backward(const at::Tensor& grad_y, const at::Tensor& mask, c10:
                           double lower, double upper) {
   const MaskedBackward b("rrelu_backward", grad_y, mask, stride);
   check_rrelu(seed, lower, upper);
-  cpu::rrelu_backward(dtype_of(b.grad_y), random_slopes(seed, lower, upper), b.grad_y.numel(), b.grad_y.const_data_ptr(),
-                      mask.const_data_ptr<uint8_t>(), b.grad_x.mutable_data_ptr());
+  const at::Tensor here = seed_beside(mask, seed);
+  GK_LAUNCHER(mask, rrelu_backward)(dtype_of(b.grad_y), {here.const_data_ptr<int64_t>(), lower, upper}, b.grad_y.numel(),
+                                    b.grad_y.const_data_ptr(), mask.const_data_ptr<uint8_t>(), b.grad_x.mutable_data_ptr());
   return b.grad_x;
 }
 
@@ -430,25 +432,34 @@ at::Tensor rrelu_backward(const at::Tensor& grad_y, const at::Tensor& mask, c10:
 }  // namespace meta
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gradkernels, CPU, m) {
-  m.impl("leaky_relu", leaky_relu);
-  m.impl("leaky_relu_", leaky_relu_);
-  m.impl("leaky_relu_with_mask", leaky_relu_with_mask);
-  m.impl("leaky_relu_with_mask_", leaky_relu_with_mask_);
-  m.impl("leaky_relu_backward", leaky_relu_backward);
-  m.impl("elu", elu);
-  m.impl("elu_", elu_);
-  m.impl("elu_backward", elu_backward);
-  m.impl("swish", swish);
-  m.impl("swish_backward", swish_backward);
-  m.impl("swish.Tensor", swish_tensor);
-  m.impl("swish_backward.Tensor", swish_tensor_backward);
-  m.impl("prelu", prelu);
-  m.impl("prelu_backward", prelu_backward);
-  m.impl("rrelu_with_mask", rrelu_with_mask);
-  m.impl("rrelu_with_mask_", rrelu_with_mask_);
-  m.impl("rrelu_backward", rrelu_backward);
+namespace {
+
+void add_kernels(torch::Library& m) {
+  m.impl("leaky_relu", on_device<leaky_relu>);
+  m.impl("leaky_relu_", on_device<leaky_relu_>);
+  m.impl("leaky_relu_with_mask", on_device<leaky_relu_with_mask>);
+  m.impl("leaky_relu_with_mask_", on_device<leaky_relu_with_mask_>);
+  m.impl("leaky_relu_backward", on_device<leaky_relu_backward>);
+  m.impl("elu", on_device<elu>);
+  m.impl("elu_", on_device<elu_>);
+  m.impl("elu_backward", on_device<elu_backward>);
+  m.impl("swish", on_device<swish>);
+  m.impl("swish_backward", on_device<swish_backward>);
+  m.impl("swish.Tensor", on_device<swish_tensor>);
+  m.impl("swish_backward.Tensor", on_device<swish_tensor_backward>);
+  m.impl("prelu", on_device<prelu>);
+  m.impl("prelu_backward", on_device<prelu_backward>);
+  m.impl("rrelu_with_mask", on_device<rrelu_with_mask>);
+  m.impl("rrelu_with_mask_", on_device<rrelu_with_mask_>);
+  m.impl("rrelu_backward", on_device<rrelu_backward>);
 }
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(gradkernels, CPU, m) { add_kernels(m); }
+#if defined(GK_WITH_CUDA)
+TORCH_LIBRARY_IMPL(gradkernels, CUDA, m) { add_kernels(m); }
+#endif
 
 TORCH_LIBRARY_IMPL(gradkernels, Meta, m) {
   m.impl("leaky_relu", meta::like);

@@ -34,6 +34,13 @@ struct ParametricBackward {
   void* grad_parameter;
 };
 
+// The slopes of rrelu: a seed, which lies on the tensors' device, and the bounds.
+struct SeededSlopes {
+  const int64_t* seed;
+  double lower;
+  double upper;
+};
+
 namespace cpu {
 
 // y = act(x) over `count` elements in storage order; x may be y. With a mask, which only activations of two slopes have, its bits are
@@ -47,8 +54,8 @@ void parametric_forward(const ParametricForward& p);
 void parametric_backward(const ParametricBackward& p);
 
 // leaky_relu with the slopes drawn; the mask is one bit an element, as above.
-void rrelu_forward(DType dtype, math::RandomSlopes slopes, int64_t count, const void* x, void* y, uint8_t* mask);
-void rrelu_backward(DType dtype, math::RandomSlopes slopes, int64_t count, const void* grad_y, const uint8_t* mask, void* grad_x);
+void rrelu_forward(DType dtype, SeededSlopes slopes, int64_t count, const void* x, void* y, uint8_t* mask);
+void rrelu_backward(DType dtype, SeededSlopes slopes, int64_t count, const void* grad_y, const uint8_t* mask, void* grad_x);
 
 }  // namespace cpu
 

@@ -64,7 +64,7 @@ at::Tensor empty_mask(const at::Tensor& x, const Layout& layout, bool needed) {
   return at::empty_symint({needed ? mask_bytes(layout.rows, layout.channels, layout.inner) : c10::SymInt(0)}, x.options().dtype(at::kByte));
 }
 
-bool kernels_take(const at::Tensor& x) { return has_kernel(x) && x.dim() >= 2 && x.dim() <= 5 && x.sym_numel() > 0; }
+bool kernels_take(const at::Tensor& x) { return has_kernel(x) && !x.is_cuda() && x.dim() >= 2 && x.dim() <= 5 && x.sym_numel() > 0; }
 
 at::ScalarType parameter_dtype(const at::Tensor& x, std::initializer_list<OptionalTensor> parameters) {
   const auto first = std::find_if(parameters.begin(), parameters.end(), is_given);

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/device.h"
 #include "math/clip_grad.h"
 #include "ops/optim.h"
 
@@ -28,8 +29,12 @@ Norm norm_of(double norm_type) {
   return Norm::kInfinity;
 }
 
+// All for kernels, on one device.
 void check_tensors(at::TensorList tensors) {
   for (const at::Tensor& tensor : tensors) {
+    TORCH_CHECK(tensor.device() == tensors.front().device(),
+                "Expected all tensors to be on the same device, but found at least two devices, ", tensors.front().device(), " and ",
+                tensor.device(), "!");
     TORCH_CHECK_NOT_IMPLEMENTED(has_kernel(tensor), "\"clip_grad\" not implemented for '", tensor.scalar_type(), "' on ", tensor.device());
   }
 }
@@ -103,26 +108,32 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> grad_norms(at::Tensor
     }
   }
   const int64_t count = static_cast<int64_t>(runs.size());
-  at::Tensor norms = at::empty({count}, at::kDouble);
-  at::Tensor max_abs = at::empty({count}, at::kDouble);
-  at::Tensor nonfinite = at::empty({count}, at::kLong);
-  at::Tensor total_norm = at::empty({}, at::kDouble);
-  *total_norm.mutable_data_ptr<double>() =
-      cpu::grad_norms(runs.data(), count, norm,
-                      {norms.mutable_data_ptr<double>(), max_abs.mutable_data_ptr<double>(), nonfinite.mutable_data_ptr<int64_t>()});
+  const at::TensorOptions real = at::TensorOptions(at::kDouble).device(device_of_first(grads));
+  at::Tensor norms = at::empty({count}, real);
+  at::Tensor max_abs = at::empty({count}, real);
+  at::Tensor nonfinite = at::empty({count}, real.dtype(at::kLong));
+  at::Tensor total_norm = at::empty({}, real);
+  GK_LAUNCHER(norms, grad_norms)(runs.data(), count, norm,
+                                 {norms.mutable_data_ptr<double>(), max_abs.mutable_data_ptr<double>(),
+                                  nonfinite.mutable_data_ptr<int64_t>(), total_norm.mutable_data_ptr<double>()});
   return {norms, max_abs, nonfinite, total_norm};
 }
 
 void clip_grads_with_norm_(at::TensorList grads, double max_norm, const at::Tensor& total_norm) {
   check_writable(grads);
-  const double coefficient = math::clip_coefficient(total_norm.item<double>(), max_norm);
-  if (math::leaves_unscaled(coefficient)) return;
-  write_each_once(grads, [coefficient](const Run* runs, int64_t count) { cpu::scale(runs, count, coefficient); });
+  if (grads.empty()) return;
+  TORCH_CHECK(total_norm.numel() == 1, "a Tensor with ", total_norm.numel(), " elements cannot be converted to Scalar");
+  // Read where the gradients lie, so that nobody waits for a GPU.
+  const at::Tensor here = total_norm.to(at::TensorOptions(at::kDouble).device(device_of_first(grads)));
+  const double* norm = here.const_data_ptr<double>();
+  write_each_once(grads, [&](const Run* runs, int64_t count) { GK_LAUNCHER(here, clip_with_norm)(runs, count, max_norm, norm); });
 }
 
 void clip_grad_value_(at::TensorList grads, double clip_value) {
   check_writable(grads);
-  write_each_once(grads, [clip_value](const Run* runs, int64_t count) { cpu::clamp(runs, count, clip_value); });
+  if (grads.empty()) return;
+  const at::Tensor& first = grads.front();
+  write_each_once(grads, [&](const Run* runs, int64_t count) { GK_LAUNCHER(first, clamp)(runs, count, clip_value); });
 }
 
 // Every list but an empty one has a tensor for each parameter, of its dtype and strides, without gaps.
@@ -152,10 +163,12 @@ void rmsprop_(at::TensorList params, at::TensorList grads, at::TensorList square
                     grad_avgs.empty() ? nullptr : grad_avgs[i].data_ptr(),
                     momentum_buffers.empty() ? nullptr : momentum_buffers[i].data_ptr()});
   }
+  if (params.empty()) return;
+  const auto launch = GK_LAUNCHER(params.front(), rmsprop);
   if (disjoint(params)) {
-    cpu::rmsprop(runs.data(), static_cast<int64_t>(runs.size()), options);
+    launch(runs.data(), static_cast<int64_t>(runs.size()), options);
   } else {
-    for (const RmspropRun& run : runs) cpu::rmsprop(&run, 1, options);
+    for (const RmspropRun& run : runs) launch(&run, 1, options);
   }
 }
 
@@ -177,14 +190,19 @@ void rmsprop_meta(at::TensorList params, at::TensorList grads, at::TensorList sq
   check_rmsprop(params, {grads, square_avgs, grad_avgs, momentum_buffers});
 }
 
+void add_kernels(torch::Library& m) {
+  m.impl("grad_norms", on_device<grad_norms>);
+  m.impl("clip_grads_with_norm_", on_device<clip_grads_with_norm_>);
+  m.impl("clip_grad_value_", on_device<clip_grad_value_>);
+  m.impl("rmsprop_", on_device<rmsprop_>);
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gradkernels, CPU, m) {
-  m.impl("grad_norms", grad_norms);
-  m.impl("clip_grads_with_norm_", clip_grads_with_norm_);
-  m.impl("clip_grad_value_", clip_grad_value_);
-  m.impl("rmsprop_", rmsprop_);
-}
+TORCH_LIBRARY_IMPL(gradkernels, CPU, m) { add_kernels(m); }
+#if defined(GK_WITH_CUDA)
+TORCH_LIBRARY_IMPL(gradkernels, CUDA, m) { add_kernels(m); }
+#endif
 
 TORCH_LIBRARY_IMPL(gradkernels, Meta, m) {
   m.impl("grad_norms", grad_norms_meta);

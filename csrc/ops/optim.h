@@ -24,4 +24,11 @@ namespace cpu {
 void rmsprop(const RmspropRun* runs, int64_t run_count, const math::RmspropOptions& options);
 
 }  // namespace cpu
+
+// The same on a GPU, in a library built with CUDA.
+namespace cuda {
+
+decltype(cpu::rmsprop) rmsprop;
+
+}  // namespace cuda
 }  // namespace gradkernels

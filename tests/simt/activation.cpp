@@ -17,13 +17,13 @@ void activation_backward(int dtype, int kind, double parameter, int saved_kind, 
                             count, grad_y, saved, grad_x);
 }
 
-void rrelu_forward(int dtype, uint64_t seed, double lower, double upper, int64_t count, const void* x, void* y, uint8_t* mask) {
-  cuda::rrelu_forward(static_cast<DType>(dtype), {seed, lower, upper}, count, x, y, mask);
+void rrelu_forward(int dtype, int64_t seed, double lower, double upper, int64_t count, const void* x, void* y, uint8_t* mask) {
+  cuda::rrelu_forward(static_cast<DType>(dtype), {&seed, lower, upper}, count, x, y, mask);
 }
 
-void rrelu_backward(int dtype, uint64_t seed, double lower, double upper, int64_t count, const void* grad_y, const uint8_t* mask,
+void rrelu_backward(int dtype, int64_t seed, double lower, double upper, int64_t count, const void* grad_y, const uint8_t* mask,
                     void* grad_x) {
-  cuda::rrelu_backward(static_cast<DType>(dtype), {seed, lower, upper}, count, grad_y, mask, grad_x);
+  cuda::rrelu_backward(static_cast<DType>(dtype), {&seed, lower, upper}, count, grad_y, mask, grad_x);
 }
 
 void parametric_forward(int dtype, int64_t rows, int64_t channels, int64_t inner, int act, const void* x, const void* parameter, void* y) {

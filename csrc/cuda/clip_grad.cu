@@ -1,0 +1,318 @@
+// Gradient clipping on CUDA: one launch over all tensors for what there is to know of their pieces, one that brings the pieces of each tensor
+// together, one to write. Nothing waits for the GPU: whether anything is written is decided there. Squares are taken and summed in float64,
+// whatever the element type: no gradient that float32 holds can overflow or vanish. Float64 gradients, whose squares can, are read once more.
+#include "math/clip_grad.h"
+
+#include "cuda/launch.cuh"
+#include "cuda/reduce.cuh"
+#include "cuda/tensor_table.cuh"
+#include "ops/clip_grad.h"
+
+namespace gradkernels::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+// bench/bench_clip_grad.py on a GPU decides: packets that a thread has asked for and not yet used.
+constexpr int kInFlight = 4;
+constexpr int kBlocksPerProcessor = 8;
+
+using DoubleSum = math::Sum<double>;
+
+// What is known of a piece, of a tensor, of all: sum of |x| or x^2, largest |x|, how many x are nan or inf.
+struct Known {
+  DoubleSum sum{0.0, 0.0};
+  double max_abs = 0.0;
+  int64_t nonfinite = 0;
+};
+
+struct Merge {
+  __device__ __forceinline__ Known operator()(const Known& a, const Known& b) const {
+    return {AddSums()(a.sum, b.sum), math::max_or_nan(a.max_abs, b.max_abs), a.nonfinite + b.nonfinite};
+  }
+};
+
+struct Shared {
+  BlockScratch<Known> scratch;
+  unsigned flag;
+};
+
+// What the launches leave for each other, in memory of the call.
+struct Scratch {
+  double* sum;  // of each slot
+  double* max_abs;
+  int64_t* nonfinite;
+  int64_t* slot_begin;  // the first slot of each tensor
+  double* run_sum;      // of each tensor
+  unsigned* counter;
+
+  static size_t bytes(int64_t slots, int64_t runs) { return static_cast<size_t>(3 * slots + 2 * runs + 1) * sizeof(double); }
+  Scratch(void* data, int64_t slots, int64_t runs)
+      : sum(static_cast<double*>(data)),
+        max_abs(sum + slots),
+        nonfinite(reinterpret_cast<int64_t*>(max_abs + slots)),
+        slot_begin(nonfinite + slots),
+        run_sum(reinterpret_cast<double*>(slot_begin + runs)),
+        counter(reinterpret_cast<unsigned*>(run_sum + runs)) {}
+};
+
+// The largest magnitude as an integer, in whose order nan stands above inf and inf above every number.
+__device__ __forceinline__ uint32_t magnitude_bits(float x) { return bits_of(x) & 0x7FFFFFFFu; }
+__device__ __forceinline__ uint64_t magnitude_bits(double x) {
+  uint64_t bits;
+  __builtin_memcpy(&bits, &x, sizeof(bits));
+  return bits & 0x7FFFFFFFFFFFFFFFu;
+}
+__device__ __forceinline__ double magnitude_of(uint32_t bits) { return static_cast<double>(float_of(bits)); }
+__device__ __forceinline__ double magnitude_of(uint64_t bits) {
+  double x;
+  __builtin_memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+// A thread's share of a piece.
+template <Norm norm, typename scalar_t>
+__device__ __forceinline__ Known known_of(const scalar_t* x, int64_t count, double factor) {
+  using opmath = opmath_t<scalar_t>;
+  decltype(magnitude_bits(opmath())) largest = 0;
+  double sum[2] = {0.0, 0.0};
+  for_each_packet<kThreads, kInFlight>(x, count, [&](const auto& packet, int64_t, int64_t) {
+    constexpr int W = sizeof(packet) / sizeof(scalar_t);
+#pragma unroll
+    for (int i = 0; i < W; ++i) {
+      // An element that does not exist is 0.
+      const opmath value = static_cast<opmath>(packet.element[i]);
+      const auto bits = magnitude_bits(value);
+      largest = bits > largest ? bits : largest;
+      [[maybe_unused]] const double wide = sizeof(opmath) == 8 ? static_cast<double>(value) * factor : static_cast<double>(value);
+      if constexpr (norm == Norm::kTwo) sum[i % 2] = math::fma(wide, wide, sum[i % 2]);
+      if constexpr (norm == Norm::kOne) sum[i % 2] += wide < 0.0 ? -wide : wide;
+    }
+  });
+  return {{sum[0] + sum[1], 0.0}, magnitude_of(largest), 0};
+}
+
+template <typename scalar_t>
+__device__ __forceinline__ int64_t nonfinite_of(const scalar_t* x, int64_t count) {
+  int64_t nonfinite = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+    const opmath_t<scalar_t> value = static_cast<opmath_t<scalar_t>>(x[i]);
+    nonfinite += !(value - value == opmath_t<scalar_t>(0));
+  }
+  return nonfinite;
+}
+
+// Whether the squares of a tensor have lost digits that its norm has.
+__device__ __forceinline__ bool is_lost(double sum, double max_abs, int64_t nonfinite) {
+  return nonfinite == 0 && max_abs != 0.0 && !math::is_safe_square_sum(sum);
+}
+
+// What there is to know of each slot, and where each tensor's slots begin; with `rescues` only of tensors whose squares were lost, rescaled
+//   launch   a block of kThreads for each slot of the table
+//   requires with `rescues`, the results of a first run and of grad_norms_of_runs_kernel
+//   traffic  n elements read
+template <Norm norm>
+__global__ void __launch_bounds__(kThreads)
+    grad_norms_kernel(const __grid_constant__ TensorTable<1> table, Scratch scratch, bool rescues, GradNorms out) {
+  Shared& shared = *shared_memory<Shared>();
+  const Piece piece = table.piece(blockIdx.x);
+  const int64_t slot = table.first_slot + blockIdx.x;
+  const int64_t run = table.first_tensor + piece.entry;
+  double factor = 1.0;
+  if (rescues) {
+    if (!is_lost(scratch.run_sum[run], out.max_abs[run], out.nonfinite[run])) return;
+    factor = math::rescaling(out.max_abs[run]).factor;
+  }
+  Known known;
+  dispatch(piece.dtype, [&](auto zero) {
+    const auto* x = static_cast<const decltype(zero)*>(table.pointer[0][piece.entry]) + piece.begin;
+    known = block_all_reduce(known_of<norm>(x, piece.count, factor), shared.scratch, Known(), Merge());
+    // Rare: a gradient that is nan or inf is read twice.
+    if (!(known.max_abs - known.max_abs == 0.0)) {
+      const Known counted{{0.0, 0.0}, 0.0, nonfinite_of(x, piece.count)};
+      __syncthreads();
+      known.nonfinite = block_reduce(counted, shared.scratch, Known(), Merge()).nonfinite;
+    }
+  });
+  if (threadIdx.x == 0) {
+    scratch.sum[slot] = known.sum.high + known.sum.low;
+    scratch.max_abs[slot] = known.max_abs;
+    scratch.nonfinite[slot] = known.nonfinite;
+    if (piece.is_first) scratch.slot_begin[run] = slot;
+  }
+}
+
+// The norm of all tensors; every thread of the block comes along.
+template <Norm norm>
+__device__ double total_norm_of(const Scratch& scratch, int64_t runs, bool rescues, const GradNorms& out, Shared& shared) {
+  Known total;
+  for (int64_t r = threadIdx.x; r < runs; r += kThreads) {
+    math::add(total.sum, scratch.run_sum[r]);
+    total.max_abs = math::max_or_nan(total.max_abs, norm == Norm::kTwo ? out.norms[r] : out.max_abs[r]);
+    if (rescues) total.nonfinite += is_lost(scratch.run_sum[r], out.max_abs[r], out.nonfinite[r]);
+  }
+  __syncthreads();
+  total = block_all_reduce(total, shared.scratch, Known(), Merge());
+  const double sum = total.sum.high + total.sum.low;
+  if (norm == Norm::kInfinity) return total.max_abs;
+  if (norm == Norm::kOne) return sum;
+  if (!rescues || (total.nonfinite == 0 && math::is_safe_square_sum(sum))) return math::sqrt(sum);
+  // The norm of the norms, whose squares may leave float64 too. Of nothing but zeros it comes to the same.
+  const math::Rescaling rescaled = math::rescaling(total.max_abs);
+  Known squares;
+  for (int64_t r = threadIdx.x; r < runs; r += kThreads) {
+    const double scaled = out.norms[r] * rescaled.factor;
+    math::add(squares.sum, scaled * scaled);
+  }
+  __syncthreads();
+  squares = block_all_reduce(squares, shared.scratch, Known(), Merge());
+  return math::sqrt(squares.sum.high + squares.sum.low) * rescaled.inverse;
+}
+
+// The slots of each tensor brought together, and by the last block the tensors
+//   launch   a block of kThreads for each tensor
+//   requires scratch as grad_norms_kernel left it for all slots; counter zero
+//   traffic  24 bytes for each slot
+template <Norm norm>
+__global__ void __launch_bounds__(kThreads)
+    grad_norms_of_runs_kernel(int64_t runs, int64_t slots, Scratch scratch, bool rescues, GradNorms out) {
+  Shared& shared = *shared_memory<Shared>();
+  const int64_t run = blockIdx.x;
+  const bool is_rescued = rescues && is_lost(scratch.run_sum[run], out.max_abs[run], out.nonfinite[run]);
+  if (!rescues || is_rescued) {
+    const int64_t end = run + 1 < runs ? scratch.slot_begin[run + 1] : slots;
+    Known known;
+    for (int64_t slot = scratch.slot_begin[run] + threadIdx.x; slot < end; slot += kThreads) {
+      math::add(known.sum, scratch.sum[slot]);
+      known.max_abs = math::max_or_nan(known.max_abs, scratch.max_abs[slot]);
+      known.nonfinite += scratch.nonfinite[slot];
+    }
+    // Every thread has read what thread 0 is about to write.
+    __syncthreads();
+    known = block_reduce(known, shared.scratch, Known(), Merge());
+    if (threadIdx.x == 0) {
+      const double sum = known.sum.high + known.sum.low;
+      if (is_rescued) {
+        // run_sum stays: it tells that the tensor was rescued.
+        out.norms[run] = math::sqrt(sum) * math::rescaling(out.max_abs[run]).inverse;
+      } else {
+        scratch.run_sum[run] = sum;
+        out.max_abs[run] = known.max_abs;
+        out.nonfinite[run] = known.nonfinite;
+        out.norms[run] = norm == Norm::kInfinity ? known.max_abs : norm == Norm::kOne ? sum : math::sqrt(sum);
+      }
+    }
+  }
+  if (!is_last_block(scratch.counter, gridDim.x, &shared.flag)) return;
+  const double total = total_norm_of<norm>(scratch, runs, rescues, out, shared);
+  if (threadIdx.x == 0) *out.total_norm = total;
+}
+
+// x *= coefficient
+//   launch   blocks of kThreads that stride over the slots of the table, last first: what was read last is still in L2
+//   requires the norm that decides, in global memory
+//   traffic  n elements read, n written; nothing where the norm is within bounds
+//
+// The product is taken in float64 and rounded once, as on the CPU: a coefficient may be too small for float32 where the product is not. Of
+// 16-bit elements it is taken in float32, whose rounding is lost in theirs, where float32 holds the coefficient with all its digits.
+__global__ void __launch_bounds__(kThreads)
+    clip_with_norm_kernel(const __grid_constant__ TensorTable<1> table, double max_norm, const double* total_norm) {
+  const double coefficient = math::clip_coefficient(*total_norm, max_norm);
+  if (math::leaves_unscaled(coefficient)) return;
+  const double magnitude = coefficient < 0.0 ? -coefficient : coefficient;
+  const bool fits_float = !(magnitude < 0x1p-126 || magnitude > 0x1p127) || magnitude == 0.0;
+  for (int64_t slot = table.slots() - 1 - blockIdx.x; slot >= 0; slot -= gridDim.x) {
+    const Piece piece = table.piece(slot);
+    dispatch(piece.dtype, [&](auto zero) {
+      using scalar_t = decltype(zero);
+      scalar_t* x = static_cast<scalar_t*>(table.pointer[0][piece.entry]) + piece.begin;
+      const auto scale = [&](auto factor) {
+        for_each_packet<kThreads, kInFlight>(x, piece.count, [&](auto packet, int64_t first, int64_t valid) {
+          constexpr int W = sizeof(packet) / sizeof(scalar_t);
+#pragma unroll
+          for (int i = 0; i < W; ++i) {
+            packet.element[i] = static_cast<scalar_t>(static_cast<decltype(factor)>(packet.element[i]) * factor);
+          }
+          store_valid(x + first, packet, valid);
+        });
+      };
+      if (sizeof(scalar_t) == 2 && fits_float) {
+        scale(static_cast<float>(coefficient));
+      } else {
+        scale(coefficient);
+      }
+    });
+  }
+}
+
+// x = clamp(x, limit)
+//   launch   blocks of kThreads that stride over the slots of the table
+//   requires no two tensors in the same memory
+//   traffic  n elements read, at most n written: a packet within the limit is left
+__global__ void __launch_bounds__(kThreads) clamp_kernel(const __grid_constant__ TensorTable<1> table, double limit) {
+  for (int64_t slot = blockIdx.x; slot < table.slots(); slot += gridDim.x) {
+    const Piece piece = table.piece(slot);
+    dispatch(piece.dtype, [&](auto zero) {
+      using scalar_t = decltype(zero);
+      using opmath = opmath_t<scalar_t>;
+      scalar_t* x = static_cast<scalar_t*>(table.pointer[0][piece.entry]) + piece.begin;
+      for_each_packet<kThreads, kInFlight>(x, piece.count, [&](auto packet, int64_t first, int64_t valid) {
+        constexpr int W = sizeof(packet) / sizeof(scalar_t);
+        bool changed = false;
+#pragma unroll
+        for (int i = 0; i < W; ++i) {
+          const opmath value = static_cast<opmath>(packet.element[i]);
+          const opmath clamped = math::clamp(value, static_cast<opmath>(limit));
+          changed |= clamped != value;
+          packet.element[i] = static_cast<scalar_t>(clamped);
+        }
+        if (changed) store_valid(x + first, packet, valid);
+      });
+    });
+  }
+}
+
+// Calls launch(table) over the runs.
+template <typename Launch>
+int64_t over_tables(const Run* runs, int64_t run_count, const Launch& launch) {
+  return for_each_table<1>(runs, run_count, [](const Run& run, int) { return run.data; }, launch);
+}
+
+template <Norm norm>
+void grad_norms_of(const Run* runs, int64_t run_count, const GradNorms& out) {
+  const int64_t most = most_slots(runs, run_count);
+  const Workspace workspace(Scratch::bytes(most, run_count));
+  const Scratch scratch(workspace.data(), most, run_count);
+  check(cudaMemsetAsync(scratch.counter, 0, sizeof(unsigned), current_stream()));
+  bool may_lose_squares = false;
+  for (int64_t r = 0; r < run_count; ++r) may_lose_squares |= norm == Norm::kTwo && runs[r].dtype == DType::kFloat64;
+  for (const bool rescues : {false, true}) {
+    if (rescues && !may_lose_squares) break;
+    const int64_t slots = over_tables(runs, run_count, [&](const TensorTable<1>& table) {
+      launch(grad_norms_kernel<norm>, {dim3(static_cast<unsigned>(table.slots())), kThreads, sizeof(Shared)}, table, scratch, rescues, out);
+    });
+    launch(grad_norms_of_runs_kernel<norm>, {dim3(static_cast<unsigned>(run_count)), kThreads, sizeof(Shared)}, run_count, slots, scratch,
+           rescues, out);
+  }
+}
+
+}  // namespace
+
+void grad_norms(const Run* runs, int64_t run_count, Norm norm, const GradNorms& out) {
+  if (norm == Norm::kTwo) return grad_norms_of<Norm::kTwo>(runs, run_count, out);
+  if (norm == Norm::kOne) return grad_norms_of<Norm::kOne>(runs, run_count, out);
+  return grad_norms_of<Norm::kInfinity>(runs, run_count, out);
+}
+
+void clip_with_norm(const Run* runs, int64_t run_count, double max_norm, const double* total_norm) {
+  over_tables(runs, run_count, [&](const TensorTable<1>& table) {
+    launch(clip_with_norm_kernel, {grid_for(table.slots(), kBlocksPerProcessor), kThreads}, table, max_norm, total_norm);
+  });
+}
+
+void clamp(const Run* runs, int64_t run_count, double limit) {
+  over_tables(runs, run_count, [&](const TensorTable<1>& table) {
+    launch(clamp_kernel, {grid_for(table.slots(), kBlocksPerProcessor), kThreads}, table, limit);
+  });
+}
+
+}  // namespace gradkernels::cuda

@@ -1,0 +1,154 @@
+"""Looks at the machine code of a library built with CUDA, and fails on what costs bandwidth: no GPU is needed.
+
+    python tests/inspect_cuda_code.py build/cuda/lib/gradkernels/_C.*.so
+
+Of every kernel, on every architecture: local memory (spills among it), registers, and whether its loop over packets moves 16 bytes an
+instruction. The gates are the table below; a kernel without a row is an error. cuobjdump and nvdisasm come with the CUDA toolkit or, as
+here, with triton.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Gate:
+    """kernel: a pattern of its name with template arguments. registers: at most. loads, stores: a loop has to move 16 bytes at a time."""
+
+    kernel: str
+    registers: int
+    loads: bool = False
+    stores: bool = False
+
+
+# The second template argument of the activations' kernels is the number of elements moved at once. 65,536 registers of an SM: 64 of them
+# leave 4 blocks of 256 threads, 128 two.
+ONE = r"<.*, 1>"
+PACKETS = r"<.*, [248]>"
+GATES = (
+    Gate(rf"(activation|rrelu|parametric)_(forward|forward_mask|backward|backward_mask)_kernel{PACKETS}", 72, loads=True, stores=True),
+    Gate(rf"(activation|rrelu|parametric)_(forward|forward_mask|backward|backward_mask)_kernel{ONE}", 72),
+    Gate(rf"parametric_backward_(run|column)_kernel{PACKETS}", 128, loads=True, stores=True),
+    Gate(rf"parametric_backward_(run|column)_kernel{ONE}", 128),
+    Gate(r"grad_norms_kernel<.*>", 64, loads=True),
+    Gate(r"grad_norms_of_runs_kernel<.*>", 64),
+    Gate(r"clip_with_norm_kernel", 64, loads=True, stores=True),
+    Gate(r"clamp_kernel", 64, loads=True, stores=True),
+    Gate(r"rmsprop_kernel<.*>", 84, loads=True, stores=True),
+)
+
+
+@dataclass
+class Kernel:
+    architecture: str
+    name: str
+    registers: int = 0
+    local_bytes: int = 0
+    loads: bool = False
+    stores: bool = False
+
+
+def tool(name: str) -> str:
+    """The path of a program of the CUDA toolkit."""
+    triton = find_spec("triton")
+    beside = Path(triton.origin).parent / "backends/nvidia/bin" / name if triton is not None and triton.origin is not None else None
+    found = str(beside) if beside is not None and beside.exists() else shutil.which(name)
+    if found is None:
+        sys.exit(f"inspect_cuda_code: no {name}: neither in PATH nor in an installed triton")
+    return found
+
+
+def output_of(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def short_name(symbol: str) -> str:
+    """A kernel without its namespaces and parameters."""
+    demangled = output_of("c++filt", symbol).strip().removeprefix("void ")
+    name = re.match(r"(?:\w+::|\(anonymous namespace\)::)*(\w+(?:<.*>)?)\(", demangled)
+    return re.sub(r"gradkernels::(cuda::)?(\(anonymous namespace\)::)?", "", name.group(1) if name else demangled)
+
+
+def instructions(text: str) -> list[tuple[int, str]]:
+    """Address and text of every instruction of a function."""
+    return [(int(address, 16), code) for address, code in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.+?);", text)]
+
+
+def moves_packets_in_a_loop(code: list[tuple[int, str]], pattern: str) -> bool:
+    """Whether an instruction that matches can be followed by itself."""
+    places = {address: place for place, (address, _) in enumerate(code)}
+    follow: list[list[int]] = []
+    for place, (_, text) in enumerate(code):
+        branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        ends = re.match(r"(BRA|EXIT|RET|BRX)\b", text) is not None  # with a condition, "@P0 ", they may not
+        follow.append([] if ends or place + 1 == len(code) else [place + 1])
+        if branch is not None and int(branch.group(1), 16) in places:
+            follow[-1].append(places[int(branch.group(1), 16)])
+    for start, (_, text) in enumerate(code):
+        if re.search(pattern, text):
+            seen, ahead = set(), list(follow[start])
+            while ahead:
+                place = ahead.pop()
+                if place == start:
+                    return True
+                if place not in seen:
+                    seen.add(place)
+                    ahead += follow[place]
+    return False
+
+
+def kernels_of(library: str) -> Iterator[Kernel]:
+    cuobjdump = tool("cuobjdump")
+    architectures = sorted(set(re.findall(r"\.(sm_\d+)\.", output_of(cuobjdump, "--list-elf", library))))
+    for architecture in architectures:
+        found = {}
+        usage = output_of(cuobjdump, "--dump-resource-usage", "--gpu-architecture", architecture, library)
+        for symbol, figures in re.findall(r"Function (\w+):\s+(.*)", usage):
+            figure = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", figures))
+            kernel = Kernel(architecture, short_name(symbol), int(figure["REG"]), int(figure["STACK"]) + int(figure["LOCAL"]))
+            found[symbol] = kernel
+        sass = output_of(cuobjdump, "--dump-sass", "--gpu-architecture", architecture, library)
+        for part in re.split(r"\n\s*Function : ", sass)[1:]:
+            symbol = part.split("\n", 1)[0].strip()
+            code = instructions(part)
+            kernel = found[symbol]
+            kernel.loads = moves_packets_in_a_loop(code, r"\bLDG\.E\.\S*128|\bLDG\.128|\bLD\.E\.128|\bLDGSTS\.\S*128")
+            kernel.stores = moves_packets_in_a_loop(code, r"\bSTG\.E\.\S*128|\bSTG\.128|\bST\.E\.128")
+        yield from found.values()
+
+
+def faults_of(kernel: Kernel) -> Iterator[str]:
+    gate = next((gate for gate in GATES if re.fullmatch(gate.kernel, kernel.name)), None)
+    if gate is None:
+        yield "has no row in GATES"
+        return
+    if kernel.local_bytes > 0:
+        yield f"has {kernel.local_bytes} bytes of local memory a thread"
+    if kernel.registers > gate.registers:
+        yield f"takes {kernel.registers} registers, more than {gate.registers}"
+    if gate.loads and not kernel.loads:
+        yield "has no loop with 16-byte loads"
+    if gate.stores and not kernel.stores:
+        yield "has no loop with 16-byte stores"
+
+
+def main() -> None:
+    kernels = [kernel for library in sys.argv[1:] for kernel in kernels_of(library)]
+    if not kernels:
+        sys.exit("inspect_cuda_code: no kernels in " + " ".join(sys.argv[1:]))
+    faults = [f"{kernel.architecture} {kernel.name} {fault}" for kernel in kernels for fault in faults_of(kernel)]
+    most = max(kernels, key=lambda kernel: kernel.registers)
+    architectures = ", ".join(sorted({kernel.architecture for kernel in kernels}))
+    print(f"{len(kernels)} kernels on {architectures}; most registers: {most.registers}, {most.name}")
+    if faults:
+        sys.exit("\n".join(faults))
+
+
+if __name__ == "__main__":
+    main()

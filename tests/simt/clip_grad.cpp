@@ -1,0 +1,78 @@
+// The launchers of csrc/cuda/clip_grad.cu for ctypes: plain numbers and arrays with an element for each tensor.
+#include "ops/clip_grad.h"
+
+#include <vector>
+
+#include "cuda/tensor_table.cuh"
+
+using namespace gradkernels;
+
+namespace {
+
+std::vector<Run> runs_of(int64_t count, const int64_t* dtypes, const int64_t* counts, void* const* data) {
+  std::vector<Run> runs;
+  for (int64_t i = 0; i < count; ++i) runs.push_back({static_cast<DType>(dtypes[i]), counts[i], data[i]});
+  return runs;
+}
+
+}  // namespace
+
+extern "C" {
+
+void grad_norms(int64_t count, const int64_t* dtypes, const int64_t* counts, void* const* data, int norm, double* norms, double* max_abs,
+                int64_t* nonfinite, double* total_norm) {
+  cuda::grad_norms(runs_of(count, dtypes, counts, data).data(), count, static_cast<Norm>(norm), {norms, max_abs, nonfinite, total_norm});
+}
+
+void clip_with_norm(int64_t count, const int64_t* dtypes, const int64_t* counts, void* const* data, double max_norm,
+                    const double* total_norm) {
+  cuda::clip_with_norm(runs_of(count, dtypes, counts, data).data(), count, max_norm, total_norm);
+}
+
+void clamp(int64_t count, const int64_t* dtypes, const int64_t* counts, void* const* data, double limit) {
+  cuda::clamp(runs_of(count, dtypes, counts, data).data(), count, limit);
+}
+
+// The pieces that tensors of these counts are cut into, slot by slot: tensor, first element, number of elements, is_first. Without pointers,
+// hence for tensors of any size. found[0] is the number of tables, found[1] that of slots.
+void pieces(int64_t count, const int64_t* dtypes, const int64_t* counts, void* const* data, int64_t room, int64_t* out, int64_t* found) {
+  const std::vector<Run> runs = runs_of(count, dtypes, counts, data);
+  found[0] = 0;
+  int64_t* next = out;
+  int64_t cut = 0, last = -1;
+  found[1] = cuda::for_each_table<1>(
+      runs.data(), count, [](const Run&, int) { return nullptr; },
+      [&](const cuda::TensorTable<1>& table) {
+        ++found[0];
+        for (int64_t slot = 0; slot < table.slots() && next + 4 <= out + 4 * room; ++slot) {
+          const cuda::Piece piece = table.piece(slot);
+          const int64_t tensor = table.first_tensor + piece.entry;
+          // Where a cut tensor goes on, a table counts from its own first element.
+          if (tensor != last) cut = 0;
+          if (piece.entry == 0 && slot == 0 && table.continues) cut = next[-4] == tensor ? next[-3] + next[-2] : 0;
+          last = tensor;
+          *next++ = tensor;
+          *next++ = (table.continues && piece.entry == 0 ? cut : 0) + piece.begin;
+          *next++ = piece.count;
+          *next++ = piece.is_first;
+        }
+      });
+}
+
+}  // extern "C"
+
+#if defined(SIMT_RACES)
+// What tests/simt_library.py runs under ThreadSanitizer: every kernel, over more than one block.
+int main() {
+  std::vector<float> wide(40003, 2.0f);
+  std::vector<double> wider(17000, 1e200);
+  const int64_t dtypes[] = {0, 1, 0}, counts[] = {40003, 17000, 0};
+  void* data[] = {wide.data(), wider.data(), nullptr};
+  double norms[3], max_abs[3], total;
+  int64_t nonfinite[3];
+  for (int norm = 0; norm < 3; ++norm) grad_norms(3, dtypes, counts, data, norm, norms, max_abs, nonfinite, &total);
+  clip_with_norm(3, dtypes, counts, data, 1.0, &total);
+  clamp(3, dtypes, counts, data, 0.5);
+  return 0;
+}
+#endif
