@@ -64,7 +64,7 @@ def case(shape: tuple[int, ...], act: str, with_residual: bool, layout: str, com
     bn_class, ours_class = (nn.BatchNorm1d, gk.BatchNormAct1d) if len(shape) == 2 else (nn.BatchNorm2d, gk.BatchNormAct2d)
     bn, ours = bn_class(shape[1]), ours_class(shape[1], act=act)
     for module in (bn, ours):
-        nn.init.uniform_(module.weight, 0.5, 1.5, generator=torch.Generator().manual_seed(0))
+        nn.init.uniform_(module.weight, 0.5, 1.5, generator=torch.Generator(torch.get_default_device()).manual_seed(0))
     eager = Eager(bn, act)
 
     def step(module: nn.Module, operands: list[Tensor] = operands, grad_y: Tensor = grad_y) -> dict[str, Tensor]:

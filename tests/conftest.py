@@ -1,7 +1,8 @@
 """What every test gets: a native library (missing, a test fails rather than passing on the reference), seeded data, threads put back; and
 how many examples hypothesis tries: the same 200 each time, 10,000 new ones with --hypothesis-profile=fuzz.
 
-test_native.py is about the library's absence and test_layout.py about the sources, so these two go without.
+test_native.py is about the library's absence and test_layout.py about the sources, so these two go without. Where torch has a GPU, the
+operators' tests run once more with it as the default device: what they make, they make there.
 """
 
 import pytest
@@ -19,6 +20,22 @@ settings.register_profile("fuzz", max_examples=10_000, print_blob=True, **ALWAYS
 settings.load_profile("test")
 
 WITHOUT_NATIVE = {"test_native", "test_layout"}
+ON_A_GPU_TOO = {"test_activation", "test_batch_norm_act", "test_clip_grad", "test_optim"}
+
+
+def pytest_generate_tests(metafunc):
+    if torch.cuda.is_available() and metafunc.module.__name__.rpartition(".")[2] in ON_A_GPU_TOO:
+        metafunc.parametrize("device", ["cpu", "cuda"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def device(request):
+    name = getattr(request, "param", "cpu")
+    if name == "cpu":
+        yield name
+    else:
+        with torch.device(name):
+            yield name
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +50,10 @@ def seed():
 
 
 @pytest.fixture
-def each_thread_count():
+def each_thread_count(device):
     """Calls a function under 1 and under 2 threads and returns both results."""
+    if device != "cpu":
+        pytest.skip("threads are the CPU's")
     before = torch.get_num_threads()
 
     def run(function):

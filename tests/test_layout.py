@@ -87,7 +87,7 @@ LAYERS = {
         (STANDARD, r"<cuda\w*\.h>", OWN_TORCH_FREE, SEAM, r'"cuda/\w+\.cuh"', r'"cuda/device\.h"'),
         (ATEN, LAUNCH, r"\bcpu::", r"\bcub\b", ALLOCATION),
     ),
-    "cuda kernels without PTX": Layer(("cuda/*.cu", "cuda/reduce.cuh"), (r".*",), (r"\basm\b",)),
+    "cuda kernels without PTX": Layer(("cuda/*.cu", "cuda/reduce.cuh", "cuda/tensor_table.cuh"), (r".*",), (r"\basm\b",)),
     "cuda's way to torch": Layer(
         ("cuda/device.cpp",), (STANDARD, r"<c10/cuda/\w+\.h>", r'"(build_stamp|cuda/device)\.h"'), (r"\b(at|torch)::", LAUNCH)
     ),

@@ -1,12 +1,13 @@
-// Gradient clipping on CUDA: one launch over all tensors for what there is to know of their pieces, one that brings the pieces of each tensor
-// together, one to write. Nothing waits for the GPU: whether anything is written is decided there. Squares are taken and summed in float64,
-// whatever the element type: no gradient that float32 holds can overflow or vanish. Float64 gradients, whose squares can, are read once more.
-#include "math/clip_grad.h"
+// Gradient clipping on CUDA: one launch over all tensors for what there is to know of their pieces, one that brings the pieces of each
+// tensor together, one to write. Nothing waits for the GPU: whether anything is written is decided there. Squares are taken and summed in
+// float64, whatever the element type: no gradient that float32 holds can overflow or vanish. Float64 gradients, whose squares can, are read
+// once more.
+#include "ops/clip_grad.h"
 
 #include "cuda/launch.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/tensor_table.cuh"
-#include "ops/clip_grad.h"
+#include "math/clip_grad.h"
 
 namespace gradkernels::cuda {
 namespace {
@@ -186,8 +187,6 @@ __global__ void __launch_bounds__(kThreads)
       known.max_abs = math::max_or_nan(known.max_abs, scratch.max_abs[slot]);
       known.nonfinite += scratch.nonfinite[slot];
     }
-    // Every thread has read what thread 0 is about to write.
-    __syncthreads();
     known = block_reduce(known, shared.scratch, Known(), Merge());
     if (threadIdx.x == 0) {
       const double sum = known.sum.high + known.sum.low;

@@ -84,10 +84,12 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
 }  // namespace
 
 void rmsprop(const RmspropRun* runs, int64_t run_count, const math::RmspropOptions& options) {
-  if (run_count == 0) return;
-  // The same for all parameters.
-  const bool centered = runs[0].grad_avg != nullptr;
-  const bool has_momentum = runs[0].momentum_buffer != nullptr;
+  // The same for all parameters, but that an empty one has no memory.
+  bool centered = false, has_momentum = false;
+  for (int64_t r = 0; r < run_count; ++r) {
+    centered |= runs[r].grad_avg != nullptr;
+    has_momentum |= runs[r].momentum_buffer != nullptr;
+  }
   const auto kernel = centered ? (has_momentum ? rmsprop_kernel<true, true> : rmsprop_kernel<true, false>)
                                : (has_momentum ? rmsprop_kernel<false, true> : rmsprop_kernel<false, false>);
   const auto pointer_of = [](const RmspropRun& run, int i) -> void* {

@@ -3,6 +3,7 @@
 //
 // SIMT_WITHOUT_BARRIER=k, SIMT_WITHOUT_FENCE=k: the k-th barrier or fence of each thread orders nothing. Threads still wait, so that
 // results stay: ThreadSanitizer has to find it. SIMT_REVERSED=1: blocks, and threads between barriers, run last first.
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdio>
@@ -62,6 +63,8 @@ struct Block {
 struct Fiber {
   uint3 thread, place;  // threadIdx and blockIdx
   ucontext_t context;
+  jmp_buf place_in_code;
+  bool has_started;
   Block* block;
   Warp* warp;
   bool done;
@@ -88,7 +91,7 @@ struct Cluster {
 };
 
 Cluster cluster;
-// Shared memory and stacks. For the sanitizer each cluster gets new ones: what two of them write at one address would be a race.
+// Shared memory; for the sanitizer stacks too, and new ones for each cluster: what two of them write at one address would be a race.
 std::vector<std::unique_ptr<unsigned char[]>> memories;
 // Kept to the end of the launch: what a new fiber takes over from one that is gone would pass for its own.
 std::vector<void*> sanitized_fibers;
@@ -113,11 +116,19 @@ void change_to_next() {
   threadIdx = to.thread;
   blockIdx = to.place;
   SIMT_TSAN(__tsan_switch_to_fiber(to.tsan, __tsan_switch_to_fiber_no_sync));
+#if defined(SIMT_RACES)
   if (from.done) {
     setcontext(&to.context);
   } else {
     swapcontext(&from.context, &to.context);
   }
+#else
+  // Without the system calls of swapcontext, but for a fiber's first time.
+  if (!from.done && _setjmp(from.place_in_code) != 0) return;
+  if (to.has_started) _longjmp(to.place_in_code, 1);
+  to.has_started = true;
+  setcontext(&to.context);
+#endif
 }
 
 void release_if_complete(Barrier& barrier) {
@@ -166,13 +177,18 @@ void run_cluster(const cudaLaunchConfig_t& config, unsigned blocks, uint3 first)
   const unsigned warps = (threads + kWarpThreads - 1) / kWarpThreads;
   cluster.blocks.resize(blocks);
   cluster.fibers.resize(size_t{blocks} * threads);
-#if !defined(SIMT_RACES)
+  const size_t stack_bytes = cluster.fibers.size() * kStackBytes;
+#if defined(SIMT_RACES)
+  unsigned char* const stacks = memory_of(stack_bytes);
+#else
   memories.clear();
+  static std::vector<unsigned char> stacks_of_all;
+  if (stacks_of_all.size() < stack_bytes) stacks_of_all.resize(stack_bytes);
+  unsigned char* const stacks = stacks_of_all.data();
 #endif
   const size_t shared_bytes = (config.dynamicSmemBytes + 15) / 16 * 16;
   unsigned char* orders = memory_of(8 * (2 + blocks * size_t{1 + warps}));
   const auto reset = [&orders](Barrier& barrier, unsigned members) { barrier = {members, 0, barrier.generation, orders += 8}; };
-  unsigned char* const stacks = memory_of(cluster.fibers.size() * kStackBytes);
   reset(cluster.barrier, blocks * threads);
   for (unsigned b = 0; b < blocks; ++b) {
     Block& block = cluster.blocks[b];
@@ -193,6 +209,7 @@ void run_cluster(const cudaLaunchConfig_t& config, unsigned blocks, uint3 first)
       fiber.block = &block;
       fiber.warp = &block.warps[t / kWarpThreads];
       fiber.done = false;
+      fiber.has_started = false;
       fiber.barriers = 0;
       fiber.fences = 0;
       fiber.fenced = false;
@@ -213,6 +230,7 @@ void run_cluster(const cudaLaunchConfig_t& config, unsigned blocks, uint3 first)
   blockIdx = running().place;
   blockDim = config.blockDim;
   gridDim = config.gridDim;
+  running().has_started = true;
   SIMT_TSAN(cluster.scheduler_tsan = __tsan_get_current_fiber());
   SIMT_TSAN(__tsan_switch_to_fiber(running().tsan, __tsan_switch_to_fiber_no_sync));
   swapcontext(&cluster.scheduler, &running().context);
