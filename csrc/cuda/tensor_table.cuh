@@ -2,9 +2,9 @@
 // launch and nothing is copied that a CUDA graph would not record. Of a tensor there are its pointers and 4 bytes, from which a block finds
 // its piece by binary search.
 //
-// Elements are counted in octets, eight of them, the last one of a tensor maybe not full. The octets of all tensors stand in one line, which
-// is cut into slots of kSlotOctets, and once more where a tensor begins: slot s belongs to the last entry whose number of slots before it is
-// at most s. A slot may come out empty. Where pieces begin depends on the counts alone, hence the order of summation too.
+// Elements are counted in octets, eight of them, the last one of a tensor maybe not full. The octets of all tensors stand in one line,
+// which is cut into slots of kSlotOctets, and once more where a tensor begins: slot s belongs to the last entry whose number of slots
+// before it is at most s. A slot may come out empty. Where pieces begin depends on the counts alone, hence the order of summation too.
 #pragma once
 
 #include <type_traits>

@@ -33,8 +33,8 @@ void clamp(int64_t count, const int64_t* dtypes, const int64_t* counts, void* co
   cuda::clamp(runs_of(count, dtypes, counts, data).data(), count, limit);
 }
 
-// The pieces that tensors of these counts are cut into, slot by slot: tensor, first element, number of elements, is_first. Without pointers,
-// hence for tensors of any size. found[0] is the number of tables, found[1] that of slots.
+// The pieces that tensors of these counts are cut into, slot by slot: tensor, first element, number of elements, is_first. Without
+// pointers, hence for tensors of any size. found[0] is the number of tables, found[1] that of slots.
 void pieces(int64_t count, const int64_t* dtypes, const int64_t* counts, void* const* data, int64_t room, int64_t* out, int64_t* found) {
   const std::vector<Run> runs = runs_of(count, dtypes, counts, data);
   found[0] = 0;
