@@ -181,7 +181,8 @@ class RMSprop(torch.optim.RMSprop):
             return 1.0
         params = [param for group in self.param_groups for param in group["params"]]
         grads = [param.grad for param in params if param.grad is not None]
-        if not folds or not grads:
+        # The step takes a number of the host: not to wait for a GPU, gradients there are scaled in place.
+        if not folds or not grads or not grads[0].is_cpu:
             self.last_norm = clip_grad_norm_(params, self.max_norm, self.norm_type)
             return 1.0
         total_norm = local_norms(grads, self.norm_type)[3]
