@@ -1,4 +1,5 @@
 // The 16-bit types as they are stored, and the rounding to them: to the nearest, ties to even, as torch's. They are computed in float32.
+// CUDA has instructions for the conversions.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +26,12 @@ struct BFloat16 {
 
   BFloat16() = default;
   GK_HOST_DEVICE explicit BFloat16(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+#else
     const uint32_t wide = bits_of(x);
     bits = x == x ? static_cast<uint16_t>((wide + 0x7FFFu + (wide >> 16 & 1u)) >> 16) : uint16_t(0x7FC0);
+#endif
   }
   GK_HOST_DEVICE explicit BFloat16(double x) : BFloat16(static_cast<float>(x)) {}
   GK_HOST_DEVICE explicit operator float() const { return float_of(static_cast<uint32_t>(bits) << 16); }
@@ -39,6 +44,9 @@ struct Float16 {
 
   Float16() = default;
   GK_HOST_DEVICE explicit Float16(float x) {
+#if defined(__CUDA_ARCH__)
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+#else
     const uint32_t wide = bits_of(x);
     const uint32_t magnitude = wide & 0x7FFFFFFFu;
     uint32_t narrow;
@@ -52,14 +60,21 @@ struct Float16 {
       narrow = (magnitude - 0x38000000u + 0xFFFu + (magnitude >> 13 & 1u)) >> 13;
     }
     bits = static_cast<uint16_t>(narrow | (wide >> 16 & 0x8000u));
+#endif
   }
   GK_HOST_DEVICE explicit Float16(double x) : Float16(static_cast<float>(x)) {}
   GK_HOST_DEVICE explicit operator float() const {
+#if defined(__CUDA_ARCH__)
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+#else
     const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
     const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7FFFu) << 13;
     // Infinities and nan keep the largest exponent; the product renormalises denormals, and is exact.
     const float value = magnitude >= 0x0F800000u ? float_of(magnitude | 0x7F800000u) : float_of(magnitude) * 0x1p112f;
     return float_of(bits_of(value) | sign);
+#endif
   }
   GK_HOST_DEVICE explicit operator double() const { return static_cast<float>(*this); }
 };
