@@ -31,11 +31,19 @@ class Gate:
 # leave 4 blocks of 256 threads, 128 two.
 ONE = r"<.*, 1>"
 PACKETS = r"<.*, [248]>"
+# Two blocks of 256 threads an SM, and of the kernels that compute in float64 one.
+FLOAT64 = "<double, .*>"
 GATES = (
     Gate(rf"(activation|rrelu|parametric)_(forward|forward_mask|backward|backward_mask)_kernel{PACKETS}", 72, loads=True, stores=True),
     Gate(rf"(activation|rrelu|parametric)_(forward|forward_mask|backward|backward_mask)_kernel{ONE}", 72),
     Gate(rf"parametric_backward_(run|column)_kernel{PACKETS}", 128, loads=True, stores=True),
     Gate(rf"parametric_backward_(run|column)_kernel{ONE}", 128),
+    *(
+        Gate(f"batch_norm_act_{name}_kernel{arguments}", registers, loads=True, stores=name != "stats")
+        for name in ("stats", "normalise", "forward", "backward_reduce", "backward_elemt", "backward")
+        for arguments, registers in ((FLOAT64, 255), ("<.*>", 128))
+    ),
+    Gate(r"batch_norm_act_gather_stats_kernel", 64),
     Gate(r"grad_norms_kernel<.*>", 64, loads=True),
     Gate(r"grad_norms_of_runs_kernel<.*>", 64),
     Gate(r"clip_with_norm_kernel", 64, loads=True, stores=True),

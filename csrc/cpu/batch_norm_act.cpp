@@ -26,12 +26,13 @@ void finish_channel(const BatchNormForward& p, int64_t channel, const math::Mome
   p.mean[channel] = mean;
   const double m2 = moments.m2 + moments.m2_low;
   p.invstd[channel] = math::inverse_std_of_batch(m2 / moments.count, p.eps);
+  const double momentum = p.batches == nullptr ? p.momentum : math::cumulative_momentum(static_cast<double>(*p.batches));
   dispatch(p.parameter_dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     const auto update = [&](void* running, double observed) {
       if (running == nullptr) return;
       scalar_t& value = static_cast<scalar_t*>(running)[channel];
-      value = static_cast<scalar_t>(math::update_running(static_cast<double>(value), observed, p.momentum));
+      value = static_cast<scalar_t>(math::update_running(static_cast<double>(value), observed, momentum));
     };
     update(p.running_mean, mean);
     update(p.running_var, m2 / (moments.count - 1.0));
@@ -159,12 +160,12 @@ void batch_norm_act_backward_reduce(const BatchNormBackward& p, double* sums) {
       [](Slab, const math::GradientSums*, const void*) {});
 }
 
-void batch_norm_act_backward_elemt(const BatchNormBackward& p, const double* sums, double count) {
+void batch_norm_act_backward_elemt(const BatchNormBackward& p, const double* sums, const double* count) {
   const Slabs slabs(p.shape);
   const Kernels& isa = kernels();
   const int64_t channels = p.shape.channels;
   // The kernel divides by the count of its own operand.
-  const double share = static_cast<double>(p.shape.rows * p.shape.inner) / count;
+  const double share = static_cast<double>(p.shape.rows * p.shape.inner) / *count;
   std::vector<math::GradientSums> of_share(channels);
   for (int64_t c = 0; c < channels; ++c) of_share[c] = {sums[c] * share, sums[channels + c] * share};
   slabs.for_each([&](int64_t i) { isa.batch_norm_gradient_input(p, slabs[i], of_share.data(), nullptr); });

@@ -68,6 +68,15 @@ void launch(void (*kernel)(Parameters...), const Launch& to, typename Exactly<Pa
   check(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
+// Whether the device has clusters and what it will run of the kernel was compiled for them.
+template <typename... Parameters>
+bool compiled_for_clusters(void (*kernel)(Parameters...)) {
+  if (device_limits().compute_capability < 90) return false;
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
+  return attributes.ptxVersion >= 90;
+}
+
 // Blocks for `tiles` pieces of work that a kernel strides over: at most `per_processor` for each SM.
 inline dim3 grid_for(int64_t tiles, int per_processor) {
   const int64_t most = static_cast<int64_t>(device_limits().processors) * per_processor;

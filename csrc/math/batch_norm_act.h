@@ -76,6 +76,16 @@ GK_HOST_DEVICE Moments<double> merge_of_equal_counts(double count, int64_t sets,
   return {count * number, merged.high, within.high, merged.low, within.low};
 }
 
+// Moments of the union of many sets at once, without a division for each: the mean is a reference near it plus the sum of deviation_from
+// over all sets, divided by the count of all; M2 the sum of m2_about that mean.
+GK_HOST_DEVICE double deviation_from(double reference, const Moments<double>& set) {
+  return set.count * ((set.mean - reference) + set.mean_low);
+}
+GK_HOST_DEVICE double m2_about(double mean, const Moments<double>& set) {
+  const double difference = (set.mean - mean) + set.mean_low;
+  return fma(set.count * difference, difference, set.m2 + set.m2_low);
+}
+
 // 1 / sqrt(var + eps). One Newton step with the exact residual takes back the roundings of the root and of the quotient: every output
 // scales with this number.
 GK_HOST_DEVICE double inverse_std(double variance, double eps) {
@@ -89,6 +99,9 @@ GK_HOST_DEVICE double inverse_std(double variance, double eps) {
 
 // Of a batch: 0 for a constant channel with eps = 0, as torch's.
 GK_HOST_DEVICE double inverse_std_of_batch(double variance, double eps) { return variance + eps == 0.0 ? 0.0 : inverse_std(variance, eps); }
+
+// The momentum that makes running statistics the mean of those of all batches, after so many before.
+GK_HOST_DEVICE double cumulative_momentum(double batches) { return 1.0 / (batches + 1.0); }
 
 // running <- (1 - momentum) running + momentum observed
 GK_HOST_DEVICE double update_running(double running, double observed, double momentum) {
@@ -116,11 +129,14 @@ struct Normalisation {
 };
 
 template <typename scalar_t>
+GK_HOST_DEVICE double mean_low(double mean) {
+  return mean - static_cast<double>(static_cast<scalar_t>(mean));
+}
+
+template <typename scalar_t>
 GK_HOST_DEVICE Normalisation<scalar_t> normalisation(double mean, double invstd, double weight, double bias) {
-  const scalar_t mean_high = static_cast<scalar_t>(mean);
   const scalar_t scale = static_cast<scalar_t>(weight * invstd);
-  const double mean_low = mean - static_cast<double>(mean_high);
-  return {mean_high, scale, static_cast<scalar_t>(bias - mean_low * static_cast<double>(scale))};
+  return {static_cast<scalar_t>(mean), scale, static_cast<scalar_t>(bias - mean_low<scalar_t>(mean) * static_cast<double>(scale))};
 }
 
 // The sums behind every gradient, over a channel: S1 = sum dz, S2 = sum dz (x - mean), with dz the gradient at the output of the
@@ -131,6 +147,11 @@ struct GradientSums {
 };
 
 GK_HOST_DEVICE GradientSums merge(const GradientSums& a, const GradientSums& b) { return {a.dz + b.dz, a.dz_x + b.dz_x}; }
+
+// From those about mean_high, sum dz (x - mean_high), with what the rounding took from the mean.
+GK_HOST_DEVICE GradientSums about_mean(const GradientSums& about_mean_high, double mean_low) {
+  return {about_mean_high.dz, fma(-mean_low, about_mean_high.dz, about_mean_high.dz_x)};
+}
 
 // training:
 //   grad_x = weight invstd (dz - S1/N - (x - mean) invstd^2 S2/N) = fma(scale, dz - dz_mean_high, fma(slope, x - mean_high, offset))
@@ -163,10 +184,9 @@ GK_HOST_DEVICE InputGradient<scalar_t> input_gradient(double mean, double invstd
   const double dz_mean = sums.dz / count;
   const scalar_t mean_high = static_cast<scalar_t>(mean);
   const scalar_t dz_mean_high = static_cast<scalar_t>(dz_mean);
-  const double mean_low = mean - static_cast<double>(mean_high);
   const double dz_mean_low = dz_mean - static_cast<double>(dz_mean_high);
   return {mean_high, dz_mean_high, static_cast<scalar_t>(scale), static_cast<scalar_t>(slope),
-          static_cast<scalar_t>(-scale * dz_mean_low - slope * mean_low)};
+          static_cast<scalar_t>(-scale * dz_mean_low - slope * mean_low<scalar_t>(mean))};
 }
 
 }  // namespace gradkernels::math

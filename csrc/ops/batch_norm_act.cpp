@@ -31,6 +31,8 @@
 
 #include "common/allocate.h"
 #include "common/check.h"
+#include "common/device.h"
+#include "math/batch_norm_act.h"
 #include "ops/composite.h"
 #include "ops/layout.h"
 
@@ -64,7 +66,7 @@ at::Tensor empty_mask(const at::Tensor& x, const Layout& layout, bool needed) {
   return at::empty_symint({needed ? mask_bytes(layout.rows, layout.channels, layout.inner) : c10::SymInt(0)}, x.options().dtype(at::kByte));
 }
 
-bool kernels_take(const at::Tensor& x) { return has_kernel(x) && !x.is_cuda() && x.dim() >= 2 && x.dim() <= 5 && x.sym_numel() > 0; }
+bool kernels_take(const at::Tensor& x) { return has_kernel(x) && x.dim() >= 2 && x.dim() <= 5 && x.sym_numel() > 0; }
 
 at::ScalarType parameter_dtype(const at::Tensor& x, std::initializer_list<OptionalTensor> parameters) {
   const auto first = std::find_if(parameters.begin(), parameters.end(), is_given);
@@ -97,7 +99,22 @@ void check_num_batches_tracked(const OptionalTensor& count) {
 // The weight of this batch in the running statistics; without a momentum that of an average over the batches counted so far and this one.
 double exponential_average_factor(std::optional<double> momentum, const OptionalTensor& num_batches_tracked) {
   if (momentum.has_value() || !is_given(num_batches_tracked)) return momentum.value_or(0.0);
-  return 1.0 / (num_batches_tracked->item<double>() + 1.0);
+  return math::cumulative_momentum(num_batches_tracked->item<double>());
+}
+
+// The number of batches where x lies, so that nobody waits for a GPU: only where momentum, not given, is made of it.
+at::Tensor batches_beside(const at::Tensor& x, const OptionalTensor& num_batches_tracked, std::optional<double> momentum) {
+  return is_given(num_batches_tracked) && !momentum.has_value() ? num_batches_tracked->to(x.device(), at::kLong) : at::Tensor();
+}
+
+const int64_t* data_of_batches(const at::Tensor& batches) { return batches.defined() ? batches.const_data_ptr<int64_t>() : nullptr; }
+
+void count_batch(const at::Tensor& num_batches_tracked) {
+  if (num_batches_tracked.is_cpu() && num_batches_tracked.scalar_type() == at::kLong) {
+    ++*num_batches_tracked.mutable_data_ptr<int64_t>();
+  } else {
+    num_batches_tracked.add_(1);
+  }
 }
 
 }  // namespace
@@ -223,9 +240,11 @@ BatchNormActResult batch_norm_act(const at::Tensor& x, const OptionalTensor& run
   p.running_mean = mutable_data_of(running_mean);
   p.running_var = mutable_data_of(running_var);
   const OptionalTensor counted = training ? num_batches_tracked : OptionalTensor();
-  p.momentum = exponential_average_factor(momentum, counted);
-  cpu::batch_norm_act_forward(p);
-  if (is_given(counted)) ++*counted->mutable_data_ptr<int64_t>();
+  const at::Tensor batches = batches_beside(x, counted, momentum);
+  p.momentum = momentum.value_or(0.0);
+  p.batches = data_of_batches(batches);
+  GK_LAUNCHER(x, batch_norm_act_forward)(p);
+  if (is_given(counted)) count_batch(*counted);
   return {f.y, mean, invstd, f.mask};
 }
 
@@ -323,7 +342,7 @@ BatchNormActGradients batch_norm_act_backward(const at::Tensor& grad_y, const at
                                               const OptionalTensor& residual, const OptionalTensor& mask, bool training,
                                               c10::string_view act, double act_param, std::array<bool, 4> output_mask) {
   const Backward b(grad_y, x, mean, invstd, weight, bias, residual, mask, act, act_param, output_mask);
-  cpu::batch_norm_act_backward(b.problem(Operands(b.layout, x, residual, grad_y), mean, invstd, weight, bias, mask, training));
+  GK_LAUNCHER(x, batch_norm_act_backward)(b.problem(Operands(b.layout, x, residual, grad_y), mean, invstd, weight, bias, mask, training));
   return b.gradients();
 }
 
@@ -447,7 +466,7 @@ at::Tensor batch_norm_act_stats(const at::Tensor& x) {
   p.dtype = dtype_of(x);
   p.shape = layout.shape();
   p.x = source.const_data_ptr();
-  cpu::batch_norm_act_stats(p, moments.mutable_data_ptr<double>());
+  GK_LAUNCHER(x, batch_norm_act_stats)(p, moments.mutable_data_ptr<double>());
   return moments;
 }
 
@@ -482,24 +501,27 @@ GatheredStats batch_norm_act_gather_stats(const at::Tensor& moments, const Optio
                                           const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps) {
   auto [mean, invstd, count] = gathered_stats(moments, running_mean, running_var, num_batches_tracked);
   count.copy_(moments.select(1, 0).sum(0, true));
-  TORCH_CHECK_VALUE(count.item<double>() != 1.0,
+  // Elsewhere than on the CPU it would have to be waited for: running statistics then stay as they are.
+  TORCH_CHECK_VALUE(!count.is_cpu() || *count.const_data_ptr<double>() != 1.0,
                     "Expected more than 1 value per channel when training, got 1 in the batches of all processes together");
+  const at::Tensor batches = batches_beside(moments, num_batches_tracked, momentum);
   // The kernel writes float64, and what is stored is rounded from that.
   const auto in_double = [](const OptionalTensor& running) { return is_given(running) ? running->to(at::kDouble) : at::Tensor(); };
   const at::Tensor wide_mean = in_double(running_mean), wide_var = in_double(running_var);
   BatchNormForward p{};
   p.parameter_dtype = DType::kFloat64;
   p.shape = {0, mean.numel(), 0};
-  p.momentum = exponential_average_factor(momentum, num_batches_tracked);
+  p.momentum = momentum.value_or(0.0);
+  p.batches = data_of_batches(batches);
   p.eps = eps;
   p.running_mean = mutable_data_of(wide_mean);
   p.running_var = mutable_data_of(wide_var);
   p.mean = mean.mutable_data_ptr<double>();
   p.invstd = invstd.mutable_data_ptr<double>();
-  cpu::batch_norm_act_gather_stats(p, moments.size(0), moments.const_data_ptr<double>());
+  GK_LAUNCHER(moments, batch_norm_act_gather_stats)(p, moments.size(0), moments.const_data_ptr<double>());
   if (is_given(running_mean)) running_mean->copy_(wide_mean);
   if (is_given(running_var)) running_var->copy_(wide_var);
-  if (is_given(num_batches_tracked)) num_batches_tracked->add_(1);
+  if (is_given(num_batches_tracked)) count_batch(*num_batches_tracked);
   return {mean, invstd, count};
 }
 
@@ -561,7 +583,7 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_act_elemt(const at::Tensor& x, con
             at::empty({0}, x.options().dtype(at::kByte))};
   }
   const Forward f(x, residual, name, act_param);
-  cpu::batch_norm_act_elemt(f.problem(Operands(f.layout, x, residual), weight, bias, mean, invstd));
+  GK_LAUNCHER(x, batch_norm_act_elemt)(f.problem(Operands(f.layout, x, residual), weight, bias, mean, invstd));
   return {f.y, f.mask};
 }
 
@@ -589,8 +611,8 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_act_backward_reduce(const at::Tens
   const Backward b(grad_y, x, mean, invstd, weight, bias, residual, mask, act, act_param, {false, false, false, residual_g});
   at::Tensor sums = at::empty_symint({2 * b.layout.channels}, mean.options());
   const Operands operands(b.layout, x, residual, grad_y);
-  cpu::batch_norm_act_backward_reduce(b.problem(operands, mean, invstd, weight, bias, mask, /*training=*/true),
-                                      sums.mutable_data_ptr<double>());
+  GK_LAUNCHER(x, batch_norm_act_backward_reduce)(b.problem(operands, mean, invstd, weight, bias, mask, /*training=*/true),
+                                                 sums.mutable_data_ptr<double>());
   return {sums, b.grad_residual};
 }
 
@@ -628,8 +650,9 @@ at::Tensor batch_norm_act_backward_elemt(const at::Tensor& grad_y, const at::Ten
   }
   const Backward b(grad_y, x, mean, invstd, weight, bias, residual, mask, act, act_param, {true, false, false, false});
   const Operands operands(b.layout, x, residual, grad_y);
-  cpu::batch_norm_act_backward_elemt(b.problem(operands, mean, invstd, weight, bias, mask, /*training=*/true),
-                                     sums.const_data_ptr<double>(), count.item<double>());
+  const at::Tensor of_all = count.to(at::kDouble);
+  GK_LAUNCHER(x, batch_norm_act_backward_elemt)(b.problem(operands, mean, invstd, weight, bias, mask, /*training=*/true),
+                                                sums.const_data_ptr<double>(), of_all.const_data_ptr<double>());
   return b.grad_x;
 }
 
@@ -644,13 +667,18 @@ at::Tensor batch_norm_act_backward_elemt_meta(const at::Tensor& grad_y, const at
   return Backward(grad_y, x, mean, invstd, weight, bias, residual, mask, act, act_param, {true, false, false, false}).grad_x;
 }
 
+void add_kernels(torch::Library& m) {
+  m.impl("batch_norm_act", on_device<batch_norm_act>);
+  m.impl("batch_norm_act_backward", on_device<batch_norm_act_backward>);
+  m.impl("batch_norm_act_gather_stats", on_device<batch_norm_act_gather_stats>);
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gradkernels, CPU, m) {
-  m.impl("batch_norm_act", batch_norm_act);
-  m.impl("batch_norm_act_backward", batch_norm_act_backward);
-  m.impl("batch_norm_act_gather_stats", batch_norm_act_gather_stats);
-}
+TORCH_LIBRARY_IMPL(gradkernels, CPU, m) { add_kernels(m); }
+#if defined(GK_WITH_CUDA)
+TORCH_LIBRARY_IMPL(gradkernels, CUDA, m) { add_kernels(m); }
+#endif
 
 TORCH_LIBRARY_IMPL(gradkernels, Meta, m) {
   m.impl("batch_norm_act", batch_norm_act_meta);
@@ -665,11 +693,11 @@ TORCH_LIBRARY_IMPL(gradkernels, Meta, m) {
 // Devices without kernels.
 TORCH_LIBRARY_IMPL(gradkernels, CompositeExplicitAutograd, m) {
   m.impl("batch_norm_act", composite::batch_norm_act);
-  m.impl("batch_norm_act_stats", batch_norm_act_stats);
+  m.impl("batch_norm_act_stats", on_device<batch_norm_act_stats>);
   m.impl("batch_norm_act_gather_stats", batch_norm_act_gather_stats_composite);
-  m.impl("batch_norm_act_elemt", batch_norm_act_elemt);
-  m.impl("batch_norm_act_backward_reduce", batch_norm_act_backward_reduce);
-  m.impl("batch_norm_act_backward_elemt", batch_norm_act_backward_elemt);
+  m.impl("batch_norm_act_elemt", on_device<batch_norm_act_elemt>);
+  m.impl("batch_norm_act_backward_reduce", on_device<batch_norm_act_backward_reduce>);
+  m.impl("batch_norm_act_backward_elemt", on_device<batch_norm_act_backward_elemt>);
 }
 
 // vmap: ATen's operators have batching rules.

@@ -23,6 +23,7 @@ struct BatchNormForward {
   math::Activation act;
   bool training;
   double momentum;
+  const int64_t* batches;  // or null; else momentum is math::cumulative_momentum of it
   double eps;
   const void* x;
   const void* residual;  // or null
@@ -70,8 +71,21 @@ void batch_norm_act_gather_stats(const BatchNormForward& p, int64_t ranks, const
 void batch_norm_act_elemt(const BatchNormForward& p);
 // Writes grad_residual where it is asked for.
 void batch_norm_act_backward_reduce(const BatchNormBackward& p, double* sums);
-// grad_x from the sums and the count of all processes.
-void batch_norm_act_backward_elemt(const BatchNormBackward& p, const double* sums, double count);
+// grad_x from the sums and the count of all processes, one number.
+void batch_norm_act_backward_elemt(const BatchNormBackward& p, const double* sums, const double* count);
 
 }  // namespace cpu
+
+// The same on a GPU, in a library built with CUDA.
+namespace cuda {
+
+decltype(cpu::batch_norm_act_forward) batch_norm_act_forward;
+decltype(cpu::batch_norm_act_backward) batch_norm_act_backward;
+decltype(cpu::batch_norm_act_stats) batch_norm_act_stats;
+decltype(cpu::batch_norm_act_gather_stats) batch_norm_act_gather_stats;
+decltype(cpu::batch_norm_act_elemt) batch_norm_act_elemt;
+decltype(cpu::batch_norm_act_backward_reduce) batch_norm_act_backward_reduce;
+decltype(cpu::batch_norm_act_backward_elemt) batch_norm_act_backward_elemt;
+
+}  // namespace cuda
 }  // namespace gradkernels

@@ -3,6 +3,7 @@
 //
 // SIMT_WITHOUT_BARRIER=k, SIMT_WITHOUT_FENCE=k: the k-th barrier or fence of each thread orders nothing. Threads still wait, so that
 // results stay: ThreadSanitizer has to find it. SIMT_REVERSED=1: blocks, and threads between barriers, run last first.
+// SIMT_SHARED_BYTES, SIMT_COMPUTE_CAPABILITY: those of the GPU.
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -36,9 +37,9 @@ constexpr unsigned kWarpThreads = 32;
   std::abort();
 }
 
-int setting(const char* name) {
+int setting(const char* name, int otherwise = 0) {
   const char* value = std::getenv(name);
-  return value == nullptr ? 0 : std::atoi(value);
+  return value == nullptr ? otherwise : std::atoi(value);
 }
 
 struct Barrier {
@@ -312,7 +313,9 @@ namespace gradkernels::cuda {
 cudaStream_t current_stream() { return nullptr; }
 
 const DeviceLimits& device_limits() {
-  static const DeviceLimits limits{2, 227 << 10, 90, 4 << 20};
+  static DeviceLimits limits{2, 0, 0, 4 << 20};
+  limits.shared_bytes = simt::setting("SIMT_SHARED_BYTES", 227 << 10);
+  limits.compute_capability = simt::setting("SIMT_COMPUTE_CAPABILITY", 90);
   return limits;
 }
 

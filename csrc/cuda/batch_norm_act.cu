@@ -1,0 +1,1112 @@
+// batch_norm_act on CUDA. A slab is what statistics are taken of at once: one channel where its runs are long, else a group of channels
+// whose columns lie side by side. Where shared memory holds it, spread over a cluster of blocks, one kernel reads each operand once; else a
+// pass for the sums, whose last block merges them, and a pass back from the end for the result. Both are made of the same pieces. How a
+// tensor is cut follows from its shape and the device alone, and every sum has a fixed order: results are the same from run to run.
+#include "ops/batch_norm_act.h"
+
+#include <algorithm>
+#include <initializer_list>
+#include <type_traits>
+
+#include "cuda/launch.cuh"
+#include "cuda/reduce.cuh"
+#include "math/batch_norm_act.h"
+
+namespace gradkernels::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+// Blocks that an SM is to hold: so many registers are a thread's at most.
+template <typename scalar_t>
+constexpr int kBlocks = sizeof(scalar_t) == 8 ? 1 : 2;
+// Eight neighbours of a line: whole packets in every dtype, and one byte of the mask.
+constexpr int kOctetElements = 8;
+// What a thread loads before it uses any of it; bench/bench_batch_norm_act.py on a GPU decides.
+constexpr int kSumsBytesInFlight = 64;
+constexpr int kApplyBytesInFlight = 64;
+// Channels of a slab whose runs are short, at most; a row of one column each is 128 bytes in 16-bit types.
+constexpr int kMostGroupChannels = 64;
+constexpr int kGroupRowBytes = 128;
+// Blocks that a pass is cut into, if there is enough to do: about four for each SM of the largest GPUs, and for sums no more parts of a
+// slab than its last block merges on the way.
+constexpr int64_t kSumsBlocks = 512;
+constexpr int64_t kMostSumsParts = 256;
+constexpr int64_t kApplyBlocks = 4096;
+constexpr int64_t kLeastOctetsOfThread = 4;
+// A portable cluster.
+constexpr int kMostClusterBlocks = 8;
+// Of each block's shared memory, for the system.
+constexpr int64_t kReservedSharedBytes = 1024;
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- How a tensor is cut
+
+// By shape alone. A slab's lines (a channel's runs, or the group's columns of each row) are cut into octets, counted line by line; a part
+// is what one block takes of them. Threads [0, threads) take every threads-th octet, so that in columns a thread stays in its octet of the
+// line.
+struct Tiling {
+  int64_t channels, inner, rows;
+  int64_t row_stride;       // elements from one row to the next
+  int64_t mask_row_stride;  // bytes
+  int64_t octets_per_line;
+  // From an octet of a thread to its next, and what is added where that lies in the line after.
+  int64_t column_step, element_step, mask_step, element_wrap, mask_wrap;
+  int64_t octets;  // of a slab
+  int64_t part_octets;
+  int64_t slabs;
+  int group_channels;  // of a slab
+  int parts;           // of a slab
+  int threads;         // of a block that have octets
+  int lanes;           // threads that merge sums of one channel, a power of two
+  bool aligned;        // every octet of a whole line begins at a packet
+};
+
+Tiling tiling(const ChannelShape& shape, int64_t element_bytes, std::initializer_list<const void*> operands) {
+  Tiling t{};
+  t.channels = shape.channels;
+  t.inner = shape.inner;
+  t.rows = shape.rows;
+  t.row_stride = shape.channels * shape.inner;
+  if (shape.inner >= kShortRunElements) {
+    t.group_channels = 1;
+    t.octets_per_line = divide_up(shape.inner, kOctetElements);
+    t.mask_row_stride = shape.channels * t.octets_per_line;
+    t.threads = kThreads;
+    t.aligned = shape.inner * element_bytes % kPacketBytes == 0;
+  } else {
+    // Whole octets, whichever number of channels that takes.
+    const int64_t wish = divide_up(kGroupRowBytes / element_bytes / shape.inner, kOctetElements) * kOctetElements;
+    const int64_t most = std::min<int64_t>(std::max<int64_t>(wish, kOctetElements), kMostGroupChannels);
+    t.group_channels = static_cast<int>(std::min(most, shape.channels));
+    t.octets_per_line = divide_up(t.group_channels * shape.inner, kOctetElements);
+    t.mask_row_stride = divide_up(t.row_stride, kOctetElements);
+    t.threads = static_cast<int>(kThreads / t.octets_per_line * t.octets_per_line);
+    t.aligned = t.row_stride * element_bytes % kPacketBytes == 0;
+  }
+  t.aligned = t.aligned && at_packet(operands);
+  const int64_t row_step = t.threads / t.octets_per_line;
+  t.column_step = t.threads % t.octets_per_line;
+  t.element_step = row_step * t.row_stride + t.column_step * kOctetElements;
+  t.mask_step = row_step * t.mask_row_stride + t.column_step;
+  t.element_wrap = t.row_stride - t.octets_per_line * kOctetElements;
+  t.mask_wrap = t.mask_row_stride - t.octets_per_line;
+  t.slabs = divide_up(shape.channels, t.group_channels);
+  t.octets = shape.rows * t.octets_per_line;
+  t.lanes = kWarpThreads;
+  while (t.lanes * t.group_channels > kThreads) t.lanes /= 2;
+  return t;
+}
+
+// The same in parts of equal size for every thread, `parts` of them or fewer.
+Tiling in_parts(Tiling t, int64_t parts) {
+  t.part_octets = divide_up(divide_up(t.octets, parts), t.threads) * t.threads;
+  t.parts = static_cast<int>(divide_up(t.octets, t.part_octets));
+  return t;
+}
+
+Tiling for_sums(const Tiling& t) {
+  const int64_t most = std::min(kMostSumsParts, divide_up(t.octets, t.threads * kLeastOctetsOfThread));
+  return in_parts(t, std::clamp<int64_t>(divide_up(kSumsBlocks, t.slabs), 1, most));
+}
+
+Tiling for_apply(const Tiling& t) {
+  const int64_t most = divide_up(t.octets, t.threads * kLeastOctetsOfThread);
+  return in_parts(t, std::clamp<int64_t>(divide_up(kApplyBlocks, t.slabs), 1, most));
+}
+
+// Cut for a cluster of blocks that hold a slab, `octet_bytes` of shared memory for each octet beside `other_bytes`; no parts where it does
+// not fit. Two blocks to an SM, of which one loads while the other stores, are preferred, and enough blocks to fill a GPU.
+Tiling for_cluster(const Tiling& t, int64_t octet_bytes, int64_t other_bytes, bool clusters) {
+  const int64_t whole = device_limits().shared_bytes - other_bytes;
+  const int64_t half = whole - (device_limits().shared_bytes + kReservedSharedBytes) / 2;
+  const int most = clusters ? kMostClusterBlocks : 1;
+  const auto with = [&](int blocks) {
+    Tiling cut = in_parts(t, blocks);
+    cut.parts = blocks;
+    return cut;
+  };
+  const auto fits = [&](int blocks, int64_t bytes) { return with(blocks).part_octets * octet_bytes <= bytes; };
+  for (const int64_t bytes : {half, whole}) {
+    int blocks = 1;
+    while (blocks < most && !fits(blocks, bytes)) blocks *= 2;
+    if (!fits(blocks, bytes)) continue;
+    while (blocks < most && t.slabs * blocks < kSumsBlocks / 2 && t.octets / (2 * blocks) >= t.threads * kLeastOctetsOfThread) blocks *= 2;
+    return with(blocks);
+  }
+  return Tiling{};
+}
+
+// A slab's place in the tensor.
+struct Slab {
+  int64_t first_channel;
+  int channels;
+  int64_t width;  // elements of a line
+  int64_t element;
+  int64_t mask_byte;
+};
+
+template <bool kColumns>
+__device__ __forceinline__ Slab slab_of(const Tiling& t, int64_t index) {
+  if constexpr (!kColumns) return {index, 1, t.inner, index * t.inner, index * t.octets_per_line};
+  const int64_t first = index * t.group_channels;
+  const int64_t left = t.channels - first;
+  const int channels = static_cast<int>(left < t.group_channels ? left : t.group_channels);
+  return {first, channels, channels * t.inner, first * t.inner, first * t.inner / kOctetElements};
+}
+
+// Where an octet lies, and how many of its elements exist: none behind the part's end.
+struct At {
+  int64_t element;
+  int64_t mask_byte;
+  int valid;
+};
+
+// The octets of one thread in turn. A copy walks them again.
+template <bool kColumns>
+class Walk {
+ public:
+  __device__ __forceinline__ Walk(const Tiling& t, const Slab& slab, int64_t part) : width_(slab.width) {
+    const int64_t first = part * t.part_octets + threadIdx.x;
+    const int64_t end = (part + 1) * t.part_octets < t.octets ? (part + 1) * t.part_octets : t.octets;
+    const bool takes_part = first < end && static_cast<int>(threadIdx.x) < t.threads;
+    left_ = takes_part ? static_cast<int>(end - first - 1) / t.threads + 1 : 0;
+    // 32-bit division where it does, a fraction of the work of 64-bit division.
+    const int64_t row = t.octets <= INT32_MAX - kThreads ? static_cast<unsigned>(first) / static_cast<unsigned>(t.octets_per_line)
+                                                         : first / t.octets_per_line;
+    column_ = first - row * t.octets_per_line;
+    element_ = slab.element + row * t.row_stride + column_ * kOctetElements;
+    mask_byte_ = slab.mask_byte + row * t.mask_row_stride + column_;
+    valid_ = valid();
+  }
+
+  __device__ __forceinline__ bool done() const { return left_ <= 0; }
+  __device__ __forceinline__ int64_t column() const { return column_; }
+
+  __device__ __forceinline__ At next(const Tiling& t) {
+    const At at{element_, mask_byte_, left_ <= 0 ? 0 : kColumns ? valid_ : valid()};
+    --left_;
+    element_ += t.element_step;
+    mask_byte_ += t.mask_step;
+    if constexpr (!kColumns) {
+      column_ += t.column_step;
+      if (column_ >= t.octets_per_line) {
+        column_ -= t.octets_per_line;
+        element_ += t.element_wrap;
+        mask_byte_ += t.mask_wrap;
+      }
+    }
+    return at;
+  }
+
+ private:
+  __device__ __forceinline__ int valid() const {
+    const int64_t left_in_line = width_ - column_ * kOctetElements;
+    return left_in_line < kOctetElements ? static_cast<int>(left_in_line < 0 ? 0 : left_in_line) : kOctetElements;
+  }
+
+  int64_t width_, column_, element_, mask_byte_;
+  int valid_;  // in columns, of every octet
+  int left_;
+};
+
+// ---- Octets
+
+template <typename scalar_t>
+struct Octet {
+  static constexpr int kWidth = kPacketElements<scalar_t>;
+  static constexpr int kPackets = kOctetElements / kWidth;
+  using Piece = Packet<scalar_t, kWidth>;
+  Piece packet[kPackets];
+
+  __device__ __forceinline__ opmath_t<scalar_t> operator[](int k) const {
+    return static_cast<opmath_t<scalar_t>>(packet[k / kWidth].element[k % kWidth]);
+  }
+};
+
+// Elements that do not exist are 0.
+template <typename scalar_t>
+__device__ __forceinline__ Octet<scalar_t> read(const scalar_t* x, const At& at, bool aligned) {
+  using O = Octet<scalar_t>;
+  O octet;
+  if (aligned && at.valid == kOctetElements) {
+#pragma unroll
+    for (int i = 0; i < O::kPackets; ++i) load(octet.packet[i], x + at.element + i * O::kWidth);
+  } else {
+#pragma unroll
+    for (int i = 0; i < O::kPackets; ++i)
+      load_some(octet.packet[i], x + at.element + i * O::kWidth, at.valid - i * O::kWidth, scalar_t(0.0f));
+  }
+  return octet;
+}
+
+template <typename scalar_t>
+__device__ __forceinline__ void write(scalar_t* y, const At& at, bool aligned, const opmath_t<scalar_t> (&value)[kOctetElements]) {
+  using O = Octet<scalar_t>;
+  O octet;
+#pragma unroll
+  for (int k = 0; k < kOctetElements; ++k) octet.packet[k / O::kWidth].element[k % O::kWidth] = static_cast<scalar_t>(value[k]);
+  if (aligned && at.valid == kOctetElements) {
+#pragma unroll
+    for (int i = 0; i < O::kPackets; ++i) store(y + at.element + i * O::kWidth, octet.packet[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < O::kPackets; ++i) store_some(y + at.element + i * O::kWidth, octet.packet[i], at.valid - i * O::kWidth);
+  }
+}
+
+// Octets that a thread has put aside in shared memory for itself, in the order of its walk: packets of neighbouring threads lie side by
+// side.
+template <typename scalar_t>
+class Aside {
+  using O = Octet<scalar_t>;
+
+ public:
+  __device__ __forceinline__ Aside(void* memory, int threads) : memory_(static_cast<typename O::Piece*>(memory)), threads_(threads) {}
+
+  __device__ __forceinline__ void put(int slot, const O& octet) const {
+#pragma unroll
+    for (int i = 0; i < O::kPackets; ++i) memory_[place(slot, i)] = octet.packet[i];
+  }
+  __device__ __forceinline__ O get(int slot) const {
+    O octet;
+#pragma unroll
+    for (int i = 0; i < O::kPackets; ++i) octet.packet[i] = memory_[place(slot, i)];
+    return octet;
+  }
+
+ private:
+  __device__ __forceinline__ int place(int slot, int i) const {
+    return (slot * O::kPackets + i) * threads_ + static_cast<int>(threadIdx.x);
+  }
+
+  typename O::Piece* memory_;
+  int threads_;
+};
+
+// Neighbours first, so that rounding grows with the logarithm of eight.
+template <typename T>
+__device__ __forceinline__ T sum_of(const T (&x)[kOctetElements]) {
+  return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+}
+
+// Octets in flight for each of `operands`.
+template <typename scalar_t>
+constexpr int octets_in_flight(int bytes, int operands) {
+  const int octets = bytes / operands / (kOctetElements * static_cast<int>(sizeof(scalar_t)));
+  return octets < 1 ? 1 : octets;
+}
+
+// ---- Sums of a channel over threads, blocks and parts
+
+// In every one of `lanes` neighbouring threads, a power of two that divides a warp; all threads of the warp take part.
+__device__ __forceinline__ double sum_over_lanes(double x, int lanes) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kWholeWarp, x, distance);
+  return x;
+}
+
+// The union of sets set(0) ... set(sets - 1), by `lanes` threads together. The first may not be empty.
+template <typename Set>
+__device__ __forceinline__ math::Moments<double> merge_moments(int lanes, int sets, const Set& set) {
+  const double reference = sets > 0 ? set(0).mean : 0.0;
+  double count = 0.0, deviation = 0.0, m2 = 0.0;
+  for (int i = static_cast<int>(threadIdx.x) % lanes; i < sets; i += lanes) {
+    const math::Moments<double> one = set(i);
+    count += one.count;
+    deviation += math::deviation_from(reference, one);
+  }
+  count = sum_over_lanes(count, lanes);
+  deviation = sum_over_lanes(deviation, lanes);
+  // A block of a cluster may have nothing.
+  const double mean = count > 0.0 ? reference + deviation / count : 0.0;
+  for (int i = static_cast<int>(threadIdx.x) % lanes; i < sets; i += lanes) m2 += math::m2_about(mean, set(i));
+  return {count, mean, sum_over_lanes(m2, lanes), 0.0, 0.0};
+}
+
+template <typename Set>
+__device__ __forceinline__ math::GradientSums merge_sums(int lanes, int sets, const Set& set) {
+  math::GradientSums total{0.0, 0.0};
+  for (int i = static_cast<int>(threadIdx.x) % lanes; i < sets; i += lanes) total = math::merge(total, set(i));
+  return {sum_over_lanes(total.dz, lanes), sum_over_lanes(total.dz_x, lanes)};
+}
+
+// What each thread of a block has found, a value for each of its columns: one of all its elements where the block has one channel.
+template <bool kColumns>
+struct ThreadValues {
+  static constexpr int kValues = kColumns ? kOctetElements : 1;
+  // One more than threads: eight channels of neighbouring columns are then read from different banks.
+  static constexpr int kPitch = kThreads + 1;
+  double value[kValues * kPitch];
+
+  __device__ __forceinline__ void put(const double (&values)[kValues]) {
+#pragma unroll
+    for (int k = 0; k < kValues; ++k) value[k * kPitch + threadIdx.x] = values[k];
+  }
+};
+
+// Set `i` of a channel of the slab: the thread and which of its values.
+struct ThreadColumn {
+  int thread;
+  int place;
+};
+
+template <bool kColumns>
+__device__ __forceinline__ int sets_of_block(const Tiling& t) {
+  if constexpr (!kColumns) return t.threads;
+  return t.threads / static_cast<int>(t.octets_per_line) * static_cast<int>(t.inner);
+}
+
+template <bool kColumns>
+__device__ __forceinline__ ThreadColumn set_of_block(const Tiling& t, int channel, int i) {
+  if constexpr (!kColumns) return {i, i};
+  const int inner = static_cast<int>(t.inner);
+  const int line = i / inner;
+  const int column = channel * inner + (i - line * inner);
+  const int thread = line * static_cast<int>(t.octets_per_line) + column / kOctetElements;
+  return {thread, column % kOctetElements * ThreadValues<kColumns>::kPitch + thread};
+}
+
+// ---- Parameters of a channel
+
+__device__ __forceinline__ double channel_value(DType dtype, const void* values, int64_t channel, double otherwise) {
+  double value = otherwise;
+  if (values != nullptr) {
+    dispatch(dtype, [&](auto zero) { value = static_cast<double>(static_cast<const decltype(zero)*>(values)[channel]); });
+  }
+  return value;
+}
+
+__device__ __forceinline__ void set_channel_value(DType dtype, void* values, int64_t channel, double value) {
+  if (values == nullptr) return;
+  dispatch(dtype, [&](auto zero) {
+    using scalar_t = decltype(zero);
+    static_cast<scalar_t*>(values)[channel] = static_cast<scalar_t>(value);
+  });
+}
+
+// Problem is BatchNormForward or BatchNormBackward.
+template <typename opmath, typename Problem>
+__device__ __forceinline__ math::Normalisation<opmath> channel_normalisation(const Problem& p, int64_t channel, double mean,
+                                                                             double invstd) {
+  return math::normalisation<opmath>(mean, invstd, channel_value(p.parameter_dtype, p.weight, channel, 1.0),
+                                     channel_value(p.parameter_dtype, p.bias, channel, 0.0));
+}
+
+// Calls function(k, channel) for a thread's columns, which are octet `octet` of the line, with the channel of the slab they belong to: the
+// last one for columns that do not exist.
+template <bool kColumns, typename Function>
+__device__ __forceinline__ void for_each_column(const Tiling& t, const Slab& slab, int64_t octet, const Function& function) {
+  int channel = kColumns ? static_cast<int>(octet) * kOctetElements / static_cast<int>(t.inner) : 0;
+  int within = kColumns ? static_cast<int>(octet) * kOctetElements % static_cast<int>(t.inner) : 0;
+#pragma unroll
+  for (int k = 0; k < ThreadValues<kColumns>::kValues; ++k) {
+    function(k, channel < slab.channels ? channel : slab.channels - 1);
+    if (++within == t.inner) {
+      within = 0;
+      ++channel;
+    }
+  }
+}
+
+// ---- Forward
+
+template <bool kColumns, typename opmath>
+struct ForwardShared {
+  ThreadValues<kColumns> mean, m2;
+  double count[kThreads];
+  math::Moments<double> of_block[kMostGroupChannels];
+  math::Normalisation<opmath> normalisation[kMostGroupChannels];
+  unsigned flag;
+};
+
+// The moments of a part for each channel of the slab, in each of its lanes; keep(slot, octet) gets every octet of the thread in turn.
+//
+// A thread sums differences from the mean of the first tile that it loads, and their squares, an octet (or a tile's rows) in the computing
+// type and then in float64. Whatever the data, a tile of m of its n elements has M2 >= m (tile's mean - mean)^2: what cancels in the end is
+// at most n / m of what remains.
+template <typename scalar_t, bool kColumns, typename Keep>
+__device__ __forceinline__ math::Moments<double> part_moments(const Tiling& t, const Slab& slab, int64_t part, const scalar_t* x,
+                                                              ForwardShared<kColumns, opmath_t<scalar_t>>& shared, const Keep& keep) {
+  using opmath = opmath_t<scalar_t>;
+  constexpr int kTile = octets_in_flight<scalar_t>(kSumsBytesInFlight, 1);
+  constexpr int kValues = ThreadValues<kColumns>::kValues;
+  opmath about[kValues] = {};
+  double count = 0.0, sum[kValues], squares[kValues];
+#pragma unroll
+  for (int k = 0; k < kValues; ++k) sum[k] = squares[k] = 0.0;
+
+  Walk<kColumns> walk(t, slab, part);
+  for (int slot = 0; !walk.done(); slot += kTile) {
+    Octet<scalar_t> tile[kTile];
+    int valid[kTile];
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) {
+      const At at = walk.next(t);
+      tile[i] = read(x, at, t.aligned);
+      valid[i] = at.valid;
+    }
+    int elements = 0;
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) {
+      elements += kColumns ? valid[i] > 0 : valid[i];
+      if (valid[i] > 0) keep(slot + i, tile[i]);
+    }
+    if (slot == 0) {
+#pragma unroll
+      for (int k = 0; k < kValues; ++k) {
+        opmath total = opmath(0);
+#pragma unroll
+        for (int i = 0; i < kTile; ++i) {
+          if constexpr (kColumns) {
+            total += tile[i][k];
+          } else {
+            opmath value[kOctetElements];
+#pragma unroll
+            for (int j = 0; j < kOctetElements; ++j) value[j] = tile[i][j];
+            total += sum_of(value);
+          }
+        }
+        if (elements > 0) about[k] = total / static_cast<opmath>(elements);
+      }
+    }
+    count += static_cast<double>(elements);
+    if constexpr (kColumns) {
+#pragma unroll
+      for (int k = 0; k < kValues; ++k) {
+        opmath tile_sum = opmath(0), tile_squares = opmath(0);
+#pragma unroll
+        for (int i = 0; i < kTile; ++i) {
+          const opmath difference = valid[i] > 0 ? tile[i][k] - about[k] : opmath(0);
+          tile_sum += difference;
+          tile_squares = math::fma(difference, difference, tile_squares);
+        }
+        sum[k] += static_cast<double>(tile_sum);
+        squares[k] += static_cast<double>(tile_squares);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kTile; ++i) {
+        opmath difference[kOctetElements], square[kOctetElements];
+#pragma unroll
+        for (int k = 0; k < kOctetElements; ++k) difference[k] = tile[i][k] - about[0];
+        if (valid[i] < kOctetElements) {
+#pragma unroll
+          for (int k = 0; k < kOctetElements; ++k) {
+            if (k >= valid[i]) difference[k] = opmath(0);
+          }
+        }
+#pragma unroll
+        for (int k = 0; k < kOctetElements; ++k) square[k] = difference[k] * difference[k];
+        sum[0] += static_cast<double>(sum_of(difference));
+        squares[0] += static_cast<double>(sum_of(square));
+      }
+    }
+  }
+
+  double mean[kValues], m2[kValues];
+#pragma unroll
+  for (int k = 0; k < kValues; ++k) {
+    const math::Moments<double> mine = count > 0.0 ? math::moments_about(static_cast<double>(about[k]), count, sum[k], squares[k])
+                                                   : math::Moments<double>{0.0, 0.0, 0.0, 0.0, 0.0};
+    mean[k] = mine.mean;
+    m2[k] = mine.m2;
+  }
+  shared.mean.put(mean);
+  shared.m2.put(m2);
+  shared.count[threadIdx.x] = count;
+  __syncthreads();
+  const int channel = static_cast<int>(threadIdx.x) / t.lanes;
+  return merge_moments(t.lanes, channel < slab.channels ? sets_of_block<kColumns>(t) : 0, [&](int i) {
+    const ThreadColumn at = set_of_block<kColumns>(t, channel, i);
+    return math::Moments<double>{shared.count[at.thread], shared.mean.value[at.place], shared.m2.value[at.place]};
+  });
+}
+
+// Applied statistics and running ones, or `moments` of the schema where those are asked for.
+__device__ __forceinline__ void finish_channel(const BatchNormForward& p, double* moments, int64_t channel,
+                                               const math::Moments<double>& found) {
+  if (moments != nullptr) {
+    if (channel == 0) moments[0] = found.count;
+    moments[1 + channel] = found.mean;
+    moments[1 + p.shape.channels + channel] = found.m2;
+    return;
+  }
+  p.mean[channel] = found.mean;
+  p.invstd[channel] = math::inverse_std_of_batch(found.m2 / found.count, p.eps);
+  const double momentum = p.batches == nullptr ? p.momentum : math::cumulative_momentum(static_cast<double>(*p.batches));
+  const auto update = [&](void* running, double observed) {
+    set_channel_value(p.parameter_dtype, running, channel,
+                      math::update_running(channel_value(p.parameter_dtype, running, channel, 0.0), observed, momentum));
+  };
+  update(p.running_mean, found.mean);
+  update(p.running_var, found.m2 / (found.count - 1.0));
+}
+
+// y of a part, where source(slot, at) is x.
+template <typename scalar_t, bool kColumns, typename Source>
+__device__ __forceinline__ void normalise_part(const BatchNormForward& p, const Tiling& t, const Slab& slab, int64_t part,
+                                               const math::Normalisation<opmath_t<scalar_t>>* of_channels, const Source& source) {
+  using opmath = opmath_t<scalar_t>;
+  constexpr int kTile = octets_in_flight<scalar_t>(kApplyBytesInFlight, 1);
+  const scalar_t* const residual = static_cast<const scalar_t*>(p.residual);
+  scalar_t* const y = static_cast<scalar_t*>(p.y);
+  Walk<kColumns> walk(t, slab, part);
+  math::Normalisation<opmath> normalise[ThreadValues<kColumns>::kValues];
+  for_each_column<kColumns>(t, slab, walk.column(), [&](int k, int channel) { normalise[k] = of_channels[channel]; });
+  for (int slot = 0; !walk.done(); slot += kTile) {
+    Octet<scalar_t> x[kTile], added[kTile];
+    Walk<kColumns> for_residual = walk, for_y = walk;
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) x[i] = source(slot + i, walk.next(t));
+    if (residual != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kTile; ++i) added[i] = read(residual, for_residual.next(t), t.aligned);
+    }
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) {
+      const At at = for_y.next(t);
+      opmath u[kOctetElements];
+#pragma unroll
+      for (int k = 0; k < kOctetElements; ++k) u[k] = normalise[kColumns ? k : 0](x[i][k]);
+      if (residual != nullptr) {
+#pragma unroll
+        for (int k = 0; k < kOctetElements; ++k) u[k] += added[i][k];
+      }
+      if (p.mask != nullptr && at.valid > 0) {
+        unsigned bits = 0;
+        math::visit_two_slopes<opmath>(p.act, [&](auto f) {
+#pragma unroll
+          for (int k = 0; k < kOctetElements; ++k) bits |= static_cast<unsigned>(f.passes(u[k])) << k;
+        });
+        p.mask[at.mask_byte] = static_cast<uint8_t>(bits & ((1u << at.valid) - 1u));
+      }
+      math::visit<opmath>(p.act, [&](auto f) {
+#pragma unroll
+        for (int k = 0; k < kOctetElements; ++k) u[k] = f.forward(u[k]);
+      });
+      write(y, at, t.aligned, u);
+    }
+  }
+}
+
+// mean and invstd of every channel, the running statistics updated; or moments, as the schema has them
+//   launch   slabs * parts blocks of kThreads, each slab's parts slabs apart; ForwardShared
+//   requires partial for parts * channels and counters, zero, for slabs, unless a slab has one part
+//   traffic  n elements read
+template <typename scalar_t, bool kColumns>
+__global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
+    batch_norm_act_stats_kernel(BatchNormForward p, Tiling t, double* moments, math::Moments<double>* partial, unsigned* counters) {
+  auto& shared = *shared_memory<ForwardShared<kColumns, opmath_t<scalar_t>>>();
+  const int64_t index = blockIdx.x % t.slabs;
+  const int64_t part = blockIdx.x / t.slabs;
+  const Slab slab = slab_of<kColumns>(t, index);
+  math::Moments<double> found = part_moments(t, slab, part, static_cast<const scalar_t*>(p.x), shared, [](int, const Octet<scalar_t>&) {});
+  const int in_slab = static_cast<int>(threadIdx.x) / t.lanes;
+  const int64_t channel = slab.first_channel + in_slab;
+  const bool writes = in_slab < slab.channels && threadIdx.x % t.lanes == 0;
+  if (t.parts > 1) {
+    if (writes) partial[part * t.channels + channel] = found;
+    if (!is_last_block(counters + index, t.parts, &shared.flag)) return;
+    found = merge_moments(t.lanes, in_slab < slab.channels ? t.parts : 0, [&](int i) { return partial[i * t.channels + channel]; });
+  }
+  if (writes) finish_channel(p, moments, channel, found);
+}
+
+// y = act(batch_norm(x) + residual) from mean and invstd; in evaluation these are first made of the running statistics
+//   launch   slabs * parts blocks of kThreads, in reverse: what the pass before read last is still in the cache; kMostGroupChannels of
+//            Normalisation in shared memory
+//   requires operands dense in the order of the shape
+//   traffic  n elements read (2n with a residual), n written, n bits written where there is a mask
+template <typename scalar_t, bool kColumns>
+__global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>) batch_norm_act_normalise_kernel(BatchNormForward p, Tiling t) {
+  using opmath = opmath_t<scalar_t>;
+  auto* const normalisation = shared_memory<math::Normalisation<opmath>>();
+  const int64_t block = gridDim.x - 1 - blockIdx.x;
+  const int64_t part = block / t.slabs;
+  const Slab slab = slab_of<kColumns>(t, block % t.slabs);
+  if (static_cast<int>(threadIdx.x) < slab.channels) {
+    const int64_t channel = slab.first_channel + threadIdx.x;
+    double mean, invstd;
+    if (!p.training && p.running_mean != nullptr) {
+      mean = channel_value(p.parameter_dtype, p.running_mean, channel, 0.0);
+      invstd = math::inverse_std(channel_value(p.parameter_dtype, p.running_var, channel, 1.0), p.eps);
+      if (part == 0) {
+        p.mean[channel] = mean;
+        p.invstd[channel] = invstd;
+      }
+    } else {
+      mean = p.mean[channel];
+      invstd = p.invstd[channel];
+    }
+    normalisation[threadIdx.x] = channel_normalisation<opmath>(p, channel, mean, invstd);
+  }
+  __syncthreads();
+  const scalar_t* const x = static_cast<const scalar_t*>(p.x);
+  normalise_part<scalar_t, kColumns>(p, t, slab, part, normalisation, [&](int, const At& at) { return read(x, at, t.aligned); });
+}
+
+// Both in one: a cluster of blocks keeps its slab in shared memory
+//   launch   slabs clusters of `parts` blocks of kThreads; ForwardShared and the part's octets in shared memory
+//   requires as the two above
+//   traffic  n elements read (2n with a residual), n written, n bits written where there is a mask
+template <typename scalar_t, bool kColumns>
+__global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>) batch_norm_act_forward_kernel(BatchNormForward p, Tiling t) {
+  using opmath = opmath_t<scalar_t>;
+  using Shared = ForwardShared<kColumns, opmath>;
+  auto& shared = *shared_memory<Shared>();
+  const Aside<scalar_t> aside(shared_memory<unsigned char>() + divide_up(sizeof(Shared), kPacketBytes) * kPacketBytes, t.threads);
+  const int64_t part = blockIdx.x % t.parts;
+  const Slab slab = slab_of<kColumns>(t, blockIdx.x / t.parts);
+  math::Moments<double> found = part_moments(t, slab, part, static_cast<const scalar_t*>(p.x), shared,
+                                             [&](int slot, const Octet<scalar_t>& octet) { aside.put(slot, octet); });
+  const int in_slab = static_cast<int>(threadIdx.x) / t.lanes;
+  const int64_t channel = slab.first_channel + in_slab;
+  const bool writes = in_slab < slab.channels && threadIdx.x % t.lanes == 0;
+  if (writes) shared.of_block[in_slab] = found;
+  cluster_sync();
+  found =
+      merge_moments(t.lanes, in_slab < slab.channels ? t.parts : 0, [&](int i) { return *of_cluster_block(&shared.of_block[in_slab], i); });
+  if (writes) {
+    if (part == 0) finish_channel(p, nullptr, channel, found);
+    shared.normalisation[in_slab] =
+        channel_normalisation<opmath>(p, channel, found.mean, math::inverse_std_of_batch(found.m2 / found.count, p.eps));
+  }
+  // Also the last read of another block's shared memory lies behind it.
+  cluster_sync();
+  normalise_part<scalar_t, kColumns>(p, t, slab, part, shared.normalisation,
+                                     [&](int slot, const At& at) { return at.valid > 0 ? aside.get(slot) : Octet<scalar_t>{}; });
+}
+
+// ---- Backward
+
+// What is known of a channel once its sums are; math::InputGradient shares the first and the last with math::Normalisation.
+template <typename T>
+struct GradientCoefficients {
+  math::Normalisation<T> normalise;
+  T dz_mean_high;
+  T slope;
+  T offset;
+
+  __device__ __forceinline__ math::InputGradient<T> input() const {
+    return {normalise.mean_high, dz_mean_high, normalise.scale, slope, offset};
+  }
+};
+
+template <bool kColumns, typename opmath>
+struct BackwardShared {
+  ThreadValues<kColumns> dz, dz_x;
+  math::GradientSums of_block[kMostGroupChannels];
+  GradientCoefficients<opmath> coefficients[kMostGroupChannels];
+  unsigned flag;
+};
+
+template <typename scalar_t, int kTile>
+struct GradientOperands {
+  Octet<scalar_t> x[kTile], grad_y[kTile];
+  unsigned bits[kTile];
+
+  template <typename Walk>
+  __device__ __forceinline__ void load(const BatchNormBackward& p, const Tiling& t, Walk walk) {
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) {
+      const At at = walk.next(t);
+      x[i] = read(static_cast<const scalar_t*>(p.x), at, t.aligned);
+      grad_y[i] = read(static_cast<const scalar_t*>(p.grad_y), at, t.aligned);
+      bits[i] = p.mask != nullptr && at.valid > 0 ? p.mask[at.mask_byte] : 0u;
+    }
+  }
+
+  // The gradient at the output of the normalisation, which normalise(k) is, for octet i, which lies at `at`. Only elu and swish read a
+  // residual, and that as late as here: registers are short.
+  template <typename Coefficient>
+  __device__ __forceinline__ void dz(const BatchNormBackward& p, const Tiling& t, int i, const At& at, const Coefficient& normalise,
+                                     opmath_t<scalar_t> (&out)[kOctetElements]) const {
+    using opmath = opmath_t<scalar_t>;
+    if (p.mask != nullptr) {
+      math::visit_two_slopes<opmath>(p.act, [&](auto f) {
+#pragma unroll
+        for (int k = 0; k < kOctetElements; ++k) out[k] = f.backward_from_mask(grad_y[i][k], (bits[i] >> k & 1u) != 0u);
+      });
+      return;
+    }
+    opmath u[kOctetElements];
+#pragma unroll
+    for (int k = 0; k < kOctetElements; ++k) u[k] = normalise(k)(x[i][k]);
+    if (p.residual != nullptr) {
+      const Octet<scalar_t> added = read(static_cast<const scalar_t*>(p.residual), at, t.aligned);
+#pragma unroll
+      for (int k = 0; k < kOctetElements; ++k) u[k] += added[k];
+    }
+    // Four at a time: eight elements of swish at once take more registers than there are.
+#pragma unroll
+    for (int half = 0; half < kOctetElements; half += kOctetElements / 2) {
+      math::visit<opmath>(p.act, [&](auto f) {
+#pragma unroll
+        for (int k = half; k < half + kOctetElements / 2; ++k) out[k] = f.backward(grad_y[i][k], u[k]);
+      });
+    }
+  }
+};
+
+// The sums of a part for each channel of the slab, about mean_high, in each of its lanes; writes grad_residual where it is asked for.
+// keep(slot, x, dz) gets every octet of the thread in turn.
+template <typename scalar_t, bool kColumns, typename Keep>
+__device__ __forceinline__ math::GradientSums part_sums(const BatchNormBackward& p, const Tiling& t, const Slab& slab, int64_t part,
+                                                        BackwardShared<kColumns, opmath_t<scalar_t>>& shared, const Keep& keep) {
+  using opmath = opmath_t<scalar_t>;
+  constexpr int kTile = octets_in_flight<scalar_t>(kApplyBytesInFlight, 2);
+  constexpr int kValues = ThreadValues<kColumns>::kValues;
+  if (static_cast<int>(threadIdx.x) < slab.channels) {
+    const int64_t channel = slab.first_channel + threadIdx.x;
+    shared.coefficients[threadIdx.x].normalise = channel_normalisation<opmath>(p, channel, p.mean[channel], p.invstd[channel]);
+  }
+  __syncthreads();
+  Walk<kColumns> walk(t, slab, part);
+  math::Normalisation<opmath> normalise[kValues];
+  for_each_column<kColumns>(t, slab, walk.column(), [&](int k, int channel) { normalise[k] = shared.coefficients[channel].normalise; });
+  double sum[kValues], sum_x[kValues];
+#pragma unroll
+  for (int k = 0; k < kValues; ++k) sum[k] = sum_x[k] = 0.0;
+  for (int slot = 0; !walk.done(); slot += kTile) {
+    GradientOperands<scalar_t, kTile> operands;
+    operands.load(p, t, walk);
+    opmath tile_sum[kOctetElements], tile_sum_x[kOctetElements];
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) {
+      const At at = walk.next(t);
+      opmath dz[kOctetElements];
+      operands.dz(p, t, i, at, [&](int k) { return normalise[kColumns ? k : 0]; }, dz);
+      if (p.grad_residual != nullptr) write(static_cast<scalar_t*>(p.grad_residual), at, t.aligned, dz);
+      if (at.valid > 0) keep(slot + i, operands.x[i], dz);
+#pragma unroll
+      for (int k = 0; k < kOctetElements; ++k) {
+        const opmath product = dz[k] * (operands.x[i][k] - normalise[kColumns ? k : 0].mean_high);
+        tile_sum[k] = kColumns && i > 0 ? tile_sum[k] + dz[k] : dz[k];
+        tile_sum_x[k] = kColumns && i > 0 ? tile_sum_x[k] + product : product;
+      }
+      if constexpr (!kColumns) {
+        sum[0] += static_cast<double>(sum_of(tile_sum));
+        sum_x[0] += static_cast<double>(sum_of(tile_sum_x));
+      }
+    }
+    if constexpr (kColumns) {
+#pragma unroll
+      for (int k = 0; k < kOctetElements; ++k) {
+        sum[k] += static_cast<double>(tile_sum[k]);
+        sum_x[k] += static_cast<double>(tile_sum_x[k]);
+      }
+    }
+  }
+  shared.dz.put(sum);
+  shared.dz_x.put(sum_x);
+  __syncthreads();
+  const int channel = static_cast<int>(threadIdx.x) / t.lanes;
+  return merge_sums(t.lanes, channel < slab.channels ? sets_of_block<kColumns>(t) : 0, [&](int i) {
+    const int place = set_of_block<kColumns>(t, channel, i).place;
+    return math::GradientSums{shared.dz.value[place], shared.dz_x.value[place]};
+  });
+}
+
+// grad_weight, grad_bias, and sums as the schema has them, each where it is asked for.
+__device__ __forceinline__ void finish_channel(const BatchNormBackward& p, double* sums, int64_t channel, const math::GradientSums& found) {
+  if (sums != nullptr) {
+    sums[channel] = found.dz;
+    sums[p.shape.channels + channel] = found.dz_x;
+  }
+  set_channel_value(p.parameter_dtype, p.grad_weight, channel, found.dz_x * p.invstd[channel]);
+  set_channel_value(p.parameter_dtype, p.grad_bias, channel, found.dz);
+}
+
+template <typename opmath>
+__device__ __forceinline__ GradientCoefficients<opmath> channel_gradient(const BatchNormBackward& p, int64_t channel, double count,
+                                                                         const math::GradientSums& sums) {
+  const double mean = p.mean[channel], invstd = p.invstd[channel];
+  const math::InputGradient<opmath> input =
+      math::input_gradient<opmath>(mean, invstd, channel_value(p.parameter_dtype, p.weight, channel, 1.0), count, sums);
+  return {channel_normalisation<opmath>(p, channel, mean, invstd), input.dz_mean_high, input.slope, input.offset};
+}
+
+template <typename opmath>
+__device__ __forceinline__ opmath grad_x_of(const BatchNormBackward& p, const GradientCoefficients<opmath>& c, opmath dz, opmath x) {
+  return p.training ? c.input().training(dz, x) : c.input().evaluation(dz);
+}
+
+// S1 = sum dz and S2 = sum dz (x - mean) of every channel; grad_weight and grad_bias from them; grad_residual = dz
+//   launch   slabs * parts blocks of kThreads, each slab's parts slabs apart; BackwardShared
+//   requires partial for parts * channels and counters, zero, for slabs, unless a slab has one part
+//   traffic  2n elements read (and n bits, or n elements of the residual), n written where grad_residual is asked for
+template <typename scalar_t, bool kColumns>
+__global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
+    batch_norm_act_backward_reduce_kernel(BatchNormBackward p, Tiling t, double* sums, math::GradientSums* partial, unsigned* counters) {
+  using opmath = opmath_t<scalar_t>;
+  auto& shared = *shared_memory<BackwardShared<kColumns, opmath>>();
+  const int64_t index = blockIdx.x % t.slabs;
+  const int64_t part = blockIdx.x / t.slabs;
+  const Slab slab = slab_of<kColumns>(t, index);
+  math::GradientSums found =
+      part_sums<scalar_t, kColumns>(p, t, slab, part, shared, [](int, const Octet<scalar_t>&, const opmath(&)[kOctetElements]) {});
+  const int in_slab = static_cast<int>(threadIdx.x) / t.lanes;
+  const int64_t channel = slab.first_channel + in_slab;
+  const bool writes = in_slab < slab.channels && threadIdx.x % t.lanes == 0;
+  if (t.parts > 1) {
+    if (writes) partial[part * t.channels + channel] = found;
+    if (!is_last_block(counters + index, t.parts, &shared.flag)) return;
+    found = merge_sums(t.lanes, in_slab < slab.channels ? t.parts : 0, [&](int i) { return partial[i * t.channels + channel]; });
+  }
+  if (writes) finish_channel(p, sums, channel, math::about_mean(found, math::mean_low<opmath>(p.mean[channel])));
+}
+
+// grad_x of every element from the sums and the count of all processes; sums may be null in evaluation, and count where it is this process'
+//   launch   slabs * parts blocks of kThreads, in reverse; kMostGroupChannels of GradientCoefficients in shared memory
+//   requires operands dense in the order of the shape
+//   traffic  2n elements read (and n bits, or n elements of the residual), n written
+template <typename scalar_t, bool kColumns>
+__global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
+    batch_norm_act_backward_elemt_kernel(BatchNormBackward p, Tiling t, const double* sums, const double* count) {
+  using opmath = opmath_t<scalar_t>;
+  constexpr int kTile = octets_in_flight<scalar_t>(kApplyBytesInFlight, 2);
+  auto* const coefficients = shared_memory<GradientCoefficients<opmath>>();
+  const int64_t block = gridDim.x - 1 - blockIdx.x;
+  const Slab slab = slab_of<kColumns>(t, block % t.slabs);
+  if (static_cast<int>(threadIdx.x) < slab.channels) {
+    const int64_t channel = slab.first_channel + threadIdx.x;
+    const math::GradientSums of_channel =
+        sums == nullptr ? math::GradientSums{0.0, 0.0} : math::GradientSums{sums[channel], sums[t.channels + channel]};
+    coefficients[threadIdx.x] =
+        channel_gradient<opmath>(p, channel, count == nullptr ? static_cast<double>(t.rows * t.inner) : *count, of_channel);
+  }
+  __syncthreads();
+  Walk<kColumns> walk(t, slab, block / t.slabs);
+  GradientCoefficients<opmath> mine[ThreadValues<kColumns>::kValues];
+  for_each_column<kColumns>(t, slab, walk.column(), [&](int k, int channel) { mine[k] = coefficients[channel]; });
+  while (!walk.done()) {
+    GradientOperands<scalar_t, kTile> operands;
+    operands.load(p, t, walk);
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) {
+      const At at = walk.next(t);
+      opmath dz[kOctetElements];
+      operands.dz(p, t, i, at, [&](int k) { return mine[kColumns ? k : 0].normalise; }, dz);
+#pragma unroll
+      for (int k = 0; k < kOctetElements; ++k) dz[k] = grad_x_of(p, mine[kColumns ? k : 0], dz[k], operands.x[i][k]);
+      write(static_cast<scalar_t*>(p.grad_x), at, t.aligned, dz);
+    }
+  }
+}
+
+// Both in one: a cluster of blocks keeps x and dz of its slab in shared memory
+//   launch   slabs clusters of `parts` blocks of kThreads; BackwardShared and the part's octets, dz in the computing type, in shared memory
+//   requires as the two above, grad_x asked for
+//   traffic  2n elements read (and n bits, or n elements of the residual), n written (2n where grad_residual is asked for)
+template <typename scalar_t, bool kColumns>
+__global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>) batch_norm_act_backward_kernel(BatchNormBackward p, Tiling t) {
+  using opmath = opmath_t<scalar_t>;
+  using Shared = BackwardShared<kColumns, opmath>;
+  auto& shared = *shared_memory<Shared>();
+  unsigned char* const behind = shared_memory<unsigned char>() + divide_up(sizeof(Shared), kPacketBytes) * kPacketBytes;
+  const Aside<opmath> dz_aside(behind, t.threads);
+  const Aside<scalar_t> x_aside(behind + t.part_octets * kOctetElements * sizeof(opmath), t.threads);
+  const int64_t part = blockIdx.x % t.parts;
+  const Slab slab = slab_of<kColumns>(t, blockIdx.x / t.parts);
+  math::GradientSums found =
+      part_sums<scalar_t, kColumns>(p, t, slab, part, shared, [&](int slot, const Octet<scalar_t>& x, const opmath(&dz)[kOctetElements]) {
+        Octet<opmath> wide;
+#pragma unroll
+        for (int k = 0; k < kOctetElements; ++k) wide.packet[k / wide.kWidth].element[k % wide.kWidth] = dz[k];
+        x_aside.put(slot, x);
+        dz_aside.put(slot, wide);
+      });
+  const int in_slab = static_cast<int>(threadIdx.x) / t.lanes;
+  const int64_t channel = slab.first_channel + in_slab;
+  const bool writes = in_slab < slab.channels && threadIdx.x % t.lanes == 0;
+  if (writes) shared.of_block[in_slab] = found;
+  cluster_sync();
+  found =
+      merge_sums(t.lanes, in_slab < slab.channels ? t.parts : 0, [&](int i) { return *of_cluster_block(&shared.of_block[in_slab], i); });
+  if (writes) {
+    found = math::about_mean(found, math::mean_low<opmath>(p.mean[channel]));
+    if (part == 0) finish_channel(p, nullptr, channel, found);
+    shared.coefficients[in_slab] = channel_gradient<opmath>(p, channel, static_cast<double>(t.rows * t.inner), found);
+  }
+  // Also the last read of another block's shared memory lies behind it.
+  cluster_sync();
+  Walk<kColumns> walk(t, slab, part);
+  GradientCoefficients<opmath> mine[ThreadValues<kColumns>::kValues];
+  for_each_column<kColumns>(t, slab, walk.column(), [&](int k, int channel) { mine[k] = shared.coefficients[channel]; });
+  for (int slot = 0; !walk.done(); ++slot) {
+    const At at = walk.next(t);
+    if (at.valid == 0) continue;
+    const Octet<scalar_t> x = x_aside.get(slot);
+    const Octet<opmath> dz = dz_aside.get(slot);
+    opmath grad_x[kOctetElements];
+#pragma unroll
+    for (int k = 0; k < kOctetElements; ++k) grad_x[k] = grad_x_of(p, mine[kColumns ? k : 0], dz[k], x[k]);
+    write(static_cast<scalar_t*>(p.grad_x), at, t.aligned, grad_x);
+  }
+}
+
+// mean, invstd and the running statistics from the moments of many processes, in their order
+//   launch   a thread for each channel
+//   requires moments of `ranks` processes as the schema has them
+//   traffic  2 ranks float64 of each channel
+__global__ void __launch_bounds__(kThreads) batch_norm_act_gather_stats_kernel(BatchNormForward p, int64_t ranks, const double* moments) {
+  const int64_t channel = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const int64_t channels = p.shape.channels;
+  if (channel >= channels) return;
+  math::Moments<double> merged{0.0, 0.0, 0.0, 0.0, 0.0};
+  for (int64_t rank = 0; rank < ranks; ++rank) {
+    const double* const of_rank = moments + rank * (1 + 2 * channels);
+    if (of_rank[0] > 0.0) merged = math::merge(merged, {of_rank[0], of_rank[1 + channel], of_rank[1 + channels + channel], 0.0, 0.0});
+  }
+  // One value has no variance to average.
+  if (merged.count <= 1.0) p.running_mean = p.running_var = nullptr;
+  if (merged.count > 0.0) {
+    finish_channel(p, nullptr, channel, merged);
+  } else {
+    p.mean[channel] = p.invstd[channel] = 0.0;
+  }
+}
+
+// ---- Launches
+
+// Calls function(scalar_t(), columns) with the type and whether the slabs are columns, as an integral_constant.
+template <typename Function>
+void visit_layout(DType dtype, const ChannelShape& shape, const Function& function) {
+  dispatch(dtype, [&](auto zero) {
+    if (shape.inner >= kShortRunElements) {
+      function(zero, std::false_type());
+    } else {
+      function(zero, std::true_type());
+    }
+  });
+}
+
+Tiling tiling(const BatchNormForward& p) { return tiling(p.shape, size_of(p.dtype), {p.x, p.residual, p.y}); }
+Tiling tiling(const BatchNormBackward& p) {
+  return tiling(p.shape, size_of(p.dtype), {p.grad_y, p.x, p.residual, p.grad_x, p.grad_residual});
+}
+
+unsigned blocks_of(const Tiling& t) { return static_cast<unsigned>(t.slabs * t.parts); }
+
+// What the blocks of a slab leave for its last one, a Result for each part and channel, and the counters that tell which that is.
+template <typename Result>
+class Partials {
+ public:
+  explicit Partials(const Tiling& t)
+      : counter_bytes_(divide_up(t.slabs * sizeof(unsigned), kPacketBytes) * kPacketBytes),
+        memory_(t.parts > 1 ? counter_bytes_ + t.parts * t.channels * sizeof(Result) : 0) {
+    if (t.parts > 1) check(cudaMemsetAsync(memory_.data(), 0, counter_bytes_, current_stream()));
+  }
+  unsigned* counters() const { return static_cast<unsigned*>(memory_.data()); }
+  Result* results() const { return reinterpret_cast<Result*>(static_cast<unsigned char*>(memory_.data()) + counter_bytes_); }
+
+ private:
+  size_t counter_bytes_;
+  Workspace memory_;
+};
+
+template <typename scalar_t, bool kColumns>
+void launch_stats(const BatchNormForward& p, double* moments) {
+  const Tiling t = for_sums(tiling(p));
+  const Partials<math::Moments<double>> partials(t);
+  launch(batch_norm_act_stats_kernel<scalar_t, kColumns>,
+         {dim3(blocks_of(t)), dim3(kThreads), sizeof(ForwardShared<kColumns, opmath_t<scalar_t>>)}, p, t, moments, partials.results(),
+         partials.counters());
+}
+
+template <typename scalar_t, bool kColumns>
+void launch_normalise(const BatchNormForward& p) {
+  const Tiling t = for_apply(tiling(p));
+  launch(batch_norm_act_normalise_kernel<scalar_t, kColumns>,
+         {dim3(blocks_of(t)), dim3(kThreads), sizeof(math::Normalisation<opmath_t<scalar_t>>) * kMostGroupChannels}, p, t);
+}
+
+template <typename scalar_t, bool kColumns>
+void launch_backward_reduce(const BatchNormBackward& p, double* sums) {
+  const Tiling t = for_sums(tiling(p));
+  const Partials<math::GradientSums> partials(t);
+  launch(batch_norm_act_backward_reduce_kernel<scalar_t, kColumns>,
+         {dim3(blocks_of(t)), dim3(kThreads), sizeof(BackwardShared<kColumns, opmath_t<scalar_t>>)}, p, t, sums, partials.results(),
+         partials.counters());
+}
+
+template <typename scalar_t, bool kColumns>
+void launch_backward_elemt(BatchNormBackward p, const double* sums, const double* count) {
+  if (p.grad_residual != nullptr && sizeof(scalar_t) > 2) {
+    // dz is already there: the first pass has left it, though of 16 bits only rounded.
+    p.grad_y = p.grad_residual;
+    p.act.kind = math::ActivationKind::kIdentity;
+    p.mask = nullptr;
+    p.residual = nullptr;
+  }
+  const Tiling t = for_apply(tiling(p));
+  launch(batch_norm_act_backward_elemt_kernel<scalar_t, kColumns>,
+         {dim3(blocks_of(t)), dim3(kThreads), sizeof(GradientCoefficients<opmath_t<scalar_t>>) * kMostGroupChannels}, p, t, sums, count);
+}
+
+// Launches the kernel that keeps a slab in shared memory, unless none can: Shared stands before the octets.
+template <typename Shared, typename Problem>
+bool launch_in_cluster(void (*kernel)(Problem, Tiling), const Problem& p, int64_t octet_bytes) {
+  const int64_t shared_bytes = divide_up(sizeof(Shared), kPacketBytes) * kPacketBytes;
+  const Tiling t = for_cluster(tiling(p), octet_bytes, shared_bytes, compiled_for_clusters(kernel));
+  if (t.parts == 0) return false;
+  launch(
+      kernel,
+      {dim3(blocks_of(t)), dim3(kThreads), static_cast<size_t>(shared_bytes + t.part_octets * octet_bytes), static_cast<unsigned>(t.parts)},
+      p, t);
+  return true;
+}
+
+}  // namespace
+
+void batch_norm_act_stats(const BatchNormForward& p, double* moments) {
+  visit_layout(p.dtype, p.shape, [&](auto zero, auto columns) { launch_stats<decltype(zero), columns>(p, moments); });
+}
+
+void batch_norm_act_elemt(const BatchNormForward& p) {
+  visit_layout(p.dtype, p.shape, [&](auto zero, auto columns) { launch_normalise<decltype(zero), columns>(p); });
+}
+
+void batch_norm_act_forward(const BatchNormForward& p) {
+  visit_layout(p.dtype, p.shape, [&](auto zero, auto columns) {
+    using scalar_t = decltype(zero);
+    using Shared = ForwardShared<columns, opmath_t<scalar_t>>;
+    if (p.training) {
+      if (launch_in_cluster<Shared>(batch_norm_act_forward_kernel<scalar_t, columns>, p, kOctetElements * sizeof(scalar_t))) return;
+      launch_stats<scalar_t, columns>(p, nullptr);
+    }
+    launch_normalise<scalar_t, columns>(p);
+  });
+}
+
+void batch_norm_act_backward_reduce(const BatchNormBackward& p, double* sums) {
+  visit_layout(p.dtype, p.shape, [&](auto zero, auto columns) { launch_backward_reduce<decltype(zero), columns>(p, sums); });
+}
+
+void batch_norm_act_backward_elemt(const BatchNormBackward& p, const double* sums, const double* count) {
+  visit_layout(p.dtype, p.shape, [&](auto zero, auto columns) { launch_backward_elemt<decltype(zero), columns>(p, sums, count); });
+}
+
+void batch_norm_act_backward(const BatchNormBackward& p) {
+  const bool needs_sums = p.grad_weight != nullptr || p.grad_bias != nullptr || p.grad_residual != nullptr || p.training;
+  visit_layout(p.dtype, p.shape, [&](auto zero, auto columns) {
+    using scalar_t = decltype(zero);
+    using opmath = opmath_t<scalar_t>;
+    if (!needs_sums) return launch_backward_elemt<scalar_t, columns>(p, nullptr, nullptr);
+    if (p.grad_x == nullptr) return launch_backward_reduce<scalar_t, columns>(p, nullptr);
+    if (launch_in_cluster<BackwardShared<columns, opmath>>(batch_norm_act_backward_kernel<scalar_t, columns>, p,
+                                                           kOctetElements * (sizeof(scalar_t) + sizeof(opmath)))) {
+      return;
+    }
+    const Workspace sums(2 * p.shape.channels * sizeof(double));
+    launch_backward_reduce<scalar_t, columns>(p, static_cast<double*>(sums.data()));
+    launch_backward_elemt<scalar_t, columns>(p, static_cast<const double*>(sums.data()), nullptr);
+  });
+}
+
+void batch_norm_act_gather_stats(const BatchNormForward& p, int64_t ranks, const double* moments) {
+  launch(batch_norm_act_gather_stats_kernel, {dim3(static_cast<unsigned>(divide_up(p.shape.channels, kThreads))), dim3(kThreads)}, p, ranks,
+         moments);
+}
+
+}  // namespace gradkernels::cuda

@@ -1,0 +1,368 @@
+"""The CUDA kernels of batch_norm_act, run on the host (tests/simt) and held to the bounds of the operators: every kernel at every seam.
+
+A tensor here is (rows, channels, inner): N,C,*,* has inner = the pixels of an image, channels_last and N,C have inner = 1. Whether a slab
+is kept by a cluster of blocks, by one block, or goes through two passes follows from the GPU that the shim is told to be.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from accuracy import SIXTEEN_BITS, assert_accurate, assert_bitwise_equal, exact_batch_norm_act
+from batch_norm_act_calls import ACTS, HARD_INPUTS, arguments, cast, hard_input, scales_of, without_kinks
+from batch_norm_act_calls import call as call_operator
+from gradkernels import reference
+from simt_library import Guarded, load, races
+
+KINDS = {"identity": 0, "relu": 1, "relu6": 2, "leaky_relu": 3, "elu": 4, "swish": 5}
+TWO_SLOPES = ("relu", "relu6", "leaky_relu")
+DTYPES = [torch.float32, torch.float64, *SIXTEEN_BITS]
+# From here on a channel's run is walked by itself (csrc/common/shape.h).
+LONG_RUN = 64
+# Rows, channels, inner. A thread takes octets of 8 elements, 256 threads one each at a time and up to 4 before they sum; a part has 4 a
+# thread or more. Rows that are no whole packets, or no whole octets; groups of channels that are not full.
+SHAPES = [
+    *[(2, 1, 1), (3, 3, 1), (9, 64, 1), (5, 65, 1), (33, 8, 1), (257, 64, 1), (1025, 65, 1), (700, 100, 1)],
+    *[(2, 3, 2), (5, 65, 7), (4, 3, 49), (6, 8, 49), (3, 65, 49), (65, 9, 16), (2, 5, 63)],
+    *[(1, 1, 64), (2, 3, 65), (3, 2, 71), (5, 65, 72), (1, 1, 2047), (2, 1, 2049), (1, 3, 4096), (3, 2, 2731), (2, 1, 8193), (9, 1, 3136)],
+]
+
+# A GPU whose shared memory holds the sums of a block over columns, and no slab beside them; over a long run there is one sum.
+TWO_PASSES = {"SIMT_SHARED_BYTES": 39_600, "SIMT_COMPUTE_CAPABILITY": 80}
+SUMS_OF_A_RUN_BYTES = 9_600
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_act = pytest.mark.parametrize("act", ACTS)
+each_gpu = pytest.mark.parametrize("gpu", ["clusters", "one block", "two passes"])
+
+
+@pytest.fixture(scope="module")
+def call():
+    return load("batch_norm_act")
+
+
+@pytest.fixture
+def guarded():
+    memory = Guarded()
+    yield memory
+    memory.check()
+
+
+def become(monkeypatch, gpu, shape):
+    """One with clusters, one without, or one whose shared memory holds the sums of a block and nothing else."""
+    monkeypatch.setenv("SIMT_COMPUTE_CAPABILITY", "90" if gpu == "clusters" else "80")
+    if gpu == "two passes":
+        monkeypatch.setenv("SIMT_SHARED_BYTES", str(SUMS_OF_A_RUN_BYTES if shape[2] >= LONG_RUN else TWO_PASSES["SIMT_SHARED_BYTES"]))
+    else:
+        monkeypatch.delenv("SIMT_SHARED_BYTES", raising=False)
+
+
+def mask_bytes(shape):
+    rows, channels, inner = shape
+    return rows * channels * ((inner + 7) // 8) if inner >= LONG_RUN else rows * ((channels * inner + 7) // 8)
+
+
+class Kernels:
+    """gk.batch_norm_act's forward and backward by the launchers, with everything they leave by its name."""
+
+    def __init__(self, call, guarded, given, act, *, offset=0):
+        self.call, self.guarded = call, guarded
+        self.shape, self.dtype = tuple(given["x"].shape), given["x"].dtype
+        self.given = {
+            name: None if tensor is None else guarded.copy(tensor, offset=offset if tensor.dim() == 3 else 0)
+            for name, tensor in given.items()
+        }
+        self.parameter_dtype = next((given[name].dtype for name in ("weight", "running_mean") if given[name] is not None), self.dtype)
+        self.act = (KINDS[act], float(ACTS[act] or 0.0))
+        masked = given["residual"] is not None and act in TWO_SLOPES
+        self.mask = guarded.empty(mask_bytes(self.shape), torch.uint8) if masked else None
+        self.mean, self.invstd = (guarded.empty(self.shape[1], torch.float64) for _ in range(2))
+        self.y, self.grad_x = self.like_x(offset), self.like_x(offset)
+        self.grad_residual = None if given["residual"] is None else self.like_x(offset)
+        self.grad_weight, self.grad_bias = (
+            None if given[name] is None else guarded.empty(self.shape[1], self.parameter_dtype) for name in ("weight", "bias")
+        )
+
+    def like_x(self, offset):
+        return self.guarded.empty(math.prod(self.shape), self.dtype, offset=offset)
+
+    def problem(self, *operands):
+        return (self.dtype, self.parameter_dtype, *self.shape, *self.act, *operands, self.given["weight"], self.given["bias"])
+
+    def forward_operands(self):
+        return (*self.problem(self.given["x"], self.given["residual"]), self.mean, self.invstd, self.y, self.mask)
+
+    def backward_operands(self):
+        given = self.given
+        residual = None if self.mask is not None else given["residual"]
+        return (*self.problem(given["grad_y"], given["x"], residual, self.mask), self.mean, self.invstd)
+
+    def forward(self, training, momentum=0.1, eps=1e-5, batches=None):
+        statistics = (self.given["running_mean"], self.given["running_var"], batches)
+        self.call("batch_norm_act_forward", *self.forward_operands(), int(training), momentum, eps, *statistics)
+
+    def backward(self, training):
+        gradients = (self.grad_x, self.grad_weight, self.grad_bias, self.grad_residual)
+        self.call("batch_norm_act_backward", *self.backward_operands(), int(training), *gradients)
+
+    def result(self):
+        found = {"y": self.y, "grad_x": self.grad_x, "grad_residual": self.grad_residual}
+        found = {name: None if tensor is None else tensor.view(self.shape) for name, tensor in found.items()}
+        found |= {"grad_weight": self.grad_weight, "grad_bias": self.grad_bias}
+        return found | {name: self.given[name] for name in ("running_mean", "running_var")}
+
+
+def exact_result(given, training, act, momentum=0.1, eps=1e-5):
+    """By name, with more digits than ours."""
+    if given["x"].dtype != torch.float64:
+        return call_operator(reference.batch_norm_act, cast(given, torch.float64), training, act, momentum, eps)
+    operands = (given[name] for name in ("x", "running_mean", "running_var", "weight", "bias"))
+    param = {"residual": given["residual"], "grad_y": given["grad_y"], "act": act, "act_param": ACTS[act]}
+    return exact_batch_norm_act(*operands, training, momentum, eps, **param)
+
+
+def assert_all_accurate(result, given, training, act, momentum=0.1, eps=1e-5, most=math.inf):
+    theirs = call_operator(reference.batch_norm_act, given, training, act, momentum, eps)
+    exact = exact_result(given, training, act, momentum, eps)
+    scales = {} if given["x"].dtype in SIXTEEN_BITS else scales_of(given, training, momentum, eps)
+    for name, actual in result.items():
+        if actual is not None:
+            assert_accurate(name, actual, theirs[name], exact[name], per="tensor", scale=scales.get(name, 0.0), most=most)
+
+
+def sample(shape, dtype, act, training, *, residual):
+    given = cast(arguments(shape, residual=residual), dtype) if dtype in SIXTEEN_BITS else arguments(shape, dtype, residual=residual)
+    return without_kinks(given, training, act)
+
+
+@each_gpu
+@each_dtype
+def test_shapes(call, guarded, monkeypatch, gpu, dtype):
+    acts = list(ACTS)
+    for index, shape in enumerate(SHAPES):
+        # What one block holds makes no cluster either, and the 16-bit types differ in their conversions alone.
+        if (gpu == "one block" and shape[0] * shape[2] < 1000) or (dtype == torch.float16 and index % 3 > 0):
+            continue
+        become(monkeypatch, gpu, shape)
+        act, residual = acts[index % len(acts)], index % 2 == 1
+        given = sample(shape, dtype, act, True, residual=residual)
+        kernels = Kernels(call, guarded, given, act, offset=index % 5 == 4)
+        kernels.forward(True)
+        kernels.backward(True)
+        assert_all_accurate(kernels.result(), given, True, act)
+
+
+@pytest.mark.parametrize("gpu", ["clusters", "two passes"])
+@each_dtype
+@each_act
+def test_activations(call, guarded, monkeypatch, gpu, dtype, act):
+    for shape, training, residual in itertools.product([(9, 20, 7), (2, 3, 136)], [True, False], [True, False]):
+        become(monkeypatch, gpu, shape)
+        given = sample(shape, dtype, act, training, residual=residual)
+        kernels = Kernels(call, guarded, given, act)
+        kernels.forward(training)
+        kernels.backward(training)
+        assert_all_accurate(kernels.result(), given, training, act)
+
+
+@each_gpu
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+@pytest.mark.parametrize("shape", [(65, 24, 1), (3, 8, 49), (2, 3, 200)], ids=str)
+def test_16_bits_beside_float32_parameters(call, guarded, monkeypatch, gpu, dtype, shape):
+    become(monkeypatch, gpu, shape)
+    for act in ("relu", "swish"):
+        wide = arguments(shape, residual=True)
+        given = without_kinks(wide | cast({name: wide[name] for name in ("x", "residual", "grad_y")}, dtype), True, act)
+        kernels = Kernels(call, guarded, given, act)
+        kernels.forward(True)
+        kernels.backward(True)
+        assert_all_accurate(kernels.result(), given, True, act)
+
+
+@each_gpu
+@pytest.mark.parametrize("left_out", ["weight", "bias", "weight bias", "running_mean running_var"])
+def test_operands_left_out(call, guarded, monkeypatch, gpu, left_out):
+    for shape in ((129, 20, 1), (2, 3, 136)):
+        become(monkeypatch, gpu, shape)
+        given = without_kinks(arguments(shape, residual=True) | dict.fromkeys(left_out.split()), True, "elu")
+        kernels = Kernels(call, guarded, given, "elu")
+        kernels.forward(True)
+        kernels.backward(True)
+        exact = call_operator(reference.batch_norm_act, cast(given, torch.float64), True, "elu")
+        for name, actual in kernels.result().items():
+            assert (actual is None) == (exact.get(name) is None), name
+            if actual is not None:
+                torch.testing.assert_close(actual, exact[name].float(), rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("inputs", HARD_INPUTS)
+@each_gpu
+def test_statistics_of_hard_inputs(call, guarded, monkeypatch, gpu, inputs):
+    """16 ulp at most, however far off torch is."""
+    for shape in ((3, 2, 4001), (9001, 3, 1)):
+        become(monkeypatch, gpu, shape)
+        given = without_kinks(arguments(shape, x=hard_input(inputs, shape)), True, "leaky_relu")
+        kernels = Kernels(call, guarded, given, "leaky_relu")
+        kernels.forward(True)
+        kernels.backward(True)
+        assert_all_accurate(kernels.result(), given, True, "leaky_relu", most=16.0)
+
+
+@each_gpu
+def test_nan_and_infinity_stay_in_their_channel(call, guarded, monkeypatch, gpu):
+    for shape in ((70, 20, 1), (3, 9, 49), (2, 5, 136)):
+        become(monkeypatch, gpu, shape)
+        given = arguments(shape)
+        clean = Kernels(call, guarded, given, "identity")
+        clean.forward(True)
+        given["x"][1, 2, 0], given["x"][0, 4, -1] = math.nan, math.inf
+        kernels = Kernels(call, guarded, given, "identity")
+        kernels.forward(True)
+        kernels.backward(True)
+        touched = torch.zeros(shape[1], dtype=torch.bool)
+        touched[[2, 4]] = True
+        y, clean_y = kernels.result()["y"], clean.result()["y"]
+        assert y[:, touched].isnan().all() and kernels.result()["grad_x"][:, touched].isnan().all()
+        assert_bitwise_equal("y elsewhere", y[:, ~touched], clean_y[:, ~touched])
+        assert kernels.invstd.isnan().equal(touched) and kernels.result()["running_var"].isnan().equal(touched)
+
+
+def test_statistics_in_evaluation_are_those_given(call, guarded):
+    for shape in ((5, 65, 1), (1, 3, 1), (2, 3, 136)):
+        for dtype in DTYPES:
+            given = sample(shape, dtype, "swish", False, residual=True)
+            kernels = Kernels(call, guarded, given, "swish")
+            kernels.forward(False, eps=1e-3)
+            assert_bitwise_equal("mean", kernels.mean, given["running_mean"].double())
+            assert_bitwise_equal("running_var", kernels.result()["running_var"], given["running_var"])
+            torch.testing.assert_close(kernels.invstd, (given["running_var"].double() + 1e-3).rsqrt(), rtol=1e-15, atol=0)
+
+
+def test_momentum_made_of_the_number_of_batches(call, guarded, monkeypatch):
+    for gpu, shape in itertools.product(("clusters", "two passes"), [(70, 20, 1), (2, 3, 136)]):
+        become(monkeypatch, gpu, shape)
+        given = arguments(shape)
+        counted, told = (Kernels(call, guarded, given, "identity") for _ in range(2))
+        counted.forward(True, momentum=0.7, batches=torch.tensor([3]))
+        told.forward(True, momentum=0.25)
+        for name in ("running_mean", "running_var"):
+            assert_bitwise_equal(name, counted.result()[name], told.result()[name])
+
+
+def test_only_what_is_asked_for(call, guarded, monkeypatch):
+    """Gradients that nobody needs are null; the others are the same bits."""
+    for gpu, shape, training in itertools.product(("clusters", "two passes"), [(70, 20, 1), (2, 3, 136)], (True, False)):
+        become(monkeypatch, gpu, shape)
+        given = arguments(shape)
+        kernels = Kernels(call, guarded, given, "swish")
+        kernels.forward(training)
+        kernels.backward(training)
+        names = ("grad_x", "grad_weight", "grad_bias")
+        whole = {name: getattr(kernels, name) for name in names}
+        for wanted in (("grad_x",), ("grad_weight",), ("grad_weight", "grad_bias"), ("grad_x", "grad_bias")):
+            for name in names:
+                setattr(kernels, name, torch.full_like(whole[name], 7.0) if name in wanted else None)
+            kernels.backward(training)
+            for name in wanted:
+                if gpu == "two passes" or ("grad_x" in wanted and training):
+                    assert_bitwise_equal(name, getattr(kernels, name), whole[name])
+                else:
+                    torch.testing.assert_close(getattr(kernels, name), whole[name])
+
+
+def test_results_do_not_depend_on_the_order_of_blocks(call, guarded, monkeypatch):
+    for gpu, shape in itertools.product(("clusters", "two passes"), [(2049, 20, 1), (41, 9, 49), (3, 2, 8193)]):
+        become(monkeypatch, gpu, shape)
+        results = []
+        for order in ("0", "1"):
+            monkeypatch.setenv("SIMT_REVERSED", order)
+            results.append(Kernels(call, guarded, arguments(shape, residual=True), "relu"))
+            results[-1].forward(True)
+            results[-1].backward(True)
+        for name, tensor in results[0].result().items():
+            assert_bitwise_equal(f"{gpu} {shape} {name}", tensor, results[1].result()[name])
+
+
+def test_mask_is_the_operators(call, guarded, monkeypatch):
+    """The bytes that the CPU's kernels write, so that what reads one reads the other."""
+    for gpu, shape, act in itertools.product(("clusters", "two passes"), [(9, 65, 1), (3, 9, 49), (2, 5, 139)], TWO_SLOPES):
+        become(monkeypatch, gpu, shape)
+        given = arguments(shape, residual=True)
+        kernels = Kernels(call, guarded, given, act)
+        kernels.forward(True)
+        operands = [given[name] for name in ("x", "running_mean", "running_var", "weight", "bias", "residual")]
+        parts = torch.ops.gradkernels.batch_norm_act(*operands, None, True, 0.1, 1e-5, act, ACTS[act] or 0.0)
+        assert_bitwise_equal("mask", kernels.mask, parts[3])
+
+
+@each_dtype
+def test_parts_for_many_processes(call, guarded, monkeypatch, dtype):
+    """Moments, their merge, y, sums and grad_x of shares of a batch against those of the whole batch in one call."""
+    for index, (rows, channels, inner) in enumerate([(70, 20, 1), (6, 9, 49), (4, 3, 2731)]):
+        shape = (rows, channels, inner)
+        act, residual = ("relu", True) if index == 1 else ("swish", index == 2)
+        given = sample(shape, dtype, act, True, residual=residual)
+        whole = Kernels(call, guarded, given, act)
+        whole.forward(True)
+        whole.backward(True)
+        cuts = [slice(0, rows // 3), slice(rows // 3, rows)]
+        elementwise = [name for name, tensor in given.items() if tensor is not None and tensor.dim() == 3]
+        shares = [Kernels(call, guarded, given | {name: given[name][cut].contiguous() for name in elementwise}, act) for cut in cuts]
+        moments = guarded.empty(3 * (1 + 2 * channels), torch.float64).view(3, -1).zero_()
+        for rank, share in zip((0, 2), shares, strict=True):
+            call("batch_norm_act_stats", dtype, *share.shape, share.given["x"], moments[rank])
+        running = [guarded.copy(given[name]) for name in ("running_mean", "running_var")]
+        mean, invstd = (guarded.empty(channels, torch.float64) for _ in range(2))
+        gather = ("batch_norm_act_gather_stats", dtype, channels, 3, moments, 0.1, 1e-5, *running, None, mean, invstd)
+        call(*gather)
+        torch.testing.assert_close(mean, whole.mean, rtol=1e-12 if dtype == torch.float64 else 1e-8, atol=1e-9)
+        torch.testing.assert_close(invstd, whole.invstd, rtol=1e-12 if dtype == torch.float64 else 1e-7, atol=0)
+        sums = guarded.empty(4 * channels, torch.float64).view(2, -1)
+        for share, of_share in zip(shares, sums, strict=True):
+            share.mean.copy_(mean)
+            share.invstd.copy_(invstd)
+            call("batch_norm_act_elemt", *share.forward_operands())
+            call("batch_norm_act_backward_reduce", *share.backward_operands(), share.grad_residual, of_share)
+        total, count = guarded.copy(sums.sum(0)), guarded.copy(torch.tensor([float(rows * inner)], dtype=torch.float64))
+        for share in shares:
+            call("batch_norm_act_backward_elemt", *share.backward_operands(), share.grad_x, total, count)
+        names = ("y", "grad_x", "grad_residual") if residual else ("y", "grad_x")
+        found = {name: torch.cat([share.result()[name] for share in shares]) for name in names}
+        found |= {"grad_weight": (total[channels:] * invstd).to(dtype), "grad_bias": total[:channels].to(dtype)}
+        found |= dict(zip(("running_mean", "running_var"), running, strict=True))
+        assert_all_accurate(found, given, True, act)
+
+
+def test_moments_of_one_value_and_of_none(call, guarded):
+    """Running statistics stay as they are: there is no variance to average."""
+    for count, mean_of_all, invstd_of_all in ((1.0, 3.0, 10.0), (0.0, 0.0, 0.0)):
+        moments = guarded.copy(torch.tensor([0.0, 9.0, 9.0, count, 3.0, 0.0], dtype=torch.float64))
+        running = [guarded.copy(torch.tensor([0.5])) for _ in range(2)]
+        mean, invstd = (guarded.empty(1, torch.float64) for _ in range(2))
+        call("batch_norm_act_gather_stats", torch.float32, 1, 2, moments, 0.1, 1e-2, *running, None, mean, invstd)
+        assert mean.item() == mean_of_all and invstd.item() == pytest.approx(invstd_of_all)
+        assert running[0].item() == running[1].item() == 0.5
+
+
+@pytest.mark.slow
+def test_no_races_in_clusters():
+    assert races("batch_norm_act") == ""
+
+
+@pytest.mark.slow
+def test_no_races_in_two_passes():
+    assert races("batch_norm_act", **TWO_PASSES) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("barrier", [1, 2])
+def test_a_barrier_less_is_a_race(barrier):
+    assert "data race" in races("batch_norm_act", SIMT_WITHOUT_BARRIER=barrier)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fence", [1, 2])
+def test_a_fence_less_is_a_race(fence):
+    assert "data race" in races("batch_norm_act", SIMT_WITHOUT_FENCE=fence, **TWO_PASSES)
