@@ -895,3 +895,23 @@ def test_training_a_step_equals_torchs():
             optimizer.step()
         results.append(list(model.parameters()))
     assert_close(results[0], results[1])
+
+
+@pytest.mark.slow
+def test_more_than_2_to_the_31_elements():
+    count = 2**31 + 77
+    with open("/proc/meminfo") as lines:
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    if free < 4 * count:
+        pytest.skip(f"needs {4 * count / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free")
+    grad = torch.zeros(count, dtype=torch.bfloat16)
+    grad[:3], grad[-1] = 2.0, 2.0
+    (parameter,) = parameters_with([grad])
+    report = gk.grad_report([parameter])
+    assert (report.total_norm, report.max_abs[0], report.nonfinite[0]) == (4.0, 2.0, 0)
+    assert gk.clip_grad_norm_([parameter], 2.0) == 4.0
+    assert_close(grad[-2:], torch.tensor([0.0, 1.0], dtype=torch.bfloat16))
+    grad[-1] = math.inf
+    assert gk.grad_report([parameter]).nonfinite[0] == 1
+    gk.clip_grad_value_([parameter], 0.5)
+    assert grad[-1] == 0.5
