@@ -94,7 +94,8 @@ def moves_packets_in_a_loop(code: list[tuple[int, str]], pattern: str) -> bool:
     follow: list[list[int]] = []
     for place, (_, text) in enumerate(code):
         branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
-        ends = re.match(r"(BRA|EXIT|RET|BRX)\b", text) is not None  # with a condition, "@P0 ", they may not
+        # With a condition, "@P0 BRA 0x40" or "BRA.U UP0, 0x40", they may not.
+        ends = re.match(r"(EXIT|RET|BRX)\b|BRA\S*\s+0x", text) is not None
         follow.append([] if ends or place + 1 == len(code) else [place + 1])
         if branch is not None and int(branch.group(1), 16) in places:
             follow[-1].append(places[int(branch.group(1), 16)])

@@ -8,7 +8,7 @@
 #if defined(GK_WITH_CUDA)
 #define GK_LAUNCHER(x, launcher) ((x).is_cuda() ? cuda::launcher : cpu::launcher)
 #else
-#define GK_LAUNCHER(x, launcher) cpu::launcher
+#define GK_LAUNCHER(x, launcher) (static_cast<void>(x), cpu::launcher)
 #endif
 
 namespace gradkernels {
