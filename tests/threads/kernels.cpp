@@ -64,8 +64,9 @@ void activations(Results& results) {
     cpu::activation_backward(DType::kFloat32, act, masked ? Saved::kMask : Saved::kInput, count, grad_y.data(), saved, grad_x.data());
     results.add(grad_x);
   }
-  cpu::rrelu_forward(DType::kFloat32, {7, 0.1, 0.3}, count, x.data(), y.data(), mask.data());
-  cpu::rrelu_backward(DType::kFloat32, {7, 0.1, 0.3}, count, grad_y.data(), mask.data(), grad_x.data());
+  const int64_t seed = 7;
+  cpu::rrelu_forward(DType::kFloat32, {&seed, 0.1, 0.3}, count, x.data(), y.data(), mask.data());
+  cpu::rrelu_backward(DType::kFloat32, {&seed, 0.1, 0.3}, count, grad_y.data(), mask.data(), grad_x.data());
   results.add(y);
   results.add(grad_x);
 }
@@ -150,7 +151,8 @@ void batch_norm_act(Results& results) {
       }
       results.add(grad_residual);
       cpu::batch_norm_act_backward_reduce(backward, sums.data());
-      cpu::batch_norm_act_backward_elemt(backward, sums.data(), static_cast<double>(2 * shape.rows * shape.inner));
+      const double count_of_all = static_cast<double>(2 * shape.rows * shape.inner);
+      cpu::batch_norm_act_backward_elemt(backward, sums.data(), &count_of_all);
       results.add(sums);
       results.add(grad_x);
     }
@@ -175,14 +177,14 @@ void gradients(Results& results) {
         {DType::kFloat32, count, params[i].data(), grads[i].data(), square_avgs[i].data(), nullptr, momentum_buffers[i].data()});
   }
   const int64_t count = static_cast<int64_t>(runs.size());
-  std::vector<double> norms(count), max_abs(count), total;
+  std::vector<double> norms(count), max_abs(count), total(1);
   std::vector<int64_t> nonfinite(count);
   for (const Norm norm : {Norm::kOne, Norm::kTwo, Norm::kInfinity}) {
-    total.push_back(cpu::grad_norms(runs.data(), count, norm, {norms.data(), max_abs.data(), nonfinite.data()}));
+    cpu::grad_norms(runs.data(), count, norm, {norms.data(), max_abs.data(), nonfinite.data(), total.data()});
     results.add(norms);
+    results.add(total);
   }
-  results.add(total);
-  cpu::scale(runs.data(), count, 0.37);
+  cpu::clip_with_norm(runs.data(), count, 0.37 * total[0], total.data());
   cpu::clamp(runs.data(), count, 0.5);
   cpu::rmsprop(rmsprop_runs.data(), count, {0.1, 0.9, 1e-8, 0.01, 0.9, 0.5});
   for (size_t i = 0; i < grads.size(); ++i) {
