@@ -103,7 +103,7 @@ def case(model: str, clips: bool) -> Case:
         ),
         direction="in place",
         layout=f"{len(shapes)} tensors",
-        outputs="warm",
+        outputs="none",
         prepare=prepare,
     )
 
@@ -144,7 +144,7 @@ def step_case(name: str, steps: dict[str, Stepper], passes: int) -> Case:
         ),
         direction="in place",
         layout=f"{len(shapes)} tensors",
-        outputs="warm",
+        outputs="none",
     )
 
 

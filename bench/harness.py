@@ -3,17 +3,23 @@
 A provider measured call by call inherits the page faults of the one before it, so each runs a block of calls, the first ones unmeasured.
 One of the providers is a copy of as many bytes as the case's own tensor into memory that is there already (y.copy_(x)): `of copy` is the
 bandwidth of a row over that of this copy in the same blocks. Bytes are those of the least traffic possible, whoever moves how many.
+Cases whose tensors exceed 16 MiB are measured with fresh and with warm outputs (memory_of_outputs).
 """
 
 import argparse
+import contextlib
+import ctypes
+import functools
 import gc
 import json
+import math
 import platform
 import re
+import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,11 +35,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gradkernels as gk
 from gradkernels import _native, reference
 
-__all__ = ["ROOT", "Case", "arguments", "gk", "header", "prove", "reference", "report", "run"]
+__all__ = ["ROOT", "Case", "arguments", "gk", "header", "measure", "memory_of_outputs", "prove", "reference", "report", "run"]
 
 ROOT = Path(__file__).resolve().parent.parent
 ULP_BOUND = 2.0
 HEADER_COPY_BYTES = 64 << 20
+# Blocks above this change hands between process and system with every call, see memory_of_outputs.
+TWO_STATES_BYTES = 16 << 20
+MOST_SECONDS = 6.0
+LEAST_BLOCKS = 3
 
 
 def nothing() -> None:
@@ -44,8 +54,9 @@ def nothing() -> None:
 class Case:
     """One thing to do, the providers that do it, and what it costs at least.
 
-    providers: name -> a call; "eager" is what ratios are taken of. prepare: name -> what runs before each block of it, unmeasured.
-    prove: raises SystemExit unless the answers are right. copied: bytes of the tensor that the copy beside it copies.
+    providers: name -> a call; "eager" is what ratios are taken of, "torch.compile" too where it is there. prepare: name -> what runs before
+    each block of it, unmeasured. prove: raises SystemExit unless the answers are right. copied: bytes of the tensor that the copy beside it
+    copies. outputs: "fresh", or "none" for what is computed in place.
     """
 
     name: str
@@ -62,6 +73,8 @@ class Case:
 
 @dataclass
 class Row:
+    """faults: minor page faults per call. times_eager, times_compile: how many times as fast as those; None where they were not run."""
+
     case: str
     provider: str
     direction: str
@@ -71,10 +84,20 @@ class Row:
     median_us: float
     p20_us: float
     p80_us: float
+    faults: float
     bytes: int
     gb_per_s: float
     of_copy: float
     times_eager: float
+    times_compile: float | None
+
+
+@dataclass
+class Block:
+    """What a call of a block cost on average."""
+
+    seconds: float
+    faults: float
 
 
 def arguments(description: str, *options: str) -> argparse.Namespace:
@@ -96,23 +119,76 @@ def prove(name: str, actual: dict[str, Tensor], eager: dict[str, Tensor], exact:
             raise SystemExit(f"{name}: {key} is wrong by {ours:.3g}, eager's by {theirs:.3g}, an ulp is {ulp:.3g}: nothing is timed")
 
 
-def seconds_of(call: Callable[[], Any], count: int) -> float:
+# The parameters of glibc's mallopt, and what it has come to by itself once a block of 32 MiB was freed, its own limit for them.
+MALLOPT = {"M_TRIM_THRESHOLD": -1, "M_MMAP_THRESHOLD": -3, "M_MMAP_MAX": -4}
+FRESH = {"M_MMAP_MAX": 65536, "M_MMAP_THRESHOLD": 32 << 20, "M_TRIM_THRESHOLD": 64 << 20}
+WARM = {"M_MMAP_MAX": 0, "M_TRIM_THRESHOLD": (1 << 31) - 1}
+
+
+@functools.cache
+def c_library() -> ctypes.CDLL | None:
+    """glibc, or None: of other C libraries nothing is known here."""
+    if platform.libc_ver()[0] != "glibc":
+        return None
+    return ctypes.CDLL(None)
+
+
+@contextlib.contextmanager
+def memory_of_outputs(state: str) -> Iterator[None]:
+    """How the C library hands out large blocks meanwhile.
+
+    fresh: as glibc is in a process that has been training for a while: a block above 32 MiB is mapped with each call and comes page by page,
+    smaller ones stay in the process. warm: freed blocks stay in the process whatever their size, as with jemalloc.
+    """
+    library = c_library()
+    if library is None:
+        yield
+        return
+
+    def set_to(settings: dict[str, int]) -> None:
+        for name, value in settings.items():
+            if library.mallopt(MALLOPT[name], value) != 1:
+                raise SystemExit(f"the C library refuses {name} = {value}")
+
+    set_to(WARM if state == "warm" else FRESH)
+    try:
+        yield
+    finally:
+        set_to(FRESH)
+        library.malloc_trim(0)
+
+
+def states_of(case: Case) -> Sequence[str]:
+    has_two = case.outputs == "fresh" and case.copied > TWO_STATES_BYTES and c_library() is not None
+    return ("fresh", "warm") if has_two else (case.outputs,)
+
+
+def minor_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def block_of(call: Callable[[], Any], count: int) -> Block:
+    faults = minor_faults()
     start = time.perf_counter_ns()
     for _ in range(count):
         call()
-    return (time.perf_counter_ns() - start) / 1e9
+    seconds = (time.perf_counter_ns() - start) / 1e9
+    return Block(seconds / count, (minor_faults() - faults) / count)
 
 
-def measure(
+def measure_blocks(
     providers: dict[str, Callable[[], Any]], prepare: dict[str, Callable[[], None]], blocks: int, seconds: float
-) -> dict[str, list[float]]:
-    """Seconds per call of each provider, one number for each of its blocks of about `seconds`."""
+) -> dict[str, list[Block]]:
+    """The blocks of each provider, each of about `seconds`; fewer blocks where a call takes so long that they would exceed MOST_SECONDS."""
     calls = {}
     for name, call in providers.items():
         prepare.get(name, nothing)()
         call()
-        calls[name] = max(2, min(100_000, int(seconds / max(seconds_of(call, 2) / 2, 1e-9))))
-    times: dict[str, list[float]] = {name: [] for name in providers}
+        one = max(block_of(call, 1).seconds, 1e-9)
+        calls[name] = max(1, min(100_000, int(seconds / one)))
+        # A block is its calls and, before them, a quarter as many or one that are not measured.
+        blocks = min(blocks, max(LEAST_BLOCKS, int(MOST_SECONDS / (one * (calls[name] + max(1, calls[name] // 4))))))
+    measured: dict[str, list[Block]] = {name: [] for name in providers}
     order = list(providers)
     gc.collect()
     gc.disable()
@@ -120,13 +196,21 @@ def measure(
         for _ in range(blocks):
             for name in order:
                 prepare.get(name, nothing)()
-                seconds_of(providers[name], max(2, calls[name] // 4))
-                times[name].append(seconds_of(providers[name], calls[name]) / calls[name])
+                block_of(providers[name], max(1, calls[name] // 4))
+                measured[name].append(block_of(providers[name], calls[name]))
             # Whoever came first comes last, so that nobody always follows the same one.
             order.append(order.pop(0))
     finally:
         gc.enable()
-    return times
+    return measured
+
+
+def measure(
+    providers: dict[str, Callable[[], Any]], prepare: dict[str, Callable[[], None]], blocks: int, seconds: float
+) -> dict[str, list[float]]:
+    """Seconds per call of each provider, one number for each of its blocks."""
+    measured = measure_blocks(providers, prepare, blocks, seconds)
+    return {name: [block.seconds for block in each] for name, each in measured.items()}
 
 
 def copy_of(size: int) -> Callable[[], Tensor]:
@@ -137,7 +221,13 @@ def copy_of(size: int) -> Callable[[], Tensor]:
 
 def rows_of(case: Case, blocks: int, seconds: float) -> list[Row]:
     case.prove()
-    times = measure(case.providers | {"copy": copy_of(case.copied)}, case.prepare, blocks, seconds)
+    return [row for state in states_of(case) for row in rows_in_state(case, state, blocks, seconds)]
+
+
+def rows_in_state(case: Case, state: str, blocks: int, seconds: float) -> list[Row]:
+    with memory_of_outputs(state):
+        measured = measure_blocks(case.providers | {"copy": copy_of(case.copied)}, case.prepare, blocks, seconds)
+    times = {name: [block.seconds for block in each] for name, each in measured.items()}
     median = {name: statistics.median(each) for name, each in times.items()}
     copy_bandwidth = 2 * case.copied / median["copy"]
     rows = []
@@ -150,14 +240,16 @@ def rows_of(case: Case, blocks: int, seconds: float) -> list[Row]:
                 direction=case.direction,
                 dtype=case.dtype,
                 layout=case.layout,
-                outputs=case.outputs,
+                outputs=state,
                 median_us=median[name] * 1e6,
                 p20_us=p20 * 1e6,
                 p80_us=p80 * 1e6,
+                faults=statistics.median(block.faults for block in measured[name]),
                 bytes=case.bytes,
                 gb_per_s=case.bytes / median[name] / 1e9,
                 of_copy=case.bytes / median[name] / copy_bandwidth,
                 times_eager=median["eager"] / median[name],
+                times_compile=median["torch.compile"] / median[name] if "torch.compile" in median else None,
             )
         )
     return rows
@@ -188,7 +280,7 @@ def header() -> dict[str, Any]:
 def report(title: str, head: dict[str, Any], columns: dict[str, Callable[[Any], str]], rows: Iterable[Any], file: Path | None) -> None:
     """Prints the header and a table of the named columns, and writes everything to `file`."""
     rows = list(rows)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 180)
     for name, value in head.items():
         console.print(f"{name}: {value}", highlight=False)
     table = Table(title=title)
@@ -198,32 +290,53 @@ def report(title: str, head: dict[str, Any], columns: dict[str, Callable[[Any], 
         table.add_row(*(text(row) for text in columns.values()))
     console.print(table)
     if file is not None:
-        file.write_text(json.dumps({"header": head, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        file.write_text(json.dumps({"title": title, "header": head, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+
+def means(rows: Sequence[Row]) -> dict[str, str]:
+    """Geometric means of how many times as fast gradkernels is, over all rows in which it can be said, and the least of them."""
+    found = {}
+    for beside, ratio in (("eager", lambda row: row.times_eager), ("torch.compile", lambda row: row.times_compile)):
+        for dtype, outputs in sorted({(row.dtype, row.outputs) for row in rows}):
+            chosen = [row for row in rows if row.provider == "gradkernels" and (row.dtype, row.outputs) == (dtype, outputs)]
+            ratios = [ratio(row) for row in chosen if ratio(row) is not None]
+            if ratios:
+                mean = math.exp(statistics.fmean(math.log(each) for each in ratios))
+                what = f"times {beside}, {dtype}{'' if outputs == 'none' else f', {outputs} outputs'}"
+                found[what] = f"geometric mean {mean:.2f}, least {min(ratios):.2f}, {len(ratios)} rows"
+    return found
 
 
 def run(title: str, cases: Iterable[Callable[[], Case]], options: argparse.Namespace) -> None:
     """Measures each case and reports; a case is made only when its turn comes, since some are large."""
     head = header()
-    rows = []
-    for make in list(cases)[: 1 if options.quick else None]:
+    rows: list[Row] = []
+    made = list(cases)[: 1 if options.quick else None]
+    for number, make in enumerate(made, 1):
         case = make()
-        rows += rows_of(case, blocks=5 if options.quick else 15, seconds=0.05 if options.quick else 0.25)
-        print(f"{case.name}: {rows[-1].times_eager:.2f} times as fast as eager", file=sys.stderr)
+        new = rows_of(case, blocks=3 if options.quick else 11, seconds=0.01 if options.quick else 0.1)
+        rows += new
+        print(f"{number}/{len(made)} {case.name}: {new[-1].times_eager:.2f} times as fast as eager", file=sys.stderr)
     report(
         title,
         head,
         {
             "case": lambda row: row.case if row.layout == "contiguous" else f"{row.case} {row.layout}",
+            "dtype": lambda row: row.dtype,
             "provider": lambda row: row.provider,
             "outputs": lambda row: row.outputs,
             "median us": lambda row: f"{row.median_us:,.1f}",
             "p20": lambda row: f"{row.p20_us:,.1f}",
             "p80": lambda row: f"{row.p80_us:,.1f}",
+            "faults": lambda row: f"{row.faults:,.0f}",
             "MB": lambda row: f"{row.bytes / 1e6:,.3f}",
             "GB/s": lambda row: f"{row.gb_per_s:.1f}",
             "of copy": lambda row: f"{row.of_copy:.0%}",
             "times eager": lambda row: f"{row.times_eager:.2f}",
+            "times compile": lambda row: "" if row.times_compile is None else f"{row.times_compile:.2f}",
         },
         rows,
         options.json,
     )
+    for what, mean in means(rows).items():
+        print(f"{what}: {mean}")
