@@ -89,8 +89,8 @@ format: $(REQUIREMENTS)  ## ruff and clang-format, rewriting files
 	.venv/bin/ruff format .
 	.venv/bin/clang-format -i $(CXX_FILES)
 
-bench: $(LIBRARY)  ## every bench/bench_*.py in turn
-	set -e; for script in bench/bench_*.py; do PYTHONPATH=. .venv/bin/python $$script; done
+bench: $(LIBRARY)  ## every bench/bench_*.py in turn, into bench/results
+	.venv/bin/python -m gradkernels bench
 
 cuda-check: $(CUDA_REQUIREMENTS)  ## compile for CUDA, load it, look at the machine code; needs nvcc and no GPU
 	rm -rf build/cuda/lib

@@ -35,11 +35,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gradkernels as gk
 from gradkernels import _native, reference
 
-__all__ = ["ROOT", "Case", "arguments", "gk", "header", "measure", "memory_of_outputs", "prove", "reference", "report", "run"]
+__all__ = ["COPY", "ROOT", "Case", "arguments", "gk", "header", "measure", "memory_of_outputs", "prove", "reference", "report", "run"]
 
 ROOT = Path(__file__).resolve().parent.parent
 ULP_BOUND = 2.0
 HEADER_COPY_BYTES = 64 << 20
+COPY = "copy, 64 MiB, warm, GB/s read + written"
 # Blocks above this change hands between process and system with every call, see memory_of_outputs.
 TWO_STATES_BYTES = 16 << 20
 MOST_SECONDS = 6.0
@@ -123,6 +124,8 @@ def prove(name: str, actual: dict[str, Tensor], eager: dict[str, Tensor], exact:
 MALLOPT = {"M_TRIM_THRESHOLD": -1, "M_MMAP_THRESHOLD": -3, "M_MMAP_MAX": -4}
 FRESH = {"M_MMAP_MAX": 65536, "M_MMAP_THRESHOLD": 32 << 20, "M_TRIM_THRESHOLD": 64 << 20}
 WARM = {"M_MMAP_MAX": 0, "M_TRIM_THRESHOLD": (1 << 31) - 1}
+MAPPED = {"M_MMAP_MAX": 1 << 20, "M_MMAP_THRESHOLD": 64 << 10, "M_TRIM_THRESHOLD": 0}
+MEMORY = {"fresh": FRESH, "none": FRESH, "warm": WARM, "mapped": MAPPED}
 
 
 @functools.cache
@@ -137,8 +140,9 @@ def c_library() -> ctypes.CDLL | None:
 def memory_of_outputs(state: str) -> Iterator[None]:
     """How the C library hands out large blocks meanwhile.
 
-    fresh: as glibc is in a process that has been training for a while: a block above 32 MiB is mapped with each call and comes page by page,
-    smaller ones stay in the process. warm: freed blocks stay in the process whatever their size, as with jemalloc.
+    fresh: as glibc is in a process that has been training for a while: a block above 32 MiB is mapped with each call, page by page,
+    smaller ones stay in the process. warm: freed blocks stay in the process whatever their size, as with jemalloc. mapped: blocks above
+    64 KiB are mapped and unmapped each by itself, so that resident memory is what is alive; nothing is timed so.
     """
     library = c_library()
     if library is None:
@@ -150,7 +154,7 @@ def memory_of_outputs(state: str) -> Iterator[None]:
             if library.mallopt(MALLOPT[name], value) != 1:
                 raise SystemExit(f"the C library refuses {name} = {value}")
 
-    set_to(WARM if state == "warm" else FRESH)
+    set_to(MEMORY[state])
     try:
         yield
     finally:
@@ -273,12 +277,19 @@ def header() -> dict[str, Any]:
         "gradkernels": gk.__version__,
         "commit": _native.C.build_info()["commit"],
         "instruction set": _native.C.instruction_set(),
-        "copy, 64 MiB, warm, GB/s read + written": round(2 * HEADER_COPY_BYTES / statistics.median(times) / 1e9, 1),
+        COPY: round(2 * HEADER_COPY_BYTES / statistics.median(times) / 1e9, 1),
     }
 
 
-def report(title: str, head: dict[str, Any], columns: dict[str, Callable[[Any], str]], rows: Iterable[Any], file: Path | None) -> None:
-    """Prints the header and a table of the named columns, and writes everything to `file`."""
+def report(
+    title: str,
+    head: dict[str, Any],
+    columns: dict[str, Callable[[Any], str]],
+    rows: Iterable[Any],
+    file: Path | None,
+    model: dict[str, Any] | None = None,
+) -> None:
+    """Prints the header and a table of the named columns, and writes everything to `file`, with a model (title, note, rows) apart."""
     rows = list(rows)
     console = Console(width=None if sys.stdout.isatty() else 180)
     for name, value in head.items():
@@ -290,7 +301,8 @@ def report(title: str, head: dict[str, Any], columns: dict[str, Callable[[Any], 
         table.add_row(*(text(row) for text in columns.values()))
     console.print(table)
     if file is not None:
-        file.write_text(json.dumps({"title": title, "header": head, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        found = {"title": title, "header": head, "rows": [asdict(row) for row in rows]} | ({} if model is None else {"model": model})
+        file.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def means(rows: Sequence[Row]) -> dict[str, str]:

@@ -1,12 +1,15 @@
-"""python -m gradkernels info | selftest | demo | diagnose.
+"""python -m gradkernels info | selftest | demo | diagnose | bench.
 
 info prints what is native on this machine, and why the rest is not; selftest checks what it computes (selftest.py); demo trains on real
-data with and without the cures (demo/); diagnose looks at a user's own model (diagnose_command.py).
+data with and without the cures (demo/); diagnose looks at a user's own model (diagnose_command.py); bench runs bench/suite.py of the
+checkout that this package stands in, since an installed package has none.
 """
 
 import argparse
 import platform
+import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -54,6 +57,19 @@ def info() -> str:
     return "\n".join(lines)
 
 
+def bench(arguments: list[str]) -> int:
+    """The benchmark in a process of its own, or the reason why there is none."""
+    suite = Path(gradkernels.__file__).resolve().parent.parent / "bench" / "suite.py"
+    if not suite.exists():
+        print(
+            f"The benchmark is not part of the installed package (there is no {suite}).\n"
+            "It is the folder bench/ of the repository: clone it and type make bench there.",
+            file=sys.stderr,
+        )
+        return 2
+    return subprocess.run([sys.executable, str(suite), *arguments], check=False).returncode
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gradkernels")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -61,7 +77,10 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("selftest", help="whether every operator computes here what torch does: a table, and status 0 if so")
     commands.add_parser("demo", help="train on real data with and without the cures", add_help=False)
     commands.add_parser("diagnose", help="which layers of your model do not learn, why, and what to do", add_help=False)
+    commands.add_parser("bench", help="every operator beside torch's, on this machine", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
+    if arguments.command == "bench":
+        return bench(rest)
     if arguments.command == "demo":
         # Its requirements (matplotlib, rich, scikit-learn) are not those of the package.
         from gradkernels import demo

@@ -1,0 +1,197 @@
+"""Results as pictures: how many times as fast as torch and the compiler, the bandwidth beside its limit, and cost against size.
+
+Only rows of gradkernels and what stands beside them are drawn. Colour is the provider, the same one in every picture.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from harness import COPY
+from table import OURS, SMALL_BYTES, cases, is_of_harness, label
+
+COLOURS = {OURS: "#1b7837", "eager": "#b35806", "torch.compile": "#542788"}
+NAMES = {OURS: "gradkernels", "eager": "torch", "torch.compile": "torch.compile"}
+GREY = "#777777"
+
+
+def sizes(value: float, _: Any) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{value / size:g} {unit}"
+    return f"{value:g} B"
+
+
+def figures(value: float, _: Any) -> str:
+    return f"{value:g}"
+
+
+def ratios(results: dict[str, Any]) -> Figure:
+    """A panel for each script, a bar for each case; a bar that ends left of 1 is one that torch wins."""
+    panels = []
+    for script in results["scripts"].values():
+        found = list(cases(script["rows"])) if is_of_harness(script["rows"]) else []
+        if found:
+            # The largest win on top.
+            found.sort(key=lambda pair: pair[1][OURS]["times_eager"])
+            panels.append((script["title"], found))
+    heights = [len(found) + 2 for _, found in panels]
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(11, 0.24 * sum(heights) + 0.8), squeeze=False, height_ratios=heights, layout="constrained"
+    )
+    for axis, (title, found) in zip(axes[:, 0], panels, strict=True):
+        places = range(len(found))
+        eager = [providers[OURS]["times_eager"] for _, providers in found]
+        axis.barh(
+            places,
+            [each - 1 for each in eager],
+            left=1,
+            height=0.62,
+            color=[COLOURS["eager"] if each < 1 else COLOURS[OURS] for each in eager],
+        )
+        compiled = [(place, providers[OURS]["times_compile"]) for place, (_, providers) in zip(places, found, strict=True)]
+        compiled = [(place, each) for place, each in compiled if each is not None]
+        axis.scatter(
+            [each for _, each in compiled], [place for place, _ in compiled], marker="D", s=26, color=COLOURS["torch.compile"], zorder=3
+        )
+        for place, each in zip(places, eager, strict=True):
+            axis.annotate(
+                f"{each:.2f}",
+                (each, place),
+                (4 if each >= 1 else -4, 0),
+                textcoords="offset points",
+                va="center",
+                ha="left" if each >= 1 else "right",
+                fontsize=7,
+                color="#222222",
+            )
+        axis.axvline(1, color="black", linewidth=0.9)
+        axis.set_xscale("log")
+        shown = [*eager, *(each for _, each in compiled), 1.0]
+        axis.set_xlim(min(0.7, min(shown) / 1.3), max(2.0, max(shown) * 1.35))
+        axis.set_xticks(
+            [tick for tick in (0.1, 0.25, 0.5, 1, 2, 3, 4, 6, 8, 12, 20, 40) if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]]
+        )
+        axis.minorticks_off()
+        axis.xaxis.set_major_formatter(FuncFormatter(figures))
+        axis.set_yticks(places, [label(case) for case, _ in found], fontsize=7.5)
+        axis.set_ylim(-0.7, len(found) - 0.3)
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.grid(axis="x", linewidth=0.4, color="#cccccc")
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_xlabel("how many times as fast as torch (bars: green faster, orange slower) and as torch.compile (diamonds)")
+    return figure
+
+
+def roofline(results: dict[str, Any]) -> Figure:
+    """Bytes a call has to move against the bandwidth reached; the limit is a copy into memory that is there already."""
+    figure, axis = plt.subplots(figsize=(9, 5.2), layout="constrained")
+    most, least_bytes, most_bytes = 0.0, float("inf"), 0.0
+    for provider in ("eager", "torch.compile", OURS):
+        for outputs, marker, filled in (("fresh", "o", False), ("warm", "o", True), ("none", "^", True)):
+            points = [
+                (row["bytes"], row["gb_per_s"])
+                for script in results["scripts"].values()
+                if is_of_harness(script["rows"])
+                for row in script["rows"]
+                if row["provider"] == provider and row["outputs"] == outputs
+            ]
+            if not points:
+                continue
+            x, y = zip(*points, strict=True)
+            axis.scatter(
+                x,
+                y,
+                s=30,
+                marker=marker,
+                facecolors=COLOURS[provider] if filled else "none",
+                edgecolors=COLOURS[provider],
+                linewidths=1.1,
+                alpha=0.85,
+                zorder=4 if provider == OURS else 3,
+            )
+            most, least_bytes, most_bytes = max(most, *y), min(least_bytes, *x), max(most_bytes, *x)
+    limit = results["header"][COPY]
+    axis.axhline(limit, color="black", linewidth=1.2)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlim(least_bytes / 2, most_bytes * 2)
+    axis.set_ylim(max(limit / 300, 0.01), max(limit, most) * 2)
+    axis.annotate(
+        f"copy of 64 MiB in memory: {limit:g} GB/s", (axis.get_xlim()[0], limit), (5, 4), textcoords="offset points", fontsize=8.5
+    )
+    axis.axvspan(axis.get_xlim()[0], SMALL_BYTES, color="#f2f2f2", zorder=0)
+    axis.annotate(
+        "below 1 MiB the cost of a call rules",
+        (SMALL_BYTES, axis.get_ylim()[0]),
+        (-4, 4),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+        color=GREY,
+    )
+    axis.xaxis.set_major_formatter(FuncFormatter(sizes))
+    axis.yaxis.set_major_formatter(FuncFormatter(figures))
+    axis.set_xlabel("least bytes that a call has to move")
+    axis.set_ylabel("these bytes over its time, GB/s")
+    axis.grid(linewidth=0.4, color="#cccccc")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    handles = [
+        plt.Line2D([], [], marker="s", linestyle="", color=COLOURS[each], label=NAMES[each]) for each in (OURS, "eager", "torch.compile")
+    ]
+    for marker, filled, name in (("o", False, "fresh outputs"), ("o", True, "warm outputs"), ("^", True, "in place")):
+        handles.append(plt.Line2D([], [], marker=marker, linestyle="", color=GREY, markerfacecolor=GREY if filled else "none", label=name))
+    axis.legend(handles=handles, fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 0.07))
+    return figure
+
+
+def scaling(rows: Sequence[dict[str, Any]]) -> Figure:
+    """A panel for each thing that grows: measured points, p20-p80 as a bar, and the line of the formula fitted to them."""
+    against = list(dict.fromkeys(row["against"] for row in rows))
+    figure, axes = plt.subplots(1, len(against), figsize=(3.6 * len(against), 3.9), squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], against, strict=True):
+        chosen = [row for row in rows if row["against"] == name]
+        for case, colour in zip(dict.fromkeys(row["case"] for row in chosen), (COLOURS[OURS], COLOURS["eager"]), strict=False):
+            points = sorted((row for row in chosen if row["case"] == case), key=lambda row: row["n"])
+            n, median = [row["n"] for row in points], [row["median_us"] for row in points]
+            low = [row["median_us"] - row["p20_us"] for row in points]
+            high = [row["p80_us"] - row["median_us"] for row in points]
+            axis.errorbar(n, median, (low, high), fmt="o", markersize=4.5, color=colour, capsize=2, label="measured")
+            axis.plot(n, [row["fitted_us"] for row in points], color=colour, linewidth=1.1, label=points[0]["formula"])
+            axis.set_title(f"{name}\n{case}", loc="left", fontsize=9)
+        axis.set_xscale("log", base=2 if max(row["n"] for row in chosen) <= 64 else 10)
+        if max(row["n"] for row in chosen) <= 64:
+            axis.set_xticks([row["n"] for row in chosen])
+            axis.xaxis.set_major_formatter(FuncFormatter(figures))
+        axis.set_yscale("log")
+        axis.set_xlabel(name)
+        axis.legend(fontsize=7.5, loc="upper left")
+        axis.grid(linewidth=0.4, color="#cccccc")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("us a call")
+    return figure
+
+
+def draw(results: dict[str, Any], folder: Path, name: str) -> list[Path]:
+    """Writes what there is to draw and returns the files."""
+    drawn: dict[str, Figure] = {}
+    if any(is_of_harness(script["rows"]) for script in results["scripts"].values()):
+        drawn["ratio"] = ratios(results)
+        drawn["roofline"] = roofline(results)
+    if "scaling" in results["scripts"]:
+        drawn["scaling"] = scaling(results["scripts"]["scaling"]["rows"])
+    paths = []
+    for what, figure in drawn.items():
+        paths.append(folder / f"{name}_{what}.png")
+        figure.savefig(paths[-1], dpi=130)
+        plt.close(figure)
+    return paths
