@@ -30,7 +30,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "ResNet-18": (resnet18, (32, 3, 96, 96)),
     "DarkNet-53, YOLOv3's backbone": (DarkNet, (8, 3, 128, 128)),
 }
-QUICK_SHAPE = (4, 3, 64, 64)
+PROVED_SHAPE = (4, 3, 64, 64)
+QUICK_SHAPE = (2, 3, 32, 32)
 MAX_NORM = 1.0
 BOUND = 1e-6
 CLIP = {"eager": torch.nn.utils.clip_grad_norm_, "gradkernels": gk.clip_grad_norm_}
@@ -75,7 +76,7 @@ def training_step(model: nn.Module, clip: Callable[..., Tensor], x: Tensor) -> C
 def prove(name: str, model: nn.Module) -> None:
     models = {"eager": copy.deepcopy(model).double(), "gradkernels": copy.deepcopy(model).double()}
     gk.convert(models["gradkernels"])
-    x = torch.randn(QUICK_SHAPE, dtype=torch.float64)
+    x = torch.randn(PROVED_SHAPE, dtype=torch.float64)
     for provider, each in models.items():
         step = training_step(each, CLIP[provider], x)
         step()

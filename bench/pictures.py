@@ -3,6 +3,7 @@
 Only rows of gradkernels and what stands beside them are drawn. Colour is the provider, the same one in every picture.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from harness import COPY
 from table import OURS, SMALL_BYTES, cases, is_of_harness, label
@@ -27,6 +28,21 @@ def sizes(value: float, _: Any) -> str:
         if value >= size:
             return f"{value / size:g} {unit}"
     return f"{value:g} B"
+
+
+def counts(value: float, _: Any) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
+def durations(value: float, _: Any) -> str:
+    """Of microseconds."""
+    for unit, size in (("s", 1e6), ("ms", 1e3), ("us", 1)):
+        if value >= size:
+            return f"{value / size:g} {unit}"
+    return f"{value * 1e3:g} ns"
 
 
 def figures(value: float, _: Any) -> str:
@@ -157,27 +173,36 @@ def roofline(results: dict[str, Any]) -> Figure:
 def scaling(rows: Sequence[dict[str, Any]]) -> Figure:
     """A panel for each thing that grows: measured points, p20-p80 as a bar, and the line of the formula fitted to them."""
     against = list(dict.fromkeys(row["against"] for row in rows))
-    figure, axes = plt.subplots(1, len(against), figsize=(3.6 * len(against), 3.9), squeeze=False, layout="constrained")
-    for axis, name in zip(axes[0], against, strict=True):
+    columns = min(2, len(against))
+    figure, axes = plt.subplots(math.ceil(len(against) / columns), columns, figsize=(11, 7.6), squeeze=False, layout="constrained")
+    for axis, name in zip(axes.flat, against, strict=False):
         chosen = [row for row in rows if row["against"] == name]
-        for case, colour in zip(dict.fromkeys(row["case"] for row in chosen), (COLOURS[OURS], COLOURS["eager"]), strict=False):
+        for case, colour in zip(dict.fromkeys(row["case"] for row in chosen), (COLOURS[OURS], COLOURS["torch.compile"]), strict=False):
             points = sorted((row for row in chosen if row["case"] == case), key=lambda row: row["n"])
             n, median = [row["n"] for row in points], [row["median_us"] for row in points]
-            low = [row["median_us"] - row["p20_us"] for row in points]
-            high = [row["p80_us"] - row["median_us"] for row in points]
-            axis.errorbar(n, median, (low, high), fmt="o", markersize=4.5, color=colour, capsize=2, label="measured")
-            axis.plot(n, [row["fitted_us"] for row in points], color=colour, linewidth=1.1, label=points[0]["formula"])
-            axis.set_title(f"{name}\n{case}", loc="left", fontsize=9)
-        axis.set_xscale("log", base=2 if max(row["n"] for row in chosen) <= 64 else 10)
-        if max(row["n"] for row in chosen) <= 64:
-            axis.set_xticks([row["n"] for row in chosen])
-            axis.xaxis.set_major_formatter(FuncFormatter(figures))
+            axis.plot(n, [row["fitted_us"] for row in points], color=colour, linewidth=1.1, label=f"{case}\n{points[0]['formula']}")
+            axis.vlines(n, [row["p20_us"] for row in points], [row["p80_us"] for row in points], color=colour, linewidth=1.4)
+            axis.plot(n, median, "o", markersize=4.5, color=colour)
+        axis.set_xscale("log")
         axis.set_yscale("log")
-        axis.set_xlabel(name)
-        axis.legend(fontsize=7.5, loc="upper left")
+        ticks = [row["n"] for row in chosen]
+        if max(ticks) <= 64:
+            axis.set_xticks(ticks)
+            axis.minorticks_off()
+        axis.xaxis.set_major_formatter(FuncFormatter(counts))
+        axis.yaxis.set_major_formatter(FuncFormatter(durations))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        # Room for what the lines are, above them.
+        low, high = axis.get_ylim()
+        axis.set_ylim(low, high * (high / low) ** (0.18 * len({row["case"] for row in chosen})))
+        axis.set_xlabel(f"n, {name}")
+        axis.legend(fontsize=7.5, loc="upper left", frameon=False)
         axis.grid(linewidth=0.4, color="#cccccc")
+        axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel("us a call")
+    for axis in axes.flat[len(against) :]:
+        axis.set_visible(False)
+    figure.suptitle("time of a call: measured points (bars p20-p80) and the formula fitted to them", x=0.01, ha="left", fontsize=10)
     return figure
 
 
