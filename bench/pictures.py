@@ -103,14 +103,16 @@ def ratios(results: dict[str, Any]) -> Figure:
         axis.grid(axis="x", linewidth=0.4, color="#cccccc")
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1, 0].set_xlabel("how many times as fast as torch (bars: green faster, orange slower) and as torch.compile (diamonds)")
+    figure.supxlabel(
+        "how many times as fast as torch (bars: green faster, orange slower) and as torch.compile (diamonds)", x=0.01, ha="left", fontsize=9
+    )
     return figure
 
 
 def roofline(results: dict[str, Any]) -> Figure:
     """Bytes a call has to move against the bandwidth reached; the limit is a copy into memory that is there already."""
     figure, axis = plt.subplots(figsize=(9, 5.2), layout="constrained")
-    most, least_bytes, most_bytes = 0.0, float("inf"), 0.0
+    least, most, least_bytes, most_bytes = float("inf"), 0.0, float("inf"), 0.0
     for provider in ("eager", "torch.compile", OURS):
         for outputs, marker, filled in (("fresh", "o", False), ("warm", "o", True), ("none", "^", True)):
             points = [
@@ -134,13 +136,13 @@ def roofline(results: dict[str, Any]) -> Figure:
                 alpha=0.85,
                 zorder=4 if provider == OURS else 3,
             )
-            most, least_bytes, most_bytes = max(most, *y), min(least_bytes, *x), max(most_bytes, *x)
+            least, most, least_bytes, most_bytes = min(least, *y), max(most, *y), min(least_bytes, *x), max(most_bytes, *x)
     limit = results["header"][COPY]
     axis.axhline(limit, color="black", linewidth=1.2)
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlim(least_bytes / 2, most_bytes * 2)
-    axis.set_ylim(max(limit / 300, 0.01), max(limit, most) * 2)
+    axis.set_ylim(least / 3, max(limit, most) * 2)
     axis.annotate(
         f"copy of 64 MiB in memory: {limit:g} GB/s", (axis.get_xlim()[0], limit), (5, 4), textcoords="offset points", fontsize=8.5
     )
