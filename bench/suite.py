@@ -104,6 +104,9 @@ def main(argv: list[str] | None = None) -> int:
                 failed[stem] = why
                 progress.console.print(f"{stem} failed: {why}", highlight=False, markup=False)
                 continue
+            if not file.exists():
+                progress.console.print(f"{stem}: nothing to measure on this machine", highlight=False, markup=False)
+                continue
             found = json.loads(file.read_text())
             results["header"] = results["header"] or found["header"]
             results["scripts"][stem] = {name: each for name, each in found.items() if name != "header"} | {
