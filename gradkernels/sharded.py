@@ -23,7 +23,12 @@ def _is_dtensor(x: object) -> bool:
 
 
 def serves(grads: list[Tensor]) -> bool:
-    """Whether there are DTensors among these and each is sharded or replicated; a partial one is a sum that torch has to make first."""
+    """Whether there are DTensors among these and each is sharded or replicated; a partial one is a sum that torch has to make first.
+
+    Of complex gradients torch's norm is real, and nothing here knows them.
+    """
+    if any(grad.is_complex() for grad in grads):
+        return False
     return any(map(_is_dtensor, grads)) and all(
         placement.is_shard() or placement.is_replicate() for grad in grads if _is_dtensor(grad) for placement in _placements(grad)
     )
@@ -73,7 +78,6 @@ def total_norm(grads: list[Tensor], norm_type: float, local_norms: LocalNorms) -
 
 def grad_norms(grads: list[Tensor], norm_type: float, local_norms: LocalNorms) -> Norms:
     """Of each whole gradient norm, largest magnitude and number of elements that are not finite, and the norm of all."""
-    total = total_norm(grads, norm_type, local_norms)
     norms, max_abs, nonfinite, _ = local_norms(local_tensors(grads), norm_type)
     exponent = _common_exponent(grads, [*norms])
     values = _ldexp(norms, -exponent)
@@ -87,7 +91,10 @@ def grad_norms(grads: list[Tensor], norm_type: float, local_norms: LocalNorms) -
         values[places] = _reduced(torch.where(mine, values, 0)[places], norm_type, mesh, dims)
         max_abs[places] = _reduced(max_abs[places], math.inf, mesh, dims)
         nonfinite[places] = _reduced(torch.where(mine, nonfinite, 0)[places], 1.0, mesh, dims)
-    return _ldexp(values if norm_type != 2 else values.sqrt(), exponent), max_abs, nonfinite, total
+    total = values.amax() if norm_type == math.inf else values.sum()
+    if norm_type == 2:
+        values, total = values.sqrt(), total.sqrt()
+    return _ldexp(values, exponent), max_abs, nonfinite, _ldexp(total, exponent)
 
 
 def _dtensor(x: Tensor) -> Any:
