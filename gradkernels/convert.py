@@ -7,6 +7,7 @@ Everything is read before anything is changed, and what was changed is put back 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -169,6 +170,9 @@ def revert(model: nn.Module) -> nn.Module:
     Returns:
         model.
 
+    Raises:
+        TypeError: model is not a module.
+
     Example:
         >>> import torch, gradkernels as gk
         >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(8), torch.nn.ReLU())
@@ -177,6 +181,8 @@ def revert(model: nn.Module) -> nn.Module:
         >>> type(gk.revert(model)[0])
         <class 'torch.nn.modules.batchnorm.BatchNorm1d'>
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"revert takes a torch.nn.Module, not {type(model).__name__}")
     _revert(model)
     return model
 
@@ -196,7 +202,7 @@ def _revert(model: nn.Module) -> None:
 def _problem_of(model: nn.Module) -> str | None:
     """Why nothing in a model is to be touched."""
     if isinstance(model, torch.jit.ScriptModule):
-        return "the model is scripted: its code is compiled already. Convert it before torch.jit.script"
+        return "the model is scripted: its code is compiled already. Convert the model that was scripted; what was converted can be traced"
     for name, module in model.named_modules():
         if type(module).__module__.startswith(_QUANTISED):
             return f"the model is quantised ({name or 'the model itself'}: {type(module).__name__}): the kernels take floating point"
@@ -347,5 +353,7 @@ def _difference(before: dict[str, Tensor], after: dict[str, Tensor]) -> Differen
     """Over all of them: what is zero but for rounding, such as the gradient of a bias below a batch norm, is no measure for itself."""
     floating = {name: each for name, each in before.items() if each.numel() and (each.is_floating_point() or each.is_complex())}
     magnitude = max((each.abs().max().item() for each in floating.values()), default=0.0)
-    difference, name = max((((after[name] - each).abs().max().item(), name) for name, each in floating.items()), default=(0.0, ""))
+    differences = [((after[name] - each).abs().max().item(), name) for name, each in floating.items()]
+    # nan, which compares with nothing, is the largest.
+    difference, name = max(differences, key=lambda found: (math.isnan(found[0]), found[0]), default=(0.0, ""))
     return Difference(difference, magnitude, name)

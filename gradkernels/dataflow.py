@@ -126,7 +126,8 @@ def has_own_forward(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule):
         return False
     forward = type(module).forward
-    return forward is nn.Sequential.forward or not getattr(forward, "__module__", "").startswith("torch.")
+    # The forward that torch.fx makes is of no module.
+    return forward is nn.Sequential.forward or not (getattr(forward, "__module__", None) or "").startswith("torch.")
 
 
 def read(module: nn.Module) -> Reading:
@@ -220,7 +221,9 @@ def _recording(kind: Any) -> Any:
     def __getattribute__(self: nn.Module, name: str) -> Any:
         value = kind.__getattribute__(self, name)
         own = object.__getattribute__(self, "__dict__")
-        if name in own and name not in _OF_EVERY_MODULE and name != _READS:
+        # A class's plain value is the default of what an instance may set later.
+        is_default = isinstance(value, (bool, int, float, str, type(None))) and not hasattr(nn.Module, name)
+        if (name in own or is_default) and name not in _OF_EVERY_MODULE and name != _READS:
             path, reads = own[_READS]
             reads.setdefault((path, name), copy.copy(value) if isinstance(value, (list, dict, set)) else value)
         return value

@@ -38,8 +38,9 @@ def normalize(bn: _BatchNorm, x: Tensor, residual: Tensor | None, act: str, act_
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module calls anything besides its forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    """Whether a call of the module calls anything besides its class's forward."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
 
 
 @dataclass(frozen=True)

@@ -868,3 +868,52 @@ def test_models_of_libraries(package, name):
             for actual, expected in zip(tree_leaves(each(x)), tree_leaves(plain(x)), strict=True):
                 if isinstance(expected, torch.Tensor):
                     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-8)
+
+
+class SwitchedByDefault(nn.Module):
+    use = True
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        y = self.bn(x)
+        return torch.relu(y) if self.use else y
+
+
+def test_a_default_of_the_class_that_an_instance_sets_later():
+    model, expected = SwitchedByDefault(), SwitchedByDefault()
+    gk.convert(model)
+    x = torch.randn(4, 3, 5, 5)
+    for use in (True, False):
+        model.use = expected.use = use
+        torch.testing.assert_close(model(x), expected(x))
+
+
+def test_a_forward_set_on_a_batch_norm_afterwards():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+    gk.convert(model)
+    model[0].forward = lambda x: x + 7
+    x = torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(model(x), torch.relu(x + 7))
+
+
+def test_a_graph_module_is_left():
+    traced = torch.fx.symbolic_trace(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
+    x = torch.randn(4, 3, 5, 5)
+    expected = copy.deepcopy(traced)(x)
+    gk.convert(traced)
+    torch.testing.assert_close(traced(x), expected)
+    gk.fold(traced)
+
+
+def test_what_revert_does_not_take():
+    with pytest.raises(TypeError, match=r"revert takes a torch\.nn\.Module, not dict"):
+        gk.revert({})
+
+
+def test_a_difference_that_is_nan_is_the_largest():
+    before = {"a": torch.ones(2), "b": torch.ones(2)}
+    found = importlib.import_module("gradkernels.convert")._difference(before, {"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan])})
+    assert str(found) == "nan where the largest value is 1 (b)"
