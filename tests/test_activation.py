@@ -42,6 +42,7 @@ from accuracy import (
     outcome,
 )
 from gradkernels import reference
+from memory import saved_by, skip_unless_free
 
 OPS = torch.ops.gradkernels
 
@@ -504,18 +505,6 @@ def test_leaky_relu_does_not_need_x_again():
 
 
 # memory
-
-
-def saved_by(function):
-    saved = []
-
-    def pack(tensor):
-        saved.append(tensor)
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = function()
-    return y, saved
 
 
 @each_dtype
@@ -1752,10 +1741,7 @@ def test_accuracy_over_the_whole_range(name, param):
 def test_more_than_2_to_the_31_elements():
     """A bit of the mask, and an element, whose index no int32 holds."""
     count = 2**31 + 77
-    with open("/proc/meminfo") as lines:
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    if free < 8 * count:
-        pytest.skip(f"needs {8 * count / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free")
+    skip_unless_free(8 * count)
     root = torch.ones((), dtype=torch.bfloat16, requires_grad=True)
     x = root * torch.ones(count, dtype=torch.bfloat16)
     edge = get_gradient_edge(x)

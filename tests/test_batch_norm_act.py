@@ -26,6 +26,7 @@ import gradkernels as gk
 from accuracy import SIXTEEN_BITS, assert_accurate, assert_bitwise_equal, exact_batch_norm_act, outcome
 from batch_norm_act_calls import ACTS, HARD_INPUTS, arguments, call, cast, hard_input, judged, without_kinks
 from gradkernels import reference
+from memory import saved_by
 
 OPS = torch.ops.gradkernels
 
@@ -523,18 +524,6 @@ def test_two_training_steps_before_backward():
 
 
 # memory
-
-
-def saved_by(function):
-    saved = []
-
-    def pack(tensor):
-        saved.append(tensor)
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = function()
-    return y, saved
 
 
 @each_training

@@ -20,6 +20,7 @@ from torch.testing import assert_close
 import gradkernels as gk
 from accuracy import ULP_BOUND, assert_accurate, assert_bitwise_equal, extended, outcome
 from gradkernels import _native, reference
+from memory import skip_unless_free
 
 OPS = torch.ops.gradkernels
 
@@ -900,10 +901,7 @@ def test_training_a_step_equals_torchs():
 @pytest.mark.slow
 def test_more_than_2_to_the_31_elements():
     count = 2**31 + 77
-    with open("/proc/meminfo") as lines:
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    if free < 4 * count:
-        pytest.skip(f"needs {4 * count / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free")
+    skip_unless_free(4 * count)
     grad = torch.zeros(count, dtype=torch.bfloat16)
     grad[:3], grad[-1] = 2.0, 2.0
     (parameter,) = parameters_with([grad])
