@@ -147,12 +147,17 @@ void parametric_backward_kernel(const ParametricBackward& p, Slab slab, double* 
   });
 }
 
-// The slopes of a vector's elements from the one at `index` on, a multiple of 4.
-template <typename opmath>
-GK_INLINE Vec<opmath> draw(const math::RandomSlopes& slopes, int64_t index) {
-  opmath lane[Vec<opmath>::kLanes];
-  for (int i = 0; i < Vec<opmath>::kLanes; i += 4) slopes.draw(static_cast<uint64_t>((index + i) / 4), lane + i);
-  return Vec<opmath>::load(lane);
+// Calls function(i, lanes, slopes) for each vector of [0, count), with the slopes of the elements from first + i on; `first` is a multiple
+// of 4, as the elements of a block are.
+template <typename opmath, typename Function>
+GK_INLINE void for_each_vector_with_slopes(const math::RandomSlopes& slopes, int64_t first, int64_t count, const Function& function) {
+  constexpr int64_t kDrawn = UniformNumbers::kCount;
+  for (int64_t begin = 0; begin < count; begin += kDrawn) {
+    const UniformNumbers uniform(slopes.seed, static_cast<uint64_t>((first + begin) / 4));
+    for_each_vector<opmath>(begin, count < begin + kDrawn ? count : begin + kDrawn, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
+      function(i, lanes, slopes.slope_of(uniform.at<opmath>(i - begin)));
+    });
+  }
 }
 
 void rrelu_forward_kernel(DType dtype, math::RandomSlopes slopes, int64_t first, int64_t count, const void* x_data, void* y_data,
@@ -162,8 +167,8 @@ void rrelu_forward_kernel(DType dtype, math::RandomSlopes slopes, int64_t first,
     using opmath = opmath_t<scalar_t>;
     const scalar_t* x = static_cast<const scalar_t*>(x_data);
     scalar_t* y = static_cast<scalar_t*>(y_data);
-    for_each_vector<opmath>(0, count, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
-      const math::LeakyRelu<Vec<opmath>> f{draw<opmath>(slopes, first + i)};
+    for_each_vector_with_slopes<opmath>(slopes, first, count, [&](int64_t i, auto lanes, Vec<opmath> slope) GK_INLINE_LAMBDA {
+      const math::LeakyRelu<Vec<opmath>> f{slope};
       const Vec<opmath> value = load(x + i, lanes);
       store_bits<opmath>(mask + i / 8, lanes, f.passes(value));
       store(y + i, lanes, f.forward(value));
@@ -178,8 +183,8 @@ void rrelu_backward_kernel(DType dtype, math::RandomSlopes slopes, int64_t first
     using opmath = opmath_t<scalar_t>;
     const scalar_t* grad_y = static_cast<const scalar_t*>(grad_y_data);
     scalar_t* grad_x = static_cast<scalar_t*>(grad_x_data);
-    for_each_vector<opmath>(0, count, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
-      const math::LeakyRelu<Vec<opmath>> f{draw<opmath>(slopes, first + i)};
+    for_each_vector_with_slopes<opmath>(slopes, first, count, [&](int64_t i, auto lanes, Vec<opmath> slope) GK_INLINE_LAMBDA {
+      const math::LeakyRelu<Vec<opmath>> f{slope};
       store(grad_x + i, lanes, f.backward_from_mask(load(grad_y + i, lanes), load_bits<opmath>(mask + i / 8, lanes)));
     });
   });

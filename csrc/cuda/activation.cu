@@ -197,16 +197,14 @@ struct DrawnSlopes {
 #pragma unroll
       for (int i = 0; i < W; i += 4) slopes.draw(block + i / 4, slope + i);
     } else {
-      const math::PhiloxBlock random = math::philox(slopes.seed, block);
+      const math::PhiloxBlock<uint64_t> random = math::philox(slopes.seed, block);
       const int place = static_cast<int>(first % 4);
 #pragma unroll
       for (int i = 0; i < W; ++i) {
         // Without an index that only the run knows, which would send the four to local memory.
         const int at = place + i;
-        slope[i] = slopes.slope_of<opmath_t<scalar_t>>(at == 0   ? random.word[0]
-                                                       : at == 1 ? random.word[1]
-                                                       : at == 2 ? random.word[2]
-                                                                 : random.word[3]);
+        const uint64_t word = at == 0 ? random.word[0] : at == 1 ? random.word[1] : at == 2 ? random.word[2] : random.word[3];
+        slope[i] = slopes.slope_of(static_cast<opmath_t<scalar_t>>(math::uniform_of(word)));
       }
     }
   }

@@ -119,19 +119,21 @@ struct RandomSlopes {
   double lower;
   double upper;
 
-  // The slope that a random word stands for.
-  template <typename scalar_t>
-  GK_HOST_DEVICE scalar_t slope_of(uint32_t word) const {
+  // The slope that a number uniform in [0, 1) stands for.
+  template <typename T>
+  GK_HOST_DEVICE T slope_of(T uniform) const {
+    using scalar_t = scalar_of_t<T>;
+    const T bound(static_cast<scalar_t>(upper));
+    const T drawn = fma(T(static_cast<scalar_t>(upper - lower)), uniform, T(static_cast<scalar_t>(lower)));
     // The sum may round up to beyond the bound.
-    const scalar_t drawn = fma(static_cast<scalar_t>(upper - lower), static_cast<scalar_t>(uniform_of(word)), static_cast<scalar_t>(lower));
-    return drawn < static_cast<scalar_t>(upper) ? drawn : static_cast<scalar_t>(upper);
+    return select(drawn < bound, drawn, bound);
   }
 
   // Of elements [4 block, 4 block + 4), in storage order.
   template <typename scalar_t>
   GK_HOST_DEVICE void draw(uint64_t block, scalar_t* slope) const {
-    const PhiloxBlock random = philox(seed, block);
-    for (int i = 0; i < 4; ++i) slope[i] = slope_of<scalar_t>(random.word[i]);
+    const PhiloxBlock<uint64_t> random = philox(seed, block);
+    for (int i = 0; i < 4; ++i) slope[i] = slope_of(static_cast<scalar_t>(uniform_of(random.word[i])));
   }
 };
 

@@ -6,18 +6,24 @@
 
 namespace gradkernels::math {
 
+// The lower half of each word is random, what stands above it is not.
+template <typename Word>
 struct PhiloxBlock {
-  uint32_t word[4];
+  Word word[4];
 };
 
-GK_HOST_DEVICE PhiloxBlock philox(uint64_t seed, uint64_t index) {
+GK_HOST_DEVICE uint64_t multiply_lower(uint64_t a, uint32_t b) { return uint64_t{static_cast<uint32_t>(a)} * b; }
+GK_HOST_DEVICE uint64_t upper(uint64_t a) { return a >> 32; }
+
+// Word is uint64_t, or a vector of it: a block for each lane then, in the same instructions.
+template <typename Word>
+GK_HOST_DEVICE PhiloxBlock<Word> philox(uint64_t seed, Word index) {
   uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
-  PhiloxBlock counter = {{static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32), 0, 0}};
+  PhiloxBlock<Word> counter = {{index, upper(index), Word(uint64_t{0}), Word(uint64_t{0})}};
   for (int round = 0; round < 10; ++round) {
-    const uint64_t a = uint64_t{0xD2511F53} * counter.word[0];
-    const uint64_t b = uint64_t{0xCD9E8D57} * counter.word[2];
-    counter = {{static_cast<uint32_t>(b >> 32) ^ counter.word[1] ^ key[0], static_cast<uint32_t>(b),
-                static_cast<uint32_t>(a >> 32) ^ counter.word[3] ^ key[1], static_cast<uint32_t>(a)}};
+    const Word a = multiply_lower(counter.word[0], 0xD2511F53);
+    const Word b = multiply_lower(counter.word[2], 0xCD9E8D57);
+    counter = {{upper(b) ^ counter.word[1] ^ Word(uint64_t{key[0]}), b, upper(a) ^ counter.word[3] ^ Word(uint64_t{key[1]}), a}};
     key[0] += 0x9E3779B9;
     key[1] += 0xBB67AE85;
   }
@@ -25,6 +31,6 @@ GK_HOST_DEVICE PhiloxBlock philox(uint64_t seed, uint64_t index) {
 }
 
 // Uniform in [0, 1), a multiple of 2^-24: exact in float32.
-GK_HOST_DEVICE float uniform_of(uint32_t word) { return static_cast<float>(word >> 8) * 0x1p-24f; }
+GK_HOST_DEVICE float uniform_of(uint64_t word) { return static_cast<float>(static_cast<uint32_t>(word) >> 8) * 0x1p-24f; }
 
 }  // namespace gradkernels::math
