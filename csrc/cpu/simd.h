@@ -36,6 +36,11 @@ struct RegisterOf {
 };
 
 template <typename T>
+struct Vec;
+template <typename T>
+uint32_t to_bits(typename Vec<T>::Mask mask);
+
+template <typename T>
 struct Vec {
   using Register = typename RegisterOf<T>::Value;
   using Bits = typename RegisterOf<T>::Bits;
@@ -56,6 +61,7 @@ struct Vec {
       for (int i = 0; i < kRegisters; ++i) r.part[i] = a.part[i] | b.part[i];
       return r;
     }
+    friend GK_INLINE bool any(Mask mask) { return to_bits<T>(mask) != 0; }
   };
 
   Register part[kRegisters];
@@ -67,12 +73,15 @@ struct Vec {
     for (int i = 0; i < kRegisters; ++i) part[i] = x - Register{};
   }
 
+  // A register at a time: a copy of several goes in pieces of its own, which the processor cannot forward to the registers.
   GK_INLINE static Vec load(const T* source) {
     Vec r;
-    __builtin_memcpy(&r, source, sizeof(r));
+    for (int i = 0; i < kRegisters; ++i) __builtin_memcpy(&r.part[i], source + i * kRegisterLanes, sizeof(Register));
     return r;
   }
-  GK_INLINE void store(T* target) const { __builtin_memcpy(target, this, sizeof(*this)); }
+  GK_INLINE void store(T* target) const {
+    for (int i = 0; i < kRegisters; ++i) __builtin_memcpy(target + i * kRegisterLanes, &part[i], sizeof(Register));
+  }
 
   friend GK_INLINE Vec operator+(Vec a, Vec b) {
     Vec r;
@@ -135,8 +144,10 @@ struct Vec {
     if constexpr (kRegisterBytes == 64 && sizeof(T) == 4) return {_mm512_scalef_ps(x.part[0], n.part[0])};
     if constexpr (kRegisterBytes == 64 && sizeof(T) == 8) return {_mm512_scalef_pd(x.part[0], n.part[0])};
 #endif
-    return math::scale_by_halves(x, n);
+    return has_far_exponent(n) ? math::scale_by_halves(x, n) : x * exp2_of_integer(n);
   }
+
+  friend GK_INLINE bool has_far_exponent(Vec n) { return any(negative_magnitude(n) < Vec(T(math::kFarExponent))); }
 
   friend GK_INLINE Vec approximate_inverse(Vec x) {
 #if defined(__x86_64__)
@@ -158,6 +169,10 @@ struct Vec {
     if constexpr (kRegisterBytes == 64 && sizeof(T) == 4) return {_mm512_max_ps(bound.part[0], x.part[0])};
     if constexpr (kRegisterBytes == 64 && sizeof(T) == 8) return {_mm512_max_pd(bound.part[0], x.part[0])};
     if constexpr (kRegisterBytes == 32 && sizeof(T) == 4) return {_mm256_max_ps(bound.part[0], x.part[0])};
+    if constexpr (kRegisterBytes == 32 && sizeof(T) == 8) {
+      for (int i = 0; i < kRegisters; ++i) x.part[i] = _mm256_max_pd(bound.part[i], x.part[i]);
+      return x;
+    }
 #endif
     return select(bound > x, bound, x);
   }

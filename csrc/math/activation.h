@@ -95,21 +95,30 @@ template <typename T>
 struct Swish {
   T beta;
   GK_HOST_DEVICE T forward(T x) const {
-    const Logistic<T> s = logistic(beta * x);
-    return scale_by_exp2(x * s.gate, s.exponent);
+    T y;
+    with_logistic(beta * x, [&](const auto& s) GK_INLINE_LAMBDA { y = s.scaled(x * s.gate); });
+    return y;
   }
-  GK_HOST_DEVICE T backward(T grad_y, T x) const { return gradient(grad_y, x, logistic(beta * x)); }
+  GK_HOST_DEVICE T backward(T grad_y, T x) const {
+    T grad_x;
+    with_logistic(beta * x, [&](const auto& s) GK_INLINE_LAMBDA { grad_x = gradient(grad_y, x, s); });
+    return grad_x;
+  }
   // The gradient of x, with that of beta in grad_beta.
   GK_HOST_DEVICE T backward(T grad_y, T x, T& grad_beta) const {
-    const Logistic<T> s = logistic(beta * x);
-    grad_beta = grad_y * (scale_by_exp2(x * s.gate, s.exponent) * (x * s.complement));
-    return gradient(grad_y, x, s);
+    T grad_x;
+    with_logistic(beta * x, [&](const auto& s) GK_INLINE_LAMBDA {
+      grad_beta = grad_y * (s.scaled(x * s.gate) * (x * s.complement));
+      grad_x = gradient(grad_y, x, s);
+    });
+    return grad_x;
   }
 
  private:
   // Not with z, which may be infinite where x is not, and then meets a factor that is 0.
-  GK_HOST_DEVICE T gradient(T grad_y, T x, const Logistic<T>& s) const {
-    return multiply_scaled(grad_y, fma(x * s.gate, beta * s.complement, s.gate), s.exponent);
+  template <typename Logistic>
+  GK_HOST_DEVICE T gradient(T grad_y, T x, const Logistic& s) const {
+    return s.scaled_product(grad_y, fma(x * s.gate, beta * s.complement, s.gate));
   }
 };
 

@@ -135,11 +135,21 @@ GK_HOST_DEVICE ReducedExp<T> reduce_exp(T x) {
   return {n, fma(square, C::series(r, square), r)};
 }
 
+// Beyond this in magnitude a power of two may not be applied at once.
+constexpr int kFarExponent = -64;
+
+// A vector asks for one, and takes the shorter way to the same number where none of its lanes has one; a scalar is not worth a branch.
+template <typename scalar_t>
+GK_HOST_DEVICE constexpr bool has_far_exponent(scalar_t) {
+  return true;
+}
+
 // a b 2^n for whole n <= 1: neither the product without the power of two nor the power of two alone may leave the normal range where the
 // result does not.
 template <typename T>
 GK_HOST_DEVICE T multiply_scaled(T a, T b, T n) {
-  const T first = at_least(T(scalar_of_t<T>(-64)), n);
+  if (!has_far_exponent(n)) return a * scale_by_exp2(b, n);
+  const T first = at_least(T(scalar_of_t<T>(kFarExponent)), n);
   return scale_by_exp2(a * scale_by_exp2(b, first), n - first);
 }
 
@@ -159,20 +169,41 @@ struct Logistic {
   T gate;
   T exponent;
   T complement;
+
+  // a sigmoid(x), of a product a gate
+  GK_HOST_DEVICE T scaled(T product) const { return scale_by_exp2(product, exponent); }
+  // The same times b.
+  GK_HOST_DEVICE T scaled_product(T b, T product) const { return multiply_scaled(b, product, exponent); }
 };
 
+// The same where the power of two can be applied at once.
 template <typename T>
-GK_HOST_DEVICE Logistic<T> logistic(T x) {
+struct NearLogistic {
+  T gate;
+  T complement;
+
+  GK_HOST_DEVICE T scaled(T product) const { return product; }
+  GK_HOST_DEVICE T scaled_product(T b, T product) const { return b * product; }
+};
+
+// Calls function(logistic) with the one of the two that x needs; they give the same numbers where both can be had.
+template <typename T, typename Function>
+GK_HOST_DEVICE void with_logistic(T x, const Function& function) {
   using scalar_t = scalar_of_t<T>;
   const T floor(ExpConstants<scalar_t>::kUnderflow);
   const auto negative = x < T(0);
   const ReducedExp<T> reduced = reduce_exp(at_least(floor, negative_magnitude(x)));
-  const T e = scale_by_exp2(T(1) + reduced.expm1, reduced.n);
-  const T inverse = inverse_of_one_plus(e);
-  // Below the floor 0 and not a tiny number: swish(-inf) is nan, as torch's. e^r goes up to 1.42, half of it stays below 1.
-  const T half = select(x < floor, T(0), inverse * T(scalar_t(0.5)));
-  return {select(negative, fma(half, reduced.expm1, half), inverse), select(negative, reduced.n + T(1), T(0)),
-          select(negative, inverse, e * inverse)};
+  const T inverse = inverse_of_one_plus(scale_by_exp2(T(1) + reduced.expm1, reduced.n));
+  const T scaled = scale_by_exp2(inverse, reduced.n);
+  const T smaller = fma(scaled, reduced.expm1, scaled);
+  const T complement = select(negative, inverse, smaller);
+  if (has_far_exponent(reduced.n)) {
+    // Below the floor 0 and not a tiny number: swish(-inf) is nan, as torch's. e^r goes up to 1.42, half of it stays below 1.
+    const T half = select(x < floor, T(0), inverse * T(scalar_t(0.5)));
+    function(Logistic<T>{select(negative, fma(half, reduced.expm1, half), inverse), select(negative, reduced.n + T(1), T(0)), complement});
+  } else {
+    function(NearLogistic<T>{select(negative, smaller, inverse), complement});
+  }
 }
 
 }  // namespace gradkernels::math
