@@ -20,7 +20,7 @@ template <typename opmath>
 GK_INLINE void add_difference(Accumulators<opmath, 2>& sums, Vec<opmath> difference) {
   sums.template add<0>(difference);
   if constexpr (sizeof(opmath) == sizeof(double)) {
-    sums.template add_product<1>(Part<0>(), difference, difference);
+    sums.template add_product<1>(difference, difference);
   } else {
     sums.template add<1>(difference * difference);
   }
@@ -296,13 +296,6 @@ GK_INLINE void visit_gradient(const BatchNormBackward& p, const opmath_t<scalar_
   }
 }
 
-// What the sums need of a vector's columns.
-template <typename opmath>
-struct CoefficientsOfSums {
-  math::Normalisation<Vec<opmath>> normalise;
-  Vec<double> mean[kParts<opmath>];
-};
-
 void batch_norm_gradient_sums_kernel(const BatchNormBackward& p, Slab slab, math::GradientSums* out, void* dz_copy) {
   dispatch(p.dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
@@ -316,27 +309,21 @@ void batch_norm_gradient_sums_kernel(const BatchNormBackward& p, Slab slab, math
         Runs::for_each_lines(p.shape, slab, [&](const Lines& lines) GK_INLINE_LAMBDA {
           const typename Runs::template Coefficients<math::Normalisation, opmath> coefficients(
               lines, [&](int64_t channel) GK_INLINE_LAMBDA { return channel_normalisation<opmath>(p, channel); });
-          const typename Runs::Doubles mean(lines, p.mean);
           typename Runs::template Sums<opmath, 2> sums(lines);
-          sums.template add<scalar_t>(
-              lines,
-              [&](int64_t column) GK_INLINE_LAMBDA {
-                CoefficientsOfSums<opmath> of_column{coefficients.at(column), {}};
-                for_each_part<opmath>([&](auto part) GK_INLINE_LAMBDA { of_column.mean[part.kIndex] = mean.at(column, part.kIndex); });
-                return of_column;
-              },
-              [&](const auto& of_column, Position at, auto lanes, auto& sum) GK_INLINE_LAMBDA {
+          sums.add(
+              lines, [&](int64_t column) GK_INLINE_LAMBDA { return coefficients.at(column); },
+              [&](const auto& normalise, Position at, auto lanes, auto& terms) GK_INLINE_LAMBDA {
                 const Vec<opmath> x = load(x_data + at.element, lanes);
-                const Vec<opmath> dz = dz_of(of_column.normalise, x, at, lanes);
+                const Vec<opmath> dz = dz_of(normalise, x, at, lanes);
                 if (grad_residual != nullptr) store(grad_residual + at.element, lanes, dz);
                 if (copy != nullptr) store(copy + at.copied, lanes, dz);
-                for_each_part<opmath>([&](auto part) GK_INLINE_LAMBDA {
-                  sum.template add_product<1>(part, widen(dz, part.kIndex), widen(x, part.kIndex) - of_column.mean[part.kIndex]);
-                });
-                sum.template add<0>(dz);
+                terms.template add<0>(dz);
+                terms.template add_product<1>(dz, x - normalise.mean_high);
               });
           for (int64_t c = 0; c < lines.channels(); ++c) {
-            out[lines.channel_begin + c - slab.channel_begin] = {sums.of_channel(lines, c, 0), sums.of_channel(lines, c, 1)};
+            const int64_t channel = lines.channel_begin + c;
+            out[channel - slab.channel_begin] =
+                math::about_mean({sums.of_channel(lines, c, 0), sums.of_channel(lines, c, 1)}, math::mean_low<opmath>(p.mean[channel]));
           }
         });
       });

@@ -134,9 +134,10 @@ class Accumulators {
   GK_INLINE void add(Vec<opmath> x) {
     for_each_part<opmath>([&](auto part) GK_INLINE_LAMBDA { add_term<opmath>(sum_[n][part.kIndex], widen(x, part.kIndex)); });
   }
-  template <int n, int I>
-  GK_INLINE void add_product(Part<I>, Vec<double> a, Vec<double> b) {
-    cpu::add_product<opmath>(sum_[n][I], a, b);
+  template <int n>
+  GK_INLINE void add_product(Vec<opmath> a, Vec<opmath> b) {
+    for_each_part<opmath>(
+        [&](auto part) GK_INLINE_LAMBDA { cpu::add_product<opmath>(sum_[n][part.kIndex], widen(a, part.kIndex), widen(b, part.kIndex)); });
   }
   template <int I>
   GK_INLINE const math::Sum<Vec<double>>& sum(int n, Part<I>) const {
@@ -146,6 +147,38 @@ class Accumulators {
  private:
   math::Sum<Vec<double>> sum_[N][kParts<opmath>];
 };
+
+// How many vectors of float32 terms meet before they enter a float64 sum.
+constexpr int64_t kTerms = 8;
+
+template <int N>
+struct Float32Terms {
+  Vec<float> sum[N];
+
+  template <int n>
+  GK_INLINE void add(Vec<float> x) {
+    sum[n] = sum[n] + x;
+  }
+  template <int n>
+  GK_INLINE void add_product(Vec<float> a, Vec<float> b) {
+    sum[n] = fma(a, b, sum[n]);
+  }
+};
+
+// Calls function(terms), which is to add kTerms vectors at most to them.
+template <typename opmath, int N, typename Function>
+GK_INLINE void add_terms(Accumulators<opmath, N>& sums, const Function& function) {
+  static_assert(N <= 2);
+  if constexpr (sizeof(opmath) == sizeof(double)) {
+    function(sums);
+  } else {
+    Float32Terms<N> terms;
+    for (int n = 0; n < N; ++n) terms.sum[n] = Vec<float>(0.0f);
+    function(terms);
+    sums.template add<0>(terms.sum[0]);
+    if constexpr (N == 2) sums.template add<1>(terms.sum[1]);
+  }
+}
 
 // ---- Long runs
 // -----------------------------------------------------------------------------------------------------------------------------
@@ -182,16 +215,6 @@ struct LongRuns {
     C<Vec<opmath>> value_;
   };
 
-  // A float64 value of the channel.
-  class Doubles {
-   public:
-    GK_INLINE Doubles(const Lines& lines, const double* of_channel) : value_(of_channel[lines.channel_begin]) {}
-    GK_INLINE Vec<double> at(int64_t, int) const { return value_; }
-
-   private:
-    Vec<double> value_;
-  };
-
   template <typename opmath, int N>
   class Sums {
    public:
@@ -211,12 +234,20 @@ struct LongRuns {
       });
       return sum.high + sum.low;
     }
-    // Calls function(of_column(column), position, lanes, accumulators) for each vector of the lines.
-    template <typename scalar_t, typename OfColumn, typename Function>
+    // Calls function(of_column(column), position, lanes, terms) for each vector of the lines.
+    template <typename OfColumn, typename Function>
     GK_INLINE void add(const Lines& lines, const OfColumn& of_column, const Function& function) {
+      constexpr int64_t kStep = kTerms * Vec<opmath>::kLanes;
       const auto values = of_column(0);
-      for_each_position<scalar_t>(lines, static_cast<const scalar_t*>(nullptr),
-                                  [&](Position at, auto lanes) GK_INLINE_LAMBDA { function(values, at, lanes, total_); });
+      for (int64_t row = lines.row_begin; row < lines.row_end; ++row) {
+        const Position begin = position_of_row(lines, row);
+        for (int64_t i = lines.begin; i < lines.end; i += kStep) {
+          add_terms(total_, [&](auto& terms) GK_INLINE_LAMBDA {
+            for_each_vector<opmath>(i, i + kStep < lines.end ? i + kStep : lines.end,
+                                    [&](int64_t j, auto lanes) GK_INLINE_LAMBDA { function(values, advanced(begin, j), lanes, terms); });
+          });
+        }
+      }
     }
 
    private:
@@ -255,13 +286,12 @@ struct ShortRuns {
                    first, columns, first / 8, (columns + 7) / 8});
   }
 
-  // Calls function(column, lanes, row, row_end) for a few rows down a column of vectors and then for the next column: what belongs to the
+  // Calls function(column, lanes, row, row_end) for kTerms rows down a column of vectors and then for the next column: what belongs to the
   // column stays in registers meanwhile, and the processor's prefetching follows as many streams as there are rows.
   template <typename opmath, typename Function>
   static GK_INLINE void for_each_block(const Lines& lines, const Function& function) {
-    constexpr int64_t kRows = 8;
-    for (int64_t row = lines.row_begin; row < lines.row_end; row += kRows) {
-      const int64_t row_end = row + kRows < lines.row_end ? row + kRows : lines.row_end;
+    for (int64_t row = lines.row_begin; row < lines.row_end; row += kTerms) {
+      const int64_t row_end = row + kTerms < lines.row_end ? row + kTerms : lines.row_end;
       for_each_vector<opmath>(lines.begin, lines.end,
                               [&](int64_t column, auto lanes) GK_INLINE_LAMBDA { function(column, lanes, row, row_end); });
     }
@@ -303,20 +333,6 @@ struct ShortRuns {
     Columns<opmath> member_[sizeof(C<opmath>) / sizeof(opmath)];
   };
 
-  class Doubles {
-   public:
-    GK_INLINE Doubles(const Lines& lines, const double* of_channel) {
-      int64_t column = 0;
-      for (int64_t channel = lines.channel_begin; channel < lines.channel_end; ++channel, column += lines.inner) {
-        value_.spread(column, lines.inner, of_channel[channel]);
-      }
-    }
-    GK_INLINE Vec<double> at(int64_t column, int part) const { return value_.load(column + part * Vec<double>::kLanes); }
-
-   private:
-    Columns<double> value_;
-  };
-
   template <typename opmath, int N>
   class Sums {
    public:
@@ -337,12 +353,14 @@ struct ShortRuns {
       }
       return sum.high + sum.low;
     }
-    template <typename scalar_t, typename OfColumn, typename Function>
+    template <typename OfColumn, typename Function>
     GK_INLINE void add(const Lines& lines, const OfColumn& of_column, const Function& function) {
       for_each_block<opmath>(lines, [&](int64_t column, auto lanes, int64_t row, int64_t row_end) GK_INLINE_LAMBDA {
         const auto values = of_column(column);
         Accumulators<opmath, N> sums;
-        for (; row < row_end; ++row) function(values, advanced(position_of_row(lines, row), column), lanes, sums);
+        add_terms(sums, [&](auto& terms) GK_INLINE_LAMBDA {
+          for (; row < row_end; ++row) function(values, advanced(position_of_row(lines, row), column), lanes, terms);
+        });
         add(column, sums);
       });
     }
