@@ -223,6 +223,28 @@ def test_same_bits_for_any_number_of_threads(shape, act, each_thread_count):
 # layouts
 
 
+@pytest.mark.parametrize("act,residual", [("leaky_relu", False), ("relu", True)])
+@pytest.mark.parametrize("dtype", [*DTYPES, *SIXTEEN_BITS], ids=str)
+@pytest.mark.parametrize("height", [195, 196], ids="rows of {} elements".format)
+def test_outputs_past_the_caches(height, dtype, act, residual):
+    # From 16 MiB on outputs are written past the caches, each line from where it is aligned: few lines of 195 elements begin there.
+    images = -(-(16 << 20) // (97 * height * dtype.itemsize))
+    x, grad_y, added = (torch.randn(images, 97, 1, height).to(dtype) for _ in range(3))
+    of_channel = torch.float64 if dtype == torch.float64 else torch.float32
+    mean, var, weight, bias = (torch.rand(97, dtype=of_channel) + 0.5 for _ in range(4))
+
+    def value_and_gradient(part):
+        x_part = x[part].detach().requires_grad_()
+        y = gk.batch_norm_act(x_part, mean, var, weight, bias, residual=added[part] if residual else None, act=act)
+        return y.detach(), *torch.autograd.grad(y, x_part, grad_y[part])
+
+    large = value_and_gradient(slice(None))
+    halves = [value_and_gradient(half) for half in (slice(images // 2), slice(images // 2, None))]
+    assert large[0].nbytes >= 16 << 20 > halves[1][0].nbytes
+    for whole, *parts in zip(large, *halves, strict=True):
+        assert torch.equal(whole, torch.cat(parts))
+
+
 @each_training
 @pytest.mark.parametrize("layout", ["every second column", "transposed rows", "expanded", "offset", "cut out channels"])
 def test_layout_of_x(layout, training):

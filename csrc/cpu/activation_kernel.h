@@ -114,7 +114,7 @@ void parametric_forward_kernel(const ParametricForward& p, Slab slab) {
       const typename Runs::template Coefficients<Parameter, opmath_t<scalar_t>> parameters(lines,
                                                                                            parameter_of_channel<scalar_t>(p.parameter));
       Runs::template for_each<scalar_t>(
-          lines, streamed(p.shape, y), [&](int64_t column) GK_INLINE_LAMBDA { return activation(parameters.at(column).value); },
+          lines, streamed(p.shape, y, nullptr), [&](int64_t column) GK_INLINE_LAMBDA { return activation(parameters.at(column).value); },
           [&](const auto& f, Position at, auto lanes)
               GK_INLINE_LAMBDA { store(y + at.element, lanes, f.forward(load(x + at.element, lanes)), at.past_caches); });
     });

@@ -118,7 +118,7 @@ void short_run_moments(const scalar_t* x, const Lines& lines, math::Moments<doub
     const double rows = static_cast<double>(tile.row_end - tile.row_begin);
     const V weight(static_cast<opmath>(1.0 / rows));
     Columns<opmath> about(tile);
-    for_each_position<scalar_t>(tile, static_cast<const scalar_t*>(nullptr), [&](Position at, auto lanes) GK_INLINE_LAMBDA {
+    for_each_position(tile, Streamed<scalar_t>{nullptr, 1}, [&](Position at, auto lanes) GK_INLINE_LAMBDA {
       about.store(at.column, fma(load(x + at.element, lanes), weight, about.load(at.column)));
     });
     for_each_vector<opmath>(0, lines.end, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
@@ -238,7 +238,7 @@ void batch_norm_normalise_kernel(const BatchNormForward& p, Slab slab) {
           const typename Runs::template Coefficients<math::Normalisation, opmath> coefficients(
               lines, [&](int64_t channel) GK_INLINE_LAMBDA { return channel_normalisation<opmath>(p, channel); });
           Runs::template for_each<scalar_t>(
-              lines, streamed(p.shape, y), [&](int64_t column) GK_INLINE_LAMBDA { return coefficients.at(column); },
+              lines, streamed(p.shape, y, p.mask), [&](int64_t column) GK_INLINE_LAMBDA { return coefficients.at(column); },
               [&](const auto& normalise, Position at, auto lanes)
                   GK_INLINE_LAMBDA { function(normalise(load(x + at.element, lanes)), at, lanes); });
         });
@@ -371,7 +371,7 @@ void batch_norm_gradient_input_kernel(const BatchNormBackward& p, Slab slab, con
                                                  channel_value(p.parameter_dtype, p.weight, channel, 1.0), count, sums[channel])};
               });
           Runs::template for_each<scalar_t>(
-              lines, streamed(p.shape, grad_x), [&](int64_t column) GK_INLINE_LAMBDA { return coefficients.at(column); },
+              lines, streamed(p.shape, grad_x, source.mask), [&](int64_t column) GK_INLINE_LAMBDA { return coefficients.at(column); },
               [&](const auto& c, Position at, auto lanes) GK_INLINE_LAMBDA {
                 const V x = load(x_data + at.element, lanes);
                 const V dz = dz_of(c.normalise, x, at, lanes);

@@ -59,29 +59,49 @@ GK_INLINE Position advanced(Position at, int64_t columns) {
   return {at.element + columns, at.mask_byte + columns / 8, at.copied + columns, at.column + columns, at.past_caches};
 }
 
-// Whether this place of an output is to be written past the caches: where there is one, and it is at a register's alignment.
+// An output that is to be written past the caches, for being too large for the next reader to find it there, or null;
+// bench/bench_batch_norm_act.py decides about the size. Vectors may begin at every multiple of `step` elements of a line.
 template <typename scalar_t>
-GK_INLINE bool goes_past_caches(const scalar_t* streamed_output, int64_t element) {
-  return streamed_output != nullptr && reinterpret_cast<uintptr_t>(streamed_output + element) % kRegisterBytes == 0;
+struct Streamed {
+  const scalar_t* output;
+  int64_t step;
+
+  // Whether this element is one to write past the caches: at a register's alignment.
+  GK_INLINE bool begins_at(int64_t element) const { return output != nullptr && bytes_before_alignment(element) == 0; }
+  // The first of the elements [begin, end) of a line from which on that can be done, else end.
+  GK_INLINE int64_t begin(int64_t element_of_line, int64_t begin, int64_t end) const {
+    if (output == nullptr) return end;
+    const int64_t first = bytes_before_alignment(element_of_line + begin) / static_cast<int64_t>(sizeof(scalar_t));
+    return first % step == 0 && begin + first < end ? begin + first : end;
+  }
+
+ private:
+  GK_INLINE int64_t bytes_before_alignment(int64_t element) const {
+    return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(output + element) % kRegisterBytes);
+  }
+};
+
+// Vectors of an output with a mask begin at whole bytes of it.
+template <typename scalar_t>
+GK_INLINE Streamed<scalar_t> streamed(const ChannelShape& shape, const scalar_t* output, const uint8_t* mask) {
+  constexpr int64_t kStreamedBytes = 16 * 1024 * 1024;
+  const bool large = shape.rows * shape.channels * shape.inner * static_cast<int64_t>(sizeof(scalar_t)) >= kStreamedBytes;
+  return {large ? output : nullptr, mask == nullptr ? 1 : 8};
 }
 
 // Calls function(position, lanes) for each vector of the lines, which hold scalar_t, row by row.
 template <typename scalar_t, typename Function>
-GK_INLINE void for_each_position(const Lines& lines, const scalar_t* streamed_output, const Function& function) {
+GK_INLINE void for_each_position(const Lines& lines, Streamed<scalar_t> streamed, const Function& function) {
   for (int64_t row = lines.row_begin; row < lines.row_end; ++row) {
     Position begin = position_of_row(lines, row);
-    begin.past_caches = goes_past_caches(streamed_output, begin.element + lines.begin);
-    for_each_vector<opmath_t<scalar_t>>(lines.begin, lines.end,
-                                        [&](int64_t i, auto lanes) GK_INLINE_LAMBDA { function(advanced(begin, i), lanes); });
+    const int64_t turn = streamed.begin(begin.element, lines.begin, lines.end);
+    // Before the turn there is less than a vector, or of 16 bits perhaps more.
+    begin.past_caches = turn < lines.end && sizeof(scalar_t) > 2;
+    for (int64_t from = lines.begin, to = turn; from < lines.end; from = to, to = lines.end) {
+      for_each_vector<opmath_t<scalar_t>>(from, to, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA { function(advanced(begin, i), lanes); });
+      begin.past_caches = true;
+    }
   }
-}
-
-// The output where it is to be written past the caches, for being too large for the next reader to find it there; else null.
-// bench/bench_batch_norm_act.py decides about the size.
-template <typename scalar_t>
-GK_INLINE const scalar_t* streamed(const ChannelShape& shape, const scalar_t* output) {
-  constexpr int64_t kStreamedBytes = 16 * 1024 * 1024;
-  return shape.rows * shape.channels * shape.inner * static_cast<int64_t>(sizeof(scalar_t)) >= kStreamedBytes ? output : nullptr;
 }
 
 // From here on a type is what is computed in. Adds to float64 sums: float64 terms leave their rounding errors in the second sum; of float32
@@ -196,10 +216,10 @@ struct LongRuns {
 
   // Calls function(of_column(column), position, lanes) for each vector of the lines, which hold scalar_t.
   template <typename scalar_t, typename OfColumn, typename Function>
-  static GK_INLINE void for_each(const Lines& lines, const scalar_t* streamed_output, const OfColumn& of_column, const Function& function) {
+  static GK_INLINE void for_each(const Lines& lines, Streamed<scalar_t> streamed, const OfColumn& of_column, const Function& function) {
     const auto values = of_column(0);
-    for_each_position<scalar_t>(lines, streamed_output, [&](Position at, auto lanes) GK_INLINE_LAMBDA { function(values, at, lanes); });
-    if (streamed_output != nullptr) stream_fence();
+    for_each_position(lines, streamed, [&](Position at, auto lanes) GK_INLINE_LAMBDA { function(values, at, lanes); });
+    if (streamed.output != nullptr) stream_fence();
   }
 
   // C<opmath> of the channel, at every column.
@@ -298,16 +318,16 @@ struct ShortRuns {
   }
 
   template <typename scalar_t, typename OfColumn, typename Function>
-  static GK_INLINE void for_each(const Lines& lines, const scalar_t* streamed_output, const OfColumn& of_column, const Function& function) {
+  static GK_INLINE void for_each(const Lines& lines, Streamed<scalar_t> streamed, const OfColumn& of_column, const Function& function) {
     for_each_block<opmath_t<scalar_t>>(lines, [&](int64_t column, auto lanes, int64_t row, int64_t row_end) GK_INLINE_LAMBDA {
       const auto values = of_column(column);
       for (; row < row_end; ++row) {
         Position at = advanced(position_of_row(lines, row), column);
-        at.past_caches = goes_past_caches(streamed_output, at.element);
+        at.past_caches = streamed.begins_at(at.element);
         function(values, at, lanes);
       }
     });
-    if (streamed_output != nullptr) stream_fence();
+    if (streamed.output != nullptr) stream_fence();
   }
 
   template <template <typename> class C, typename opmath>

@@ -410,8 +410,24 @@ GK_INLINE void store(T* target, AllLanes, Vec<opmath_t<T>> value, bool past_cach
     store(target, value);
   }
 }
+// A part of a line stored through the caches would have to be read first, and hold up all stores after it. There is an instruction for no
+// less than 32 bits.
 template <typename T>
-GK_INLINE void store(T* target, SomeLanes lanes, Vec<opmath_t<T>> value, bool) {
+GK_INLINE void store(T* target, SomeLanes lanes, Vec<opmath_t<T>> value, bool past_caches) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(T) > 2) {
+    if (past_caches) {
+      T lane[Vec<T>::kLanes];
+      store(lane, value);
+      for (int i = 0; i < lanes.count; ++i) {
+        if constexpr (sizeof(T) == 4) _mm_stream_si32(reinterpret_cast<int*>(target + i), reinterpret_cast<const int*>(lane)[i]);
+        if constexpr (sizeof(T) == 8)
+          _mm_stream_si64(reinterpret_cast<long long*>(target + i), reinterpret_cast<const long long*>(lane)[i]);
+      }
+      return;
+    }
+  }
+#endif
   store(target, lanes, value);
 }
 
