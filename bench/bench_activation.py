@@ -1,7 +1,8 @@
 """The activations, forward + backward, beside torch's; swish with a learnt beta beside x * sigmoid(beta * x).
 
 Least traffic, E = bytes of x: forward 2E, backward 3E; with leaky_relu's mask of one bit an element forward 2E + E/32, backward 2E + E/32
-(in 16-bit types E/16). Beside the compiler stand torch's function compiled and ours compiled, which must not be slower.
+(in 16-bit types E/16). Beside the compiler stand torch's function compiled and ours compiled, which must not be slower. 4 MiB is measured
+forward and backward apart as well. The least size, 16 elements, is what a call costs.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness import Case, arguments, gk, prove, reference, run
+from harness import Case, arguments, gk, parts_of, prove, reference, run
 
 FUNCTIONS = {
     "leaky_relu": (gk.leaky_relu, F.leaky_relu, reference.leaky_relu),
@@ -58,15 +59,20 @@ def case(name: str, size: str, dtype: torch.dtype, compiled: bool) -> Case:
         torch.compiler.reset()
         providers["torch.compile"] = partial(step, torch.compile(eager, dynamic=False))
         providers["gradkernels, compiled"] = partial(step, torch.compile(ours, dynamic=False))
-    mask_bytes = x.numel() // 8
-    return Case(
+    least = (2 * x.nbytes + x.numel() // 8,) * 2 if name == "leaky_relu" else (2 * x.nbytes, 3 * x.nbytes)
+    forward = {"eager": partial(eager, *operands), "gradkernels": partial(ours, *operands)}
+    case = Case(
         name=f"{name} {size}",
         providers=providers | {"gradkernels": partial(step, ours)},
-        bytes=4 * x.nbytes + 2 * mask_bytes if name == "leaky_relu" else 5 * x.nbytes,
+        bytes=sum(least),
         copied=x.nbytes,
         prove=check,
         dtype=str(dtype).removeprefix("torch."),
+        apart=(size, dtype) == ("4 MiB", torch.float32),
+        saves=forward,
     )
+    case.parts = lambda: parts_of(case, forward, dict.fromkeys(forward, operands), grad_y, least)
+    return case
 
 
 if __name__ == "__main__":

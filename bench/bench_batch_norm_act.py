@@ -1,7 +1,8 @@
 """Training batch norm + activation, forward + backward: gk.BatchNormAct* beside act(bn(x) + residual) of torch.nn.
 
-Least traffic, E = bytes of x: forward 2E, backward 3E; with a residual 3E and 4E. Compiling takes longest: --all compiles each of its 204
-cases, --eager-only none.
+Least traffic, E = bytes of x: forward 2E, backward 3E; with a residual 3E and 4E. (32, 64, 56, 56) is measured forward and backward apart
+as well, and some cases beside the packages that do the same (neighbours.py). Compiling takes longest: --all compiles each of its 204 cases,
+--eager-only none; both want --seconds.
 """
 
 import copy
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness import Case, arguments, gk, prove, reference, run
+import neighbours
+from harness import Case, arguments, gk, parts_of, prove, reference, run
 
 ACTS = {"identity": lambda x: x, "relu": F.relu, "leaky_relu": F.leaky_relu, "elu": F.elu, "swish": F.silu}
 SHAPES = (
@@ -38,6 +40,7 @@ SELECTION = (
     ((32, 64, 56, 56), "leaky_relu", False, "contiguous", torch.bfloat16, False),
     ((32, 1024, 14, 14), "swish", True, "channels_last", torch.bfloat16, False),
 )
+APART = (32, 64, 56, 56)
 ALL = tuple(
     (shape, act, with_residual, layout, dtype, True)
     for dtype in (torch.float32, torch.bfloat16)
@@ -103,19 +106,30 @@ def case(shape: tuple[int, ...], act: str, with_residual: bool, layout: str, dty
         prove(name, actual, answer(eager), exact)
 
     providers = {"eager": partial(step, eager)}
+    for neighbour, module in neighbours.of_batch_norm_act(bn, act, shape, dtype, with_residual).items():
+        neighbours.prove(neighbour, step(copy.deepcopy(module)), step(copy.deepcopy(eager)))
+        providers[neighbour] = partial(step, module)
     if compiled:
         # Else the ninth case would be torch eager: what was compiled for the others counts against one limit.
         torch.compiler.reset()
         providers["torch.compile"] = partial(step, torch.compile(eager, dynamic=False))
-    return Case(
+    modules = {"eager": eager, "gradkernels": ours}
+    forward = {provider: partial(module, *operands) for provider, module in modules.items()}
+    least = (3 * x.nbytes, 4 * x.nbytes) if with_residual else (2 * x.nbytes, 3 * x.nbytes)
+    case = Case(
         name=name,
         providers=providers | {"gradkernels": partial(step, ours)},
-        bytes=(7 if with_residual else 5) * x.nbytes,
+        bytes=sum(least),
         copied=x.nbytes,
         prove=check,
         dtype=str(dtype).removeprefix("torch."),
         layout=layout,
+        apart=(shape, dtype) == (APART, torch.float32),
+        saves=forward,
     )
+    inputs = {provider: [*operands, *module.parameters()] for provider, module in modules.items()}
+    case.parts = lambda: parts_of(case, forward, inputs, grad_y, least)
+    return case
 
 
 if __name__ == "__main__":
@@ -123,4 +137,4 @@ if __name__ == "__main__":
     cases = ALL if options.all else SELECTION
     if options.eager_only:
         cases = tuple((*each[:-1], False) for each in cases)
-    run("batch norm + activation, training", [partial(case, *each) for each in cases], options)
+    run("batch norm + activation, training", [partial(case, *each) for each in cases], options, neighbours=neighbours.found())

@@ -3,7 +3,8 @@
 A provider measured call by call inherits the page faults of the one before it, so each runs a block of calls, the first ones unmeasured.
 One of the providers is a copy of as many bytes as the case's own tensor into memory that is there already (y.copy_(x)): `of copy` is the
 bandwidth of a row over that of this copy in the same blocks. Bytes are those of the least traffic possible, whoever moves how many.
-Cases whose tensors exceed 16 MiB are measured with fresh and with warm outputs (memory_of_outputs).
+Cases whose tensors exceed 16 MiB are measured with fresh and with warm outputs (memory_of_outputs). A script has its seconds (SECONDS) and
+shares out what is left of them among the cases that are left: blocks become shorter first, then fewer.
 """
 
 import argparse
@@ -20,7 +21,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 # The checkout that a script stands in is what it measures; scripts import gradkernels from here.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -35,16 +38,62 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gradkernels as gk
 from gradkernels import _native, reference
 
-__all__ = ["COPY", "ROOT", "Case", "arguments", "gk", "header", "measure", "memory_of_outputs", "prove", "reference", "report", "run"]
+__all__ = [
+    "COPY",
+    "ROOT",
+    "SECONDS",
+    "STEP_COLUMNS",
+    "Block",
+    "Budget",
+    "Case",
+    "Row",
+    "arguments",
+    "gk",
+    "header",
+    "measure",
+    "memory_of_outputs",
+    "parts_of",
+    "peak_bytes",
+    "prove",
+    "reference",
+    "report",
+    "report_cases",
+    "rows_from",
+    "run",
+    "spread",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
+STARTED = time.monotonic()
+# Seconds that a script may take, (in full, with --quick), together below ten minutes and one minute; others take OTHER. Importing torch
+# is not among them: 3 s each.
+SECONDS = {
+    "accuracy": (12, 2),
+    "activation": (80, 2),
+    "batch_norm_act": (120, 2),
+    "clip_grad": (95, 2),
+    "convert": (60, 3),
+    "cuda": (60, 3),
+    "monitor": (60, 3),
+    "package": (20, 6),
+    "scaling": (45, 8),
+    "training": (40, 3),
+}
+OTHER = (40, 3)
 ULP_BOUND = 2.0
 HEADER_COPY_BYTES = 64 << 20
 COPY = "copy, 64 MiB, warm, GB/s read + written"
 # Blocks above this change hands between process and system with every call, see memory_of_outputs.
 TWO_STATES_BYTES = 16 << 20
-MOST_SECONDS = 6.0
+# What a provider gets where nothing was said of a budget, and at least.
+MOST_SECONDS = 3.0
 LEAST_BLOCKS = 3
+# For the parts of a case that was lost, which nobody reckoned with.
+SECONDS_OF_A_PART = 0.6
+# Smaller ones tell nothing of memory: the C library rounds them up.
+LEAST_PEAK_BYTES = 1 << 20
+WHOLE = "forward + backward"
+PARTS = ("forward", "backward")
 
 
 def nothing() -> None:
@@ -57,7 +106,8 @@ class Case:
 
     providers: name -> a call; "eager" is what ratios are taken of, "torch.compile" too where it is there. prepare: name -> what runs before
     each block of it, unmeasured. prove: raises SystemExit unless the answers are right. copied: bytes of the tensor that the copy beside it
-    copies. outputs: "fresh", or "none" for what is computed in place.
+    copies. outputs: "fresh", or "none" for what is computed in place. parts: the same thing's forward and backward, each as a case, to be
+    measured where apart is set or eager was faster on the whole. saves: name -> what saves tensors for backward and returns its output.
     """
 
     name: str
@@ -65,16 +115,22 @@ class Case:
     bytes: int
     copied: int
     prove: Callable[[], None]
-    direction: str = "forward + backward"
+    direction: str = WHOLE
     dtype: str = "float32"
     layout: str = "contiguous"
     outputs: str = "fresh"
     prepare: dict[str, Callable[[], None]] = field(default_factory=dict)
+    parts: Callable[[], "list[Case]"] | None = None
+    apart: bool = False
+    saves: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
 
 
 @dataclass
 class Row:
-    """faults: minor page faults per call. times_eager, times_compile: how many times as fast as those; None where they were not run."""
+    """faults: minor page faults per call. times_eager, times_compile: how many times as fast as those; None where they were not run.
+    cores: the process' time on all cores over the time that passed; threads that wait for work in a loop count. blocks: what the
+    percentiles are of. saved_bytes: kept by autograd for backward, inputs among it. peak_bytes: resident above what is between two calls.
+    """
 
     case: str
     provider: str
@@ -91,6 +147,10 @@ class Row:
     of_copy: float
     times_eager: float
     times_compile: float | None
+    blocks: int
+    cores: float | None = None
+    saved_bytes: int | None = None
+    peak_bytes: float | None = None
 
 
 @dataclass
@@ -98,17 +158,43 @@ class Block:
     """What a call of a block cost on average."""
 
     seconds: float
-    faults: float
+    faults: float = 0.0
+    cores: float | None = None
+
+
+class Budget:
+    """A script's seconds, from its import of this file on, shared out among the things that it has yet to measure."""
+
+    def __init__(self, seconds: float, things: int, started: float = STARTED) -> None:
+        self.ends = started + seconds
+        self.things = things
+
+    def share(self) -> float:
+        """The moment (of time.monotonic) at which the next thing is to be done: an even part of what is left from now on."""
+        now = time.monotonic()
+        ends = now + max(0.0, self.ends - now) / max(1, self.things)
+        self.things -= 1
+        return ends
 
 
 def arguments(description: str, *options: str) -> argparse.Namespace:
-    """--quick, --json FILE and the script's own switches."""
+    """--quick, --json FILE, --seconds N and the script's own switches."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="the first case only, in few blocks: does it run, not how fast is it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write header and rows to FILE as well")
+    parser.add_argument("--seconds", type=float, metavar="N", help="how long to measure, roughly; the more, the more blocks of calls")
     for option in options:
         parser.add_argument(f"--{option}", action="store_true")
-    return parser.parse_args()
+    parsed = parser.parse_args()
+    if parsed.seconds is None:
+        parsed.seconds = SECONDS.get(Path(sys.argv[0]).stem.removeprefix("bench_"), OTHER)[parsed.quick]
+    return parsed
+
+
+def spread(times: Sequence[float]) -> tuple[float, float, float]:
+    """p20, median, p80."""
+    p20, _, _, p80 = statistics.quantiles(times, n=5, method="inclusive")
+    return p20, statistics.median(times), p80
 
 
 def prove(name: str, actual: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
@@ -172,26 +258,29 @@ def minor_faults() -> int:
 
 
 def block_of(call: Callable[[], Any], count: int) -> Block:
-    faults = minor_faults()
+    faults, cpu = minor_faults(), time.process_time_ns()
     start = time.perf_counter_ns()
     for _ in range(count):
         call()
-    seconds = (time.perf_counter_ns() - start) / 1e9
-    return Block(seconds / count, (minor_faults() - faults) / count)
+    passed = max(1, time.perf_counter_ns() - start)
+    return Block(passed / 1e9 / count, (minor_faults() - faults) / count, (time.process_time_ns() - cpu) / passed)
 
 
 def measure_blocks(
-    providers: dict[str, Callable[[], Any]], prepare: dict[str, Callable[[], None]], blocks: int, seconds: float
+    providers: dict[str, Callable[[], Any]], prepare: dict[str, Callable[[], None]], blocks: int, seconds: float, until: float
 ) -> dict[str, list[Block]]:
-    """The blocks of each provider, each of about `seconds`; fewer blocks where a call takes so long that they would exceed MOST_SECONDS."""
-    calls = {}
+    """The blocks of each provider, `blocks` of `seconds` at most: shorter ones, then fewer, down to LEAST_BLOCKS, to be done at `until`."""
+    one = {}
     for name, call in providers.items():
         prepare.get(name, nothing)()
         call()
-        one = max(block_of(call, 1).seconds, 1e-9)
-        calls[name] = max(1, min(100_000, int(seconds / one)))
-        # A block is its calls and, before them, a quarter as many or one that are not measured.
-        blocks = min(blocks, max(LEAST_BLOCKS, int(MOST_SECONDS / (one * (calls[name] + max(1, calls[name] // 4))))))
+        one[name] = max(block_of(call, 1).seconds, 1e-9)
+    left = max(0.0, until - time.monotonic())
+    # A block is its calls and, before them, a quarter as many or one that are not measured.
+    seconds = min(seconds, left / (len(providers) * blocks * 1.25))
+    calls = {name: max(1, min(100_000, int(seconds / each))) for name, each in one.items()}
+    round_ = sum(each * (calls[name] + max(1, calls[name] // 4)) for name, each in one.items())
+    blocks = max(LEAST_BLOCKS, min(blocks, int(left / round_)))
     measured: dict[str, list[Block]] = {name: [] for name in providers}
     order = list(providers)
     gc.collect()
@@ -210,11 +299,51 @@ def measure_blocks(
 
 
 def measure(
-    providers: dict[str, Callable[[], Any]], prepare: dict[str, Callable[[], None]], blocks: int, seconds: float
+    providers: dict[str, Callable[[], Any]],
+    prepare: dict[str, Callable[[], None]],
+    blocks: int,
+    seconds: float,
+    until: float | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds per call of each provider, one number for each of its blocks."""
-    measured = measure_blocks(providers, prepare, blocks, seconds)
+    """Seconds per call of each provider, one number for each of its blocks; until: of Budget.share()."""
+    if until is None:
+        until = time.monotonic() + MOST_SECONDS * len(providers)
+    measured = measure_blocks(providers, prepare, blocks, seconds, until)
     return {name: [block.seconds for block in each] for name, each in measured.items()}
+
+
+def resident_bytes(which: str) -> int:
+    """VmRSS, or VmHWM, the most there was since it was last reset."""
+    return int(re.search(rf"^{which}:\s*(\d+) kB", Path("/proc/self/status").read_text(), flags=re.M).group(1)) * 1024
+
+
+def peak_bytes(call: Callable[[], Any]) -> int | None:
+    """The most memory that a call has resident above what is resident between two of them; None where it cannot be told."""
+    library = c_library()
+    if library is None or not Path("/proc/self/clear_refs").exists():
+        return None
+    with memory_of_outputs("mapped"):
+        # What the last call left, gradients above all, moves into blocks of this kind.
+        call()
+        gc.collect()
+        library.malloc_trim(0)
+        before = resident_bytes("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+        call()
+        return resident_bytes("VmHWM") - before
+
+
+def saved_bytes(forward: Callable[[], Tensor]) -> int:
+    """What autograd keeps for backward, memory of several tensors counted once."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with saved_tensors_hooks(keep, lambda x: x):
+        forward()
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def copy_of(size: int) -> Callable[[], Tensor]:
@@ -223,20 +352,60 @@ def copy_of(size: int) -> Callable[[], Tensor]:
     return lambda: destination.copy_(source)
 
 
-def rows_of(case: Case, blocks: int, seconds: float) -> list[Row]:
+def parts_of(
+    whole: Case, forward: dict[str, Callable[[], Tensor]], inputs: dict[str, Sequence[Tensor]], grad_y: Tensor, bytes: tuple[int, int]
+) -> list[Case]:
+    """The forward of each provider, recorded for backward, and its backward, of one recorded forward again and again."""
+    backward = {name: partial(torch.autograd.grad, call(), inputs[name], grad_y, retain_graph=True) for name, call in forward.items()}
+    alone = replace(whole, parts=None, saves={})
+    return [
+        replace(alone, direction="forward", providers=dict(forward), bytes=bytes[0]),
+        replace(alone, direction="backward", providers=backward, bytes=bytes[1]),
+    ]
+
+
+def rows_of(case: Case, blocks: int, seconds: float, until: float) -> list[Row]:
     case.prove()
-    return [row for state in states_of(case) for row in rows_in_state(case, state, blocks, seconds)]
+    plan = [(case, state) for state in states_of(case)]
+    if case.apart and case.parts is not None:
+        plan += [(part, plan[0][1]) for part in case.parts()]
+    rows: list[Row] = []
+    for number, (each, state) in enumerate(plan):
+        now = time.monotonic()
+        rows += rows_in_state(each, state, blocks, seconds, now + max(0.0, until - now) / (len(plan) - number))
+    if case.parts is not None and not case.apart:
+        for state in {row.outputs for row in rows if row.provider == "gradkernels" and lost(row, rows)}:
+            for part in case.parts():
+                rows += rows_in_state(part, state, blocks, seconds, time.monotonic() + SECONDS_OF_A_PART)
+    return rows
 
 
-def rows_in_state(case: Case, state: str, blocks: int, seconds: float) -> list[Row]:
+def lost(ours: Row, rows: Iterable[Row]) -> bool:
+    """Whether eager was faster beyond noise."""
+    return any(row.provider == "eager" and row.outputs == ours.outputs and row.p80_us < ours.p20_us for row in rows)
+
+
+def rows_in_state(case: Case, state: str, blocks: int, seconds: float, until: float) -> list[Row]:
     with memory_of_outputs(state):
-        measured = measure_blocks(case.providers | {"copy": copy_of(case.copied)}, case.prepare, blocks, seconds)
-    times = {name: [block.seconds for block in each] for name, each in measured.items()}
-    median = {name: statistics.median(each) for name, each in times.items()}
+        measured = measure_blocks(case.providers | {"copy": copy_of(case.copied)}, case.prepare, blocks, seconds, until)
+    rows = rows_from(case, state, measured)
+    # Memory is that of fresh outputs; in place there is none to speak of.
+    if state == "fresh":
+        for row in rows:
+            row.saved_bytes = saved_bytes(case.saves[row.provider]) if row.provider in case.saves else None
+            row.peak_bytes = peak_bytes(case.providers[row.provider]) if case.copied >= LEAST_PEAK_BYTES else None
+    return rows
+
+
+def rows_from(case: Case, outputs: str, measured: dict[str, list[Block]]) -> list[Row]:
+    """A row for each provider of the case but the copy, of which measured has the blocks too."""
+    spreads = {name: spread([block.seconds for block in each]) for name, each in measured.items()}
+    median = {name: each[1] for name, each in spreads.items()}
     copy_bandwidth = 2 * case.copied / median["copy"]
     rows = []
     for name in case.providers:
-        p20, _, _, p80 = statistics.quantiles(times[name], n=5, method="inclusive")
+        p20, middle, p80 = spreads[name]
+        cores = [block.cores for block in measured[name] if block.cores is not None]
         rows.append(
             Row(
                 case=case.name,
@@ -244,16 +413,18 @@ def rows_in_state(case: Case, state: str, blocks: int, seconds: float) -> list[R
                 direction=case.direction,
                 dtype=case.dtype,
                 layout=case.layout,
-                outputs=state,
-                median_us=median[name] * 1e6,
+                outputs=outputs,
+                median_us=middle * 1e6,
                 p20_us=p20 * 1e6,
                 p80_us=p80 * 1e6,
                 faults=statistics.median(block.faults for block in measured[name]),
                 bytes=case.bytes,
-                gb_per_s=case.bytes / median[name] / 1e9,
-                of_copy=case.bytes / median[name] / copy_bandwidth,
-                times_eager=median["eager"] / median[name],
-                times_compile=median["torch.compile"] / median[name] if "torch.compile" in median else None,
+                gb_per_s=case.bytes / middle / 1e9,
+                of_copy=case.bytes / middle / copy_bandwidth,
+                times_eager=median["eager"] / middle,
+                times_compile=median["torch.compile"] / middle if "torch.compile" in median else None,
+                blocks=len(measured[name]),
+                cores=statistics.median(cores) if cores else None,
             )
         )
     return rows
@@ -306,11 +477,15 @@ def report(
 
 
 def means(rows: Sequence[Row]) -> dict[str, str]:
-    """Geometric means of how many times as fast gradkernels is, over all rows in which it can be said, and the least of them."""
+    """Geometric means of how many times as fast gradkernels is, over all whole cases in which it can be said, and the least of them."""
     found = {}
     for beside, ratio in (("eager", lambda row: row.times_eager), ("torch.compile", lambda row: row.times_compile)):
         for dtype, outputs in sorted({(row.dtype, row.outputs) for row in rows}):
-            chosen = [row for row in rows if row.provider == "gradkernels" and (row.dtype, row.outputs) == (dtype, outputs)]
+            chosen = [
+                row
+                for row in rows
+                if row.provider == "gradkernels" and (row.dtype, row.outputs) == (dtype, outputs) and row.direction not in PARTS
+            ]
             ratios = [ratio(row) for row in chosen if ratio(row) is not None]
             if ratios:
                 mean = math.exp(statistics.fmean(math.log(each) for each in ratios))
@@ -319,21 +494,18 @@ def means(rows: Sequence[Row]) -> dict[str, str]:
     return found
 
 
-def run(title: str, cases: Iterable[Callable[[], Case]], options: argparse.Namespace) -> None:
-    """Measures each case and reports; a case is made only when its turn comes, since some are large."""
-    head = header()
-    rows: list[Row] = []
-    made = list(cases)[: 1 if options.quick else None]
-    for number, make in enumerate(made, 1):
-        case = make()
-        new = rows_of(case, blocks=3 if options.quick else 11, seconds=0.01 if options.quick else 0.1)
-        rows += new
-        print(f"{number}/{len(made)} {case.name}: {new[-1].times_eager:.2f} times as fast as eager", file=sys.stderr)
+def in_mb(size: float | None) -> str:
+    return "" if size is None else f"{size / 1e6:,.3f}"
+
+
+def report_cases(title: str, head: dict[str, Any], rows: Sequence[Row], file: Path | None) -> None:
+    """report() of rows of cases, and their means."""
     report(
         title,
         head,
         {
             "case": lambda row: row.case if row.layout == "contiguous" else f"{row.case} {row.layout}",
+            "direction": lambda row: row.direction,
             "dtype": lambda row: row.dtype,
             "provider": lambda row: row.provider,
             "outputs": lambda row: row.outputs,
@@ -341,14 +513,42 @@ def run(title: str, cases: Iterable[Callable[[], Case]], options: argparse.Names
             "p20": lambda row: f"{row.p20_us:,.1f}",
             "p80": lambda row: f"{row.p80_us:,.1f}",
             "faults": lambda row: f"{row.faults:,.0f}",
-            "MB": lambda row: f"{row.bytes / 1e6:,.3f}",
+            "MB": lambda row: in_mb(row.bytes),
             "GB/s": lambda row: f"{row.gb_per_s:.1f}",
             "of copy": lambda row: f"{row.of_copy:.0%}",
             "times eager": lambda row: f"{row.times_eager:.2f}",
             "times compile": lambda row: "" if row.times_compile is None else f"{row.times_compile:.2f}",
+            "saved MB": lambda row: in_mb(row.saved_bytes),
+            "peak MB": lambda row: in_mb(row.peak_bytes),
         },
         rows,
-        options.json,
+        file,
     )
     for what, mean in means(rows).items():
         print(f"{what}: {mean}")
+
+
+# What tables of whole training steps begin with; their rows have case, provider, median_ms, p20_ms and p80_ms.
+STEP_COLUMNS: dict[str, Callable[[Any], str]] = {
+    "case": lambda row: row.case,
+    "provider": lambda row: row.provider,
+    "median ms": lambda row: f"{row.median_ms:,.1f}",
+    "p20": lambda row: f"{row.p20_ms:,.1f}",
+    "p80": lambda row: f"{row.p80_ms:,.1f}",
+}
+
+
+def run(title: str, cases: Iterable[Callable[[], Case]], options: argparse.Namespace, **head: str) -> None:
+    """Measures each case and reports; a case is made only when its turn comes, since some are large. head: more lines of the header."""
+    found = header() | head
+    rows: list[Row] = []
+    made = list(cases)[: 1 if options.quick else None]
+    budget = Budget(options.seconds, len(made))
+    for number, make in enumerate(made, 1):
+        until = budget.share()
+        case = make()
+        new = rows_of(case, *((3, 0.01) if options.quick else (11, 0.1)), until)
+        rows += new
+        ours = next(row for row in new if row.provider == "gradkernels")
+        print(f"{number}/{len(made)} {case.name}: {ours.times_eager:.2f} times as fast as eager", file=sys.stderr)
+    report_cases(title, found, rows, options.json)
