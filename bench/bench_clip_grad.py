@@ -1,8 +1,9 @@
-"""Clipping the gradients of real models, when they are short enough and when they are not, and optimizers with clipping in them.
+"""Clipping the gradients of real models, when they are short enough and when they are not, and optimizers with and without clipping.
 
 Least traffic, G = bytes of all gradients: 1G when nothing is clipped, 3G when everything is scaled; torch always moves 3G. A step of
 RMSprop reads parameter, gradient and average and writes two of them, 5G; AdamW reads four and writes three, and writes the gradients that
-it scales, 8G. Taking the norm first is 1G more.
+it scales, 8G. Taking the norm first is 1G more. Beside them stand torch's own other forms: one tensor after the other where its default
+works on lists (foreach), and on lists where its default does not.
 """
 
 from collections.abc import Callable
@@ -36,6 +37,71 @@ def resnet50() -> Shapes:
     return [*shapes, (1000, channels), (1000,)]
 
 
+def efficientnet_b0() -> Shapes:
+    """Parameters of EfficientNet-B0: Tan, Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks", 2019, table 1,
+    with a quarter of a block's input channels squeezed.
+    """
+    shapes: Shapes = []
+
+    def convolution_and_norm(inputs: int, outputs: int, kernel: int) -> None:
+        shapes.extend([(outputs, inputs, kernel, kernel), (outputs,), (outputs,)])
+
+    convolution_and_norm(3, 32, 3)
+    channels = 32
+    # Expansion, kernel, channels and layers of the MBConv blocks.
+    for expansion, kernel, width, layers in (
+        *((1, 3, 16, 1), (6, 3, 24, 2), (6, 5, 40, 2), (6, 3, 80, 3)),
+        *((6, 5, 112, 3), (6, 5, 192, 4), (6, 3, 320, 1)),
+    ):
+        for _ in range(layers):
+            expanded, squeezed = channels * expansion, channels // 4
+            if expansion > 1:
+                convolution_and_norm(channels, expanded, 1)
+            convolution_and_norm(1, expanded, kernel)
+            shapes += [(squeezed, expanded, 1, 1), (squeezed,), (expanded, squeezed, 1, 1), (expanded,)]
+            convolution_and_norm(expanded, width, 1)
+            channels = width
+    convolution_and_norm(channels, 1280, 1)
+    return [*shapes, (1000, 1280), (1000,)]
+
+
+def yolo_v8n() -> Shapes:
+    """Parameters that are trained of YOLOv8n for 80 classes (Ultralytics, cfg/models/v8/yolov8.yaml at scale n)."""
+    shapes: Shapes = []
+    classes, bins = 80, 16
+
+    def conv(inputs: int, outputs: int, kernel: int) -> None:
+        shapes.extend([(outputs, inputs, kernel, kernel), (outputs,), (outputs,)])
+
+    def c2f(inputs: int, outputs: int, depth: int) -> None:
+        half = outputs // 2
+        conv(inputs, outputs, 1)
+        conv((2 + depth) * half, outputs, 1)
+        for _ in range(2 * depth):
+            conv(half, half, 3)
+
+    conv(3, 16, 3)
+    for inputs, width, depth in ((16, 32, 1), (32, 64, 2), (64, 128, 2), (128, 256, 1)):
+        conv(inputs, width, 3)
+        c2f(width, width, depth)
+    # Spatial pyramid pooling, then the way up and down again.
+    conv(256, 128, 1)
+    conv(512, 256, 1)
+    c2f(256 + 128, 128, 1)
+    c2f(128 + 64, 64, 1)
+    for width, joined in ((64, 128), (128, 256)):
+        conv(width, width, 3)
+        c2f(joined + width, joined, 1)
+    # Boxes, then classes.
+    maps = (64, 128, 256)
+    for hidden, outputs in ((max(bins, maps[0] // 4, 4 * bins), 4 * bins), (max(maps[0], min(classes, 100)), classes)):
+        for width in maps:
+            conv(width, hidden, 3)
+            conv(hidden, hidden, 3)
+            shapes.extend([(outputs, hidden, 1, 1), (outputs,)])
+    return shapes
+
+
 def gpt2_small() -> Shapes:
     """Parameters of GPT-2 small (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019), its head tied."""
     width = 768
@@ -49,12 +115,19 @@ def elements(shapes: Shapes) -> int:
 
 
 assert (len(resnet50()), elements(resnet50())) == (161, 25_557_032)
+assert (len(efficientnet_b0()), elements(efficientnet_b0())) == (213, 5_288_548)
+assert (len(yolo_v8n()), elements(yolo_v8n())) == (183, 3_157_184)
 assert (len(gpt2_small()), elements(gpt2_small())) == (148, 124_439_808)
 
+# At either end of a gradient: the chunks between are computed as these are.
+PROVED = 32768
 MODELS: dict[str, Callable[[], Shapes]] = {
+    # Small first, for --quick.
+    "1,000 tensors of 256": lambda: [(256,)] * 1000,
+    "YOLOv8n": yolo_v8n,
+    "EfficientNet-B0": efficientnet_b0,
     "ResNet-50": resnet50,
     "GPT-2 small": gpt2_small,
-    "1,000 tensors of 256": lambda: [(256,)] * 1000,
 }
 
 
@@ -62,8 +135,12 @@ def case(model: str, clips: bool) -> Case:
     shapes = MODELS[model]()
     name = f"{model}, {'clipping' if clips else 'not clipping'}"
     gradients = [torch.randn(shape) for shape in shapes]
-    norm = sum(gradient.double().square().sum() for gradient in gradients).sqrt().item()
-    clip_functions = {"eager": torch.nn.utils.clip_grad_norm_, "gradkernels": gk.clip_grad_norm_}
+    norm = sum(torch.linalg.vector_norm(gradient, dtype=torch.float64).square() for gradient in gradients).sqrt().item()
+    clip_functions = {
+        "eager": torch.nn.utils.clip_grad_norm_,
+        "torch, foreach=False": partial(torch.nn.utils.clip_grad_norm_, foreach=False),
+        "gradkernels": gk.clip_grad_norm_,
+    }
     providers, prepare = {}, {}
     for provider, clip in clip_functions.items():
         parameters = [nn.Parameter(torch.empty(0).expand(0)) for _ in gradients]
@@ -86,11 +163,13 @@ def case(model: str, clips: bool) -> Case:
         providers[provider], prepare[provider] = step, refill
 
     def answer(clip: Callable[..., Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        parameters = [nn.Parameter(gradient.to(dtype)) for gradient in gradients]
+        parameters = [nn.Parameter(gradient.to(dtype, copy=True)) for gradient in gradients]
         for parameter in parameters:
-            parameter.grad = parameter.detach().clone()
+            parameter.grad = parameter.detach()
         total = clip(parameters, 0.5 * norm if clips else 2 * norm)
-        return {"total norm": total, **{f"gradient {i}": parameter.grad for i, parameter in enumerate(parameters)}}
+        # Of GPT-2's largest tensor alone float64 would fill 300 MB again and again.
+        ends = (torch.cat([grad[:PROVED], grad[-PROVED:]]) for grad in (parameter.grad.flatten() for parameter in parameters))
+        return {"total norm": total, **{f"gradient {i}": grad for i, grad in enumerate(ends)}}
 
     total_bytes = 4 * elements(shapes)
     return Case(
@@ -108,35 +187,46 @@ def case(model: str, clips: bool) -> Case:
     )
 
 
-def parameters_like(shapes: Shapes, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
+def values_like(shapes: Shapes) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters and gradients, the same ones at every call."""
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.randn(elements(shapes), generator=generator)
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    values = [each.view(shape) for each, shape in zip(flat.split(sizes), shapes, strict=True)]
+    # Not the parameters themselves, and as good as independent of them.
+    return values, [each.view(shape) for each, shape in zip(flat.roll(1).split(sizes), shapes, strict=True)]
+
+
+def parameters_like(values: list[Tensor], grads: list[Tensor], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     parameters = []
-    for shape in shapes:
-        parameters.append(nn.Parameter(torch.randn(shape, generator=generator).to(dtype)))
-        parameters[-1].grad = torch.randn(shape, generator=generator).to(dtype)
+    for value, grad in zip(values, grads, strict=True):
+        parameters.append(nn.Parameter(value.clone().to(dtype)))
+        parameters[-1].grad = grad.clone().to(dtype)
     return parameters
 
 
+FOREACH = "torch, foreach=True"
 # What makes, of some parameters, the step that is measured.
 Stepper = Callable[[list[nn.Parameter]], Callable[[], None]]
 
 
 def after(step: Stepper, shapes: Shapes, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The parameters after one step."""
-    parameters = parameters_like(shapes, dtype)
+    parameters = parameters_like(*values_like(shapes), dtype)
     step(parameters)()
     return {f"parameter {i}": parameter.detach() for i, parameter in enumerate(parameters)}
 
 
-def step_case(name: str, steps: dict[str, Stepper], passes: int) -> Case:
+def step_case(model: str, name: str, steps: dict[str, Stepper], passes: int) -> Case:
     """passes: how many times the bytes of all gradients have to be moved."""
-    shapes = gpt2_small()
+    shapes = MODELS[model]()
+    drawn = values_like(shapes)
     total_bytes = 4 * elements(shapes)
     # Proved on a few tensors: a float64 copy of the model with its state would take more memory than many machines have.
     proved: Shapes = [(1,), (17,), (255,), (768, 70), (65537,)]
     return Case(
-        name=f"GPT-2 small, {name}",
-        providers={provider: make(parameters_like(shapes)) for provider, make in steps.items()},
+        name=f"{model}, {name}",
+        providers={provider: make(parameters_like(*drawn)) for provider, make in steps.items()},
         bytes=passes * total_bytes,
         copied=total_bytes,
         prove=lambda: prove(
@@ -148,10 +238,10 @@ def step_case(name: str, steps: dict[str, Stepper], passes: int) -> Case:
     )
 
 
-def rmsprop(parameters: list[nn.Parameter], kind: type[torch.optim.Optimizer], max_norm: float | None = None) -> Callable[[], None]:
-    if kind is gk.optim.RMSprop:
+def rmsprop(parameters: list[nn.Parameter], provider: str, max_norm: float | None) -> Callable[[], None]:
+    if provider == "gradkernels":
         return gk.optim.RMSprop(parameters, max_norm=max_norm).step
-    optimizer = torch.optim.RMSprop(parameters)
+    optimizer = torch.optim.RMSprop(parameters, foreach=True if provider == FOREACH else None)
 
     def step() -> None:
         if max_norm is not None:
@@ -183,20 +273,23 @@ def adamw(parameters: list[nn.Parameter], provider: str) -> Callable[[], None]:
     return step
 
 
-def rmsprop_case(clips: bool) -> Case:
-    max_norm = 1.0 if clips else None
-    kinds = {"eager": torch.optim.RMSprop, "gradkernels": gk.optim.RMSprop}
-    steps = {provider: partial(rmsprop, kind=kind, max_norm=max_norm) for provider, kind in kinds.items()}
-    return step_case("RMSprop with max_norm" if clips else "RMSprop", steps, 6 if clips else 5)
+def rmsprop_case(model: str, clips: bool) -> Case:
+    steps = {
+        provider: partial(rmsprop, provider=provider, max_norm=1.0 if clips else None) for provider in ("eager", FOREACH, "gradkernels")
+    }
+    return step_case(model, "RMSprop with max_norm" if clips else "RMSprop", steps, 6 if clips else 5)
 
 
-def adamw_case() -> Case:
+def adamw_case(model: str) -> Case:
     """Beside eager, what attached clipping is to cost no more than: the norm alone and torch's fused step."""
     providers = ("eager", "norm, then step", "gradkernels")
-    return step_case("AdamW with clipping", {provider: partial(adamw, provider=provider) for provider in providers}, 9)
+    return step_case(model, "AdamW with clipping", {provider: partial(adamw, provider=provider) for provider in providers}, 9)
 
 
 if __name__ == "__main__":
     options = arguments(__doc__)
-    clipping = [partial(case, model, clips) for model in MODELS for clips in (False, True)]
-    run("clipping, float32", [*clipping, partial(rmsprop_case, False), partial(rmsprop_case, True), adamw_case], options)
+    cases = [partial(case, model, clips) for model in MODELS for clips in (False, True)]
+    for model in MODELS:
+        cases += [partial(rmsprop_case, model, False), partial(rmsprop_case, model, True), partial(adamw_case, model)]
+    # What the largest take beyond their share of time, the small ones make up for.
+    run("clipping and optimizers, float32", cases if options.quick else cases[::-1], options)
