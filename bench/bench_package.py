@@ -6,7 +6,6 @@ that git does not ignore, with two jobs.
 
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -14,18 +13,19 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import ROOT, arguments, header, report
+from harness import ROOT, Budget, arguments, header, report, spread
 
-PAIRS = 7
+LEAST_PAIRS, MOST_PAIRS = 3, 11
 JOBS = 2
 
 
 @dataclass
 class Row:
-    what: str
+    case: str
+    provider: str
     median_s: float
-    least_s: float
-    most_s: float
+    p20_s: float
+    p80_s: float
     samples: int
 
 
@@ -37,22 +37,23 @@ def seconds_to_run(*command: str, folder: Path = ROOT, **environment: str) -> fl
     return time.perf_counter() - start
 
 
-def row(what: str, seconds: list[float]) -> Row:
-    return Row(what, statistics.median(seconds), min(seconds), max(seconds), len(seconds))
+def row(what: str, provider: str, seconds: list[float]) -> Row:
+    p20, median, p80 = spread(seconds) if len(seconds) > 1 else seconds * 3
+    return Row(what, provider, median, p20, p80, len(seconds))
 
 
-def imports(pairs: int) -> list[Row]:
+def imports(quick: bool, until: float) -> list[Row]:
     python = (sys.executable, "-W", "error", "-c")
     seconds_to_run(*python, "import torch, gradkernels")
     alone, both = [], []
-    for _ in range(pairs):
+    while not alone or (not quick and len(alone) < MOST_PAIRS and (len(alone) < LEAST_PAIRS or time.monotonic() < until)):
         alone.append(seconds_to_run(*python, "import torch"))
         both.append(seconds_to_run(*python, "import torch, gradkernels"))
     added = [two - one for one, two in zip(alone, both, strict=True)]
     return [
-        row("process that imports torch", alone),
-        row("process that imports torch and gradkernels", both),
-        row("added by gradkernels", added),
+        row("process that imports torch", "eager", alone),
+        row("process that imports torch and gradkernels", "gradkernels", both),
+        row("what gradkernels adds to it, pair by pair", "gradkernels", added),
     ]
 
 
@@ -67,22 +68,23 @@ def build() -> Row:
                 (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, Path(folder) / name)
         seconds = seconds_to_run(sys.executable, "setup.py", "build_ext", "--inplace", folder=Path(folder), MAX_JOBS=str(JOBS))
-    return row(f"clean native build, {JOBS} jobs", [seconds])
+    return row(f"clean native build, {JOBS} jobs", "gradkernels", [seconds])
 
 
 if __name__ == "__main__":
     options = arguments(__doc__, "build")
-    rows = imports(1 if options.quick else PAIRS)
+    head = header()
+    rows = imports(options.quick, Budget(options.seconds, 1).share())
     if options.build:
         rows.append(build())
     report(
         "the package",
-        header(),
+        head,
         {
-            "case": lambda row: row.what,
+            "case": lambda row: row.case,
             "median s": lambda row: f"{row.median_s:.3f}",
-            "least": lambda row: f"{row.least_s:.3f}",
-            "most": lambda row: f"{row.most_s:.3f}",
+            "p20": lambda row: f"{row.p20_s:.3f}",
+            "p80": lambda row: f"{row.p80_s:.3f}",
             "samples": lambda row: str(row.samples),
         },
         rows,

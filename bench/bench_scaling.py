@@ -1,20 +1,22 @@
-"""How cost grows with elements, channels, tensors and processes: measured points beside the formula fitted to them.
+"""How cost grows with elements, channels, tensors and processes: measured points beside the formula fitted to them, and how far it is off.
 
-Processes are Gloo's on this machine, one thread each, so that beyond its cores they also wait for one another. What no machine here
-can hold is reckoned from constants of the sources and printed apart, marked as a model: none of it was measured.
+A formula holds as far as the machine is one machine: in its caches (their size is measured) and beyond, for long runs and for short ones,
+for as many processes as cores and for more. Processes are Gloo's, one thread each. What no machine here can hold is reckoned from
+constants of the sources and printed apart, marked as a model: none of it was measured.
 """
 
 import datetime
 import itertools
 import json
 import math
+import os
 import re
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +25,32 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, distributed, multiprocessing, nn
 
-from harness import COPY, arguments, gk, header, measure, prove, reference, report
+from harness import COPY, Budget, arguments, copy_of, gk, header, measure, prove, reference, report, resident_bytes, spread
 
 PROCESSES = (1, 2, 4, 8)
 TIMEOUT_S = 120
 CALLS = 10
 CHANNELS_ELEMENTS = 1 << 22
+CHANNELS_BATCH = 16
+# Of csrc/common/shape.h: shorter runs of one channel are taken several channels at a time.
+SHORT_RUN_ELEMENTS = 64
+SYNC_SHAPE = (16, 64, 14, 14)
+# What starting the processes and their calls take of the script's seconds.
+PROCESSES_SECONDS = 22
+POINTS = 24
+# x, grad_y, y and grad_x of one element.
+ELU_BYTES = 16
+# Bytes that a copy reads and writes, to see where it leaves the caches.
+COPIED_BYTES = tuple(1 << power for power in range(19, 30))
 
 Measured = tuple[int, list[float]]
 
 
 @dataclass
 class Row:
-    """formula: in n, the thing that grows. fitted_us: what it says of this n."""
+    """formula: in n, the thing that grows; where it holds and of how many points. fitted_us: what it says of this n, off_by: beside the
+    median.
+    """
 
     case: str
     provider: str
@@ -46,6 +61,7 @@ class Row:
     p80_us: float
     formula: str
     fitted_us: float
+    off_by: float
 
 
 def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -70,32 +86,61 @@ def time_text(seconds: float) -> str:
     return f"{seconds / 1e-12:.3g} ps"
 
 
-def rows_of(case: str, against: str, points: Sequence[Measured], offset: int = 0) -> list[Row]:
-    """offset: what is taken from n in the formula."""
-    median = [statistics.median(times) for _, times in points]
-    fixed, each = fit([(n - offset, value) for (n, _), value in zip(points, median, strict=True)])
-    formula = f"{time_text(fixed)} + {time_text(each)} x {f'(n - {offset})' if offset else 'n'}"
+def rows_of(case: str, against: str, points: Sequence[Measured], ends: float = math.inf, offset: int = 0) -> list[Row]:
+    """One formula for n up to `ends` and one beyond; offset: what is taken from n in the formula."""
+    spreads = {n: spread(times) for n, times in points}
+    inside, beyond = [n for n in spreads if n <= ends], [n for n in spreads if n > ends]
     rows = []
-    for (n, times), value in zip(points, median, strict=True):
-        p20, _, _, p80 = statistics.quantiles(times, n=5, method="inclusive")
-        rows.append(
-            Row(
-                case=case,
-                provider="gradkernels",
-                against=against,
-                n=n,
-                median_us=value * 1e6,
-                p20_us=p20 * 1e6,
-                p80_us=p80 * 1e6,
-                formula=formula,
-                fitted_us=(fixed + each * (n - offset)) * 1e6,
+    for part, where in ((inside, f"n <= {ends:,.0f}"), (beyond, f"n > {ends:,.0f}")):
+        if not part:
+            continue
+        fixed, each = fit([(n - offset, spreads[n][1]) for n in part])
+        formula = f"{time_text(fixed)} + {time_text(each)} x {f'(n - {offset})' if offset else 'n'}"
+        formula += f" for {where}, {len(part)} points" if inside and beyond else f", {len(part)} points"
+        for n in part:
+            p20, median, p80 = spreads[n]
+            said = fixed + each * (n - offset)
+            rows.append(
+                Row(
+                    case=case,
+                    provider="gradkernels",
+                    against=against,
+                    n=n,
+                    median_us=median * 1e6,
+                    p20_us=p20 * 1e6,
+                    p80_us=p80 * 1e6,
+                    formula=formula,
+                    fitted_us=said * 1e6,
+                    off_by=said / median - 1,
+                )
             )
-        )
     return rows
 
 
-def times_of(call: Callable[[], Any], quick: bool) -> list[float]:
-    return measure({"gradkernels": call}, {}, *((3, 0.005) if quick else (9, 0.05)))["gradkernels"]
+@dataclass
+class Machine:
+    """What the series need to know: how long they may take, and where the machine becomes another one."""
+
+    quick: bool
+    budget: Budget
+    cache_bytes: int
+
+    def times_of(self, call: Callable[[], Any]) -> list[float]:
+        return measure({"gradkernels": call}, {}, *((3, 0.005) if self.quick else (9, 0.05)), self.budget.share())["gradkernels"]
+
+
+def cache_bytes(gb_per_s: dict[int, float]) -> int:
+    """The most bytes that a copy moves at more than the geometric mean of its best bandwidth and the one in memory, that of the last."""
+    middle = math.sqrt(max(gb_per_s.values()) * list(gb_per_s.values())[-1])
+    return max(size for size, each in gb_per_s.items() if each >= middle)
+
+
+def copies(quick: bool) -> dict[int, float]:
+    """Bandwidth in GB/s of a copy by the bytes that it reads and writes, in the best of its blocks: caches are shared with strangers."""
+    found = {}
+    for size in COPIED_BYTES[: 8 if quick else None]:
+        found[size] = size / 1e9 / min(measure({"copy": copy_of(size // 2)}, {}, blocks=5, seconds=0.01)["copy"])
+    return found
 
 
 def available_bytes() -> int:
@@ -109,45 +154,98 @@ def elu_step(x: Tensor, grad_y: Tensor) -> Tensor:
     return grad_x
 
 
-def elements(quick: bool) -> Iterator[Row]:
-    # x, y and the two gradients, in half of what is free.
-    most = 1 << 16 if quick else available_bytes() // 2 // 16
+def drawn(n: int) -> Tensor:
+    """n numbers, a power of two of them, of which a million are drawn: drawing takes longer than what is measured."""
+    few = torch.randn(min(n, 1 << 20))
+    return few.repeat(n // len(few))
+
+
+def elements(machine: Machine) -> Iterator[Row]:
+    # In half of what is free.
+    most = 1 << 16 if machine.quick else available_bytes() // 2 // ELU_BYTES
     points = []
     for n in itertools.takewhile(lambda n: n <= most, (4**power for power in itertools.count(5))):
-        x = torch.randn(n).requires_grad_()
-        grad_y = torch.randn(n)
+        x, grad_y = drawn(n).requires_grad_(), drawn(n)
         if n == 4**5:
             exact = x.detach().double().requires_grad_()
             (expected,) = torch.autograd.grad(reference.elu(exact), exact, grad_y.double())
             (eager,) = torch.autograd.grad(nn.functional.elu(x), x, grad_y)
             prove("elu", {"grad_x": elu_step(x, grad_y)}, {"grad_x": eager}, {"grad_x": expected})
-        points.append((n, times_of(lambda x=x, grad_y=grad_y: elu_step(x, grad_y), quick)))
-    yield from rows_of("elu, forward + backward", "elements", points)
+        points.append((n, machine.times_of(lambda x=x, grad_y=grad_y: elu_step(x, grad_y))))
+    yield from rows_of("elu, forward + backward", "elements", points, machine.cache_bytes // ELU_BYTES)
 
 
-def channels(quick: bool) -> Iterator[Row]:
-    """(16, C, L) with 16 C L the same for every C."""
+def batch_norm_step(module: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor], grad_y: Tensor) -> dict[str, Tensor]:
+    y = module(x)
+    grads = torch.autograd.grad(y, [x, *parameters], grad_y)
+    return {"y": y.detach(), **{f"gradient {i}": grad for i, grad in enumerate(grads)}}
+
+
+def exact_batch_norm_step(bn: nn.Module, act: str, x: Tensor, grad_y: Tensor) -> dict[str, Tensor]:
+    """In float64, with the weight and bias of a layer that has not learnt."""
+    weight, bias = torch.ones(x.shape[1], dtype=torch.float64), torch.zeros(x.shape[1], dtype=torch.float64)
+    parameters = [each.requires_grad_() for each in (weight, bias)]
+
+    def forward(x: Tensor) -> Tensor:
+        return reference.batch_norm_act(x, None, None, *parameters, True, bn.momentum, bn.eps, act=act)
+
+    return batch_norm_step(forward, x.detach().double().requires_grad_(), parameters, grad_y.double())
+
+
+def channels(machine: Machine) -> Iterator[Row]:
+    """(N, C, L) with N C L the same for every C."""
     points = []
-    for n in (4**power for power in range(1, 4 if quick else 8)):
+    elements = CHANNELS_ELEMENTS >> (6 * machine.quick)
+    for n in (4**power for power in range(1, 4 if machine.quick else 8)):
         module = gk.BatchNormAct1d(n, act="swish")
-        x, grad_y = (torch.randn(16, n, CHANNELS_ELEMENTS // 16 // n) for _ in range(2))
-        operands = [x.requires_grad_(), *module.parameters()]
+        # Off zero, or the gradients would be sums that cancel, of which no digit can be proved.
+        x, grad_y = (torch.randn(CHANNELS_BATCH, n, elements // CHANNELS_BATCH // n).add_(0.5) for _ in range(2))
+        step = partial(batch_norm_step, module, x.requires_grad_(), list(module.parameters()), grad_y)
+        if n == 4:
+            bn = nn.BatchNorm1d(n)
+            eager = batch_norm_step(lambda x, bn=bn: nn.functional.silu(bn(x)), x, list(bn.parameters()), grad_y)
+            prove("BatchNormAct1d", step(), eager, exact_batch_norm_step(bn, "swish", x, grad_y))
+        points.append((n, machine.times_of(step)))
+    ends = elements // CHANNELS_BATCH // SHORT_RUN_ELEMENTS
+    yield from rows_of(f"BatchNormAct1d swish, forward + backward, {elements:,} elements", "channels", points, ends)
 
-        def step(module: nn.Module = module, operands: list[Tensor] = operands, grad_y: Tensor = grad_y) -> None:
-            torch.autograd.grad(module(operands[0]), operands, grad_y)
 
-        points.append((n, times_of(step, quick)))
-    yield from rows_of(f"BatchNormAct1d swish, forward + backward, {CHANNELS_ELEMENTS:,} elements", "channels", points)
-
-
-def tensors(quick: bool) -> Iterator[Row]:
-    points = []
-    for n in (10**power for power in range(3 if quick else 6)):
+def tensors(machine: Machine) -> Iterator[Row]:
+    points, bytes_each = [], math.inf
+    for n in (10**power for power in range(3 if machine.quick else 6)):
+        before = resident_bytes("VmRSS")
         parameters = [nn.Parameter(torch.zeros(256)) for _ in range(n)]
         for parameter in parameters:
             parameter.grad = torch.randn(256)
-        points.append((n, times_of(lambda parameters=parameters: gk.clip_grad_norm_(parameters, 1e9), quick)))
-    yield from rows_of("clip_grad_norm_, not clipping, tensors of 256", "tensors", points)
+        # The gradients are what is read, with what torch and Python keep of each; the parameters' own elements are not.
+        bytes_each = (resident_bytes("VmRSS") - before) / n - 4 * 256
+        if n == 10:
+            grads = [parameter.grad for parameter in parameters]
+            exact = reference.get_total_norm([grad.double() for grad in grads])
+            prove("norm", {"norm": gk.get_total_norm(grads)}, {"norm": torch.nn.utils.get_total_norm(grads)}, {"norm": exact})
+        points.append((n, machine.times_of(lambda parameters=parameters: gk.clip_grad_norm_(parameters, 1e9))))
+    # The largest number tells the bytes of one best: the process grows by pages.
+    ends = machine.cache_bytes / max(bytes_each, 4 * 256)
+    yield from rows_of("clip_grad_norm_, not clipping, tensors of 256", "tensors", points, ends)
+
+
+def operands_of(rank: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    x, grad_y = (torch.randn(SYNC_SHAPE, generator=generator).add_(0.5) for _ in range(2))
+    return x.requires_grad_(), grad_y
+
+
+def prove_sync(module: nn.Module, count: int, rank: int) -> None:
+    """The layer on `count` ranks is batch norm over all their batches; every rank draws them all."""
+    x, grad_y = (torch.cat([each.detach() for each in part]) for part in zip(*map(operands_of, range(count)), strict=True))
+    x.requires_grad_()
+    bn = nn.BatchNorm2d(x.shape[1])
+    eager = batch_norm_step(lambda x: nn.functional.leaky_relu(bn(x)), x, [], grad_y)
+    exact = exact_batch_norm_step(bn, "leaky_relu", x, grad_y)
+    mine = slice(rank * SYNC_SHAPE[0], (rank + 1) * SYNC_SHAPE[0])
+    names = ("y", "gradient 0")
+    actual = batch_norm_step(module, operands_of(rank)[0], [], operands_of(rank)[1])
+    prove("SyncBatchNormAct", actual, {name: eager[name][mine] for name in names}, {name: exact[name][mine] for name in names})
 
 
 def on_rank(rank: int, processes: Sequence[int], file: str, blocks: int, answer: str) -> None:
@@ -155,13 +253,14 @@ def on_rank(rank: int, processes: Sequence[int], file: str, blocks: int, answer:
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=TIMEOUT_S)
     distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=processes[-1], timeout=timeout)
-    x, grad_y = torch.randn(16, 64, 14, 14, requires_grad=True), torch.randn(16, 64, 14, 14)
+    x, grad_y = operands_of(rank)
     norm = torch.ones((), dtype=torch.float64)
     found: dict[str, list[Measured]] = {"SyncBatchNormAct": [], "all_reduce": []}
     for count in processes:
         group = distributed.new_group(range(count))
         if rank < count:
-            module = gk.SyncBatchNormAct(64, process_group=group)
+            module = gk.SyncBatchNormAct(SYNC_SHAPE[1], process_group=group)
+            prove_sync(module, count, rank)
             calls: dict[str, Callable[[], Any]] = {
                 "SyncBatchNormAct": lambda module=module: torch.autograd.grad(module(x), x, grad_y),
                 "all_reduce": lambda group=group: distributed.all_reduce(norm, group=group),
@@ -183,11 +282,11 @@ def on_rank(rank: int, processes: Sequence[int], file: str, blocks: int, answer:
         Path(answer).write_text(json.dumps(found))
 
 
-def processes(quick: bool) -> Iterator[Row]:
-    counts = PROCESSES[:2] if quick else PROCESSES
+def processes(machine: Machine) -> Iterator[Row]:
+    counts = PROCESSES[:2] if machine.quick else PROCESSES
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
-        arguments_ = (counts, f"{folder}/store", 3 if quick else 11, str(answer))
+        arguments_ = (counts, f"{folder}/store", 3 if machine.quick else 11, str(answer))
         context = multiprocessing.spawn(on_rank, arguments_, nprocs=counts[-1], join=False)
         deadline = time.monotonic() + TIMEOUT_S
         try:
@@ -200,11 +299,12 @@ def processes(quick: bool) -> Iterator[Row]:
                     process.kill()
         found = json.loads(answer.read_text())
     titles = {
-        "SyncBatchNormAct": "SyncBatchNormAct, (16, 64, 14, 14) each, forward + backward",
+        "SyncBatchNormAct": f"SyncBatchNormAct, {SYNC_SHAPE} each, forward + backward",
         "all_reduce": "all_reduce of one float64, what a sharded norm sends",
     }
     for name, title in titles.items():
-        yield from rows_of(title, "processes", found[name], offset=1)
+        # Beyond its cores the processes wait for one another.
+        yield from rows_of(title, "processes", found[name], os.cpu_count() or 1, offset=1)
 
 
 # Of csrc/cpu/chunks.h: elements of a chunk, and bytes of its entry in the table.
@@ -247,11 +347,17 @@ def model(copy_gb_per_s: float) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     options = arguments(__doc__)
-    head = header()
+    gb_per_s = copies(options.quick)
+    caches = cache_bytes(gb_per_s)
+    head = header() | {
+        "copy, GB/s by MiB read and written": ", ".join(f"{size / (1 << 20):g}: {each:.0f}" for size, each in gb_per_s.items()),
+        "caches, as far as a copy is as fast as in them": f"{caches / (1 << 20):g} MiB",
+    }
     rows: list[Row] = []
     series = (elements, channels, tensors, processes)
+    machine = Machine(options.quick, Budget(options.seconds - PROCESSES_SECONDS * (not options.quick), POINTS), caches)
     for number, make in enumerate(series, 1):
-        rows += make(options.quick)
+        rows += make(machine)
         print(f"{number}/{len(series)} {make.__name__}: {rows[-1].formula}", file=sys.stderr)
     reckoned = {"title": MODEL_TITLE, "note": MODEL_NOTE, "rows": model(head[COPY])}
     report(
@@ -266,7 +372,7 @@ if __name__ == "__main__":
             "p80": lambda row: f"{row.p80_us:,.1f}",
             "formula": lambda row: row.formula,
             "says us": lambda row: f"{row.fitted_us:,.1f}",
-            "off by": lambda row: f"{row.fitted_us / row.median_us - 1:+.0%}",
+            "off by": lambda row: f"{row.off_by:+.0%}",
         },
         rows,
         options.json,

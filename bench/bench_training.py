@@ -5,20 +5,19 @@ the parts are self times of operators by torch.profiler. Proved in float64: afte
 """
 
 import copy
-import gc
 import re
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from harness import ROOT, arguments, c_library, gk, header, measure, memory_of_outputs, report
+from harness import ROOT, STEP_COLUMNS, Budget, arguments, gk, header, measure, peak_bytes, report, spread
 
 # The networks are those of the tests.
 sys.path.insert(0, str(ROOT / "tests"))
@@ -33,6 +32,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 PROVED_SHAPE = (4, 3, 64, 64)
 QUICK_SHAPE = (2, 3, 32, 32)
 MAX_NORM = 1.0
+# The share of a network's seconds that goes into its time; the profiler is slow.
+MEASURED = 0.6
 BOUND = 1e-6
 CLIP = {"eager": torch.nn.utils.clip_grad_norm_, "gradkernels": gk.clip_grad_norm_}
 # Parts by what the profiler calls their operators; the first that fits. What backward adds up of gradients counts among the additions.
@@ -88,26 +89,6 @@ def prove(name: str, model: nn.Module) -> None:
             raise SystemExit(f"{name}: {key} differs by {difference:.3g} where the largest is {magnitude:.3g}: nothing is timed")
 
 
-def resident_mb(which: str) -> float:
-    """VmRSS, or VmHWM, the most there was since it was last reset."""
-    return int(re.search(rf"^{which}:\s*(\d+) kB", Path("/proc/self/status").read_text(), flags=re.M).group(1)) / 1e3
-
-
-def peak_mb(step: Callable[[], None]) -> float | None:
-    library = c_library()
-    if library is None:
-        return None
-    with memory_of_outputs("mapped"):
-        # What the last step left, gradients above all, moves into blocks of this kind.
-        step()
-        gc.collect()
-        library.malloc_trim(0)
-        before = resident_mb("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")
-        step()
-        return resident_mb("VmHWM") - before
-
-
 def part_of(event: FunctionEvent) -> str:
     above: FunctionEvent | None = event
     while above is not None:
@@ -131,7 +112,7 @@ def parts_ms(step: Callable[[], None], steps: int) -> dict[str, float]:
     return parts
 
 
-def rows_of(name: str, quick: bool) -> list[Row]:
+def rows_of(name: str, quick: bool, until: float) -> list[Row]:
     torch.manual_seed(0)
     make, shape = NETWORKS[name]
     x = torch.randn(QUICK_SHAPE if quick else shape)
@@ -141,11 +122,13 @@ def rows_of(name: str, quick: bool) -> list[Row]:
     found = gk.convert(models["gradkernels"], check=x)
     saved = {"eager": found.saved_bytes_before or 0, "gradkernels": found.saved_bytes_after or 0}
     steps = {provider: training_step(model, CLIP[provider], x) for provider, model in models.items()}
-    times = measure(steps, {}, *((2, 0.01) if quick else (9, 0.5)))
+    # The memory and the profile take what is left: some steps each.
+    times = measure(steps, {}, *((2, 0.01) if quick else (9, 0.5)), time.monotonic() + MEASURED * max(0.0, until - time.monotonic()))
     median = {provider: statistics.median(each) for provider, each in times.items()}
     rows = []
     for provider, step in steps.items():
-        p20, _, _, p80 = statistics.quantiles(times[provider], n=5, method="inclusive")
+        p20, _, p80 = spread(times[provider])
+        peak = peak_bytes(step)
         rows.append(
             Row(
                 case=f"{name}, {' x '.join(map(str, x.shape))}",
@@ -154,7 +137,7 @@ def rows_of(name: str, quick: bool) -> list[Row]:
                 p20_ms=p20 * 1e3,
                 p80_ms=p80 * 1e3,
                 times_eager=median["eager"] / median[provider],
-                peak_mb=peak_mb(step),
+                peak_mb=None if peak is None else peak / 1e6,
                 saved_mb=saved[provider] / 1e6,
                 **{f"{part}_ms": ms for part, ms in parts_ms(step, 1 if quick else 3).items()},
             )
@@ -167,18 +150,15 @@ if __name__ == "__main__":
     head = header()
     rows: list[Row] = []
     names = list(NETWORKS)[: 1 if options.quick else None]
+    budget = Budget(options.seconds, len(names))
     for number, name in enumerate(names, 1):
-        rows += rows_of(name, options.quick)
+        rows += rows_of(name, options.quick, budget.share())
         print(f"{number}/{len(names)} {name}: {rows[-1].times_eager:.2f} times as fast as eager", file=sys.stderr)
     report(
         "one training step with clipping and SGD, float32",
         head,
         {
-            "case": lambda row: row.case,
-            "provider": lambda row: row.provider,
-            "median ms": lambda row: f"{row.median_ms:.1f}",
-            "p20": lambda row: f"{row.p20_ms:.1f}",
-            "p80": lambda row: f"{row.p80_ms:.1f}",
+            **STEP_COLUMNS,
             "times eager": lambda row: f"{row.times_eager:.2f}",
             "peak MB": lambda row: "" if row.peak_mb is None else f"{row.peak_mb:.0f}",
             "saved MB": lambda row: f"{row.saved_mb:.0f}",

@@ -48,6 +48,7 @@ __all__ = [
     "Case",
     "Row",
     "arguments",
+    "copy_of",
     "gk",
     "header",
     "measure",
@@ -58,6 +59,7 @@ __all__ = [
     "reference",
     "report",
     "report_cases",
+    "resident_bytes",
     "rows_from",
     "run",
     "spread",
@@ -347,7 +349,7 @@ def saved_bytes(forward: Callable[[], Tensor]) -> int:
 
 
 def copy_of(size: int) -> Callable[[], Tensor]:
-    source = torch.randn(max(size // 4, 1))
+    source = torch.ones(max(size // 4, 1))
     destination = torch.empty_like(source).copy_(source)
     return lambda: destination.copy_(source)
 
