@@ -95,8 +95,10 @@ def rows_of(case: str, against: str, points: Sequence[Measured], ends: float = m
         if not part:
             continue
         fixed, each = fit([(n - offset, spreads[n][1]) for n in part])
-        formula = f"{time_text(fixed)} + {time_text(each)} x {f'(n - {offset})' if offset else 'n'}"
-        formula += f" for {where}, {len(part)} points" if inside and beyond else f", {len(part)} points"
+        terms = {time_text(fixed): fixed, f"{time_text(each)} x {f'(n - {offset})' if offset else 'n'}": each}
+        formula = " + ".join(text for text, value in terms.items() if value > 0)
+        formula += f" for {where}" if inside and beyond else ""
+        formula += f", of {len(part)} point{'s' * (len(part) > 1)}"
         for n in part:
             p20, median, p80 = spreads[n]
             said = fixed + each * (n - offset)

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from harness import COPY
+from harness import COPY, PARTS
 from table import OURS, SMALL_BYTES, cases, is_of_harness, label
 
 COLOURS = {OURS: "#1b7837", "eager": "#b35806", "torch.compile": "#542788"}
@@ -50,10 +50,11 @@ def figures(value: float, _: Any) -> str:
 
 
 def ratios(results: dict[str, Any]) -> Figure:
-    """A panel for each script, a bar for each case; a bar that ends left of 1 is one that torch wins."""
+    """A panel for each script, a bar for each whole case, its figures beside it; a bar that ends left of 1 is one that torch wins."""
     panels = []
     for script in results["scripts"].values():
         found = list(cases(script["rows"])) if is_of_harness(script["rows"]) else []
+        found = [pair for pair in found if pair[0]["direction"] not in PARTS]
         if found:
             # The largest win on top.
             found.sort(key=lambda pair: pair[1][OURS]["times_eager"])
@@ -77,21 +78,17 @@ def ratios(results: dict[str, Any]) -> Figure:
         axis.scatter(
             [each for _, each in compiled], [place for place, _ in compiled], marker="D", s=26, color=COLOURS["torch.compile"], zorder=3
         )
-        for place, each in zip(places, eager, strict=True):
-            axis.annotate(
-                f"{each:.2f}",
-                (each, place),
-                (4 if each >= 1 else -4, 0),
-                textcoords="offset points",
-                va="center",
-                ha="left" if each >= 1 else "right",
-                fontsize=7,
-                color="#222222",
-            )
+        # In columns of their own, where neither bars nor diamonds are.
+        for column, colour, name, texts in (
+            (1.02, "#222222", "torch", [(place, f"{each:.2f}") for place, each in zip(places, eager, strict=True)]),
+            (1.09, COLOURS["torch.compile"], "compile", [(place, f"{each:.2f}") for place, each in compiled]),
+        ):
+            for place, text in [(len(found), name), *texts]:
+                axis.text(column, place, text, transform=axis.get_yaxis_transform(), va="center", ha="left", fontsize=7.5, color=colour)
         axis.axvline(1, color="black", linewidth=0.9)
         axis.set_xscale("log")
         shown = [*eager, *(each for _, each in compiled), 1.0]
-        axis.set_xlim(min(0.7, min(shown) / 1.3), max(2.0, max(shown) * 1.35))
+        axis.set_xlim(min(0.7, min(shown) / 1.15), max(2.0, max(shown) * 1.15))
         axis.set_xticks(
             [tick for tick in (0.1, 0.25, 0.5, 1, 2, 3, 4, 6, 8, 12, 20, 40) if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]]
         )
@@ -110,7 +107,10 @@ def ratios(results: dict[str, Any]) -> Figure:
 
 
 def roofline(results: dict[str, Any]) -> Figure:
-    """Bytes a call has to move against the bandwidth reached; the limit is a copy into memory that is there already."""
+    """Bytes a call has to move against the bandwidth reached; the limit is a copy into memory that is there already.
+
+    A dash is the copy of the case's own tensor, in the same blocks: small ones are copied from cache to cache.
+    """
     figure, axis = plt.subplots(figsize=(9, 5.2), layout="constrained")
     least, most, least_bytes, most_bytes = float("inf"), 0.0, float("inf"), 0.0
     for provider in ("eager", "torch.compile", OURS):
@@ -139,6 +139,16 @@ def roofline(results: dict[str, Any]) -> Figure:
             least, most, least_bytes, most_bytes = min(least, *y), max(most, *y), min(least_bytes, *x), max(most_bytes, *x)
     limit = results["header"][COPY]
     axis.axhline(limit, color="black", linewidth=1.2)
+    copies = {
+        (row["bytes"], row["gb_per_s"] / row["of_copy"])
+        for script in results["scripts"].values()
+        if is_of_harness(script["rows"])
+        for row in script["rows"]
+        if row["provider"] == OURS and row["of_copy"] > 0
+    }
+    if copies:
+        axis.scatter(*zip(*copies, strict=True), marker="_", s=60, color="black", linewidths=1.0, zorder=2)
+        most = max(most, *(each for _, each in copies))
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlim(least_bytes / 2, most_bytes * 2)
@@ -166,6 +176,7 @@ def roofline(results: dict[str, Any]) -> Figure:
     handles = [
         plt.Line2D([], [], marker="s", linestyle="", color=COLOURS[each], label=NAMES[each]) for each in (OURS, "eager", "torch.compile")
     ]
+    handles.append(plt.Line2D([], [], marker="_", linestyle="", color="black", label="copy of its tensor"))
     for marker, filled, name in (("o", False, "fresh outputs"), ("o", True, "warm outputs"), ("^", True, "in place")):
         handles.append(plt.Line2D([], [], marker=marker, linestyle="", color=GREY, markerfacecolor=GREY if filled else "none", label=name))
     axis.legend(handles=handles, fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 0.07))
@@ -173,7 +184,7 @@ def roofline(results: dict[str, Any]) -> Figure:
 
 
 def scaling(rows: Sequence[dict[str, Any]]) -> Figure:
-    """A panel for each thing that grows: measured points, p20-p80 as a bar, and the line of the formula fitted to them."""
+    """A panel for each thing that grows: measured points, p20-p80 as a bar, and a line for each formula as far as it holds."""
     against = list(dict.fromkeys(row["against"] for row in rows))
     columns = min(2, len(against))
     figure, axes = plt.subplots(math.ceil(len(against) / columns), columns, figsize=(11, 7.6), squeeze=False, layout="constrained")
@@ -182,7 +193,11 @@ def scaling(rows: Sequence[dict[str, Any]]) -> Figure:
         for case, colour in zip(dict.fromkeys(row["case"] for row in chosen), (COLOURS[OURS], COLOURS["torch.compile"]), strict=False):
             points = sorted((row for row in chosen if row["case"] == case), key=lambda row: row["n"])
             n, median = [row["n"] for row in points], [row["median_us"] for row in points]
-            axis.plot(n, [row["fitted_us"] for row in points], color=colour, linewidth=1.1, label=f"{case}\n{points[0]['formula']}")
+            formulas = list(dict.fromkeys(row["formula"] for row in points))
+            for formula in formulas:
+                held = [row for row in points if row["formula"] == formula]
+                text = "\n".join([case, *formulas]) if formula == formulas[0] else None
+                axis.plot([row["n"] for row in held], [row["fitted_us"] for row in held], color=colour, linewidth=1.1, label=text)
             axis.vlines(n, [row["p20_us"] for row in points], [row["p80_us"] for row in points], color=colour, linewidth=1.4)
             axis.plot(n, median, "o", markersize=4.5, color=colour)
         axis.set_xscale("log")
@@ -196,7 +211,7 @@ def scaling(rows: Sequence[dict[str, Any]]) -> Figure:
         axis.yaxis.set_minor_formatter(NullFormatter())
         # Room for what the lines are, above them.
         low, high = axis.get_ylim()
-        axis.set_ylim(low, high * (high / low) ** (0.18 * len({row["case"] for row in chosen})))
+        axis.set_ylim(low, high * (high / low) ** (0.11 * len({(row["case"], row["formula"]) for row in chosen}) + 0.08))
         axis.set_xlabel(f"n, {name}")
         axis.legend(fontsize=7.5, loc="upper left", frameon=False)
         axis.grid(linewidth=0.4, color="#cccccc")
@@ -204,7 +219,8 @@ def scaling(rows: Sequence[dict[str, Any]]) -> Figure:
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(against) :]:
         axis.set_visible(False)
-    figure.suptitle("time of a call: measured points (bars p20-p80) and the formula fitted to them", x=0.01, ha="left", fontsize=10)
+    title = "time of a call: measured points (bars p20-p80) and the formulas fitted to them, as far as each holds"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     return figure
 
 

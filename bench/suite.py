@@ -2,8 +2,8 @@
 
   python -m gradkernels bench [--only STEM] [--quick] [--out FOLDER]
 
-Writes FOLDER/<machine>.json, .md and _*.png; FOLDER is bench/results. With --quick a run says that everything works, and its numbers say
-nothing, so it writes into a new temporary folder unless --out names one.
+Writes FOLDER/<machine>.json, .md and _*.png; FOLDER is bench/results. How long each script may take stands in harness.py. With --quick a
+run says that everything works, and its numbers say nothing, so it writes into a new temporary folder unless --out names one.
 """
 
 import argparse
@@ -22,21 +22,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 import pictures
 import table
+from harness import OTHER, SECONDS, START_SECONDS
 
 HERE = Path(__file__).resolve().parent
-# Seconds that a script takes, roughly, (in full, with --quick): what the time left is told from. Others count as OTHER.
-SECONDS = {
-    "accuracy": (40, 4),
-    "activation": (60, 4),
-    "batch_norm_act": (150, 4),
-    "clip_grad": (75, 5),
-    "convert": (80, 6),
-    "monitor": (90, 6),
-    "package": (35, 8),
-    "scaling": (50, 10),
-    "training": (60, 6),
-}
-OTHER = (60, 6)
 
 
 def slug(machine: str) -> str:
@@ -75,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
 
     console = Console(stderr=True)
-    weights = {stem: SECONDS.get(stem, OTHER)[options.quick] for stem in scripts}
+    weights = {stem: SECONDS.get(stem, OTHER)[options.quick] + START_SECONDS for stem in scripts}
     results: dict[str, Any] = {"header": {}, "scripts": {}}
     failed: dict[str, str] = {}
     seconds: dict[str, float] = {}

@@ -1,30 +1,44 @@
 """Results as Markdown: first the rows that torch or the compiler wins, in words and with the reason, then a table for each script.
 
-The reason is read off the row itself: noise, the cost of a call, page faults, the copy's bandwidth. Where none of them holds, the text says
-that the figures do not explain it.
+A reason is something measured in the same run: the smallest case of the same operator for the cost of a call, the same case with warm
+outputs for the cost of fresh memory, the cores kept busy, the copy's bandwidth. It has to account for half of what is lost; where nothing
+does, the text says that the reason is not known. Forward and backward, measured apart for such cases, say where it is lost.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from harness import PARTS, WHOLE
 
 Row = dict[str, Any]
 
 # Below this a case is the cost of calling, not of moving bytes.
 SMALL_BYTES = 1 << 20
-PAGE_BYTES = 4096
 # Both sides above this share of the copy's bandwidth are at the limit.
 AT_THE_LIMIT = 0.8
+# A reason accounts for this share of what is lost, or for this many cores that are idle.
+MOST_OF_IT = 0.5
+# A process that got less of a core than this while it computed had to share it.
+DISTURBED_CORES = 0.9
 IDENTITY = ("case", "direction", "dtype", "layout", "outputs")
 OURS = "gradkernels"
+
+# What a case is -> its rows by provider.
+Cases = dict[tuple[Any, ...], dict[str, Row]]
+
+
+def grouped(rows: Iterable[Row]) -> Cases:
+    found: Cases = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in IDENTITY), {})[row["provider"]] = row
+    return found
 
 
 def cases(rows: Iterable[Row]) -> Iterator[tuple[Row, dict[str, Row]]]:
     """(what a case is, its rows by provider), for rows of the harness."""
-    grouped: dict[tuple[Any, ...], dict[str, Row]] = {}
-    for row in rows:
-        grouped.setdefault(tuple(row[name] for name in IDENTITY), {})[row["provider"]] = row
-    for key, providers in grouped.items():
+    for key, providers in grouped(rows).items():
         if OURS in providers and "eager" in providers:
             yield dict(zip(IDENTITY, key, strict=True)), providers
 
@@ -35,41 +49,89 @@ def is_of_harness(rows: Sequence[Row]) -> bool:
 
 def label(case: Row) -> str:
     """A case on one line, without what most cases have in common."""
-    usual = ("contiguous", "float32", "forward + backward", "in place", "none")
-    outputs = "warm outputs" if case["outputs"] == "warm" else "fresh"
-    parts = [case["case"], *(case[name] for name in ("layout", "dtype") if case[name] not in usual)]
-    return ", ".join(parts + ([outputs] if outputs == "warm outputs" else []))
+    usual = ("contiguous", "float32", WHOLE, "in place", "none")
+    parts = [case["case"], *(case[name] for name in ("direction", "layout", "dtype") if case[name] not in usual)]
+    return ", ".join(parts + (["warm outputs"] if case["outputs"] == "warm" else []))
 
 
-def reason(ours: Row, theirs: Row) -> str:
-    """Why `theirs` took less time, as far as the figures of the two rows tell."""
-    if ours["p20_us"] <= theirs["p80_us"]:
-        return "within noise: p20-p80 of both overlap"
-    behind = ours["median_us"] - theirs["median_us"]
-    if ours["bytes"] < SMALL_BYTES:
-        return f"the cost of a call rules: {behind:.1f} us more, for {ours['bytes']:,} bytes"
-    if ours["faults"] * PAGE_BYTES > ours["bytes"] / 10 and ours["faults"] > theirs["faults"]:
-        return f"page faults of fresh outputs: {ours['faults']:,.0f} a call, {theirs['faults']:,.0f} of theirs"
+def behind(providers: dict[str, Row] | None, mine: str, other: str) -> float | None:
+    """Microseconds that `mine` takes more than `other`; None where one of them was not measured."""
+    if providers is None or mine not in providers or other not in providers:
+        return None
+    return providers[mine]["median_us"] - providers[other]["median_us"]
+
+
+def at(case: Row, found: Cases, **fields: str) -> dict[str, Row] | None:
+    """The same case but for these fields."""
+    return found.get(tuple((case | fields)[name] for name in IDENTITY))
+
+
+def smallest(case: Row, found: Cases) -> dict[str, Row]:
+    """The least bytes of the same operator; such cases are named operator, number, unit."""
+    operator = case["case"].rsplit(" ", 2)[0]
+    same = [key for key in found if key[0].rsplit(" ", 2)[0] == operator and key[1:4] == tuple(case[name] for name in IDENTITY[1:4])]
+    return found[min(same, key=lambda key: found[key][OURS]["bytes"] if OURS in found[key] else math.inf)]
+
+
+def reason(case: Row, mine: str, other: str, found: Cases) -> str:
+    """Why `other` took less time, by what else was measured in the run; and where."""
+    providers = found[tuple(case[name] for name in IDENTITY)]
+    ours, theirs = providers[mine], providers[other]
+    lost = ours["median_us"] - theirs["median_us"]
+    why = []
+    least = smallest(case, found)
+    of_a_call = behind(least, mine, other)
+    if least is providers and ours["bytes"] < SMALL_BYTES:
+        why.append(f"the cost of a call, {lost:.1f} us more for {ours['bytes']:,} bytes")
+    elif least is not providers and of_a_call is not None and of_a_call >= MOST_OF_IT * lost:
+        why.append(f"the cost of a call, {of_a_call:.1f} us more already for {least[mine]['bytes']:,} bytes")
+    of_warm = behind(at(case, found, outputs="warm"), mine, other) if case["outputs"] == "fresh" else None
+    if of_warm is not None and lost - of_warm >= MOST_OF_IT * lost:
+        faults = f"{ours['faults']:,.0f} page faults a call, theirs {theirs['faults']:,.0f}"
+        why.append(f"fresh memory, with warm outputs the difference is {of_warm:+,.0f} us ({faults})")
+    if ours["cores"] is not None and theirs["cores"] is not None and theirs["cores"] - ours["cores"] >= MOST_OF_IT:
+        why.append(f"{ours['cores']:.1f} cores are busy, theirs {theirs['cores']:.1f}")
     if min(ours["of_copy"], theirs["of_copy"]) >= AT_THE_LIMIT:
-        return f"both are near the copy's bandwidth, {ours['of_copy']:.0%} and {theirs['of_copy']:.0%} of it"
-    return f"not explained by these figures: {ours['of_copy']:.0%} of the copy's bandwidth, theirs {theirs['of_copy']:.0%}"
+        why.append(f"both are near the copy's bandwidth, {ours['of_copy']:.0%} and {theirs['of_copy']:.0%} of it")
+    if not why:
+        why.append(f"reason not known; {ours['of_copy']:.0%} of the copy's bandwidth, theirs {theirs['of_copy']:.0%}")
+    where = {part: behind(at(case, found, direction=part), mine, other) for part in PARTS}
+    told = [f"{part} {us:+,.0f} us" for part, us in where.items() if us is not None]
+    return "; ".join([*why, *([f"apart: {', '.join(told)}"] if told else [])])
 
 
-def losses(results: dict[str, Any]) -> list[str]:
-    found = []
+def losses(results: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Cases that torch or the compiler wins, beyond noise and within it; what is measured apart only where the whole is not lost."""
+    beyond, within = [], []
     for script in results["scripts"].values():
         if not is_of_harness(script["rows"]):
             continue
-        for case, providers in cases(script["rows"]):
-            pairs = [(OURS, "eager"), (OURS, "torch.compile"), (f"{OURS}, compiled", "torch.compile")]
-            for mine, other in pairs:
-                if mine in providers and other in providers and providers[mine]["median_us"] > providers[other]["median_us"]:
-                    ours, theirs = providers[mine], providers[other]
-                    times = ours["median_us"] / theirs["median_us"]
-                    who = {"eager": "torch", "torch.compile": "torch.compile"}[other]
-                    beside = "" if mine == OURS else " beside gradkernels compiled"
-                    found.append(f"{label(case)}: {who} takes {1 / times:.2f} of the time{beside}; {reason(ours, theirs)}")
-    return found
+        found = grouped(script["rows"])
+        told = set()
+        # The whole before its parts.
+        for case, providers in sorted(cases(script["rows"]), key=lambda pair: pair[0]["direction"] in PARTS):
+            for mine, other in ((OURS, "eager"), (OURS, "torch.compile"), (f"{OURS}, compiled", "torch.compile")):
+                lost = behind(providers, mine, other)
+                whole = tuple(case[name] for name in IDENTITY if name != "direction")
+                if lost is None or lost <= 0 or (case["direction"] in PARTS and (whole, mine, other) in told):
+                    continue
+                ours, theirs = providers[mine], providers[other]
+                who = {"eager": "torch", "torch.compile": "torch.compile"}[other]
+                beside = "" if mine == OURS else " beside gradkernels compiled"
+                text = f"{label(case)}: {who} takes {theirs['median_us'] / ours['median_us']:.2f} of the time{beside}"
+                if ours["p20_us"] <= theirs["p80_us"]:
+                    within.append(text)
+                else:
+                    told.add((whole, mine, other))
+                    beyond.append(f"{text}; {reason(case, mine, other, found)}")
+    return beyond, within
+
+
+def disturbed(results: dict[str, Any]) -> str | None:
+    """Whether other processes took the cores meanwhile, in words; None where they did not."""
+    cores = [row["cores"] for script in results["scripts"].values() for row in script["rows"] if row.get("cores") is not None]
+    few = sum(each < DISTURBED_CORES for each in cores)
+    return f"{few} of {len(cores)} rows had less than {DISTURBED_CORES:g} of a core: something else ran meanwhile." if few else None
 
 
 def cell(value: Any) -> str:
@@ -104,15 +166,17 @@ def table_of_cases(rows: Sequence[Row]) -> Iterator[str]:
         "faults",
         "GB/s",
         "of copy",
+        "saved MB, torch / ours",
+        "peak MB, torch / ours",
     )
     texts = []
     for case, providers in cases(rows):
-        ours, compiled = providers[OURS], providers.get("torch.compile")
+        ours, eager, compiled = providers[OURS], providers["eager"], providers.get("torch.compile")
         texts.append(
             (
                 label({**case, "outputs": "none"}),
                 "" if case["outputs"] == "none" else case["outputs"],
-                cell(providers["eager"]["median_us"]),
+                cell(eager["median_us"]),
                 cell(compiled and compiled["median_us"]),
                 cell(ours["median_us"]),
                 f"{cell(ours['p20_us'])}-{cell(ours['p80_us'])}",
@@ -121,6 +185,10 @@ def table_of_cases(rows: Sequence[Row]) -> Iterator[str]:
                 f"{ours['faults']:,.0f}",
                 f"{ours['gb_per_s']:.1f}",
                 f"{ours['of_copy']:.0%}",
+                *(
+                    "" if ours[name] is None or eager[name] is None else f"{cell(eager[name] / 1e6)} / {cell(ours[name] / 1e6)}"
+                    for name in ("saved_bytes", "peak_bytes")
+                ),
             )
         )
     yield from lines_of(columns, texts, 2)
@@ -147,8 +215,13 @@ def markdown(results: dict[str, Any], drawn: Sequence[Path]) -> str:
     if results.get("quick"):
         lines += ["**A quick run: it shows that everything works. Its numbers mean nothing.**", ""]
     lines += [f"* {name}: {value}" for name, value in results["header"].items() if name != "machine"]
+    if (told := disturbed(results)) is not None:
+        lines += ["", f"**{told}**"]
+    beyond, within = losses(results)
     lines += ["", "## Where torch or the compiler wins", ""]
-    lines += [f"* {line}" for line in losses(results)] or ["Nowhere in this run."]
+    lines += [f"* {line}" for line in beyond] or ["Nowhere in this run beyond noise."]
+    if within:
+        lines += ["", "Ahead of ours, but p20-p80 of both overlap:", "", *(f"* {line}" for line in within)]
     lines += [""]
     for path in drawn:
         lines += [f"![{path.stem.rpartition('_')[2]}]({path.name})", ""]
