@@ -1,8 +1,8 @@
 """How cost grows with elements, channels, tensors and processes: measured points beside the formula fitted to them, and how far it is off.
 
 A formula holds as far as the machine is one machine: in its caches (their size is measured) and beyond, for long runs and for short ones,
-for as many processes as cores and for more. Processes are Gloo's, one thread each. What no machine here can hold is reckoned from
-constants of the sources and printed apart, marked as a model: none of it was measured.
+for few tensors and for many (where two lines fit best), for as many processes as cores and for more. Processes are Gloo's, one thread each.
+What no machine here can hold is reckoned from constants of the sources and printed apart, marked as a model: none of it was measured.
 """
 
 import datetime
@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import statistics
 import sys
 import tempfile
 import time
@@ -25,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, distributed, multiprocessing, nn
 
-from harness import COPY, Budget, arguments, copy_of, gk, header, measure, prove, reference, report, resident_bytes, spread
+from harness import COPY, Budget, arguments, copy_of, gk, header, measure, prove, reference, report, spread
 
 PROCESSES = (1, 2, 4, 8)
 TIMEOUT_S = 120
@@ -77,6 +78,18 @@ def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
         if (coefficients >= 0).all() and error < least:
             best, least = (coefficients[0].item(), coefficients[1].item()), error
     return best
+
+
+def bend(points: Sequence[Measured]) -> float:
+    """The n up to which one line and beyond which another are nearest to all points, two of them on either side at least."""
+
+    def error(part: Sequence[tuple[float, float]]) -> float:
+        fixed, each = fit(part)
+        return sum(((fixed + each * n) / t - 1) ** 2 for n, t in part)
+
+    medians = [(n, statistics.median(times)) for n, times in points]
+    splits = {medians[i - 1][0]: error(medians[:i]) + error(medians[i:]) for i in range(2, len(points) - 1)}
+    return min(splits, key=splits.__getitem__, default=math.inf)
 
 
 def time_text(seconds: float) -> str:
@@ -213,22 +226,18 @@ def channels(machine: Machine) -> Iterator[Row]:
 
 
 def tensors(machine: Machine) -> Iterator[Row]:
-    points, bytes_each = [], math.inf
+    points = []
     for n in (10**power for power in range(3 if machine.quick else 6)):
-        before = resident_bytes("VmRSS")
         parameters = [nn.Parameter(torch.zeros(256)) for _ in range(n)]
         for parameter in parameters:
             parameter.grad = torch.randn(256)
-        # The gradients are what is read, with what torch and Python keep of each; the parameters' own elements are not.
-        bytes_each = (resident_bytes("VmRSS") - before) / n - 4 * 256
         if n == 10:
             grads = [parameter.grad for parameter in parameters]
             exact = reference.get_total_norm([grad.double() for grad in grads])
             prove("norm", {"norm": gk.get_total_norm(grads)}, {"norm": torch.nn.utils.get_total_norm(grads)}, {"norm": exact})
         points.append((n, machine.times_of(lambda parameters=parameters: gk.clip_grad_norm_(parameters, 1e9))))
-    # The largest number tells the bytes of one best: the process grows by pages.
-    ends = machine.cache_bytes / max(bytes_each, 4 * 256)
-    yield from rows_of("clip_grad_norm_, not clipping, tensors of 256", "tensors", points, ends)
+    # What torch and Python keep of a tensor leaves other caches than its elements do.
+    yield from rows_of("clip_grad_norm_, not clipping, tensors of 256", "tensors", points, bend(points))
 
 
 def operands_of(rank: int) -> tuple[Tensor, Tensor]:

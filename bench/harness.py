@@ -63,7 +63,6 @@ __all__ = [
     "reference",
     "report",
     "report_cases",
-    "resident_bytes",
     "rows_from",
     "run",
     "spread",

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 import bench_scaling
 import compare
 import harness
+import neighbours
 import pictures
 import table
 from gradkernels import __main__ as command_line
@@ -43,15 +45,21 @@ def row(case="elu 4 MiB", provider="gradkernels", outputs="fresh", median=100.0,
         "of_copy": 0.5,
         "times_eager": eager / median,
         "times_compile": None if compiled is None else compiled / median,
+        "blocks": 11,
+        "cores": 1.9,
+        "saved_bytes": 4 << 20,
+        "peak_bytes": None,
     } | fields
 
 
-def pair(median, eager, case="elu 4 MiB", compiled=None, **fields):
+def pair(median, eager, case="elu 4 MiB", compiled=None, direction="forward + backward", outputs="fresh", **fields):
+    which = {"direction": direction, "outputs": outputs}
+    fields |= which
     rows = [
-        row(case, "eager", median=eager, eager=eager, compiled=compiled),
+        row(case, "eager", median=eager, eager=eager, compiled=compiled, **which),
         row(case, median=median, eager=eager, compiled=compiled, **fields),
     ]
-    return rows + ([row(case, "torch.compile", median=compiled, eager=eager, compiled=compiled)] if compiled else [])
+    return rows + ([row(case, "torch.compile", median=compiled, eager=eager, compiled=compiled, **which)] if compiled else [])
 
 
 def results(rows, **header):
@@ -122,6 +130,10 @@ def test_compare_of_files_without_a_common_row_is_no_success(tmp_path):
 # harness
 
 
+def in_seconds(seconds):
+    return time.monotonic() + seconds
+
+
 def tiny_case(elements=1024, **fields):
     x = torch.randn(elements)
     return harness.Case(
@@ -137,7 +149,7 @@ def tiny_case(elements=1024, **fields):
 
 
 def test_rows_are_consistent():
-    rows = harness.rows_of(tiny_case(), blocks=5, seconds=1e-3)
+    rows = harness.rows_of(tiny_case(), blocks=5, seconds=1e-3, until=in_seconds(1))
     assert [row.provider for row in rows] == ["eager", "torch.compile", "gradkernels"]
     by_provider = {row.provider: row for row in rows}
     for each in rows:
@@ -146,21 +158,126 @@ def test_rows_are_consistent():
         assert each.times_eager == pytest.approx(by_provider["eager"].median_us / each.median_us)
         assert each.times_compile == pytest.approx(by_provider["torch.compile"].median_us / each.median_us)
         assert each.outputs == "fresh"
+        assert each.blocks == 5 and each.cores > 0
+        assert each.saved_bytes is None and each.peak_bytes is None
     without = tiny_case(providers={"eager": lambda: None, "gradkernels": lambda: None})
-    assert {each.times_compile for each in harness.rows_of(without, 3, 1e-4)} == {None}
+    assert {each.times_compile for each in harness.rows_of(without, 3, 1e-4, in_seconds(1))} == {None}
 
 
 @pytest.mark.skipif(harness.c_library() is None, reason="the states of memory are glibc's")
 def test_large_outputs_are_measured_in_both_states_which_differ_in_page_faults():
     elements = (40 << 20) // 4
-    rows = harness.rows_of(tiny_case(elements), blocks=3, seconds=1e-3)
+    rows = harness.rows_of(tiny_case(elements), blocks=3, seconds=1e-3, until=in_seconds(2))
     faults = {(row.provider, row.outputs): row.faults for row in rows}
     assert set(faults) == {(provider, state) for provider in ("eager", "torch.compile", "gradkernels") for state in ("fresh", "warm")}
     # Huge pages may stand for 512 of the small ones; a warm block faults not at all, but for what the interpreter does.
     assert faults["eager", "fresh"] >= 4 * elements / (2 << 20) / 2
     assert faults["eager", "warm"] < faults["eager", "fresh"] / 4
-    in_place = harness.rows_of(tiny_case(elements, outputs="none"), blocks=3, seconds=1e-3)
+    in_place = harness.rows_of(tiny_case(elements, outputs="none"), blocks=3, seconds=1e-3, until=in_seconds(2))
     assert {row.outputs for row in in_place} == {"none"}
+
+
+class Clock:
+    """Time that passes only in what is measured."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+    def perf_counter_ns(self):
+        return round(self.now * 1e9)
+
+    process_time_ns = perf_counter_ns
+
+    def call(self, seconds):
+        def pass_time():
+            self.now += seconds
+
+        return pass_time
+
+
+@pytest.mark.parametrize(
+    ("seconds", "blocks", "most"),
+    [
+        (60.0, 11, 2.8),  # 11 blocks of 0.1 s and a quarter, twice
+        (1.4, 11, 1.4),
+        (0.2, 6, 0.2),  # a block of the slow one is no shorter than a call and one before it: 20 ms
+        (-1.0, harness.LEAST_BLOCKS, 0.1),
+    ],
+)
+def test_blocks_become_shorter_and_then_fewer_until_the_time_is_kept(monkeypatch, seconds, blocks, most):
+    clock = Clock()
+    monkeypatch.setattr(harness, "time", clock)
+    calls = {"fast": clock.call(1e-4), "slow": clock.call(1e-2)}
+    measured = harness.measure_blocks(calls, {}, 11, 0.1, clock.now + seconds)
+    assert {name: len(each) for name, each in measured.items()} == dict.fromkeys(calls, blocks)
+    assert clock.now - 100 <= most
+    for name, expected in (("fast", 1e-4), ("slow", 1e-2)):
+        assert all(block.seconds == pytest.approx(expected) and block.cores == pytest.approx(1) for block in measured[name])
+
+
+def test_budget_gives_everything_an_even_part_of_what_is_left(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(harness.time, "monotonic", lambda: now)
+    budget = harness.Budget(40.0, 4, started=100.0)
+    assert budget.share() == 110.0
+    now = 119.0  # overrun: the others have less
+    assert budget.share() == 126.0
+    now = 120.0  # done early: the others have more
+    assert budget.share() == 130.0
+    now = 200.0
+    assert budget.share() == 200.0
+    assert budget.share() == 200.0
+
+
+def test_all_scripts_together_keep_the_times_that_are_promised():
+    here = {stem.removeprefix("bench_") for stem in SCRIPTS} - {"cuda"}
+    full, quick = (sum(harness.SECONDS.get(stem, harness.OTHER)[i] + harness.START_SECONDS for stem in here) for i in (0, 1))
+    assert full < 600 and quick < 60
+
+
+def parted(slow):
+    """A case whose gradkernels is slow in its backward, where asked to."""
+    x, y = torch.randn(1024), torch.randn(1024)
+
+    def forward(name):
+        return lambda: torch.nn.functional.elu(x.requires_grad_())
+
+    def step(name):
+        def call():
+            torch.autograd.grad(forward(name)(), x, y)
+            if slow and name == "gradkernels":
+                time.sleep(5e-3)
+
+        return call
+
+    functions = {name: forward(name) for name in ("eager", "gradkernels")}
+    case = tiny_case(providers={name: step(name) for name in functions}, saves=functions)
+    case.parts = lambda: harness.parts_of(case, functions, {name: [x] for name in functions}, y, (8192, 12288))
+    return case
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_forward_and_backward_are_measured_apart_where_asked_and_where_eager_wins(apart):
+    case = parted(slow=not apart)
+    case.apart = apart
+    rows = harness.rows_of(case, 5, 1e-3, in_seconds(1))
+    assert [(each.direction, each.provider) for each in rows] == [
+        (direction, provider) for direction in ("forward + backward", "forward", "backward") for provider in ("eager", "gradkernels")
+    ]
+    assert [each.bytes for each in rows[2:]] == [8192, 8192, 12288, 12288]
+    # torch keeps elu's input, and its output in what was recorded apart.
+    assert rows[0].saved_bytes == 4096 and rows[2].saved_bytes is None
+
+
+def test_memory_that_is_saved_counts_once_and_peaks_are_seen():
+    x = torch.randn(1 << 20, requires_grad=True)
+    assert harness.saved_bytes(lambda: x * x) == 4 << 20
+    if harness.c_library() is not None and Path("/proc/self/clear_refs").exists():
+        peak = harness.peak_bytes(lambda: (x.detach() + 1).mul(2))
+        assert 7 << 20 <= peak <= 10 << 20
 
 
 def test_wrong_answer_ends_the_script_before_anything_is_timed():
@@ -191,24 +308,94 @@ def test_fit_finds_the_line_and_has_no_negative_cost():
     assert falling[1] == 0 and falling[0] > 0
 
 
+def test_each_side_of_a_cache_has_its_own_formula():
+    def microseconds(n):
+        return 5 + 0.001 * n if n <= 10_000 else 0.004 * n
+
+    points = [(n, [microseconds(n) * 1e-6] * 3) for n in (10, 1000, 10_000, 100_000, 1_000_000)]
+    for ends in (20_000, bench_scaling.bend(points)):
+        rows = bench_scaling.rows_of("elu", "elements", points, ends)
+        assert [row.n for row in rows] == [n for n, _ in points]
+        assert all(row.fitted_us == pytest.approx(microseconds(row.n)) and abs(row.off_by) < 1e-9 for row in rows)
+        assert rows[0].formula == f"5 us + 1 ns x n for n <= {ends:,}, of 3 points"
+        assert rows[-1].formula == f"4 ns x n for n > {ends:,}, of 2 points"
+    (formula,) = {row.formula for row in bench_scaling.rows_of("elu", "elements", points[:3])}
+    assert formula == "5 us + 1 ns x n, of 3 points"
+    missed = bench_scaling.rows_of("elu", "elements", [(1, [1e-6] * 3), (2, [1e-6] * 3), (4, [4e-6] * 3)])
+    assert max(abs(row.off_by) for row in missed) > 0.2
+
+
+def test_caches_end_where_a_copy_becomes_slow():
+    assert bench_scaling.cache_bytes({1: 100.0, 2: 160.0, 4: 150.0, 8: 90.0, 16: 40.0, 32: 30.0}) == 8
+    # A stranger took the core for a moment.
+    assert bench_scaling.cache_bytes({1: 1.0, 2: 160.0, 4: 10.0, 8: 150.0, 16: 40.0, 32: 30.0}) == 8
+
+
 # table and pictures
 
 
 @pytest.mark.parametrize(
-    ("fields", "why"),
+    ("fields", "others", "why"),
     [
-        ({"median": 101.0}, "within noise"),
-        ({"median": 150.0, "bytes": 320}, "the cost of a call rules: 50.0 us more"),
-        ({"median": 150.0, "faults": 5000.0}, "page faults of fresh outputs: 5,000 a call"),
-        ({"median": 150.0, "of_copy": 0.9}, "not explained"),
+        ({"bytes": 320}, [], "the cost of a call, 50.0 us more for 320 bytes"),
+        ({}, pair(140.0, 100.0, "elu 16 elements", bytes=320), "the cost of a call, 40.0 us more already for 320 bytes"),
+        ({}, pair(110.0, 100.0, "elu 16 elements", bytes=320), "reason not known"),
+        ({"faults": 5000.0}, pair(100.0, 90.0, outputs="warm"), "fresh memory, with warm outputs the difference is +10 us (5,000 page"),
+        ({"faults": 5000.0}, pair(140.0, 100.0, outputs="warm"), "reason not known"),
+        ({"cores": 1.0}, [], "1.0 cores are busy, theirs 1.9"),
+        ({"of_copy": 0.9}, [], "reason not known"),  # theirs is not near the limit
+        ({}, pair(90.0, 50.0, direction="forward") + pair(60.0, 50.0, direction="backward"), "apart: forward +40 us, backward +10 us"),
     ],
 )
-def test_rows_that_torch_wins_stand_first_with_the_reason(fields, why):
-    text = table.markdown(results([*pair(50.0, 100.0, "swish 4 MiB"), *pair(eager=100.0, **fields)]), [])
+def test_rows_that_torch_wins_stand_first_with_a_reason_that_was_measured(fields, others, why):
+    rows = [*pair(50.0, 100.0, "swish 4 MiB"), *pair(150.0, 100.0, **fields), *others]
+    text = table.markdown(results(rows), [])
     wins = text.partition("## Where torch or the compiler wins")[2].partition("##")[0]
-    assert "elu 4 MiB: torch takes" in wins and why in wins
+    (line,) = [line for line in wins.splitlines() if line.startswith("* elu 4 MiB: ")]
+    assert "torch takes 0.67 of the time" in line and why in line
     assert "swish 4 MiB" not in wins
+    # A part is told of with its whole, which is lost.
+    assert "elu 4 MiB, forward" not in wins
     assert text.index("## Where torch") < text.index("| case |")
+
+
+def test_rows_within_noise_have_no_reason_and_stand_apart():
+    text = table.markdown(results([*pair(101.0, 100.0), *pair(90.0, 50.0, "swish 4 MiB", direction="forward")]), [])
+    wins = text.partition("## Where torch or the compiler wins")[2].partition("##")[0]
+    beyond, _, within = wins.partition("p20-p80 of both overlap")
+    assert "* elu 4 MiB: torch takes 0.99 of the time" in within.splitlines()
+    assert "* swish 4 MiB, forward: torch takes 0.56 of the time; " in beyond
+
+
+def test_table_says_when_something_else_ran():
+    assert "something else ran" not in table.markdown(results(pair(50.0, 100.0)), [])
+    assert "**1 of 2 rows had less than 0.9 of a core" in table.markdown(results(pair(50.0, 100.0, cores=0.4)), [])
+
+
+def test_table_has_the_bytes_that_are_saved():
+    text = table.markdown(results([row("elu 4 MiB", "eager", saved_bytes=8_000_000), row(saved_bytes=4_000_000)]), [])
+    assert "| 8 / 4 |" in text
+
+
+# neighbours
+
+
+def test_neighbours_compute_what_torch_does_and_the_others_have_a_reason(monkeypatch):
+    monkeypatch.setattr(neighbours, "SHAPES", ((4, 6, 5, 5),))
+    bn = torch.nn.BatchNorm2d(6)
+    torch.nn.init.uniform_(bn.weight, 0.5, 1.5)
+    x = torch.randn(4, 6, 5, 5, requires_grad=True)
+    found = neighbours.of_batch_norm_act(bn, "leaky_relu", (4, 6, 5, 5), torch.float32, False)
+    assert found
+    expected = torch.nn.functional.leaky_relu(bn(x))
+    for name, module in found.items():
+        neighbours.prove(name, {"y": module(x)}, {"y": expected})
+    with pytest.raises(SystemExit, match="nothing is timed"):
+        neighbours.prove("wrong", {"y": expected + 1}, {"y": expected})
+    assert neighbours.of_batch_norm_act(bn, "leaky_relu", (4, 6, 5, 5), torch.float32, True) == {}
+    monkeypatch.setattr(neighbours, "PACKAGES", ("json", "no_such_package"))
+    monkeypatch.setattr(neighbours.importlib.metadata, "version", lambda name: "1.0")
+    assert neighbours.found() == "json 1.0; no no_such_package (ModuleNotFoundError: No module named 'no_such_package')"
 
 
 def test_pictures_are_drawn(tmp_path):
