@@ -55,6 +55,7 @@ __all__ = [
     "copy_of",
     "gk",
     "header",
+    "label",
     "measure",
     "memory_of_outputs",
     "parts_of",
@@ -503,15 +504,19 @@ def in_mb(size: float | None) -> str:
     return "" if size is None else f"{size / 1e6:,.3f}"
 
 
+def label(case: dict[str, Any]) -> str:
+    """What a row is of, on one line, without what most of them have in common."""
+    usual = ("contiguous", "float32", WHOLE, "in place")
+    return ", ".join([case["case"], *(case[name] for name in ("direction", "layout", "dtype") if case[name] not in usual)])
+
+
 def report_cases(title: str, head: dict[str, Any], rows: Sequence[Row], file: Path | None) -> None:
     """report() of rows of cases, and their means."""
     report(
         title,
         head,
         {
-            "case": lambda row: row.case if row.layout == "contiguous" else f"{row.case} {row.layout}",
-            "direction": lambda row: row.direction,
-            "dtype": lambda row: row.dtype,
+            "case": lambda row: label(asdict(row)),
             "provider": lambda row: row.provider,
             "outputs": lambda row: row.outputs,
             "median us": lambda row: f"{row.median_us:,.1f}",

@@ -15,8 +15,8 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from harness import COPY, PARTS
-from table import OURS, SMALL_BYTES, cases, is_of_harness, label
+from harness import COPY, PARTS, label
+from table import OURS, SMALL_BYTES, cases, is_of_harness, warm
 
 COLOURS = {OURS: "#1b7837", "eager": "#b35806", "torch.compile": "#542788"}
 NAMES = {OURS: "gradkernels", "eager": "torch", "torch.compile": "torch.compile"}
@@ -94,7 +94,7 @@ def ratios(results: dict[str, Any]) -> Figure:
         )
         axis.minorticks_off()
         axis.xaxis.set_major_formatter(FuncFormatter(figures))
-        axis.set_yticks(places, [label(case) for case, _ in found], fontsize=7.5)
+        axis.set_yticks(places, [label(case) + warm(case) for case, _ in found], fontsize=7.5)
         axis.set_ylim(-0.7, len(found) - 0.3)
         axis.set_title(title, loc="left", fontsize=10)
         axis.grid(axis="x", linewidth=0.4, color="#cccccc")

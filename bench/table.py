@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import PARTS, WHOLE
+from harness import PARTS, label
 
 Row = dict[str, Any]
 
@@ -47,11 +47,8 @@ def is_of_harness(rows: Sequence[Row]) -> bool:
     return bool(rows) and {*IDENTITY, "times_eager", "times_compile", "of_copy"} <= rows[0].keys()
 
 
-def label(case: Row) -> str:
-    """A case on one line, without what most cases have in common."""
-    usual = ("contiguous", "float32", WHOLE, "in place", "none")
-    parts = [case["case"], *(case[name] for name in ("direction", "layout", "dtype") if case[name] not in usual)]
-    return ", ".join(parts + (["warm outputs"] if case["outputs"] == "warm" else []))
+def warm(case: Row) -> str:
+    return ", warm outputs" if case["outputs"] == "warm" else ""
 
 
 def behind(providers: dict[str, Row] | None, mine: str, other: str) -> float | None:
@@ -118,7 +115,7 @@ def losses(results: dict[str, Any]) -> tuple[list[str], list[str]]:
                 ours, theirs = providers[mine], providers[other]
                 who = {"eager": "torch", "torch.compile": "torch.compile"}[other]
                 beside = "" if mine == OURS else " beside gradkernels compiled"
-                text = f"{label(case)}: {who} takes {theirs['median_us'] / ours['median_us']:.2f} of the time{beside}"
+                text = f"{label(case)}{warm(case)}: {who} takes {theirs['median_us'] / ours['median_us']:.2f} of the time{beside}"
                 if ours["p20_us"] <= theirs["p80_us"]:
                     within.append(text)
                 else:
@@ -174,7 +171,7 @@ def table_of_cases(rows: Sequence[Row]) -> Iterator[str]:
         ours, eager, compiled = providers[OURS], providers["eager"], providers.get("torch.compile")
         texts.append(
             (
-                label({**case, "outputs": "none"}),
+                label(case),
                 "" if case["outputs"] == "none" else case["outputs"],
                 cell(eager["median_us"]),
                 cell(compiled and compiled["median_us"]),
@@ -198,7 +195,10 @@ def table_of_cases(rows: Sequence[Row]) -> Iterator[str]:
         columns = ("beside them", "case", "us", "times torch", "times compile")
         yield from lines_of(
             columns,
-            [(row["provider"], label(row), *(cell(row[name]) for name in ("median_us", "times_eager", "times_compile"))) for row in beside],
+            [
+                (row["provider"], label(row) + warm(row), *(cell(row[name]) for name in ("median_us", "times_eager", "times_compile")))
+                for row in beside
+            ],
             2,
         )
 
