@@ -153,7 +153,7 @@ class Row:
     of_copy: float
     times_eager: float
     times_compile: float | None
-    blocks: int
+    blocks: int = 0
     cores: float | None = None
     saved_bytes: int | None = None
     peak_bytes: float | None = None
