@@ -97,9 +97,9 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             found = json.loads(file.read_text())
             results["header"] = results["header"] or found["header"]
-            results["scripts"][stem] = {name: each for name, each in found.items() if name != "header"} | {
-                "seconds": round(seconds[stem], 1)
-            }
+            # A script's own lines stay with it.
+            own = {name: each for name, each in found["header"].items() if name not in results["header"]}
+            results["scripts"][stem] = found | {"header": own, "seconds": round(seconds[stem], 1)}
         progress.update(task, description="bench", completed=done)
 
     if results["scripts"]:

@@ -91,7 +91,9 @@ def reason(case: Row, mine: str, other: str, found: Cases) -> str:
     if min(ours["of_copy"], theirs["of_copy"]) >= AT_THE_LIMIT:
         why.append(f"both are near the copy's bandwidth, {ours['of_copy']:.0%} and {theirs['of_copy']:.0%} of it")
     if not why:
-        why.append(f"reason not known; {ours['of_copy']:.0%} of the copy's bandwidth, theirs {theirs['of_copy']:.0%}")
+        free = max(ours["of_copy"], theirs["of_copy"]) < MOST_OF_IT and ours["faults"] < 1
+        shares = f"{ours['of_copy']:.0%} of the copy's bandwidth, theirs {theirs['of_copy']:.0%}"
+        why.append(f"reason not known{', but not memory' if free else ''}; {shares}")
     where = {part: behind(at(case, found, direction=part), mine, other) for part in PARTS}
     told = [f"{part} {us:+,.0f} us" for part, us in where.items() if us is not None]
     return "; ".join([*why, *([f"apart: {', '.join(told)}"] if told else [])])
@@ -227,6 +229,8 @@ def markdown(results: dict[str, Any], drawn: Sequence[Path]) -> str:
         lines += [f"![{path.stem.rpartition('_')[2]}]({path.name})", ""]
     for stem, script in results["scripts"].items():
         lines += [f"## {script['title']}", "", f"`bench/bench_{stem}.py`, {script['seconds']:.0f} s", ""]
+        lines += [f"* {name}: {value}" for name, value in script.get("header", {}).items()]
+        lines += [""] if script.get("header") else []
         lines += table_of_cases(script["rows"]) if is_of_harness(script["rows"]) else table_of_fields(script["rows"])
         if "model" in script:
             lines += ["", f"### {script['model']['title']}", "", script["model"]["note"], "", *table_of_fields(script["model"]["rows"])]

@@ -42,7 +42,7 @@ def row(case="elu 4 MiB", provider="gradkernels", outputs="fresh", median=100.0,
         "faults": 0.0,
         "bytes": 20 << 20,
         "gb_per_s": (20 << 20) / median / 1e3,
-        "of_copy": 0.5,
+        "of_copy": 0.4,
         "times_eager": eager / median,
         "times_compile": None if compiled is None else compiled / median,
         "blocks": 11,
@@ -339,10 +339,11 @@ def test_caches_end_where_a_copy_becomes_slow():
     [
         ({"bytes": 320}, [], "the cost of a call, 50.0 us more for 320 bytes"),
         ({}, pair(140.0, 100.0, "elu 16 elements", bytes=320), "the cost of a call, 40.0 us more already for 320 bytes"),
-        ({}, pair(110.0, 100.0, "elu 16 elements", bytes=320), "reason not known"),
+        ({}, pair(110.0, 100.0, "elu 16 elements", bytes=320), "reason not known, but not memory; 40%"),
         ({"faults": 5000.0}, pair(100.0, 90.0, outputs="warm"), "fresh memory, with warm outputs the difference is +10 us (5,000 page"),
-        ({"faults": 5000.0}, pair(140.0, 100.0, outputs="warm"), "reason not known"),
+        ({"faults": 5000.0}, pair(140.0, 100.0, outputs="warm"), "reason not known; 40%"),
         ({"cores": 1.0}, [], "1.0 cores are busy, theirs 1.9"),
+        ({"of_copy": 0.6}, [], "reason not known; 60% of the copy's bandwidth, theirs 40%"),
         ({"of_copy": 0.9}, [], "reason not known"),  # theirs is not near the limit
         ({}, pair(90.0, 50.0, direction="forward") + pair(60.0, 50.0, direction="backward"), "apart: forward +40 us, backward +10 us"),
     ],
@@ -370,6 +371,12 @@ def test_rows_within_noise_have_no_reason_and_stand_apart():
 def test_table_says_when_something_else_ran():
     assert "something else ran" not in table.markdown(results(pair(50.0, 100.0)), [])
     assert "**1 of 2 rows had less than 0.9 of a core" in table.markdown(results(pair(50.0, 100.0, cores=0.4)), [])
+
+
+def test_a_scripts_own_lines_stand_with_its_table():
+    found = results(pair(50.0, 100.0))
+    found["scripts"]["activation"]["header"] = {"neighbours": "none"}
+    assert "## activations\n\n`bench/bench_activation.py`, 1 s\n\n* neighbours: none\n\n| case" in table.markdown(found, [])
 
 
 def test_table_has_the_bytes_that_are_saved():
