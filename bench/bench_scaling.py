@@ -29,7 +29,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 from harness import COPY, Budget, arguments, copy_of, gk, header, measure, prove, reference, report, spread
 
 PROCESSES = (1, 2, 4, 8)
-TIMEOUT_S = 120
+TIMEOUT_S = 240
 CALLS = 10
 CHANNELS_ELEMENTS = 1 << 22
 CHANNELS_BATCH = 16
@@ -39,6 +39,8 @@ SYNC_SHAPE = (16, 64, 14, 14)
 # What starting the processes and their calls take of the script's seconds.
 PROCESSES_SECONDS = 22
 POINTS = 24
+# A term that adds less than this of the time to its largest part is not told.
+LEAST_SHARE = 1e-3
 # x, grad_y, y and grad_x of one element.
 ELU_BYTES = 16
 # Bytes that a copy reads and writes, to see where it leaves the caches.
@@ -107,9 +109,11 @@ def rows_of(case: str, against: str, points: Sequence[Measured], ends: float = m
     for part, where in ((inside, f"n <= {ends:,.0f}"), (beyond, f"n > {ends:,.0f}")):
         if not part:
             continue
-        fixed, each = fit([(n - offset, spreads[n][1]) for n in part])
-        terms = {time_text(fixed): fixed, f"{time_text(each)} x {f'(n - {offset})' if offset else 'n'}": each}
-        formula = " + ".join(text for text, value in terms.items() if value > 0)
+        # One point says nothing of how it grows.
+        fixed, each = fit([(n - offset, spreads[n][1]) for n in part]) if len(part) > 1 else (spreads[part[0]][1], 0.0)
+        least, most = spreads[part[0]][1], spreads[part[-1]][1]
+        terms = {time_text(fixed): fixed / least, f"{time_text(each)} x {f'(n - {offset})' if offset else 'n'}": each * part[-1] / most}
+        formula = " + ".join(text for text, share in terms.items() if share > LEAST_SHARE)
         formula += f" for {where}" if inside and beyond else ""
         formula += f", of {len(part)} point{'s' * (len(part) > 1)}"
         for n in part:

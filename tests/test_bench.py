@@ -321,6 +321,8 @@ def test_each_side_of_a_cache_has_its_own_formula():
         assert rows[-1].formula == f"4 ns x n for n > {ends:,}, of 2 points"
     (formula,) = {row.formula for row in bench_scaling.rows_of("elu", "elements", points[:3])}
     assert formula == "5 us + 1 ns x n, of 3 points"
+    (alone,) = bench_scaling.rows_of("elu", "elements", points[:1])
+    assert alone.formula == "5.01 us, of 1 point" and alone.off_by == 0
     missed = bench_scaling.rows_of("elu", "elements", [(1, [1e-6] * 3), (2, [1e-6] * 3), (4, [4e-6] * 3)])
     assert max(abs(row.off_by) for row in missed) > 0.2
 
