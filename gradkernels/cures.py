@@ -7,7 +7,8 @@ rate; diagnose may try these on a copy.
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import NamedTuple
+from decimal import ROUND_DOWN, Context
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -16,22 +17,21 @@ from gradkernels.verdicts import (
     BADLY_INITIALISED,
     DEAD,
     EXPLODING,
-    NON_FINITE,
     SATURATED,
     TINY_BATCH,
     VANISHING,
     Verdict,
+    enough_for_statistics,
 )
 
 # The update relative to the weight that a suggested learning rate is to make at most.
 LARGEST_UPDATE = 1e-2
 
 ACTIVATION, INITIALISATION, BATCH_NORM, RESIDUAL = "activation", "initialisation", "batch norm", "residual connections"
-CLIPPING, LEARNING_RATE, STATISTICS, ARITHMETIC = "clipping", "learning rate", "batch statistics", "arithmetic"
+CLIPPING, LEARNING_RATE, STATISTICS, ARITHMETIC, LOSS = "clipping", "learning rate", "batch statistics", "arithmetic", "loss"
 SAFE = (INITIALISATION, CLIPPING, LEARNING_RATE)
 # How much each verdict asks for each cure; cures are ranked by the sum over layers.
 _ASKS_FOR: dict[str, dict[str, float]] = {
-    NON_FINITE: {ARITHMETIC: 9},
     EXPLODING: {INITIALISATION: 3, CLIPPING: 2.5, BATCH_NORM: 2, LEARNING_RATE: 1},
     VANISHING: {INITIALISATION: 3, BATCH_NORM: 2.5, RESIDUAL: 2},
     DEAD: {ACTIVATION: 3, INITIALISATION: 2, LEARNING_RATE: 1},
@@ -59,15 +59,17 @@ class Cure(NamedTuple):
 def cures(layers: list[Verdict], found: Probe) -> list[Cure]:
     """Those that the verdicts ask for, the one asked for most first."""
     scores: dict[str, float] = defaultdict(float)
+    if not found.finite:
+        grew = found.origin is not None and found.origin.phase in ("forward", "backward") and found.origin.operator in _GROWTH
+        scores.update(_GREW if grew else {ARITHMETIC: 9 * max(len(layers), 1)})
     for each in layers:
         for verdict in each.verdicts:
             asks_for: Mapping[str, float] = _ASKS_FOR.get(verdict, {})
             if verdict == VANISHING and each.layer.act in _SATURATING:
                 asks_for = {**asks_for, **_VANISHING_AND_SATURATING}
-            if verdict == NON_FINITE and found.origin is not None and found.origin.operator in _GROWTH:
-                asks_for = _GREW
             for cure, weight in asks_for.items():
-                scores[cure] += weight
+                # What follows the last layer belongs to the loss.
+                scores[LOSS if cure == ACTIVATION and not each.layer.behind else cure] += weight
     ranked = sorted(scores, key=lambda name: -scores[name])
     return [cure for cure in (_describe(name, layers, found) for name in ranked) if cure is not None]
 
@@ -78,13 +80,16 @@ def _describe(name: str, layers: list[Verdict], found: Probe) -> Cure | None:
     described: tuple[str, str] | None
     if name == ACTIVATION:
         described = _activation(layers)
+    elif name == LOSS:
+        described = _loss(layers)
     elif name == BATCH_NORM:
-        described = _batch_norm(weights)
+        return _normalisation(weights)
     elif name == INITIALISATION:
         why = "weights of the scale that each activation keeps (He, LeCun, Xavier); begins anew"
         described = (why, "gk.init.apply_(model)") if weights else None
     elif name == RESIDUAL:
-        described = ("the gradient then reaches every layer undiminished", "x = x + block(x)") if len(weights) > 5 else None
+        lacking = len(weights) > 5 and not any(found.goes_around(each.name) for each in weights)
+        described = ("the gradient then reaches every layer undiminished", "x = x + block(x)") if lacking else None
     elif name == CLIPPING:
         length = f"; the gradient is {found.total_norm:.3g} long" if math.isfinite(found.total_norm) else ""
         described = f"bounds every step{length}", "gk.clip_grad_norm_(model, max_norm=1.0)    # between backward() and step()"
@@ -93,24 +98,19 @@ def _describe(name: str, layers: list[Verdict], found: Probe) -> Cure | None:
         described = "smaller steps, if it was healthy before some step", "lr = lr / 10"
         if rate is not None:
             why = f"SGD then changes no weight by more than {LARGEST_UPDATE:.0%}"
-            described = why, f"torch.optim.SGD(model.parameters(), lr={rate:.1g})"
+            described = why, f"torch.optim.SGD(model.parameters(), lr={rate:g})"
     elif name == STATISTICS:
         at = next(each for each in layers if TINY_BATCH in each.verdicts)
         line = "model = gk.convert_sync_batch_norm(model)    # or, on one machine, nn.GroupNorm or a larger batch"
         described = f"layer {at.name} has {at.why}", line
-    elif not found.finite_inputs:
-        described = "nothing is learnt from nan", "inputs = torch.nan_to_num(inputs)    # better: find out where the data get it from"
     else:
-        why = f"{found.origin.operator} leaves what the numbers can hold" if found.origin else "a weight is lost"
-        described = why, mend(found.origin)
+        described = _arithmetic(found.origin)
     return None if described is None else Cure(name, *described, safe=name in SAFE)
 
 
 def _activation(layers: list[Verdict]) -> tuple[str, str]:
     """For the first layer whose activation is at fault; the rest follow its example."""
-    at = next(
-        each for each in layers if {DEAD, SATURATED} & {*each.verdicts} or (VANISHING in each.verdicts and each.layer.act in _SATURATING)
-    )
+    at = next(each for each in layers if each.layer.behind and _is_at_fault(each))
     act = at.layer.act
     if act == "sigmoid":
         why = "the slope of sigmoid is 0.25 at most, and every layer multiplies by it"
@@ -122,24 +122,61 @@ def _activation(layers: list[Verdict]) -> tuple[str, str]:
     return why, f"{_assign(at.layer.act_module)} = gk.{module}()    # and so behind every other layer"
 
 
-def _batch_norm(weights: list[Verdict]) -> tuple[str, str] | None:
-    bare = next((each for each in weights if not each.layer.normalised), None)
-    if bare is None:
+def _is_at_fault(each: Verdict) -> bool:
+    return bool({DEAD, SATURATED} & {*each.verdicts}) or (VANISHING in each.verdicts and each.layer.act in _SATURATING)
+
+
+def _loss(layers: list[Verdict]) -> tuple[str, str]:
+    """For an activation behind an output layer: no other one can stand for it, but the loss may contain it."""
+    at = next(each for each in layers if not each.layer.behind and _is_at_fault(each))
+    why = f"{at.layer.act} behind the output layer {at.name} lets no gradient through where it is flat"
+    if at.layer.act == "sigmoid":
+        line = "F.binary_cross_entropy_with_logits(logits, targets)    # and no sigmoid in the model"
+        return f"{why}; a loss that contains it does", line
+    return why, f"return {at.name.rpartition('.')[2]}(x)    # without {at.layer.act}, or its outputs scaled down"
+
+
+def _normalisation(weights: list[Verdict]) -> Cure | None:
+    """Behind the first weight that is followed by none and by another layer: outputs are not to be normalised."""
+    layer = next((each.layer for each in weights if not each.layer.normalised and each.layer.behind), None)
+    if layer is None:
         return None
-    module = bare.layer.module
-    dimension = next((digit for digit in "23" if f"{digit}d" in type(module).__name__), "1")
-    units = module.out_features if isinstance(module, nn.Linear) else module.out_channels
-    act = bare.layer.act if bare.layer.act in ("relu", "relu6", "leaky_relu", "elu", "swish") else "elu"
-    line = f'gk.BatchNormAct{dimension}d({units}, act="{act}")    # behind {bare.name}, in place of its activation, and so on'
-    return "every layer then gets inputs of deviation 1, whatever came before", line
+    module = layer.module
+    units: Any = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+    name, line = BATCH_NORM, ""
+    if isinstance(module, nn.Linear) and (layer.dims > 2 or layer.called > 1):
+        # Batch norm takes a sequence's channels as dimension 1, and has one mean for all calls.
+        name, line = "layer norm", f"nn.LayerNorm({units})    # behind {layer.name}, before its activation, and so on"
+    elif layer.batch is not None and not enough_for_statistics(layer.batch):
+        line = f"nn.GroupNorm({math.gcd(units, 32)}, {units})    # behind {layer.name}, before its activation, and so on"
+        name = "group norm"
+    else:
+        dimension = next((digit for digit in "23" if f"{digit}d" in type(module).__name__), "1")
+        act = layer.act if layer.act in ("relu", "relu6", "leaky_relu", "elu", "swish") else "elu"
+        line = f'gk.BatchNormAct{dimension}d({units}, act="{act}")    # behind {layer.name}, in place of its activation, and so on'
+    return Cure(name, "every layer then gets inputs of deviation 1, whatever came before", line, safe=False)
 
 
-def mend(origin: Origin | None) -> str:
+def _arithmetic(origin: Origin | None) -> tuple[str, str]:
+    if origin is None or origin.phase in ("parameter", "buffer"):
+        return "what is lost stays lost", "model.load_state_dict(...)    # of a checkpoint before it happened"
+    if origin.phase == "batch":
+        return "nothing is learnt from nan", "inputs = torch.nan_to_num(inputs)    # better: find out where the data get it from"
+    if origin.phase == "constant":
+        return f"{origin.operator} has nan or inf from the code", "torch.finfo(x.dtype).min    # in place of -inf, where all may be masked"
+    return f"{origin.operator} leaves what the numbers can hold", mend(origin.operator)
+
+
+def mend(operator: str) -> str:
     """The line of code for the operator that made nan or inf."""
-    if origin is None:
-        return "model.load_state_dict(...)    # of a checkpoint before it happened"
-    word = origin.operator.lower()
+    word = operator.lower()
     for name, line in {
+        "softmax": "x.masked_fill(mask, torch.finfo(x.dtype).min).softmax(-1)    # in place of -inf: where all is masked that is 0 / 0",
+        "nll_loss": "F.cross_entropy(y, targets, reduction='sum') / (targets != -100).sum().clamp_min(1)    # no target, no mean",
+        "loss": "loss_fn(y, targets) if len(targets) else y.sum() * 0    # of nothing the mean is 0 / 0",
+        "mean": "x.sum() / max(x.numel(), 1)    # of nothing the mean is 0 / 0",
+        "var": "x.var(correction=0)    # of one number the deviation with a correction is 0 / 0",
+        "std": "x.std(correction=0)    # of one number the deviation with a correction is 0 / 0",
         "log": "torch.log(x.clamp_min(1e-12))    # log_softmax, logsigmoid and cross_entropy need no log of yours",
         "sqrt": "torch.sqrt(x.clamp_min(1e-12))    # the slope of sqrt at 0 is infinite",
         "norm": "torch.sqrt(x.square().sum() + 1e-12)    # the slope of a norm at 0 is not defined",
@@ -160,9 +197,14 @@ def _assign(module: str) -> str:
 
 
 def learning_rate(layers: list[Verdict]) -> float | None:
-    """What keeps the largest relative update of plain SGD at LARGEST_UPDATE."""
+    """What keeps the largest relative update of plain SGD at LARGEST_UPDATE, rounded down to one digit."""
     ratios = [each.layer.gradient / each.layer.weight for each in layers if each.layer.gradient is not None and each.layer.weight]
     largest = max(ratios, default=0.0)
     if not 0 < largest < math.inf:
         return None
-    return LARGEST_UPDATE / largest
+    return rounded_down(LARGEST_UPDATE / largest)
+
+
+def rounded_down(rate: float) -> float:
+    """To one significant digit."""
+    return float(Context(prec=1, rounding=ROUND_DOWN).create_decimal_from_float(rate))

@@ -14,13 +14,14 @@ from os import PathLike
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from gradkernels import init, monitor, pictures
-from gradkernels.cures import CLIPPING, INITIALISATION, LEARNING_RATE, cures, learning_rate
-from gradkernels.probe import Probe, probe
+from gradkernels.cures import CLIPPING, INITIALISATION, LEARNING_RATE, cures, learning_rate, rounded_down
+from gradkernels.probe import Layer, Probe, probe
 from gradkernels.untouched import untouched
-from gradkernels.verdicts import HEALTHY, VERDICTS, Verdict, origin_sentence, verdicts
+from gradkernels.verdicts import HEALTHY, NON_FINITE, VERDICTS, Verdict, origin_sentence, output_layers, verdicts
 
 
 class Diagnosis:
@@ -31,7 +32,7 @@ class Diagnosis:
         cures: the Cures, the one to try first at the top.
         loss: of the batch.
         total_norm: of all gradients as one vector.
-        origin: the sentence on where nan or inf began; None where everything was finite.
+        origin: the sentence on where nan or inf in the loss or the gradients began; None where both are finite.
         after: with apply=True, the Diagnosis of the copy with the safe cures; else None.
         applied: with apply=True, what was done to the copy.
 
@@ -54,6 +55,7 @@ class Diagnosis:
         self.after: Diagnosis | None = None
         self.applied: list[str] = []
         self.loss_after_step: float | None = None
+        self._first, self._last = _ends(self.layers)
 
     def counts(self) -> dict[str, int]:
         """Verdict -> number of layers, the worst first."""
@@ -61,13 +63,19 @@ class Diagnosis:
         return {verdict: counts[verdict] for verdict in VERDICTS if counts[verdict]}
 
     def first_to_last(self) -> float:
-        """The gradient norm of the first layer over that of the last; nan where one has none."""
-        norms = [layer.layer.gradient for layer in self.layers if layer.layer.gradient is not None]
-        return norms[0] / norms[-1] if norms and norms[-1] else math.nan
+        """The gradient norm of the first layer over that of the output layer it came through; nan where there are no two."""
+        if self._first is None or self._last is None or not self._last.gradient:
+            return math.nan
+        return (self._first.gradient or 0.0) / self._last.gradient
 
     def headline(self) -> str:
+        """What is to be known first: a loss that is not finite, then how many layers have which verdict."""
         counts = self.counts()
-        return ", ".join(f"{verdict} {count}" for verdict, count in counts.items()) + f" of {len(self.layers)} layers"
+        layers = ", ".join(f"{verdict} {count}" for verdict, count in counts.items()) + f" of {len(self.layers)} layers"
+        if math.isfinite(self.loss):
+            return layers
+        finite = "" if NON_FINITE in counts else "every gradient is finite: "
+        return f"the loss is {self.loss:g}; {finite}{layers}"
 
     def table(self) -> str:
         """A line for each layer: gradient, weight, output, activation, verdict."""
@@ -88,12 +96,9 @@ class Diagnosis:
         )
 
     def __str__(self) -> str:
-        norms = [each for each in self.layers if each.layer.gradient is not None]
         text = [f"{self.title}: {self.headline()}", f"loss {self.loss:.4g}, gradient of all layers together {self.total_norm:.4g}"]
-        if len(norms) > 1 and math.isfinite(self.first_to_last()):
-            text.append(
-                f"the gradient of the first layer, {norms[0].name}, is {self.first_to_last():.2g} times that of the last, {norms[-1].name}"
-            )
+        if self._first is not None and self._last is not None and math.isfinite(ratio := self.first_to_last()):
+            text.append(f"the gradient of the first layer, {self._first.name}, is {ratio:.2g} times that of the last, {self._last.name}")
         if self.origin is not None:
             text.append(self.origin)
         text += ["", self.table()]
@@ -180,19 +185,37 @@ class Diagnosis:
         )
 
 
+def _ends(layers: list[Verdict]) -> tuple[Layer | None, Layer | None]:
+    """The first layer with a gradient, and of the output layers that this came through the one with the largest."""
+    first = next((each.layer for each in layers if each.layer.gradient is not None), None)
+    if first is None or not first.behind:
+        return first, None
+    return first, max(output_layers(first), key=lambda layer: layer.gradient or 0.0, default=None)
+
+
 def diagnose(model: nn.Module, batch: tuple[Any, Any], loss_fn: Callable[[Any, Any], Any], *, apply: bool = False) -> Diagnosis:
     """Find out from one forward and one backward pass which layers do not learn, why, and what to do.
 
-        vanishing           |g| < 1e-3 of the largest |g| nearer the loss, or |g| < 1e-7 |w|
-        exploding           |g| > 100 |w|, or |g| > 1e3 times that of the layer nearest the loss
+        non-finite          the loss or a gradient holds nan or inf, and so does this layer's output or gradient; what made it is named
         dead                more than two thirds of the units of a relu pass nothing on, whatever the sample
         saturated           more than half of the outputs of an activation lie where its slope is below a tenth of its steepest
-        non-finite          an output or a gradient holds nan or inf; the operator that made the first one is named
-        badly initialised   all weights equal, or their deviation below 1/4 or above 5/2 of what the activation asks for
+        exploding           |g| > 100 |w|, or |g| > 1e3 times that of the output layer
+        vanishing           |g| < 1e-3 of the largest |g| nearer the loss, or |g| < 1e-7 |w|
+        badly initialised   all weights equal, or of a deviation that multiplies both the signal and its gradient by less than 1/4 or by
+                            more than 5/2; an output layer the signal by more than 5/2
         BN with tiny batch  statistics of fewer than 4 samples, or fewer than 16 values to a channel
+        no gradient         never called, or the loss does not depend on it
+        healthy             none of these
 
-    The model, its gradients, running statistics, training flags and hooks and torch's random numbers are afterwards as they were,
-    also where this raises. A model in evaluation is looked at in training mode.
+    g and w are the gradient and the weights of a layer. Nearer the loss are those that g came through on its way back, wherever they
+    run; of several heads the output layer is the one with the largest gradient. A weight keeps the signal at gain / sqrt(inputs
+    summed) and its gradient at gain / sqrt(outputs entered), so that He's, Xavier's, LeCun's and torch's initialisation are all
+    healthy whatever the shape; a weight that is too small is healthy too where a residual connection goes around it, and so is any
+    before a normalisation. nan and inf that reach neither the loss nor a gradient, such as the -inf of an attention mask, are not
+    mentioned.
+
+    The model, its gradients, running statistics, buffers, training flags and hooks, the batch, and the random numbers of torch,
+    Python and numpy are afterwards as they were, also where this raises. A model in evaluation is looked at in training mode.
 
     Args:
         model: with parameters that require a gradient; on any device.
@@ -204,8 +227,8 @@ def diagnose(model: nn.Module, batch: tuple[Any, Any], loss_fn: Callable[[Any, A
         A Diagnosis.
 
     Raises:
-        ValueError: batch is no pair; no parameter requires a gradient; the loss is not one number.
-        TypeError: the loss is no tensor.
+        TypeError: model is no torch.nn.Module; batch is no pair; loss_fn cannot be called; the loss is no tensor of real numbers.
+        ValueError: batch is empty or has not two entries; no parameter requires a gradient; the loss is not one number.
         RuntimeError: the loss does not depend on a parameter.
 
     Source: Glorot, Bengio, "Understanding the difficulty of training deep feedforward neural networks", 2010; He, Zhang, Ren,
@@ -221,13 +244,33 @@ def diagnose(model: nn.Module, batch: tuple[Any, Any], loss_fn: Callable[[Any, A
         >>> diagnosis.layers[0].verdicts, diagnosis.cures[0].name
         (('vanishing',), 'activation')
     """
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise ValueError("batch is the pair (inputs, targets), for loss_fn(model(inputs), targets)")
+    _check(model, batch, loss_fn)
     inputs, targets = batch
     diagnosis = Diagnosis(type(monitor.unwrapped(model)).__name__, probe(model, inputs, targets, loss_fn))
     if apply:
         _apply(diagnosis, model, inputs, targets, loss_fn)
     return diagnosis
+
+
+def _check(model: object, batch: object, loss_fn: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a torch.nn.Module, not {_kind(model)}")
+    pair = "batch is the pair (inputs, targets), for loss_fn(model(inputs), targets), not"
+    if not isinstance(batch, tuple | list):
+        raise TypeError(f"{pair} {_kind(batch)}")
+    if len(batch) != 2:
+        raise ValueError(f"{pair} a {type(batch).__name__} of {len(batch)}")
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn is a function of the model's outputs and the targets, not {_kind(loss_fn)}")
+    if batch[0] is None or isinstance(batch[0], bool | int | float | complex):
+        raise TypeError(f"the inputs of batch are a tensor, or something that holds tensors, not {_kind(batch[0])}")
+    tensors = [leaf for leaf in tree_leaves(batch[0]) if isinstance(leaf, Tensor)]
+    if tensors and not any(leaf.numel() for leaf in tensors):
+        raise ValueError(f"batch is empty: its inputs have the shape {tuple(tensors[0].shape)}")
+
+
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def _apply(before: Diagnosis, model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[[Any, Any], Any]) -> None:
@@ -237,18 +280,27 @@ def _apply(before: Diagnosis, model: nn.Module, inputs: Any, targets: Any, loss_
         before.applied += ["none of the cures is safe to try"] if before.cures else []
         return
     with torch.inference_mode(False), torch.enable_grad(), untouched(model, inputs, targets):
-        trial = copy.deepcopy(monitor.unwrapped(model))
+        try:
+            trial = copy.deepcopy(monitor.unwrapped(model))
+        except Exception as error:
+            # A tensor computed from others, a lock, an open file: whatever an attribute may hold.
+            before.applied.append(f"the safe cures were not tried, since {before.title} cannot be copied: {type(error).__name__}, {error}")
+            return
         if INITIALISATION in safe:
             before.applied.append(f"gk.init.apply_(model): {_initialise_(trial)}")
         found = probe(trial, inputs, targets, loss_fn)
         before.after = Diagnosis(before.title, found)
-        clipped = min(found.total_norm, 1.0) if CLIPPING in safe else found.total_norm
         if CLIPPING in safe:
+            clipped = min(found.total_norm, 1.0)
             before.applied.append(f"gk.clip_grad_norm_(model, max_norm=1.0): {found.total_norm:.3g} becomes {clipped:.3g}")
+        else:
+            clipped = found.total_norm
         rate = learning_rate(before.after.layers)
-        if LEARNING_RATE in safe and rate is not None:
+        if LEARNING_RATE in safe and rate is not None and math.isfinite(found.total_norm):
             # A gradient that clipping has shortened takes a learning rate that much larger for the same step.
-            before.applied.append(f"torch.optim.SGD(model.parameters(), lr={rate * found.total_norm / clipped:.1g})")
+            shortened = clipped / found.total_norm
+            rate = rounded_down(rate / shortened)
+            before.applied.append(f"torch.optim.SGD(model.parameters(), lr={rate:g})")
             if not trial.training:
                 trial.train()
             parameters = [parameter for parameter in trial.parameters() if parameter.requires_grad]
@@ -256,7 +308,7 @@ def _apply(before: Diagnosis, model: nn.Module, inputs: Any, targets: Any, loss_
             with torch.no_grad():
                 for parameter, grad in zip(parameters, grads, strict=True):
                     if grad is not None:
-                        parameter.sub_(grad, alpha=rate)
+                        parameter.sub_(grad, alpha=rate * shortened)
             before.after.loss_after_step = probe(trial, inputs, targets, loss_fn).loss
 
 

@@ -1,16 +1,24 @@
 """python -m gradkernels diagnose: a user's own model from the command line, with a progress line and a picture."""
 
+from __future__ import annotations
+
 import argparse
 import pkgutil
+import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from gradkernels.diagnose import diagnose
+from gradkernels.probe import probe
+
+# Of matplotlib's formats those that diagnose is tested with.
+_PICTURES = (".png", ".pdf", ".svg")
 
 
 def main(argv: list[str]) -> int:
@@ -30,19 +38,29 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if not arguments.output.parent.is_dir():
         parser.error(f"there is no folder {arguments.output.parent}")
+    if arguments.output.suffix not in _PICTURES:
+        parser.error(f"--output {arguments.output} does not end in {', '.join(_PICTURES)}")
 
     _progress(f"making {arguments.model}")
-    model = _resolve(parser, arguments.model)()
+    model = _call(parser, arguments.model)
     if not isinstance(model, nn.Module):
         parser.error(f"{arguments.model} returned {type(model).__name__}, not a torch.nn.Module")
-    batch, loss_fn = _batch(parser, arguments.batch), _loss(parser, arguments.loss)
+    batch, loss_fn = _batch(parser, arguments.batch, model), _loss(parser, arguments.loss)
     _progress("forward and backward" + (", and again with the cures" if arguments.apply else ""))
-    diagnosis = diagnose(model, batch, loss_fn, apply=arguments.apply)
+    try:
+        diagnosis = diagnose(model, batch, loss_fn, apply=arguments.apply)
+    except Exception as error:
+        # What is raised there and here says in words what is wrong.
+        ours = (diagnose.__code__.co_filename, probe.__code__.co_filename, __file__)
+        if traceback.extract_tb(error.__traceback__)[-1].filename in ours:
+            _progress("")
+            parser.error(str(error))
+        _refuse(parser, f"{arguments.model} does not run on the batch {arguments.batch} with the loss {arguments.loss}", error)
     _progress(f"drawing {arguments.output}")
     try:
         diagnosis.plot(arguments.output)
         picture = f"wrote {arguments.output}"
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         picture = f"no picture: {error}"
     _progress("")
     print(f"{diagnosis}\n\n{picture}")
@@ -55,20 +73,51 @@ def _progress(words: str) -> None:
         print(f"\r\x1b[K{words}", end="", file=sys.stderr, flush=True)
 
 
+def _refuse(parser: argparse.ArgumentParser, words: str, error: Exception) -> NoReturn:
+    """For what the user's own code raises: words first, then where."""
+    _progress("")
+    parser.print_usage(sys.stderr)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    told = "".join(["Traceback (most recent call last):\n", *traceback.format_list(frames), *traceback.format_exception_only(error)])
+    parser.exit(2, f"{parser.prog}: error: {words}: {type(error).__name__}: {error}\n\n{told}")
+
+
 def _resolve(parser: argparse.ArgumentParser, name: str) -> Any:
     """What MODULE:NAME names; modules of the current folder too."""
-    if ":" not in name:
+    if not re.fullmatch(r"[\w.]+:[\w.]+", name):
         parser.error(f"{name!r} is not of the form MODULE:NAME")
     try:
-        return pkgutil.resolve_name(name)
-    except (ImportError, AttributeError) as error:
+        found = pkgutil.resolve_name(name)
+    except (ModuleNotFoundError, AttributeError, ValueError) as error:
         parser.error(f"{name} cannot be had: {error}")
+    except Exception as error:
+        _refuse(parser, f"{name.partition(':')[0]} cannot be imported", error)
+    if not callable(found):
+        parser.error(f"{name} is {type(found).__name__}, which cannot be called")
+    return found
 
 
-def _batch(parser: argparse.ArgumentParser, wanted: str) -> tuple[Any, Any]:
-    if all(size.strip().isdigit() for size in wanted.split(",")):
-        return torch.randn([int(size) for size in wanted.split(",")]), None
-    batch = torch.load(wanted, weights_only=True) if Path(wanted).is_file() else _resolve(parser, wanted)()
+def _call(parser: argparse.ArgumentParser, name: str) -> Any:
+    function = _resolve(parser, name)
+    try:
+        return function()
+    except Exception as error:
+        _refuse(parser, f"{name}() failed", error)
+
+
+def _batch(parser: argparse.ArgumentParser, wanted: str, model: nn.Module) -> tuple[Any, Any]:
+    if re.fullmatch(r"[0-9]+(,[0-9]+)*", wanted):
+        like = next(model.parameters(), torch.empty(0))
+        return torch.randn([int(size) for size in wanted.split(",")], dtype=like.dtype, device=like.device), None
+    if Path(wanted).is_file():
+        try:
+            batch = torch.load(wanted, weights_only=True)
+        except Exception as error:
+            parser.error(f"{wanted} is no file of tensors that torch.save wrote: {str(error).partition(chr(10))[0]}")
+    elif ":" in wanted:
+        batch = _call(parser, wanted)
+    else:
+        parser.error(f"--batch {wanted} is no size such as 32,3,224,224, no file that is there, and not of the form MODULE:FUNCTION")
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         parser.error(f"{wanted} holds no pair (inputs, targets)")
     inputs, targets = batch
@@ -78,14 +127,25 @@ def _batch(parser: argparse.ArgumentParser, wanted: str) -> tuple[Any, Any]:
 def _loss(parser: argparse.ArgumentParser, wanted: str) -> Callable[[Any, Any], Any]:
     loss_fn = _resolve(parser, wanted) if ":" in wanted else getattr(nn.functional, wanted, None)
     if not callable(loss_fn):
-        parser.error(f"torch.nn.functional has no {wanted}")
+        parser.error(f"--loss: torch.nn.functional has no {wanted}, and it is not of the form MODULE:FUNCTION")
 
     def loss(outputs: Any, targets: Any) -> Any:
-        # A batch of a size has no targets: classes at random, or numbers.
-        if targets is None and wanted in ("cross_entropy", "nll_loss"):
-            targets = torch.randint(outputs.shape[1], (len(outputs), *outputs.shape[2:]), device=outputs.device)
-        elif targets is None:
-            targets = torch.rand_like(outputs)
+        if targets is None:
+            targets = _targets(outputs, wanted)
         return loss_fn(outputs, targets)
 
     return loss
+
+
+def _targets(outputs: Any, loss: str) -> torch.Tensor:
+    """For a batch of a size, which has none: classes at random, or numbers."""
+    if not isinstance(outputs, torch.Tensor):
+        raise TypeError(
+            f"the model returned {type(outputs).__name__}: targets can be made up for one tensor only, so --batch has to have them"
+        )
+    if loss not in ("cross_entropy", "nll_loss"):
+        return torch.rand_like(outputs)
+    if outputs.dim() < 2 or outputs.shape[1] < 2:
+        shape = tuple(outputs.shape)
+        raise ValueError(f"{loss} needs the scores of two classes or more, not outputs of the shape {shape}: --loss names another loss")
+    return torch.randint(outputs.shape[1], (len(outputs), *outputs.shape[2:]), device=outputs.device)

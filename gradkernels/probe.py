@@ -2,7 +2,8 @@
 
 Gradients come from torch.autograd.grad: nothing is accumulated, so .grad, hooks behind accumulation (optimizers that step in backward) and
 the reducer of DistributedDataParallel see nothing. Activations are seen where torch's dispatcher runs them, whether a module or a function
-called them, and belong to the layer that ran last; there too is found which operator first made nan or inf.
+called them, and belong to the layer that ran last. There too nan and inf are followed from where they come from to the loss and the
+gradients: those that reach neither, such as the -inf of an attention mask, are nobody's concern.
 """
 
 import math
@@ -11,15 +12,17 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from gradkernels import clip_grad
+from gradkernels.backward_graph import BackwardGraph
 from gradkernels.monitor import layer_name, unit_dim, unwrapped
 from gradkernels.untouched import untouched
 
@@ -28,8 +31,11 @@ SATURATED_SLOPE = 0.1
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
-# These make nan and inf on purpose, or hand out memory that holds anything.
-_ALLOWED = ("empty", "new_empty", "full", "new_full", "fill", "masked_fill", "where", "scalar_tensor", "lift_fresh", "detach")
+# The sigmoid and tanh inside of these are gates, which no other activation can stand for.
+_GATED = (nn.RNNBase, nn.RNNCellBase)
+
+# These write the numbers that they are given, or hand out memory that holds anything.
+_CONSTANT = ("empty", "new_empty", "full", "new_full", "fill", "masked_fill", "where", "scalar_tensor", "lift_fresh", "detach")
 
 # Operators that are activations, by the name without aten:: and without the underscore of the version in place.
 _ACTS = {
@@ -39,14 +45,15 @@ _ACTS = {
 }
 
 
-@dataclass
+@dataclass(eq=False)
 class Layer:
     """A module with parameters of its own, and what was seen of it.
 
     called: how often; gradient, weight: norms, gradient None where the loss does not depend on it; output_std: of the first call;
     finite: whether every output was; act: the activations that ran behind it; dead: share of units that no sample switches on;
     saturated: share of outputs on a flat part; samples: how many values of one unit that was judged by; batch: samples and values of a
-    channel that a batch norm took its statistics over.
+    unit in its first output; dims: of that output; batch_statistics: whether it is a batch norm that took its statistics from there;
+    growth: elements of the output over those of the input; behind: the layers its gradient came through, in the order in which they ran.
     """
 
     name: str
@@ -64,14 +71,34 @@ class Layer:
     saturated: float | None = None
     samples: int = 0
     batch: tuple[int, int] | None = None
+    dims: int = 2
+    batch_statistics: bool = False
+    growth: float = 1.0
     normalised: bool = False
+    behind: list["Layer"] = field(default_factory=list)
+    _acts: set[str] = field(default_factory=set)
     _outputs: int = 0
     _flat: int = 0
     _ever_on: Tensor | None = None
 
+    @property
+    def gated(self) -> bool:
+        """Whether its outputs are the gates and the candidate of a recurrent cell, of which a gate may well be shut."""
+        return {"sigmoid", "tanh"} <= self._acts
+
+    def see_output(self, y: Tensor, given: list[Tensor], dim: int) -> None:
+        """given: what the module was called with; dim: the dimension of y along which its units lie."""
+        self.finite &= bool(y.isfinite().all())
+        if self.output_std is None:
+            self.output_std = float(y.detach().double().std(correction=0))
+            self.dims, self.growth = y.dim(), y.numel() / max(given[0].numel(), 1) if given else 1.0
+            if y.dim() > 1:
+                self.batch = y.shape[0], y.numel() // y.shape[dim]
+
     def see_activation(self, act: str, y: Tensor, flat: Tensor | None, off: Tensor | None, dim: int) -> None:
         """flat: where an output is saturated; off: where a unit passes nothing on."""
         self.act = act
+        self._acts.add(act)
         if flat is not None:
             self._outputs += flat.numel()
             self._flat += int(flat.sum())
@@ -85,24 +112,69 @@ class Layer:
             self.dead = 1 - float(ever_on.double().mean())
 
 
-@dataclass
-class Origin:
-    """Where nan or inf first came out of finite numbers: in which pass, of which operator, in or behind which layer."""
+class Origin(NamedTuple):
+    """Where nan or inf comes from.
+
+    phase: "forward" or "backward" where an operator made it, in or behind `layer`; "constant" where code wrote it with `operator`; "batch",
+    "parameter" or "buffer" where it was there before, and `operator` is its name.
+    """
 
     phase: str
     operator: str
-    layer: str | None
+    layer: str | None = None
 
 
 @dataclass
 class Probe:
-    """layers: in the order in which they ran first; total_norm: of all gradients; finite_inputs: whether the batch was."""
+    """layers: in the order in which they ran first; total_norm: of all gradients; origin: of what is not finite in loss and gradients.
+
+    goes_around: whether a gradient reaches the layers before one without passing it, as along a residual connection.
+    """
 
     layers: list[Layer]
     loss: float
     total_norm: float
+    origin: Origin | None = None
+    goes_around: Callable[[str], bool] = lambda layer: False
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and not any(layer.nonfinite for layer in self.layers)
+
+
+class _Trail:
+    """Where the nan and inf of each tensor come from.
+
+    By storage, so that views count. A storage that was given back may be another's now, but what is not finite there has been written, and
+    so recorded, since.
+    """
+
+    def __init__(self) -> None:
+        self._origins: list[Origin] = []
+        self._places: dict[int, int] = {}
+
+    def record(self, tensors: Iterable[Tensor], origin: Origin) -> None:
+        self._origins.append(origin)
+        for tensor in tensors:
+            self._places[_storage(tensor)] = len(self._origins) - 1
+
+    def origin_of(self, tensors: Iterable[Tensor]) -> Origin | None:
+        """The first one that is no constant, else the first."""
+        places = [self._places[_storage(tensor)] for tensor in tensors if _storage(tensor) in self._places]
+        return self._origins[min(places, key=lambda place: (self._origins[place].phase == "constant", place))] if places else None
+
+
+def _storage(tensor: Tensor) -> int:
+    address: int = tensor.untyped_storage()._cdata
+    return address
+
+
+class _Given(NamedTuple):
+    """What an operator was given: where what is not finite comes from, whether there is any, whether it holds nan."""
+
     origin: Origin | None
-    finite_inputs: bool
+    nonfinite: bool
+    nan: bool
 
 
 class _Watch(TorchDispatchMode):
@@ -115,24 +187,50 @@ class _Watch(TorchDispatchMode):
         # A module without parameters that is running, which may be an activation.
         self.module: str | None = None
         self.dim = 1
-        self.origin: Origin | None = None
+        self.gated = False
+        self.trail = _Trail()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__.rstrip("_")
-        look = self.origin is None and not name.startswith(_ALLOWED)
         # What it writes has to be looked at before; other arguments only once something came out that is not finite.
-        written = func._schema.is_mutable
-        finite = look and written and _all_finite(tree_leaves((args, kwargs)))
+        written = [value for argument, value in zip(func._schema.arguments, args, strict=False) if _is_written(argument)]
+        given = self._given((args, kwargs)) if func._schema.is_mutable else None
         result = func(*args, **kwargs)
-        if look and not _all_finite(result if isinstance(result, tuple | list) else (result,)):
-            finite = finite if written else _all_finite(tree_leaves((args, kwargs)))
-            if finite:
-                self.origin = Origin(self.phase, _operator(name), None if self.layer is None else self.layer.name)
-        if self.phase == "forward" and self.layer is not None and name in _ACTS:
-            _see(self.layer, _ACTS[name], args, result, self.dim)
+        lost = _nonfinite((result, written))
+        if lost:
+            self._follow(name, given or self._given((args, kwargs)), lost)
+        if self.phase == "forward" and self.layer is not None and not self.gated and name in _ACTS:
+            y = args[0] if _is_written(func._schema.arguments[0]) else result
+            _see(self.layer, _ACTS[name], args, y, self.dim)
             self.layer.act_module = self.module
         return result
+
+    def look_at_what_is_there(self, model: nn.Module, batch: Any) -> None:
+        self.trail.record(_tensors(_nonfinite(batch)), Origin("batch", ""))
+        for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+            for name, tensor in named:
+                self.trail.record(_tensors(_nonfinite(tensor.detach())), Origin(kind, name))
+
+    def _given(self, values: Any) -> _Given:
+        nonfinite = _nonfinite(values)
+        return _Given(self.trail.origin_of(_tensors(nonfinite)), bool(nonfinite), _holds_nan(nonfinite))
+
+    def _follow(self, name: str, given: _Given, lost: list[Tensor | float]) -> None:
+        layer = None if self.layer is None else self.layer.name
+        made = Origin(self.phase, _operator(name), layer)
+        origin = given.origin
+        if origin is None:
+            # Numbers, and tensors that nobody saw being made, the code has from somewhere.
+            origin = Origin("constant", name, layer) if given.nonfinite or name.startswith(_CONSTANT) else made
+        if origin.phase == "constant" and given.nonfinite and not given.nan and _holds_nan(lost):
+            # Such as softmax where everything is masked.
+            origin = made
+        self.trail.record(_tensors(lost), origin)
+
+
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
 
 
 def _operator(name: str) -> str:
@@ -141,13 +239,30 @@ def _operator(name: str) -> str:
     return name if node is None else node.name().rstrip("0123456789").rpartition("::")[2]
 
 
-def _all_finite(values: Iterable[Any]) -> bool:
-    tensors = (value for value in values if isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point())
-    return all(bool(value.isfinite().all()) for value in tensors)
+def _nonfinite(values: Any) -> list[Tensor | float]:
+    """The tensors and numbers among them that hold nan or inf."""
+    return [
+        value
+        for value in tree_leaves(values)
+        if (isinstance(value, float) and not math.isfinite(value))
+        or (isinstance(value, Tensor) and value.layout == torch.strided and _is_real(value) and not bool(value.isfinite().all()))
+    ]
+
+
+def _tensors(values: Iterable[Tensor | float]) -> list[Tensor]:
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _is_real(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _holds_nan(values: Iterable[Tensor | float]) -> bool:
+    return any(bool(value.isnan().any()) if isinstance(value, Tensor) else math.isnan(value) for value in values)
 
 
 def _see(layer: Layer, act: str, args: tuple[Any, ...], result: Any, dim: int) -> None:
-    y = (result[0] if isinstance(result, tuple | list) else result).detach()
+    y: Tensor = (result[0] if isinstance(result, tuple | list) else result).detach()
     param: Any = args[1] if len(args) > 1 else 1.0
     if act == "batch_norm_act":
         act, param = args[-2:]
@@ -189,6 +304,7 @@ def probe(model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[[Any, A
     for name in parameters:
         layer = layers.setdefault(layer_name(name), Layer(layer_name(name), model.get_submodule(name.rpartition(".")[0])))
         layer.parameters.append(name)
+    outputs: dict[str, list[Node]] = {name: [] for name in layers}
     watch, order = _Watch(), _Order()
     handles: list[RemovableHandle] = []
 
@@ -196,22 +312,26 @@ def probe(model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[[Any, A
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             layer.called += 1
             order.place(layer)
-            watch.layer, watch.dim = layer, unit_dim(module, watch.dim)
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-                (x,) = args[:1]
-                layer.batch = x.shape[0], x.numel() // max(x.shape[1], 1)
+            watch.layer, watch.dim, watch.gated = layer, unit_dim(module, watch.dim), isinstance(module, _GATED)
 
         return hook
 
     def left(layer: Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # What holds other layers passes on their work.
+        alone = not any(True for child in layer.module.children() for _ in child.parameters())
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            watch.gated = False
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                layer.batch_statistics |= module.training or module.running_mean is None
+            given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
             for y in tree_leaves(output):
                 if isinstance(y, Tensor) and y.is_floating_point() and y.numel():
-                    layer.finite &= bool(y.isfinite().all())
-                    if layer.output_std is None:
-                        layer.output_std = float(y.detach().double().std(correction=0))
+                    layer.see_output(y, given, watch.dim)
                     if y.requires_grad:
                         handles.append(y.register_hook(reached(layer)))
+                    if y.grad_fn is not None and alone:
+                        outputs[layer.name].append(y.grad_fn)
 
         return hook
 
@@ -233,10 +353,12 @@ def probe(model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[[Any, A
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for layer in layers.values():
-            handles += [layer.module.register_forward_pre_hook(entered(layer)), layer.module.register_forward_hook(left(layer))]
+            handles.append(layer.module.register_forward_pre_hook(entered(layer)))
+            handles.append(layer.module.register_forward_hook(left(layer), with_kwargs=True))
         for name, module in model.named_modules():
             if not any(True for _ in module.children()) and not any(True for _ in module.parameters()):
                 handles += [module.register_forward_pre_hook(running(name)), module.register_forward_hook(running(None))]
+        watch.look_at_what_is_there(model, (inputs, targets))
         try:
             if not model.training:
                 model.train()
@@ -252,19 +374,19 @@ def probe(model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[[Any, A
         # Whether a normalisation comes next decides whether the scale of a weight matters.
         for layer, following in pairwise(in_order):
             layer.normalised = isinstance(following.module, _NORMS)
+        graph = BackwardGraph(loss, {layer.name: [parameters[name] for name in layer.parameters] for layer in in_order}, outputs)
+        for layer in in_order:
+            layer.behind = [layers[name] for name in graph.behind[layer.name]]
         total_norm = _read_norms(in_order, parameters, grads)
-        return Probe(
-            layers=in_order,
-            loss=loss.item(),
-            total_norm=total_norm,
-            origin=watch.origin,
-            finite_inputs=_all_finite(tree_leaves((inputs, targets))),
-        )
+        origin = watch.trail.origin_of(_tensors(_nonfinite(loss.detach()))) or watch.trail.origin_of(_tensors(_nonfinite(grads)))
+        return Probe(in_order, loss.item(), total_norm, origin, graph.goes_around)
 
 
 def _check(loss: object) -> None:
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss_fn returned {type(loss).__name__}, not a tensor: it has to return the loss itself, without .item()")
+    if not loss.is_floating_point():
+        raise TypeError(f"loss_fn returned a tensor of {loss.dtype}, not a real floating-point number")
     if loss.numel() != 1:
         raise ValueError(f"loss_fn returned a tensor of shape {tuple(loss.shape)}, not one number: take its mean")
     if not loss.requires_grad:

@@ -1,31 +1,45 @@
-"""untouched: run a model, or trace it, and leave no trace in it."""
+"""untouched: run a model, or trace it, and leave no trace in it.
 
+Everything a run may write is copied before and compared behind it: a model and its batch are needed twice for as long as that takes.
+"""
+
+import random
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._pytree import tree_leaves
 
 
 @contextmanager
 def untouched(model: nn.Module, *others: object) -> Iterator[None]:
-    """Puts buffers, training flags, every other attribute of the modules and torch's random numbers back, whatever happens inside.
+    """Puts a model, the tensors in `others` and the random numbers of torch, Python and numpy back, whatever happens inside.
 
-    Parameters are left alone: a forward pass does not write them. What an attribute refers to, such as a list, is not copied. others: what
-    else holds tensors, for the devices whose random numbers are meant.
+    That is: parameters (an Embedding with max_norm writes its weight in forward) and their gradients, buffers, training flags and every
+    other attribute of the modules. What an attribute refers to, such as a list, is not copied.
     """
     attributes = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
-    copies = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    tensors = [*model.parameters(), *(buffer for buffer, _ in copies)]
-    tensors += [leaf for leaf in tree_leaves(others) if isinstance(leaf, Tensor)]
+    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
+    tensors = [*model.parameters(), *model.buffers(), *(leaf for leaf in tree_leaves(others) if isinstance(leaf, Tensor))]
+    copies = [(tensor, tensor.detach().clone()) for tensor in tensors if _has_values(tensor)]
     devices = {tensor.device for tensor in tensors if tensor.device.type in ("cuda", "xpu")}
     with ExitStack() as stack:
         # Without a device it is the CPU's alone.
         for kind in {device.type for device in devices} or {"cuda"}:
             indices = sorted(device.index for device in devices if device.type == kind)
             stack.enter_context(torch.random.fork_rng(indices, device_type=kind))
+        stack.callback(random.setstate, random.getstate())
+        # numpy has random numbers to lose only where something has imported it.
+        if "numpy" in sys.modules:
+            numpy = sys.modules["numpy"]
+            stack.callback(numpy.random.set_state, numpy.random.get_state())
         try:
+            # What runs backward inside then accumulates apart.
+            for parameter, _ in grads:
+                parameter.grad = None
             yield
         finally:
             for module, fields, buffers in attributes:
@@ -33,8 +47,20 @@ def untouched(model: nn.Module, *others: object) -> Iterator[None]:
                 module.__dict__.update(fields)
                 module._buffers.clear()
                 module._buffers.update(buffers)
+            for parameter, grad in grads:
+                parameter.grad = grad
             with torch.no_grad():
-                for buffer, copy in copies:
+                for tensor, copy in copies:
                     # Not written in vain: that would count as a change.
-                    if not torch.equal(buffer, copy):
-                        buffer.copy_(copy)
+                    if not _are_equal(tensor, copy):
+                        tensor.copy_(copy)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    shapeless = isinstance(tensor, UninitializedParameter | UninitializedBuffer)
+    return not shapeless and not tensor.is_meta and tensor.layout == torch.strided
+
+
+def _are_equal(x: Tensor, y: Tensor) -> bool:
+    """torch.equal, for which nan is not nan."""
+    return torch.equal(x, y) or bool(((x == y) | (x.isnan() & y.isnan())).all())
