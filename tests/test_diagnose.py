@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import gradkernels as gk
 from gradkernels import cures, diagnose_command, verdicts
-from gradkernels.probe import Layer, Origin, Probe
+from gradkernels.probe import Layer, Probe
 
 WIDTH, CLASSES = 16, 4
 
@@ -192,7 +192,7 @@ def poisoned_weight():
         ),
         (Net(lambda z: z / F.relu(z)), "in or behind layer body: div made them", "x / y.clamp_min(1e-12)"),
         (mlp(nn.ReLU, 40, std=100.0), "addmm made them", "gk.init.apply_(model)"),
-        (poisoned_weight(), "a parameter or a buffer holds nan or inf already", "model.load_state_dict"),
+        (poisoned_weight(), "parameter body.weight holds nan or inf already", "model.load_state_dict"),
     ],
     ids=["log", "sqrt backward", "div", "growth", "weight"],
 )
@@ -234,11 +234,12 @@ def test_never_called_and_without_influence():
 def judged(**figures):
     """The verdicts of the first of two layers with the figures given; the last has a gradient and a weight of 1."""
     module = nn.Module()
-    first = Layer("first", module, called=1, gradient=1.0, weight=1.0)
+    last = Layer("last", module, called=1, gradient=1.0, weight=1.0)
+    first = Layer("first", module, called=1, gradient=1.0, weight=1.0, behind=[last])
+    loss = figures.pop("loss", 1.0)
     for name, value in figures.items():
         setattr(first, name, value)
-    last = Layer("last", module, called=1, gradient=1.0, weight=1.0)
-    return verdicts.verdicts(Probe([first, last], loss=1.0, total_norm=1.0, origin=None, finite_inputs=True))[0].verdicts
+    return verdicts.verdicts(Probe([first, last], loss, total_norm=1.0))[0].verdicts
 
 
 @pytest.mark.parametrize(
@@ -251,9 +252,10 @@ def judged(**figures):
         ({"dead": 0.66, "samples": 16, "act": "relu"}, {"dead": 0.67, "samples": 16, "act": "relu"}, "dead"),
         ({"dead": 1.0, "samples": 15, "act": "relu"}, {"dead": 1.0, "samples": 16, "act": "relu"}, "dead"),
         ({"saturated": 0.5, "act": "tanh"}, {"saturated": 0.51, "act": "tanh"}, "saturated"),
-        ({"batch": (4, 16)}, {"batch": (3, 1000)}, "BN with tiny batch"),
-        ({"batch": (4, 16)}, {"batch": (15, 15)}, "BN with tiny batch"),
-        ({"finite": True}, {"finite": False}, "non-finite"),
+        ({"batch": (4, 16), "batch_statistics": True}, {"batch": (3, 1000), "batch_statistics": True}, "BN with tiny batch"),
+        ({"batch": (4, 16), "batch_statistics": True}, {"batch": (15, 15), "batch_statistics": True}, "BN with tiny batch"),
+        ({"batch": (1, 1)}, {"batch": (1, 1), "batch_statistics": True}, "BN with tiny batch"),
+        ({"finite": False}, {"finite": False, "loss": math.nan}, "non-finite"),
         ({"nonfinite": 0}, {"nonfinite": 1}, "non-finite"),
     ],
 )
@@ -262,17 +264,59 @@ def test_thresholds(below, above, verdict):
     assert judged(**above) == (verdict,)
 
 
+def scaled(linear, std, *, act="relu", head=False, around=False, normalised=False):
+    """The verdicts of a linear layer with weights of that deviation."""
+    nn.init.normal_(linear.weight, std=std)
+    last = Layer("last", nn.Module(), called=1, gradient=1.0, weight=1.0)
+    layer = Layer("layer", linear, called=1, gradient=1.0, weight=1.0, act=act, normalised=normalised)
+    layer.growth, layer.behind = linear.out_features / linear.in_features, [] if head else [last]
+    return verdicts.verdicts(Probe([layer, last], 1.0, 1.0, goes_around=lambda name: around))[0].verdicts
+
+
 @pytest.mark.parametrize(("scale", "ill"), [(0.2, True), (0.26, False), (2.4, False), (2.6, True)])
 @pytest.mark.parametrize("act", ["relu", "swish", "tanh", None])
 def test_threshold_of_the_scale_of_weights(scale, ill, act):
-    linear = nn.Linear(400, 300)
+    linear = nn.Linear(400, 400)
     std = scale * gk.init.expected_std(linear, act)
-    nn.init.normal_(linear.weight, std=std)
-    layer = Layer("layer", linear, called=1, gradient=1.0, weight=1.0, act=act)
-    found = Probe([layer], 1.0, 1.0, None, True)
-    assert ("badly initialised" in verdicts.verdicts(found)[0].verdicts) == ill
-    layer.normalised = True
-    assert verdicts.verdicts(found)[0].verdicts == ("healthy",)
+    assert scaled(linear, std, act=act) == (("badly initialised",) if ill else ("healthy",))
+    assert scaled(linear, std, act=act, normalised=True) == ("healthy",)
+    assert scaled(linear, std, act=act, head=True) == (("badly initialised",) if scale > 2.5 else ("healthy",)), "nothing follows a head"
+    assert scaled(linear, std, act=act, around=True) == (("badly initialised",) if scale > 2.5 else ("healthy",)), "the signal goes around"
+
+
+@pytest.mark.parametrize("sizes", [(64, 1024), (1024, 64), (256, 256)])
+def test_a_weight_is_ill_only_if_neither_the_signal_nor_its_gradient_keeps_its_size(sizes):
+    linear = nn.Linear(*sizes)
+    for fan in sizes:
+        keeps = math.sqrt(2 / fan)
+        assert scaled(linear, keeps) == ("healthy",)
+    assert scaled(linear, 0.2 * math.sqrt(2 / max(sizes))) == ("badly initialised",)
+    assert scaled(linear, 2.7 * math.sqrt(2 / min(sizes))) == ("badly initialised",)
+
+
+SCHEMES = {
+    "torch's own": lambda weight: nn.init.kaiming_uniform_(weight, a=math.sqrt(5)),
+    "He, fan in": lambda weight: nn.init.kaiming_normal_(weight, nonlinearity="relu"),
+    "He, fan out": lambda weight: nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu"),
+    "Xavier": nn.init.xavier_uniform_,
+    "Xavier with a gain": lambda weight: nn.init.xavier_normal_(weight, nn.init.calculate_gain("relu")),
+    "LeCun": lambda weight: gk.init.lecun_normal_(weight),
+    "orthogonal": nn.init.orthogonal_,
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("act", [nn.ReLU, nn.Tanh, nn.GELU])
+def test_no_known_scheme_is_called_bad_whatever_the_shape(scheme, act):
+    weights = [nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 16, 3, stride=2), nn.ConvTranspose2d(16, 8, 4, 2)]
+    weights += [nn.Linear(8 * 8 * 8, 16), nn.Linear(16, 200)]
+    model = nn.Sequential(*[layer for weight in weights for layer in (weight, act())], nn.Linear(200, 10))
+    model.insert(6, nn.Flatten())
+    for module in model[:-1]:
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            SCHEMES[scheme](module.weight)
+    diagnosis = gk.diagnose(model, (torch.randn(16, 3, 8, 8), torch.randint(10, (16,))), F.cross_entropy)
+    assert "badly initialised" not in diagnosis.counts(), str(diagnosis)
 
 
 # Cures
@@ -298,10 +342,19 @@ def test_a_numbered_module_is_named_as_python_has_it():
     assert isinstance(model[1], gk.ELU)
 
 
-@pytest.mark.parametrize("operator", ["log", "SqrtBackward", "LinalgVectorNormBackward", "div", "reciprocal", "exp", "pow", "addmm"])
+@pytest.mark.parametrize(
+    "operator",
+    [
+        *("log", "SqrtBackward", "LinalgVectorNormBackward", "div", "reciprocal", "exp", "pow", "addmm"),
+        *("_softmax", "nll_loss_forward", "mse_loss", "mean", "StdBackward", "var"),
+    ],
+)
 def test_every_cure_of_arithmetic_is_python(operator):
-    line = cures.mend(Origin("forward", operator, "layer"))
-    names = {"torch": torch, "x": torch.tensor([-1.0, 0.0, 2.0]), "y": torch.zeros(3), "p": 0.5, "gk": gk, "model": nn.Linear(2, 2)}
+    line = cures.mend(operator)
+    names = {"torch": torch, "F": F, "x": torch.tensor([-1.0, 0.0, 2.0]), "p": 0.5, "gk": gk, "model": nn.Linear(2, 2)}
+    names |= {"y": torch.zeros(2, 3), "targets": torch.full((2,), -100), "mask": torch.ones(3).bool(), "loss_fn": F.cross_entropy}
+    if operator == "mse_loss":
+        names |= {"y": torch.zeros(0, 3), "targets": torch.zeros(0)}
     result = eval(line, names)
     assert not isinstance(result, torch.Tensor) or bool(result.isfinite().all())
 
@@ -514,7 +567,7 @@ def test_picture_and_dict(tmp_path):
     [
         (nn.ReLU(), (batch(), F.cross_entropy), ValueError, "ReLU has no parameters that require a gradient: there is nothing to diagnose"),
         (nn.LazyLinear(3), (batch(), F.cross_entropy), ValueError, "LazyLinear has parameters without a shape: run it on a batch first"),
-        (mlp(nn.ReLU, 1), (torch.randn(2, 3), F.cross_entropy), ValueError, "batch is the pair"),
+        (mlp(nn.ReLU, 1), (torch.randn(2, 3), F.cross_entropy), TypeError, "batch is the pair .*, not Tensor"),
         (mlp(nn.ReLU, 1), (batch(), lambda y, target: y.sum().item()), TypeError, "loss_fn returned float, not a tensor"),
         (mlp(nn.ReLU, 1), (batch(), lambda y, target: y), ValueError, r"of shape \(64, 4\), not one number: take its mean"),
         (mlp(nn.ReLU, 1), (batch(), lambda y, target: y.sum().detach()), RuntimeError, "does not depend on any parameter"),
