@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from gradkernels.probe import Origin, Probe
+from gradkernels.probe import WEIGHTS, Origin, Probe
 from gradkernels.verdicts import (
     BADLY_INITIALISED,
     DEAD,
@@ -26,6 +26,8 @@ from gradkernels.verdicts import (
 
 # The update relative to the weight that a suggested learning rate is to make at most.
 LARGEST_UPDATE = 1e-2
+# What gradients are clipped to, as the notes on clipping have it and most recipes.
+MAX_NORM = 1.0
 
 ACTIVATION, INITIALISATION, BATCH_NORM, RESIDUAL = "activation", "initialisation", "batch norm", "residual connections"
 CLIPPING, LEARNING_RATE, STATISTICS, ARITHMETIC, LOSS = "clipping", "learning rate", "batch statistics", "arithmetic", "loss"
@@ -60,10 +62,11 @@ def cures(layers: list[Verdict], found: Probe) -> list[Cure]:
     """Those that the verdicts ask for, the one asked for most first."""
     scores: dict[str, float] = defaultdict(float)
     if not found.finite:
-        grew = found.origin is not None and found.origin.phase in ("forward", "backward") and found.origin.operator in _GROWTH
+        grew = found.origin is not None and found.origin.phase == "forward" and found.origin.operator in _GROWTH
         scores.update(_GREW if grew else {ARITHMETIC: 9 * max(len(layers), 1)})
     for each in layers:
-        for verdict in each.verdicts:
+        # Gradients beside nan say nothing of how they flow.
+        for verdict in each.verdicts if found.finite else {*each.verdicts} - {VANISHING, EXPLODING}:
             asks_for: Mapping[str, float] = _ASKS_FOR.get(verdict, {})
             if verdict == VANISHING and each.layer.act in _SATURATING:
                 asks_for = {**asks_for, **_VANISHING_AND_SATURATING}
@@ -71,12 +74,13 @@ def cures(layers: list[Verdict], found: Probe) -> list[Cure]:
                 # What follows the last layer belongs to the loss.
                 scores[LOSS if cure == ACTIVATION and not each.layer.behind else cure] += weight
     ranked = sorted(scores, key=lambda name: -scores[name])
-    return [cure for cure in (_describe(name, layers, found) for name in ranked) if cure is not None]
+    shortened = clipped(found.total_norm) if CLIPPING in scores else 1.0
+    return [cure for cure in (_describe(name, layers, found, shortened) for name in ranked) if cure is not None]
 
 
-def _describe(name: str, layers: list[Verdict], found: Probe) -> Cure | None:
+def _describe(name: str, layers: list[Verdict], found: Probe, shortened: float) -> Cure | None:
     """A cure in words and code for this model; None where there is no place for it."""
-    weights = [each for each in layers if isinstance(each.layer.module, nn.Linear | nn.modules.conv._ConvNd)]
+    weights = [each for each in layers if isinstance(each.layer.module, WEIGHTS)]
     described: tuple[str, str] | None
     if name == ACTIVATION:
         described = _activation(layers)
@@ -92,12 +96,12 @@ def _describe(name: str, layers: list[Verdict], found: Probe) -> Cure | None:
         described = ("the gradient then reaches every layer undiminished", "x = x + block(x)") if lacking else None
     elif name == CLIPPING:
         length = f"; the gradient is {found.total_norm:.3g} long" if math.isfinite(found.total_norm) else ""
-        described = f"bounds every step{length}", "gk.clip_grad_norm_(model, max_norm=1.0)    # between backward() and step()"
+        described = f"bounds every step{length}", f"gk.clip_grad_norm_(model, max_norm={MAX_NORM})    # between backward() and step()"
     elif name == LEARNING_RATE:
-        rate = learning_rate(layers)
+        rate = learning_rate(layers, shortened)
         described = "smaller steps, if it was healthy before some step", "lr = lr / 10"
         if rate is not None:
-            why = f"SGD then changes no weight by more than {LARGEST_UPDATE:.0%}"
+            why = f"SGD {'with clipping ' if shortened < 1 else ''}then changes no weight by more than {LARGEST_UPDATE:.0%}"
             described = why, f"torch.optim.SGD(model.parameters(), lr={rate:g})"
     elif name == STATISTICS:
         at = next(each for each in layers if TINY_BATCH in each.verdicts)
@@ -163,7 +167,7 @@ def _arithmetic(origin: Origin | None) -> tuple[str, str]:
     if origin.phase == "batch":
         return "nothing is learnt from nan", "inputs = torch.nan_to_num(inputs)    # better: find out where the data get it from"
     if origin.phase == "constant":
-        return f"{origin.operator} has nan or inf from the code", "torch.finfo(x.dtype).min    # in place of -inf, where all may be masked"
+        return "what is not finite is written in the code", "torch.finfo(x.dtype).min    # for a mask, in place of -inf; nan is of no use"
     return f"{origin.operator} leaves what the numbers can hold", mend(origin.operator)
 
 
@@ -171,10 +175,9 @@ def mend(operator: str) -> str:
     """The line of code for the operator that made nan or inf."""
     word = operator.lower()
     for name, line in {
+        "empty": "loss_fn(y, targets) if len(targets) else y.sum() * 0    # of nothing the mean is 0 / 0",
         "softmax": "x.masked_fill(mask, torch.finfo(x.dtype).min).softmax(-1)    # in place of -inf: where all is masked that is 0 / 0",
         "nll_loss": "F.cross_entropy(y, targets, reduction='sum') / (targets != -100).sum().clamp_min(1)    # no target, no mean",
-        "loss": "loss_fn(y, targets) if len(targets) else y.sum() * 0    # of nothing the mean is 0 / 0",
-        "mean": "x.sum() / max(x.numel(), 1)    # of nothing the mean is 0 / 0",
         "var": "x.var(correction=0)    # of one number the deviation with a correction is 0 / 0",
         "std": "x.std(correction=0)    # of one number the deviation with a correction is 0 / 0",
         "log": "torch.log(x.clamp_min(1e-12))    # log_softmax, logsigmoid and cross_entropy need no log of yours",
@@ -196,15 +199,15 @@ def _assign(module: str) -> str:
     return "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in parts)
 
 
-def learning_rate(layers: list[Verdict]) -> float | None:
-    """What keeps the largest relative update of plain SGD at LARGEST_UPDATE, rounded down to one digit."""
+def learning_rate(layers: list[Verdict], shortened: float = 1.0) -> float | None:
+    """What keeps the largest relative update of plain SGD at LARGEST_UPDATE, of gradients times `shortened`; rounded down to one digit."""
     ratios = [each.layer.gradient / each.layer.weight for each in layers if each.layer.gradient is not None and each.layer.weight]
-    largest = max(ratios, default=0.0)
+    largest = max(ratios, default=0.0) * shortened
     if not 0 < largest < math.inf:
         return None
-    return rounded_down(LARGEST_UPDATE / largest)
+    return float(Context(prec=1, rounding=ROUND_DOWN).create_decimal_from_float(LARGEST_UPDATE / largest))
 
 
-def rounded_down(rate: float) -> float:
-    """To one significant digit."""
-    return float(Context(prec=1, rounding=ROUND_DOWN).create_decimal_from_float(rate))
+def clipped(total_norm: float) -> float:
+    """What clipping to MAX_NORM multiplies a gradient by."""
+    return MAX_NORM / max(total_norm, MAX_NORM)

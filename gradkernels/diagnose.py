@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Callable
 from os import PathLike
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from gradkernels import init, monitor, pictures
-from gradkernels.cures import CLIPPING, INITIALISATION, LEARNING_RATE, cures, learning_rate, rounded_down
+from gradkernels.cures import CLIPPING, INITIALISATION, LEARNING_RATE, MAX_NORM, clipped, cures, learning_rate
 from gradkernels.probe import Layer, Probe, probe
 from gradkernels.untouched import untouched
 from gradkernels.verdicts import HEALTHY, NON_FINITE, VERDICTS, Verdict, origin_sentence, output_layers, verdicts
@@ -96,11 +97,12 @@ class Diagnosis:
         )
 
     def __str__(self) -> str:
-        text = [f"{self.title}: {self.headline()}", f"loss {self.loss:.4g}, gradient of all layers together {self.total_norm:.4g}"]
-        if self._first is not None and self._last is not None and math.isfinite(ratio := self.first_to_last()):
-            text.append(f"the gradient of the first layer, {self._first.name}, is {ratio:.2g} times that of the last, {self._last.name}")
+        text = [f"{self.title}: {self.headline()}"]
         if self.origin is not None:
             text.append(self.origin)
+        text.append(f"loss {self.loss:.4g}, gradient of all layers together {self.total_norm:.4g}")
+        if self._first is not None and self._last is not None and math.isfinite(ratio := self.first_to_last()):
+            text.append(f"the gradient of the first layer, {self._first.name}, is {ratio:.2g} times that of the last, {self._last.name}")
         text += ["", self.table()]
         reasons = self._reasons()
         if reasons:
@@ -260,7 +262,7 @@ def _check(model: object, batch: object, loss_fn: object) -> None:
         raise TypeError(f"{pair} {_kind(batch)}")
     if len(batch) != 2:
         raise ValueError(f"{pair} a {type(batch).__name__} of {len(batch)}")
-    if not callable(loss_fn):
+    if isinstance(loss_fn, type) or not callable(loss_fn):
         raise TypeError(f"loss_fn is a function of the model's outputs and the targets, not {_kind(loss_fn)}")
     if batch[0] is None or isinstance(batch[0], bool | int | float | complex):
         raise TypeError(f"the inputs of batch are a tensor, or something that holds tensors, not {_kind(batch[0])}")
@@ -284,22 +286,19 @@ def _apply(before: Diagnosis, model: nn.Module, inputs: Any, targets: Any, loss_
             trial = copy.deepcopy(monitor.unwrapped(model))
         except Exception as error:
             # A tensor computed from others, a lock, an open file: whatever an attribute may hold.
-            before.applied.append(f"the safe cures were not tried, since {before.title} cannot be copied: {type(error).__name__}, {error}")
+            reason = textwrap.shorten(f"{type(error).__name__}, {error}", 150, placeholder=" ...")
+            before.applied.append(f"the safe cures were not tried, since {before.title} cannot be copied: {reason}")
             return
         if INITIALISATION in safe:
             before.applied.append(f"gk.init.apply_(model): {_initialise_(trial)}")
         found = probe(trial, inputs, targets, loss_fn)
         before.after = Diagnosis(before.title, found)
+        shortened = clipped(found.total_norm) if CLIPPING in safe else 1.0
         if CLIPPING in safe:
-            clipped = min(found.total_norm, 1.0)
-            before.applied.append(f"gk.clip_grad_norm_(model, max_norm=1.0): {found.total_norm:.3g} becomes {clipped:.3g}")
-        else:
-            clipped = found.total_norm
-        rate = learning_rate(before.after.layers)
+            words = f"{found.total_norm:.3g} becomes {found.total_norm * shortened:.3g}"
+            before.applied.append(f"gk.clip_grad_norm_(model, max_norm={MAX_NORM}): {words}")
+        rate = learning_rate(before.after.layers, shortened)
         if LEARNING_RATE in safe and rate is not None and math.isfinite(found.total_norm):
-            # A gradient that clipping has shortened takes a learning rate that much larger for the same step.
-            shortened = clipped / found.total_norm
-            rate = rounded_down(rate / shortened)
             before.applied.append(f"torch.optim.SGD(model.parameters(), lr={rate:g})")
             if not trial.training:
                 trial.train()

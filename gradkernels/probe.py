@@ -29,7 +29,11 @@ from gradkernels.untouched import untouched
 # An activation is saturated where its slope is below this share of its steepest one.
 SATURATED_SLOPE = 0.1
 
+WEIGHTS = (nn.Linear, nn.modules.conv._ConvNd)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+# These, and no activation, pass a factor on to what follows.
+_HOMOGENEOUS = (None, "relu", "leaky_relu", "prelu", "rrelu")
 
 # The sigmoid and tanh inside of these are gates, which no other activation can stand for.
 _GATED = (nn.RNNBase, nn.RNNCellBase)
@@ -53,7 +57,8 @@ class Layer:
     finite: whether every output was; act: the activations that ran behind it; dead: share of units that no sample switches on;
     saturated: share of outputs on a flat part; samples: how many values of one unit that was judged by; batch: samples and values of a
     unit in its first output; dims: of that output; batch_statistics: whether it is a batch norm that took its statistics from there;
-    growth: elements of the output over those of the input; behind: the layers its gradient came through, in the order in which they ran.
+    growth: elements of the output over those of the input; normalised: whether a normalisation comes next, or behind layers that pass the
+    scale on to it, so that this does not matter; behind: the layers its gradient came through, in the order in which they ran.
     """
 
     name: str
@@ -115,13 +120,14 @@ class Layer:
 class Origin(NamedTuple):
     """Where nan or inf comes from.
 
-    phase: "forward" or "backward" where an operator made it, in or behind `layer`; "constant" where code wrote it with `operator`; "batch",
-    "parameter" or "buffer" where it was there before, and `operator` is its name.
+    phase: "forward", "loss" or "backward" where an operator made it; "constant" where code wrote it with `operator`; "batch",
+    "parameter" or "buffer" where it was there before, and `operator` is its name. where: in words. order: the how many-th it is.
     """
 
     phase: str
     operator: str
-    layer: str | None = None
+    where: str = ""
+    order: int = 0
 
 
 @dataclass
@@ -150,18 +156,15 @@ class _Trail:
     """
 
     def __init__(self) -> None:
-        self._origins: list[Origin] = []
-        self._places: dict[int, int] = {}
+        self._origins: dict[int, Origin] = {}
 
     def record(self, tensors: Iterable[Tensor], origin: Origin) -> None:
-        self._origins.append(origin)
-        for tensor in tensors:
-            self._places[_storage(tensor)] = len(self._origins) - 1
+        self._origins |= {_storage(tensor): origin for tensor in tensors}
 
     def origin_of(self, tensors: Iterable[Tensor]) -> Origin | None:
         """The first one that is no constant, else the first."""
-        places = [self._places[_storage(tensor)] for tensor in tensors if _storage(tensor) in self._places]
-        return self._origins[min(places, key=lambda place: (self._origins[place].phase == "constant", place))] if places else None
+        origins = [self._origins[_storage(tensor)] for tensor in tensors if _storage(tensor) in self._origins]
+        return min(origins, key=lambda origin: (origin.phase == "constant", origin.order), default=None)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -189,6 +192,7 @@ class _Watch(TorchDispatchMode):
         self.dim = 1
         self.gated = False
         self.trail = _Trail()
+        self.events = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -199,8 +203,9 @@ class _Watch(TorchDispatchMode):
         result = func(*args, **kwargs)
         lost = _nonfinite((result, written))
         if lost:
-            self._follow(name, given or self._given((args, kwargs)), lost)
-        if self.phase == "forward" and self.layer is not None and not self.gated and name in _ACTS:
+            empty = any(isinstance(value, Tensor) and not value.numel() for value in tree_leaves((args, kwargs)))
+            self._follow(name, " of an empty tensor" * empty, given or self._given((args, kwargs)), lost)
+        if self.phase != "backward" and self.layer is not None and not self.gated and name in _ACTS:
             y = args[0] if _is_written(func._schema.arguments[0]) else result
             _see(self.layer, _ACTS[name], args, y, self.dim)
             self.layer.act_module = self.module
@@ -216,17 +221,26 @@ class _Watch(TorchDispatchMode):
         nonfinite = _nonfinite(values)
         return _Given(self.trail.origin_of(_tensors(nonfinite)), bool(nonfinite), _holds_nan(nonfinite))
 
-    def _follow(self, name: str, given: _Given, lost: list[Tensor | float]) -> None:
-        layer = None if self.layer is None else self.layer.name
-        made = Origin(self.phase, _operator(name), layer)
+    def _follow(self, name: str, remark: str, given: _Given, lost: list[Tensor | float]) -> None:
+        self.events += 1
+        where = self._where()
+        made = Origin(self.phase, _operator(name) + remark, where, self.events)
         origin = given.origin
         if origin is None:
             # Numbers, and tensors that nobody saw being made, the code has from somewhere.
-            origin = Origin("constant", name, layer) if given.nonfinite or name.startswith(_CONSTANT) else made
+            name = "tensor" if name == "lift_fresh" else name
+            origin = Origin("constant", name, where, self.events) if given.nonfinite or name.startswith(_CONSTANT) else made
         if origin.phase == "constant" and given.nonfinite and not given.nan and _holds_nan(lost):
             # Such as softmax where everything is masked.
             origin = made
         self.trail.record(_tensors(lost), origin)
+
+    def _where(self) -> str:
+        if self.phase == "loss":
+            return "in the loss"
+        if self.phase == "forward":
+            return "before the first layer" if self.layer is None else f"in or behind layer {self.layer.name}"
+        return "in the backward pass" + ("" if self.layer is None else f", at layer {self.layer.name} or just before it")
 
 
 def _is_written(argument: Any) -> bool:
@@ -241,20 +255,19 @@ def _operator(name: str) -> str:
 
 def _nonfinite(values: Any) -> list[Tensor | float]:
     """The tensors and numbers among them that hold nan or inf."""
-    return [
-        value
-        for value in tree_leaves(values)
-        if (isinstance(value, float) and not math.isfinite(value))
-        or (isinstance(value, Tensor) and value.layout == torch.strided and _is_real(value) and not bool(value.isfinite().all()))
-    ]
+    return [value for value in tree_leaves(values) if _is_nonfinite(value)]
+
+
+def _is_nonfinite(value: object) -> bool:
+    if not isinstance(value, Tensor):
+        return isinstance(value, float) and not math.isfinite(value)
+    # torch cannot tell of 8-bit floats.
+    numbers = value.is_complex() or (value.is_floating_point() and value.itemsize > 1)
+    return numbers and value.layout == torch.strided and not bool(value.isfinite().all())
 
 
 def _tensors(values: Iterable[Tensor | float]) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
-
-
-def _is_real(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _holds_nan(values: Iterable[Tensor | float]) -> bool:
@@ -327,10 +340,11 @@ def probe(model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[[Any, A
             given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
             for y in tree_leaves(output):
                 if isinstance(y, Tensor) and y.is_floating_point() and y.numel():
-                    layer.see_output(y, given, watch.dim)
                     if y.requires_grad:
                         handles.append(y.register_hook(reached(layer)))
-                    if y.grad_fn is not None and alone:
+                    if alone:
+                        layer.see_output(y, given, watch.dim)
+                    if alone and y.grad_fn is not None:
                         outputs[layer.name].append(y.grad_fn)
 
         return hook
@@ -363,17 +377,19 @@ def probe(model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[[Any, A
             if not model.training:
                 model.train()
             with watch:
-                loss = loss_fn(model(inputs), targets)
+                y = model(inputs)
+                watch.phase = "loss"
+                loss = loss_fn(y, targets)
                 _check(loss)
-                watch.phase = "backward"
+                watch.phase, watch.layer = "backward", None
                 grads = torch.autograd.grad(loss, [*parameters.values()], allow_unused=True)
         finally:
             for handle in handles:
                 handle.remove()
         in_order = order.of(layers)
-        # Whether a normalisation comes next decides whether the scale of a weight matters.
-        for layer, following in pairwise(in_order):
-            layer.normalised = isinstance(following.module, _NORMS)
+        for following, layer in pairwise(reversed(in_order)):
+            carried = following.normalised and isinstance(following.module, WEIGHTS) and layer.act in _HOMOGENEOUS
+            layer.normalised = isinstance(following.module, _NORMS) or carried
         graph = BackwardGraph(loss, {layer.name: [parameters[name] for name in layer.parameters] for layer in in_order}, outputs)
         for layer in in_order:
             layer.behind = [layers[name] for name in graph.behind[layer.name]]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gradkernels import init
-from gradkernels.probe import SATURATED_SLOPE, Layer, Probe
+from gradkernels.probe import SATURATED_SLOPE, WEIGHTS, Layer, Probe
 
 # A gradient below this share of the largest one that it came through: with one learning rate for all, this layer takes 1,000 steps for one.
 VANISHING_SHARE = 1e-3
@@ -134,7 +134,7 @@ def enough_for_statistics(batch: tuple[int, int]) -> bool:
 def _scale(layer: Layer, found: Probe) -> dict[str, str]:
     module = layer.module
     weight = getattr(module, "weight", None)
-    if not isinstance(module, nn.Linear | nn.modules.conv._ConvNd) or not isinstance(weight, nn.Parameter) or weight.numel() < 2:
+    if not isinstance(module, WEIGHTS) or not isinstance(weight, nn.Parameter) or weight.numel() < 2:
         return {}
     with torch.no_grad():
         std, first = weight.double().std(correction=0).item(), weight.flatten()[0].item()
@@ -166,14 +166,11 @@ def origin_sentence(found: Probe) -> str | None:
         return None
     if found.origin is None:
         return "where it became so could not be followed"
-    phase, operator, layer = found.origin
-    where = f"in or behind layer {layer}" if layer is not None else "before the first layer"
+    phase, operator, where, _ = found.origin
     if phase == "batch":
         return "the batch itself holds nan or inf"
     if phase in ("parameter", "buffer"):
         return f"{phase} {operator} holds nan or inf already"
     if phase == "constant":
-        return f"the code itself puts nan or inf in {where}: {operator} was given it as a number"
-    if phase == "backward":
-        where = "in the backward pass of the loss" if layer is None else f"in the backward pass, at layer {layer} or just before it"
+        return f"the code itself brings in nan or inf {where}: {operator} was given it as a number"
     return f"non-finite values began {where}: {operator} made them"
