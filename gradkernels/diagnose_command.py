@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import pkgutil
 import re
 import sys
@@ -19,6 +20,10 @@ from gradkernels.probe import probe
 
 # Of matplotlib's formats those that diagnose is tested with.
 _PICTURES = (".png", ".pdf", ".svg")
+
+_OURS = (diagnose.__code__.co_filename, probe.__code__.co_filename, __file__)
+# Not shown of a traceback, which is about a user's own code.
+_NOT_THE_USERS = ("<frozen importlib", importlib.__file__, pkgutil.__file__, str(Path(torch.__file__).parent), *_OURS)
 
 
 def main(argv: list[str]) -> int:
@@ -50,9 +55,8 @@ def main(argv: list[str]) -> int:
     try:
         diagnosis = diagnose(model, batch, loss_fn, apply=arguments.apply)
     except Exception as error:
-        # What is raised there and here says in words what is wrong.
-        ours = (diagnose.__code__.co_filename, probe.__code__.co_filename, __file__)
-        if traceback.extract_tb(error.__traceback__)[-1].filename in ours:
+        # What is raised there says in words what is wrong.
+        if traceback.extract_tb(error.__traceback__)[-1].filename in _OURS:
             _progress("")
             parser.error(str(error))
         _refuse(parser, f"{arguments.model} does not run on the batch {arguments.batch} with the loss {arguments.loss}", error)
@@ -77,9 +81,9 @@ def _refuse(parser: argparse.ArgumentParser, words: str, error: Exception) -> No
     """For what the user's own code raises: words first, then where."""
     _progress("")
     parser.print_usage(sys.stderr)
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    told = "".join(["Traceback (most recent call last):\n", *traceback.format_list(frames), *traceback.format_exception_only(error)])
-    parser.exit(2, f"{parser.prog}: error: {words}: {type(error).__name__}: {error}\n\n{told}")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_NOT_THE_USERS)]
+    told = ["\n", *traceback.format_list(frames), *traceback.format_exception_only(error)] if frames else []
+    parser.exit(2, f"{parser.prog}: error: {words}: {type(error).__name__}: {error}\n{''.join(told)}")
 
 
 def _resolve(parser: argparse.ArgumentParser, name: str) -> Any:
@@ -113,7 +117,7 @@ def _batch(parser: argparse.ArgumentParser, wanted: str, model: nn.Module) -> tu
         try:
             batch = torch.load(wanted, weights_only=True)
         except Exception as error:
-            parser.error(f"{wanted} is no file of tensors that torch.save wrote: {str(error).partition(chr(10))[0]}")
+            parser.error(f"{wanted} is no file of tensors that torch.load(weights_only=True) takes: {type(error).__name__}")
     elif ":" in wanted:
         batch = _call(parser, wanted)
     else:

@@ -172,5 +172,5 @@ def origin_sentence(found: Probe) -> str | None:
     if phase in ("parameter", "buffer"):
         return f"{phase} {operator} holds nan or inf already"
     if phase == "constant":
-        return f"the code itself brings in nan or inf {where}: {operator} was given it as a number"
+        return f"the code itself brings in nan or inf {where}: {operator} was given it"
     return f"non-finite values began {where}: {operator} made them"

@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -204,20 +205,96 @@ def test_non_finite_and_where_it_began(model, origin, line):
     assert diagnosis.origin in str(diagnosis)
 
 
-def test_a_loss_that_is_nan_at_once():
-    diagnosis = gk.diagnose(mlp(nn.ELU, 1), batch(), lambda y, target: F.cross_entropy(y, target) + y.sum().detach().mul(0).log().mul(0))
-    assert math.isnan(diagnosis.loss)
-    assert "in or behind layer head" in diagnosis.origin
+def plus(value):
+    """Cross entropy and a constant: every gradient is finite."""
+    return lambda y, target: F.cross_entropy(y, target) + value
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "origin", "line"),
+    [
+        (plus(math.nan), "the code itself brings in nan or inf in the loss: add was given it", "torch.finfo(x.dtype).min"),
+        (lambda *_: plus(torch.tensor(math.inf))(*_), "the code itself brings in nan or inf in the loss: tensor was", "torch.finfo("),
+        (lambda *_: plus(-torch.zeros(()).log())(*_), "began in the loss: log made them", "torch.log(x.clamp_min"),
+        (lambda y, target: F.cross_entropy(y, target * 0 - 100), "in the loss: nll_loss_forward made them", "F.cross_entropy(y, tar"),
+        (lambda y, target: F.mse_loss(y[:0], y[:0]), "in the loss: mse_loss of an empty tensor made them", "loss_fn(y, targets) if len("),
+    ],
+    ids=["number", "tensor", "log", "all targets ignored", "nothing selected"],
+)
+def test_a_loss_that_is_not_finite_is_said_first_and_has_a_cure(loss_fn, origin, line):
+    diagnosis = gk.diagnose(mlp(nn.ELU, 1), batch(), loss_fn)
+    assert not math.isfinite(diagnosis.loss) and math.isfinite(diagnosis.total_norm)
+    first, second, *_ = str(diagnosis).splitlines()
+    assert re.match("Sequential: the loss is (nan|inf); every gradient is finite: ", first)
+    assert second == diagnosis.origin and origin in second
+    assert [cure.name for cure in diagnosis.cures] == ["arithmetic"] and diagnosis.cures[0].line.startswith(line)
+
+
+def test_nan_that_is_made_in_the_loss_and_spreads():
+    diagnosis = gk.diagnose(mlp(nn.ELU, 1), batch(), lambda y, target: F.cross_entropy(y, target) + y.sum().mul(0).log().mul(0))
+    assert str(diagnosis).startswith("Sequential: the loss is nan; non-finite 2 of 2 layers\nnon-finite values began in the loss: log made")
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_batch_that_is_not_finite(value):
     x, target = batch()
-    x[0, 0] = math.inf
-    assert gk.diagnose(mlp(nn.ELU, 1), (x, target), F.cross_entropy).origin == "the batch itself holds nan or inf"
+    x[0, 0] = value
+    diagnosis = gk.diagnose(mlp(nn.ELU, 1), (x, target), F.cross_entropy)
+    assert diagnosis.origin == "the batch itself holds nan or inf"
+    assert diagnosis.cures[0].line.startswith("inputs = torch.nan_to_num(inputs)")
 
 
-def test_infinities_on_purpose_are_no_origin():
-    def masked(z):
-        return torch.softmax(z.masked_fill(z > 1, -math.inf), dim=1)
+MINUS_INFINITY = torch.eye(WIDTH).log()
 
-    assert diagnosed(Net(masked)).origin is None
+
+class Masked(Net):
+    """A buffer with -inf; the function is given the model."""
+
+    def __init__(self, function):
+        super().__init__(function)
+        self.register_buffer("mask", MINUS_INFINITY[:1].roll(1))
+
+    def forward(self, x):
+        return self.head(self.function(self, self.body(x)))
+
+
+HARMLESS = {
+    "filled": lambda model, z: torch.softmax(z.masked_fill(z > z.mean(), -math.inf), 1),
+    "from a buffer": lambda model, z: torch.softmax(z[:, 1:2] * 0 + model.mask, 1) + z,
+    "from elsewhere": lambda model, z: torch.softmax(z + MINUS_INFINITY[:1], 1) + z,
+    "computed": lambda model, z: torch.softmax(z + torch.log((z.detach() < z.max()).float()), 1),
+    "not selected": lambda model, z: torch.where(z < 99, z, torch.log(torch.zeros_like(z))),
+    "overwritten": lambda model, z: z + torch.log(torch.zeros_like(z)).zero_(),
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_infinities_that_reach_neither_loss_nor_gradients_are_not_mentioned(name):
+    diagnosis = diagnosed(Masked(HARMLESS[name]))
+    assert diagnosis.origin is None and diagnosis.cures == []
+    assert not re.search("inf|nan|non-finite", str(diagnosis))
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_the_origin_is_what_reaches_the_loss_not_what_came_before_it(name):
+    diagnosis = diagnosed(Masked(lambda model, z: torch.sqrt(HARMLESS[name](model, z) - 99)))
+    assert diagnosis.origin == "non-finite values began in or behind layer body: sqrt made them"
+
+
+@pytest.mark.parametrize(
+    ("function", "made"),
+    [
+        (lambda model, z: torch.softmax(z.masked_fill(z < 99, -math.inf), 1), "began in or behind layer body: _softmax made them"),
+        (lambda model, z: torch.softmax(z + torch.zeros(WIDTH).log(), 1), "began in or behind layer body: log made them"),
+        (lambda model, z: torch.softmax(z + model.mask[:, :1], 1), "buffer mask holds nan or inf already"),
+        (lambda model, z: z.log_().sqrt_(), "began in or behind layer body: log made them"),
+        (lambda model, z: gk.elu(z.log(), inplace=True).exp(), "began in or behind layer body: log made them"),
+        (lambda model, z: (z * (z > 0)).log().nan_to_num(neginf=0), "in the backward pass, at layer head or just before it: LogBackward"),
+    ],
+    ids=["all masked", "all masked by log", "all masked by a buffer", "in place", "our own in place", "backward"],
+)
+def test_where_infinities_turn_to_nan(function, made):
+    assert made in diagnosed(Masked(function)).origin
 
 
 def test_never_called_and_without_influence():
@@ -229,6 +306,66 @@ def test_never_called_and_without_influence():
     reasons = {each.name: each.why for each in diagnosis.layers}
     assert words(diagnosis)["idle"] == words(diagnosis)["cut"] == ("no gradient",)
     assert reasons["idle"] == "never called" and reasons["cut"] == "the loss does not depend on it"
+
+
+class TwoHeads(nn.Module):
+    """An auxiliary head that runs before or after the layers it goes past."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.body, self.deep = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.main, self.auxiliary, self.last = nn.Linear(WIDTH, CLASSES), nn.Linear(WIDTH, CLASSES), last
+
+    def forward(self, x):
+        z = F.relu(self.body(x))
+        aside = None if self.last else self.auxiliary(z)
+        y = self.main(F.relu(self.deep(z)))
+        return y, self.auxiliary(z) if self.last else aside
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("share", [1e-6, 1.0])
+def test_an_auxiliary_head_is_no_measure_for_the_others(last, share):
+    def loss_fn(y, target):
+        return F.cross_entropy(y[0], target) + share * F.cross_entropy(y[1], target)
+
+    diagnosis = gk.diagnose(TwoHeads(last), batch(), loss_fn)
+    assert set(words(diagnosis).values()) == {("healthy",)}, str(diagnosis)
+    behind = {each.name: [layer.name for layer in each.layer.behind] for each in diagnosis.layers}
+    assert behind["deep"] == ["main"] and behind["main"] == behind["auxiliary"] == []
+    assert sorted(behind["body"]) == ["auxiliary", "deep", "main"]
+    if share < 1:
+        assert f"is {diagnosis.first_to_last():.2g} times that of the last, main" in str(diagnosis)
+
+
+def test_what_vanishes_on_one_of_two_ways_is_seen_on_that_one():
+    model = TwoHeads(True)
+    nn.init.constant_(model.main.weight, 1e-6)
+    nn.init.normal_(model.main.weight, std=1e-6)
+    diagnosis = gk.diagnose(model, batch(), lambda y, target: F.cross_entropy(y[0], target) + F.cross_entropy(y[1], target))
+    assert words(diagnosis)["deep"] == ("vanishing",)
+    assert [name for name, each in words(diagnosis).items() if each == ("healthy",)] == ["body", "main", "auxiliary"]
+
+
+def test_the_graph_of_a_layer_called_often_of_a_tied_weight_and_of_a_functional_one():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.recur, self.head = nn.Embedding(8, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 8)
+            self.head.weight = self.words.weight
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            h = self.words(x[:, 0]) * self.scale
+            for step in range(1, x.shape[1]):
+                h = torch.tanh(self.recur(h) + self.words(x[:, step]))
+            return self.head(h)
+
+    diagnosis = gk.diagnose(Model(), (torch.randint(8, (64, 5)), torch.randint(8, (64,))), F.cross_entropy)
+    behind = {each.name: [layer.name for layer in each.layer.behind] for each in diagnosis.layers}
+    # The scale is behind the first word only; the module that holds the others is nobody's.
+    assert behind == {"(model)": ["recur", "head"], "words": ["recur", "head"], "recur": ["head"], "head": []}
+    assert diagnosis.layers[0].layer.output_std is None
 
 
 def judged(**figures):
@@ -357,6 +494,138 @@ def test_every_cure_of_arithmetic_is_python(operator):
         names |= {"y": torch.zeros(0, 3), "targets": torch.zeros(0)}
     result = eval(line, names)
     assert not isinstance(result, torch.Tensor) or bool(result.isfinite().all())
+
+
+def enormous(y, _):
+    """A loss with which everything explodes."""
+    return 1e9 * y.square().mean()
+
+
+def normalisation(diagnosis):
+    return next((cure for cure in diagnosis.cures if cure.name.endswith(" norm")), None)
+
+
+def test_batch_norm_is_not_recommended_behind_the_output_layer():
+    cure = normalisation(gk.diagnose(mlp(nn.LeakyReLU, 2), batch(), enormous))
+    assert cure.name == "batch norm" and "behind linear0" in cure.line
+    only_the_head = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
+    diagnosis = gk.diagnose(only_the_head, batch(), enormous)
+    assert "exploding" in diagnosis.counts() and diagnosis.cures and normalisation(diagnosis) is None
+
+
+@pytest.mark.parametrize("count", [2, 16])
+def test_batch_norm_is_not_recommended_for_a_tiny_batch_nor_for_sequences(count):
+    images = nn.Sequential(nn.Conv2d(3, 24, 3), nn.LeakyReLU(), nn.Conv2d(24, 8, 3), nn.Flatten(), nn.Linear(32, CLASSES))
+    linears = mlp(nn.LeakyReLU, 2)
+    sequences = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LeakyReLU(), nn.Flatten(), nn.Linear(5 * WIDTH, CLASSES))
+    for model, shape, few, many in (
+        (images, (3, 6, 6), "nn.GroupNorm(8, 24)", 'gk.BatchNormAct2d(24, act="leaky_relu")'),
+        (linears, (WIDTH,), "nn.GroupNorm(16, 16)", 'gk.BatchNormAct1d(16, act="leaky_relu")'),
+        (sequences, (5, WIDTH), "nn.LayerNorm(16)", "nn.LayerNorm(16)"),
+    ):
+        x = torch.randn(count, *shape)
+        diagnosis = gk.diagnose(model, (x, None), enormous)
+        cure = normalisation(diagnosis)
+        assert cure.line.startswith(few if count == 2 else many), str(diagnosis)
+        assert (cure.name == "batch norm") == cure.line.startswith("gk.BatchNormAct")
+        y = diagnosis.layers[0].layer.module(x)
+        assert eval(cure.line, {"nn": nn, "gk": gk})(y).shape == y.shape
+
+
+def test_residual_connections_are_not_recommended_to_who_has_them():
+    class Residual(nn.Module):
+        def __init__(self, skip):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(12))
+            self.head, self.skip = nn.Linear(WIDTH, CLASSES), skip
+
+        def forward(self, x):
+            for layer in self.layers:
+                y = 1e-3 * torch.sigmoid(layer(x))
+                x = x + y if self.skip else y
+            return self.head(x * 1e4)
+
+    names = {skip: [cure.name for cure in diagnosed(Residual(skip)).cures] for skip in (False, True)}
+    assert "residual connections" in names[False] and names[True] and "residual connections" not in names[True]
+
+
+def test_an_activation_behind_the_output_layer_belongs_to_the_loss():
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LeakyReLU(), nn.Linear(WIDTH, 1), nn.Sigmoid())
+    nn.init.constant_(model[2].bias, -20.0)
+    data = torch.randn(64, WIDTH), torch.ones(64, 1)
+    diagnosis = gk.diagnose(model, data, F.binary_cross_entropy)
+    assert words(diagnosis)["2"][0] == "saturated"
+    lines = {cure.name: cure.line for cure in diagnosis.cures}
+    assert "activation" not in lines and lines["loss"].startswith("F.binary_cross_entropy_with_logits(")
+    model[3] = nn.Tanh()
+    assert "without tanh" in {cure.name: cure.line for cure in gk.diagnose(model, data, F.mse_loss).cures}["loss"]
+
+
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.LSTMCell])
+def test_gates_are_no_activations(cell):
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.head = cell(WIDTH, 8), nn.Linear(8, CLASSES)
+
+        def forward(self, x):
+            y, *_ = self.cell(x)
+            return F.relu(self.head(y))
+
+    model = Gated()
+    for weight in model.cell.parameters():
+        nn.init.normal_(weight, std=20)
+    first, last = diagnosed(model).layers
+    assert first.layer.act is None and "saturated" not in first.verdicts
+    assert last.layer.act == "relu"
+
+
+def test_gates_written_out_are_no_activations():
+    class Cell(Net):
+        def forward(self, x):
+            opened, value = self.body(x).chunk(2, dim=1)
+            return self.head(torch.cat([torch.sigmoid(opened) * torch.tanh(value)] * 2, dim=1))
+
+    model = Cell(None)
+    nn.init.normal_(model.body.weight, std=20)
+    assert "saturated" not in words(diagnosed(model))["body"]
+
+
+@pytest.mark.parametrize("largest", [1.01, 1.49, 1.5, 1.99, 2.01, 7.0, 9.99, 123.0])
+def test_a_suggested_learning_rate_is_rounded_down(largest):
+    layer = Layer("layer", nn.Module(), called=1, gradient=largest, weight=1.0)
+    rate = cures.learning_rate(verdicts.verdicts(Probe([layer], 1.0, 1.0)))
+    assert 0.5 * cures.LARGEST_UPDATE < rate * largest <= cures.LARGEST_UPDATE
+    assert float(f"{rate:.0e}") == rate == float(f"{rate:g}")
+
+
+def test_the_learning_rate_shown_is_the_one_that_was_tried():
+    diagnosis = diagnosed(mlp(nn.LeakyReLU, std=6), apply=True)
+    line = next(cure.line for cure in diagnosis.cures if cure.name == "learning rate")
+    assert 1e-4 < float(re.search(r"lr=(.*)\)", line).group(1)) < 1, "with clipping, which stands above it"
+    (shown,) = re.findall(r"lr=(.*)\)", "".join(diagnosis.applied))
+    after = diagnosis.after
+    step = float(shown) * min(1 / after.total_norm, 1)
+    changes = [step * each.layer.gradient / each.layer.weight for each in after.layers]
+    assert 0.5 * cures.LARGEST_UPDATE < max(changes) <= cures.LARGEST_UPDATE
+
+
+@pytest.mark.parametrize(
+    ("attribute", "said"),
+    [
+        (lambda model: threading.Lock(), "TypeError, cannot pickle '_thread.lock' object"),
+        (lambda model: model.linear0.weight * 2, "RuntimeError, Only Tensors created explicitly by the user"),
+        (lambda model: (each for each in ()), "TypeError, cannot pickle 'generator' object"),
+    ],
+    ids=["lock", "tensor with a graph", "generator"],
+)
+def test_a_model_that_cannot_be_copied_is_diagnosed_all_the_same(attribute, said):
+    model = mlp(nn.LeakyReLU, std=6)
+    model.extra = attribute(model)
+    diagnosis = diagnosed(model, apply=True)
+    assert diagnosis.after is None and "exploding" in diagnosis.counts()
+    last = str(diagnosis).splitlines()[-1]
+    assert last.startswith(f"the safe cures were not tried, since Sequential cannot be copied: {said}") and len(last) < 250
 
 
 def test_apply_shows_before_and_after_and_leaves_the_model():
