@@ -22,6 +22,9 @@ from gradkernels.probe import probe
 _PICTURES = (".png", ".pdf", ".svg")
 
 _OURS = (diagnose.__code__.co_filename, probe.__code__.co_filename, __file__)
+# What these raise says in words what is wrong.
+_CHECKS = ("_check", "_targets", "probe")
+
 # Not shown of a traceback, which is about a user's own code.
 _NOT_THE_USERS = ("<frozen importlib", importlib.__file__, pkgutil.__file__, str(Path(torch.__file__).parent), *_OURS)
 
@@ -55,8 +58,8 @@ def main(argv: list[str]) -> int:
     try:
         diagnosis = diagnose(model, batch, loss_fn, apply=arguments.apply)
     except Exception as error:
-        # What is raised there says in words what is wrong.
-        if traceback.extract_tb(error.__traceback__)[-1].filename in _OURS:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        if last.filename in _OURS and last.name in _CHECKS:
             _progress("")
             parser.error(str(error))
         _refuse(parser, f"{arguments.model} does not run on the batch {arguments.batch} with the loss {arguments.loss}", error)

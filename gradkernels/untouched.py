@@ -33,8 +33,8 @@ def untouched(model: nn.Module, *others: object) -> Iterator[None]:
             stack.enter_context(torch.random.fork_rng(indices, device_type=kind))
         stack.callback(random.setstate, random.getstate())
         # numpy has random numbers to lose only where something has imported it.
-        if "numpy" in sys.modules:
-            numpy = sys.modules["numpy"]
+        numpy = sys.modules.get("numpy")
+        if numpy is not None:
             stack.callback(numpy.random.set_state, numpy.random.get_state())
         try:
             # What runs backward inside then accumulates apart.

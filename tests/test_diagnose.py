@@ -3,13 +3,16 @@
 Thresholds are tested at both sides on figures made by hand; models are small and their illness is put in on purpose.
 """
 
+import contextlib
 import json
 import math
+import random
 import re
 import subprocess
 import sys
 import threading
 
+import numpy
 import pytest
 import torch
 from matplotlib.image import imread
@@ -431,6 +434,34 @@ def test_a_weight_is_ill_only_if_neither_the_signal_nor_its_gradient_keeps_its_s
     assert scaled(linear, 2.7 * math.sqrt(2 / min(sizes))) == ("badly initialised",)
 
 
+def test_a_scale_that_a_later_normalisation_takes_away_is_not_bad():
+    def build(act):
+        model = nn.Sequential(
+            nn.Linear(WIDTH, WIDTH), act, nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Tanh(), nn.Linear(WIDTH, CLASSES)
+        )
+        for module in (model[0], model[2]):
+            nn.init.normal_(module.weight, std=0.01)
+        return model
+
+    assert words(diagnosed(build(nn.LeakyReLU())))["0"] == ("healthy",)
+    assert words(diagnosed(build(nn.Tanh())))["0"] == ("badly initialised",)
+
+
+@pytest.mark.parametrize("around", [True, False])
+def test_small_weights_are_at_home_where_the_signal_goes_around_them(around):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.back = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+            nn.init.normal_(self.back.weight, std=0.001)
+
+        def forward(self, x):
+            return x * around + self.back(F.relu(self.wide(x))) if around else self.back(F.relu(self.wide(x)))
+
+    diagnosis = diagnosed(nn.Sequential(nn.Linear(WIDTH, WIDTH), Block(), nn.Linear(WIDTH, CLASSES)))
+    assert ("badly initialised" in words(diagnosis)["1.back"]) != around
+
+
 SCHEMES = {
     "torch's own": lambda weight: nn.init.kaiming_uniform_(weight, a=math.sqrt(5)),
     "He, fan in": lambda weight: nn.init.kaiming_normal_(weight, nonlinearity="relu"),
@@ -748,6 +779,58 @@ def test_everything_is_as_it_was(fail, training, apply):
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
 
+class Writing(nn.Module):
+    """Whose forward writes what a forward may write: weights, the batch, every generator of random numbers."""
+
+    def __init__(self, fail):
+        super().__init__()
+        self.words, self.head, self.fail = nn.Embedding(8, WIDTH, max_norm=0.1), nn.Linear(WIDTH, CLASSES), fail
+        self.register_buffer("lost", torch.full((2,), math.nan))
+
+    def forward(self, x):
+        y = self.words(x) + random.random() + float(numpy.random.rand()) + torch.rand(())
+        with torch.no_grad():
+            self.head.weight.clamp_(-0.1, 0.1)
+        torch.autograd.backward(self.head(y).sum())
+        x.zero_()
+        if self.fail:
+            raise ZeroDivisionError
+        return self.head(y.detach() * self.words.weight.mean())
+
+
+@pytest.mark.parametrize("apply", [False, True])
+@pytest.mark.parametrize("fail", [False, True])
+def test_what_a_forward_writes_is_as_it_was(fail, apply):
+    model = Writing(fail)
+    nn.init.constant_(model.head.bias, 1.0)
+    model.words.weight.grad = torch.ones_like(model.words.weight)
+    x, target = torch.randint(1, 8, (64,)), torch.randint(CLASSES, (64,))
+    kept = x.clone()
+    before = snapshot(model)
+    generators = random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist()
+    expectation = pytest.raises(ZeroDivisionError) if fail else contextlib.nullcontext()
+    with expectation:
+        gk.diagnose(model, (x, target), F.cross_entropy, apply=apply)
+    after = snapshot(model)
+    for part in ("identity", "gradients", "attributes", "flags"):
+        assert after[part] == before[part], part
+    assert str(after["values"]) == str(before["values"])
+    assert torch.equal(x, kept)
+    assert (random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist()) == generators
+    assert model.lost._version == 0, "nan is written by nobody"
+
+
+def test_numpy_is_not_imported_to_keep_its_random_numbers():
+    program = """
+import sys
+sys.modules["numpy"] = None
+import torch, gradkernels as gk
+print(gk.diagnose(torch.nn.Linear(2, 2), (torch.ones(4, 2), torch.zeros(4).long()), torch.nn.functional.cross_entropy).headline())
+"""
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert process.stdout == "healthy 1 of 1 layers\n"
+
+
 def test_a_model_in_evaluation_is_looked_at_in_training_mode_and_frozen_parts_stay_frozen():
     model = Noisy("nowhere")
     model.frozen.eval()
@@ -836,8 +919,25 @@ def test_picture_and_dict(tmp_path):
     [
         (nn.ReLU(), (batch(), F.cross_entropy), ValueError, "ReLU has no parameters that require a gradient: there is nothing to diagnose"),
         (nn.LazyLinear(3), (batch(), F.cross_entropy), ValueError, "LazyLinear has parameters without a shape: run it on a batch first"),
-        (mlp(nn.ReLU, 1), (torch.randn(2, 3), F.cross_entropy), TypeError, "batch is the pair .*, not Tensor"),
+        (nn.Linear, (batch(), F.cross_entropy), TypeError, "model is a torch.nn.Module, not the class Linear"),
+        ([mlp(nn.ReLU, 1)], (batch(), F.cross_entropy), TypeError, "model is a torch.nn.Module, not list"),
+        (mlp(nn.ReLU, 1), (torch.randn(2, 3), F.cross_entropy), TypeError, r"batch is the pair \(inputs, targets\), .*, not Tensor"),
+        (mlp(nn.ReLU, 1), (3, F.cross_entropy), TypeError, "batch is the pair .*, not int"),
+        (mlp(nn.ReLU, 1), ((*batch(), 1), F.cross_entropy), ValueError, "batch is the pair .*, not a tuple of 3"),
+        (
+            mlp(nn.ReLU, 1),
+            ((1.5, 2), F.cross_entropy),
+            TypeError,
+            "the inputs of batch are a tensor, or something that holds tensors, not float",
+        ),
+        (mlp(nn.ReLU, 1), ((None, 2), F.cross_entropy), TypeError, "not NoneType"),
+        (mlp(nn.ReLU, 1), (batch(0), F.cross_entropy), ValueError, r"batch is empty: its inputs have the shape \(0, 16\)"),
+        (mlp(nn.ReLU, 1), (batch(), 1.5), TypeError, "loss_fn is a function of the model's outputs and the targets, not float"),
+        (mlp(nn.ReLU, 1), (batch(), nn.CrossEntropyLoss), TypeError, "not the class CrossEntropyLoss"),
         (mlp(nn.ReLU, 1), (batch(), lambda y, target: y.sum().item()), TypeError, "loss_fn returned float, not a tensor"),
+        (mlp(nn.ReLU, 1), (batch(), lambda y, target: (y.sum(), y)), TypeError, "loss_fn returned tuple, not a tensor"),
+        (mlp(nn.ReLU, 1), (batch(), lambda y, target: y.sum().long()), TypeError, "a tensor of torch.int64, not a real"),
+        (mlp(nn.ReLU, 1), (batch(), lambda y, target: y.sum() * 1j), TypeError, "a tensor of torch.complex64, not a real"),
         (mlp(nn.ReLU, 1), (batch(), lambda y, target: y), ValueError, r"of shape \(64, 4\), not one number: take its mean"),
         (mlp(nn.ReLU, 1), (batch(), lambda y, target: y.sum().detach()), RuntimeError, "does not depend on any parameter"),
     ],
@@ -845,6 +945,24 @@ def test_picture_and_dict(tmp_path):
 def test_bad_input_is_said_in_words(model, arguments, error, said):
     with pytest.raises(error, match=said):
         gk.diagnose(model, *arguments)
+
+
+def test_an_empty_batch_runs_nothing_and_empty_parts_of_one_are_no_matter():
+    model, ran = mlp(nn.ReLU, 1), []
+    model.register_forward_pre_hook(lambda *_: ran.append(1))
+    with pytest.raises(ValueError, match="batch is empty"):
+        gk.diagnose(model, batch(0), F.cross_entropy)
+    assert not ran
+    x, target = batch()
+    pairs = Net(F.relu)
+    pairs.function = lambda x: x
+    pairs.forward = lambda both: Net.forward(pairs, both[0])
+    assert gk.diagnose(pairs, ((x, x[:0]), target), F.cross_entropy).counts() == {"healthy": 2}
+
+
+def test_the_docstring_has_every_verdict():
+    table = [line[8:27].strip() for line in gk.diagnose.__doc__.splitlines() if re.match(" {8}[a-zB]", line)]
+    assert set(verdicts.VERDICTS) <= set(table)
 
 
 USERS_MODULE = """
@@ -860,16 +978,51 @@ def data():
 def summed(outputs, targets):
     return outputs.square().sum()
 
+def elementwise(outputs, targets):
+    return outputs - targets
+
+def one_output():
+    return nn.Linear(16, 1)
+
+def two_outputs():
+    model = nn.Linear(16, 4)
+    model.register_forward_hook(lambda module, args, y: (y, y))
+    return model
+
+def no_parameters():
+    return nn.ReLU()
+
+def double():
+    return nn.Linear(16, 4).double()
+
+class Deep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+    def forward(self, x):
+        return self.layer(x)
+
+def wants(argument):
+    return nn.Linear(2, 2)
+
+def fails():
+    raise LookupError("no such weights")
+
 not_a_model = list
+three = 3
 """
 
 
 @pytest.fixture
 def users_folder(tmp_path, monkeypatch):
     (tmp_path / "users_module.py").write_text(USERS_MODULE)
+    (tmp_path / "importing.py").write_text("import absent")
+    (tmp_path / "broken.py").write_text("def model(:")
+    (tmp_path / "raising.py").write_text("1 / 0")
     torch.save((torch.randn(32, 16), torch.randint(4, (32,))), tmp_path / "batch.pt")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "users_module", raising=False)
     return tmp_path
 
 
@@ -906,13 +1059,73 @@ def test_command_line_batches_and_losses(users_folder, capsys, wanted, loss):
         (["users_module:vanishing", "--batch", "2,16", "--loss", "no_loss"], "torch.nn.functional has no no_loss"),
         (["users_module:vanishing", "--batch", "2,16", "--output", "missing/x.png"], "there is no folder missing"),
         (["users_module:vanishing"], "--batch"),
+        (["users_module:three", "--batch", "2,16"], "users_module:three is int, which cannot be called"),
+        (
+            ["users_module:wants", "--batch", "2,16"],
+            "users_module:wants() failed: TypeError: wants() missing 1 required positional argument",
+        ),
+        (["users_module:no_parameters", "--batch", "2,16"], "ReLU has no parameters that require a gradient"),
+        (["importing:model", "--batch", "2,16"], "importing:model cannot be had: No module named 'absent'"),
+        (["broken:model", "--batch", "2,16"], "broken cannot be imported: SyntaxError: "),
+        (["users_module:vanishing:x", "--batch", "2,16"], "'users_module:vanishing:x' is not of the form MODULE:NAME"),
+        (
+            ["users_module:vanishing", "--batch", "absent.pt"],
+            "--batch absent.pt is no size such as 32,3,224,224, no file that is there, and not",
+        ),
+        (["users_module:vanishing", "--batch", "2,,16"], "--batch 2,,16 is no size"),
+        (["users_module:vanishing", "--batch", "2,-16"], "--batch 2,-16 is no size"),
+        (["users_module:vanishing", "--batch", "0,16"], "batch is empty: its inputs have the shape (0, 16)"),
+        (
+            ["users_module:vanishing", "--batch", "users_module.py"],
+            "users_module.py is no file of tensors that torch.load(weights_only=True)",
+        ),
+        (
+            ["users_module:vanishing", "--batch", "2,17"],
+            "with the loss cross_entropy: RuntimeError: mat1 and mat2 shapes cannot be multiplied",
+        ),
+        (
+            ["users_module:vanishing", "--batch", "2,16", "--loss", "users_module:data"],
+            "with the loss users_module:data: TypeError: data() takes",
+        ),
+        (
+            ["users_module:vanishing", "--batch", "2,16", "--loss", "users_module:elementwise"],
+            "loss_fn returned a tensor of shape (2, 4), not one number",
+        ),
+        (["users_module:vanishing", "--batch", "2,16", "--output", "x.doc"], "--output x.doc does not end in .png, .pdf, .svg"),
+        (["users_module:one_output", "--batch", "2,16"], "cross_entropy needs the scores of two classes or more, not outputs of the shape"),
+        (["users_module:two_outputs", "--batch", "2,16"], "the model returned tuple"),
     ],
 )
 def test_command_line_refuses_in_words(users_folder, capsys, arguments, said):
     with pytest.raises(SystemExit) as exit:
         diagnose_command.main(arguments)
     assert exit.value.code == 2
-    assert re.search(re.escape(said), capsys.readouterr().err)
+    usage, _, words = capsys.readouterr().err.partition("python -m gradkernels diagnose: error: ")
+    assert usage.startswith("usage: ") and said in words and words.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words", "line"),
+    [
+        (["users_module:fails", "--batch", "2,16"], "users_module:fails() failed: LookupError: no such weights", "raise LookupError"),
+        (["users_module:vanishing", "--batch", "users_module:fails"], "users_module:fails() failed: LookupError", "raise LookupError"),
+        (["raising:model", "--batch", "2,16"], "raising cannot be imported: ZeroDivisionError: division by zero", "1 / 0"),
+        (["users_module:Deep", "--batch", "2,16"], "users_module:Deep does not run on the batch 2,16 with", "return self.layer(x)"),
+    ],
+)
+def test_command_line_shows_where_a_users_code_fails_after_words_and_nobody_elses(users_folder, capsys, arguments, words, line):
+    with pytest.raises(SystemExit) as exit:
+        diagnose_command.main(arguments)
+    assert exit.value.code == 2
+    first, *traceback = capsys.readouterr().err.partition("error: ")[2].splitlines()
+    assert first.startswith(words)
+    assert any(line in each for each in traceback)
+    files = {each for each in traceback if each.startswith("  File")}
+    assert len(files) == 1 and str(users_folder) in files.pop()
+
+
+def test_command_line_draws_numbers_as_the_model_has_them(users_folder, capsys):
+    assert diagnose_command.main(["users_module:double", "--batch", "64,16"]) == 0
 
 
 def test_command_line_without_matplotlib(users_folder, capsys, monkeypatch):
