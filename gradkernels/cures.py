@@ -68,9 +68,15 @@ def cures(layers: list[Verdict], found: Probe) -> list[Cure]:
         # Gradients beside nan say nothing of how they flow.
         for verdict in each.verdicts if found.finite else {*each.verdicts} - {VANISHING, EXPLODING}:
             asks_for: Mapping[str, float] = _ASKS_FOR.get(verdict, {})
-            if verdict == VANISHING and each.layer.act in _SATURATING:
+            if verdict == VANISHING and each.layer.closed_by is not None:
+                # That layer asks for what is needed.
+                asks_for = {}
+            elif verdict == VANISHING and each.layer.act in _SATURATING:
                 asks_for = {**asks_for, **_VANISHING_AND_SATURATING}
             for cure, weight in asks_for.items():
+                if cure == INITIALISATION and not isinstance(each.layer.module, WEIGHTS):
+                    # What init.apply_ leaves as it is.
+                    continue
                 # What follows the last layer belongs to the loss.
                 scores[LOSS if cure == ACTIVATION and not each.layer.behind else cure] += weight
     ranked = sorted(scores, key=lambda name: -scores[name])
@@ -92,7 +98,7 @@ def _describe(name: str, layers: list[Verdict], found: Probe, shortened: float) 
         why = "weights of the scale that each activation keeps (He, LeCun, Xavier); begins anew"
         described = (why, "gk.init.apply_(model)") if weights else None
     elif name == RESIDUAL:
-        lacking = len(weights) > 5 and not any(found.goes_around(each.name) for each in weights)
+        lacking = len(weights) > 5 and not any(each.layer.around for each in weights)
         described = ("the gradient then reaches every layer undiminished", "x = x + block(x)") if lacking else None
     elif name == CLIPPING:
         length = f"; the gradient is {found.total_norm:.3g} long" if math.isfinite(found.total_norm) else ""

@@ -58,7 +58,9 @@ class Layer:
     saturated: share of outputs on a flat part; samples: how many values of one unit that was judged by; batch: samples and values of a
     unit in its first output; dims: of that output; batch_statistics: whether it is a batch norm that took its statistics from there;
     growth: elements of the output over those of the input; normalised: whether a normalisation comes next, or behind layers that pass the
-    scale on to it, so that this does not matter; behind: the layers its gradient came through, in the order in which they ran.
+    scale on to it, so that this does not matter; behind: the layers its gradient came through, in the order in which they ran; around:
+    whether a gradient reaches some layer before it without passing it, as along a residual connection; closed_by: a layer behind whose
+    weights are all 0.
     """
 
     name: str
@@ -81,6 +83,8 @@ class Layer:
     growth: float = 1.0
     normalised: bool = False
     behind: list["Layer"] = field(default_factory=list)
+    around: bool = False
+    closed_by: str | None = None
     _acts: set[str] = field(default_factory=set)
     _outputs: int = 0
     _flat: int = 0
@@ -132,16 +136,12 @@ class Origin(NamedTuple):
 
 @dataclass
 class Probe:
-    """layers: in the order in which they ran first; total_norm: of all gradients; origin: of what is not finite in loss and gradients.
-
-    goes_around: whether a gradient reaches the layers before one without passing it, as along a residual connection.
-    """
+    """layers: in the order in which they ran first; total_norm: of all gradients; origin: of what is not finite in loss and gradients."""
 
     layers: list[Layer]
     loss: float
     total_norm: float
     origin: Origin | None = None
-    goes_around: Callable[[str], bool] = lambda layer: False
 
     @property
     def finite(self) -> bool:
@@ -383,6 +383,11 @@ def probe(model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[[Any, A
                 _check(loss)
                 watch.phase, watch.layer = "backward", None
                 grads = torch.autograd.grad(loss, [*parameters.values()], allow_unused=True)
+            if all(grad is None for grad in grads):
+                raise RuntimeError(
+                    "the loss does not depend on any parameter of the model itself: one that computes with copies of them, as under "
+                    "FullyShardedDataParallel, is diagnosed before it is wrapped"
+                )
         finally:
             for handle in handles:
                 handle.remove()
@@ -393,9 +398,10 @@ def probe(model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[[Any, A
         graph = BackwardGraph(loss, {layer.name: [parameters[name] for name in layer.parameters] for layer in in_order}, outputs)
         for layer in in_order:
             layer.behind = [layers[name] for name in graph.behind[layer.name]]
+            layer.around = layer.name in graph.around
         total_norm = _read_norms(in_order, parameters, grads)
         origin = watch.trail.origin_of(_tensors(_nonfinite(loss.detach()))) or watch.trail.origin_of(_tensors(_nonfinite(grads)))
-        return Probe(in_order, loss.item(), total_norm, origin, graph.goes_around)
+        return Probe(in_order, loss.item(), total_norm, origin)
 
 
 def _check(loss: object) -> None:

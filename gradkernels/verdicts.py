@@ -60,16 +60,18 @@ class Verdict:
 
 def verdicts(found: Probe) -> list[Verdict]:
     judged = []
+    closed = [layer for layer in found.layers if _is_closed(layer, found.layers)]
     for layer in found.layers:
         reasons: dict[str, str] = {}
         for judge in (_switched_off, _flat, _few_samples):
             reasons |= judge(layer)
-        reasons |= _scale(layer, found)
+        reasons |= _scale(layer, layer in closed)
         if not found.finite:
             reasons |= _not_finite(layer)
         if layer.gradient is None:
             reasons[NO_GRADIENT] = "never called" if not layer.called else "the loss does not depend on it"
         elif NON_FINITE not in reasons:
+            layer.closed_by = next((each.name for each in closed if each in layer.behind), None)
             reasons |= _flow(layer)
         words = tuple(word for word in VERDICTS if word in reasons) or (HEALTHY,)
         why = "; ".join(reasons[word] for word in words if word in reasons)
@@ -98,7 +100,9 @@ def _flow(layer: Layer) -> dict[str, str]:
     if gradient > EXPLODING_SHARE * nearest:
         return {EXPLODING: f"gradient {gradient / nearest:.2g} times that of the layer nearest the loss"}
     if gradient == 0:
-        return {VANISHING: "gradient exactly 0"}
+        return {
+            VANISHING: "gradient exactly 0" + (f", as the weights of {layer.closed_by}, until its first step" if layer.closed_by else "")
+        }
     if gradient < VANISHING_SHARE * largest:
         return {VANISHING: f"gradient {gradient / largest:.2g} times the largest nearer the loss"}
     if gradient < VANISHING_RATIO * layer.weight:
@@ -131,17 +135,34 @@ def enough_for_statistics(batch: tuple[int, int]) -> bool:
     return batch[0] >= LEAST_BATCH and batch[1] >= LEAST_BATCH_VALUES
 
 
-def _scale(layer: Layer, found: Probe) -> dict[str, str]:
+def _is_closed(layer: Layer, layers: list[Layer]) -> bool:
+    """Whether all its weights are 0 and so no gradient gets to any layer before it.
+
+    Zeros are at home at the end of a residual branch, which the gradient goes around, and where nothing before them is to learn.
+    """
+    module = _weighted(layer)
+    if module is None or layer.around or bool(module.weight.detach().any()):
+        return False
+    return any(layer in other.behind for other in layers)
+
+
+def _weighted(layer: Layer) -> nn.Linear | nn.modules.conv._ConvNd | None:
+    """A linear or convolutional layer whose weight has a scale to speak of."""
     module = layer.module
-    weight = getattr(module, "weight", None)
-    if not isinstance(module, WEIGHTS) or not isinstance(weight, nn.Parameter) or weight.numel() < 2:
+    if not isinstance(module, WEIGHTS) or not isinstance(module.weight, nn.Parameter) or module.weight.numel() < 2:
+        return None
+    return module
+
+
+def _scale(layer: Layer, closed: bool) -> dict[str, str]:
+    module = _weighted(layer)
+    if module is None:
         return {}
+    weight = module.weight
     with torch.no_grad():
         std, first = weight.double().std(correction=0).item(), weight.flatten()[0].item()
     if std == 0:
-        # Zeros are at home at the end of a residual branch, which the gradient goes around, and where nothing before them is to learn.
-        cuts = any(layer in other.behind for other in found.layers) and not found.goes_around(layer.name)
-        harmless = not cuts if first == 0 else len(weight) == 1
+        harmless = not closed if first == 0 else len(weight) == 1
         return {} if harmless else {BADLY_INITIALISED: f"all weights are {first:g}"}
     if layer.normalised:
         return {}
@@ -153,7 +174,7 @@ def _scale(layer: Layer, found: Probe) -> dict[str, str]:
         bad = forward > MOST_SCALE
     else:
         # The signal that goes around a small weight keeps its size.
-        bad = min(forward, backward) > MOST_SCALE or (max(forward, backward) < LEAST_SCALE and not found.goes_around(layer.name))
+        bad = min(forward, backward) > MOST_SCALE or (max(forward, backward) < LEAST_SCALE and not layer.around)
     if not bad:
         return {}
     factors = f"multiply the signal by {forward:.2g} and its gradient by {backward:.2g}, where 1 keeps them"

@@ -311,6 +311,42 @@ def test_never_called_and_without_influence():
     assert reasons["idle"] == "never called" and reasons["cut"] == "the loss does not depend on it"
 
 
+def test_a_head_of_zeros_is_said_to_be_why_nothing_before_it_learns():
+    model = mlp(nn.ReLU, 2)
+    nn.init.zeros_(model.head.weight)
+    diagnosis = diagnosed(model)
+    assert words(diagnosis) == {"linear0": ("vanishing",), "linear1": ("vanishing",), "head": ("badly initialised",)}
+    assert diagnosis.layers[0].why == "gradient exactly 0, as the weights of head, until its first step"
+    assert [cure.name for cure in diagnosis.cures] == ["initialisation"]
+    for layer in (model.linear0, model.linear1):
+        layer.requires_grad_(False)
+    assert words(diagnosed(model)) == {"head": ("healthy",)}, "nothing before it is to learn"
+
+
+def test_initialisation_is_no_cure_for_what_it_leaves_as_it_is():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = nn.RNN(WIDTH, WIDTH, nonlinearity="relu"), nn.Linear(WIDTH, CLASSES)
+            nn.init.normal_(self.rnn.weight_hh_l0, std=0.6)
+
+        def forward(self, x):
+            return self.head(self.rnn(x.expand(60, -1, -1))[0][-1])
+
+    diagnosis = diagnosed(Recurrent())
+    assert "exploding" in words(diagnosis)["rnn"]
+    assert diagnosis.cures[0].name == "clipping"
+
+
+def test_a_model_that_computes_with_copies_of_its_parameters_is_refused_in_words():
+    class Copies(Net):
+        def forward(self, x):
+            return F.linear(x, self.body.weight.detach().requires_grad_())
+
+    with pytest.raises(RuntimeError, match=r"does not depend on any parameter of the model itself: .* diagnosed before it is wrapped"):
+        diagnosed(Copies(None))
+
+
 class TwoHeads(nn.Module):
     """An auxiliary head that runs before or after the layers it goes past."""
 
@@ -348,6 +384,44 @@ def test_what_vanishes_on_one_of_two_ways_is_seen_on_that_one():
     diagnosis = gk.diagnose(model, batch(), lambda y, target: F.cross_entropy(y[0], target) + F.cross_entropy(y[1], target))
     assert words(diagnosis)["deep"] == ("vanishing",)
     assert [name for name, each in words(diagnosis).items() if each == ("healthy",)] == ["body", "main", "auxiliary"]
+
+
+def around(model, *shape):
+    x = torch.randn(8, *(shape or (WIDTH,)))
+    return [each.name for each in gk.diagnose(model, (x, None), lambda y, _: y.square().mean()).layers if each.layer.around]
+
+
+class Ways(nn.Module):
+    """Four layers, put together by a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        (lambda m, x: m.d(m.c(m.b(m.a(x)))), ""),
+        (lambda m, x: m.d((z := m.a(x)) + m.c(m.b(z))), "bc"),
+        (lambda m, x: m.d(m.c(m.b(z := m.a(x))) + z), "bc"),
+        (lambda m, x: m.d(m.b(z := m.a(x)) * m.c(z)), "bc"),
+        (lambda m, x: m.d(x + m.c(m.b(m.a(x)))), ""),
+        (lambda m, x: (z := m.a(x)) + m.d(m.c(m.b(z))), "bcd"),
+        (lambda m, x: m.d(m.b(z := m.a(x)) + m.c(z.detach())), ""),
+        (lambda m, x: m.d(torch.cat([m.b(z := m.a(x))[:, :8], (z + m.c(z))[:, 8:]], 1)), "bc"),
+        (lambda m, x: m.d(m.c(m.b(m.a(m.b(m.a(x)))))), ""),
+        (lambda m, x: m.d(m.b(m.a(x) + m.b(m.a(x) + m.b(m.a(x))))), ""),
+        (lambda m, x: m.d(m.a(x) + m.b(m.a(x) + m.b(m.a(x)))), "b"),
+        (lambda m, x: m.d(m.a(x)[:, :8] @ m.b(m.a(x))[:8, :8].mT @ m.c.weight[:8]), "b"),
+    ],
+)
+def test_which_layers_a_gradient_goes_around(function, found):
+    assert "".join(around(Ways(function))) == found
 
 
 def test_the_graph_of_a_layer_called_often_of_a_tied_weight_and_of_a_functional_one():
@@ -410,7 +484,8 @@ def scaled(linear, std, *, act="relu", head=False, around=False, normalised=Fals
     last = Layer("last", nn.Module(), called=1, gradient=1.0, weight=1.0)
     layer = Layer("layer", linear, called=1, gradient=1.0, weight=1.0, act=act, normalised=normalised)
     layer.growth, layer.behind = linear.out_features / linear.in_features, [] if head else [last]
-    return verdicts.verdicts(Probe([layer, last], 1.0, 1.0, goes_around=lambda name: around))[0].verdicts
+    layer.around = around
+    return verdicts.verdicts(Probe([layer, last], 1.0, 1.0))[0].verdicts
 
 
 @pytest.mark.parametrize(("scale", "ill"), [(0.2, True), (0.26, False), (2.4, False), (2.6, True)])
