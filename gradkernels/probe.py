@@ -366,13 +366,13 @@ def probe(model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[[Any, A
         stack.enter_context(torch.enable_grad())
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        watch.look_at_what_is_there(model, (inputs, targets))
         for layer in layers.values():
             handles.append(layer.module.register_forward_pre_hook(entered(layer)))
             handles.append(layer.module.register_forward_hook(left(layer), with_kwargs=True))
         for name, module in model.named_modules():
             if not any(True for _ in module.children()) and not any(True for _ in module.parameters()):
                 handles += [module.register_forward_pre_hook(running(name)), module.register_forward_hook(running(None))]
-        watch.look_at_what_is_there(model, (inputs, targets))
         try:
             if not model.training:
                 model.train()
