@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from gradkernels.probe import WEIGHTS, Origin, Probe
+from gradkernels.probe import WEIGHTS, Layer, Origin, Probe
 from gradkernels.verdicts import (
     BADLY_INITIALISED,
     DEAD,
@@ -71,7 +71,7 @@ def cures(layers: list[Verdict], found: Probe) -> list[Cure]:
             if verdict == VANISHING and each.layer.closed_by is not None:
                 # That layer asks for what is needed.
                 asks_for = {}
-            elif verdict == VANISHING and each.layer.act in _SATURATING:
+            elif verdict == VANISHING and _saturates(each.layer):
                 asks_for = {**asks_for, **_VANISHING_AND_SATURATING}
             for cure, weight in asks_for.items():
                 if cure == INITIALISATION and not isinstance(each.layer.module, WEIGHTS):
@@ -133,7 +133,11 @@ def _activation(layers: list[Verdict]) -> tuple[str, str]:
 
 
 def _is_at_fault(each: Verdict) -> bool:
-    return bool({DEAD, SATURATED} & {*each.verdicts}) or (VANISHING in each.verdicts and each.layer.act in _SATURATING)
+    return bool({DEAD, SATURATED} & {*each.verdicts}) or (VANISHING in each.verdicts and _saturates(each.layer))
+
+
+def _saturates(layer: Layer) -> bool:
+    return layer.act in _SATURATING and not layer.gated
 
 
 def _loss(layers: list[Verdict]) -> tuple[str, str]:

@@ -202,7 +202,7 @@ def diagnose(model: nn.Module, batch: tuple[Any, Any], loss_fn: Callable[[Any, A
         dead                more than two thirds of the units of a relu pass nothing on, whatever the sample
         saturated           more than half of the outputs of an activation lie where its slope is below a tenth of its steepest
         exploding           |g| > 100 |w|, or |g| > 1e3 times that of the output layer
-        vanishing           |g| < 1e-3 of the largest |g| nearer the loss, or |g| < 1e-7 |w|
+        vanishing           |g| < 1e-3 of the largest |g| nearer the loss (no normalisation), or |g| < 1e-7 |w|
         badly initialised   all weights equal, or of a deviation that multiplies both the signal and its gradient by less than 1/4 or by
                             more than 5/2; an output layer the signal by more than 5/2
         BN with tiny batch  statistics of fewer than 4 samples, or fewer than 16 values to a channel

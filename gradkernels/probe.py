@@ -30,12 +30,13 @@ from gradkernels.untouched import untouched
 SATURATED_SLOPE = 0.1
 
 WEIGHTS = (nn.Linear, nn.modules.conv._ConvNd)
-_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 # These, and no activation, pass a factor on to what follows.
 _HOMOGENEOUS = (None, "relu", "leaky_relu", "prelu", "rrelu")
 
-# The sigmoid and tanh inside of these are gates, which no other activation can stand for.
+# The sigmoid inside of these is a gate, which no other activation can stand for and which may well be shut; so is one that is multiplied by
+# something else that is learned.
 _GATED = (nn.RNNBase, nn.RNNCellBase)
 
 # These write the numbers that they are given, or hand out memory that holds anything.
@@ -60,7 +61,7 @@ class Layer:
     growth: elements of the output over those of the input; normalised: whether a normalisation comes next, or behind layers that pass the
     scale on to it, so that this does not matter; behind: the layers its gradient came through, in the order in which they ran; around:
     whether a gradient reaches some layer before it without passing it, as along a residual connection; closed_by: a layer behind whose
-    weights are all 0.
+    weights are all 0; gated: whether its activation is a gate.
     """
 
     name: str
@@ -85,15 +86,10 @@ class Layer:
     behind: list["Layer"] = field(default_factory=list)
     around: bool = False
     closed_by: str | None = None
-    _acts: set[str] = field(default_factory=set)
+    gated: bool = False
     _outputs: int = 0
     _flat: int = 0
     _ever_on: Tensor | None = None
-
-    @property
-    def gated(self) -> bool:
-        """Whether its outputs are the gates and the candidate of a recurrent cell, of which a gate may well be shut."""
-        return {"sigmoid", "tanh"} <= self._acts
 
     def see_output(self, y: Tensor, given: list[Tensor], dim: int) -> None:
         """given: what the module was called with; dim: the dimension of y along which its units lie."""
@@ -107,7 +103,6 @@ class Layer:
     def see_activation(self, act: str, y: Tensor, flat: Tensor | None, off: Tensor | None, dim: int) -> None:
         """flat: where an output is saturated; off: where a unit passes nothing on."""
         self.act = act
-        self._acts.add(act)
         if flat is not None:
             self._outputs += flat.numel()
             self._flat += int(flat.sum())
@@ -193,6 +188,8 @@ class _Watch(TorchDispatchMode):
         self.gated = False
         self.trail = _Trail()
         self.events = 0
+        # Outputs of sigmoids by storage, which lives on as long as the graph that needs it.
+        self.gates: dict[int, Layer] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -209,6 +206,12 @@ class _Watch(TorchDispatchMode):
             y = args[0] if _is_written(func._schema.arguments[0]) else result
             _see(self.layer, _ACTS[name], args, y, self.dim)
             self.layer.act_module = self.module
+            if "sigmoid" in name:
+                self.gates[_storage(result)] = self.layer
+        if name == "mul" and self.phase == "forward":
+            for one, other in (args, args[::-1]):
+                if isinstance(one, Tensor) and isinstance(other, Tensor) and other.requires_grad and _storage(one) in self.gates:
+                    self.gates[_storage(one)].gated = True
         return result
 
     def look_at_what_is_there(self, model: nn.Module, batch: Any) -> None:
@@ -394,7 +397,7 @@ def probe(model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[[Any, A
         in_order = order.of(layers)
         for following, layer in pairwise(reversed(in_order)):
             carried = following.normalised and isinstance(following.module, WEIGHTS) and layer.act in _HOMOGENEOUS
-            layer.normalised = isinstance(following.module, _NORMS) or carried
+            layer.normalised = isinstance(following.module, NORMS) or carried
         graph = BackwardGraph(loss, {layer.name: [parameters[name] for name in layer.parameters] for layer in in_order}, outputs)
         for layer in in_order:
             layer.behind = [layers[name] for name in graph.behind[layer.name]]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gradkernels import init
-from gradkernels.probe import SATURATED_SLOPE, WEIGHTS, Layer, Probe
+from gradkernels.probe import NORMS, SATURATED_SLOPE, WEIGHTS, Layer, Probe
 
 # A gradient below this share of the largest one that it came through: with one learning rate for all, this layer takes 1,000 steps for one.
 VANISHING_SHARE = 1e-3
@@ -93,7 +93,9 @@ def _not_finite(layer: Layer) -> dict[str, str]:
 
 def _flow(layer: Layer) -> dict[str, str]:
     gradient = layer.gradient or 0.0
-    largest = max((each.gradient for each in layer.behind if each.gradient and math.isfinite(each.gradient)), default=0.0)
+    # The scale of a normalisation is often taken away by the next one, so that its gradient is small in the best of networks.
+    behind = [] if isinstance(layer.module, NORMS) else layer.behind
+    largest = max((each.gradient for each in behind if each.gradient and math.isfinite(each.gradient)), default=0.0)
     nearest = max((each.gradient for each in output_layers(layer) if each.gradient), default=math.nan)
     if layer.weight and gradient > EXPLODING_RATIO * layer.weight:
         return {EXPLODING: f"gradient {gradient / layer.weight:.2g} times as large as its weight"}

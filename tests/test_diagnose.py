@@ -686,6 +686,41 @@ def test_gates_are_no_activations(cell):
     assert last.layer.act == "relu"
 
 
+class Gate(Net):
+    """Squeeze and excitation: what a sigmoid makes is multiplied by what it is made of."""
+
+    def __init__(self, gate):
+        super().__init__(None)
+        self.squeeze, self.gate = nn.Linear(WIDTH, WIDTH), gate
+        nn.init.constant_(self.squeeze.bias, -20.0)
+
+    def forward(self, x):
+        z = self.body(x)
+        return self.head(z * self.gate(self.squeeze(z)))
+
+
+@pytest.mark.parametrize("gate", [torch.sigmoid, F.hardsigmoid, nn.Sigmoid()])
+def test_a_shut_gate_is_no_saturated_activation(gate):
+    diagnosis = diagnosed(Gate(gate))
+    assert "saturated" not in words(diagnosis)["squeeze"]
+    assert "vanishing" in words(diagnosis)["squeeze"] and "activation" not in [cure.name for cure in diagnosis.cures]
+
+
+def test_dropout_makes_no_gate_of_a_sigmoid():
+    model = Net(lambda z: F.dropout(torch.sigmoid(20 * z), 0.1))
+    assert words(diagnosed(model))["body"] == ("saturated",)
+
+
+@pytest.mark.parametrize(
+    ("module", "gradient", "verdict"),
+    [(nn.BatchNorm1d(4), 1.01e-7, "healthy"), (nn.BatchNorm1d(4), 0.99e-7, "vanishing"), (nn.Embedding(4, 4), 0.99e-3, "vanishing")],
+)
+def test_the_gradient_of_a_normalisation_is_not_measured_by_those_of_weights(module, gradient, verdict):
+    last = Layer("last", nn.Identity(), called=1, gradient=1.0, weight=1.0)
+    layer = Layer("layer", module, called=1, gradient=gradient, weight=1.0, behind=[last])
+    assert verdicts.verdicts(Probe([layer, last], 1.0, 1.0))[0].verdicts == (verdict,)
+
+
 def test_gates_written_out_are_no_activations():
     class Cell(Net):
         def forward(self, x):
