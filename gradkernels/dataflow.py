@@ -1,34 +1,43 @@
 """Reads what a module's forward does with its submodules, as a torch.fx graph in which every submodule is a leaf.
 
 A graph is a forward without its Python, so it stands for one only where nothing is lost: no branch over data or optional arguments,
-no state written, no random number drawn, no gradient or autocast mode switched, and the same graph in training and in evaluation.
-Whatever else a forward does is a reason to leave it alone. Reading changes nothing: mode, attributes and generators are put back.
+nothing read outside (outside.py), no state written, no gradient or autocast mode switched, and the same graph in training and in
+evaluation. Whatever else a forward does is a reason to leave it alone. Reading changes nothing: mode and attributes are put back.
 """
 
 import copy
 import inspect
 import math
 import operator
-import random
 import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
 
+from gradkernels.outside import Unreadable, is_function_of_its_arguments, is_torchs, watched
+
 Path = tuple[str, ...]
 
 # Where a module has its path and the record of reads while it is read.
 _READS = "_reads"
-_MISSING = object()
+
+
+class Missing:
+    """Stands for the value of an attribute that a forward asked for and that was not there."""
+
+
 # What nn.Module keeps for itself; `training` is read by forwards, the rest is not theirs.
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__) - {"training"}
+# What of it gives a forward tensors that are not proxies.
+_ALL_TENSORS = frozenset(
+    ("parameters", "named_parameters", "buffers", "named_buffers", "state_dict", "_parameters", "_buffers", "__dict__")
+)
 _GUARDED = (
     bool,
     int,
@@ -40,15 +49,9 @@ _GUARDED = (
     torch.dtype,
     torch.device,
     torch.Size,
-    FunctionType,
-    BuiltinFunctionType,
     type,
 )
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift", "irshift")
-
-
-class Unreadable(Exception):
-    """A graph would not stand for this forward; the message says why, after the words "its forward"."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,7 @@ def _in_place(name: str) -> Callable[[Proxy, Any], Proxy]:
 
 
 def _asked_for_its_class(proxy: Proxy) -> type[Proxy]:
-    asker = sys._getframe(1).f_globals.get("__name__", "")
-    # torch.is_tensor stands in "torch" itself and asks on behalf of the forward.
-    if asker == "torch" or not asker.startswith(("torch.", f"{__package__}.")):
+    if not is_torchs(sys._getframe(1)):
         raise Unreadable("asks for the type of its input")
     return _ReadingProxy
 
@@ -142,11 +143,7 @@ def read(module: nn.Module) -> Reading:
     except Exception as error:
         first_line = str(error).partition("\n")[0]
         return Reading(None, f"is no graph for torch.fx: {type(error).__name__}: {first_line}")
-    attributes = {place: value for place, value in (evaluation_reads | reads).items() if not isinstance(value, Tensor)}
-    for (path, name), value in attributes.items():
-        if not _is_guarded(value):
-            dotted = ".".join(("self", *path, name))
-            return Reading(None, f"reads {dotted}, a {type(value).__name__}, which may change without notice")
+    attributes = evaluation_reads | reads
     modes = sorted(path for path, name in attributes if name == "training")
     if modes:
         return Reading(None, f"reads {'.'.join(('self', *modes[0]))}.training", by_mode=(training, evaluation))
@@ -177,12 +174,12 @@ def _problem_of_class(module: nn.Module) -> str | None:
 
 
 def _is_guarded(value: Any) -> bool:
-    """Whether == tells later if the value is still the same, in a copy of the module too."""
+    """Whether == tells later if the value is still the same, in a copy of the module too. Functions may read state of their own."""
     if type(value) in (list, tuple, set, frozenset):
         return all(map(_is_guarded, value))
     if type(value) is dict:
         return all(map(_is_guarded, value)) and all(map(_is_guarded, value.values()))
-    return isinstance(value, _GUARDED)
+    return isinstance(value, _GUARDED) or is_function_of_its_arguments(value)
 
 
 def _trace(module: nn.Module, training: bool) -> tuple[Graph, dict[tuple[Path, str], Any]]:
@@ -194,7 +191,8 @@ def _trace(module: nn.Module, training: bool) -> tuple[Graph, dict[tuple[Path, s
                 each.training = training
                 each.__dict__[_READS] = tuple(name.split(".")) if name else (), reads
                 each.__class__ = _recording(type(each))
-        graph = _Tracer().trace(module)
+        with watched():
+            graph = _Tracer().trace(module)
     for node in graph.nodes:
         node.type = None
         if node.op == "get_attr" and not _resolves(module, str(node.target)):
@@ -221,26 +219,59 @@ def _recording(kind: Any) -> Any:
     def __getattribute__(self: nn.Module, name: str) -> Any:
         value = kind.__getattribute__(self, name)
         own = object.__getattribute__(self, "__dict__")
-        # A class's plain value is the default of what an instance may set later.
-        is_default = isinstance(value, (bool, int, float, str, type(None))) and not hasattr(nn.Module, name)
-        if (name in own or is_default) and name not in _OF_EVERY_MODULE and name != _READS:
-            path, reads = own[_READS]
-            reads.setdefault((path, name), copy.copy(value) if isinstance(value, (list, dict, set)) else value)
+        if name in _ALL_TENSORS and not is_torchs(sys._getframe(1)):
+            raise Unreadable(f"reads {_dotted(own[_READS][0], name)}, which gives tensors and no names")
+        if (name in own or _is_of_class(kind, name)) and name not in _OF_EVERY_MODULE and name != _READS:
+            _note(*own[_READS], name, value)
         return value
 
-    body = {"__getattribute__": __getattribute__, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    def __getattr__(self: nn.Module, name: str) -> Any:
+        try:
+            return kind.__getattr__(self, name)
+        except AttributeError:
+            _note(*object.__getattribute__(self, "__dict__")[_READS], name, Missing)
+            raise
+
+    body = {
+        "__getattribute__": __getattribute__,
+        "__getattr__": __getattr__,
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+    }
     _RECORDING[kind] = types.new_class(kind.__name__, (kind,), exec_body=lambda namespace: namespace.update(body))
     return _RECORDING[kind]
 
 
+def _is_of_class(kind: type[nn.Module], name: str) -> bool:
+    """Whether a class has a plain value of that name, the default of what an instance may set later."""
+    for each in kind.__mro__:
+        if name in each.__dict__:
+            value = each.__dict__[name]
+            return not (hasattr(type(value), "__get__") or isinstance(value, type) or hasattr(nn.Module, name))
+    return False
+
+
+def _note(path: Path, reads: dict[tuple[Path, str], Any], name: str, value: Any) -> None:
+    # A proxy is what the forward itself has written there.
+    if (path, name) in reads or type(value) is _ReadingProxy:
+        return
+    if not _is_guarded(value):
+        raise Unreadable(f"reads {_dotted(path, name)}, a {type(value).__name__}, which may change without notice")
+    reads[path, name] = copy.deepcopy(value)
+
+
+def _dotted(path: Path, name: str) -> str:
+    return ".".join(("self", *path, name))
+
+
 @contextmanager
 def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Puts back modes, attributes and generators; Unreadable where the forward wrote attributes or drew numbers."""
+    """Puts back modes, attributes and torch's generator; Unreadable where the forward wrote attributes or drew numbers."""
     before = [(each, type(each), dict(each.__dict__)) for each in module.modules() if not isinstance(each, torch.jit.ScriptModule)]
     containers = [
-        (name, value, copy.copy(value)) for _, _, state in before for name, value in state.items() if isinstance(value, (list, dict, set))
+        (name, each, copy.copy(each)) for _, _, state in before for name, value in state.items() for each in _containers(value, set())
     ]
-    torch_generator, generator = torch.get_rng_state(), random.getstate()
+    generator = torch.get_rng_state()
     written: list[str] = []
     try:
         yield
@@ -255,17 +286,27 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
                 each.__class__ = kind
             now = {name: value for name, value in each.__dict__.items() if name not in ("training", _READS)}
             written += [
-                name for name in {**now, **state} if name != "training" and now.get(name, _MISSING) is not state.get(name, _MISSING)
+                name for name in {**now, **state} if name != "training" and now.get(name, Missing) is not state.get(name, Missing)
             ]
             each.__dict__.clear()
             each.__dict__.update(state)
-        drew = not torch.equal(torch.get_rng_state(), torch_generator) or random.getstate() != generator
-        torch.set_rng_state(torch_generator)
-        random.setstate(generator)
+        drew = not torch.equal(torch.get_rng_state(), generator)
+        torch.set_rng_state(generator)
     if written:
         raise Unreadable(f"writes self.{written[0]}")
     if drew:
         raise Unreadable("draws random numbers")
+
+
+def _containers(value: Any, seen: set[int]) -> Iterator[list[Any] | dict[Any, Any] | set[Any]]:
+    """A plain container and those in it."""
+    if not isinstance(value, (list, dict, set, tuple)) or id(value) in seen:
+        return
+    seen.add(id(value))
+    if not isinstance(value, tuple):
+        yield value
+    for each in value.values() if isinstance(value, dict) else value:
+        yield from _containers(each, seen)
 
 
 def _identities(container: list[Any] | dict[Any, Any] | set[Any]) -> list[tuple[int, ...]]:

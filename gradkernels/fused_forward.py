@@ -20,20 +20,20 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from gradkernels import reference
 from gradkernels.batch_norm_act import forward_of
-from gradkernels.dataflow import Path
+from gradkernels.dataflow import Missing, Path
 
 # Where the fused forward stands in a block's __dict__.
 ATTRIBUTE = "_fused_forward"
-_MISSING = object()
 
 
-def normalize(bn: _BatchNorm, x: Tensor, residual: Tensor | None, act: str, act_param: float) -> Tensor:
-    """What stands in a fused forward for act(bn(x) + residual)."""
+def normalize(bn: _BatchNorm, x: Tensor, residual: Tensor | None, act: str, act_param: float, writes: bool = False) -> Tensor:
+    """What stands in a fused forward for act(bn(x) + residual); with `writes` it is the sum that bn(x).add_(residual) gives."""
     if residual is not None and (
         not isinstance(residual, Tensor) or residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device
     ):
         # A sum that broadcasts or promotes; bn itself is without an activation and unhooked, else the forward would not hold.
-        return reference.ACTIVATIONS[act][1](forward_of(bn, x, None, "identity", 0.0) + residual, act_param)
+        y = forward_of(bn, x, None, "identity", 0.0)
+        return reference.ACTIVATIONS[act][1](y.add_(residual) if writes else y + residual, act_param)
     return forward_of(bn, x, residual, act, act_param)
 
 
@@ -56,7 +56,7 @@ class Expected:
         module = child(block, self.path)
         if type(module) not in self.kinds or has_hooks(module):
             return False
-        return self.attribute is None or getattr(module, self.attribute, _MISSING) == self.value
+        return self.attribute is None or getattr(module, self.attribute, Missing) == self.value
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,9 @@ class FusedForward:
         if _has_any_global_hook() or torch.fx._symbolic_trace.is_fx_symbolic_tracing():
             return False
         for path, name, value in self.attributes:
-            if getattr(child(block, path), name, _MISSING) != value:
+            found = getattr(child(block, path), name, Missing)
+            # A tensor that took the place of a number has an == of its own.
+            if type(found) is not type(value) or found != value:
                 return False
         for path, names in self.children:
             if children_of(child(block, path)) != names:

@@ -60,8 +60,8 @@ _ACTS: dict[Any, tuple[str, str | None, float | None]] = {
 }
 # A function of torch's -> ours. F.silu is ours only where it is not in place, which ours is not.
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    F.leaky_relu: activation.leaky_relu,
-    F.elu: activation.elu,
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), activation.leaky_relu),
+    **dict.fromkeys((F.elu, F.elu_), activation.elu),
     F.silu: activation.swish,
     F.prelu: activation.prelu,
 }
@@ -267,9 +267,13 @@ class _Fuser:
             return *resolve_act(module, None), module, kind
         if node.op == "output":
             return "its output is returned, no activation follows"
+        if node.target is normalize:
+            return "its output is the residual of another"
         name = _name(node)
         if node.op not in ("call_function", "call_method") or node.target not in _ACTS:
             return f"there is no kernel for {name}" if node.target in _OTHER_FUNCTIONS else f"{name} follows, no activation"
+        if _is_scaled(node):
+            return f"{name} scales besides"
         act, parameter, default = _ACTS[node.target]
         value: Any = default
         if parameter is not None:
@@ -366,12 +370,18 @@ class _Fuser:
             site = Site(None, name)
             if node.target is F.silu and (node.kwargs.get("inplace") or len(node.args) > 1):
                 site.why = "it is in place, which ours is not"
+            elif _is_scaled(node):
+                site.why = "it scales besides"
             else:
                 node.kwargs = {("x" if key == "input" else key): value for key, value in node.kwargs.items() if node.target is not F.silu}
+                if node.target in (F.leaky_relu_, F.elu_):
+                    node.kwargs = {**node.kwargs, "inplace": True}
                 node.target = _FUNCTIONS[node.target]
-                site.fused = name if name != "silu" else "swish"
+                site.fused = node.target.__name__
                 self.changed = True
             yield site
+        elif node.target in (F.batch_norm, torch.batch_norm):
+            yield Site(None, name, why="it is a call of the function: only modules are joined with what follows")
         elif node.target in _ACTS and getattr(node.target, "__module__", "") != activation.__name__:
             yield Site(None, name, why="torch's own is kept: alone there is nothing to fuse")
         elif node.target in _OTHER_FUNCTIONS:
@@ -385,7 +395,9 @@ class _Fuser:
         with self.graph.inserting_before(place):
             bn = self.graph.get_attr(str(chain.nodes[0].target))
             (x,) = chain.nodes[0].args
-            fused = self.graph.call_function(normalize, (bn, x, chain.residual, chain.act, chain.act_param))
+            writes = chain.addition is not None and chain.addition.target in _WRITING_ADDITIONS
+            arguments = (bn, x, chain.residual, chain.act, chain.act_param, *[True] * writes)
+            fused = self.graph.call_function(normalize, arguments)
         last.replace_all_uses_with(fused)
         for node in reversed(chain.nodes):
             self.graph.erase_node(node)
@@ -417,6 +429,11 @@ class _Fuser:
         used = {name for name in code.globals if re.search(rf"(?<![\w.]){name}(?!\w)", code.src)}
         names = tuple(sorted((name, _place(code.globals[name])) for name in used))
         return FusedForward(code.src, names, self.attributes, children, tuple(self.expected.values()))
+
+
+def _is_scaled(node: Node) -> bool:
+    """torch.nn.functional.elu_ has two factors more than elu."""
+    return node.target is F.elu_ and (len(node.args) > 2 or not node.kwargs.keys() <= {"input", "alpha"})
 
 
 def _name(node: Node) -> str:
