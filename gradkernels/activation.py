@@ -346,3 +346,10 @@ class Swish(nn.Module):
         if isinstance(self.beta, Tensor):
             return f"beta={self.init}, learnable=True, num_parameters={self.beta.numel()}"
         return f"beta={self.beta}"
+
+
+class SiLU(nn.SiLU):
+    """torch.nn.SiLU computed by swish, which convert makes of it; not for inplace=True, which swish does not have."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return swish(input)

@@ -203,6 +203,12 @@ class _BatchNormAct(_BatchNorm):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(x, torch.fx.Proxy):
+            path = x.tracer.path_of_module(self)
+            if path:
+                # A leaf for torch.fx.symbolic_trace as torch's own are, which it knows by the name of their file.
+                call: Tensor = x.tracer.create_proxy("call_module", path, (x,) if residual is None else (x, residual), {})
+                return call
         return forward_of(self, x, residual, self.act, self.act_param)
 
     def extra_repr(self) -> str:

@@ -7,19 +7,23 @@ Everything is read before anything is changed, and what was changed is put back 
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from gradkernels import dataflow, fusion
-from gradkernels.fused_forward import ATTRIBUTE, Fused, FusedForward, base_class, fused_class
+from gradkernels.fused_block import Fused, base_class, fused_class
+from gradkernels.fused_forward import ATTRIBUTE, FusedForward
 from gradkernels.reference import check_act
+from gradkernels.untouched import untouched
 
 # Where the class that a batch norm or an activation had stands in its __dict__.
 _ORIGINAL = "_converted_from"
@@ -32,12 +36,17 @@ class Row:
 
     name: of the module, for a function that of the block that calls it; "" is the model itself. found: what stands there.
     becomes: what computes it now, None where it was left. why: the reason where it was left or more could not be done.
+    is_fused: that computes more than one of them in one pass.
     """
 
     name: str
     found: str
     becomes: str | None
     why: str
+
+    @property
+    def is_fused(self) -> bool:
+        return self.becomes is not None and self.becomes.startswith("batch_norm_act(") and self.becomes != "batch_norm_act(identity)"
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class Difference:
     name: str
 
     def __str__(self) -> str:
-        if self.magnitude == 0:
+        if not self.name:
             return "none, there is nothing to compare"
         return f"{self.difference:.2g} where the largest value is {self.magnitude:.2g} ({self.name})"
 
@@ -84,11 +93,13 @@ class ConversionReport:
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
-        replaced = sum(row.becomes is not None for row in self.rows)
-        yield f"convert: {replaced} of {len(self.rows)} batch norms and activations replaced"
+        fused = sum(row.is_fused for row in self.rows)
+        left = sum(row.becomes is None for row in self.rows)
+        alone = len(self.rows) - fused - left
+        yield f"convert: {fused} fused, {alone} replaced, {left} left of {len(self.rows)} batch norms and activations"
         yield from (f"  {note}" for note in self.notes)
         if self.saved_bytes_before is not None and self.saved_bytes_after is not None:
-            before, after = (f"{each / 1e6:,.1f} MB" for each in (self.saved_bytes_before, self.saved_bytes_after))
+            before, after = map(_size, (self.saved_bytes_before, self.saved_bytes_after))
             change = f" ({self.saved_bytes_after / self.saved_bytes_before - 1:+.1%})" if self.saved_bytes_before else ""
             yield f"  saved for backward: {before} before, {after} after{change}"
             yield f"  largest difference of outputs: {self.output_difference}"
@@ -100,6 +111,10 @@ class ConversionReport:
             yield ("  " + "  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[3]])).rstrip()
 
 
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count / 2**10:,.1f} KiB"
+
+
 def convert(model: nn.Module, *, residual: bool = True, check: Any = None) -> ConversionReport:
     """Rewrites a model in place so that batch norm, a residual addition and the activation after them are one kernel.
 
@@ -109,10 +124,11 @@ def convert(model: nn.Module, *, residual: bool = True, check: Any = None) -> Co
     Args:
         model: any module; what it holds is found by reading the forward of each block with torch.fx.
         residual: fuse the addition of a residual too.
-        check: a batch, or a tuple of the model's positional arguments. The model is run with it before and after, forward and backward,
-            and the report says how outputs and gradients differ and how many bytes were saved for backward. Buffers, gradients and the
-            generators of random numbers are as before afterwards. A deep network enlarges differences in rounding, more so in small
-            batches; a model in float64 shows that there is nothing else.
+        check: a batch: the model's argument, a tuple of its positional arguments or a mapping of its arguments by name. The model is run
+            with it before and after, forward and backward, and the report says how outputs and gradients differ and how many bytes were
+            saved for backward. Tensors are found in outputs that are tuples, lists, mappings, dataclasses or registered with
+            torch.utils._pytree. Buffers, gradients and torch's generators are as before afterwards. A deep network enlarges differences
+            in rounding, more so in small batches; a model in float64 shows that there is nothing else.
 
     Returns:
         A ConversionReport.
@@ -143,6 +159,8 @@ def convert(model: nn.Module, *, residual: bool = True, check: Any = None) -> Co
         if seen is None:
             return ConversionReport(tuple(plan.rows), tuple(plan.notes))
         after = _Observation(model, check)
+        if not seen.outputs:
+            plan.notes.append(f"the model returned {seen.kind}, in which there is no tensor to compare")
     except BaseException:
         for module, kind, state in before:
             module.__class__ = kind
@@ -206,6 +224,9 @@ def _problem_of(model: nn.Module) -> str | None:
     for name, module in model.named_modules():
         if type(module).__module__.startswith(_QUANTISED):
             return f"the model is quantised ({name or 'the model itself'}: {type(module).__name__}): the kernels take floating point"
+        if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
+            place = name or "the model itself"
+            return f"the model has parameters without a shape ({place}: {type(module).__name__}): run a batch through it first"
     return None
 
 
@@ -243,17 +264,11 @@ class _Plan:
         """The sites in the forward of one module, and the reason where there are none to be read."""
         if not dataflow.has_own_forward(block):
             return []
-        reading = dataflow.read(block)
-        try:
-            found = fusion.fuse(block, reading, residual)
-            if found.forward is not None:
-                fused_class(type(block))
-                self.forwards[block] = found.forward
-        except (LookupError, AttributeError, ImportError, TypeError) as error:
-            self.problems[block] = f"cannot be written anew: {error}"
-            return []
-        if reading.problem is not None and not found.sites:
-            self.problems[block] = reading.problem
+        found = fusion.fuse(block, residual)
+        if found.problem is not None:
+            self.problems[block] = found.problem
+        if found.forward is not None:
+            self.forwards[block] = found.forward
         return found.sites
 
     def row(self, block: nn.Module, site: fusion.Site) -> Row:
@@ -317,10 +332,10 @@ class _Observation:
     """Outputs, gradients of the parameters and bytes saved for backward of one call of a model, which is as before afterwards."""
 
     def __init__(self, model: nn.Module, batch: Any) -> None:
-        arguments = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+        keywords = dict(batch) if isinstance(batch, Mapping) else {}
+        arguments = () if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
         parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
         of_parameters = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
-        buffers = [(each, each.clone()) for each in model.buffers()]
         # Kept until the count is taken: memory that is freed and used again would be counted once.
         saved: dict[int, torch.UntypedStorage] = {}
 
@@ -328,32 +343,49 @@ class _Observation:
             saved[x.untyped_storage().data_ptr()] = x.untyped_storage()
             return x
 
-        devices = {each.device.index for each in model.parameters() if each.device.type == "cuda"}
-        try:
-            with torch.random.fork_rng(devices=devices), torch.enable_grad():
-                with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-                    output = model(*arguments)
-                self.saved_bytes = sum(storage.nbytes() for address, storage in saved.items() if address not in of_parameters)
-                saved.clear()
-                tensors = {f"output {place}": each for place, each in enumerate(pytree.tree_leaves(output)) if isinstance(each, Tensor)}
-                self.outputs = {name: each.detach().clone() for name, each in tensors.items()}
-                roots = [each for each in tensors.values() if each.requires_grad]
-                # Random weights: gradients of a plain sum vanish below a batch norm.
-                generator = torch.Generator().manual_seed(0)
-                weights = [torch.randn(each.shape, generator=generator).to(each) for each in roots]
-                grads = torch.autograd.grad(roots, list(parameters.values()), weights, allow_unused=True) if roots and parameters else ()
-                self.grads = {name: each for name, each in zip(parameters, grads, strict=False) if each is not None}
-        finally:
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+        with untouched(model, batch), torch.enable_grad():
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                output = model(*arguments, **keywords)
+            self.saved_bytes = sum(storage.nbytes() for address, storage in saved.items() if address not in of_parameters)
+            saved.clear()
+            self.kind = type(output).__name__
+            tensors = {f"output {place}": each for place, each in enumerate(_tensors_of(output))}
+            self.outputs = {name: each.detach().clone() for name, each in tensors.items()}
+            roots = [each for each in tensors.values() if each.requires_grad]
+            # Random weights: gradients of a plain sum vanish below a batch norm.
+            generator = torch.Generator().manual_seed(0)
+            weights = [torch.randn(each.shape, generator=generator).to(each) for each in roots]
+            grads = torch.autograd.grad(roots, list(parameters.values()), weights, allow_unused=True) if roots and parameters else ()
+            self.grads = {name: each for name, each in zip(parameters, grads, strict=False) if each is not None}
+
+
+def _tensors_of(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for each in output.values():
+            yield from _tensors_of(each)
+    elif dataclasses.is_dataclass(output):
+        for field in dataclasses.fields(output):
+            yield from _tensors_of(getattr(output, field.name))
+    else:
+        for leaf in pytree.tree_leaves(output):
+            if leaf is not output:
+                yield from _tensors_of(leaf)
 
 
 def _difference(before: dict[str, Tensor], after: dict[str, Tensor]) -> Difference:
     """Over all of them: what is zero but for rounding, such as the gradient of a bias below a batch norm, is no measure for itself."""
-    floating = {name: each for name, each in before.items() if each.numel() and (each.is_floating_point() or each.is_complex())}
-    magnitude = max((each.abs().max().item() for each in floating.values()), default=0.0)
-    differences = [((after[name] - each).abs().max().item(), name) for name, each in floating.items()]
+    floating = [name for name, each in (before | after).items() if each.numel() and (each.is_floating_point() or each.is_complex())]
+    magnitude = max((before[name].abs().max().item() for name in floating if name in before), default=0.0)
+    differences = [(_distance(before.get(name), after.get(name)), name) for name in floating]
     # nan, which compares with nothing, is the largest.
     difference, name = max(differences, key=lambda found: (math.isnan(found[0]), found[0]), default=(0.0, ""))
     return Difference(difference, magnitude, name)
+
+
+def _distance(before: Tensor | None, after: Tensor | None) -> float:
+    """The largest difference; what is there once only is beside zeros, and of another shape infinitely far."""
+    if before is None or after is None:
+        return sum(each.abs().max().item() for each in (before, after) if each is not None)
+    return (after - before).abs().max().item() if before.shape == after.shape else math.inf

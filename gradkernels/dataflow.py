@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Graph, Node, Proxy, Tracer
 
 from gradkernels.outside import Unreadable, is_function_of_its_arguments, is_torchs, watched
@@ -33,7 +33,7 @@ class Missing:
 
 
 # What nn.Module keeps for itself; `training` is read by forwards, the rest is not theirs.
-_OF_EVERY_MODULE = frozenset(nn.Module().__dict__) - {"training"}
+OF_EVERY_MODULE = frozenset(nn.Module().__dict__) - {"training"}
 # What of it gives a forward tensors that are not proxies.
 _ALL_TENSORS = frozenset(
     ("parameters", "named_parameters", "buffers", "named_buffers", "state_dict", "_parameters", "_buffers", "__dict__")
@@ -152,14 +152,18 @@ def read(module: nn.Module) -> Reading:
     return Reading(training, None, tuple((*place, value) for place, value in sorted(attributes.items())))
 
 
-def read_evaluation(module: nn.Module) -> Graph | None:
-    """The graph of evaluation alone, None where there is none; its module's attributes are taken to stay as they are."""
+def read_evaluation(module: nn.Module) -> tuple[Graph, set[Path]] | None:
+    """The graph of evaluation alone and the submodules that it reads attributes of; None where there is none.
+
+    The module's attributes are taken to stay as they are.
+    """
     if _problem_of_class(module) is not None:
         return None
     try:
-        return _trace(module, training=False)[0]
+        graph, reads = _trace(module, training=False)
     except Exception:
         return None
+    return graph, {path for path, name in reads if path and name != "training"}
 
 
 def _problem_of_class(module: nn.Module) -> str | None:
@@ -221,15 +225,17 @@ def _recording(kind: Any) -> Any:
         own = object.__getattribute__(self, "__dict__")
         if name in _ALL_TENSORS and not is_torchs(sys._getframe(1)):
             raise Unreadable(f"reads {_dotted(own[_READS][0], name)}, which gives tensors and no names")
-        if (name in own or _is_of_class(kind, name)) and name not in _OF_EVERY_MODULE and name != _READS:
-            _note(*own[_READS], name, value)
+        if (name in own or _is_of_class(kind, name)) and name not in OF_EVERY_MODULE and name != _READS:
+            path, reads = own[_READS]
+            _note(path, reads, name, value)
         return value
 
     def __getattr__(self: nn.Module, name: str) -> Any:
         try:
             return kind.__getattr__(self, name)
         except AttributeError:
-            _note(*object.__getattribute__(self, "__dict__")[_READS], name, Missing)
+            path, reads = object.__getattribute__(self, "__dict__")[_READS]
+            _note(path, reads, name, Missing)
             raise
 
     body = {
@@ -268,15 +274,15 @@ def _dotted(path: Path, name: str) -> str:
 def _undisturbed(module: nn.Module) -> Iterator[None]:
     """Puts back modes, attributes and torch's generator; Unreadable where the forward wrote attributes or drew numbers."""
     before = [(each, type(each), dict(each.__dict__)) for each in module.modules() if not isinstance(each, torch.jit.ScriptModule)]
-    containers = [
-        (name, each, copy.copy(each)) for _, _, state in before for name, value in state.items() for each in _containers(value, set())
+    contents = [
+        (name, each, copy.copy(each)) for _, _, state in before for name, value in state.items() for each in containers(value, set())
     ]
     generator = torch.get_rng_state()
     written: list[str] = []
     try:
         yield
     finally:
-        for name, container, content in containers:
+        for name, container, content in contents:
             if _identities(container) != _identities(content):
                 written.append(name)
                 container.clear()
@@ -285,9 +291,7 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
             if type(each) is not kind:
                 each.__class__ = kind
             now = {name: value for name, value in each.__dict__.items() if name not in ("training", _READS)}
-            written += [
-                name for name in {**now, **state} if name != "training" and now.get(name, Missing) is not state.get(name, Missing)
-            ]
+            written += [name for name in {**now, **state} if name != "training" and now.get(name, Missing) is not state.get(name, Missing)]
             each.__dict__.clear()
             each.__dict__.update(state)
         drew = not torch.equal(torch.get_rng_state(), generator)
@@ -298,18 +302,17 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
         raise Unreadable("draws random numbers")
 
 
-def _containers(value: Any, seen: set[int]) -> Iterator[list[Any] | dict[Any, Any] | set[Any]]:
+def containers(value: Any, seen: set[int]) -> Iterator[Any]:
     """A plain container and those in it."""
     if not isinstance(value, (list, dict, set, tuple)) or id(value) in seen:
         return
     seen.add(id(value))
-    if not isinstance(value, tuple):
-        yield value
+    yield value
     for each in value.values() if isinstance(value, dict) else value:
-        yield from _containers(each, seen)
+        yield from containers(each, seen)
 
 
-def _identities(container: list[Any] | dict[Any, Any] | set[Any]) -> list[tuple[int, ...]]:
+def _identities(container: Any) -> list[tuple[int, ...]]:
     """Contents by identity: == of what they hold may be elementwise, or a proxy."""
     return (
         [(id(key), id(value)) for key, value in container.items()] if isinstance(container, dict) else [(id(each),) for each in container]

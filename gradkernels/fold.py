@@ -4,24 +4,30 @@ Where each goes is read as convert reads it. A layer is folded only where the ba
 one place of a forward; the new weights are computed in float64 and rounded once.
 """
 
+import collections
 import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradkernels import activation, dataflow, fusion
 from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from gradkernels.convert import revert
 from gradkernels.fused_forward import has_hooks
+from gradkernels.outside import names_from_forward
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# How a forward comes to a submodule that its code does not name.
+_BY_OTHER_NAMES = frozenset(
+    ("getattr", "vars", "__dict__", "_modules", "modules", "named_modules", "children", "named_children", "get_submodule")
+)
 
 
 class FoldedBatchNorm1d(nn.Identity):
@@ -68,30 +74,26 @@ def fold(model: nn.Module) -> nn.Module:
         raise TypeError(f"fold takes a torch.nn.Module, not {type(model).__name__}")
     # A holder, so that a model that is itself a batch norm has a place to stand in.
     holder = nn.ModuleList([revert(copy.deepcopy(model)).eval()])
-    graphs, unread = {}, []
+    graphs: dict[nn.Module, Graph] = {}
+    within_reach: set[nn.Module] = set()
+    # A module that is called once, and of which nothing is read, has 1.
+    uses: collections.Counter[nn.Module] = collections.Counter()
     for block in holder[0].modules():
         if dataflow.has_own_forward(block):
-            graph = dataflow.read_evaluation(block)
-            if graph is None:
-                unread.append(block)
-            else:
-                graphs[block] = graph
-    calls: dict[nn.Module, int] = {}
-    for block, graph in graphs.items():
-        for node in graph.nodes:
-            if node.op == "call_module":
-                module = block.get_submodule(str(node.target))
-                calls[module] = calls.get(module, 0) + 1
-            elif node.op == "get_attr" and "." in str(node.target):
-                # What a forward reads of a submodule besides calling it has to stay.
-                module = block.get_submodule(str(node.target).rpartition(".")[0])
-                calls[module] = calls.get(module, 0) + 2
-    within_reach = {module for block in unread for module in _within_reach(block)}
+            reading = dataflow.read_evaluation(block)
+            if reading is None:
+                within_reach.update(_within_reach(block, names_from_forward(type(block)), is_first=True))
+                continue
+            graph, paths = reading
+            graphs[block] = graph
+            uses.update(block.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module")
+            paths |= {tuple(str(node.target).split(".")[:-1]) for node in graph.nodes if node.op == "get_attr"}
+            uses.update({block.get_submodule(".".join(path)): 2 for path in paths if path})
     tied = _tied_parameters(holder)
     for block, graph in graphs.items():
         for node in list(graph.nodes):
             pair = _pair(block, node)
-            if pair is None or any(calls[each] != 1 or each in within_reach or has_hooks(each) for each in pair):
+            if pair is None or any(uses[each] != 1 or each in within_reach or has_hooks(each) for each in pair):
                 continue
             layer, bn = pair
             if tied.isdisjoint(map(id, layer.parameters())):
@@ -102,12 +104,19 @@ def fold(model: nn.Module) -> nn.Module:
     return holder[0]
 
 
-def _within_reach(block: nn.Module) -> Iterator[nn.Module]:
-    """What a forward that could not be read may call one by one: submodules, and those of plain containers."""
-    for child in block.children():
-        yield child
-        if type(child) in _CONTAINERS:
-            yield from _within_reach(child)
+def _within_reach(block: nn.Module, names: set[str], is_first: bool = False) -> Iterator[nn.Module]:
+    """What a forward that could not be read may use besides calling blocks: what it names, and what containers and lists hold."""
+    all_of_them = is_first or isinstance(block, _CONTAINERS) or not names.isdisjoint(_BY_OTHER_NAMES)
+    for name, child in block.named_children():
+        if all_of_them or name in names:
+            yield child
+            yield from _within_reach(child, names)
+    for name in block.__dict__.keys() - dataflow.OF_EVERY_MODULE:
+        value = block.__dict__[name]
+        for container in dataflow.containers([value], set()):
+            for each in container.values() if isinstance(container, dict) else container:
+                if isinstance(each, nn.Module):
+                    yield from each.modules()
 
 
 def _tied_parameters(model: nn.Module) -> set[int]:

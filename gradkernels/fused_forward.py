@@ -1,17 +1,14 @@
-"""The forward that a converted block has instead of its own, and the class that gives it to the block.
+"""The forward that a converted block has instead of its own.
 
 A fused forward holds only for what was read when it was made: before each call it compares the attributes that the block's own forward
 read, the names of its submodules, the classes of those it calls differently and their hooks; where anything differs, the block's own
 forward runs, on submodules that are what they were. So a hook added later, a replaced batch norm or a switched flag is always right.
 """
 
-import functools
 import linecache
-import pkgutil
-import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,20 +58,22 @@ class Expected:
 
 @dataclass(frozen=True)
 class FusedForward:
-    """source: of a function `forward`; names: what it needs, as (name in it, "module:name there").
+    """source: of a function `forward`; names: the globals that it needs. residual: whether additions were to be fused.
 
-    attributes, children, expected: what has to hold. Immutable and picklable, so that blocks and their copies share it.
+    attributes, children, expected: what has to hold. Immutable, so that a block and its copies share it; a pickle has `residual` in its
+    place (fused_block.py).
     """
 
     source: str
-    names: tuple[tuple[str, str], ...]
+    names: Mapping[str, Any]
     attributes: tuple[tuple[Path, str, Any], ...]
     children: tuple[tuple[Path, tuple[tuple[str, bool], ...]], ...]
     expected: tuple[Expected, ...]
+    residual: bool
     function: Callable[..., Any] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        namespace: dict[str, Any] = {name: pkgutil.resolve_name(place) for name, place in self.names}
+        namespace = dict(self.names)
         file = f"<fused forward {hash(self.source) & 0xFFFFFFFF:08x}>"
         # Tracebacks show its lines.
         linecache.cache[file] = (len(self.source), None, self.source.splitlines(True), file)
@@ -82,7 +81,7 @@ class FusedForward:
         object.__setattr__(self, "function", namespace["forward"])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FusedForward, (self.source, self.names, self.attributes, self.children, self.expected)
+        return bool, (self.residual,)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FusedForward":
         return self
@@ -115,50 +114,3 @@ _NOTHING = nn.Module()
 def children_of(module: nn.Module) -> tuple[tuple[str, bool], ...]:
     """The names of its submodules and parameters, and which of them are None: what a forward goes through and compares with None."""
     return tuple((name, each is None) for own in (module._modules, module._parameters) for name, each in own.items())
-
-
-# What an object without a __reduce__ of its own is made again by.
-_NEW_OBJECT = object().__reduce_ex__(2)[0]
-
-
-class Fused:
-    """What the class of every converted block has first among its bases; second is the class that the block had."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class has no name to be found by; it is made again from the one below it.
-        reduced: Any = super().__reduce_ex__(max(2, protocol))
-        if isinstance(reduced, tuple) and reduced[0] is _NEW_OBJECT:
-            (kind, *args), *rest = reduced[1:]
-            return _new, (base_class(kind), *args), *rest
-        return reduced
-
-
-def _new(base: type[nn.Module], *args: Any) -> Any:
-    kind = fused_class(base)
-    return kind.__new__(kind, *args)
-
-
-def base_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class of the block before it was converted."""
-    return kind.__bases__[1]
-
-
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def fused_class(base: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of the same name whose instances run their fused forward where they have one that holds; the same for every call."""
-    if base in _CLASSES:
-        return _CLASSES[base]
-
-    @functools.wraps(base.forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        fused: FusedForward | None = self.__dict__.get(ATTRIBUTE)
-        if fused is not None and fused.holds(self):
-            return fused.function(self, *args, **kwargs)
-        return base.forward(self, *args, **kwargs)
-
-    body = {"forward": forward, "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    kind = types.new_class(base.__name__, (Fused, base), exec_body=lambda namespace: namespace.update(body))
-    _CLASSES[base] = cast(type[nn.Module], kind)
-    return _CLASSES[base]

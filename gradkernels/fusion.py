@@ -6,15 +6,13 @@ stands where the activation did, so what lies between must neither write to nor 
 
 import inspect
 import operator
-import pkgutil
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Graph, Node
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -25,14 +23,6 @@ from gradkernels.dataflow import IN_PLACE, Path, Reading, read
 from gradkernels.fused_forward import Expected, FusedForward, children_of, has_hooks, normalize
 from gradkernels.reference import check_act
 from gradkernels.sync_batch_norm_act import SyncBatchNormAct
-
-
-class SiLU(nn.SiLU):
-    """torch.nn.SiLU computed by swish; not for inplace=True, which swish does not have."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return activation.swish(input)
-
 
 # torch's class -> ours, which computes the same on its own; with a call that tells of an activation it computes that too.
 BATCH_NORMS: dict[type[nn.Module], type[nn.Module]] = {
@@ -45,7 +35,7 @@ ACTIVATION_MODULES: dict[type[nn.Module], type[nn.Module]] = {
     nn.LeakyReLU: activation.LeakyReLU,
     nn.ELU: activation.ELU,
     nn.PReLU: activation.PReLU,
-    nn.SiLU: SiLU,
+    nn.SiLU: activation.SiLU,
 }
 _CALLABLE = {*BATCH_NORMS, *BATCH_NORMS.values()}
 
@@ -119,10 +109,11 @@ class Site:
 
 @dataclass
 class Fusion:
-    """Of one block: its sites, and the forward to give it, None where it keeps its own."""
+    """Of one block: its sites, and the forward to give it, None where it keeps its own. problem: why it could not be read."""
 
     sites: list[Site] = field(default_factory=list)
     forward: FusedForward | None = None
+    problem: str | None = None
 
 
 @dataclass
@@ -139,11 +130,17 @@ class _Chain:
     absorbed: list[nn.Module] = field(default_factory=list)
 
 
-def fuse(block: nn.Module, reading: Reading, residual: bool) -> Fusion:
-    """What can be done with the forward of one block that was read; nothing is changed but the graph."""
-    if reading.graph is None:
-        return _fuse_norm_act(block, reading)
-    return _Fuser(block, reading.graph, reading.attributes, residual).run()
+def fuse(block: nn.Module, residual: bool) -> Fusion:
+    """What can be done with the forward of one block; nothing is changed."""
+    reading = read(block)
+    try:
+        fuser = _Fuser(block, reading.graph, reading.attributes, residual) if reading.graph is not None else None
+        fusion = _fuse_norm_act(block, reading, residual) if fuser is None else fuser.run()
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
+        return Fusion(problem=f"cannot be written anew: {error}")
+    if not fusion.sites:
+        fusion.problem = reading.problem
+    return fusion
 
 
 class _Fuser:
@@ -426,9 +423,8 @@ class _Fuser:
     def forward(self, children: tuple[tuple[Path, tuple[tuple[str, bool], ...]], ...]) -> FusedForward:
         code = self.graph.python_code("self")
         # Without what torch.fx adds for every graph.
-        used = {name for name in code.globals if re.search(rf"(?<![\w.]){name}(?!\w)", code.src)}
-        names = tuple(sorted((name, _place(code.globals[name])) for name in used))
-        return FusedForward(code.src, names, self.attributes, children, tuple(self.expected.values()))
+        names = {name: value for name, value in code.globals.items() if re.search(rf"(?<![\w.]){name}(?!\w)", code.src)}
+        return FusedForward(code.src, names, self.attributes, children, tuple(self.expected.values()), self.residual)
 
 
 def _is_scaled(node: Node) -> bool:
@@ -442,25 +438,13 @@ def _name(node: Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
-def _place(value: Any) -> str:
-    """Where a value of the generated source is found again, in another process too."""
-    if isinstance(value, ModuleType):
-        return f"{value.__name__}:"
-    # torch.fx writes inf and nan by their names.
-    place = f"math:{value}" if isinstance(value, float) else f"{value.__module__}:{value.__qualname__}"
-    found = pkgutil.resolve_name(place)
-    if found is not value and value == value:
-        raise LookupError(f"{place} is not what its forward calls")
-    return place
-
-
 def applied_after(bn: _BatchNorm) -> list[nn.Module] | None:
     """What a batch norm applies to its result in its own forward, as timm's BatchNormAct2d does; None where it does anything else."""
     path = _norm_act(bn, read(bn))
     return None if path is None else [bn.get_submodule(each) for each in path]
 
 
-def _fuse_norm_act(block: nn.Module, reading: Reading) -> Fusion:
+def _fuse_norm_act(block: nn.Module, reading: Reading, residual: bool) -> Fusion:
     path = _norm_act(block, reading)
     if not path:
         return Fusion()
@@ -486,9 +470,9 @@ def _fuse_norm_act(block: nn.Module, reading: Reading) -> Fusion:
         expected = [Expected((each,), (nn.Identity,), None, None) for each in path[:-1]] + [expected_act((path[-1],), act)]
         site.fused, site.absorbed = f"batch_norm_act({name})", (act,)
         result = f"normalize(self, x, None, {name!r}, {act_param!r})"
-    names = (("normalize", _place(normalize)),)
     source = f"def forward(self, x):\n    return {result}\n"
-    return Fusion([site], FusedForward(source, names, (), (((), children_of(block)),), tuple(expected)))
+    children = (((), children_of(block)),)
+    return Fusion([site], FusedForward(source, {"normalize": normalize}, (), children, tuple(expected), residual))
 
 
 def _norm_act(block: nn.Module, reading: Reading) -> list[str] | None:

@@ -8,10 +8,12 @@ to answer for their arguments alone where they are known to; every other name is
 import builtins
 import dis
 import functools
+import gc
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodDescriptorType, ModuleType
+from types import BuiltinFunctionType, CellType, CodeType, FrameType, FunctionType, MethodDescriptorType, ModuleType
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ _OF_PYTHON = frozenset(
     )
 )
 _OF_THEIR_ARGUMENTS = ("math", "_operator", "operator", "_functools", "functools", "typing", "gradkernels", "torch.nn.functional")
-_OF_TORCH = frozenset({torch._assert, torch.jit.is_scripting})
+_OF_TORCH = frozenset({torch._assert, torch._jit_internal.is_scripting})
 _NAMES = ("LOAD_GLOBAL", "LOAD_NAME")
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 _BETWEEN = ("CACHE", "EXTENDED_ARG", "PUSH_NULL")
@@ -62,12 +64,17 @@ def watched() -> Iterator[None]:
                 problems.append(problem)
                 raise
 
+    # Finalizers of other objects would be taken for what the forward calls.
+    collects = gc.isenabled()
+    gc.disable()
     before = sys.getprofile()
     sys.setprofile(on_call)
     try:
         yield
     finally:
         sys.setprofile(before)
+        if collects:
+            gc.enable()
         # The forward itself may have caught it.
         if problems:
             raise problems[0]
@@ -79,6 +86,27 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
     for each in code.co_consts:
         if isinstance(each, CodeType):
             yield from _nested(each)
+
+
+def names_from_forward(kind: type) -> set[str]:
+    """Every name that the forward of a class has in its code, and the methods and functions that these names lead to; torch's left out."""
+    names: set[str] = set()
+    seen: set[CodeType] = set()
+    stack: list[Any] = [inspect.getattr_static(kind, "forward")]
+    while stack:
+        function = stack.pop()
+        stack += [each for each in (getattr(function, name, None) for name in ("__func__", "__wrapped__", "fget")) if each is not None]
+        if not isinstance(function, FunctionType) or function.__code__ in seen or (function.__module__ or "").startswith("torch."):
+            continue
+        seen.add(function.__code__)
+        own = {name for code in _nested(function.__code__) for name in (*code.co_names, *code.co_consts) if isinstance(name, str)}
+        names |= own
+        stack += [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+        named = [inspect.getattr_static(kind, name, None) for name in own] + [function.__globals__.get(name) for name in own]
+        for value in named:
+            is_users = isinstance(value, ModuleType) and value.__name__.partition(".")[0] not in ("torch", *sys.stdlib_module_names)
+            stack += [value.__dict__.get(name) for name in own] if is_users else [value]
+    return names
 
 
 def _judge(frame: FrameType) -> None:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gradkernels as gk
-from gradkernels import fused_forward, fusion
+from gradkernels import fused_block, fusion
 from models import libraries
 from models.darknet import DarkNet
 from models.dcgan import discriminator
@@ -179,7 +179,7 @@ def test_conversion_keeps_all_but_classes_and_revert_gives_them_back(name):
 def through_pickle(model):
     data = pickle.dumps(model)
     # As another process has it: the classes are made again.
-    fused_forward._CLASSES.clear()
+    fused_block._CLASSES.clear()
     return pickle.loads(data)
 
 
@@ -200,7 +200,7 @@ def test_copies_of_a_converted_model(name, copied):
     assert operators(copy.deepcopy(made), x).ours == NETWORKS[name][2]
     assert_same(step(made, x), expected)
     gk.revert(made)
-    assert not any(isinstance(module, fused_forward.Fused) for module in made.modules())
+    assert not any(isinstance(module, fused_block.Fused) for module in made.modules())
 
 
 def test_a_copy_computes_with_its_own_parameters():
@@ -415,18 +415,19 @@ LEFT = {
     "training": (lambda self, x: self.act(self.bn(x)) if self.training else self.bn(x), "reads self.training"),
     "mode of a child": (lambda self, x: self.act(self.bn(x)) if self.conv.training else self.bn(x), "reads self.conv.training"),
     "type": (lambda self, x: self.act(self.bn(x)) if isinstance(x, torch.Tensor) else x, "asks for the type"),
-    "is_tensor": (lambda self, x: self.act(self.bn(x)) if torch.is_tensor(x) else x, "asks for the type"),
+    "is_tensor": (lambda self, x: self.act(self.bn(x)) if torch.is_tensor(x) else x, "calls torch.is_tensor"),
     "data": (lambda self, x: self.act(self.bn(x)) if x.sum() > -1e9 else x, "is no graph for torch.fx: TraceError"),
     "shape": (lambda self, x: self.act(self.bn(x)) if x.shape[0] > 1 else x, "is no graph for torch.fx: TraceError"),
-    "random": (lambda self, x: self.act(self.bn(x)) if torch.rand(()) < 2 else x, "draws random numbers"),
-    "Python's random": (lambda self, x: self.act(self.bn(x)) if random.random() < 2 else x, "draws random numbers"),
+    "random": (lambda self, x: self.act(self.bn(x)) if torch.rand(()) < 2 else x, "calls torch.rand, which no graph"),
+    "makes a layer": (lambda self, x: self.act(self.bn(x if nn.Linear(1, 1).bias is not None else x)), "draws random numbers"),
+    "Python's random": (lambda self, x: self.act(self.bn(x)) if random.random() < 2 else x, "calls random.random"),
     "writes an attribute": (writes_attribute, "writes self.flag"),
     "appends to an attribute": (appends, "writes self.seen"),
     "no_grad": (without_gradients, "switches gradients"),
     "decorated": (torch.no_grad()(lambda self, x: self.act(self.bn(x))), "switches gradients"),
     "checkpoint": (
         lambda self, x: torch.utils.checkpoint.checkpoint(lambda x: self.act(self.bn(x)), x, use_reentrant=False),
-        "switches gradients, autocast or checkpointing",
+        "calls torch.utils.checkpoint.checkpoint",
     ),
     "read twice": (twice, "its output is read 2 times"),
     "doubled": (lambda self, x: self.act((lambda y: y + y)(self.bn(x))), "its output is read 2 times"),
@@ -472,7 +473,9 @@ def test_residual_can_be_left_out():
     "residual", [torch.randn(3, 1, 1).double(), torch.randn(4, 3, 5, 5), torch.randn(())], ids=["broadcast", "float32", "scalar"]
 )
 def test_sums_that_broadcast_or_promote(residual):
-    expected, actual, report = converted(block(lambda self, x: self.act(self.bn(x) + self.residual), residual=residual))
+    model = block(lambda self, x: self.act(self.bn(x) + self.residual))
+    model.register_buffer("residual", residual)
+    expected, actual, report = converted(model)
     assert report.rows[0].becomes == "batch_norm_act(relu, residual)"
     x = X()
     assert_same(step(actual, x), step(expected, x))
@@ -740,7 +743,7 @@ def test_saved_bytes_of_whole_networks(name, most):
 def test_the_printed_report():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.GELU())
     assert str(gk.convert(model)) == (
-        "convert: 1 of 2 batch norms and activations replaced\n"
+        "convert: 1 fused, 0 replaced, 1 left of 2 batch norms and activations\n"
         "  module  found              becomes               why\n"
         "  1       BatchNorm2d, ReLU  batch_norm_act(relu)\n"
         "  4       GELU               left as it is         there is no kernel for GELU"
