@@ -241,6 +241,8 @@ class _Plan:
         self.names = {module: name for name, module in model.named_modules()}
         # What the forwards did not call that were read: module -> why.
         self.problems: dict[nn.Module, str] = {}
+        # What is below a forward that would see another class -> why it keeps its own.
+        self.kept: dict[nn.Module, str] = {}
         sites = [(block, site) for block in self.names for site in self.read(block, residual)]
         self.alone = {site.module for _, site in sites if site.module is not None and site.fused is None}
         called = {site.module for _, site in sites} | {each for _, site in sites for each in site.absorbed}
@@ -267,6 +269,8 @@ class _Plan:
         found = fusion.fuse(block, residual)
         if found.problem is not None:
             self.problems[block] = found.problem
+            if found.problem.startswith("calls type,"):
+                self.kept.update(dict.fromkeys(block.modules(), f"the forward of {type(block).__name__} {found.problem}"))
         if found.forward is not None:
             self.forwards[block] = found.forward
         return found.sites
@@ -274,6 +278,8 @@ class _Plan:
     def row(self, block: nn.Module, site: fusion.Site) -> Row:
         module = site.module
         name = self.names[block if module is None else module]
+        if block in self.kept:
+            return Row(name, site.found, None, self.kept[block])
         if site.fused is not None:
             return Row(name, site.found, site.fused, site.why)
         if module is None:
@@ -300,6 +306,8 @@ class _Plan:
     def apply(self) -> None:
         for module in self.names:
             kind = type(module)
+            if module in self.kept:
+                continue
             if kind in fusion.BATCH_NORMS:
                 module.__dict__[_ORIGINAL] = kind
                 module.__dict__["act"], module.__dict__["act_param"] = "identity", check_act("identity", None)

@@ -4,12 +4,17 @@ as torch computes it. What is fused is counted by the operators that run; what m
 
 import collections
 import copy
+import dataclasses
 import functools
+import gc
 import importlib
 import io
+import os
 import pickle
+import pickletools
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -201,6 +206,64 @@ def test_copies_of_a_converted_model(name, copied):
     assert_same(step(made, x), expected)
     gk.revert(made)
     assert not any(isinstance(module, fused_block.Fused) for module in made.modules())
+
+
+def test_a_pickle_names_nothing_internal():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), BasicBlock(8, 8, 1), nn.SiLU(), nn.LeakyReLU(), nn.Conv2d(8, 8, 1), nn.SiLU())
+    gk.convert(model)
+    strings = [argument for _, argument, _ in pickletools.genops(pickle.dumps(model)) if isinstance(argument, str)]
+    # What a later version has to keep.
+    assert {each for each in strings if "gradkernels" in each or "block" in each.lower()} == {
+        "gradkernels.activation",
+        "gradkernels.batch_norm_act",
+        "gradkernels.fused_block",
+        "new_block",
+        "BasicBlock",
+    }
+
+
+class Changing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return F.relu(self.bn(x))
+
+
+def test_a_pickle_computes_what_its_class_does_where_it_is_loaded(monkeypatch):
+    model = Changing()
+    gk.convert(model)
+    data = pickle.dumps(model)
+    for forward, act in ((lambda self, x: F.elu(self.bn(x)), "elu"), (lambda self, x, y=None: self.bn(x), "identity")):
+        monkeypatch.setattr(Changing, "forward", forward)
+        fused_block._CLASSES.clear()
+        assert operators(pickle.loads(data), torch.randn(4, 3, 5, 5)).ours == {act: 1}
+
+
+@pytest.mark.parametrize("name", ["ResNet-18", "DarkNet", "EfficientNet", "DCGAN", "U-Net", "MLP", "torchvision"])
+def test_torch_fx_traces_a_converted_network_as_it_traces_the_network(name):
+    model, x = network(name)
+    names = [str(node) for node in torch.fx.symbolic_trace(model).graph.nodes if node.op == "call_module" and "bn" in str(node)]
+    gk.convert(model)
+    traced = torch.fx.symbolic_trace(model)
+    assert [str(node) for node in traced.graph.nodes if node.op == "call_module" and "bn" in str(node)] == names
+    assert_same({"output": flat(traced(x)).detach()}, {"output": flat(copy.deepcopy(model)(x)).detach()})
+
+
+def test_torch_fx_sees_the_residual_of_a_leaf_and_no_leaf_in_the_root():
+    class Normalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = gk.BatchNormAct2d(3)
+
+        def forward(self, x):
+            return self.bn(x, x)
+
+    model, x = Normalised(), torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+    with pytest.raises(torch.fx.proxy.TraceError):
+        torch.fx.symbolic_trace(gk.BatchNormAct2d(3))
 
 
 def test_a_copy_computes_with_its_own_parameters():
@@ -402,6 +465,42 @@ def residual_written_before_activation(self, x):
     return self.act(y) + r
 
 
+SWITCHES = {"relu": True}
+SLOPE = 0.25
+
+
+def of_a_switch(y):
+    return F.relu(y) if SWITCHES["relu"] else y
+
+
+def of_a_list(flags):
+    return lambda self, x: self.act(self.bn(x)) if flags[0] else self.bn(x)
+
+
+def writes_a_global(self, x):
+    global SLOPE
+    SLOPE = 0.25
+    return self.act(self.bn(x))
+
+
+def imports(self, x):
+    import os
+
+    return self.act(self.bn(x)) if os.sep else x
+
+
+def catches(self, x):
+    try:
+        return self.act(self.bn(x)) if of_a_switch(0) else x
+    except Exception:
+        return self.act(self.bn(x))
+
+
+def fills_a_nested_list(self, x):
+    self.nested["seen"][0].append(1)
+    return self.act(self.bn(x))
+
+
 def called_between(self, x):
     y = self.bn(x)
     z = self.bn(self.conv(x))
@@ -419,10 +518,32 @@ LEFT = {
     "data": (lambda self, x: self.act(self.bn(x)) if x.sum() > -1e9 else x, "is no graph for torch.fx: TraceError"),
     "shape": (lambda self, x: self.act(self.bn(x)) if x.shape[0] > 1 else x, "is no graph for torch.fx: TraceError"),
     "random": (lambda self, x: self.act(self.bn(x)) if torch.rand(()) < 2 else x, "calls torch.rand, which no graph"),
-    "makes a layer": (lambda self, x: self.act(self.bn(x if nn.Linear(1, 1).bias is not None else x)), "draws random numbers"),
+    "makes a layer": (lambda self, x: self.act(self.bn(x)) if nn.Linear(1, 1).in_features else x, "draws random numbers"),
     "Python's random": (lambda self, x: self.act(self.bn(x)) if random.random() < 2 else x, "calls random.random"),
     "writes an attribute": (writes_attribute, "writes self.flag"),
     "appends to an attribute": (appends, "writes self.seen"),
+    "writes a nested list": (fills_a_nested_list, "writes self.nested"),
+    "gradient mode": (lambda self, x: self.act(self.bn(x)) if torch.is_grad_enabled() else x, "calls torch.is_grad_enabled"),
+    "inference mode": (lambda self, x: self.bn(x) if torch.is_inference_mode_enabled() else x, "calls torch.is_inference_mode_enabled"),
+    "autocast mode": (lambda self, x: self.bn(x) if torch.is_autocast_enabled("cpu") else x, "calls torch.is_autocast_enabled"),
+    "autocast dtype": (lambda self, x: self.bn(x.to(torch.get_autocast_dtype("cpu")).double()), "calls torch.get_autocast_dtype"),
+    "default dtype": (lambda self, x: self.act(self.bn(x).to(torch.get_default_dtype())), "calls torch.get_default_dtype"),
+    "compiling": (lambda self, x: x if torch.compiler.is_compiling() else self.bn(x), "calls torch.compiler.is_compiling"),
+    "NumPy's random": (lambda self, x: self.act(self.bn(x)) if np.random.rand() < 2 else x, "calls np.random.rand"),
+    "prints": (lambda self, x: print(end="") or self.act(self.bn(x)), "calls print"),
+    "dict of the module's file": (lambda self, x: self.act(self.bn(x)) if SWITCHES["relu"] else x, "reads SWITCHES, a dict"),
+    "number of the module's file": (lambda self, x: F.leaky_relu(self.bn(x), SLOPE), "reads SLOPE, a float"),
+    "dict in a function": (lambda self, x: of_a_switch(self.bn(x)), "reads SWITCHES, a dict"),
+    "list of a closure": (of_a_list([True]), "reads flags, a list"),
+    "environment": (lambda self, x: self.bn(x) if os.environ.get("PATH") else x, "reads os.environ, a _Environ"),
+    "writes a global": (writes_a_global, "writes SLOPE"),
+    "imports": (imports, "imports os"),
+    "catches what would tell": (catches, "reads SWITCHES, a dict"),
+    "class of a submodule": (lambda self, x: self.act(self.bn(x)) if type(self.bn) is nn.BatchNorm2d else x, "calls type"),
+    "plain tensor": (lambda self, x: self.act(self.bn(x)) if self.tensor > 0 else x, "reads self.tensor, a Tensor"),
+    "tensors in a dict": (lambda self, x: self.act(self.bn(x)) * self.tensors["one"], "reads self.tensors, a dict"),
+    "modules in a list": (lambda self, x: self.unseen[0](self.bn(x)), "reads self.unseen, a list"),
+    "all parameters": (lambda self, x: self.bn(x.to(next(self.parameters()).device)), "reads self.parameters"),
     "no_grad": (without_gradients, "switches gradients"),
     "decorated": (torch.no_grad()(lambda self, x: self.act(self.bn(x))), "switches gradients"),
     "checkpoint": (
@@ -450,7 +571,8 @@ NO_BACKWARD = {"decorated", "input written between", "view of the input written 
 @pytest.mark.parametrize("name", LEFT)
 def test_what_is_left_alone(name):
     forward, why = LEFT[name]
-    expected, actual, report = converted(block(forward))
+    plain = {"tensor": torch.tensor(1.0), "tensors": {"one": torch.tensor(1.0)}, "unseen": [nn.ReLU()], "nested": {"seen": ([],)}}
+    expected, actual, report = converted(block(forward, **plain))
     row = next(row for row in report.rows if row.name == "bn")
     assert why in row.why, report
     x = X()
@@ -459,7 +581,50 @@ def test_what_is_left_alone(name):
             assert_same({"output": actual(x), **actual.state_dict()}, {"output": expected(x), **expected.state_dict()})
     else:
         assert_same(step(actual, x), step(expected, x))
-    assert (actual.flag, actual.seen) == (expected.flag, expected.seen)
+    assert (actual.flag, actual.seen, actual.nested) == (expected.flag, expected.seen, expected.nested)
+
+
+def test_reading_runs_nothing_that_it_refuses():
+    models = [block(LEFT[name][0]) for name in ("random", "Python's random", "NumPy's random")]
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    for model in models:
+        gk.convert(model)
+    assert random.getstate() == before[0] and (np.random.get_state()[1] == before[1]).all()
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_what_is_finalized_meanwhile_is_no_part_of_the_forward():
+    class Cycle:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            SWITCHES.get("relu")
+
+    threshold = gc.get_threshold()
+    try:
+        Cycle()
+        gc.set_threshold(1)
+        model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+        assert gk.convert(model).rows[0].is_fused
+    finally:
+        gc.set_threshold(*threshold)
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize(("of", "why"), [("bn", "it is hooked: its hook"), ("act", "ReLU is hooked: its hook"), ("conv", "")])
+def test_hooks_that_were_there_before_see_what_they_saw(of, why):
+    seen = [], []
+    model = block(WRITTEN["module"][0])
+    expected, actual = model, copy.deepcopy(model)
+    for each, its in zip((expected, actual), seen, strict=True):
+        getattr(each, of).register_forward_hook(lambda module, inputs, output, its=its: its.append(output.clone()))
+    report = gk.convert(actual)
+    assert next(row.why for row in report.rows if row.name == "bn").startswith(why)
+    x = X()
+    assert_same(step(actual, x), step(expected, x))
+    assert len(seen[0]) == len(seen[1]) == 1
+    torch.testing.assert_close(seen[1], seen[0])
 
 
 def test_residual_can_be_left_out():
@@ -477,6 +642,29 @@ def test_sums_that_broadcast_or_promote(residual):
     model.register_buffer("residual", residual)
     expected, actual, report = converted(model)
     assert report.rows[0].becomes == "batch_norm_act(relu, residual)"
+    x = X()
+    assert_same(step(actual, x), step(expected, x))
+
+
+@pytest.mark.parametrize("written", [add_, lambda y, x: y.add_(x)], ids=["+=", "add_"])
+def test_a_sum_written_in_place_keeps_dtype_and_shape(written):
+    model = block(lambda self, x: self.act(written(self.bn(x), self.residual))).float()
+    for residual in (torch.randn(4, 3, 5, 5).double(), torch.randn(3, 1, 1), torch.randn(2, 4, 3, 5, 5)):
+        model.register_buffer("residual", residual)
+        expected, actual, report = converted(model)
+        assert report.rows[0].becomes == "batch_norm_act(relu, residual)"
+        x = torch.randn(4, 3, 5, 5)
+        if residual.dim() == 5:
+            for each in (expected, actual):
+                with pytest.raises(RuntimeError, match="doesn't match the broadcast shape"):
+                    each(x)
+        else:
+            torch.testing.assert_close(actual(x), expected(x))
+
+
+def test_elu_that_scales_besides_is_not_elu():
+    expected, actual, report = converted(block(lambda self, x: F.elu_(self.bn(x), 0.5, 2.0) + F.elu_(x * 1, 0.5, 2.0)))
+    assert [row.why for row in report.rows][:3] == ["it scales besides"] * 2 + ["elu_ scales besides"], report
     x = X()
     assert_same(step(actual, x), step(expected, x))
 
@@ -530,6 +718,10 @@ CHANGES = {
     "hook on the activation": hook_activation,
     "hook on every module": hook_every_module,
     "flag": lambda model, seen: setattr(model, "flag", False),
+    "number that becomes a tensor": lambda model, seen: setattr(model.conv, "scale", torch.tensor([[[2.0]], [[1.0]], [[1.0]]])),
+    "nested container": lambda model, seen: model.nested["scales"].append(3.0),
+    "attribute that was not there": lambda model, seen: setattr(model, "absent", 3.0),
+    "container of the class": lambda model, seen: setattr(model, "shared", [2.0]),
     "attribute of a submodule": lambda model, seen: setattr(model.conv, "scale", 2.0),
     "activation": lambda model, seen: setattr(model, "act", nn.ELU()),
     "parameter of the activation": lambda model, seen: setattr(model.act, "negative_slope", 0.5),
@@ -546,6 +738,7 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_changes_after_conversion(name):
     def forward(self, x):
+        x = x * getattr(self, "absent", 1.0) * self.nested["scales"][-1] * self.shared[0]
         y = self.bn(self.conv(x) * self.conv.scale)
         if self.flag:
             y = self.act(y)
@@ -555,6 +748,7 @@ def test_what_changes_after_conversion(name):
 
     model = block(forward, nn.LeakyReLU(0.2))
     model.conv.scale = 1.0
+    model.nested, type(model).shared = {"scales": [2.0]}, [1.0]
     model.optional = nn.Conv2d(3, 3, 1).double()
     expected, actual, _ = converted(model)
     assert operators(copy.deepcopy(actual), X()).ours == {"leaky_relu": 1}
@@ -610,7 +804,16 @@ def test_standalone_activations_become_ours(module):
 
 
 @pytest.mark.parametrize(
-    "forward", [F.leaky_relu, F.elu, F.silu, lambda x: F.leaky_relu(input=x, negative_slope=0.2), lambda x: F.elu(x, 0.5, True)]
+    "forward",
+    [
+        F.leaky_relu,
+        F.elu,
+        F.silu,
+        F.leaky_relu_,
+        F.elu_,
+        lambda x: F.leaky_relu(input=x, negative_slope=0.2),
+        lambda x: F.elu(x, 0.5, True),
+    ],
 )
 def test_standalone_functions_become_ours(forward):
     expected, actual, report = converted(block(lambda self, x: forward(self.conv(x))))
@@ -638,6 +841,10 @@ def quantised():
 BAD = {
     "scripted": (lambda: torch.jit.script(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())), "the model is scripted"),
     "quantised": (quantised, "the model is quantised (1: Linear)"),
+    "lazy": (
+        lambda: nn.Sequential(nn.LazyConv2d(3, 1), nn.LazyBatchNorm2d(), nn.ReLU()),
+        "the model has parameters without a shape (0: LazyConv2d)",
+    ),
     "no batch norm": (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()), "the model has no batch normalisation"),
 }
 
@@ -647,7 +854,7 @@ def test_bad_input_is_reported_and_untouched(name):
     make, note = BAD[name]
     model = make()
     before = [(type(module), repr(module)) for module in model.modules()]
-    report = gk.convert(model)
+    report = gk.convert(model, check=None if name == "scripted" else torch.randn(2, 3, 4, 4) if name != "quantised" else torch.randn(2, 3))
     assert note in str(report)
     assert [(type(module), repr(module)) for module in model.modules()] == before
 
@@ -732,6 +939,58 @@ def test_check_takes_several_arguments():
     assert gk.convert(model, check=(X(), X())).output_difference.magnitude > 0
 
 
+def test_check_takes_arguments_by_name_and_finds_tensors_in_what_is_returned():
+    @dataclasses.dataclass
+    class Output:
+        hidden: torch.Tensor
+        rest: object
+
+    class Mapping(collections.OrderedDict):
+        pass
+
+    for wrap in (
+        lambda y: Output(y, None),
+        lambda y: Output(1, {"more": [y]}),
+        lambda y: Mapping(y=y),
+        lambda y: (1, [{"y": y}]),
+    ):
+        model = block(lambda self, x, scale, wrap=None: None)
+        type(model).forward = lambda self, x, scale, wrap=wrap: wrap(self.part(x) * scale)
+        model.part = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()).double()
+        report = gk.convert(model, check={"scale": 2.0, "x": X()})
+        assert report.output_difference.name == "output 0" and report.gradient_difference.magnitude > 0
+
+
+def test_check_says_where_there_is_nothing_to_compare():
+    model = block(lambda self, x: [self.act(self.bn(x)), "words"][1])
+    report = gk.convert(model, check=X())
+    assert "returned str, in which there is no tensor" in str(report) and "none, there is nothing to compare" in str(report)
+
+
+def counts(self, x):
+    self.count = self.count + 1
+    self.calls += 1
+    y = self.act(self.bn(x))
+    return y + self.conv(x) if self.calls == 1 else y
+
+
+def test_check_puts_back_what_a_forward_assigns():
+    model = block(counts, calls=0)
+    model.register_buffer("count", torch.zeros(()))
+    count = model.count
+    gk.convert(model, check=X())
+    assert model.count is count and count == 0 and model.calls == 0
+
+
+def test_a_gradient_that_is_there_once_only_is_a_difference():
+    found = importlib.import_module("gradkernels.convert")._difference(
+        {"a": torch.ones(2)}, {"a": torch.ones(2), "b": torch.full((2,), 3.0)}
+    )
+    assert (found.difference, found.name) == (3.0, "b")
+    found = importlib.import_module("gradkernels.convert")._difference({"a": torch.ones(2)}, {"a": torch.ones(3)})
+    assert found.difference == torch.inf
+
+
 # What fusing keeps less of: every slope but that of ReLU, which torch reads off the output that the next convolution keeps anyway.
 @pytest.mark.parametrize(("name", "most"), [("DarkNet", 0.75), ("EfficientNet", 0.8), ("U-Net", 0.8), ("ResNet-50", 1.03)])
 def test_saved_bytes_of_whole_networks(name, most):
@@ -748,6 +1007,21 @@ def test_the_printed_report():
         "  1       BatchNorm2d, ReLU  batch_norm_act(relu)\n"
         "  4       GELU               left as it is         there is no kernel for GELU"
     )
+
+
+def test_the_report_of_what_is_no_batch_norm_of_its_own():
+    def forward(self, x):
+        y = self.act(self.bn(x) + self.blocks[0](x))
+        return F.batch_norm(y, None, None, training=True)
+
+    report = gk.convert(block(forward, blocks=nn.ModuleList([nn.BatchNorm2d(3)]).double()), check=X())
+    assert [(row.found, row.is_fused, row.why) for row in report.rows] == [
+        ("batch_norm", False, "it is a call of the function: only modules are joined with what follows"),
+        ("BatchNorm2d, add, ReLU", True, ""),
+        ("BatchNorm2d", False, "its output is the residual of another"),
+    ]
+    lines = str(report).splitlines()
+    assert lines[0] == "convert: 1 fused, 1 replaced, 1 left of 3 batch norms and activations" and " KiB before" in lines[1]
 
 
 # fold
@@ -800,6 +1074,8 @@ UNFOLDED = {
     "layer called twice": lambda self, x: self.bn(self.conv(self.conv(x))),
     "batch norm called twice": lambda self, x: self.bn(self.bn(self.conv(x))),
     "weight read": lambda self, x: self.bn(self.conv(x)) * self.conv.weight.mean(),
+    "number read": lambda self, x: self.bn(self.conv(x)) * self.bn.eps,
+    "attribute looked for": lambda self, x: self.bn(self.conv(x)) * getattr(self.bn, "gain", 2.0),
     "one at a time": lambda self, x: self.bn(self.conv(x)) if x.sum() > -1e9 else self.conv(x),
     "hooked": lambda self, x: self.bn(self.conv(x)),
     "tied": lambda self, x: self.bn(self.conv(x)) + self.blocks[0](x),
@@ -818,6 +1094,43 @@ def test_what_is_not_folded(name):
         model.bn = nn.BatchNorm2d(3, track_running_stats=False).double()
     folded, x = gk.fold(model), X()
     assert isinstance(folded.bn, nn.BatchNorm2d)
+    assert_same({"output": folded(x).detach()}, {"output": model.eval()(x).detach()}, bound=1e-12)
+
+
+class Cell(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.bn(self.conv(x))
+
+
+def use_of(cell, x):
+    return cell.bn(x)
+
+
+# Forwards that cannot be read, for their optional argument, and that use the batch norm of a cell besides calling the cell.
+OTHER_USES = {
+    "by name": lambda self, x, y=None: self.cell(x) + self.cell.bn(x),
+    "in a function": lambda self, x, y=None: self.cell(x) + use_of(self.cell, x),
+    "in a list": lambda self, x, y=None: self.cell(x) + self.plain["cells"][0].bn(x),
+    "by iteration": lambda self, x, y=None: self.cell(x) + list(self.modules())[-1](x),
+    "by a made-up name": lambda self, x, y=None: self.cell(x) + getattr(self.cell, "b" + "n")(x),
+    "its number": lambda self, x, y=None: self.cell(x) * self.cell.bn.eps,
+    "none": lambda self, x, y=None: self.cell(x),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_USES)
+def test_fold_beside_a_forward_that_cannot_be_read(name):
+    model = type("Holder", (nn.Module,), {"forward": OTHER_USES[name]})()
+    model.cell = Cell()
+    model.plain = {"cells": (model.cell,)} if name == "in a list" else {}
+    model = model.double()
+    model(X() + 0.5)
+    folded, x = gk.fold(model), X()
+    assert isinstance(folded.cell.bn, nn.BatchNorm2d) == (name != "none")
     assert_same({"output": folded(x).detach()}, {"output": model.eval()(x).detach()}, bound=1e-12)
 
 
