@@ -25,9 +25,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # How a forward comes to a submodule that its code does not name.
-_BY_OTHER_NAMES = frozenset(
-    ("getattr", "vars", "__dict__", "_modules", "modules", "named_modules", "children", "named_children", "get_submodule")
-)
+_BY_OTHER_NAMES = frozenset(("__dict__", "_modules", "modules", "named_modules", "children", "named_children", "get_submodule", "vars"))
 
 
 class FoldedBatchNorm1d(nn.Identity):

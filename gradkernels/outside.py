@@ -9,10 +9,10 @@ import builtins
 import dis
 import functools
 import gc
-import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from types import BuiltinFunctionType, CellType, CodeType, FrameType, FunctionType, MethodDescriptorType, ModuleType
 from typing import Any
 
@@ -92,51 +92,65 @@ def names_from_forward(kind: type) -> set[str]:
     """Every name that the forward of a class has in its code, and the methods and functions that these names lead to; torch's left out."""
     names: set[str] = set()
     seen: set[CodeType] = set()
-    stack: list[Any] = [inspect.getattr_static(kind, "forward")]
+    stack: list[Any] = [each.__dict__.get("forward") for each in kind.__mro__]
     while stack:
         function = stack.pop()
-        stack += [each for each in (getattr(function, name, None) for name in ("__func__", "__wrapped__", "fget")) if each is not None]
+        if isinstance(function, (staticmethod, classmethod)):
+            function = function.__func__
+        elif isinstance(function, property):
+            function = function.fget
         if not isinstance(function, FunctionType) or function.__code__ in seen or (function.__module__ or "").startswith("torch."):
             continue
         seen.add(function.__code__)
-        own = {name for code in _nested(function.__code__) for name in (*code.co_names, *code.co_consts) if isinstance(name, str)}
-        names |= own
         stack += [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
-        named = [inspect.getattr_static(kind, name, None) for name in own] + [function.__globals__.get(name) for name in own]
-        for value in named:
-            is_users = isinstance(value, ModuleType) and value.__name__.partition(".")[0] not in ("torch", *sys.stdlib_module_names)
-            stack += [value.__dict__.get(name) for name in own] if is_users else [value]
+        for code in _nested(function.__code__):
+            own = {*code.co_names, *(each for each in code.co_consts if isinstance(each, str))}
+            names |= own
+            methods = own if "super" in own else set(_of_self(code, function.__code__.co_varnames[:1]))
+            stack += [each.__dict__.get(name) for each in kind.__mro__ for name in methods]
+            stack += [value for _, value, _ in _read(code, {}, function.__globals__)]
     return names
+
+
+def _of_self(code: CodeType, self: tuple[str, ...]) -> Iterator[str]:
+    """The attributes that a method's code reads of its first argument."""
+    instructions = [each for each in dis.get_instructions(code) if each.opname not in _BETWEEN]
+    for before, each in pairwise(instructions):
+        loaded = before.argval if isinstance(before.argval, tuple) else (before.argval,)
+        if each.opname in _ATTRIBUTES and before.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and loaded[-1:] == self:
+            yield each.argval
 
 
 def _judge(frame: FrameType) -> None:
     closure = {name: frame.f_locals[name] for name in frame.f_code.co_freevars if name in frame.f_locals}
     for code in _nested(frame.f_code):
-        instructions = [each for each in dis.get_instructions(code) if each.opname not in _BETWEEN]
-        for place, each in enumerate(instructions):
+        for each in dis.get_instructions(code):
             if each.opname == "IMPORT_NAME":
                 raise Unreadable(f"imports {each.argval}")
             if each.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") or (each.opname == "STORE_DEREF" and each.argval in closure):
                 raise Unreadable(f"writes {each.argval}")
-            if each.opname in _NAMES:
-                value = frame.f_globals.get(each.argval, frame.f_builtins.get(each.argval, _MISSING))
-            elif each.opname == "LOAD_DEREF" and each.argval in closure:
-                value = closure[each.argval]
-                if _is_constant(value):
-                    continue
-            else:
+        for names, value, holder in _read(code, closure, {**frame.f_builtins, **frame.f_globals}):
+            if (len(names) == 1 and names[0] in closure and _is_constant(value)) or _stays(value, holder):
                 continue
-            names, holder = [each.argval], None
-            for attribute in instructions[place + 1 :]:
-                if attribute.opname not in _ATTRIBUTES or not isinstance(value, (ModuleType, type)):
-                    break
-                names.append(attribute.argval)
-                holder, value = value, getattr(value, attribute.argval, _MISSING)
-            if value is not _MISSING and not _stays(value, holder):
-                dotted = ".".join(names)
-                if callable(value):
-                    raise Unreadable(f"calls {dotted}, which no graph records")
-                raise Unreadable(f"reads {dotted}, a {type(value).__name__}, which may change without notice")
+            dotted = ".".join(names)
+            if callable(value):
+                raise Unreadable(f"calls {dotted}, which no graph records")
+            raise Unreadable(f"reads {dotted}, a {type(value).__name__}, which may change without notice")
+
+
+def _read(code: CodeType, closure: Mapping[str, Any], names: Mapping[str, Any]) -> Iterator[tuple[list[str], Any, Any]]:
+    """What a code reads of a closure and of global names, through modules and classes: the names, the value, and what has it."""
+    instructions = [each for each in dis.get_instructions(code) if each.opname not in _BETWEEN]
+    for place, each in enumerate(instructions):
+        known = names if each.opname in _NAMES else closure if each.opname == "LOAD_DEREF" else {}
+        value, holder, path = known.get(each.argval, _MISSING), None, [each.argval]
+        for attribute in instructions[place + 1 :]:
+            if attribute.opname not in _ATTRIBUTES or not isinstance(value, (ModuleType, type)):
+                break
+            path.append(attribute.argval)
+            holder, value = value, getattr(value, attribute.argval, _MISSING)
+        if value is not _MISSING:
+            yield path, value, holder
 
 
 def _is_constant(value: object) -> bool:
@@ -177,4 +191,4 @@ def is_function_of_its_arguments(function: Any) -> bool:
 @functools.cache
 def _of_tensors() -> frozenset[Any]:
     """torch's functions that take a tensor; those that ask for a mode or make a tensor are not among them."""
-    return frozenset(each for each in torch.overrides.get_testing_overrides() if each.__hash__ is not None)
+    return frozenset(torch.overrides.get_testing_overrides())

@@ -1116,7 +1116,8 @@ OTHER_USES = {
     "in a function": lambda self, x, y=None: self.cell(x) + use_of(self.cell, x),
     "in a list": lambda self, x, y=None: self.cell(x) + self.plain["cells"][0].bn(x),
     "by iteration": lambda self, x, y=None: self.cell(x) + list(self.modules())[-1](x),
-    "by a made-up name": lambda self, x, y=None: self.cell(x) + getattr(self.cell, "b" + "n")(x),
+    "in a method": lambda self, x, y=None: self.cell(x) + self.more(x),
+    "by a string": lambda self, x, y=None: self.cell(x) + getattr(self.cell, "b" + "n")(x),
     "its number": lambda self, x, y=None: self.cell(x) * self.cell.bn.eps,
     "none": lambda self, x, y=None: self.cell(x),
 }
@@ -1124,7 +1125,7 @@ OTHER_USES = {
 
 @pytest.mark.parametrize("name", OTHER_USES)
 def test_fold_beside_a_forward_that_cannot_be_read(name):
-    model = type("Holder", (nn.Module,), {"forward": OTHER_USES[name]})()
+    model = type("Holder", (nn.Module,), {"forward": OTHER_USES[name], "more": lambda self, x: self.cell.bn(x)})()
     model.cell = Cell()
     model.plain = {"cells": (model.cell,)} if name == "in a list" else {}
     model = model.double()
