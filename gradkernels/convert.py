@@ -141,7 +141,7 @@ def convert(model: nn.Module, *, residual: bool = True, check: Any = None) -> Co
         >>> import torch, gradkernels as gk
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.LeakyReLU(0.1), torch.nn.Linear(8, 2))
         >>> print(gk.convert(model))
-        convert: 1 of 1 batch norms and activations replaced
+        convert: 1 fused, 0 replaced, 0 left of 1 batch norms and activations
           module  found                   becomes                     why
           1       BatchNorm1d, LeakyReLU  batch_norm_act(leaky_relu)
     """
