@@ -6,16 +6,17 @@ relu family and of linear layers, and has other numbers for sigmoid (1), tanh (5
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from operator import attrgetter
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from gradkernels.activation import Swish
 from gradkernels.batch_norm_act import _BatchNormAct
+from gradkernels.monitor import unwrapped
 from gradkernels.untouched import untouched
 
 __all__ = [
@@ -31,7 +32,7 @@ __all__ = [
     "xavier_uniform_",
 ]
 
-Param: TypeAlias = float | tuple[float, float] | None
+Param: TypeAlias = float | tuple[float, ...] | None
 _Mode: TypeAlias = Literal["fan_in", "fan_out"]
 
 xavier_uniform_ = nn.init.xavier_uniform_
@@ -39,25 +40,29 @@ xavier_normal_ = nn.init.xavier_normal_
 
 
 class _Activation(NamedTuple):
-    """scheme: who derived the initialisation for it; second_moment: E[f(z)^2] for its parameter; default: that parameter."""
+    """scheme: who derived the initialisation for it; second_moment: E[f(z)^2] for its parameters; params: their names and defaults.
 
-    scheme: str
-    second_moment: Callable[[Any], float]
-    default: Param = None
-
-
-def _quadrature(f: Callable[[Tensor, Any], Tensor]) -> Callable[[Any], float]:
-    """E[f(z, param)^2] for z from N(0, 1).
-
-    Each half line by the trapezoidal rule after z = exp(pi / 2 sinh t): it converges exponentially for an f that is smooth but at 0,
-    whatever the scale on which it bends, since the nodes lie as densely at 1e-9 as at 1.
+    The names are those of the module's attributes and of the function's keywords, in the order of the function's arguments.
     """
 
-    def second_moment(param: Any) -> float:
+    scheme: str
+    second_moment: Callable[..., float]
+    params: Mapping[str, float] = {}
+
+
+def _quadrature(f: Callable[..., Tensor]) -> Callable[..., float]:
+    """E[f(z, *params)^2] for z from N(0, 1).
+
+    Each half line by the trapezoidal rule after z = exp(pi / 2 sinh t): it converges exponentially for an f that is smooth but at 0,
+    whatever the scale on which it bends, since the nodes lie as densely at 1e-9 as at 1. A corner elsewhere, as of hardtanh, leaves a
+    relative error of 1e-5, a jump one of 1e-4.
+    """
+
+    def second_moment(*params: float) -> float:
         t = torch.linspace(-4, 2, 1025, dtype=torch.float64)
         half = (math.pi / 2 * t.sinh()).exp()
         weight = half * t.cosh() * (math.pi / 2) * (t[1] - t[0]) * (-half.square() / 2).exp() / math.sqrt(2 * math.pi)
-        values = f(torch.stack([half, -half]), param).square()
+        values = f(torch.stack([half, -half]), *params).square()
         # Far out e^x - 1 may overflow where the weight is 0.
         moment: float = torch.where(weight > 0, values * weight, 0.0).sum().item()
         return moment
@@ -65,41 +70,38 @@ def _quadrature(f: Callable[[Tensor, Any], Tensor]) -> Callable[[Any], float]:
     return second_moment
 
 
-def _line(slope: float | tuple[float, float]) -> float:
-    """Of x where x > 0, a x elsewhere; two slopes are the bounds of a uniform one."""
-    lower, upper = slope if isinstance(slope, tuple) else (slope, slope)
+def _line(lower: float, upper: float) -> float:
+    """Of x where x > 0, a x elsewhere, a uniform between two bounds."""
     return (1 + (lower * lower + lower * upper + upper * upper) / 3) / 2
 
 
-def _relu(_: Any) -> float:
-    return 0.5
+def _computed(scheme: str, *names: str, **params: float) -> dict[str, _Activation]:
+    """Functions of torch.nn.functional."""
+    return {name: _Activation(scheme, _quadrature(getattr(F, name)), params) for name in names}
 
 
-def _linear(_: Any) -> float:
-    return 1.0
+_LINEAR = _Activation("lecun", lambda: 1.0)
+_SWISH = _Activation("he", _quadrature(lambda z, beta: z * torch.sigmoid(beta * z)), {"beta": 1.0})
 
-
-_LINEAR = _Activation("lecun", _linear)
-_SWISH = _Activation("he", _quadrature(lambda z, beta: z * torch.sigmoid(beta * z)), 1.0)
-
-# The names are those of torch.nn.functional; swish is ours.
+# The names are those of torch.nn.functional; swish is ours. He's is for what lets one side through, Xavier's for what treats both alike.
 _ACTIVATIONS: dict[str, _Activation] = {
     **dict.fromkeys(("linear", "identity", "conv1d", "conv2d", "conv3d"), _LINEAR),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _LINEAR),
-    "relu": _Activation("he", _relu),
-    "relu6": _Activation("he", _quadrature(lambda z, _: F.relu6(z))),
-    "leaky_relu": _Activation("he", _line, 0.01),
-    "prelu": _Activation("he", _line, 0.25),
-    "rrelu": _Activation("he", _line, (1 / 8, 1 / 3)),
-    "elu": _Activation("he", _quadrature(lambda z, alpha: F.elu(z, alpha)), 1.0),
+    "relu": _Activation("he", lambda: _line(0.0, 0.0)),
+    "leaky_relu": _Activation("he", lambda slope: _line(slope, slope), {"negative_slope": 0.01}),
+    "prelu": _Activation("he", lambda slope: _line(slope, slope), {"weight": 0.25}),
+    "rrelu": _Activation("he", _line, {"lower": 1 / 8, "upper": 1 / 3}),
     "swish": _SWISH,
     "silu": _SWISH,
-    "gelu": _Activation("he", _quadrature(lambda z, _: F.gelu(z))),
-    "mish": _Activation("he", _quadrature(lambda z, _: F.mish(z))),
-    "hardswish": _Activation("he", _quadrature(lambda z, _: F.hardswish(z))),
-    "selu": _Activation("lecun", _quadrature(lambda z, _: F.selu(z))),
-    "sigmoid": _Activation("xavier", _quadrature(lambda z, _: z.sigmoid())),
-    "tanh": _Activation("xavier", _quadrature(lambda z, _: z.tanh())),
+    **_computed("he", "relu6", "gelu", "mish", "hardswish", "logsigmoid"),
+    **_computed("he", "elu", "celu", alpha=1.0),
+    **_computed("he", "softplus", beta=1.0),
+    # What passes the gate is linear, and half of the channels.
+    "glu": _Activation("he", _quadrature(torch.sigmoid)),
+    **_computed("lecun", "selu"),
+    **_computed("xavier", "sigmoid", "tanh", "hardsigmoid", "softsign", "tanhshrink"),
+    **_computed("xavier", "softshrink", "hardshrink", lambd=0.5),
+    **_computed("xavier", "hardtanh", min_val=-1.0, max_val=1.0),
 }
 
 
@@ -109,16 +111,18 @@ def calculate_gain(nonlinearity: str, param: Param = None) -> float:
         gain = 1 / sqrt(E[f(z)^2]),  z from N(0, 1)
 
     Equal to torch.nn.init.calculate_gain for relu, leaky_relu and linear layers. torch gives 1 for sigmoid, 5/3 for tanh and
-    3/4 for selu, where the definition gives 1.8462, 1.5925 and 1, and has nothing for elu, swish, prelu, rrelu and gelu.
+    3/4 for selu, where the definition gives 1.8462, 1.5925 and 1, and has nothing for the others.
 
-    The mean square 1 that is kept is a stable one for the relu family, elu, selu, sigmoid and tanh. After swish, gelu, mish and
-    hardswish a signal that is smaller shrinks and a larger one grows, so deep networks of these need batch norm as well.
+    The mean square 1 that is kept is a stable one for most. After swish, gelu, mish, hardswish, tanhshrink, softshrink and
+    hardshrink a signal that is smaller shrinks and a larger one grows, so deep networks of these need batch norm as well.
 
     Args:
-        nonlinearity: "linear" (or a convolution's name), "relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "swish" or
-            "silu", "gelu", "mish", "hardswish", "selu", "sigmoid" or "tanh".
+        nonlinearity: "linear" (or a convolution's name), "relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "celu",
+            "swish" or "silu", "gelu", "mish", "hardswish", "softplus", "logsigmoid", "glu", "selu", "sigmoid", "hardsigmoid",
+            "tanh", "hardtanh", "softsign", "tanhshrink", "softshrink" or "hardshrink".
         param: the activation's own: negative_slope (None is 0.01), the slope of prelu (0.25), (lower, upper) of rrelu
-            (1/8, 1/3), alpha of elu (1), beta of swish (1). Ignored where it has none.
+            (1/8, 1/3), alpha of elu and celu (1), beta of swish and softplus (1), (min_val, max_val) of hardtanh (-1, 1), lambd
+            of softshrink and hardshrink (0.5). Ignored where it has none.
 
     Returns:
         The gain, without unit.
@@ -138,8 +142,10 @@ def calculate_gain(nonlinearity: str, param: Param = None) -> float:
     if nonlinearity not in _ACTIVATIONS:
         raise ValueError(f"Unsupported nonlinearity {nonlinearity}")
     activation = _ACTIVATIONS[nonlinearity]
+    given = tuple(activation.params.values()) if param is None else param if isinstance(param, tuple) else (param,)
     try:
-        second_moment = activation.second_moment(activation.default if param is None else param)
+        params = dict(zip(activation.params, given, strict=True)) if activation.params else {}
+        second_moment = activation.second_moment(*params.values())
     except (TypeError, ValueError) as error:
         raise ValueError(f"{param!r} is not a valid parameter of {nonlinearity}") from error
     if not 0 < second_moment < math.inf:
@@ -285,39 +291,36 @@ _WHOLES = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.TransformerEnco
 # A value that goes through one of these is no longer the sum of products that a layer made.
 _ENDS = ("matmul", "bmm", "einsum", "softmax", "log_softmax", "scaled_dot_product_attention", "cross_entropy")
 
-# The position of the parameter in a call of torch.nn.functional, and its name.
-_PARAMS = {"leaky_relu": "negative_slope", "elu": "alpha"}
+# LeakyReLU, leaky_relu_ and log_sigmoid are all found without underscores and capitals.
+_NAMES = {name.replace("_", ""): name for name, activation in _ACTIVATIONS.items() if activation is not _LINEAR} | {"silu": "swish"}
+
+# x f(x), written out; mish is x tanh(softplus(x)).
+_GATED = {"sigmoid": "swish", "hardsigmoid": "hardswish", "softplus": "mish"}
+
+
+def _number(value: object, default: float) -> float:
+    """What a model has for a parameter; of a learnt one the root of the mean square, and the default where only a run would tell."""
+    if isinstance(value, Tensor) and not value.is_meta:
+        return value.detach().double().square().mean().sqrt().item()
+    return value if isinstance(value, int | float) else default
+
+
+def _activation(name: str, given: Sequence[object] = ()) -> Activation:
+    """given: its parameters, in the order of the table."""
+    defaults = [*_ACTIVATIONS[name].params.values()]
+    found = [_number(given[place] if place < len(given) else None, default) for place, default in enumerate(defaults)]
+    return Activation(name, tuple(found) if len(found) > 1 else next(iter(found), None))
 
 
 def activation_of(module: nn.Module) -> Activation | None:
     """The activation that a module is, or that a fused batch norm applies; None where it is no activation known here."""
     if isinstance(module, _BatchNormAct):
-        has_param = _ACTIVATIONS[module.act].default is not None
-        return None if module.act == "identity" else Activation(module.act, module.act_param if has_param else None)
-    if isinstance(module, nn.PReLU):
-        return Activation("prelu", module.weight.detach().double().square().mean().sqrt().item())
-    if isinstance(module, nn.RReLU):
-        return Activation("rrelu", (module.lower, module.upper))
-    if isinstance(module, nn.LeakyReLU):
-        return Activation("leaky_relu", module.negative_slope)
-    if isinstance(module, nn.ELU):
-        return Activation("elu", module.alpha)
-    if isinstance(module, Swish):
-        beta = module.beta
-        return Activation("swish", beta.detach().double().mean().item() if isinstance(beta, Tensor) else beta)
-    if isinstance(module, nn.SiLU):
-        return Activation("swish", 1.0)
-    plain = {nn.ReLU6: "relu6", nn.ReLU: "relu", nn.GELU: "gelu", nn.Mish: "mish", nn.Hardswish: "hardswish", nn.SELU: "selu"}
-    plain |= {nn.Sigmoid: "sigmoid", nn.Tanh: "tanh"}
-    return next((Activation(name) for kind, name in plain.items() if isinstance(module, kind)), None)
-
-
-class _Tracer(fx.Tracer):
-    """Sees layers and activations whole and looks into everything else that is not torch's own."""
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        known = isinstance(module, _LAYERS) or activation_of(module) is not None or type(module).__module__.startswith("gradkernels.")
-        return known or super().is_leaf_module(module, qualified_name)
+        return None if module.act == "identity" else _activation(module.act, [module.act_param])
+    for kind in type(module).__mro__:
+        name = _NAMES.get(kind.__name__.lower())
+        if name is not None and kind.__module__ in ("torch.nn.modules.activation", "gradkernels.activation"):
+            return _activation(name, [getattr(module, param, default) for param, default in _ACTIVATIONS[name].params.items()])
+    return None
 
 
 def _call(node: fx.Node, root: nn.Module) -> str | nn.Module:
@@ -328,71 +331,136 @@ def _call(node: fx.Node, root: nn.Module) -> str | nn.Module:
     return name.rstrip("_")
 
 
+def _given(node: fx.Node, root: nn.Module, names: Iterable[str]) -> list[object]:
+    """The arguments of these names, which follow the first; a parameter of the model as it is."""
+    values = [node.args[place] if len(node.args) > place else node.kwargs.get(name) for place, name in enumerate(names, start=1)]
+    return [attrgetter(str(value.target))(root) if isinstance(value, fx.Node) and value.op == "get_attr" else value for value in values]
+
+
 def _activation_at(node: fx.Node, root: nn.Module) -> Activation | None:
     called = _call(node, root)
     if isinstance(called, nn.Module):
         found = activation_of(called)
-    elif called in _ACTIVATIONS and _ACTIVATIONS[called] is not _LINEAR:
-        param: Any = _ACTIVATIONS[called].default
-        if called in _PARAMS:
-            param = node.args[1] if len(node.args) > 1 else node.kwargs.get(_PARAMS[called], param)
-        found = Activation("swish" if called == "silu" else called, param if isinstance(param, int | float) else None)
+    elif called in ("clamp", "clip", "clamp_min"):
+        low, high = _given(node, root, ("min", "max"))
+        found = Activation("relu") if (low, high) == (0, None) else None
+        if isinstance(low, int | float) and isinstance(high, int | float):
+            found = Activation("hardtanh", (low, high))
+    elif (name := _NAMES.get(called.replace("_", ""))) is not None:
+        # Behind x torch's silu has inplace.
+        found = _activation(name, [] if called == "silu" else _given(node, root, _ACTIVATIONS[name].params))
     else:
-        return None
-    # x * sigmoid(x), written out.
-    if found is not None and found.name == "sigmoid":
+        found = None
+    if found is not None and found.name in _GATED:
         source = node.all_input_nodes[0]
-        if any(user in source.users and _call(user, root) in ("mul", "imul") for user in node.users):
-            return Activation("swish", 1.0)
+        gates = [user for user in node.users if _call(user, root) == "tanh"] if found.name == "softplus" else [node]
+        if any(user in source.users and _call(user, root) in ("mul", "imul") for gate in gates for user in gate.users):
+            return _activation(_GATED[found.name])
     return found
 
 
-def _follows(node: fx.Node, root: nn.Module) -> Activation | None:
-    """The nearest activation that the value of a node reaches before another layer."""
-    reached, seen = [node], {node}
+class _Tracer(fx.Tracer):
+    """Sees layers, activations and what it is told to whole, and looks into everything else that is not torch's own."""
+
+    def __init__(self, untraceable: Mapping[nn.Module, str]) -> None:
+        super().__init__()
+        self._untraceable = untraceable
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        known = isinstance(module, (*_LAYERS, _BatchNormAct)) or activation_of(module) is not None or module in self._untraceable
+        return known or super().is_leaf_module(module, qualified_name)
+
+
+class _Traced(NamedTuple):
+    """graph: of the module's forward, up to where it could be followed; why: it could not to its end, None where it could."""
+
+    module: nn.Module
+    graph: fx.Graph
+    why: str | None
+
+
+def _trace(module: nn.Module, untraceable: Mapping[nn.Module, str]) -> _Traced:
+    tracer = _Tracer(untraceable)
+    try:
+        return _Traced(module, tracer.trace(module), None)
+    except Exception as error:
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        return _Traced(module, tracer.graph, f"{type(module).__name__} cannot be traced ({first_line})")
+
+
+def _trace_parts(model: nn.Module, untraceable: dict[nn.Module, str]) -> list[_Traced]:
+    """The model, and where it cannot be traced each module in it, the outermost first; who cannot be is added to untraceable."""
+    # A forward runs once here, on stand-ins for tensors, which it may store.
+    with untouched(model):
+        traced = [_trace(model, untraceable)]
+        if traced[0].why is None:
+            return traced
+        traced.clear()
+        # From the inside out, so that what cannot be traced is seen whole by what can.
+        for module in reversed([*model.modules()]):
+            if module is model or not _Tracer(untraceable).is_leaf_module(module, ""):
+                traced.append(_trace(module, untraceable))
+                if (why := traced[-1].why) is not None:
+                    untraceable[module] = why
+        return traced[::-1]
+
+
+def _follows(node: fx.Node, root: nn.Module, untraceable: Mapping[nn.Module, str], is_whole: bool) -> tuple[Activation | None, bool]:
+    """The nearest activation that the value of a node reaches before another layer; without one, whether it goes on unseen.
+
+    is_whole: root is all of the model, whose output goes nowhere.
+    """
+    reached, seen, goes_on = [node], {node}, False
     for each in reached:
         for user in each.users:
             found = _activation_at(user, root)
             if found is not None:
-                return found
+                return found, False
             called = _call(user, root)
             ends = called in _ENDS if isinstance(called, str) else isinstance(called, (*_LAYERS, *_WHOLES))
+            goes_on = goes_on or called in untraceable or (user.op == "output" and not is_whole)
             if user not in seen and not ends:
                 seen.add(user)
                 reached.append(user)
-    return None
+    return None, goes_on
 
 
-def _following(model: nn.Module) -> dict[nn.Module, Activation | None]:
-    """For every layer that runs, the activation that follows it, by dataflow; by the order of modules where Python cannot be traced."""
-    try:
-        # Its forward runs once, on stand-ins for tensors, which it may store.
-        with untouched(model):
-            graph = _Tracer().trace(model)
-    except Exception:
-        return _following_in_order(model)
-    found: dict[nn.Module, Activation | None] = {}
-    for node in graph.nodes:
-        if node.op == "call_module" and isinstance(layer := model.get_submodule(str(node.target)), _LAYERS):
-            found[layer] = found.get(layer) or _follows(node, model)
-    return found
+class _Following(NamedTuple):
+    """What follows a layer, and why it is taken to."""
+
+    activation: Activation | None
+    reason: str
 
 
-def _following_in_order(model: nn.Module) -> dict[nn.Module, Activation | None]:
-    found: dict[nn.Module, Activation | None] = {}
-    waiting: nn.Module | None = None
-    for child in model.children():
-        activation = activation_of(child)
-        if isinstance(child, _LAYERS):
-            found[child] = None
-            waiting = child
-        elif activation is not None and waiting is not None:
-            found[waiting] = activation
-            waiting = None
-        elif any(True for _ in child.children()) and not isinstance(child, _WHOLES):
-            inside = _following(child)
-            found |= inside
-            waiting = next((layer for layer in reversed(inside) if inside[layer] is None and layer is [*inside][-1]), None)
+_BY_TRACING = "by tracing"
+# Its gain, 1.41, lies between those of all: a chain of relu layers with gain 1 loses half of a signal in each.
+_ASSUMED = Activation("relu")
+
+
+def _following(model: nn.Module) -> dict[nn.Module, _Following]:
+    """For every layer the activation that follows it: by dataflow; where Python cannot be traced by the order of modules, else assumed."""
+    untraceable: dict[nn.Module, str] = {}
+    found: dict[nn.Module, _Following] = {}
+    nothing: set[nn.Module] = set()
+    for module, graph, why in _trace_parts(model, untraceable):
+        for node in graph.nodes:
+            if node.op == "call_module" and isinstance(layer := module.get_submodule(str(node.target)), _LAYERS) and layer not in found:
+                activation, goes_on = _follows(node, module, untraceable, is_whole=module is model)
+                if activation is not None:
+                    found[layer] = _Following(activation, _BY_TRACING)
+                elif why is None and not goes_on:
+                    nothing.add(layer)
+    found = {layer: _Following(None, _BY_TRACING) for layer in nothing} | found
+    known = [module for module in model.modules() if isinstance(module, _LAYERS) or activation_of(module) is not None]
+    because = "; ".join(dict.fromkeys(untraceable.values())) or "the forward does not reach it"
+    for place, layer in enumerate(known):
+        if isinstance(layer, _LAYERS) and layer not in found:
+            after = known[place + 1 : place + 2]
+            if after and isinstance(after[0], _LAYERS):
+                found[layer] = _Following(_ASSUMED, f"assumed, since {because}")
+            else:
+                following = activation_of(after[0]) if after else None
+                found[layer] = _Following(following, f"by the order of modules, since {because}")
     return found
 
 
@@ -400,13 +468,17 @@ def _following_in_order(model: nn.Module) -> dict[nn.Module, Activation | None]:
 
 
 class Initialised(NamedTuple):
-    """One layer that apply_ wrote: its name, the function that filled the weight, the gain, the deviation and what follows the layer."""
+    """One layer that apply_ wrote: its name, the function that filled the weight, the gain, the deviation and what follows the layer.
+
+    reason: how that is known: "by tracing", or "by the order of modules" or "assumed" and why the model could not be traced.
+    """
 
     name: str
     scheme: str
     gain: float
     std: float
     activation: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -415,24 +487,28 @@ class InitReport:
 
     Attributes:
         layers: of every layer written, an Initialised.
-        kept: (name, reason) of every module with parameters that was left as it was.
+        kept: (name, reason) of every module with parameters, and every bias, that was left as it was.
     """
 
     layers: list[Initialised]
     kept: list[tuple[str, str]]
 
     def table(self) -> str:
-        """The report for a person: a line for each layer, below what was left as it was."""
+        """The report for a person: a line for each layer, below why those with a question mark are guesses, and what was left as it was."""
+        guessed = [(each.name, each.reason) for each in self.layers if each.reason != _BY_TRACING]
         lines = [("layer", "init", "gain", "std", "followed by")]
-        lines += [(each.name, each.scheme, f"{each.gain:.4g}", f"{each.std:.4g}", each.activation) for each in self.layers]
+        for each in self.layers:
+            mark = "" if each.reason == _BY_TRACING else " ?"
+            lines.append((each.name, each.scheme, f"{each.gain:.4g}", f"{each.std:.4g}", each.activation + mark))
         first, second, last = (max(len(line[column]) for line in lines) for column in (0, 1, 4))
         rows = [
             f"{name:<{first}}  {scheme:<{second}}  {gain:>6}  {std:>9}  {activation:<{last}}".rstrip()
             for name, scheme, gain, std, activation in lines
         ]
-        for reason in dict.fromkeys(reason for _, reason in self.kept):
-            names = [name for name, each in self.kept if each == reason]
-            rows.append(f"left as they are, {reason}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
+        for words, pairs in (("? ", guessed), ("left as they are, ", self.kept)):
+            for reason in dict.fromkeys(reason for _, reason in pairs):
+                names = [name for name, each in pairs if each == reason]
+                rows.append(f"{words}{reason}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
         return "\n".join(rows)
 
     def __str__(self) -> str:
@@ -447,14 +523,18 @@ _AUTO = {"he": "he_normal", "lecun": "lecun_normal", "xavier": "xavier_uniform"}
 def apply_(model: nn.Module, scheme: str = "auto", generator: torch.Generator | None = None) -> InitReport:
     """Initialise every linear and convolutional layer of a model for the activation that follows it.
 
-        he        std = gain / sqrt(fan_in)                       relu, leaky_relu, prelu, rrelu, elu, swish, gelu
-        xavier    std = gain sqrt(2 / (fan_in + fan_out))         sigmoid, tanh
+        he        std = gain / sqrt(fan_in)                       relu and its kin, elu, celu, swish, gelu, mish, softplus, glu
+        xavier    std = gain sqrt(2 / (fan_in + fan_out))         sigmoid, tanh, softsign and others that treat both sides alike
         lecun     std = 1 / sqrt(fan_in)                          nothing, selu
 
     The activation is found by tracing the model with torch.fx, through batch norm, dropout, additions and reshapes, also where
-    it is called as a function; of a model that cannot be traced, by the order of its modules. Biases become 0. Normalisations,
-    embeddings, recurrent layers and attention stay as they are, and so does what is frozen, parametrised or tied to one of them.
-    Each output of a transposed convolution sums fan_in / stride products, which is accounted for.
+    it is called as a function or as a method. Where the forward of a module cannot be traced, the order in which modules are
+    registered serves: of a layer with an activation next, and of the last one. Any other is taken to be followed by a relu,
+    whose gain lies between those of all. The report says of each layer which it was.
+
+    Biases become 0. Normalisations, embeddings, recurrent layers and attention stay as they are, and so does what is frozen,
+    parametrised or tied to one of them; of layers that share a weight, the first decides. Each output of a transposed
+    convolution sums fan_in / stride products, which is accounted for.
 
     Args:
         model: changed in place, on whatever device.
@@ -482,42 +562,55 @@ def apply_(model: nn.Module, scheme: str = "auto", generator: torch.Generator | 
     """
     if scheme != "auto" and scheme not in _SCHEMES:
         raise ValueError(f"scheme is one of 'auto', {', '.join(map(repr, _SCHEMES))}, not {scheme!r}")
+    model = unwrapped(model)
     following = _following(model)
-    embedded: set[Tensor] = {module.weight for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)}
+    # Of each weight that is taken, whose it is.
+    taken = {_memory(module.weight): "an embedding" for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)}
     layers: list[Initialised] = []
     kept: list[tuple[str, str]] = []
-    written: set[Tensor] = set()
     for name, module in _outermost(model):
-        reason = _reason_to_keep(module, embedded)
+        reason = _reason_to_keep(module, taken)
         if reason is not None:
             kept.append((name or type(model).__name__, reason))
-        elif isinstance(module, _LAYERS) and module.weight not in written:
-            activation = following.get(module) or Activation("linear")
+        elif isinstance(module, _LAYERS):
+            activation = following[module].activation or Activation("linear")
             chosen = _AUTO[_ACTIVATIONS[activation.name].scheme] if scheme == "auto" else scheme
             gain = 1.0 if chosen.startswith("lecun") else calculate_gain(*activation)
             family, distribution = chosen.split("_")
             std = _std(family, gain, *_fans(module))
             _fill_(module.weight, std, distribution, generator)
-            if module.bias is not None:
+            if module.bias is not None and module.bias.requires_grad:
                 nn.init.zeros_(module.bias)
-            written.add(module.weight)
-            layers.append(Initialised(name, f"{chosen}_", gain, std, "nothing" if activation.name == "linear" else str(activation)))
+            elif module.bias is not None:
+                kept.append((f"{name}.bias".lstrip("."), "frozen"))
+            taken[_memory(module.weight)] = name
+            followed_by = "nothing" if activation.name == "linear" else str(activation)
+            layers.append(Initialised(name, f"{chosen}_", gain, std, followed_by, following[module].reason))
     if not layers:
         reasons = "".join(f"; {name}, {reason}" for name, reason in kept)
         raise ValueError(f"{type(model).__name__} has no linear or convolutional layer to initialise{reasons}")
     return InitReport(layers, kept)
 
 
-def _outermost(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules that hold parameters, those that initialise themselves whole; names as in named_modules()."""
-    whole = isinstance(model, _WHOLES) or nn.utils.parametrize.is_parametrized(model)
-    if whole or any(True for _ in model.parameters(recurse=False)):
-        yield name, model
-    for child_name, child in [] if whole else model.named_children():
-        yield from _outermost(child, f"{name}.{child_name}".lstrip("."))
+def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that hold parameters, those that initialise themselves whole; each once, names as in named_modules()."""
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module not in inside:
+            whole = isinstance(module, _WHOLES) or nn.utils.parametrize.is_parametrized(module)
+            if whole:
+                inside.update(module.modules())
+            if whole or any(True for _ in module.parameters(recurse=False)):
+                yield name, module
 
 
-def _reason_to_keep(module: nn.Module, embedded: set[Tensor]) -> str | None:
+def _memory(weight: Tensor) -> int:
+    """The same for weights that share their memory, also as two parameters; one without any is alone."""
+    lazy = isinstance(weight, nn.parameter.UninitializedParameter)
+    return id(weight) if lazy else weight.data_ptr() or id(weight)
+
+
+def _reason_to_keep(module: nn.Module, taken: Mapping[int, str]) -> str | None:
     kind = type(module).__name__
     if nn.utils.parametrize.is_parametrized(module):
         return f"{kind} whose weight is computed by a parametrization"
@@ -529,8 +622,8 @@ def _reason_to_keep(module: nn.Module, embedded: set[Tensor]) -> str | None:
         return f"{kind} whose weight is no parameter"
     if not module.weight.requires_grad:
         return f"{kind}, frozen"
-    if module.weight in embedded:
-        return f"{kind}, tied to an embedding"
+    if _memory(module.weight) in taken:
+        return f"{kind}, tied to {taken[_memory(module.weight)]}"
     return None
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradkernels as gk
+from gradkernels.demo import cures
 
 ALPHA, BETA = 0.7, 1.7
 
@@ -30,7 +31,19 @@ FUNCTIONS = {
     "selu": (None, F.selu),
     "sigmoid": (None, torch.sigmoid),
     "tanh": (None, torch.tanh),
+    "celu": (ALPHA, lambda z: F.celu(z, ALPHA)),
+    "softplus": (BETA, lambda z: F.softplus(z, BETA)),
+    "logsigmoid": (None, F.logsigmoid),
+    "hardsigmoid": (None, F.hardsigmoid),
+    "softsign": (None, F.softsign),
+    "tanhshrink": (None, F.tanhshrink),
+    "hardtanh": ((-0.5, 2.0), lambda z: F.hardtanh(z, -0.5, 2.0)),
+    "softshrink": (0.3, lambda z: F.softshrink(z, 0.3)),
+    "hardshrink": (0.3, lambda z: F.hardshrink(z, 0.3)),
+    "glu": (None, lambda z: z * torch.sigmoid(torch.randn_like(z))),
 }
+# Behind these a small deviation from 1 grows of itself.
+UNSTABLE = ("swish", "gelu", "mish", "hardswish", "tanhshrink", "softshrink", "hardshrink")
 
 
 def normal_cdf(x):
@@ -49,8 +62,8 @@ def test_gain_keeps_the_second_moment_through_50_layers(name, fifty_layers):
     z, grown = torch.randn(32, 512), 0.0
     for weight in fifty_layers:
         z = f(z) @ (gain * weight)
-        # Behind these a small deviation from 1 grows of itself, so each layer starts from 1.
-        if name in ("swish", "gelu", "mish", "hardswish"):
+        # Each layer starts from 1.
+        if name in UNSTABLE:
             moment = z.square().mean(1, keepdim=True)
             grown += moment.log().mean().item()
             z /= moment.sqrt()
@@ -76,9 +89,9 @@ def test_gain_of_swish_at_its_ends(beta, gain):
 
 def test_gain_of_the_rest_by_sampling():
     z = torch.randn(1_000_000, dtype=torch.float64)
-    for name in ("gelu", "mish", "hardswish", "sigmoid", "tanh"):
-        second_moment = FUNCTIONS[name][1](z).square().mean().item()
-        assert gk.init.calculate_gain(name) == pytest.approx(second_moment**-0.5, rel=3e-3)
+    for name in {*FUNCTIONS} - {"rrelu"}:
+        param, f = FUNCTIONS[name]
+        assert gk.init.calculate_gain(name, param) == pytest.approx(f(z).square().mean().item() ** -0.5, rel=5e-3)
     assert gk.init.calculate_gain("selu") == pytest.approx(1, abs=1e-7), "selu is defined by this"
     slopes = torch.empty_like(z).uniform_(-0.5, 0.9)
     assert gk.init.calculate_gain("rrelu", (-0.5, 0.9)) == pytest.approx(
@@ -86,7 +99,26 @@ def test_gain_of_the_rest_by_sampling():
     )
 
 
-@pytest.mark.parametrize("arguments", [("softmax",), ("elu", float("nan")), ("elu", math.inf), ("leaky_relu", "steep"), ("rrelu", (1.0,))])
+@pytest.mark.parametrize("low", [0.01, 1.0, 3.0])
+def test_gain_of_what_has_corners_in_closed_form(low):
+    """hardtanh: the square up to the corner, and the tails."""
+    density = math.exp(-low * low / 2) / math.sqrt(2 * math.pi)
+    moment = 2 * (normal_cdf(low) - 0.5 - low * density) + 2 * low * low * normal_cdf(-low)
+    assert gk.init.calculate_gain("hardtanh", (-low, low)) == pytest.approx(moment**-0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("softmax",),
+        ("hardtanh", 1.0),
+        ("elu", (1.0, 1.0)),
+        ("elu", float("nan")),
+        ("elu", math.inf),
+        ("leaky_relu", "steep"),
+        ("rrelu", (1.0,)),
+    ],
+)
 def test_gain_refuses(arguments):
     with pytest.raises(ValueError, match=arguments[0]):
         gk.init.calculate_gain(*arguments)
@@ -213,6 +245,75 @@ def test_a_transposed_convolution_keeps_the_second_moment(kernel, stride, groups
     assert inner.square().mean().item() == pytest.approx(1, rel=0.15)
 
 
+class Applied(nn.Module):
+    """A layer, and behind it what is given."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.act = act
+
+    def forward(self, x):
+        return self.act(self.layer(x))
+
+
+FORMS = [
+    *[(kind(), getattr(F, name), name) for name, kind in (("relu6", nn.ReLU6), ("gelu", nn.GELU), ("mish", nn.Mish), ("glu", nn.GLU))],
+    *[(kind(), getattr(F, name), name) for name, kind in (("hardswish", nn.Hardswish), ("hardsigmoid", nn.Hardsigmoid))],
+    *[(kind(), getattr(F, name), name) for name, kind in (("logsigmoid", nn.LogSigmoid), ("tanhshrink", nn.Tanhshrink))],
+    *[(kind(), getattr(F, name), name) for name, kind in (("softsign", nn.Softsign), ("selu", nn.SELU), ("relu", nn.ReLU))],
+    (nn.SiLU(), lambda x: F.silu(x, False), "swish(1)"),
+    (nn.CELU(0.5), lambda x: F.celu(x, alpha=0.5), "celu(0.5)"),
+    (nn.ELU(0.5), lambda x: F.elu_(x, 0.5), "elu(0.5)"),
+    (nn.Softplus(2.0), lambda x: F.softplus(x, 2.0), "softplus(2)"),
+    (nn.Hardtanh(-2, 3), lambda x: F.hardtanh(x, -2, max_val=3), "hardtanh(-2, 3)"),
+    (nn.Hardshrink(0.2), lambda x: x.hardshrink(0.2), "hardshrink(0.2)"),
+    (nn.Softshrink(0.2), lambda x: F.softshrink(x, 0.2), "softshrink(0.2)"),
+    (nn.RReLU(0.1, 0.2), lambda x: F.rrelu(x, 0.1, upper=0.2), "rrelu(0.1, 0.2)"),
+    (nn.ReLU(), lambda x: x.relu_(), "relu"),
+    (nn.ReLU(), lambda x: x.clamp(min=0), "relu"),
+    (nn.ReLU(), lambda x: torch.clamp_min(x, 0), "relu"),
+    (nn.Hardtanh(0, 6), lambda x: x.clamp(0, 6), "hardtanh(0, 6)"),
+    (nn.Sigmoid(), lambda x: x.sigmoid(), "sigmoid"),
+    (nn.Tanh(), lambda x: x.tanh(), "tanh"),
+    (nn.Mish(), lambda x: x * F.softplus(x).tanh(), "mish"),
+    (nn.Hardswish(), lambda x: F.hardsigmoid(x) * x, "hardswish"),
+]
+
+
+@pytest.mark.parametrize("place", range(len(FORMS)), ids=[f"{name} {place}" for place, (_, _, name) in enumerate(FORMS)])
+def test_an_activation_is_known_as_module_function_and_method(place):
+    module, function, name = FORMS[place]
+    for act in (module, function):
+        (found,) = gk.init.apply_(Applied(act)).layers
+        assert (found.activation, found.reason) == (name, "by tracing")
+        assert found.gain in (1, pytest.approx(gk.init.calculate_gain(*gk.init.activation_of(module))))
+
+
+def test_slopes_of_a_function_are_read_from_the_parameter():
+    class Learnt(Applied):
+        def __init__(self):
+            super().__init__(nn.Identity())
+            self.slope = nn.Parameter(torch.tensor([0.5]))
+
+        def forward(self, x):
+            return F.prelu(self.layer(x), self.slope)
+
+    assert schemes(gk.init.apply_(Learnt())) == {"layer": ("he_normal_", "prelu(0.5)")}
+
+
+def test_other_uses_of_clamp_are_no_activation():
+    assert schemes(gk.init.apply_(Applied(lambda x: x.clamp(max=1.0)))) == {"layer": ("lecun_normal_", "nothing")}
+
+
+def test_modules_of_others_that_only_have_the_name_are_looked_into():
+    class Tanh(nn.Module):
+        def forward(self, x):
+            return F.relu(x)
+
+    assert schemes(gk.init.apply_(Applied(Tanh()))) == {"layer": ("he_normal_", "relu")}
+
+
 class Branching(nn.Module):
     """Python that no tracer follows, around a block that can be traced."""
 
@@ -228,9 +329,84 @@ class Branching(nn.Module):
         return self.last(self.act(self.norm(self.first(self.block(x))))) if x.sum() > 0 else x
 
 
-def test_order_of_modules_serves_where_tracing_cannot():
-    activations = {each.name: each.activation for each in gk.init.apply_(Branching()).layers}
-    assert activations == {"block.0": "elu(1)", "block.2": "tanh", "first": "swish(1)", "last": "nothing"}
+def test_order_of_modules_serves_where_tracing_cannot_and_that_is_said():
+    report = gk.init.apply_(Branching())
+    assert {each.name: each.activation for each in report.layers} == {
+        "block.0": "elu(1)",
+        "block.2": "tanh",
+        "first": "swish(1)",
+        "last": "nothing",
+    }
+    reasons = {each.name: each.reason for each in report.layers}
+    assert reasons["block.0"] == reasons["block.2"] == "by tracing"
+    because = "since Branching cannot be traced (symbolically traced variables cannot be used as inputs to control flow)"
+    assert reasons["first"] == reasons["last"] == f"by the order of modules, {because}"
+    assert str(report).endswith(f"? by the order of modules, {because}: first, last\nleft as they are, LayerNorm: norm")
+    assert any(line.split()[0] == "first" and line.endswith("swish(1) ?") for line in str(report).splitlines())
+    assert any(line.split()[0] == "block.0" and line.endswith("elu(1)") for line in str(report).splitlines())
+
+
+class Functional(nn.Module):
+    """Activations that no order of modules tells, behind a branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third, self.head = (nn.Linear(300, 300) for _ in range(4))
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        if x.mean() < 9:
+            x = F.relu(self.second(x))
+        return self.head(F.relu(self.third(x)))
+
+
+def test_a_hidden_layer_of_which_nothing_is_known_is_taken_to_be_followed_by_relu():
+    model = Functional()
+    report = gk.init.apply_(model)
+    assert schemes(report) == {
+        "first": ("xavier_uniform_", "tanh"),
+        "second": ("he_normal_", "relu"),
+        "third": ("he_normal_", "relu"),
+        "head": ("lecun_normal_", "nothing"),
+    }
+    assert [each.reason.partition(",")[0] for each in report.layers] == ["by tracing", "assumed", "assumed", "by the order of modules"]
+    assert model.second.weight.std().item() == pytest.approx(math.sqrt(2 / 300), rel=0.02)
+
+
+def test_what_cannot_be_traced_is_seen_whole_by_what_can():
+    model = nn.Sequential(nn.Linear(4, 300), Functional(), nn.Linear(300, 4), nn.Sigmoid(), nn.Linear(4, 4))
+    found = {each.name: (each.activation, each.reason.partition(",")[0]) for each in gk.init.apply_(model).layers}
+    assert found == {
+        "0": ("relu", "assumed"),
+        "1.first": ("tanh", "by tracing"),
+        "1.second": ("relu", "assumed"),
+        "1.third": ("relu", "assumed"),
+        "1.head": ("relu", "assumed"),
+        "2": ("sigmoid", "by tracing"),
+        "4": ("nothing", "by tracing"),
+    }
+
+
+def test_a_layer_that_the_forward_does_not_reach_is_a_guess():
+    class Spare(Applied):
+        def __init__(self):
+            super().__init__(nn.Tanh())
+            self.spare, self.other = nn.Linear(4, 4), nn.ELU()
+
+    found = {each.name: (each.activation, each.reason) for each in gk.init.apply_(Spare()).layers}
+    assert found["layer"] == ("tanh", "by tracing")
+    assert found["spare"] == ("elu(1)", "by the order of modules, since the forward does not reach it")
+
+
+def test_blocks_of_our_own_are_looked_into():
+    model = nn.Sequential(cures.Residual(nn.Sequential(nn.Linear(4, 4), gk.BatchNormAct1d(4, act="identity"), gk.ELU())), nn.Linear(4, 4))
+    assert schemes(gk.init.apply_(model)) == {"0.branch.0": ("he_normal_", "elu(1)"), "1": ("lecun_normal_", "nothing")}
+
+
+def test_a_compiled_model_is_the_model():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    found = gk.init.apply_(torch.compile(model, backend="eager")).layers
+    assert [(each.name, each.activation, each.reason) for each in found] == [("0", "tanh", "by tracing"), ("2", "nothing", "by tracing")]
 
 
 def test_tracing_leaves_no_trace():
@@ -275,11 +451,39 @@ def test_what_is_not_its_own_to_set_is_kept_with_a_reason():
     before = {name: value.clone() for name, value in model.state_dict().items() if not name.startswith("lazy")}
     report = gk.init.apply_(model)
     assert [each.name for each in report.layers] == ["twin"], "one weight is written once"
-    assert {name for name, _ in report.kept} == set(model) - {"twin", "own"}
+    assert {name for name, _ in report.kept} == set(model) - {"twin"}
+    assert dict(report.kept)["own"] == "Linear, tied to twin"
     changed = {name.partition(".")[0] for name, value in before.items() if not torch.equal(value, model.state_dict()[name])}
     assert changed == {"twin", "own"}
     for word in ("tied to an embedding", "frozen", "parametrization", "no shape before its first batch", "MultiheadAttention: attention"):
         assert word in str(report)
+
+
+def test_weights_that_share_memory_are_written_once():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.ReLU(), nn.Embedding(4, 4), nn.Linear(4, 4))
+    model[2].weight = nn.Parameter(model[0].weight.data)
+    model[5].weight = nn.Parameter(model[4].weight.data)
+    embedding = model[4].weight.clone()
+    report = gk.init.apply_(model)
+    assert schemes(report) == {"0": ("xavier_uniform_", "tanh")}
+    assert model[0].weight.abs().max() <= math.sqrt(3) * report.layers[0].std
+    assert torch.equal(model[4].weight, embedding)
+    assert {"2": "Linear, tied to 0", "5": "Linear, tied to an embedding"}.items() <= dict(report.kept).items()
+
+
+def test_a_frozen_bias_is_left_alone_and_said():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    for layer in (model[0], model[2]):
+        nn.init.constant_(layer.bias, 0.5)
+    model[2].bias.requires_grad_(False)
+    report = gk.init.apply_(model)
+    assert not model[0].bias.any()
+    assert (model[2].bias == 0.5).all()
+    assert report.kept == [("2.bias", "frozen")]
+    assert str(report).endswith("left as they are, frozen: 2.bias")
+    alone = nn.Linear(4, 4)
+    alone.bias.requires_grad_(False)
+    assert gk.init.apply_(alone).kept == [("bias", "frozen")]
 
 
 def test_refusals_are_said_in_words():
