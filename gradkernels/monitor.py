@@ -2,7 +2,7 @@
 
 Gradients, weights and updates are read in one pass behind every optimizer step, through torch's hook for all optimizers, so that nothing in
 the training loop changes. Results stay on their device and are fetched many steps at a time: a step never waits for them. Activations
-have to be read again, by forward hooks, and so are looked at every tenth step only.
+have to be read again, by forward hooks, and so are looked at every tenth step only. Layers are told in the order in which they run.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import math
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from os import PathLike
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -59,6 +58,20 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def layer_name(parameter_name: str) -> str:
     """The module that a parameter belongs to; the model's own are those of "(model)"."""
     return parameter_name.rpartition(".")[0] or "(model)"
+
+
+def by_first_call(names: Iterable[str], called: Mapping[str, int]) -> list[str]:
+    """names in the order of their first calls, called; one that never was called follows the one before it."""
+    keys, place = [], -1
+    for number, name in enumerate(names):
+        place = called.get(name, place)
+        keys.append((place, -1 if name in called else number, name))
+    return [name for _, _, name in sorted(keys)]
+
+
+def dense(grad: Tensor) -> Tensor:
+    """What the norm of a gradient is taken of: of a sparse one the values, those for the same place summed."""
+    return grad.coalesce().values() if grad.is_sparse else grad
 
 
 def unit_dim(module: nn.Module, otherwise: int) -> int:
@@ -113,48 +126,54 @@ class _Unread:
     """Numbers that still lie on their devices, each with who is to get them."""
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[Tensor, Callable[[list[float]], None]]] = []
+        self._waiting: list[tuple[Tensor, Callable[[Tensor], None]]] = []
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, values: Tensor, receive: Callable[[list[float]], None]) -> None:
+    def add(self, values: Tensor, receive: Callable[[Tensor], None]) -> None:
         self._waiting.append((values, receive))
 
     def fetch(self) -> None:
-        """One transfer for each device and dtype."""
+        """One transfer for each device and dtype; received in float64."""
         grouped = defaultdict(list)
         for values, receive in self._waiting:
             grouped[values.device, values.dtype].append((values, receive))
         self._waiting.clear()
         for group in grouped.values():
-            numbers = iter(torch.cat([values for values, _ in group]).tolist())
-            for values, receive in group:
-                receive(list(islice(numbers, len(values))))
+            numbers = torch.cat([values for values, _ in group]).cpu().double()
+            for part, (_, receive) in zip(numbers.split([len(values) for values, _ in group]), group, strict=True):
+                receive(part)
 
 
-@dataclass
+_GRADIENT, _WEIGHT, _UPDATE = range(3)
+
+
 class _Step:
-    """Norms of one step, by the place of the parameter; one that is not there had no gradient, or no optimizer stepped it."""
+    """Norms of one step, [3, P] for gradients, weights and updates of P parameters; one not given had no gradient, or was not stepped."""
 
-    gradient: dict[int, float] = field(default_factory=dict)
-    weight: dict[int, float] = field(default_factory=dict)
-    update: dict[int, float] = field(default_factory=dict)
+    def __init__(self, parameters: int) -> None:
+        self.norms = torch.zeros(3, parameters, dtype=torch.float64)
+        self.given = torch.zeros(3, parameters, dtype=torch.bool)
+
+    def receive(self, kind: int, places: list[int], norms: Tensor) -> None:
+        self.norms[kind, places] = norms
+        self.given[kind, places] = True
 
 
-class _ForwardHook:
-    """Tells a monitor of a module's output. A copy or pickle of the module keeps a hook that tells nobody."""
+class _Hook:
+    """Tells a monitor of a call of a module. A copy or pickle of the module keeps a hook that tells nobody."""
 
-    def __init__(self, monitor: GradientMonitor | None = None) -> None:
-        self._monitor = monitor
+    def __init__(self, tell: Callable[..., None] | None = None) -> None:
+        self._tell = tell
 
-    def __call__(self, module: nn.Module, args: object, output: object) -> None:
+    def __call__(self, *call: object) -> None:
         # Asked first, so that torch.compile sees no more of this.
-        if not torch.compiler.is_compiling() and self._monitor is not None:
-            self._monitor._after_forward(module, output)
+        if not torch.compiler.is_compiling() and self._tell is not None:
+            self._tell(*call)
 
-    def __reduce__(self) -> tuple[type[_ForwardHook], tuple[()]]:
-        return _ForwardHook, ()
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
 
 
 class GradientMonitor:
@@ -169,7 +188,11 @@ class GradientMonitor:
     the model; several optimizers that take turns make one step together. Gradients that are clipped before step() are recorded
     clipped, unless record_gradients() is called before that.
 
-    Works under DistributedDataParallel (activations are those of this process) and torch.compile, which leaves activations out.
+    Layers are in the order in which their first forward pass entered them. A sparse gradient counts as the dense one would. Entered
+    once more, a monitor goes on with the next step.
+
+    Works under DistributedDataParallel (activations are those of this process) and torch.compile, which leaves activations out, and
+    layers in the order in which they are registered.
 
     Args:
         model: with parameters that require a gradient.
@@ -177,7 +200,7 @@ class GradientMonitor:
         activations_every: look at activations every so many steps, in the first forward pass in training mode; None never.
 
     Raises:
-        ValueError: a model without parameters that require a gradient; every or activations_every below 1.
+        ValueError: a model without parameters that require a gradient; every or activations_every no whole number from 1 on.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -196,8 +219,8 @@ class GradientMonitor:
     """
 
     def __init__(self, model: nn.Module, every: int = 1, activations_every: int | None = 10) -> None:
-        if every < 1 or (activations_every is not None and activations_every < 1):
-            raise ValueError(f"every and activations_every count steps from 1 on, not {every} and {activations_every}")
+        if not all(isinstance(count, Integral) and count >= 1 for count in (every, 1 if activations_every is None else activations_every)):
+            raise ValueError(f"every and activations_every count steps from 1 on, not {every!r} and {activations_every!r}")
         self.model = unwrapped(model)
         named = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         if not named:
@@ -207,7 +230,6 @@ class GradientMonitor:
         self._parameters = [parameter for _, parameter in named]
         self._place_of = {parameter: place for place, parameter in enumerate(self._parameters)}
         self._layer_of_place = [layer_name(name) for name, _ in named]
-        self._layers = list(dict.fromkeys(self._layer_of_place))
         self._snapshots: list[Tensor] | None = None
         self._places_of: weakref.WeakKeyDictionary[Optimizer, tuple[list[int], list[int]]] = weakref.WeakKeyDictionary()
 
@@ -221,26 +243,50 @@ class GradientMonitor:
         self._written: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
         self._modules = {module: name for name, module in self.model.named_modules() if name and not any(True for _ in module.children())}
+        with_layers = {name or "(model)": module for name, module in self.model.named_modules()}
+        # All that a table has a line for.
+        self._told = {module: name for name, module in with_layers.items() if module in self._modules or name in self._layer_of_place}
+        # The place of each in the order of first calls, and the hooks that still wait for one.
+        self._called: dict[str, int] = {}
+        self._uncalled: dict[nn.Module, RemovableHandle] = {}
         self._watched: set[nn.Module] = set()
         self._watching = activations_every is not None
         self._unit_dim = 1
         self._gradients_time, self._activations_time = _Stopwatch(), _Stopwatch()
 
-        self._handles: list[RemovableHandle] = [
-            register_optimizer_step_pre_hook(self._before_step),
-            register_optimizer_step_post_hook(self._after_step),
-        ]
-        if activations_every is not None:
-            self._handles += [module.register_forward_hook(_ForwardHook(self)) for module in self._modules]
+        self._handles: list[RemovableHandle] = []
+        self._attach()
+
+    def _attach(self) -> None:
+        try:
+            for handle in self._registered():
+                self._handles.append(handle)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _registered(self) -> Iterator[RemovableHandle]:
+        yield register_optimizer_step_pre_hook(self._before_step)
+        yield register_optimizer_step_post_hook(self._after_step)
+        for module, name in self._told.items():
+            if name not in self._called:
+                self._uncalled[module] = module.register_forward_pre_hook(_Hook(self._before_first_call))
+                yield self._uncalled[module]
+        if self.activations_every is not None:
+            for module in self._modules:
+                yield module.register_forward_hook(_Hook(self._after_forward))
 
     def remove(self) -> None:
         """Takes every hook away; what was recorded stays."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._uncalled.clear()
         self._snapshots = None
 
     def __enter__(self) -> GradientMonitor:
+        if not self._handles:
+            self._attach()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -301,31 +347,36 @@ class GradientMonitor:
     def _record_step(self, places: list[int]) -> None:
         if self._snapshots is None:
             return
-        step = self._steps.setdefault(self._step, _Step())
+        step = self._steps.setdefault(self._step, _Step(len(self._parameters)))
         weights = [self._parameters[place].detach() for place in places]
         updates = [self._snapshots[place] for place in places]
         torch._foreach_sub_(updates, weights)
         if self._gradients is not None and self._gradients[0] >= self._step - 1:
             _, recorded, norms = self._gradients
             graded, grads = self._given(())
-            self._unread.add(norms, lambda norms: step.gradient.update(zip(recorded, norms, strict=True)))
+            self._unread.add(norms, lambda norms: step.receive(_GRADIENT, recorded, norms))
         else:
             graded, grads = self._given(places)
 
-        def receive(norms: list[float]) -> None:
+        def receive(norms: Tensor) -> None:
             count = len(places)
-            step.weight.update(zip(places, norms[:count], strict=True))
-            step.update.update(zip(places, norms[count : 2 * count], strict=True))
-            step.gradient.update(zip(graded, norms[2 * count :], strict=True))
+            step.receive(_WEIGHT, places, norms[:count])
+            step.receive(_UPDATE, places, norms[count : 2 * count])
+            step.receive(_GRADIENT, graded, norms[2 * count :])
 
         self._unread.add(clip_grad.tensor_norms(weights + updates + grads)[0], receive)
 
     def _given(self, places: Iterable[int]) -> tuple[list[int], list[Tensor]]:
         """The places that have a gradient, and the gradients."""
         given = [(place, grad) for place in places if (grad := self._parameters[place].grad) is not None]
-        return [place for place, _ in given], [grad for _, grad in given]
+        return [place for place, _ in given], [dense(grad) for _, grad in given]
 
-    def _after_forward(self, module: nn.Module, output: object) -> None:
+    def _before_first_call(self, module: nn.Module, args: object) -> None:
+        self._called.setdefault(self._told[module], len(self._called))
+        if module in self._uncalled:
+            self._uncalled.pop(module).remove()
+
+    def _after_forward(self, module: nn.Module, args: object, output: object) -> None:
         if not self._watching or module in self._watched or not self.model.training:
             return
         self._unit_dim = unit_dim(module, self._unit_dim)
@@ -338,8 +389,8 @@ class GradientMonitor:
     def _record_activation(self, name: str, y: Tensor) -> None:
         found = self._activations.setdefault(self._step + 1, {})
 
-        def receive(numbers: list[float]) -> None:
-            found[name] = ActivationStatistics(*numbers)
+        def receive(numbers: Tensor) -> None:
+            found[name] = ActivationStatistics(*numbers.tolist())
 
         self._unread.add(statistics_of(y, self._unit_dim), receive)
 
@@ -352,42 +403,44 @@ class GradientMonitor:
                 "GradientMonitor has recorded no step yet: it does so whenever an optimizer that holds parameters of the model takes one"
             )
 
-    def _norm(self, norms: dict[int, float], layer: str) -> float | None:
-        """Of a layer, from those of its parameters; None where there is none."""
-        given = [norms[place] for place, name in enumerate(self._layer_of_place) if name == layer and place in norms]
-        return math.hypot(*given) if given else None
-
-    def _rows(self, step: _Step) -> dict[str, tuple[float | None, float | None, float | None]]:
-        """Gradient norm, weight norm and relative update of each layer."""
-        rows = {}
-        for layer in self._layers:
-            gradient, weight, update = (self._norm(norms, layer) for norms in (step.gradient, step.weight, step.update))
-            # A weight that was 0 has no relative size.
-            ratio = update / weight if update is not None and weight else None
-            rows[layer] = gradient, weight, ratio
-        return rows
+    def _figures(self, numbers: Sequence[int]) -> tuple[list[str], list[list[list[float | None]]]]:
+        """The L layers, and of each of S steps gradient norm, weight norm and relative update of each layer, [S][3][L]."""
+        layers = by_first_call(dict.fromkeys(self._layer_of_place), self._called)
+        place_of = {name: place for place, name in enumerate(layers)}
+        norms = torch.stack([self._steps[number].norms for number in numbers])
+        given = torch.stack([self._steps[number].given for number in numbers])
+        layer = torch.tensor([place_of[name] for name in self._layer_of_place]).expand_as(norms)
+        empty = norms.new_zeros(*norms.shape[:2], len(layers))
+        # Divided by the largest of its layer first, since the square of 1e200 is infinite.
+        largest = empty.scatter_reduce(2, layer, norms, "amax")
+        scale = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+        found = empty.scatter_add(2, layer, (norms / scale.gather(2, layer)).square()).sqrt() * scale
+        there = empty.scatter_add(2, layer, given.double()) > 0
+        # A weight that was 0 has no relative size.
+        found[:, _UPDATE] /= found[:, _WEIGHT]
+        there[:, _UPDATE] &= there[:, _WEIGHT] & (largest[:, _WEIGHT] != 0)
+        pairs = zip(found.tolist(), there.tolist(), strict=True)
+        return layers, [
+            [[value if known else None for value, known in zip(*row, strict=True)] for row in zip(*pair, strict=True)] for pair in pairs
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything recorded, as lists and numbers that json takes.
 
         Returns:
-            steps: [S] and layers: [L], what the numbers below belong to; gradient_norm, weight_norm, update_ratio: [S][L], None
-            where a layer had none; activations: for each step looked at, module name -> mean, std, negative, dead;
-            milliseconds: what a recorded step cost for gradients and weights, and for activations.
+            steps: [S] and layers: [L], what the numbers below belong to, layers in the order in which they run; gradient_norm,
+            weight_norm, update_ratio: [S][L], None where a layer had none; activations: for each step looked at, module name ->
+            mean, std, negative, dead; milliseconds: what a recorded step cost for gradients and weights, and for activations.
 
         Raises:
             RuntimeError: no step has been recorded.
         """
         self._fetch()
-        rows = {number: self._rows(step) for number, step in self._steps.items()}
-        columns = {
-            name: [[row[column] for row in rows[number].values()] for number in rows]
-            for column, name in enumerate(("gradient_norm", "weight_norm", "update_ratio"))
-        }
+        layers, figures = self._figures([*self._steps])
         return {
-            "steps": list(rows),
-            "layers": list(self._layers),
-            **columns,
+            "steps": [*self._steps],
+            "layers": layers,
+            **{name: [rows[kind] for rows in figures] for kind, name in enumerate(("gradient_norm", "weight_norm", "update_ratio"))},
             "activations": {
                 step: {name: found._asdict() for name, found in modules.items()} for step, modules in self._activations.items()
             },
@@ -409,12 +462,12 @@ class GradientMonitor:
             raise RuntimeError(
                 f"step {number} was not recorded; those from {min(self._steps)} to {max(self._steps)} are, every {self.every}"
             )
-        rows = self._rows(self._steps[number])
+        layers, (figures,) = self._figures([number])
+        rows = dict(zip(layers, zip(*figures, strict=True), strict=True))
         looked_at = max((each for each in self._activations if each <= number), default=None)
         activations = {} if looked_at is None else self._activations[looked_at]
-        order = [name for name, _ in self.model.named_modules() if name in rows or name in activations]
-        order = [*(["(model)"] if "(model)" in rows else []), *order]
-        lines = [("layer", "|g|", "|w|", "|dw|/|w|", "mean", "std", "negative", "dead")]
+        order = [name for name in by_first_call(self._told.values(), self._called) if name in rows or name in activations]
+        lines: list[tuple[str, ...]] = [("layer", "|g|", "|w|", "|dw|/|w|", "mean", "std", "negative", "dead")]
         for name in order:
             norms = [three_digits(value) for value in rows.get(name, (None, None, None))]
             found = activations.get(name)
@@ -429,8 +482,8 @@ class GradientMonitor:
         text += [f"{name:<{width}}" + "".join(f"  {cell:>9}" for cell in cells) for name, *cells in lines]
         return "\n".join([*text, *self._remarks(rows, looked_at)])
 
-    def _remarks(self, rows: dict[str, tuple[float | None, float | None, float | None]], looked_at: int | None) -> list[str]:
-        gradients = {name: gradient for name, (gradient, _, _) in rows.items() if gradient is not None}
+    def _remarks(self, rows: Mapping[str, tuple[float | None, ...]], looked_at: int | None) -> list[str]:
+        gradients = {name: gradient for name, (gradient, *_) in rows.items() if gradient is not None}
         remarks = [f"gradient of all layers together: {math.hypot(*gradients.values()):.4g}"]
         if len(gradients) > 1:
             remarks.append(_first_to_last(gradients))
@@ -474,9 +527,11 @@ class GradientMonitor:
         """
         self._fetch()
         last = self._written.get(writer, -1)
-        for number in sorted(each for each in self._steps if each > last):
-            for layer, values in self._rows(self._steps[number]).items():
-                for kind, value in zip(("gradient_norm", "weight_norm", "update_ratio"), values, strict=True):
+        numbers = [number for number in self._steps if number > last]
+        layers, figures = self._figures(numbers) if numbers else ([], [])
+        for number, rows in zip(numbers, figures, strict=True):
+            for kind, values in zip(("gradient_norm", "weight_norm", "update_ratio"), rows, strict=True):
+                for layer, value in zip(layers, values, strict=True):
                     if value is not None:
                         writer.add_scalar(f"{kind}/{layer}", value, number)
         for number in sorted(each for each in self._activations if last < each <= max(self._steps)):
@@ -496,10 +551,10 @@ class GradientMonitor:
             ImportError: matplotlib is not installed.
         """
         self._fetch()
-        numbers = sorted(self._steps)
-        norms = [[row[0] for row in self._rows(self._steps[number]).values()] for number in numbers]
+        numbers = [*self._steps]
+        layers, figures = self._figures(numbers)
         weights = {name for parameter, name in zip(self._parameters, self._layer_of_place, strict=True) if parameter.dim() > 1}
-        pictures.gradient_flow(path, self._layers, [name in weights for name in self._layers], numbers, norms)
+        pictures.gradient_flow(path, layers, [name in weights for name in layers], numbers, [rows[_GRADIENT] for rows in figures])
 
 
 def three_digits(value: float | None) -> str:

@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import pickle
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -97,6 +98,99 @@ def test_other_dtypes(dtype):
         model(torch.randn(4, 6, dtype=dtype)).square().sum().backward()
         optimizer.step()
     assert monitor.to_dict()["gradient_norm"] == [pytest.approx(norms_of(model, lambda _, parameter: parameter.grad), rel=1e-12)]
+
+
+class Reversed(nn.Module):
+    """Layers that are registered in another order than the one in which they run; a scale of the model's own, one never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(5, 3)
+        self.spare = nn.Linear(2, 2)
+        self.act = nn.ReLU()
+        self.first = nn.Linear(6, 5)
+        self.scale = nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        return self.last(self.act(self.first(self.scale * x)))
+
+
+IN_ORDER = ["(model)", "first", "last", "spare"]
+
+
+@pytest.mark.parametrize("activations_every", [None, 1])
+def test_layers_are_in_the_order_in_which_they_run(activations_every, monkeypatch):
+    model = Reversed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gk.GradientMonitor(model, activations_every=activations_every) as monitor:
+        step(model, optimizer)
+        step(model, optimizer)
+    found = monitor.to_dict()
+    assert found["layers"] == IN_ORDER
+    by_layer = dict(zip(IN_ORDER, found["gradient_norm"][1], strict=True))
+    assert by_layer["last"] == pytest.approx(math.hypot(model.last.weight.grad.norm(), model.last.bias.grad.norm()), rel=1e-6)
+    assert by_layer["(model)"] == pytest.approx(model.scale.grad.norm().item(), rel=1e-6)
+    assert by_layer["spare"] is None
+    names = [line.split()[0] for line in monitor.table().splitlines()[2:]]
+    assert names[: 4 + (activations_every == 1)] == [
+        name for name in ("(model)", "first", "act", "last", "spare") if activations_every or name != "act"
+    ]
+    assert "the gradient of the first layer, (model), is" in monitor.table()
+    drawn = []
+    monkeypatch.setattr(monitor_module.pictures, "gradient_flow", lambda *arguments: drawn.append(arguments))
+    monitor.plot("flow.png")
+    assert drawn[0][1:3] == (IN_ORDER, [False, True, True, True])
+
+
+def test_layers_that_were_never_called_stay_where_they_are_registered():
+    model = Reversed()
+    with gk.GradientMonitor(model) as monitor:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert monitor.to_dict()["layers"] == ["(model)", "last", "spare", "first"]
+
+
+def test_a_hook_that_waits_for_a_first_call_goes_with_it():
+    model = network()
+    with gk.GradientMonitor(model, activations_every=None):
+        assert all(module._forward_pre_hooks for module in model)
+        model(batch()[0])
+        assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("before_clipping", [False, True])
+def test_sparse_gradients_count_as_dense_ones(before_clipping):
+    torch.manual_seed(0)
+    sparse = nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Flatten(), nn.Linear(12, 3))
+    dense = copy.deepcopy(sparse)
+    dense[0].sparse = False
+    # Rows that occur twice, whose gradients are summed.
+    x, target = torch.randint(3, (8, 3)), torch.randint(3, (8,))
+    found = []
+    for model in (sparse, dense):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with gk.GradientMonitor(model, activations_every=1) as monitor:
+            for _ in range(2):
+                optimizer.zero_grad()
+                loss_of(model, x, target).backward()
+                assert model[0].weight.grad.is_sparse == (model is sparse)
+                if before_clipping:
+                    monitor.record_gradients()
+                optimizer.step()
+        found.append(monitor.to_dict())
+    for key in ("gradient_norm", "weight_norm", "update_ratio"):
+        torch.testing.assert_close(torch.tensor(found[0][key]), torch.tensor(found[1][key]))
+
+
+def test_norms_whose_squares_overflow():
+    model = nn.Linear(6, 3).double()
+    with gk.GradientMonitor(model) as monitor:
+        for scale in (3e200, 3e-200):
+            model.weight.grad, model.bias.grad = torch.zeros_like(model.weight), torch.zeros_like(model.bias)
+            model.weight.grad[0, 0], model.bias.grad[0] = scale, 4 / 3 * scale
+            torch.optim.SGD(model.parameters(), lr=0.0).step()
+    assert monitor.to_dict()["gradient_norm"] == [[pytest.approx(5e200)], [pytest.approx(5e-200)]]
 
 
 def test_every_and_activations_every():
@@ -233,6 +327,62 @@ def test_hooks_are_gone_afterwards_also_after_an_exception():
     monitor.remove()
     step(model, optimizer)
     assert monitor.to_dict()["steps"] == [0], "removed, it records nothing and keeps what it has"
+
+
+def test_entered_again_it_goes_on():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = hooks_of(model)
+    monitor = gk.GradientMonitor(model, activations_every=2)
+    for _ in range(2):
+        with monitor as entered:
+            assert entered is monitor
+            step(model, optimizer)
+            step(model, optimizer)
+        assert hooks_of(model) == before
+        step(model, optimizer)
+    found = monitor.to_dict()
+    assert found["steps"] == [0, 1, 2, 3], "what happens between is not seen"
+    assert [*found["activations"]] == [0, 2]
+    assert found["gradient_norm"][3] != found["gradient_norm"][1]
+
+
+def test_hooks_do_not_stay_where_one_cannot_be_made():
+    class Unhookable(nn.ReLU):
+        def register_forward_hook(self, *arguments, **keywords):
+            raise RuntimeError("no hooks here")
+
+    model = nn.Sequential(nn.Linear(6, 3), Unhookable())
+    before = hooks_of(model)
+    with pytest.raises(RuntimeError, match="no hooks here"):
+        gk.GradientMonitor(model)
+    assert hooks_of(model) == before
+
+
+def test_reading_costs_the_same_for_each_parameter():
+    """Counted in lines of Python, of which there are some for each parameter and none for each pair of parameter and layer."""
+
+    def lines(layers):
+        model = nn.Sequential(*[nn.Linear(1, 1) for _ in range(layers)])
+        with gk.GradientMonitor(model, activations_every=None) as monitor:
+            model(torch.ones(1, 1)).sum().backward()
+            torch.optim.SGD(model.parameters(), lr=0.1).step()
+        count = 0
+
+        def trace(frame, event, _):
+            nonlocal count
+            count += event == "line"
+            return trace
+
+        previous = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            monitor.to_dict()
+        finally:
+            sys.settrace(previous)
+        return count
+
+    assert lines(200) < 12 * lines(20)
 
 
 def test_copies_and_pickles_of_the_model_are_not_watched():
@@ -424,10 +574,15 @@ def test_nothing_to_monitor(model):
         gk.GradientMonitor(model)
 
 
-@pytest.mark.parametrize("keywords", [{"every": 0}, {"activations_every": 0}])
-def test_counting_starts_at_one(keywords):
-    with pytest.raises(ValueError, match="count steps from 1 on"):
-        gk.GradientMonitor(network(), **keywords)
+@pytest.mark.parametrize("count", [0, -1, 2.5, 1.0, "2", math.nan])
+@pytest.mark.parametrize("name", ["every", "activations_every"])
+def test_steps_are_counted_in_whole_numbers_from_one_on(name, count):
+    before = hooks_of(network())
+    with pytest.raises(ValueError, match=f"every and activations_every count steps from 1 on, not .*{count!r}"):
+        gk.GradientMonitor(network(), **{name: count})
+    assert hooks_of(network()) == before
+    with pytest.raises(ValueError, match="not None and 10"):
+        gk.GradientMonitor(network(), every=None)
 
 
 def test_a_module_that_is_never_called_is_named():
