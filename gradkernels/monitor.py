@@ -485,8 +485,7 @@ class GradientMonitor:
     def _remarks(self, rows: Mapping[str, tuple[float | None, ...]], looked_at: int | None) -> list[str]:
         gradients = {name: gradient for name, (gradient, *_) in rows.items() if gradient is not None}
         remarks = [f"gradient of all layers together: {math.hypot(*gradients.values()):.4g}"]
-        if len(gradients) > 1:
-            remarks.append(_first_to_last(gradients))
+        remarks.append(first_to_last(gradients))
         without = [name for name in rows if name not in gradients]
         if without:
             remarks.append(f"without a gradient: {some(without)}")
@@ -553,8 +552,10 @@ class GradientMonitor:
         self._fetch()
         numbers = [*self._steps]
         layers, figures = self._figures(numbers)
+        norms = [rows[_GRADIENT] for rows in figures]
         weights = {name for parameter, name in zip(self._parameters, self._layer_of_place, strict=True) if parameter.dim() > 1}
-        pictures.gradient_flow(path, layers, [name in weights for name in layers], numbers, [rows[_GRADIENT] for rows in figures])
+        last = {name: norm for name, norm in zip(layers, norms[-1], strict=True) if norm is not None}
+        pictures.gradient_flow(path, layers, [name in weights for name in layers], numbers, norms, first_to_last(last))
 
 
 def three_digits(value: float | None) -> str:
@@ -567,8 +568,16 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _first_to_last(gradients: dict[str, float]) -> str:
-    """The sentence that tells vanishing from exploding."""
-    first, last = next(iter(gradients)), next(reversed(gradients))
-    ratio = gradients[first] / gradients[last] if gradients[last] else math.nan
-    return f"the gradient of the first layer, {first}, is {ratio:.2g} times that of the last, {last}"
+def first_to_last(gradients: Mapping[str, float]) -> str:
+    """The sentence that tells vanishing from exploding, of gradient norms in the order in which layers run."""
+    if not gradients:
+        return "no layer has a gradient"
+    first, last = next(iter(gradients)), next(reversed([*gradients]))
+    if first == last:
+        return f"the gradient of the only layer with one, {first}, is {three_digits(gradients[first])}"
+    if not all(map(math.isfinite, (gradients[first], gradients[last]))) or not gradients[last]:
+        return (
+            f"the gradient of the first layer, {first}, is {three_digits(gradients[first])}, "
+            f"and that of the last, {last}, {three_digits(gradients[last])}"
+        )
+    return f"the gradient of the first layer, {first}, is {three_digits(gradients[first] / gradients[last])} times that of the last, {last}"

@@ -1,4 +1,4 @@
-"""The pictures of GradientMonitor and diagnose: layers from top to bottom, gradient norms on a logarithmic axis.
+"""The pictures of GradientMonitor and diagnose: layers from top to bottom, gradient norms on a logarithmic axis; colours of all pictures.
 
 matplotlib is imported when something is drawn: importing gradkernels does not need it.
 """
@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BAD, GOOD, INK, PALE = "#c0392b", "#1f7a4d", "#444444", "#b8c4d6"
+BAD, FAIR, GOOD, INK, PALE = "#c0392b", "#c8860a", "#1f7a4d", "#444444", "#8a8a8a"
 _INCHES_PER_LAYER = 0.21
 # Axes and colours span four decades at least: less than that is no news, and is not to look like any.
 _LEAST_RANGE = 1e4
+# What lies outside has no place on a logarithmic axis: float64 has no room for the margins of 1e-320 and 1e300.
+_LEAST, _MOST = 1e-100, 1e100
 
 
 def _figure(layers: int, width: float) -> Figure:
@@ -33,9 +35,10 @@ def _figure(layers: int, width: float) -> Figure:
     return figure
 
 
-def _dress(axes: Axes, title: str, x_label: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11)
+def dress(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+    axes.set_title(title, loc="left", fontsize=12)
     axes.set_xlabel(x_label, color=INK)
+    axes.set_ylabel(y_label, color=INK)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -52,21 +55,36 @@ def _draw_flow(axes: Axes, norms: Sequence[float | None], joined: Sequence[bool]
     axes.set_xscale("log")
     points = [(norm, place) for place, norm in enumerate(norms) if _is_drawn(norm)]
     line = [(norm, place) for norm, place in points if joined[place]]
-    axes.plot([norm for norm, _ in line], [place for _, place in line], "-", color=colour, linewidth=1.4)
-    axes.plot([norm for norm, _ in points], [place for _, place in points], "o", color=colour, markersize=4, label=label)
+    if points:
+        axes.plot([norm for norm, _ in line], [place for _, place in line], "-", color=colour, linewidth=1.4)
+        axes.plot([norm for norm, _ in points], [place for _, place in points], "o", color=colour, markersize=4, label=label)
 
 
 def _is_drawn(norm: float | None) -> TypeGuard[float]:
-    return norm is not None and 0 < norm < math.inf
+    return norm is not None and _LEAST <= norm <= _MOST
+
+
+def _is_zero(norm: float | None) -> bool:
+    return norm is not None and norm < _LEAST
+
+
+def _is_nonfinite(norm: float | None) -> bool:
+    """nan too."""
+    return norm is not None and not norm <= _MOST
 
 
 def _mark_edges(axes: Axes, norms: Sequence[float | None], colours: Sequence[str]) -> None:
     """Widens the axis to its least range, and writes at its edges what has no place on a logarithmic one: 0 and what is not finite."""
-    lowest, highest = axes.get_xlim()
-    zeros, nonfinite = [norm == 0 for norm in norms], [norm is not None and not math.isfinite(norm) for norm in norms]
-    lowest = min(lowest, highest / _LEAST_RANGE)
-    room = (highest / lowest) ** 0.08
-    axes.set_xlim(lowest / room if any(zeros) else lowest, highest * room if any(nonfinite) else highest)
+    zeros, nonfinite = [_is_zero(norm) for norm in norms], [_is_nonfinite(norm) for norm in norms]
+    if math.isfinite(axes.dataLim.minposx):
+        lowest, highest = axes.get_xlim()
+        lowest = min(lowest, highest / _LEAST_RANGE)
+        width = highest / lowest
+        axes.set_xlim(lowest / width ** (0.1 if any(zeros) else 0.02), highest * width ** (0.1 if any(nonfinite) else 0.02))
+    else:
+        axes.set_xticks([], minor=True)
+        axes.set_xticks([])
+        axes.text(0.5, 0.5, "no norm to draw", color=PALE, ha="center", va="center", transform=axes.transAxes)
     for place, norm in enumerate(norms):
         if zeros[place] or nonfinite[place]:
             x, align = (0.01, "left") if zeros[place] else (0.99, "right")
@@ -75,9 +93,17 @@ def _mark_edges(axes: Axes, norms: Sequence[float | None], colours: Sequence[str
 
 
 def gradient_flow(
-    path: str | PathLike[str], layers: Sequence[str], joined: Sequence[bool], steps: Sequence[int], norms: Sequence[Sequence[float | None]]
+    path: str | PathLike[str],
+    layers: Sequence[str],
+    joined: Sequence[bool],
+    steps: Sequence[int],
+    norms: Sequence[Sequence[float | None]],
+    remark: str,
 ) -> None:
-    """norms[i][j] is that of layer j at steps[i], None where there was none; joined: whether a line goes through a layer."""
+    """norms[i][j] is that of layer j at steps[i], None where there was none; joined: whether a line goes through a layer.
+
+    remark: what stands above, a sentence on the last step.
+    """
     from matplotlib.colors import ListedColormap, LogNorm
     from matplotlib.patches import Patch
     from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -86,29 +112,20 @@ def gradient_flow(
     flow, heat = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1.25))
 
     drawn = [[norm for row in norms if _is_drawn(norm := row[place])] for place in range(len(layers))]
-    reached = [(place, values) for place, values in enumerate(drawn) if values and joined[place]]
-    flow.fill_betweenx(
-        [place for place, _ in reached],
-        [min(values) for _, values in reached],
-        [max(values) for _, values in reached],
-        color=PALE,
-        alpha=0.5,
-        linewidth=0,
-        label="all steps",
-    )
+    if len(steps) > 1 and any(drawn):
+        places = [place for place, values in enumerate(drawn) if values]
+        least, most = [min(drawn[place]) for place in places], [max(drawn[place]) for place in places]
+        widths = [high - low for low, high in zip(least, most, strict=True)]
+        flow.barh(places, widths, left=least, height=0.9, color="#b8c4d6", alpha=0.5, linewidth=0, label="all steps")
     if len(steps) > 1:
         _draw_flow(flow, norms[0], joined, "#4a78b5", f"step {steps[0]}")
     _draw_flow(flow, norms[-1], joined, INK, f"step {steps[-1]}")
     _mark_edges(flow, norms[-1], [INK] * len(layers))
     _name_layers(flow, layers)
     flow.grid(axis="x", color="#e6e6e6")
-    flow.legend(frameon=False, fontsize=9)
-    given = {name: norm for name, norm in zip(layers, norms[-1], strict=True) if norm is not None}
-    words = "gradient flow over depth"
-    if len(given) > 1:
-        first, last = next(iter(given.values())), next(reversed(given.values()))
-        words += f": the first layer has {first / last if last else math.nan:.2g} times\nthe last one's gradient at step {steps[-1]}"
-    _dress(flow, words, "gradient norm")
+    if flow.get_legend_handles_labels()[1]:
+        flow.legend(frameon=False, fontsize=9)
+    dress(flow, textwrap.fill(f"step {steps[-1]}: {remark}", 62), "gradient norm", "")
 
     image = [[norm if _is_drawn(norm) else math.nan for norm in column] for column in zip(*norms, strict=True)]
     highest = max((norm for column in drawn for norm in column), default=1.0)
@@ -116,11 +133,12 @@ def gradient_flow(
     scale = LogNorm(min(lowest, highest / _LEAST_RANGE), highest)
     edges = (-0.5, len(steps) - 0.5, len(layers) - 0.5, -0.5)
     shown = heat.imshow(image, aspect="auto", interpolation="nearest", extent=edges, cmap="viridis", norm=scale)
-    figure.colorbar(shown, ax=heat, label="gradient norm", pad=0.01)
+    if any(drawn):
+        figure.colorbar(shown, ax=heat, label="gradient norm", pad=0.01)
     legend = []
     for colour, words, holds in (
-        (BAD, "not finite", lambda norm: norm is not None and not math.isfinite(norm)),
-        ("#000000", "exactly 0", lambda norm: norm == 0),
+        (BAD, "not finite", _is_nonfinite),
+        ("#000000", "0", _is_zero),
         ("#ffffff", "none", lambda norm: norm is None),
     ):
         mask = [[1.0 if holds(norm) else math.nan for norm in column] for column in zip(*norms, strict=True)]
@@ -129,9 +147,9 @@ def gradient_flow(
             legend.append(Patch(facecolor=colour, edgecolor=INK, label=words))
     if legend:
         heat.legend(handles=legend, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9, borderpad=0)
-    heat.xaxis.set_major_locator(MaxNLocator(integer=True))
+    heat.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     heat.xaxis.set_major_formatter(FuncFormatter(lambda x, _: str(steps[round(x)]) if 0 <= round(x) < len(steps) else ""))
-    _dress(heat, "" if legend else "every layer over the steps", "step")
+    dress(heat, "" if legend else "every layer over the steps", "step", "")
     figure.savefig(path, dpi=110)
 
 
@@ -179,7 +197,7 @@ def verdicts(
         label.set_color(INK if len(flow.get_yticklabels()) < len(layers) else _COLOURS[verdict])
     flow.grid(axis="x", color="#e6e6e6")
     flow.legend(frameon=False, fontsize=9)
-    _dress(flow, title, "gradient norm")
+    dress(flow, title, "gradient norm", "")
     words.axis("off")
     text = "\n".join(line for remark in remarks for line in (textwrap.wrap(remark, 68, subsequent_indent="    ") or [""]))
     words.text(0, 1, text, va="top", fontsize=9, family="monospace", color=INK, transform=words.transAxes)

@@ -455,6 +455,8 @@ def test_the_notes_table_stands_beside_what_is_found(small_mnist, tmp_path, caps
         demo.main(arguments)
     output = capsys.readouterr().out
     assert "gradient of sigmoid" not in output, "the folder alone is asked for"
+    assert "digits to learn" not in output, "those are scikit-learn's"
+    assert "MNIST, 1437 to learn and 360 to test" in " ".join(output.split())
     expected, found, difference = row(output, "He, ELU, batch norm")
     assert expected == "0.9652"
     assert float(found) - float(expected) == pytest.approx(float(difference), abs=2e-4)

@@ -403,6 +403,7 @@ def test_blocks_of_our_own_are_looked_into():
     assert schemes(gk.init.apply_(model)) == {"0.branch.0": ("he_normal_", "elu(1)"), "1": ("lecun_normal_", "nothing")}
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_the_model():
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     found = gk.init.apply_(torch.compile(model, backend="eager")).layers

@@ -8,10 +8,12 @@ import json
 import math
 import pickle
 import sys
+import warnings
 from contextlib import nullcontext
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from torch import nn
 from torch.nn import functional as F
@@ -20,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradkernels as gk
 from gradkernels import monitor as monitor_module
+from gradkernels import pictures
 
 OPTIMIZERS = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
@@ -501,6 +504,77 @@ def test_plot_draws_both_panels(vanishing, tmp_path):
     flow, heat = image[:, : width * 2 // 5], image[:, width // 2 : width * 9 // 10]
     assert (flow.min(axis=2) < 0.5).mean() > 0.005
     assert len({tuple(pixel) for pixel in (heat[:: heat.shape[0] // 40, heat.shape[1] // 2] * 255).round().astype(int)}) > 8
+
+
+def gradient_flow(path, norms):
+    """Drawn with every warning an error; whether the picture has a scale of colours, and its title."""
+    figures = []
+
+    def keep(figure, *arguments, **keywords):
+        figures.append(figure)
+        return saved(figure, *arguments, **keywords)
+
+    saved = Figure.savefig
+    layers = [f"layer{place}" for place in range(len(norms[0]))]
+    last = {name: norm for name, norm in zip(layers, norms[-1], strict=True) if norm is not None}
+    remark = monitor_module.first_to_last(last)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch.setattr(Figure, "savefig", keep)
+        pictures.gradient_flow(path, layers, [True] * len(layers), [*range(0, 10 * len(norms), 10)], norms, remark)
+    flow, heat, *scale = figures[0].axes
+    labels = [] if flow.get_legend() is None else [text.get_text() for text in flow.get_legend().get_texts()]
+    ticks = [label.get_text() for label in heat.get_xticklabels() if label.get_text()]
+    words = " ".join(text.get_text() for text in flow.texts)
+    return {"scale": bool(scale), "legend": labels, "steps": ticks, "words": words, "title": flow.get_title(loc="left").replace("\n", " ")}
+
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ("norms", "expected"),
+    [
+        ([[1e-3, 0.5]], {"legend": ["step 0"], "steps": ["0"]}),
+        (
+            [[0.5], [0.4]],
+            {"legend": ["step 0", "step 10", "all steps"], "title": "step 10: the gradient of the only layer with one, layer0, is 0.4"},
+        ),
+        (
+            [[NAN, NAN]],
+            {
+                "scale": False,
+                "legend": [],
+                "title": "step 0: the gradient of the first layer, layer0, is nan, and that of the last, layer1, nan",
+            },
+        ),
+        (
+            [[0.0, 0.0]],
+            {
+                "scale": False,
+                "legend": [],
+                "title": "step 0: the gradient of the first layer, layer0, is 0, and that of the last, layer1, 0",
+            },
+        ),
+        ([[None, None]], {"scale": False, "title": "step 0: no layer has a gradient", "words": "no norm to draw"}),
+        ([[1.0, 1.0], [NAN, INF]], {"legend": ["step 0", "all steps"], "scale": True, "words": "nan inf"}),
+        ([[1e-320, 1e-99, 1e99, 1e300]] * 2, {"scale": True, "words": "9.99989e-321 1e+300"}),
+    ],
+)
+def test_pictures_of_one_step_one_layer_and_what_no_axis_holds(norms, expected, tmp_path):
+    drawn = gradient_flow(tmp_path / "flow.png", norms)
+    assert {key: drawn[key] for key in expected} == expected
+
+
+def test_points_keep_away_from_the_edges(tmp_path):
+    """The least range is wide beside a single point, which is not to lie half outside."""
+    figure = pictures._figure(1, 6)
+    axes = figure.subplots()
+    pictures._draw_flow(axes, [0.3], [True], pictures.INK, "")
+    pictures._mark_edges(axes, [0.3], [pictures.INK])
+    lowest, highest = axes.get_xlim()
+    assert highest / lowest > 1e4
+    assert highest > 0.3 * 1.1
 
 
 def test_plot_and_table_of_what_is_not_finite_zero_or_absent(tmp_path):

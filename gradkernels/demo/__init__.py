@@ -89,11 +89,9 @@ def main(argv: list[str] | None = None) -> int:
 
     console = Console()
     data = digits(arguments.seed)
-    console.print(
-        f"gradkernels {gk.__version__}, {_native.C.instruction_set()}, torch {torch.__version__}: "
-        f"{len(data.y_train)} digits to learn, {len(data.y_test)} to test",
-        soft_wrap=True,
-    )
+    # MNIST's table has its own numbers.
+    sizes = f": {len(data.y_train)} digits to learn, {len(data.y_test)} to test" if any(each in EXPERIMENTS for each in chosen) else ""
+    console.print(f"gradkernels {gk.__version__}, {_native.C.instruction_set()}, torch {torch.__version__}{sizes}", soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with one_thread(), Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None)

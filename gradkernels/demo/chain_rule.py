@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 import gradkernels as gk
 from gradkernels.demo.harness import Digits, Report, Setting, require
-from gradkernels.demo.telling import BAD, GOOD, INK, PALE, dress, new_figure, new_table
+from gradkernels.demo.telling import new_figure, new_table
+from gradkernels.pictures import BAD, GOOD, INK, PALE, dress
 
 # Sigmoid
 

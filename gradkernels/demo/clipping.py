@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 import gradkernels as gk
 from gradkernels.demo.harness import Advance, Report, Setting, accuracy, require
-from gradkernels.demo.telling import BAD, GOOD, dress, new_figure, new_table
+from gradkernels.demo.telling import new_figure, new_table
+from gradkernels.pictures import BAD, GOOD, dress
 
 MAX_NORM = 1.0
 
@@ -102,7 +103,7 @@ def draw_losses(axes: Axes, without: Run, clipped: Run) -> None:
     axes.plot(lost, color=BAD)
     axes.plot(*end, "X", color=BAD, markersize=11, clip_on=False)
     axes.set_yscale("log")
-    axes.annotate(f"not clipped: nan from step {without.first_nan} on", end, (12, 0), textcoords="offset points", color=BAD, va="center")
+    axes.annotate(f"not clipped: nan from step {without.first_nan} on", end, (12, 3), textcoords="offset points", color=BAD)
 
 
 def draw_norms(axes: Axes, clipped: Run) -> None:

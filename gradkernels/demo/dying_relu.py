@@ -13,7 +13,8 @@ from torch import nn
 
 import gradkernels as gk
 from gradkernels.demo.harness import Advance, Digits, Report, Setting, accuracy, fit, require
-from gradkernels.demo.telling import BAD, GOOD, dress, new_figure, new_table
+from gradkernels.demo.telling import new_figure, new_table
+from gradkernels.pictures import BAD, GOOD, dress
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"ReLU": nn.ReLU, "Leaky ReLU": gk.LeakyReLU, "PReLU": gk.PReLU, "RReLU": gk.RReLU}
 DEAD_BIAS = -2.0
@@ -90,7 +91,7 @@ def draw(found: dict[str, Revival]) -> Figure:
         colour = BAD if name == "ReLU" else GOOD
         left.plot([100 * share for share in revival.dead], color=colour, linestyle=style, linewidth=2, label=name)
     left.legend(frameon=False, loc="center right")
-    left.set_ylim(0, 105)
+    left.set_ylim(-2, 105)
     dress(left, "Dead ReLU units stay dead;\na slope below zero brings them back", "epoch", "dead hidden units, %")
 
     names = list(found)

@@ -15,11 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 import gradkernels as gk
 from gradkernels.demo.harness import Advance, Digits, Report, Setting, accuracy, fit, require
-from gradkernels.demo.telling import FAIR, GOOD, INK, dress, new_figure, new_table
+from gradkernels.demo.telling import new_figure, new_table
+from gradkernels.pictures import FAIR, GOOD, INK, dress
 
 SIZES = (784, 300, 100, 10)
 LR, BATCH_SIZE, EPOCHS = 0.01, 200, 20
@@ -105,7 +107,8 @@ def run(data: Digits, setting: Setting) -> Report:
     advance = setting.begin("MNIST", len(ROWS) * EPOCHS * data.batches_per_epoch)
     found = [train(row, data, setting.seed, EPOCHS, advance) for row in ROWS]
     yield new_table(
-        f"MNIST, {'-'.join(map(str, SIZES))}, gradient descent {LR:g}, batch {BATCH_SIZE}, {EPOCHS} epochs: test accuracy",
+        f"MNIST, {len(data.y_train)} to learn and {len(data.y_test)} to test, {'-'.join(map(str, SIZES))}, gradient descent {LR:g}, "
+        f"batch {BATCH_SIZE}, {EPOCHS} epochs: test accuracy",
         ("", "the notes", "found", "difference"),
         (
             [row.name, f"{row.expected:.4f}", f"{accuracies[-1]:.4f}", f"{accuracies[-1] - row.expected:+.4f}"]
@@ -126,7 +129,8 @@ def draw(found: list[list[float]]) -> Figure:
     for row, accuracies, colour in zip(ROWS, found, (GOOD, FAIR), strict=True):
         axes.plot(range(1, EPOCHS + 1), accuracies, "o-", color=colour, markersize=4, label=f"{row.name}: {accuracies[-1]:.4f}")
         axes.axhline(row.expected, color=colour, linestyle=":")
-        axes.text(1, row.expected, f"the notes: {row.expected:.4f}", color=INK, va="bottom", fontsize=9)
+        axes.annotate(f"the notes: {row.expected:.4f}", (1, row.expected), (0, 3), textcoords="offset points", color=INK, fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, loc="lower right")
     dress(axes, "MNIST, the notes' network: found (lines) and reported (dotted)", "epoch", "test accuracy")
     return figure

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 import gradkernels as gk
 from gradkernels.demo.harness import Advance, Digits, Report, Setting, accuracy, forward_backward, require
-from gradkernels.demo.telling import BAD, GOOD, dress, new_figure, new_table
+from gradkernels.demo.telling import new_figure, new_table
+from gradkernels.pictures import BAD, GOOD, dress
 
 TORCH, OURS = "torch.nn", "gradkernels"
 PROVIDERS = (TORCH, OURS)

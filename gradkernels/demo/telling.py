@@ -1,13 +1,12 @@
-"""How the experiments are told: tables of one make, and figures in which red is what goes wrong and green what is cured."""
+"""How the experiments are told: tables and figures of one make; red is what goes wrong, green what is cured."""
 
 from collections.abc import Iterable, Sequence
 
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
-BAD, FAIR, GOOD, INK, PALE = "#c0392b", "#c8860a", "#1f7a4d", "#444444", "#8a8a8a"
+from gradkernels.pictures import INK
 
 
 def new_table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]] = (), caption: str | None = None) -> Table:
@@ -30,10 +29,3 @@ def new_figure(width: float, height: float, title: str | None = None) -> Figure:
     if title is not None:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
     return figure
-
-
-def dress(axes: Axes, title: str, x_label: str, y_label: str) -> None:
-    axes.set_title(title, loc="left", fontsize=12)
-    axes.set_xlabel(x_label, color=INK)
-    axes.set_ylabel(y_label, color=INK)
-    axes.spines[["top", "right"]].set_visible(False)
