@@ -101,8 +101,9 @@ class Diagnosis:
         if self.origin is not None:
             text.append(self.origin)
         text.append(f"loss {self.loss:.4g}, gradient of all layers together {self.total_norm:.4g}")
-        if self._first is not None and self._last is not None and math.isfinite(ratio := self.first_to_last()):
-            text.append(f"the gradient of the first layer, {self._first.name}, is {ratio:.2g} times that of the last, {self._last.name}")
+        if self._first is not None and self._last is not None:
+            ends = (self._first, self._last)
+            text.append(monitor.first_to_last({layer.name: layer.gradient for layer in ends if layer.gradient is not None}))
         text += ["", self.table()]
         reasons = self._reasons()
         if reasons:

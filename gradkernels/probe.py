@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradkernels import clip_grad
 from gradkernels.backward_graph import BackwardGraph
-from gradkernels.monitor import layer_name, unit_dim, unwrapped
+from gradkernels.monitor import by_first_call, dense, layer_name, unit_dim, unwrapped
 from gradkernels.untouched import untouched
 
 # An activation is saturated where its slope is below this share of its steepest one.
@@ -321,13 +321,14 @@ def probe(model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[[Any, A
         layer = layers.setdefault(layer_name(name), Layer(layer_name(name), model.get_submodule(name.rpartition(".")[0])))
         layer.parameters.append(name)
     outputs: dict[str, list[Node]] = {name: [] for name in layers}
-    watch, order = _Watch(), _Order()
+    watch = _Watch()
+    called: dict[str, int] = {}
     handles: list[RemovableHandle] = []
 
     def entered(layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             layer.called += 1
-            order.place(layer)
+            called.setdefault(layer.name, len(called))
             watch.layer, watch.dim, watch.gated = layer, unit_dim(module, watch.dim), isinstance(module, _GATED)
 
         return hook
@@ -394,7 +395,7 @@ def probe(model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[[Any, A
         finally:
             for handle in handles:
                 handle.remove()
-        in_order = order.of(layers)
+        in_order = [layers[name] for name in by_first_call(layers, called)]
         for following, layer in pairwise(reversed(in_order)):
             carried = following.normalised and isinstance(following.module, WEIGHTS) and layer.act in _HOMOGENEOUS
             layer.normalised = isinstance(following.module, NORMS) or carried
@@ -420,26 +421,9 @@ def _check(loss: object) -> None:
         )
 
 
-class _Order:
-    """The layers in the order in which they ran first; one that was never entered follows the one registered before it."""
-
-    def __init__(self) -> None:
-        self._places: dict[str, int] = {}
-
-    def place(self, layer: Layer) -> None:
-        self._places.setdefault(layer.name, len(self._places))
-
-    def of(self, layers: dict[str, Layer]) -> list[Layer]:
-        keys, last = {}, -1.0
-        for number, name in enumerate(layers):
-            last = self._places.get(name, last)
-            keys[name] = (last, number if name not in self._places else -1)
-        return sorted(layers.values(), key=lambda layer: keys[layer.name])
-
-
 def _read_norms(layers: list[Layer], parameters: dict[str, nn.Parameter], grads: tuple[Tensor | None, ...]) -> float:
     """Norms of weights and gradients, in one pass over both; returns that of all gradients together."""
-    given = {name: _dense(grad) for name, grad in zip(parameters, grads, strict=True) if grad is not None}
+    given = {name: dense(grad) for name, grad in zip(parameters, grads, strict=True) if grad is not None}
     weights = [parameter.detach() for parameter in parameters.values()]
     norms, _, nonfinite, _ = clip_grad.tensor_norms([*weights, *given.values()])
     weight = dict(zip(parameters, norms.tolist(), strict=False))
@@ -452,7 +436,3 @@ def _read_norms(layers: list[Layer], parameters: dict[str, nn.Parameter], grads:
             layer.nonfinite = sum(counts[name] for name in graded)
         layer.weight = math.hypot(*(weight[name] for name in layer.parameters))
     return math.hypot(*gradient.values())
-
-
-def _dense(grad: Tensor) -> Tensor:
-    return grad.coalesce().values() if grad.is_sparse else grad

@@ -374,7 +374,7 @@ def test_an_auxiliary_head_is_no_measure_for_the_others(last, share):
     assert behind["deep"] == ["main"] and behind["main"] == behind["auxiliary"] == []
     assert sorted(behind["body"]) == ["auxiliary", "deep", "main"]
     if share < 1:
-        assert f"is {diagnosis.first_to_last():.2g} times that of the last, main" in str(diagnosis)
+        assert f"is {diagnosis.first_to_last():.3g} times that of the last, main" in str(diagnosis)
 
 
 def test_what_vanishes_on_one_of_two_ways_is_seen_on_that_one():
