@@ -299,35 +299,43 @@ constexpr int octets_in_flight(int bytes, int operands) {
 
 // ---- Sums of a channel over threads, blocks and parts
 
-// In every one of `lanes` neighbouring threads, a power of two that divides a warp; all threads of the warp take part.
-__device__ __forceinline__ double sum_over_lanes(double x, int lanes) {
-  for (int distance = lanes / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kWholeWarp, x, distance);
-  return x;
-}
-
-// The union of sets set(0) ... set(sets - 1), by `lanes` threads together. The first may not be empty.
-template <typename Set>
+// The union of sets set(0) ... set(sets - 1), by `lanes` threads together, in each of them. Low parts are those of float64 data alone.
+template <typename opmath, typename Set>
 __device__ __forceinline__ math::Moments<double> merge_moments(int lanes, int sets, const Set& set) {
-  const double reference = sets > 0 ? set(0).mean : 0.0;
-  double count = 0.0, deviation = 0.0, m2 = 0.0;
+  ThreadSum<float> count;  // exact
+  ThreadSum<opmath> total, m2;
   for (int i = static_cast<int>(threadIdx.x) % lanes; i < sets; i += lanes) {
     const math::Moments<double> one = set(i);
-    count += one.count;
-    deviation += math::deviation_from(reference, one);
+    count.add(one.count);
+    total.add(math::total_of(one));
   }
-  count = sum_over_lanes(count, lanes);
-  deviation = sum_over_lanes(deviation, lanes);
+  count.add_over_lanes(lanes);
+  total.add_over_lanes(lanes);
+  math::Sum<double> mean{0.0, 0.0};
   // A block of a cluster may have nothing.
-  const double mean = count > 0.0 ? reference + deviation / count : 0.0;
-  for (int i = static_cast<int>(threadIdx.x) % lanes; i < sets; i += lanes) m2 += math::m2_about(mean, set(i));
-  return {count, mean, sum_over_lanes(m2, lanes), 0.0, 0.0};
+  if (count.total > 0.0) {
+    if constexpr (std::is_same_v<opmath, double>) {
+      mean = math::quotient_of(total.value(), count.total);
+    } else {
+      mean.high = total.total / count.total;
+    }
+  }
+  for (int i = static_cast<int>(threadIdx.x) % lanes; i < sets; i += lanes) m2.add(math::m2_about(mean, set(i)));
+  m2.add_over_lanes(lanes);
+  return {count.total, mean.high, m2.value().high, mean.low, m2.value().low};
 }
 
-template <typename Set>
+template <typename opmath, typename Set>
 __device__ __forceinline__ math::GradientSums merge_sums(int lanes, int sets, const Set& set) {
-  math::GradientSums total{0.0, 0.0};
-  for (int i = static_cast<int>(threadIdx.x) % lanes; i < sets; i += lanes) total = math::merge(total, set(i));
-  return {sum_over_lanes(total.dz, lanes), sum_over_lanes(total.dz_x, lanes)};
+  ThreadSum<opmath> dz, dz_x;
+  for (int i = static_cast<int>(threadIdx.x) % lanes; i < sets; i += lanes) {
+    const math::GradientSums one = set(i);
+    dz.add(one.dz);
+    dz_x.add(one.dz_x);
+  }
+  dz.add_over_lanes(lanes);
+  dz_x.add_over_lanes(lanes);
+  return {dz.rounded(), dz_x.rounded()};
 }
 
 // What each thread of a block has found, a value for each of its columns: one of all its elements where the block has one channel.
@@ -431,9 +439,8 @@ __device__ __forceinline__ math::Moments<double> part_moments(const Tiling& t, c
   constexpr int kTile = octets_in_flight<scalar_t>(kSumsBytesInFlight, 1);
   constexpr int kValues = ThreadValues<kColumns>::kValues;
   opmath about[kValues] = {};
-  double count = 0.0, sum[kValues], squares[kValues];
-#pragma unroll
-  for (int k = 0; k < kValues; ++k) sum[k] = squares[k] = 0.0;
+  double count = 0.0;
+  ThreadSum<opmath> sum[kValues], squares[kValues];
 
   Walk<kColumns> walk(t, slab, part);
   for (int slot = 0; !walk.done(); slot += kTile) {
@@ -480,8 +487,8 @@ __device__ __forceinline__ math::Moments<double> part_moments(const Tiling& t, c
           tile_sum += difference;
           tile_squares = math::fma(difference, difference, tile_squares);
         }
-        sum[k] += static_cast<double>(tile_sum);
-        squares[k] += static_cast<double>(tile_squares);
+        sum[k].add(tile_sum);
+        squares[k].add(tile_squares);
       }
     } else {
 #pragma unroll
@@ -497,8 +504,8 @@ __device__ __forceinline__ math::Moments<double> part_moments(const Tiling& t, c
         }
 #pragma unroll
         for (int k = 0; k < kOctetElements; ++k) square[k] = difference[k] * difference[k];
-        sum[0] += static_cast<double>(sum_of(difference));
-        squares[0] += static_cast<double>(sum_of(square));
+        sum[0].add(sum_of(difference));
+        squares[0].add(sum_of(square));
       }
     }
   }
@@ -506,23 +513,29 @@ __device__ __forceinline__ math::Moments<double> part_moments(const Tiling& t, c
   double mean[kValues], m2[kValues];
 #pragma unroll
   for (int k = 0; k < kValues; ++k) {
-    const math::Moments<double> mine = count > 0.0 ? math::moments_about(static_cast<double>(about[k]), count, sum[k], squares[k])
-                                                   : math::Moments<double>{0.0, 0.0, 0.0, 0.0, 0.0};
-    mean[k] = mine.mean;
-    m2[k] = mine.m2;
+    math::Moments<double> mine{0.0, 0.0, 0.0, 0.0, 0.0};
+    if (count > 0.0) mine = math::moments_about(static_cast<double>(about[k]), count, sum[k].total, squares[k].total);
+    // Rounded here alone: what one thread of many loses counts for little, and shared memory is what slabs need.
+    mean[k] = mine.mean + mine.mean_low;
+    m2[k] = mine.m2 + mine.m2_low;
   }
   shared.mean.put(mean);
   shared.m2.put(m2);
   shared.count[threadIdx.x] = count;
   __syncthreads();
   const int channel = static_cast<int>(threadIdx.x) / t.lanes;
-  return merge_moments(t.lanes, channel < slab.channels ? sets_of_block<kColumns>(t) : 0, [&](int i) {
+  return merge_moments<opmath>(t.lanes, channel < slab.channels ? sets_of_block<kColumns>(t) : 0, [&](int i) {
     const ThreadColumn at = set_of_block<kColumns>(t, channel, i);
-    return math::Moments<double>{shared.count[at.thread], shared.mean.value[at.place], shared.m2.value[at.place]};
+    return math::Moments<double>{shared.count[at.thread], shared.mean.value[at.place], shared.m2.value[at.place], 0.0, 0.0};
   });
 }
 
-// Applied statistics and running ones, or `moments` of the schema where those are asked for.
+// The moments of all there is, whose low parts have done what they are for.
+__device__ __forceinline__ math::Moments<double> rounded(const math::Moments<double>& moments) {
+  return {moments.count, moments.mean + moments.mean_low, moments.m2 + moments.m2_low, 0.0, 0.0};
+}
+
+// Applied statistics and running ones, or `moments` of the schema where those are asked for; of a channel's rounded moments.
 __device__ __forceinline__ void finish_channel(const BatchNormForward& p, double* moments, int64_t channel,
                                                const math::Moments<double>& found) {
   if (moments != nullptr) {
@@ -607,9 +620,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
   if (t.parts > 1) {
     if (writes) partial[part * t.channels + channel] = found;
     if (!is_last_block(counters + index, t.parts, &shared.flag)) return;
-    found = merge_moments(t.lanes, in_slab < slab.channels ? t.parts : 0, [&](int i) { return partial[i * t.channels + channel]; });
+    found = merge_moments<opmath_t<scalar_t>>(t.lanes, in_slab < slab.channels ? t.parts : 0,
+                                              [&](int i) { return partial[i * t.channels + channel]; });
   }
-  if (writes) finish_channel(p, moments, channel, found);
+  if (writes) finish_channel(p, moments, channel, rounded(found));
 }
 
 // y = act(batch_norm(x) + residual) from mean and invstd; in evaluation these are first made of the running statistics
@@ -664,9 +678,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>) batch_norm_act_fo
   const bool writes = in_slab < slab.channels && threadIdx.x % t.lanes == 0;
   if (writes) shared.of_block[in_slab] = found;
   cluster_sync();
-  found =
-      merge_moments(t.lanes, in_slab < slab.channels ? t.parts : 0, [&](int i) { return *of_cluster_block(&shared.of_block[in_slab], i); });
+  found = merge_moments<opmath>(t.lanes, in_slab < slab.channels ? t.parts : 0,
+                                [&](int i) { return *of_cluster_block(&shared.of_block[in_slab], i); });
   if (writes) {
+    found = rounded(found);
     if (part == 0) finish_channel(p, nullptr, channel, found);
     shared.normalisation[in_slab] =
         channel_normalisation<opmath>(p, channel, found.mean, math::inverse_std_of_batch(found.m2 / found.count, p.eps));
@@ -764,9 +779,7 @@ __device__ __forceinline__ math::GradientSums part_sums(const BatchNormBackward&
   Walk<kColumns> walk(t, slab, part);
   math::Normalisation<opmath> normalise[kValues];
   for_each_column<kColumns>(t, slab, walk.column(), [&](int k, int channel) { normalise[k] = shared.coefficients[channel].normalise; });
-  double sum[kValues], sum_x[kValues];
-#pragma unroll
-  for (int k = 0; k < kValues; ++k) sum[k] = sum_x[k] = 0.0;
+  ThreadSum<opmath> sum[kValues], sum_x[kValues];
   for (int slot = 0; !walk.done(); slot += kTile) {
     GradientOperands<scalar_t, kTile> operands;
     operands.load(p, t, walk);
@@ -785,23 +798,29 @@ __device__ __forceinline__ math::GradientSums part_sums(const BatchNormBackward&
         tile_sum_x[k] = kColumns && i > 0 ? tile_sum_x[k] + product : product;
       }
       if constexpr (!kColumns) {
-        sum[0] += static_cast<double>(sum_of(tile_sum));
-        sum_x[0] += static_cast<double>(sum_of(tile_sum_x));
+        sum[0].add(sum_of(tile_sum));
+        sum_x[0].add(sum_of(tile_sum_x));
       }
     }
     if constexpr (kColumns) {
 #pragma unroll
       for (int k = 0; k < kOctetElements; ++k) {
-        sum[k] += static_cast<double>(tile_sum[k]);
-        sum_x[k] += static_cast<double>(tile_sum_x[k]);
+        sum[k].add(tile_sum[k]);
+        sum_x[k].add(tile_sum_x[k]);
       }
     }
   }
-  shared.dz.put(sum);
-  shared.dz_x.put(sum_x);
+  double dz[kValues], dz_x[kValues];
+#pragma unroll
+  for (int k = 0; k < kValues; ++k) {
+    dz[k] = sum[k].rounded();
+    dz_x[k] = sum_x[k].rounded();
+  }
+  shared.dz.put(dz);
+  shared.dz_x.put(dz_x);
   __syncthreads();
   const int channel = static_cast<int>(threadIdx.x) / t.lanes;
-  return merge_sums(t.lanes, channel < slab.channels ? sets_of_block<kColumns>(t) : 0, [&](int i) {
+  return merge_sums<opmath>(t.lanes, channel < slab.channels ? sets_of_block<kColumns>(t) : 0, [&](int i) {
     const int place = set_of_block<kColumns>(t, channel, i).place;
     return math::GradientSums{shared.dz.value[place], shared.dz_x.value[place]};
   });
@@ -851,7 +870,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
   if (t.parts > 1) {
     if (writes) partial[part * t.channels + channel] = found;
     if (!is_last_block(counters + index, t.parts, &shared.flag)) return;
-    found = merge_sums(t.lanes, in_slab < slab.channels ? t.parts : 0, [&](int i) { return partial[i * t.channels + channel]; });
+    found = merge_sums<opmath>(t.lanes, in_slab < slab.channels ? t.parts : 0, [&](int i) { return partial[i * t.channels + channel]; });
   }
   if (writes) finish_channel(p, sums, channel, math::about_mean(found, math::mean_low<opmath>(p.mean[channel])));
 }
@@ -921,8 +940,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>) batch_norm_act_ba
   const bool writes = in_slab < slab.channels && threadIdx.x % t.lanes == 0;
   if (writes) shared.of_block[in_slab] = found;
   cluster_sync();
-  found =
-      merge_sums(t.lanes, in_slab < slab.channels ? t.parts : 0, [&](int i) { return *of_cluster_block(&shared.of_block[in_slab], i); });
+  found = merge_sums<opmath>(t.lanes, in_slab < slab.channels ? t.parts : 0,
+                             [&](int i) { return *of_cluster_block(&shared.of_block[in_slab], i); });
   if (writes) {
     found = math::about_mean(found, math::mean_low<opmath>(p.mean[channel]));
     if (part == 0) finish_channel(p, nullptr, channel, found);
@@ -961,7 +980,7 @@ __global__ void __launch_bounds__(kThreads) batch_norm_act_gather_stats_kernel(B
   // One value has no variance to average.
   if (merged.count <= 1.0) p.running_mean = p.running_var = nullptr;
   if (merged.count > 0.0) {
-    finish_channel(p, nullptr, channel, merged);
+    finish_channel(p, nullptr, channel, rounded(merged));
   } else {
     p.mean[channel] = p.invstd[channel] = 0.0;
   }

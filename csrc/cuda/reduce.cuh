@@ -98,27 +98,44 @@ struct PartialSums {
 
 // Sums that are kept with what rounding takes away.
 struct AddSums {
-  __device__ __forceinline__ math::Sum<double> operator()(math::Sum<double> a, const math::Sum<double>& b) const {
-    math::add(a, b.high);
-    a.low += b.low;
-    return a;
+  __device__ __forceinline__ math::Sum<double> operator()(const math::Sum<double>& a, const math::Sum<double>& b) const {
+    return math::sum_of(a, b);
   }
 };
 
-// A thread's sum of terms, in float64 from the first one on: terms may cancel. Float64 terms bring what rounding takes away.
+// A sum of what is made of data computed in opmath, in float64 from the first term on: terms may cancel. Of float64 data it keeps what
+// rounding takes away.
 template <typename opmath>
 struct ThreadSum {
   double total = 0.0;
 
-  __device__ __forceinline__ void add(opmath x) { total += static_cast<double>(x); }
+  __device__ __forceinline__ void add(double x) { total += x; }
+  __device__ __forceinline__ void add(const math::Sum<double>& x) { total += x.high; }
   __device__ __forceinline__ math::Sum<double> value() const { return {total, 0.0}; }
+  __device__ __forceinline__ double rounded() const { return total; }
+  // Of `lanes` neighbouring threads, a power of two that divides a warp, in every one of them; all threads of the warp take part.
+  __device__ __forceinline__ void add_over_lanes(int lanes) {
+    for (int distance = lanes / 2; distance > 0; distance /= 2) total += __shfl_xor_sync(kWholeWarp, total, distance);
+  }
 };
 template <>
 struct ThreadSum<double> {
   math::Sum<double> total{0.0, 0.0};
 
   __device__ __forceinline__ void add(double x) { math::add(total, x); }
+  __device__ __forceinline__ void add(const math::Sum<double>& x) {
+    math::add(total, x.high);
+    total.low += x.low;
+  }
   __device__ __forceinline__ math::Sum<double> value() const { return total; }
+  __device__ __forceinline__ double rounded() const { return total.high + total.low; }
+  __device__ __forceinline__ void add_over_lanes(int lanes) {
+    for (int distance = lanes / 2; distance > 0; distance /= 2) {
+      const double high = __shfl_xor_sync(kWholeWarp, total.high, distance);
+      const double low = __shfl_xor_sync(kWholeWarp, total.low, distance);
+      total = math::sum_of(total, {high, low});
+    }
+  }
 };
 
 }  // namespace gradkernels::cuda

@@ -76,14 +76,28 @@ GK_HOST_DEVICE Moments<double> merge_of_equal_counts(double count, int64_t sets,
   return {count * number, merged.high, within.high, merged.low, within.low};
 }
 
-// Moments of the union of many sets at once, without a division for each: the mean is a reference near it plus the sum of deviation_from
-// over all sets, divided by the count of all; M2 the sum of m2_about that mean.
-GK_HOST_DEVICE double deviation_from(double reference, const Moments<double>& set) {
-  return set.count * ((set.mean - reference) + set.mean_low);
+// The same from sums that keep their low parts.
+GK_HOST_DEVICE Moments<double> moments_about(double about, double count, const Sum<double>& sum, const Sum<double>& sum_of_squares) {
+  const Sum<double> correction = quotient_of(sum, count);
+  Sum<double> mean{about, correction.low};
+  add(mean, correction.high);
+  const Sum<double> product = product_of(sum.high, correction.high);
+  Sum<double> m2{sum_of_squares.high, sum_of_squares.low - (product.low + fma(sum.high, correction.low, sum.low * correction.high))};
+  add(m2, -product.high);
+  return {count, mean.high, m2.high, mean.low, m2.low};
 }
-GK_HOST_DEVICE double m2_about(double mean, const Moments<double>& set) {
-  const double difference = (set.mean - mean) + set.mean_low;
-  return fma(set.count * difference, difference, set.m2 + set.m2_low);
+
+// Moments of the union of many sets at once, without a division for each: the mean is the sum of total_of over all sets, divided by the
+// count of all; M2 the sum of m2_about that mean.
+GK_HOST_DEVICE Sum<double> total_of(const Moments<double>& set) {
+  const Sum<double> total = product_of(set.count, set.mean);
+  return {total.high, fma(set.count, set.mean_low, total.low)};
+}
+GK_HOST_DEVICE Sum<double> m2_about(const Sum<double>& mean, const Moments<double>& set) {
+  const double difference = (set.mean - mean.high) + (set.mean_low - mean.low);
+  Sum<double> m2{set.m2, set.m2_low};
+  add(m2, set.count * difference * difference);
+  return m2;
 }
 
 // 1 / sqrt(var + eps). One Newton step with the exact residual takes back the roundings of the root and of the quotient: every output

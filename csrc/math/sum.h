@@ -22,4 +22,25 @@ GK_HOST_DEVICE void add(Sum<T>& sum, T x) {
   sum.low = sum.low + select(lost == lost, lost, T(0));
 }
 
+// Of two sums, the same bits whichever comes first.
+template <typename T>
+GK_HOST_DEVICE Sum<T> sum_of(const Sum<T>& a, const Sum<T>& b) {
+  Sum<T> sum{a.high, T(0)};
+  add(sum, b.high);
+  sum.low += a.low + b.low;
+  return sum;
+}
+
+// a b, with what rounding takes from it.
+GK_HOST_DEVICE Sum<double> product_of(double a, double b) {
+  const double product = a * b;
+  return {product, fma(a, b, -product)};
+}
+
+// sum / count, likewise.
+GK_HOST_DEVICE Sum<double> quotient_of(const Sum<double>& sum, double count) {
+  const double quotient = sum.high / count;
+  return {quotient, (fma(-quotient, count, sum.high) + sum.low) / count};
+}
+
 }  // namespace gradkernels::math
