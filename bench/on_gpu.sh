@@ -2,13 +2,15 @@
 # All there is to know on a machine with a GPU, in one call and without a network: torch 2.11 or newer, nvcc and pytest are there. Parts, in
 # this order, or those that are named: build test sanitize bench train. Each has a limit of time; together they end within 9 minutes.
 #
-#   bench/on_gpu.sh                 results in bench/results/<machine>.json
+#   bench/on_gpu.sh                 results in bench/results/<GPU>.json, .md and .png
 #   bench/on_gpu.sh build sanitize
 set -u
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 export PYTHONPATH=$PWD
 export MAX_JOBS=${MAX_JOBS:-$(getconf _NPROCESSORS_ONLN)}
+# compute-sanitizer stands beside nvcc.
+export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
 failed=""
 
 # part NAME SECONDS COMMAND...: runs it, says how long it took, goes on after a failure.
@@ -20,18 +22,14 @@ part() {
   [ $status = 0 ] || failed="$failed $name"
 }
 
-machine() {
-  $PYTHON -c 'import re, torch; print(re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower())'
-}
-
 build() {
-  part build 180 env FORCE_CUDA=1 $PYTHON setup.py -q build_ext --inplace
-  $PYTHON -m gradkernels info
+  part build 130 env FORCE_CUDA=1 "$PYTHON" setup.py -q build_ext --inplace
+  part "what was built" 15 "$PYTHON" -m gradkernels info
 }
 
 test_() {
-  part "test on a GPU" 40 $PYTHON -m pytest -q tests/test_on_gpu.py
-  part "test suite" 80 $PYTHON -m pytest -q -x --maxfail=20 -k cuda tests/test_activation.py tests/test_batch_norm_act.py \
+  part "test on a GPU" 45 "$PYTHON" -m pytest -q tests/test_on_gpu.py
+  part "test suite" 55 "$PYTHON" -m pytest -q --maxfail=20 -k cuda tests/test_activation.py tests/test_batch_norm_act.py \
     tests/test_clip_grad.py tests/test_optim.py
 }
 
@@ -40,34 +38,31 @@ sanitize() {
     echo "== sanitize: skipped, there is no compute-sanitizer in PATH"
     return
   fi
-  local short="test_activation or test_learnt_parameter or test_clipping"
   for tool in memcheck racecheck initcheck synccheck; do
-    part "sanitize with $tool" 25 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 \
-      $PYTHON -m pytest -q tests/test_on_gpu.py -k "($short) and float32 or test_clipping"
+    part "sanitize with $tool" 20 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 \
+      "$PYTHON" -m pytest -q tests/test_on_gpu.py -k test_a_little_of_everything
   done
 }
 
 bench() {
-  mkdir -p bench/results
-  part bench 120 $PYTHON bench/bench_cuda.py --compile --json "bench/results/$(machine).json"
+  part bench 150 "$PYTHON" -m gradkernels bench --only cuda --out bench/results
 }
 
 train() {
-  part train 60 $PYTHON bench/train_on_gpu.py
+  part train 50 "$PYTHON" bench/train_on_gpu.py
 }
 
 nvidia-smi --query-gpu=name,driver_version,clocks.max.memory --format=csv,noheader || {
   echo "on_gpu.sh: there is no GPU here"
   exit 1
 }
-for name in "${@:-build test sanitize bench train}"; do
-  for each in $name; do
-    case $each in
-      test) test_ ;;
-      build | sanitize | bench | train) "$each" ;;
-      *) echo "on_gpu.sh: no part $each; there are build test sanitize bench train" && exit 2 ;;
-    esac
-  done
+[ $# -gt 0 ] || set -- build test sanitize bench train
+for name in "$@"; do
+  case $name in
+    test) test_ ;;
+    build | sanitize | bench | train) "$name" ;;
+    *) echo "on_gpu.sh: no part $name; there are build test sanitize bench train" && exit 2 ;;
+  esac
 done
 echo "== ${SECONDS} s in all; failed:${failed:- nothing}"
 [ -z "$failed" ]

@@ -74,10 +74,12 @@ def load(stem):
     library = ctypes.CDLL(str(compiled(stem, ".so")))
 
     def call(name, *arguments):
+        library.begin_call()
         function = getattr(library, name)
         function.restype = None
         function(*(as_c(argument) for argument in arguments))
 
+    call.blocks_of_last_cluster = library.blocks_of_last_cluster
     return call
 
 

@@ -50,10 +50,12 @@ LAYERS = {
         (TORCH, r"<pybind11/.*>", STANDARD, r'"(build_stamp|common/check|ops/operators|cpu/kernels)\.h"'),
         (LAUNCH, "data_ptr"),
     ),
-    "common": Layer(("common/*",), (STANDARD, TORCH, r"<sys/mman\.h>", r'"common/\w+\.h"'), (LAUNCH, r"\bfor\b")),
+    "common": Layer(
+        ("common/*",), (STANDARD, TORCH, r"<(sys/mman|cuda_(bf|fp)16)\.h>", r'"common/\w+\.h"'), (LAUNCH, r"\bfor\b", r"\basm\b")
+    ),
     "common without torch": Layer(
         tuple(f"common/{stem}.h" for stem in ("host_device", "dispatch", "half", "shape")),
-        (STANDARD, OWN_TORCH_FREE),
+        (STANDARD, r"<cuda_(bf|fp)16\.h>", OWN_TORCH_FREE),
         (ATEN,),
     ),
     "math": Layer(

@@ -108,8 +108,86 @@ def test_rmsprop(dtype):
         near(f"{here.numel()}", there.detach(), here.detach())
 
 
+def batch_norm_act(x, statistics, weight, bias, residual=None, act="swish", training=True):
+    return gk.batch_norm_act(x, *statistics, weight, bias, training, 0.1, 1e-5, act=act, residual=residual)
+
+
+# Rows of channels, groups of channels, a channel for each block, for each cluster of blocks, and too long for one.
+BATCH_NORM_SHAPES = [(130, 64), (1025, 65), (4, 3, 7, 7), (6, 65, 9, 7), (3, 2, 41, 43), (16, 5, 56, 56), (2, 1, 1100, 1100)]
+
+
+def close_statistics(name, actual, expected):
+    """Sums have another order than the CPU's."""
+    epsilon = torch.finfo(expected.dtype).eps
+    torch.testing.assert_close(actual.cpu(), expected, rtol=16 * epsilon, atol=32 * epsilon, msg=lambda text: f"{name}: {text}")
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", BATCH_NORM_SHAPES, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_batch_norm_act(shape, channels_last, dtype):
+    if channels_last and len(shape) != 4:
+        pytest.skip("there is one layout")
+    x, residual = (torch.randn(shape).to(dtype) for _ in range(2))
+    if channels_last:
+        x, residual = (each.contiguous(memory_format=torch.channels_last) for each in (x, residual))
+    weight, bias = ((torch.rand(shape[1]) + 0.5).to(dtype) for _ in range(2))
+    for training, act, operands in (
+        (True, "elu", (x, weight, bias)),
+        (True, "relu", (x, weight, bias, residual)),
+        (False, "swish", (x, weight, bias)),
+    ):
+        statistics = [torch.zeros(shape[1], dtype=dtype), torch.ones(shape[1], dtype=dtype)]
+        on_gpu = [each.cuda() for each in statistics]
+
+        def call(x, weight, bias, residual=None, statistics=statistics, act=act, training=training):
+            return batch_norm_act(x, statistics, weight, bias, residual, act, training)
+
+        expected = value_and_grads(call, *operands)
+        actual = value_and_grads(
+            lambda *moved, call=call, on_gpu=on_gpu: call(*moved, statistics=on_gpu), *(each.cuda() for each in operands)
+        )
+        for i, (one, wanted) in enumerate(zip([*actual, *on_gpu], [*expected, *statistics], strict=True)):
+            # Gradients of weight and bias are sums over a channel.
+            size = 1.0 if wanted.dim() > 1 or i >= len(expected) else (x.numel() / shape[1]) ** 0.5
+            close_statistics(f"{act}, result {i}", one / size, wanted / size)
+
+
+@each_dtype
+def test_a_little_of_everything(dtype):
+    """Every kernel once, at sizes that leave something over: for compute-sanitizer, which makes each call slow."""
+    x, weight = torch.randn(3, 9, 7, 7).to(dtype).cuda(), torch.rand(9).to(dtype).cuda()
+    statistics = [torch.zeros_like(weight), torch.ones_like(weight)]
+    for each in (x, x[:, :, 0, 0], torch.randn(2, 9, 71).to(dtype).cuda()):
+        for act, residual in (("swish", None), ("relu", each.clone()), ("elu", each.clone())):
+            value_and_grads(lambda x, w, act=act, residual=residual: batch_norm_act(x, statistics, w, None, residual, act), each, weight)
+        batch_norm_act(each, statistics, weight, None, training=False)
+        moments = torch.ops.gradkernels.batch_norm_act_stats(each)
+        mean, invstd, count = torch.ops.gradkernels.batch_norm_act_gather_stats(moments[None], *statistics, None, 0.1, 1e-5)
+        known = (mean, invstd, weight, None, None)
+        torch.ops.gradkernels.batch_norm_act_elemt(each, *known, "swish", 1.0)
+        sums, _ = torch.ops.gradkernels.batch_norm_act_backward_reduce(each, each, *known, None, "swish", 1.0, False)
+        torch.ops.gradkernels.batch_norm_act_backward_elemt(each, each, *known, None, "swish", 1.0, sums, count)
+        for function in (gk.prelu, gk.swish):
+            value_and_grads(function, each, weight)
+    for function in (gk.leaky_relu, gk.elu, gk.swish, lambda x: gk.rrelu(x, training=True)):
+        value_and_grads(function, x.flatten()[:1013])
+    parameters = [torch.nn.Parameter(each.clone()) for each in (x, weight)]
+    for each in parameters:
+        each.grad = torch.randn_like(each)
+    for norm_type in (1.0, 2.0, float("inf")):
+        gk.clip_grad_norm_(parameters, 0.1, norm_type)
+    gk.clip_grad_value_(parameters, 0.01)
+    gk.optim.RMSprop(parameters, momentum=0.9, centered=True).step()
+    torch.cuda.synchronize()
+
+
 def step(x, grads):
     y = gk.elu(gk.leaky_relu(x, 0.1), 0.7)
+    weight, bias, mean, var = torch.ones(4, 10, device="cuda").unbind()
+    y = batch_norm_act(y.view(-1, 10, 100), (mean, var), weight, bias).view_as(y) + batch_norm_act(
+        y.view(-1, 10), (mean, var), weight, bias
+    ).view_as(y)
     total = gk.get_total_norm(grads)
     torch.ops.gradkernels.clip_grads_with_norm_(grads, 1.0, total)
     return y, total
@@ -117,11 +195,13 @@ def step(x, grads):
 
 def test_nothing_waits_for_the_gpu():
     x, grads = torch.randn(10_000, device="cuda", requires_grad=True), [torch.randn(1000, device="cuda") for _ in range(5)]
+    module = gk.BatchNormAct1d(10, momentum=None, device="cuda")
     step(x, grads)
     torch.cuda.set_sync_debug_mode("error")
     try:
         y, _ = step(x, grads)
         y.backward(torch.ones_like(y))
+        module(x.view(-1, 10)).sum().backward()
         gk.rrelu(x, training=True).sum().backward()
         gk.prelu(x, torch.full((1,), 0.2, device="cuda", requires_grad=True)).sum().backward()
     finally:
@@ -149,8 +229,52 @@ def test_a_graph_replays_on_new_values():
 
 def test_results_are_the_same_bit_for_bit():
     x, beta = torch.randn(64, 33, 1000, device="cuda"), torch.rand(33, device="cuda")
-    first, second = (value_and_grads(gk.swish, x, beta) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    statistics = torch.zeros(2, 33, device="cuda").unbind()
+    for function in (gk.swish, lambda x, weight: batch_norm_act(x, statistics, weight, None)):
+        first, second = (value_and_grads(function, x, beta) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_work_on_another_stream_comes_after_what_it_reads():
+    x, side = torch.randn(64, 33, 1000, device="cuda"), torch.cuda.Stream()
+    expected = value_and_grads(gk.swish, x, torch.ones(33, device="cuda"))
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        actual = value_and_grads(gk.swish, x, torch.ones(33, device="cuda"))
+    torch.cuda.current_stream().wait_stream(side)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_tensors_on_different_devices_are_refused():
+    x, parameter = torch.randn(6, 3, 5, device="cuda"), torch.ones(3)
+    statistics = torch.zeros(3, device="cuda"), torch.ones(3, device="cuda")
+    calls = {
+        "weight": lambda: batch_norm_act(x, statistics, parameter, None),
+        "running statistics": lambda: batch_norm_act(x, (torch.zeros(3), torch.ones(3)), None, None),
+        "residual": lambda: batch_norm_act(x, statistics, None, None, torch.randn(6, 3, 5)),
+        "prelu": lambda: gk.prelu(x, parameter),
+        "swish": lambda: gk.swish(x, parameter),
+        "clipping": lambda: torch.ops.gradkernels.grad_norms([x, parameter], 2.0),
+    }
+    for name, call in calls.items():
+        with pytest.raises(RuntimeError, match="device") as raised:
+            call()
+        assert "CUDA error" not in str(raised.value), name
+    assert not statistics[0].any() and (statistics[1] == 1).all()
+
+
+def test_a_failed_allocation_leaves_everything_as_it_was():
+    x, module = torch.randn(64, 8, 256, 256, device="cuda"), gk.BatchNormAct2d(8, device="cuda")
+    before = {name: each.clone() for name, each in module.state_dict().items()}
+    torch.cuda.empty_cache()
+    room = torch.cuda.memory_reserved() + (1 << 22)
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            module(x)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert all(torch.equal(each, before[name]) for name, each in module.state_dict().items())
 
 
 def test_kernels_run_on_the_device_of_the_tensors():

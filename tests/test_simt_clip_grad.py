@@ -12,7 +12,7 @@ import torch
 
 from accuracy import assert_bitwise_equal, extended
 from simt_library import DTYPES as NUMBERS
-from simt_library import Guarded, load, races
+from simt_library import Guarded, load
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 NORMS = {1.0: 0, 2.0: 1, math.inf: 2}
@@ -204,19 +204,3 @@ def test_rmsprop(call_optim, guarded, momentum, centered, dtype):
     for state, each in zip(states, expected, strict=True):
         for name, actual, wanted in zip(("param", "grad", "square_avg", "grad_avg", "momentum_buffer"), state, each, strict=True):
             assert_bitwise_equal(f"{name} of {actual.numel()}", actual, wanted)
-
-
-def test_no_races():
-    assert races("clip_grad") == ""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("barrier", [1, 2, 3])
-def test_a_barrier_less_is_a_race(barrier):
-    assert "data race" in races("clip_grad", SIMT_WITHOUT_BARRIER=barrier)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fence", [1, 2])
-def test_a_fence_less_is_a_race(fence):
-    assert "data race" in races("clip_grad", SIMT_WITHOUT_FENCE=fence)

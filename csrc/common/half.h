@@ -2,6 +2,11 @@
 // CUDA has instructions for the conversions.
 #pragma once
 
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
 #include <cstdint>
 
 #include "common/host_device.h"
@@ -26,8 +31,8 @@ struct BFloat16 {
 
   BFloat16() = default;
   GK_HOST_DEVICE explicit BFloat16(float x) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+#if defined(__CUDA_ARCH__)
+    bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
 #else
     const uint32_t wide = bits_of(x);
     bits = x == x ? static_cast<uint16_t>((wide + 0x7FFFu + (wide >> 16 & 1u)) >> 16) : uint16_t(0x7FC0);
@@ -45,7 +50,7 @@ struct Float16 {
   Float16() = default;
   GK_HOST_DEVICE explicit Float16(float x) {
 #if defined(__CUDA_ARCH__)
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    bits = __half_as_ushort(__float2half_rn(x));
 #else
     const uint32_t wide = bits_of(x);
     const uint32_t magnitude = wide & 0x7FFFFFFFu;
@@ -65,9 +70,7 @@ struct Float16 {
   GK_HOST_DEVICE explicit Float16(double x) : Float16(static_cast<float>(x)) {}
   GK_HOST_DEVICE explicit operator float() const {
 #if defined(__CUDA_ARCH__)
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-    return value;
+    return __half2float(__ushort_as_half(bits));
 #else
     const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
     const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7FFFu) << 13;

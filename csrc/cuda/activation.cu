@@ -272,17 +272,12 @@ struct ChannelOf {
   int64_t within;
   int64_t channel;
 
-  // 32-bit division where it does, a fraction of the work of 64-bit division.
   __device__ __forceinline__ ChannelOf(const ChannelShape& shape, int64_t count, int64_t element)
       : inner(shape.inner), channels(shape.channels) {
-    if (count <= INT32_MAX) {
-      const unsigned line = static_cast<unsigned>(element) / static_cast<unsigned>(inner);
-      within = static_cast<unsigned>(element) - line * static_cast<unsigned>(inner);
-      channel = line % static_cast<unsigned>(channels);
-    } else {
-      within = element % inner;
-      channel = element / inner % channels;
-    }
+    const bool fit = count <= INT32_MAX;
+    const int64_t line = quotient(element, inner, fit);
+    within = element - line * inner;
+    channel = line - quotient(line, channels, fit) * channels;
   }
   __device__ __forceinline__ void next() {
     if (++within == inner) {
@@ -326,6 +321,26 @@ struct ParametricShared {
 constexpr int64_t kElementsOfPart = 64 * kThreads;
 constexpr int64_t kMostParts = 256;
 
+// grad_x of the W elements from `first` on, where it is asked for: activation_of(j) is that of element j, and add(j, share) gets what it
+// adds to the gradient of its parameter.
+template <typename scalar_t, int W, typename ActivationOf, typename Add>
+__device__ __forceinline__ void parametric_backward_packet(const ParametricBackward& p, int64_t first, const ActivationOf& activation_of,
+                                                           const Add& add) {
+  Packet<scalar_t, W> grad_packet, x_packet;
+  load(grad_packet, static_cast<const scalar_t*>(p.grad_y) + first);
+  load(x_packet, static_cast<const scalar_t*>(p.x) + first);
+  const Values<scalar_t, W> gradients = Values<scalar_t, W>::of(grad_packet);
+  const Values<scalar_t, W> values = Values<scalar_t, W>::of(x_packet);
+  Values<scalar_t, W> result;
+#pragma unroll
+  for (int j = 0; j < W; ++j) {
+    opmath_t<scalar_t> share;
+    result.element[j] = activation_of(j).backward(gradients.element[j], values.element[j], share);
+    add(j, share);
+  }
+  if (p.grad_x != nullptr) store(static_cast<scalar_t*>(p.grad_x) + first, result.rounded());
+}
+
 // grad_x = grad_y act'(x), and the gradient of each channel's parameter, where a channel's elements lie in runs
 //   launch   parts * channels blocks of kThreads; the last block of a channel adds its parts up in order
 //   requires tensors dense, in the order of `shape`; inner a multiple of W and all at a packet unless W = 1; counters zero
@@ -335,9 +350,6 @@ __global__ void __launch_bounds__(kThreads)
     parametric_backward_run_kernel(ParametricBackward p, int parts, double* partial, unsigned* counters) {
   using opmath = opmath_t<scalar_t>;
   ParametricShared& shared = *shared_memory<ParametricShared>();
-  const scalar_t* grad_y = static_cast<const scalar_t*>(p.grad_y);
-  const scalar_t* x = static_cast<const scalar_t*>(p.x);
-  scalar_t* grad_x = static_cast<scalar_t*>(p.grad_x);
   const int64_t channel = blockIdx.x / parts;
   const int part = static_cast<int>(blockIdx.x % parts);
   const int64_t packets_of_row = p.shape.inner / W;
@@ -350,21 +362,9 @@ __global__ void __launch_bounds__(kThreads)
   visit_parametric<opmath>(p.act, [&](auto activation) {
     const auto f = activation(parameter);
     for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-      const int64_t row = i / packets_of_row;
+      const int64_t row = quotient(i, packets_of_row, all <= INT32_MAX);
       const int64_t first = (row * p.shape.channels + channel) * p.shape.inner + (i - row * packets_of_row) * W;
-      Packet<scalar_t, W> grad_packet, x_packet;
-      load(grad_packet, grad_y + first);
-      load(x_packet, x + first);
-      const Values<scalar_t, W> gradients = Values<scalar_t, W>::of(grad_packet);
-      const Values<scalar_t, W> values = Values<scalar_t, W>::of(x_packet);
-      Values<scalar_t, W> result;
-#pragma unroll
-      for (int j = 0; j < W; ++j) {
-        opmath grad_parameter;
-        result.element[j] = f.backward(gradients.element[j], values.element[j], grad_parameter);
-        sum.add(grad_parameter);
-      }
-      if (grad_x != nullptr) store(grad_x + first, result.rounded());
+      parametric_backward_packet<scalar_t, W>(p, first, [&](int) { return f; }, [&](int, opmath share) { sum.add(share); });
     }
   });
   if (p.grad_parameter == nullptr) return;
@@ -392,9 +392,6 @@ __global__ void __launch_bounds__(kThreads)
     parametric_backward_column_kernel(ParametricBackward p, int columns, int64_t rows_of_part, double* partial, unsigned* counters) {
   using opmath = opmath_t<scalar_t>;
   auto& shared = *shared_memory<ParametricColumnShared<W>>();
-  const scalar_t* grad_y = static_cast<const scalar_t*>(p.grad_y);
-  const scalar_t* x = static_cast<const scalar_t*>(p.x);
-  scalar_t* grad_x = static_cast<scalar_t*>(p.grad_x);
   const int column = static_cast<int>(threadIdx.x) % columns;
   const int lines = kThreads / columns;
   const int line = static_cast<int>(threadIdx.x) / columns;
@@ -410,26 +407,15 @@ __global__ void __launch_bounds__(kThreads)
     for (int j = 0; j < W; ++j) parameter.element[j] = static_cast<opmath>(static_cast<const scalar_t*>(p.parameter)[channel + j]);
     visit_parametric<opmath>(p.act, [&](auto activation) {
       for (int64_t row = begin + line; row < end; row += lines) {
-        const int64_t first = row * channels + channel;
-        Packet<scalar_t, W> grad_packet, x_packet;
-        load(grad_packet, grad_y + first);
-        load(x_packet, x + first);
-        const Values<scalar_t, W> gradients = Values<scalar_t, W>::of(grad_packet);
-        const Values<scalar_t, W> values = Values<scalar_t, W>::of(x_packet);
-        Values<scalar_t, W> result;
-#pragma unroll
-        for (int j = 0; j < W; ++j) {
-          opmath grad_parameter;
-          result.element[j] = activation(parameter.element[j]).backward(gradients.element[j], values.element[j], grad_parameter);
-          sum[j].add(grad_parameter);
-        }
-        if (grad_x != nullptr) store(grad_x + first, result.rounded());
+        parametric_backward_packet<scalar_t, W>(
+            p, row * channels + channel, [&](int j) { return activation(parameter.element[j]); },
+            [&](int j, opmath share) { sum[j].add(share); });
       }
     });
   }
   if (p.grad_parameter == nullptr) return;
 #pragma unroll
-  for (int j = 0; j < W; ++j) shared.sum[threadIdx.x][j] = sum[j].value().high + sum[j].value().low;
+  for (int j = 0; j < W; ++j) shared.sum[threadIdx.x][j] = sum[j].rounded();
   __syncthreads();
   if (line == 0 && channel < channels) {
     for (int j = 0; j < W; ++j) {
@@ -544,16 +530,16 @@ void parametric_backward(const ParametricBackward& p) {
       int64_t rows_of_part = lines * 32;
       if (rows_of_part * kMostParts < shape.rows) rows_of_part = (shape.rows + kMostParts - 1) / kMostParts;
       const int64_t parts = (shape.rows + rows_of_part - 1) / rows_of_part;
-      const PartialSums sums(parts * shape.channels, column_blocks);
+      const Partials<double> sums(parts * shape.channels, column_blocks);
       launch(parametric_backward_column_kernel<scalar_t, W>,
              {dim3(static_cast<unsigned>(column_blocks), static_cast<unsigned>(parts)), kThreads, sizeof(ParametricColumnShared<W>)}, p,
-             columns, rows_of_part, sums.partial, sums.counters);
+             columns, rows_of_part, sums.values(), sums.counters());
     } else {
       const int64_t parts = (shape.rows * shape.inner + kElementsOfPart - 1) / kElementsOfPart;
-      const PartialSums sums(parts * shape.channels, shape.channels);
+      const Partials<double> sums(parts * shape.channels, shape.channels);
       launch(parametric_backward_run_kernel<scalar_t, W>,
              {dim3(static_cast<unsigned>(parts * shape.channels)), kThreads, sizeof(ParametricShared)}, p, static_cast<int>(parts),
-             sums.partial, sums.counters);
+             sums.values(), sums.counters());
     }
   });
 }

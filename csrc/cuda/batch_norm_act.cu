@@ -33,8 +33,8 @@ constexpr int64_t kSumsBlocks = 512;
 constexpr int64_t kMostSumsParts = 256;
 constexpr int64_t kApplyBlocks = 4096;
 constexpr int64_t kLeastOctetsOfThread = 4;
-// A portable cluster.
-constexpr int kMostClusterBlocks = 8;
+// Of a cluster that is no portable one. Processors that lie together are no multiple of it, some of them idle: only where 8 do not do.
+constexpr int kMostClusterBlocks = 16;
 // Of each block's shared memory, for the system.
 constexpr int64_t kReservedSharedBytes = 1024;
 
@@ -60,6 +60,7 @@ struct Tiling {
   int threads;         // of a block that have octets
   int lanes;           // threads that merge sums of one channel, a power of two
   bool aligned;        // every octet of a whole line begins at a packet
+  bool exceeds_cache;  // two such tensors do not fit into L2
 };
 
 Tiling tiling(const ChannelShape& shape, int64_t element_bytes, std::initializer_list<const void*> operands) {
@@ -93,6 +94,7 @@ Tiling tiling(const ChannelShape& shape, int64_t element_bytes, std::initializer
   t.mask_wrap = t.mask_row_stride - t.octets_per_line;
   t.slabs = divide_up(shape.channels, t.group_channels);
   t.octets = shape.rows * t.octets_per_line;
+  t.exceeds_cache = 2 * shape.rows * t.row_stride * element_bytes > device_limits().l2_bytes;
   t.lanes = kWarpThreads;
   while (t.lanes * t.group_channels > kThreads) t.lanes /= 2;
   return t;
@@ -115,12 +117,11 @@ Tiling for_apply(const Tiling& t) {
   return in_parts(t, std::clamp<int64_t>(divide_up(kApplyBlocks, t.slabs), 1, most));
 }
 
-// Cut for a cluster of blocks that hold a slab, `octet_bytes` of shared memory for each octet beside `other_bytes`; no parts where it does
-// not fit. Two blocks to an SM, of which one loads while the other stores, are preferred, and enough blocks to fill a GPU.
-Tiling for_cluster(const Tiling& t, int64_t octet_bytes, int64_t other_bytes, bool clusters) {
+// Cut for a cluster of at most `most` blocks that hold a slab, `octet_bytes` of shared memory for each octet beside `other_bytes`; no parts
+// where it does not fit. Two blocks to an SM, of which one loads while the other stores, are preferred, and enough blocks to fill a GPU.
+Tiling for_cluster(const Tiling& t, int64_t octet_bytes, int64_t other_bytes, int most) {
   const int64_t whole = device_limits().shared_bytes - other_bytes;
   const int64_t half = whole - (device_limits().shared_bytes + kReservedSharedBytes) / 2;
-  const int most = clusters ? kMostClusterBlocks : 1;
   const auto with = [&](int blocks) {
     Tiling cut = in_parts(t, blocks);
     cut.parts = blocks;
@@ -171,9 +172,7 @@ class Walk {
     const int64_t end = (part + 1) * t.part_octets < t.octets ? (part + 1) * t.part_octets : t.octets;
     const bool takes_part = first < end && static_cast<int>(threadIdx.x) < t.threads;
     left_ = takes_part ? static_cast<int>(end - first - 1) / t.threads + 1 : 0;
-    // 32-bit division where it does, a fraction of the work of 64-bit division.
-    const int64_t row = t.octets <= INT32_MAX - kThreads ? static_cast<unsigned>(first) / static_cast<unsigned>(t.octets_per_line)
-                                                         : first / t.octets_per_line;
+    const int64_t row = quotient(first, t.octets_per_line, t.octets <= INT32_MAX);
     column_ = first - row * t.octets_per_line;
     element_ = slab.element + row * t.row_stride + column_ * kOctetElements;
     mask_byte_ = slab.mask_byte + row * t.mask_row_stride + column_;
@@ -240,15 +239,23 @@ __device__ __forceinline__ Octet<scalar_t> read(const scalar_t* x, const At& at,
   return octet;
 }
 
+// `briefly`: see Keep.
 template <typename scalar_t>
-__device__ __forceinline__ void write(scalar_t* y, const At& at, bool aligned, const opmath_t<scalar_t> (&value)[kOctetElements]) {
+__device__ __forceinline__ void write(scalar_t* y, const At& at, bool aligned, const opmath_t<scalar_t> (&value)[kOctetElements],
+                                      bool briefly = false) {
   using O = Octet<scalar_t>;
   O octet;
 #pragma unroll
   for (int k = 0; k < kOctetElements; ++k) octet.packet[k / O::kWidth].element[k % O::kWidth] = static_cast<scalar_t>(value[k]);
   if (aligned && at.valid == kOctetElements) {
 #pragma unroll
-    for (int i = 0; i < O::kPackets; ++i) store(y + at.element + i * O::kWidth, octet.packet[i]);
+    for (int i = 0; i < O::kPackets; ++i) {
+      if (briefly) {
+        store<Keep::kBriefly>(y + at.element + i * O::kWidth, octet.packet[i]);
+      } else {
+        store(y + at.element + i * O::kWidth, octet.packet[i]);
+      }
+    }
   } else {
 #pragma unroll
     for (int i = 0; i < O::kPackets; ++i) store_some(y + at.element + i * O::kWidth, octet.packet[i], at.valid - i * O::kWidth);
@@ -299,9 +306,10 @@ constexpr int octets_in_flight(int bytes, int operands) {
 
 // ---- Sums of a channel over threads, blocks and parts
 
-// The union of sets set(0) ... set(sets - 1), by `lanes` threads together, in each of them. Low parts are those of float64 data alone.
+// merged = the union of sets set(0) ... set(sets - 1), by `lanes` threads together, in each of them. Low parts are those of float64 data
+// alone.
 template <typename opmath, typename Set>
-__device__ __forceinline__ math::Moments<double> merge_moments(int lanes, int sets, const Set& set) {
+__device__ __forceinline__ void merge(math::Moments<double>& merged, int lanes, int sets, const Set& set) {
   ThreadSum<float> count;  // exact
   ThreadSum<opmath> total, m2;
   for (int i = static_cast<int>(threadIdx.x) % lanes; i < sets; i += lanes) {
@@ -322,11 +330,11 @@ __device__ __forceinline__ math::Moments<double> merge_moments(int lanes, int se
   }
   for (int i = static_cast<int>(threadIdx.x) % lanes; i < sets; i += lanes) m2.add(math::m2_about(mean, set(i)));
   m2.add_over_lanes(lanes);
-  return {count.total, mean.high, m2.value().high, mean.low, m2.value().low};
+  merged = {count.total, mean.high, m2.value().high, mean.low, m2.value().low};
 }
 
 template <typename opmath, typename Set>
-__device__ __forceinline__ math::GradientSums merge_sums(int lanes, int sets, const Set& set) {
+__device__ __forceinline__ void merge(math::GradientSums& merged, int lanes, int sets, const Set& set) {
   ThreadSum<opmath> dz, dz_x;
   for (int i = static_cast<int>(threadIdx.x) % lanes; i < sets; i += lanes) {
     const math::GradientSums one = set(i);
@@ -335,7 +343,41 @@ __device__ __forceinline__ math::GradientSums merge_sums(int lanes, int sets, co
   }
   dz.add_over_lanes(lanes);
   dz_x.add_over_lanes(lanes);
-  return {dz.rounded(), dz_x.rounded()};
+  merged = {dz.rounded(), dz_x.rounded()};
+}
+
+// A thread's channel where the block merges: `lanes` neighbours have the same, and the first of them writes.
+struct Lane {
+  int in_slab;
+  int64_t channel;
+  bool exists;
+  bool writes;
+
+  __device__ __forceinline__ Lane(const Tiling& t, const Slab& slab)
+      : in_slab(static_cast<int>(threadIdx.x) / t.lanes),
+        channel(slab.first_channel + in_slab),
+        exists(in_slab < slab.channels),
+        writes(exists && static_cast<int>(threadIdx.x) % t.lanes == 0) {}
+};
+
+// found = what all parts of slab `index` have found: through global memory, in the last of them. Whether this block is that one.
+template <typename opmath, typename Found>
+__device__ __forceinline__ bool merge_parts(const Tiling& t, const Lane& lane, int64_t index, int64_t part, Found& found, Found* partial,
+                                            unsigned* counters, unsigned* flag) {
+  if (t.parts == 1) return true;
+  if (lane.writes) partial[part * t.channels + lane.channel] = found;
+  if (!is_last_block(counters + index, t.parts, flag)) return false;
+  merge<opmath>(found, t.lanes, lane.exists ? t.parts : 0, [&](int i) { return partial[i * t.channels + lane.channel]; });
+  return true;
+}
+
+// The same in every block of a cluster, through its shared memory, where each has kMostGroupChannels of Found. A cluster_sync has to follow
+// before any of them ends.
+template <typename opmath, typename Found>
+__device__ __forceinline__ void merge_cluster(const Tiling& t, const Lane& lane, Found& found, Found* of_block) {
+  if (lane.writes) of_block[lane.in_slab] = found;
+  cluster_sync();
+  merge<opmath>(found, t.lanes, lane.exists ? t.parts : 0, [&](int i) { return *of_cluster_block(&of_block[lane.in_slab], i); });
 }
 
 // What each thread of a block has found, a value for each of its columns: one of all its elements where the block has one channel.
@@ -523,11 +565,13 @@ __device__ __forceinline__ math::Moments<double> part_moments(const Tiling& t, c
   shared.m2.put(m2);
   shared.count[threadIdx.x] = count;
   __syncthreads();
-  const int channel = static_cast<int>(threadIdx.x) / t.lanes;
-  return merge_moments<opmath>(t.lanes, channel < slab.channels ? sets_of_block<kColumns>(t) : 0, [&](int i) {
-    const ThreadColumn at = set_of_block<kColumns>(t, channel, i);
+  const Lane lane(t, slab);
+  math::Moments<double> found;
+  merge<opmath>(found, t.lanes, lane.exists ? sets_of_block<kColumns>(t) : 0, [&](int i) {
+    const ThreadColumn at = set_of_block<kColumns>(t, lane.in_slab, i);
     return math::Moments<double>{shared.count[at.thread], shared.mean.value[at.place], shared.m2.value[at.place], 0.0, 0.0};
   });
+  return found;
 }
 
 // The moments of all there is, whose low parts have done what they are for.
@@ -555,10 +599,11 @@ __device__ __forceinline__ void finish_channel(const BatchNormForward& p, double
   update(p.running_var, found.m2 / (found.count - 1.0));
 }
 
-// y of a part, where source(slot, at) is x.
+// y of a part, where source(slot, at) is x; stored `briefly` where it would drive out of the cache what is still to be read.
 template <typename scalar_t, bool kColumns, typename Source>
 __device__ __forceinline__ void normalise_part(const BatchNormForward& p, const Tiling& t, const Slab& slab, int64_t part,
-                                               const math::Normalisation<opmath_t<scalar_t>>* of_channels, const Source& source) {
+                                               const math::Normalisation<opmath_t<scalar_t>>* of_channels, bool briefly,
+                                               const Source& source) {
   using opmath = opmath_t<scalar_t>;
   constexpr int kTile = octets_in_flight<scalar_t>(kApplyBytesInFlight, 1);
   const scalar_t* const residual = static_cast<const scalar_t*>(p.residual);
@@ -597,7 +642,7 @@ __device__ __forceinline__ void normalise_part(const BatchNormForward& p, const 
 #pragma unroll
         for (int k = 0; k < kOctetElements; ++k) u[k] = f.forward(u[k]);
       });
-      write(y, at, t.aligned, u);
+      write(y, at, t.aligned, u, briefly);
     }
   }
 }
@@ -614,16 +659,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
   const int64_t part = blockIdx.x / t.slabs;
   const Slab slab = slab_of<kColumns>(t, index);
   math::Moments<double> found = part_moments(t, slab, part, static_cast<const scalar_t*>(p.x), shared, [](int, const Octet<scalar_t>&) {});
-  const int in_slab = static_cast<int>(threadIdx.x) / t.lanes;
-  const int64_t channel = slab.first_channel + in_slab;
-  const bool writes = in_slab < slab.channels && threadIdx.x % t.lanes == 0;
-  if (t.parts > 1) {
-    if (writes) partial[part * t.channels + channel] = found;
-    if (!is_last_block(counters + index, t.parts, &shared.flag)) return;
-    found = merge_moments<opmath_t<scalar_t>>(t.lanes, in_slab < slab.channels ? t.parts : 0,
-                                              [&](int i) { return partial[i * t.channels + channel]; });
-  }
-  if (writes) finish_channel(p, moments, channel, rounded(found));
+  const Lane lane(t, slab);
+  if (!merge_parts<opmath_t<scalar_t>>(t, lane, index, part, found, partial, counters, &shared.flag)) return;
+  if (lane.writes) finish_channel(p, moments, lane.channel, rounded(found));
 }
 
 // y = act(batch_norm(x) + residual) from mean and invstd; in evaluation these are first made of the running statistics
@@ -656,7 +694,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>) batch_norm_act_no
   }
   __syncthreads();
   const scalar_t* const x = static_cast<const scalar_t*>(p.x);
-  normalise_part<scalar_t, kColumns>(p, t, slab, part, normalisation, [&](int, const At& at) { return read(x, at, t.aligned); });
+  normalise_part<scalar_t, kColumns>(p, t, slab, part, normalisation, p.training && t.exceeds_cache,
+                                     [&](int, const At& at) { return read(x, at, t.aligned); });
 }
 
 // Both in one: a cluster of blocks keeps its slab in shared memory
@@ -673,22 +712,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>) batch_norm_act_fo
   const Slab slab = slab_of<kColumns>(t, blockIdx.x / t.parts);
   math::Moments<double> found = part_moments(t, slab, part, static_cast<const scalar_t*>(p.x), shared,
                                              [&](int slot, const Octet<scalar_t>& octet) { aside.put(slot, octet); });
-  const int in_slab = static_cast<int>(threadIdx.x) / t.lanes;
-  const int64_t channel = slab.first_channel + in_slab;
-  const bool writes = in_slab < slab.channels && threadIdx.x % t.lanes == 0;
-  if (writes) shared.of_block[in_slab] = found;
-  cluster_sync();
-  found = merge_moments<opmath>(t.lanes, in_slab < slab.channels ? t.parts : 0,
-                                [&](int i) { return *of_cluster_block(&shared.of_block[in_slab], i); });
-  if (writes) {
+  const Lane lane(t, slab);
+  merge_cluster<opmath>(t, lane, found, shared.of_block);
+  if (lane.writes) {
     found = rounded(found);
-    if (part == 0) finish_channel(p, nullptr, channel, found);
-    shared.normalisation[in_slab] =
-        channel_normalisation<opmath>(p, channel, found.mean, math::inverse_std_of_batch(found.m2 / found.count, p.eps));
+    if (part == 0) finish_channel(p, nullptr, lane.channel, found);
+    shared.normalisation[lane.in_slab] =
+        channel_normalisation<opmath>(p, lane.channel, found.mean, math::inverse_std_of_batch(found.m2 / found.count, p.eps));
   }
   // Also the last read of another block's shared memory lies behind it.
   cluster_sync();
-  normalise_part<scalar_t, kColumns>(p, t, slab, part, shared.normalisation,
+  normalise_part<scalar_t, kColumns>(p, t, slab, part, shared.normalisation, false,
                                      [&](int slot, const At& at) { return at.valid > 0 ? aside.get(slot) : Octet<scalar_t>{}; });
 }
 
@@ -819,11 +853,13 @@ __device__ __forceinline__ math::GradientSums part_sums(const BatchNormBackward&
   shared.dz.put(dz);
   shared.dz_x.put(dz_x);
   __syncthreads();
-  const int channel = static_cast<int>(threadIdx.x) / t.lanes;
-  return merge_sums<opmath>(t.lanes, channel < slab.channels ? sets_of_block<kColumns>(t) : 0, [&](int i) {
-    const int place = set_of_block<kColumns>(t, channel, i).place;
+  const Lane lane(t, slab);
+  math::GradientSums found;
+  merge<opmath>(found, t.lanes, lane.exists ? sets_of_block<kColumns>(t) : 0, [&](int i) {
+    const int place = set_of_block<kColumns>(t, lane.in_slab, i).place;
     return math::GradientSums{shared.dz.value[place], shared.dz_x.value[place]};
   });
+  return found;
 }
 
 // grad_weight, grad_bias, and sums as the schema has them, each where it is asked for.
@@ -864,15 +900,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
   const Slab slab = slab_of<kColumns>(t, index);
   math::GradientSums found =
       part_sums<scalar_t, kColumns>(p, t, slab, part, shared, [](int, const Octet<scalar_t>&, const opmath(&)[kOctetElements]) {});
-  const int in_slab = static_cast<int>(threadIdx.x) / t.lanes;
-  const int64_t channel = slab.first_channel + in_slab;
-  const bool writes = in_slab < slab.channels && threadIdx.x % t.lanes == 0;
-  if (t.parts > 1) {
-    if (writes) partial[part * t.channels + channel] = found;
-    if (!is_last_block(counters + index, t.parts, &shared.flag)) return;
-    found = merge_sums<opmath>(t.lanes, in_slab < slab.channels ? t.parts : 0, [&](int i) { return partial[i * t.channels + channel]; });
-  }
-  if (writes) finish_channel(p, sums, channel, math::about_mean(found, math::mean_low<opmath>(p.mean[channel])));
+  const Lane lane(t, slab);
+  if (!merge_parts<opmath>(t, lane, index, part, found, partial, counters, &shared.flag)) return;
+  if (lane.writes) finish_channel(p, sums, lane.channel, math::about_mean(found, math::mean_low<opmath>(p.mean[lane.channel])));
 }
 
 // grad_x of every element from the sums and the count of all processes; sums may be null in evaluation, and count where it is this process'
@@ -908,7 +938,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
       operands.dz(p, t, i, at, [&](int k) { return mine[kColumns ? k : 0].normalise; }, dz);
 #pragma unroll
       for (int k = 0; k < kOctetElements; ++k) dz[k] = grad_x_of(p, mine[kColumns ? k : 0], dz[k], operands.x[i][k]);
-      write(static_cast<scalar_t*>(p.grad_x), at, t.aligned, dz);
+      write(static_cast<scalar_t*>(p.grad_x), at, t.aligned, dz, t.exceeds_cache);
     }
   }
 }
@@ -935,17 +965,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>) batch_norm_act_ba
         x_aside.put(slot, x);
         dz_aside.put(slot, wide);
       });
-  const int in_slab = static_cast<int>(threadIdx.x) / t.lanes;
-  const int64_t channel = slab.first_channel + in_slab;
-  const bool writes = in_slab < slab.channels && threadIdx.x % t.lanes == 0;
-  if (writes) shared.of_block[in_slab] = found;
-  cluster_sync();
-  found = merge_sums<opmath>(t.lanes, in_slab < slab.channels ? t.parts : 0,
-                             [&](int i) { return *of_cluster_block(&shared.of_block[in_slab], i); });
-  if (writes) {
-    found = math::about_mean(found, math::mean_low<opmath>(p.mean[channel]));
-    if (part == 0) finish_channel(p, nullptr, channel, found);
-    shared.coefficients[in_slab] = channel_gradient<opmath>(p, channel, static_cast<double>(t.rows * t.inner), found);
+  const Lane lane(t, slab);
+  merge_cluster<opmath>(t, lane, found, shared.of_block);
+  if (lane.writes) {
+    found = math::about_mean(found, math::mean_low<opmath>(p.mean[lane.channel]));
+    if (part == 0) finish_channel(p, nullptr, lane.channel, found);
+    shared.coefficients[lane.in_slab] = channel_gradient<opmath>(p, lane.channel, static_cast<double>(t.rows * t.inner), found);
   }
   // Also the last read of another block's shared memory lies behind it.
   cluster_sync();
@@ -1007,30 +1032,19 @@ Tiling tiling(const BatchNormBackward& p) {
 
 unsigned blocks_of(const Tiling& t) { return static_cast<unsigned>(t.slabs * t.parts); }
 
-// What the blocks of a slab leave for its last one, a Result for each part and channel, and the counters that tell which that is.
-template <typename Result>
-class Partials {
- public:
-  explicit Partials(const Tiling& t)
-      : counter_bytes_(divide_up(t.slabs * sizeof(unsigned), kPacketBytes) * kPacketBytes),
-        memory_(t.parts > 1 ? counter_bytes_ + t.parts * t.channels * sizeof(Result) : 0) {
-    if (t.parts > 1) check(cudaMemsetAsync(memory_.data(), 0, counter_bytes_, current_stream()));
-  }
-  unsigned* counters() const { return static_cast<unsigned*>(memory_.data()); }
-  Result* results() const { return reinterpret_cast<Result*>(static_cast<unsigned char*>(memory_.data()) + counter_bytes_); }
-
- private:
-  size_t counter_bytes_;
-  Workspace memory_;
-};
+// What the blocks of a slab leave for its last one, where there is more than one.
+template <typename Found>
+Partials<Found> partials(const Tiling& t) {
+  return t.parts > 1 ? Partials<Found>(t.parts * t.channels, t.slabs) : Partials<Found>(0, 0);
+}
 
 template <typename scalar_t, bool kColumns>
 void launch_stats(const BatchNormForward& p, double* moments) {
   const Tiling t = for_sums(tiling(p));
-  const Partials<math::Moments<double>> partials(t);
+  const auto of_parts = partials<math::Moments<double>>(t);
   launch(batch_norm_act_stats_kernel<scalar_t, kColumns>,
-         {dim3(blocks_of(t)), dim3(kThreads), sizeof(ForwardShared<kColumns, opmath_t<scalar_t>>)}, p, t, moments, partials.results(),
-         partials.counters());
+         {dim3(blocks_of(t)), dim3(kThreads), sizeof(ForwardShared<kColumns, opmath_t<scalar_t>>)}, p, t, moments, of_parts.values(),
+         of_parts.counters());
 }
 
 template <typename scalar_t, bool kColumns>
@@ -1043,10 +1057,10 @@ void launch_normalise(const BatchNormForward& p) {
 template <typename scalar_t, bool kColumns>
 void launch_backward_reduce(const BatchNormBackward& p, double* sums) {
   const Tiling t = for_sums(tiling(p));
-  const Partials<math::GradientSums> partials(t);
+  const auto of_parts = partials<math::GradientSums>(t);
   launch(batch_norm_act_backward_reduce_kernel<scalar_t, kColumns>,
-         {dim3(blocks_of(t)), dim3(kThreads), sizeof(BackwardShared<kColumns, opmath_t<scalar_t>>)}, p, t, sums, partials.results(),
-         partials.counters());
+         {dim3(blocks_of(t)), dim3(kThreads), sizeof(BackwardShared<kColumns, opmath_t<scalar_t>>)}, p, t, sums, of_parts.values(),
+         of_parts.counters());
 }
 
 template <typename scalar_t, bool kColumns>
@@ -1067,12 +1081,19 @@ void launch_backward_elemt(BatchNormBackward p, const double* sums, const double
 template <typename Shared, typename Problem>
 bool launch_in_cluster(void (*kernel)(Problem, Tiling), const Problem& p, int64_t octet_bytes) {
   const int64_t shared_bytes = divide_up(sizeof(Shared), kPacketBytes) * kPacketBytes;
-  const Tiling t = for_cluster(tiling(p), octet_bytes, shared_bytes, compiled_for_clusters(kernel));
+  const auto as_launch = [&](const Tiling& t) {
+    return Launch{dim3(blocks_of(t)), dim3(kThreads), static_cast<size_t>(shared_bytes + t.part_octets * octet_bytes),
+                  static_cast<unsigned>(t.parts)};
+  };
+  const Tiling whole = tiling(p);
+  const bool clusters = compiled_for_clusters(kernel);
+  Tiling t = for_cluster(whole, octet_bytes, shared_bytes, clusters ? static_cast<int>(kMostPortableCluster) : 1);
+  if (t.parts == 0 && clusters) {
+    t = for_cluster(whole, octet_bytes, shared_bytes, kMostClusterBlocks);
+    if (t.parts > 0 && !can_run(kernel, as_launch(t))) t.parts = 0;
+  }
   if (t.parts == 0) return false;
-  launch(
-      kernel,
-      {dim3(blocks_of(t)), dim3(kThreads), static_cast<size_t>(shared_bytes + t.part_octets * octet_bytes), static_cast<unsigned>(t.parts)},
-      p, t);
+  launch(kernel, as_launch(t), p, t);
   return true;
 }
 

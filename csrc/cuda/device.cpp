@@ -38,9 +38,7 @@ Workspace::~Workspace() { c10::cuda::CUDACachingAllocator::raw_delete(data_); }
 void check(cudaError_t status) {
   if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction) {
     static_cast<void>(cudaGetLastError());
-    const int capability = device_limits().compute_capability;
-    TORCH_CHECK(false, "gradkernels was built for ", GK_CUDA_ARCHITECTURES, ", and this GPU has compute capability ", capability / 10, ".",
-                capability % 10, ". Build it again with TORCH_CUDA_ARCH_LIST=\"", capability / 10, ".", capability % 10, "\"");
+    TORCH_CHECK(false, without_code(GK_CUDA_ARCHITECTURES, device_limits().compute_capability));
   }
   C10_CUDA_CHECK(status);
 }

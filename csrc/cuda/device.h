@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace gradkernels::cuda {
 
@@ -38,7 +39,15 @@ class Workspace {
   void* data_;
 };
 
-// Raises torch's error unless `status` is success.
+// Raises torch's error unless `status` is success; where the GPU's code is missing, one that says without_code.
 void check(cudaError_t status);
+
+// What was built, which is not for this GPU, and what mends it.
+inline std::string without_code(const std::string& architectures, int compute_capability) {
+  const std::string capability = std::to_string(compute_capability / 10) + "." + std::to_string(compute_capability % 10);
+  return "gradkernels was built for " + architectures + ", and this GPU has compute capability " + capability +
+         ". Build it again: FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=\"" + capability +
+         "\" python -m pip install --no-build-isolation --force-reinstall --no-deps .";
+}
 
 }  // namespace gradkernels::cuda

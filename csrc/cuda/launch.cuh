@@ -4,9 +4,8 @@
 //   shared_memory<T>()           the block's shared memory, all of it dynamic and 16-byte aligned: a kernel names its parts in a struct
 //   Packet, load, store          elements that are moved at once, to and from global memory; load_some, store_some a part of them
 //   cluster_rank, cluster_sync, of_cluster_block    blocks of a cluster and each other's shared memory; without one, a cluster of one
-//   copy_async, commit, wait     16 bytes from global to shared memory behind the thread's back
 //
-// Everything else is CUDA's own (threadIdx, __syncthreads, __shfl_down_sync, __ballot_sync, __threadfence, atomicAdd, atomicExch), which
+// Everything else is CUDA's own (threadIdx, __syncthreads, __shfl_down_sync, __shfl_xor_sync, __threadfence, atomicAdd, atomicExch), which
 // tests/simt/cuda_runtime.h has on the host. PTX stands here alone, beside what it means there.
 #pragma once
 
@@ -25,6 +24,8 @@ constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
 constexpr int kPacketBytes = 16;
 // What every block gets without asking.
 constexpr size_t kPlainSharedBytes = 48 << 10;
+// Larger clusters are not on every GPU that has clusters.
+constexpr unsigned kMostPortableCluster = 8;
 
 // Elements of a packet.
 template <typename scalar_t>
@@ -42,30 +43,62 @@ struct Exactly {
   using type = T;
 };
 
+// A launch in the driver's words.
+class LaunchConfig {
+ public:
+  explicit LaunchConfig(const Launch& to) {
+    cluster_.id = cudaLaunchAttributeClusterDimension;
+    cluster_.val.clusterDim.x = to.cluster;
+    cluster_.val.clusterDim.y = 1;
+    cluster_.val.clusterDim.z = 1;
+    config_.gridDim = to.grid;
+    config_.blockDim = to.block;
+    config_.dynamicSmemBytes = to.shared_bytes;
+    config_.stream = current_stream();
+    config_.attrs = &cluster_;
+    config_.numAttrs = to.cluster > 1 ? 1 : 0;
+  }
+  LaunchConfig(const LaunchConfig&) = delete;
+  LaunchConfig& operator=(const LaunchConfig&) = delete;
+
+  const cudaLaunchConfig_t* get() const { return &config_; }
+
+ private:
+  cudaLaunchAttribute cluster_{};
+  cudaLaunchConfig_t config_{};
+};
+
+// Asks for what a kernel does not get unasked, on the current device.
+inline cudaError_t allow(const void* kernel, const Launch& to) {
+  cudaError_t status = cudaSuccess;
+  if (to.shared_bytes > kPlainSharedBytes) {
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(to.shared_bytes));
+  }
+  if (status == cudaSuccess && to.cluster > kMostPortableCluster) {
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  return status;
+}
+
 // Arguments convert to the kernel's parameters.
 template <typename... Parameters>
 void launch(void (*kernel)(Parameters...), const Launch& to, typename Exactly<Parameters>::type... arguments) {
   if (to.grid.x == 0 || to.grid.y == 0 || to.grid.z == 0) return;
-  if (to.shared_bytes > kPlainSharedBytes) {
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(to.shared_bytes)));
+  check(allow(reinterpret_cast<const void*>(kernel), to));
+  check(cudaLaunchKernelEx(LaunchConfig(to).get(), kernel, arguments...));
+}
+
+// Whether the device can hold one cluster of it, which only larger ones than kMostPortableCluster leave open.
+template <typename... Parameters>
+bool can_run(void (*kernel)(Parameters...), const Launch& to) {
+  int clusters = 0;
+  const void* const address = reinterpret_cast<const void*>(kernel);
+  if (allow(address, to) == cudaSuccess && cudaOccupancyMaxActiveClusters(&clusters, address, LaunchConfig(to).get()) == cudaSuccess) {
+    return clusters > 0;
   }
-  if (to.cluster > 8) {
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-  }
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = to.cluster;
-  cluster.val.clusterDim.y = 1;
-  cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = to.grid;
-  config.blockDim = to.block;
-  config.dynamicSmemBytes = to.shared_bytes;
-  config.stream = current_stream();
-  config.attrs = &cluster;
-  config.numAttrs = to.cluster > 1 ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, arguments...));
+  // Or the next call would report what is no error here.
+  static_cast<void>(cudaGetLastError());
+  return false;
 }
 
 // Whether the device has clusters and what it will run of the kernel was compiled for them.
@@ -81,6 +114,11 @@ bool compiled_for_clusters(void (*kernel)(Parameters...)) {
 inline dim3 grid_for(int64_t tiles, int per_processor) {
   const int64_t most = static_cast<int64_t>(device_limits().processors) * per_processor;
   return dim3(static_cast<unsigned>(tiles < most ? tiles : most));
+}
+
+// a / b of numbers that are not negative; `fit` says that both fit into 32 bits, where division is a fraction of the work.
+__device__ __forceinline__ int64_t quotient(int64_t a, int64_t b, bool fit) {
+  return fit ? static_cast<int64_t>(static_cast<unsigned>(a) / static_cast<unsigned>(b)) : a / b;
 }
 
 // Whether every pointer stands at the beginning of a packet.
@@ -106,9 +144,6 @@ template <typename scalar_t, int kElements>
 struct alignas(sizeof(scalar_t) * kElements) Packet {
   scalar_t element[kElements];
 };
-
-// How long the caches are to keep it: what no kernel reads again soon leaves first.
-enum class Keep : uint8_t { kNormally, kBriefly };
 
 namespace packet {
 
@@ -137,17 +172,20 @@ struct Bits<2> {
 }  // namespace packet
 
 // The packet at p, in global memory and aligned to it.
-template <Keep keep = Keep::kNormally, typename scalar_t, int kElements>
+template <typename scalar_t, int kElements>
 __device__ __forceinline__ void load(Packet<scalar_t, kElements>& to, const scalar_t* p) {
 #if defined(__CUDACC__)
   using Bits = typename packet::Bits<sizeof(to)>::type;
-  const Bits bits = keep == Keep::kBriefly ? __ldcs(reinterpret_cast<const Bits*>(p)) : *reinterpret_cast<const Bits*>(p);
+  const Bits bits = *reinterpret_cast<const Bits*>(p);
   __builtin_memcpy(&to, &bits, sizeof(to));
 #else
   simt::check_alignment(p, sizeof(to));
   __builtin_memcpy(&to, p, sizeof(to));
 #endif
 }
+
+// How long the caches are to keep what is stored: briefly, it leaves before anything else.
+enum class Keep : uint8_t { kNormally, kBriefly };
 
 template <Keep keep = Keep::kNormally, typename scalar_t, int kElements>
 __device__ __forceinline__ void store(scalar_t* p, const Packet<scalar_t, kElements>& from) {
@@ -231,37 +269,6 @@ __device__ __forceinline__ T* of_cluster_block(T* mine, unsigned rank) {
   return theirs;
 #else
   return mine;
-#endif
-}
-
-// asynchronous copies: compute capability 8.0; below, and on the host, the thread waits for each
-
-// kPacketBytes from global to shared memory, both aligned to a packet.
-__device__ __forceinline__ void copy_async(void* to_shared, const void* from_global) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(to_shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from_global) : "memory");
-#elif defined(__CUDACC__)
-  *static_cast<uint4*>(to_shared) = *static_cast<const uint4*>(from_global);
-#else
-  simt::check_alignment(to_shared, kPacketBytes);
-  simt::check_alignment(from_global, kPacketBytes);
-  __builtin_memcpy(to_shared, from_global, kPacketBytes);
-#endif
-}
-
-// Closes the group of this thread's copies since the last commit.
-__device__ __forceinline__ void copy_async_commit() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-
-// Until at most `kGroups` of this thread's groups are under way. Other threads' copies need a barrier after it.
-template <int kGroups>
-__device__ __forceinline__ void copy_async_wait() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 #endif
 }
 

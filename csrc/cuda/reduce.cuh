@@ -82,18 +82,21 @@ __device__ __forceinline__ bool is_last_block(unsigned* counter, unsigned blocks
   return *flag != 0u;
 }
 
-// What blocks leave for the last one: `values` float64 numbers, which are not initialised, and counters, which are zero.
-struct PartialSums {
-  Workspace workspace;
-  double* partial;
-  unsigned* counters;
-
-  PartialSums(int64_t values, int64_t counter_count)
-      : workspace(static_cast<size_t>(values) * sizeof(double) + static_cast<size_t>(counter_count) * sizeof(unsigned)),
-        partial(static_cast<double*>(workspace.data())),
-        counters(reinterpret_cast<unsigned*>(partial + values)) {
-    check(cudaMemsetAsync(counters, 0, static_cast<size_t>(counter_count) * sizeof(unsigned), current_stream()));
+// What blocks leave for the last one: `values` of T, which are not initialised, and counters, which are zero. None of either, no memory.
+template <typename T>
+class Partials {
+ public:
+  Partials(int64_t values, int64_t counters)
+      : value_bytes_(static_cast<size_t>(values) * sizeof(T)), memory_(value_bytes_ + static_cast<size_t>(counters) * sizeof(unsigned)) {
+    static_assert(alignof(T) % alignof(unsigned) == 0, "counters stand behind the values");
+    if (counters > 0) check(cudaMemsetAsync(this->counters(), 0, static_cast<size_t>(counters) * sizeof(unsigned), current_stream()));
   }
+  T* values() const { return static_cast<T*>(memory_.data()); }
+  unsigned* counters() const { return reinterpret_cast<unsigned*>(static_cast<unsigned char*>(memory_.data()) + value_bytes_); }
+
+ private:
+  size_t value_bytes_;
+  Workspace memory_;
 };
 
 // Sums that are kept with what rounding takes away.

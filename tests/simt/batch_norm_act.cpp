@@ -10,31 +10,37 @@ namespace {
 
 BatchNormForward forward_problem(int dtype, int parameter_dtype, int64_t rows, int64_t channels, int64_t inner, int kind, double parameter,
                                  const void* x, const void* residual, const void* weight, const void* bias, double* mean, double* invstd,
-                                 void* y, uint8_t* mask) {
-  BatchNormForward p{};
-  p.dtype = static_cast<DType>(dtype);
-  p.parameter_dtype = static_cast<DType>(parameter_dtype);
-  p.shape = {rows, channels, inner};
-  p.act = {static_cast<math::ActivationKind>(kind), parameter};
-  p.x = x;
-  p.residual = residual;
-  p.weight = weight;
-  p.bias = bias;
-  p.mean = mean;
-  p.invstd = invstd;
-  p.y = y;
-  p.mask = mask;
-  return p;
-}
-
-BatchNormBackward backward_problem(int dtype, int parameter_dtype, int64_t rows, int64_t channels, int64_t inner, int kind,
-                                   double parameter, const void* grad_y, const void* x, const void* residual, const uint8_t* mask,
-                                   const void* weight, const void* bias, const double* mean, const double* invstd) {
+                                 void* y, uint8_t* mask, int training, double momentum, double eps, void* running_mean, void* running_var,
+                                 const int64_t* batches) {
   return {static_cast<DType>(dtype),
           static_cast<DType>(parameter_dtype),
           {rows, channels, inner},
           {static_cast<math::ActivationKind>(kind), parameter},
-          true,
+          training != 0,
+          momentum,
+          batches,
+          eps,
+          x,
+          residual,
+          weight,
+          bias,
+          running_mean,
+          running_var,
+          mean,
+          invstd,
+          y,
+          mask};
+}
+
+BatchNormBackward backward_problem(int dtype, int parameter_dtype, int64_t rows, int64_t channels, int64_t inner, int kind,
+                                   double parameter, const void* grad_y, const void* x, const void* residual, const uint8_t* mask,
+                                   const void* weight, const void* bias, const double* mean, const double* invstd, int training,
+                                   void* grad_x, void* grad_weight, void* grad_bias, void* grad_residual) {
+  return {static_cast<DType>(dtype),
+          static_cast<DType>(parameter_dtype),
+          {rows, channels, inner},
+          {static_cast<math::ActivationKind>(kind), parameter},
+          training != 0,
           grad_y,
           x,
           residual,
@@ -43,10 +49,10 @@ BatchNormBackward backward_problem(int dtype, int parameter_dtype, int64_t rows,
           bias,
           mean,
           invstd,
-          nullptr,
-          nullptr,
-          nullptr,
-          nullptr};
+          grad_x,
+          grad_weight,
+          grad_bias,
+          grad_residual};
 }
 
 }  // namespace
@@ -57,77 +63,55 @@ void batch_norm_act_forward(int dtype, int parameter_dtype, int64_t rows, int64_
                             const void* x, const void* residual, const void* weight, const void* bias, double* mean, double* invstd,
                             void* y, uint8_t* mask, int training, double momentum, double eps, void* running_mean, void* running_var,
                             const int64_t* batches) {
-  BatchNormForward p =
-      forward_problem(dtype, parameter_dtype, rows, channels, inner, kind, parameter, x, residual, weight, bias, mean, invstd, y, mask);
-  p.training = training != 0;
-  p.momentum = momentum;
-  p.eps = eps;
-  p.running_mean = running_mean;
-  p.running_var = running_var;
-  p.batches = batches;
-  cuda::batch_norm_act_forward(p);
+  cuda::batch_norm_act_forward(forward_problem(dtype, parameter_dtype, rows, channels, inner, kind, parameter, x, residual, weight, bias,
+                                               mean, invstd, y, mask, training, momentum, eps, running_mean, running_var, batches));
 }
 
 void batch_norm_act_backward(int dtype, int parameter_dtype, int64_t rows, int64_t channels, int64_t inner, int kind, double parameter,
                              const void* grad_y, const void* x, const void* residual, const uint8_t* mask, const void* weight,
                              const void* bias, const double* mean, const double* invstd, int training, void* grad_x, void* grad_weight,
                              void* grad_bias, void* grad_residual) {
-  BatchNormBackward p = backward_problem(dtype, parameter_dtype, rows, channels, inner, kind, parameter, grad_y, x, residual, mask, weight,
-                                         bias, mean, invstd);
-  p.training = training != 0;
-  p.grad_x = grad_x;
-  p.grad_weight = grad_weight;
-  p.grad_bias = grad_bias;
-  p.grad_residual = grad_residual;
-  cuda::batch_norm_act_backward(p);
+  cuda::batch_norm_act_backward(backward_problem(dtype, parameter_dtype, rows, channels, inner, kind, parameter, grad_y, x, residual, mask,
+                                                 weight, bias, mean, invstd, training, grad_x, grad_weight, grad_bias, grad_residual));
 }
 
 void batch_norm_act_stats(int dtype, int64_t rows, int64_t channels, int64_t inner, const void* x, double* moments) {
-  cuda::batch_norm_act_stats(
-      forward_problem(dtype, dtype, rows, channels, inner, 0, 0.0, x, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr),
-      moments);
+  cuda::batch_norm_act_stats(forward_problem(dtype, dtype, rows, channels, inner, 0, 0.0, x, nullptr, nullptr, nullptr, nullptr, nullptr,
+                                             nullptr, nullptr, 1, 0.0, 0.0, nullptr, nullptr, nullptr),
+                             moments);
 }
 
 void batch_norm_act_gather_stats(int parameter_dtype, int64_t channels, int64_t ranks, const double* moments, double momentum, double eps,
                                  void* running_mean, void* running_var, const int64_t* batches, double* mean, double* invstd) {
-  BatchNormForward p{};
-  p.parameter_dtype = static_cast<DType>(parameter_dtype);
-  p.shape = {0, channels, 0};
-  p.momentum = momentum;
-  p.eps = eps;
-  p.running_mean = running_mean;
-  p.running_var = running_var;
-  p.batches = batches;
-  p.mean = mean;
-  p.invstd = invstd;
-  cuda::batch_norm_act_gather_stats(p, ranks, moments);
+  cuda::batch_norm_act_gather_stats(
+      forward_problem(parameter_dtype, parameter_dtype, 0, channels, 0, 0, 0.0, nullptr, nullptr, nullptr, nullptr, mean, invstd, nullptr,
+                      nullptr, 1, momentum, eps, running_mean, running_var, batches),
+      ranks, moments);
 }
 
 void batch_norm_act_elemt(int dtype, int parameter_dtype, int64_t rows, int64_t channels, int64_t inner, int kind, double parameter,
                           const void* x, const void* residual, const void* weight, const void* bias, double* mean, double* invstd, void* y,
                           uint8_t* mask) {
-  cuda::batch_norm_act_elemt(
-      forward_problem(dtype, parameter_dtype, rows, channels, inner, kind, parameter, x, residual, weight, bias, mean, invstd, y, mask));
+  cuda::batch_norm_act_elemt(forward_problem(dtype, parameter_dtype, rows, channels, inner, kind, parameter, x, residual, weight, bias,
+                                             mean, invstd, y, mask, 0, 0.0, 0.0, nullptr, nullptr, nullptr));
 }
 
 void batch_norm_act_backward_reduce(int dtype, int parameter_dtype, int64_t rows, int64_t channels, int64_t inner, int kind,
                                     double parameter, const void* grad_y, const void* x, const void* residual, const uint8_t* mask,
                                     const void* weight, const void* bias, const double* mean, const double* invstd, void* grad_residual,
                                     double* sums) {
-  BatchNormBackward p = backward_problem(dtype, parameter_dtype, rows, channels, inner, kind, parameter, grad_y, x, residual, mask, weight,
-                                         bias, mean, invstd);
-  p.grad_residual = grad_residual;
-  cuda::batch_norm_act_backward_reduce(p, sums);
+  cuda::batch_norm_act_backward_reduce(backward_problem(dtype, parameter_dtype, rows, channels, inner, kind, parameter, grad_y, x, residual,
+                                                        mask, weight, bias, mean, invstd, 1, nullptr, nullptr, nullptr, grad_residual),
+                                       sums);
 }
 
 void batch_norm_act_backward_elemt(int dtype, int parameter_dtype, int64_t rows, int64_t channels, int64_t inner, int kind,
                                    double parameter, const void* grad_y, const void* x, const void* residual, const uint8_t* mask,
                                    const void* weight, const void* bias, const double* mean, const double* invstd, void* grad_x,
                                    const double* sums, const double* count) {
-  BatchNormBackward p = backward_problem(dtype, parameter_dtype, rows, channels, inner, kind, parameter, grad_y, x, residual, mask, weight,
-                                         bias, mean, invstd);
-  p.grad_x = grad_x;
-  cuda::batch_norm_act_backward_elemt(p, sums, count);
+  cuda::batch_norm_act_backward_elemt(backward_problem(dtype, parameter_dtype, rows, channels, inner, kind, parameter, grad_y, x, residual,
+                                                       mask, weight, bias, mean, invstd, 1, grad_x, nullptr, nullptr, nullptr),
+                                      sums, count);
 }
 
 }  // extern "C"

@@ -27,7 +27,7 @@ struct dim3 : uint3 {
 };
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess };
+enum cudaError_t { cudaSuccess, cudaErrorNoKernelImageForDevice };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 struct cudaLaunchAttribute {
@@ -50,16 +50,18 @@ extern dim3 blockDim, gridDim;
 
 namespace simt {
 
+// Whether the kernels were built for the GPU.
+bool has_code();
 // Calls body(context) as every thread of the grid.
 void run(const cudaLaunchConfig_t& config, void (*body)(const void*), const void* context);
 
 void* shared_memory();
+int active_clusters();
 unsigned cluster_rank();
 unsigned cluster_blocks();
 void cluster_sync();
 void* of_cluster_block(void* mine, unsigned rank);
 void block_sync();
-void warp_sync();
 void fence();
 void before_atomic(void* p);
 // Every lane's word of the running warp, once all have brought theirs.
@@ -83,6 +85,7 @@ inline int lane() { return static_cast<int>(threadIdx.x % 32); }
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  if (!simt::has_code()) return cudaErrorNoKernelImageForDevice;
   const auto body = [&] { kernel(arguments...); };
   simt::run(*config, [](const void* context) { (*static_cast<const decltype(body)*>(context))(); }, &body);
   return cudaSuccess;
@@ -96,20 +99,21 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const v
   attributes->ptxVersion = 1000;
   return cudaSuccess;
 }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t*) {
+  *clusters = simt::active_clusters();
+  return cudaSuccess;
+}
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
   std::memset(data, value, bytes);
   return cudaSuccess;
 }
 
 inline void __syncthreads() { simt::block_sync(); }
-inline void __syncwarp(unsigned = 0xFFFFFFFFu) { simt::warp_sync(); }
 inline void __threadfence() { simt::fence(); }
 
 // The masks are those of whole warps: csrc/cuda uses no others.
-template <typename T>
-T __shfl_sync(unsigned, T value, int lane) {
-  return simt::lane_value(value, lane % 32);
-}
 template <typename T>
 T __shfl_down_sync(unsigned, T value, int distance) {
   const int lane = simt::lane() + distance;
@@ -119,13 +123,6 @@ template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return simt::lane_value(value, simt::lane() ^ mask);
 }
-inline unsigned __ballot_sync(unsigned, int predicate) {
-  const uint64_t* words = simt::exchange(predicate != 0 ? 1 : 0);
-  unsigned ballot = 0;
-  for (int lane = 0; lane < 32; ++lane) ballot |= static_cast<unsigned>(words[lane]) << lane;
-  return ballot;
-}
-
 template <typename T>
 T atomicAdd(T* p, T value) {
   simt::before_atomic(p);
@@ -135,12 +132,4 @@ template <typename T>
 T atomicExch(T* p, T value) {
   simt::before_atomic(p);
   return __atomic_exchange_n(p, value, __ATOMIC_RELAXED);
-}
-template <typename T>
-T atomicMax(T* p, T value) {
-  simt::before_atomic(p);
-  T before = __atomic_load_n(p, __ATOMIC_RELAXED);
-  while (before < value && !__atomic_compare_exchange_n(p, &before, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-  }
-  return before;
 }

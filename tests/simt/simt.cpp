@@ -3,7 +3,8 @@
 //
 // SIMT_WITHOUT_BARRIER=k, SIMT_WITHOUT_FENCE=k: the k-th barrier or fence of each thread orders nothing. Threads still wait, so that
 // results stay: ThreadSanitizer has to find it. SIMT_REVERSED=1: blocks, and threads between barriers, run last first.
-// SIMT_SHARED_BYTES, SIMT_COMPUTE_CAPABILITY: those of the GPU.
+// SIMT_SHARED_BYTES, SIMT_COMPUTE_CAPABILITY: those of the GPU. SIMT_ACTIVE_CLUSTERS: how many clusters it can hold, of any size.
+// SIMT_BUILT_FOR: the least compute capability that there is code for.
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -98,6 +99,9 @@ std::vector<std::unique_ptr<unsigned char[]>> memories;
 std::vector<void*> sanitized_fibers;
 int skipped_barrier;
 int skipped_fence;
+// Of the launcher that runs, between one begin_call and the next.
+bool is_watched;
+bool has_launched;
 
 Fiber& running() { return cluster.fibers[cluster.running]; }
 
@@ -140,12 +144,16 @@ void release_if_complete(Barrier& barrier) {
 }
 
 void wait_at(Barrier& barrier, bool orders) {
-  if (orders) SIMT_TSAN(__tsan_release(barrier.order));
+  if (orders) {
+    SIMT_TSAN(__tsan_release(barrier.order));
+  }
   const unsigned generation = barrier.generation;
   ++barrier.arrived;
   release_if_complete(barrier);
   while (barrier.generation == generation) change_to_next();
-  if (orders) SIMT_TSAN(__tsan_acquire(barrier.order));
+  if (orders) {
+    SIMT_TSAN(__tsan_acquire(barrier.order));
+  }
 }
 
 void leave(Barrier& barrier) {
@@ -240,6 +248,7 @@ void run_cluster(const cudaLaunchConfig_t& config, unsigned blocks, uint3 first)
 }  // namespace
 
 void run(const cudaLaunchConfig_t& config, void (*body)(const void*), const void* context) {
+  has_launched = is_watched;
   const unsigned size = config.numAttrs == 1 ? config.attrs[0].val.clusterDim.x : 1;
   if (config.gridDim.x % size != 0) fail("a grid is made of whole clusters");
   if (config.dynamicSmemBytes > static_cast<size_t>(gradkernels::cuda::device_limits().shared_bytes)) fail("too much shared memory");
@@ -263,7 +272,10 @@ void run(const cudaLaunchConfig_t& config, void (*body)(const void*), const void
   memories.clear();
 }
 
+bool has_code() { return setting("SIMT_BUILT_FOR") <= gradkernels::cuda::device_limits().compute_capability; }
+
 void* shared_memory() { return running().block->shared; }
+int active_clusters() { return setting("SIMT_ACTIVE_CLUSTERS", 1); }
 unsigned cluster_rank() { return running().block->rank; }
 unsigned cluster_blocks() { return static_cast<unsigned>(cluster.blocks.size()); }
 void cluster_sync() { wait_at(cluster.barrier, true); }
@@ -278,18 +290,20 @@ void block_sync() {
   wait_at(fiber.block->barrier, ++fiber.barriers != skipped_barrier);
 }
 
-void warp_sync() { wait_at(running().warp->barrier, true); }
-
 void fence() {
   Fiber& fiber = running();
   if (++fiber.fences == skipped_fence) return;
   fiber.fenced = true;
-  if (fiber.last_atomic != nullptr) SIMT_TSAN(__tsan_acquire(fiber.last_atomic));
+  if (fiber.last_atomic != nullptr) {
+    SIMT_TSAN(__tsan_acquire(fiber.last_atomic));
+  }
 }
 
 void before_atomic(void* p) {
   Fiber& fiber = running();
-  if (fiber.fenced) SIMT_TSAN(__tsan_release(p));
+  if (fiber.fenced) {
+    SIMT_TSAN(__tsan_release(p));
+  }
   fiber.last_atomic = p;
 }
 
@@ -320,11 +334,23 @@ const DeviceLimits& device_limits() {
 }
 
 Workspace::Workspace(size_t bytes) : data_(std::malloc(bytes)) {
+  // An error then would leave results half-written.
+  if (simt::has_launched && bytes > 0) simt::fail("memory is asked for behind a launch");
   if (data_ == nullptr) throw std::bad_alloc();
   std::memset(data_, 0xFF, bytes);
 }
 Workspace::~Workspace() { std::free(data_); }
 
-void check(cudaError_t) {}
+void check(cudaError_t status) {
+  if (status == cudaErrorNoKernelImageForDevice) simt::fail(without_code("sm_90", device_limits().compute_capability).c_str());
+}
 
 }  // namespace gradkernels::cuda
+
+// Before each call of a launcher that is to be held to what a launcher owes.
+extern "C" void begin_call() {
+  simt::is_watched = true;
+  simt::has_launched = false;
+}
+
+extern "C" unsigned blocks_of_last_cluster() { return simt::cluster_blocks(); }
