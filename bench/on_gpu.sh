@@ -23,6 +23,7 @@ part() {
 }
 
 build() {
+  "$PYTHON" -c 'import ninja' 2> /dev/null || command -v ninja > /dev/null || echo "== build: there is no ninja, files are compiled one by one"
   part build 130 env FORCE_CUDA=1 "$PYTHON" setup.py -q build_ext --inplace
   part "what was built" 15 "$PYTHON" -m gradkernels info
 }

@@ -994,7 +994,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>) batch_norm_act_ba
 //   requires moments of `ranks` processes as the schema has them
 //   traffic  2 ranks float64 of each channel
 __global__ void __launch_bounds__(kThreads) batch_norm_act_gather_stats_kernel(BatchNormForward p, int64_t ranks, const double* moments) {
-  const int64_t channel = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const unsigned channel = blockIdx.x * kThreads + threadIdx.x;
   const int64_t channels = p.shape.channels;
   if (channel >= channels) return;
   math::Moments<double> merged{0.0, 0.0, 0.0, 0.0, 0.0};
