@@ -17,7 +17,7 @@ from torch import nn
 
 import bench_activation
 import bench_batch_norm_act
-from harness import COPY, HEADER_COPY_BYTES, Case, Row, arguments, copy_of, gk, header, report
+from harness import COPY, HEADER_COPY_BYTES, Block, Case, Row, arguments, copy_of, gk, header, report_cases, rows_from
 
 SHAPES = (
     *((64, 64, 112, 112), (64, 64, 56, 56), (64, 256, 56, 56), (64, 512, 28, 28), (64, 1024, 14, 14), (64, 2048, 7, 7)),
@@ -58,7 +58,7 @@ def clipping(count: int, elements: int, max_norm: float, dtype: torch.dtype) -> 
         bytes=3 * size if max_norm < 1 else size,
         copied=size,
         prove=check,
-        direction="",
+        direction="in place",
         dtype=str(dtype).removeprefix("torch."),
     )
 
@@ -110,46 +110,9 @@ def rows_of(case: Case, flush: Callable[[], Any]) -> list[Row]:
     providers = case.providers | {"copy": lambda: destination.copy_(source)}
     rows = []
     for cache, between in (("cold", flush), ("warm", None)):
-        times = {name: milliseconds(call, between) for name, call in providers.items()}
-        median = {name: statistics.median(each) / 1e3 for name, each in times.items()}
-        for name in providers:
-            p20, _, _, p80 = statistics.quantiles(times[name], n=5, method="inclusive")
-            moved = 2 * case.copied if name == "copy" else case.bytes
-            rows.append(
-                Row(
-                    case=case.name,
-                    provider=name,
-                    direction=case.direction,
-                    dtype=case.dtype,
-                    layout=case.layout,
-                    outputs=f"{cache} L2",
-                    median_us=median[name] * 1e6,
-                    p20_us=p20 * 1e3,
-                    p80_us=p80 * 1e3,
-                    faults=0.0,
-                    bytes=moved,
-                    gb_per_s=moved / median[name] / 1e9,
-                    of_copy=moved / median[name] / (2 * case.copied / median["copy"]),
-                    times_eager=median["eager"] / median[name],
-                    times_compile=median["torch.compile"] / median[name] if "torch.compile" in median else None,
-                )
-            )
+        measured = {name: [Block(each / 1e3) for each in milliseconds(call, between)] for name, call in providers.items()}
+        rows += rows_from(case, f"{cache} L2", measured)
     return rows
-
-
-COLUMNS: dict[str, Callable[[Row], str]] = {
-    "case": lambda row: row.case if row.layout == "contiguous" else f"{row.case} {row.layout}",
-    "dtype": lambda row: row.dtype,
-    "L2": lambda row: row.outputs,
-    "provider": lambda row: row.provider,
-    "median us": lambda row: f"{row.median_us:,.1f}",
-    "p20": lambda row: f"{row.p20_us:,.1f}",
-    "p80": lambda row: f"{row.p80_us:,.1f}",
-    "GB/s": lambda row: f"{row.gb_per_s:,.0f}",
-    "of copy": lambda row: f"{row.of_copy:.0%}",
-    "times eager": lambda row: f"{row.times_eager:.2f}",
-    "times compile": lambda row: "" if row.times_compile is None else f"{row.times_compile:.2f}",
-}
 
 
 def main() -> None:
@@ -179,7 +142,7 @@ def main() -> None:
         print(f"{number}/{len(made)} {case.name}", file=sys.stderr)
         del case
         torch.cuda.empty_cache()
-    report("on a GPU", head, COLUMNS, rows, options.json)
+    report_cases("on a GPU", head, rows, options.json)
 
 
 if __name__ == "__main__":
