@@ -16,6 +16,7 @@ from torch import nn
 from torch.library import opcheck
 from torch.nn.utils import clip_grad_norm_ as torch_clip_grad_norm_
 from torch.testing import assert_close
+from torch.testing._internal.common_utils import DeterministicGuard
 
 import gradkernels as gk
 from accuracy import ULP_BOUND, assert_accurate, assert_bitwise_equal, extended, outcome
@@ -875,11 +876,17 @@ def test_the_two_steps_in_float16_by_way_of_the_report():
 
 
 def test_deterministic_mode():
-    torch.use_deterministic_algorithms(True)
-    try:
-        gk.clip_grad_norm_(parameters_with(gradients([64])), 0.1)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    """The same bits in this mode, in which fresh memory is nan: what a kernel leaves unwritten would show."""
+    grads = gradients([64, 70_001])
+    results = []
+    for deterministic in (False, True):
+        parameters = parameters_with([grad.clone() for grad in grads])
+        with DeterministicGuard(deterministic):
+            report = gk.grad_report(parameters)
+            total_norm = gk.clip_grad_norm_(parameters, 0.1)
+        results.append([total_norm, report.norms, report.max_abs, report.nonfinite, *(each.grad for each in parameters)])
+    for expected, actual in zip(*results, strict=True):
+        assert_bitwise_equal("a result", actual, expected)
 
 
 def test_training_a_step_equals_torchs():
