@@ -1,22 +1,28 @@
 """Clipping of DTensors over real Gloo processes: FSDP2, tensor parallel, mixed meshes, plain tensors among them, the pipeline's route.
 
-Each rank compares what it holds with the unsharded gradients, which every rank makes from the same seed, and counts the collectives.
+Each rank compares what it holds with the unsharded gradients, which every rank makes from the same seed, and counts the collectives. What
+a rank that dies, or does not come, leaves to the others has processes of its own.
 """
 
 import datetime
 import math
+import os
+import time
 
 import pytest
 import torch
 from torch import distributed, multiprocessing, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing import assert_close
 
 import gradkernels as gk
+from accuracy import assert_bitwise_equal
 
 TIMEOUT_S = 120
+# Of a group whose last rank is about to fail: the longest that the others wait for it.
+FAILING_TIMEOUT_S = 5
 
 
 def run(rank, world_size, file, scenarios):
@@ -35,8 +41,8 @@ def run(rank, world_size, file, scenarios):
         distributed.destroy_process_group()
 
 
-def spawn(world_size, tmp_path, scenarios):
-    context = multiprocessing.spawn(run, (world_size, str(tmp_path / "store"), scenarios), nprocs=world_size, join=False)
+def spawn(world_size, tmp_path, *arguments, target=run):
+    context = multiprocessing.spawn(target, (world_size, str(tmp_path / "store"), *arguments), nprocs=world_size, join=False)
     deadline = datetime.datetime.now() + datetime.timedelta(seconds=TIMEOUT_S)
     try:
         while not context.join(timeout=5):
@@ -297,3 +303,41 @@ def test_on_two_ranks(tmp_path):
 @pytest.mark.slow
 def test_on_four_ranks(tmp_path):
     spawn(4, tmp_path, [*SCENARIOS, scenario_two_dimensions, scenario_two_meshes])
+
+
+def fail(rank, world_size, file, dtype, reduces, failure):
+    """The last rank dies, or sleeps, in place of its all-reduce number `reduces`."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world_size)
+    distributed.barrier()
+    mesh = DeviceMesh.from_group(distributed.new_group(timeout=datetime.timedelta(seconds=FAILING_TIMEOUT_S)), "cpu")
+    torch.manual_seed(1)
+    params = [sharded(full, mesh, [Shard(0)]) for full in gradients(dtype)]
+    before = [param.grad.to_local().clone() for param in params]
+    failing = rank == world_size - 1
+    if failing:
+        all_reduce, seen = distributed.all_reduce, []
+
+        def all_reduce_or_fail(*args, **kwargs):
+            seen.append(args)
+            if len(seen) == reduces:
+                os._exit(0) if failure == "dies" else time.sleep(2 * FAILING_TIMEOUT_S)
+            return all_reduce(*args, **kwargs)
+
+        distributed.all_reduce = all_reduce_or_fail
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError):
+        gk.clip_grad_norm_(params, 1e-3)
+    assert failing or time.monotonic() - begin < 2 * FAILING_TIMEOUT_S
+    for param, was in zip(params, before, strict=True):
+        assert_bitwise_equal("a gradient", param.grad.to_local(), was)
+    # Nobody is left to say goodbye to.
+    os._exit(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failure", ["dies", "does not come"])
+@pytest.mark.parametrize(("dtype", "reduces"), [(torch.float32, 1), (torch.float64, 2)], ids=str)
+def test_a_rank_that_fails_while_norms_are_reduced(tmp_path, dtype, reduces, failure):
+    """The others get torch.distributed's error within the group's timeout, and gradients stay as they were."""
+    spawn(2, tmp_path, dtype, reduces, failure, target=fail)
