@@ -39,7 +39,8 @@ SOURCES = sorted(set(glob("csrc/**/*.cpp", recursive=True)) - set(glob("csrc/cud
 # that forward and backward agree. Python's own flags come first, with -g on most machines: -g0 takes that back. With -isystem beside the -I
 # that torch passes, warnings are about our code only.
 CXX_FLAGS = [
-    "-O2",
+    # An -O in CFLAGS would be taken back by ours, which comes after it.
+    *([] if re.search(r"(^|\s)-O", os.environ.get("CFLAGS", "")) else ["-O2"]),
     "-g0",
     "-fvisibility=hidden",
     "-ffp-contract=off",
