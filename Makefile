@@ -64,7 +64,7 @@ fuzz: $(LIBRARY)  ## 10,000 new examples for each test of tests/test_fuzz.py, wh
 	.venv/bin/python -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
 
 coverage: $(LIBRARY)  ## what make test does not reach: lines and branches of Python, lines of C++, from a build of its own
-	CFLAGS="--coverage -O1" LDFLAGS=--coverage .venv/bin/python setup.py build --build-lib build/coverage/lib --build-temp build/coverage/temp
+	CFLAGS="--coverage -fprofile-update=atomic -O1" LDFLAGS=--coverage .venv/bin/python setup.py build --build-lib build/coverage/lib --build-temp build/coverage/temp
 	rm -f build/coverage/python*; find build/coverage -name '*.gcda' -delete
 	.venv/bin/python -m coverage run -m pytest -o pythonpath="build/coverage/lib bench"
 	.venv/bin/python -m coverage combine --quiet

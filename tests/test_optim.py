@@ -196,6 +196,23 @@ def test_rmsprop_of_channels_last_parameters():
     assert_close(results[0], results[1])
 
 
+def test_rmsprop_of_parameters_that_share_memory():
+    """One after the other, as torch's loop over them; large enough for threads to meet if they were not."""
+    memory, *grads = (torch.randn(size, dtype=torch.float64) for size in (100_003, *[70_003] * 3))
+    found = []
+    for optimizer, options in ((gk.optim.RMSprop, {}), (torch.optim.RMSprop, {"foreach": False})):
+        own = memory.clone()
+        params = [nn.Parameter(own[start : start + 70_003]) for start in (0, 30_000, 11)]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.clone()
+        made = optimizer(params, lr=0.1, momentum=0.9, weight_decay=0.1, **options)
+        for _ in range(2):
+            made.step()
+        found.append(own)
+    assert_close(*found, rtol=1e-9, atol=1e-9)
+    assert not torch.equal(found[0], memory)
+
+
 def test_rmsprop_loads_what_torchs_saved_and_the_other_way_round():
     for first, second in itertools.permutations((gk.optim.RMSprop, torch.optim.RMSprop)):
         params = parameters()
