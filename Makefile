@@ -21,6 +21,8 @@ CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu
 VERSIONS = 2.11.0 $(shell .venv/bin/pip index versions torch 2> /dev/null | sed -n 's/^torch (\(.*\))/\1/p')
 # The tests of the operators themselves, without processes of their own.
 SANITIZED := $(addprefix tests/test_,activation.py batch_norm_act.py clip_grad.py optim.py fuzz.py)
+OF_VALUES := $(addprefix tests/test_,activation.py batch_norm_act.py clip_grad.py optim.py) \
+  -k "test_value_and_gradient or test_edge_values or test_channels_last or test_clips or test_rmsprop_steps"
 # Python leaks on purpose; what cannot be allocated is an error of ours, and a signal is what a test may wait for.
 ASAN_OPTIONS := detect_leaks=0:allocator_may_return_null=1:handle_segv=0
 # The checks left out are those of every access to a vector: with them, and with -O2, a kernel's file compiles for ten minutes. A null
@@ -57,8 +59,7 @@ test-all: $(LIBRARY)  ## pytest with them: builds an sdist and a wheel too
 	.venv/bin/python -m pytest -m ""
 
 test-base: $(LIBRARY)  ## the operators' values by the kernels for every processor, beside torch's own of that kind
-	ATEN_CPU_CAPABILITY=default .venv/bin/python -m pytest tests/test_activation.py tests/test_batch_norm_act.py tests/test_clip_grad.py \
-	  -k "test_value_and_gradient or test_edge_values or test_channels_last or test_clips"
+	ATEN_CPU_CAPABILITY=default .venv/bin/python -m pytest $(OF_VALUES)
 
 fuzz: $(LIBRARY)  ## 10,000 new examples for each test of tests/test_fuzz.py, where make test has the same 200
 	.venv/bin/python -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
@@ -67,6 +68,7 @@ coverage: $(LIBRARY)  ## what make test does not reach: lines and branches of Py
 	CFLAGS="--coverage -fprofile-update=atomic -O1" LDFLAGS=--coverage .venv/bin/python setup.py build --build-lib build/coverage/lib --build-temp build/coverage/temp
 	rm -f build/coverage/python*; find build/coverage -name '*.gcda' -delete
 	.venv/bin/python -m coverage run -m pytest -o pythonpath="build/coverage/lib bench"
+	ATEN_CPU_CAPABILITY=default .venv/bin/python -m coverage run -m pytest -o pythonpath=build/coverage/lib $(OF_VALUES)
 	.venv/bin/python -m coverage combine --quiet
 	.venv/bin/python -m coverage report
 	.venv/bin/python -m gcovr --merge-lines --filter csrc/ --object-directory build/coverage/temp

@@ -399,6 +399,16 @@ def check_errors_on_every_rank_leave_the_statistics(group):
         before = statistics_of(bn)
         assert outcome(bn, *args)[0] is expected, (options, expected, outcome(bn, *args))
         assert_close(statistics_of(bn), before, rtol=0, atol=0)
+    # Channels are compared once, and later steps are checked by each rank alone.
+    bn = gk.SyncBatchNormAct(3, process_group=group)
+    bn(x)
+    before = statistics_of(bn)
+    for other, words in (
+        (torch.randn(4, 5, 2), "running_mean should contain 5 elements not 3"),
+        (x.to("meta"), "Expected all tensors to be on the same device, but found at least two devices, meta and cpu!"),
+    ):
+        assert outcome(bn, other) == (RuntimeError, words)
+        assert_close(statistics_of(bn), before, rtol=0, atol=0)
 
 
 def check_few_values(group):
@@ -780,6 +790,17 @@ def test_composite_of_the_merge_keeps_the_statistics_where_there_is_no_variance(
         op(moments, *running, 0.1, 1e-5)
         assert_close(running[:2], before, rtol=0, atol=0)
         assert running[2] == 3
+
+
+def test_merge_counts_batches_in_any_dtype():
+    moments = OPS.batch_norm_act_stats(torch.randn(7, 3))[None]
+    found = []
+    for dtype in (torch.int64, torch.int32, torch.float32):
+        running = [torch.zeros(3), torch.ones(3), torch.tensor(3, dtype=dtype)]
+        OPS.batch_norm_act_gather_stats(moments, *running, None, 1e-5)
+        found.append(running)
+        assert running[2] == 4
+        assert_close(running[:2], found[0][:2], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("act", ACTS)
