@@ -77,7 +77,7 @@ sanitize: $(REQUIREMENTS)  ## the operators' tests under ASan and UBSan, the ker
 	CFLAGS="$(SANITIZE) -fno-sanitize-recover=all -fno-omit-frame-pointer -O1" \
 	  .venv/bin/python setup.py build --build-lib build/sanitize/lib --build-temp build/sanitize/temp
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=$(ASAN_OPTIONS) \
-	  .venv/bin/python -m pytest -o pythonpath=build/sanitize/lib $(SANITIZED) -k "not compile and not export"
+	  .venv/bin/python -m pytest --capture=sys -o pythonpath=build/sanitize/lib $(SANITIZED) -k "not compile and not export"
 	$(CXX) $(KERNELS_FLAGS) -O1 -g1 -fsanitize=thread csrc/cpu/*.cpp tests/threads/kernels.cpp -o build/sanitize/threads
 	setarch -R build/sanitize/threads
 

@@ -179,10 +179,12 @@ struct Vec {
 
   friend GK_INLINE Vec exp2_of_integer(Vec n) {
     using C = math::ExpConstants<T>;
+    // Unsigned: where n is nan or far, the sum wraps.
+    typedef typename C::bits_t UnsignedBits __attribute__((vector_size(kRegisterBytes)));
     Vec r;
     for (int i = 0; i < kRegisters; ++i) {
-      const Bits bits = reinterpret_cast<Bits>(n.part[i] + C::kRound);
-      r.part[i] = reinterpret_cast<Register>((bits << C::kMantissaBits) + static_cast<typename IntegerOf<T>::type>(C::kOneBits));
+      const UnsignedBits bits = reinterpret_cast<UnsignedBits>(n.part[i] + C::kRound);
+      r.part[i] = reinterpret_cast<Register>((bits << C::kMantissaBits) + C::kOneBits);
     }
     return r;
   }
