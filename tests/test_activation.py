@@ -1149,6 +1149,27 @@ def test_swish_module_with_a_parameter():
     assert loaded.beta.tolist() == [1.5, 0.5, 1.5]
 
 
+def test_swish_module_made_and_made_again():
+    with pytest.raises(TypeError, match="takes beta as a number"):
+        gk.Swish(torch.tensor(1.0))
+    module = gk.Swish(1.5, learnable=True, num_parameters=3)
+    with torch.no_grad():
+        module.beta.zero_()
+    module.reset_parameters()
+    assert module.beta.tolist() == [1.5] * 3
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["out of place", "in place"])
+def test_rrelu_without_the_library_draws_for_float16_too(inplace):
+    x = torch.randn(1009).half()
+    given = x.clone()
+    y = reference.rrelu(given, 0.25, 0.5, True, inplace)
+    assert (y is given) == inplace and y.dtype == torch.float16
+    slopes = (y.double() / x.double())[x < 0]
+    assert_bitwise_equal("y where x > 0", y[x > 0], x[x > 0])
+    assert 0.249 < slopes.min() < 0.3 < 0.45 < slopes.max() < 0.501
+
+
 def test_swish_learns_the_beta_it_is_shown():
     """Gradient descent on beta alone finds the beta of each channel."""
     target = torch.tensor([0.5, 1.0, 2.0])

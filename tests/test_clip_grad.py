@@ -875,6 +875,15 @@ def test_the_two_steps_in_float16_by_way_of_the_report():
     assert_close(parameters[0].grad.double().norm().item(), 1.0, rtol=1e-3, atol=0)
 
 
+def test_a_norm_that_overflows_names_no_gradient():
+    """Of other norms than ours torch's is taken, which may be inf where every gradient is finite."""
+    parameters = parameters_with([torch.full((3,), 1e30)])
+    with pytest.raises(RuntimeError, match="is non-finite") as raised:
+        gk.clip_grad_norm_(parameters, 1.0, 3.0, error_if_nonfinite=True)
+    assert "The first gradient" not in str(raised.value)
+    assert_bitwise_equal("the gradient", parameters[0].grad, torch.full((3,), 1e30))
+
+
 def test_deterministic_mode():
     """The same bits in this mode, in which fresh memory is nan: what a kernel leaves unwritten would show."""
     grads = gradients([64, 70_001])

@@ -19,6 +19,7 @@ from torch.testing import assert_close
 
 import gradkernels as gk
 from accuracy import assert_bitwise_equal
+from gradkernels import _native
 
 TIMEOUT_S = 120
 # Of a group whose last rank is about to fail: the longest that the others wait for it.
@@ -210,6 +211,22 @@ def scenario_report():
         assert report.first_nonfinite() == "4"
 
 
+def scenario_without_the_library():
+    mesh = mesh_1d()
+    torch.manual_seed(1)
+    fulls = gradients()
+    params, expected = [plain(fulls[0]), *(sharded(full, mesh, [Shard(0)]) for full in fulls[1:])], [plain(full) for full in fulls]
+    assert_close(gk.grad_report(params).norms, gk.grad_report(expected).norms, rtol=1e-14, atol=0)
+    library, _native.C = _native.C, None
+    try:
+        assert_close(whole(gk.clip_grad_norm_(params, 0.37)), gk.clip_grad_norm_(expected, 0.37))
+        gk.clip_grad_value_(params, 1e-3)
+        gk.clip_grad_value_(expected, 1e-3)
+    finally:
+        _native.C = library
+    assert_close([whole(param.grad) for param in params], [param.grad for param in expected])
+
+
 def scenario_pipeline():
     """get_total_norm, reduced over stages, clip_grads_with_norm_; clip_grad_value_."""
     mesh = mesh_1d()
@@ -290,6 +307,7 @@ SCENARIOS = [
     scenario_what_is_not_finite,
     scenario_squares_that_leave_float64,
     scenario_report,
+    scenario_without_the_library,
     scenario_pipeline,
     scenario_partial,
     scenario_fsdp_ddp_and_tensor_parallel,
