@@ -3,7 +3,6 @@ take of it by torch.profiler, and the bytes saved for backward. The answer is pr
 """
 
 import copy
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from harness import ROOT, arguments, gk, header, measure, report
+from harness import ROOT, STEP_COLUMNS, Budget, arguments, gk, header, measure, report, spread
 
 # The networks are those of the tests.
 sys.path.insert(0, str(ROOT / "tests"))
@@ -39,7 +38,7 @@ BOUND = 1e-6
 
 @dataclass
 class Row:
-    network: str
+    case: str
     provider: str
     median_ms: float
     p20_ms: float
@@ -85,7 +84,7 @@ def operators(name: str, provider: str, model: nn.Module, x: Tensor, steps: int)
     ]
 
 
-def rows_of(name: str, blocks: int, seconds: float, steps: int) -> tuple[list[Row], list[Operator]]:
+def rows_of(name: str, quick: bool, until: float) -> tuple[list[Row], list[Operator]]:
     torch.manual_seed(0)
     x = torch.randn(SHAPE)
     models = {"eager": NETWORKS[name](), "gradkernels": NETWORKS[name]()}
@@ -93,23 +92,25 @@ def rows_of(name: str, blocks: int, seconds: float, steps: int) -> tuple[list[Ro
     prove(name, models["eager"])
     found = gk.convert(models["gradkernels"], check=x)
     saved = {"eager": found.saved_bytes_before or 0, "gradkernels": found.saved_bytes_after or 0}
-    times = measure({provider: partial(step, model, x) for provider, model in models.items()}, {}, blocks, seconds)
-    median = {provider: statistics.median(each) for provider, each in times.items()}
-    profiled = {provider: operators(name, provider, model, x, steps) for provider, model in models.items()}
+    times = measure(
+        {provider: partial(step, model, x) for provider, model in models.items()}, {}, *((2, 0.1) if quick else (9, 1.0)), until
+    )
+    spreads = {provider: spread(each) for provider, each in times.items()}
+    profiled = {provider: operators(name, provider, model, x, 1 if quick else 5) for provider, model in models.items()}
     part = {provider: sum(each.ms for each in rows) for provider, rows in profiled.items()}
     rows = []
     for provider in models:
-        p20, _, _, p80 = statistics.quantiles(times[provider], n=5, method="inclusive")
+        p20, median, p80 = spreads[provider]
         rows.append(
             Row(
-                network=name,
+                case=name,
                 provider=provider,
-                median_ms=median[provider] * 1e3,
+                median_ms=median * 1e3,
                 p20_ms=p20 * 1e3,
                 p80_ms=p80 * 1e3,
                 part_ms=part[provider],
                 saved_mb=saved[provider] / 1e6,
-                times_eager=median["eager"] / median[provider],
+                times_eager=spreads["eager"][1] / median,
                 part_times_eager=part["eager"] / part[provider],
             )
         )
@@ -121,8 +122,10 @@ if __name__ == "__main__":
     head = header()
     rows: list[Row] = []
     seen: list[Operator] = []
-    for name in list(NETWORKS)[: 1 if options.quick else None]:
-        new = rows_of(name, *((2, 0.1, 1) if options.quick else (9, 2.0, 5)))
+    names = list(NETWORKS)[: 1 if options.quick else None]
+    budget = Budget(options.seconds, len(names))
+    for name in names:
+        new = rows_of(name, options.quick, budget.share())
         rows += new[0]
         seen += new[1]
     report(
@@ -142,11 +145,7 @@ if __name__ == "__main__":
         f"one training step, {' x '.join(map(str, SHAPE))}, float32",
         head,
         {
-            "case": lambda row: row.network,
-            "provider": lambda row: row.provider,
-            "median ms": lambda row: f"{row.median_ms:.1f}",
-            "p20": lambda row: f"{row.p20_ms:.1f}",
-            "p80": lambda row: f"{row.p80_ms:.1f}",
+            **STEP_COLUMNS,
             "times eager": lambda row: f"{row.times_eager:.2f}",
             "BN + act + add, ms": lambda row: f"{row.part_ms:.1f}",
             "times eager, part": lambda row: f"{row.part_times_eager:.2f}",
