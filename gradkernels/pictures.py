@@ -116,6 +116,8 @@ def gradient_flow(
         places = [place for place, values in enumerate(drawn) if values]
         least, most = [min(drawn[place]) for place in places], [max(drawn[place]) for place in places]
         widths = [high - low for low, high in zip(least, most, strict=True)]
+        # The edges of bars hold an axis to multiples of its whole range, which hides all that is 1e-5 of it.
+        flow.use_sticky_edges = False
         flow.barh(places, widths, left=least, height=0.9, color="#b8c4d6", alpha=0.5, linewidth=0, label="all steps")
     if len(steps) > 1:
         _draw_flow(flow, norms[0], joined, "#4a78b5", f"step {steps[0]}")

@@ -507,7 +507,7 @@ def test_plot_draws_both_panels(vanishing, tmp_path):
 
 
 def gradient_flow(path, norms):
-    """Drawn with every warning an error; whether the picture has a scale of colours, and its title."""
+    """Drawn with every warning an error; what the picture has of scale, words and range."""
     figures = []
 
     def keep(figure, *arguments, **keywords):
@@ -526,7 +526,8 @@ def gradient_flow(path, norms):
     labels = [] if flow.get_legend() is None else [text.get_text() for text in flow.get_legend().get_texts()]
     ticks = [label.get_text() for label in heat.get_xticklabels() if label.get_text()]
     words = " ".join(text.get_text() for text in flow.texts)
-    return {"scale": bool(scale), "legend": labels, "steps": ticks, "words": words, "title": flow.get_title(loc="left").replace("\n", " ")}
+    title = flow.get_title(loc="left").replace("\n", " ")
+    return {"scale": bool(scale), "legend": labels, "steps": ticks, "words": words, "title": title, "range": flow.get_xlim()}
 
 
 NAN, INF = math.nan, math.inf
@@ -575,6 +576,13 @@ def test_points_keep_away_from_the_edges(tmp_path):
     lowest, highest = axes.get_xlim()
     assert highest / lowest > 1e4
     assert highest > 0.3 * 1.1
+
+
+def test_what_vanishes_is_on_the_axis(tmp_path):
+    drawn = gradient_flow(tmp_path / "flow.png", [[10.0**-place for place in range(12)], [3 * 10.0**-place for place in range(12)]])
+    lowest, highest = drawn["range"]
+    assert lowest < 1e-11
+    assert highest > 3
 
 
 def test_plot_and_table_of_what_is_not_finite_zero_or_absent(tmp_path):
