@@ -129,7 +129,7 @@ def _activation(layers: list[Verdict]) -> tuple[str, str]:
     module, function = ("ELU", "elu") if act in _SATURATING else ("LeakyReLU", "leaky_relu")
     if at.layer.act_module is None:
         return why, f"gk.{function}(x)    # instead of {act}(x) behind {at.name}"
-    return why, f"{_assign(at.layer.act_module)} = gk.{module}()    # and so behind every other layer"
+    return why, f"{_assign(at.layer.act_module)} = gk.{module}()    # and so behind all other layers"
 
 
 def _is_at_fault(each: Verdict) -> bool:

@@ -230,8 +230,10 @@ def diagnose(model: nn.Module, batch: tuple[Any, Any], loss_fn: Callable[[Any, A
         A Diagnosis.
 
     Raises:
-        TypeError: model is no torch.nn.Module; batch is no pair; loss_fn cannot be called; the loss is no tensor of real numbers.
-        ValueError: batch is empty or has not two entries; no parameter requires a gradient; the loss is not one number.
+        TypeError: model is no torch.nn.Module or holds a torch.jit.ScriptModule; batch is no pair; loss_fn cannot be called; the loss is
+            no tensor of real numbers.
+        ValueError: batch is empty or has not two entries; no parameter requires a gradient, or one has no values; the loss is not one
+            number.
         RuntimeError: the loss does not depend on a parameter.
 
     Source: Glorot, Bengio, "Understanding the difficulty of training deep feedforward neural networks", 2010; He, Zhang, Ren,
@@ -247,33 +249,28 @@ def diagnose(model: nn.Module, batch: tuple[Any, Any], loss_fn: Callable[[Any, A
         >>> diagnosis.layers[0].verdicts, diagnosis.cures[0].name
         (('vanishing',), 'activation')
     """
-    _check(model, batch, loss_fn)
+    title = type(monitor.unwrapped(model)).__name__
+    _check(batch, loss_fn)
     inputs, targets = batch
-    diagnosis = Diagnosis(type(monitor.unwrapped(model)).__name__, probe(model, inputs, targets, loss_fn))
+    diagnosis = Diagnosis(title, probe(model, inputs, targets, loss_fn))
     if apply:
         _apply(diagnosis, model, inputs, targets, loss_fn)
     return diagnosis
 
 
-def _check(model: object, batch: object, loss_fn: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a torch.nn.Module, not {_kind(model)}")
+def _check(batch: object, loss_fn: object) -> None:
     pair = "batch is the pair (inputs, targets), for loss_fn(model(inputs), targets), not"
     if not isinstance(batch, tuple | list):
-        raise TypeError(f"{pair} {_kind(batch)}")
+        raise TypeError(f"{pair} {monitor.kind_of(batch)}")
     if len(batch) != 2:
         raise ValueError(f"{pair} a {type(batch).__name__} of {len(batch)}")
     if isinstance(loss_fn, type) or not callable(loss_fn):
-        raise TypeError(f"loss_fn is a function of the model's outputs and the targets, not {_kind(loss_fn)}")
+        raise TypeError(f"loss_fn is a function of the model's outputs and the targets, not {monitor.kind_of(loss_fn)}")
     if batch[0] is None or isinstance(batch[0], bool | int | float | complex):
-        raise TypeError(f"the inputs of batch are a tensor, or something that holds tensors, not {_kind(batch[0])}")
+        raise TypeError(f"the inputs of batch are a tensor, or something that holds tensors, not {monitor.kind_of(batch[0])}")
     tensors = [leaf for leaf in tree_leaves(batch[0]) if isinstance(leaf, Tensor)]
     if tensors and not any(leaf.numel() for leaf in tensors):
         raise ValueError(f"batch is empty: its inputs have the shape {tuple(tensors[0].shape)}")
-
-
-def _kind(value: object) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def _apply(before: Diagnosis, model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[[Any, Any], Any]) -> None:

@@ -16,14 +16,15 @@ import torch
 from torch import nn
 
 from gradkernels.diagnose import diagnose
+from gradkernels.monitor import unwrapped
 from gradkernels.probe import probe
 
 # Of matplotlib's formats those that diagnose is tested with.
 _PICTURES = (".png", ".pdf", ".svg")
 
-_OURS = (diagnose.__code__.co_filename, probe.__code__.co_filename, __file__)
+_OURS = (*(function.__code__.co_filename for function in (diagnose, probe, unwrapped)), __file__)
 # What these raise says in words what is wrong.
-_CHECKS = ("_check", "_targets", "probe")
+_CHECKS = ("_check", "_targets", "probe", "unwrapped")
 
 # Not shown of a traceback, which is about a user's own code.
 _NOT_THE_USERS = ("<frozen importlib", importlib.__file__, pkgutil.__file__, str(Path(torch.__file__).parent), *_OURS)

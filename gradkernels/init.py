@@ -547,6 +547,7 @@ def apply_(model: nn.Module, scheme: str = "auto", generator: torch.Generator | 
         An InitReport: what was done to which layer, and what was left.
 
     Raises:
+        TypeError: model is no torch.nn.Module, or holds a torch.jit.ScriptModule.
         ValueError: unknown scheme, or a model without a layer that could be initialised.
 
     Source: Glorot, Bengio, "Understanding the difficulty of training deep feedforward neural networks", 2010; He, Zhang, Ren,

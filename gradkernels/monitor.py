@@ -46,8 +46,19 @@ class ActivationStatistics(NamedTuple):
     dead: float
 
 
+def kind_of(value: object) -> str:
+    """What a value is, for a sentence on an argument of the wrong kind."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's module inside DistributedDataParallel and torch.compile, whose prefixes no name needs."""
+    """The user's module inside DistributedDataParallel and torch.compile, whose prefixes no name needs; refuses what is no such module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a torch.nn.Module, not {kind_of(model)}")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            reason = "which takes no hooks and cannot be traced: give the module it was made from"
+            raise TypeError(f"{name or 'model'} is a torch.jit.ScriptModule, {reason}")
     while True:
         inner = model._modules.get("_orig_mod") or (model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None)
         if not isinstance(inner, nn.Module):
@@ -200,6 +211,7 @@ class GradientMonitor:
         activations_every: look at activations every so many steps, in the first forward pass in training mode; None never.
 
     Raises:
+        TypeError: model is no torch.nn.Module, or holds a torch.jit.ScriptModule.
         ValueError: a model without parameters that require a gradient; every or activations_every no whole number from 1 on.
 
     Example:

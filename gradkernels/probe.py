@@ -316,6 +316,8 @@ def probe(model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[[Any, A
         raise ValueError(f"{type(model).__name__} has no parameters that require a gradient: there is nothing to diagnose")
     if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in parameters.values()):
         raise ValueError(f"{type(model).__name__} has parameters without a shape: run it on a batch first")
+    if any(parameter.is_meta for parameter in parameters.values()):
+        raise ValueError(f"{type(model).__name__} has parameters without values, on the meta device: move it to another with to_empty()")
     layers: dict[str, Layer] = {}
     for name in parameters:
         layer = layers.setdefault(layer_name(name), Layer(layer_name(name), model.get_submodule(name.rpartition(".")[0])))

@@ -1031,6 +1031,7 @@ def test_picture_and_dict(tmp_path):
         (nn.LazyLinear(3), (batch(), F.cross_entropy), ValueError, "LazyLinear has parameters without a shape: run it on a batch first"),
         (nn.Linear, (batch(), F.cross_entropy), TypeError, "model is a torch.nn.Module, not the class Linear"),
         ([mlp(nn.ReLU, 1)], (batch(), F.cross_entropy), TypeError, "model is a torch.nn.Module, not list"),
+        (mlp(nn.ReLU, 1).to("meta"), (batch(), F.cross_entropy), ValueError, "has parameters without values, on the meta device"),
         (mlp(nn.ReLU, 1), (torch.randn(2, 3), F.cross_entropy), TypeError, r"batch is the pair \(inputs, targets\), .*, not Tensor"),
         (mlp(nn.ReLU, 1), (3, F.cross_entropy), TypeError, "batch is the pair .*, not int"),
         (mlp(nn.ReLU, 1), ((*batch(), 1), F.cross_entropy), ValueError, "batch is the pair .*, not a tuple of 3"),
@@ -1055,6 +1056,17 @@ def test_picture_and_dict(tmp_path):
 def test_bad_input_is_said_in_words(model, arguments, error, said):
     with pytest.raises(error, match=said):
         gk.diagnose(model, *arguments)
+
+
+@pytest.mark.parametrize("look", [lambda model: gk.diagnose(model, batch(), F.cross_entropy), gk.GradientMonitor, gk.init.apply_])
+def test_modules_that_are_scripted_or_none_are_refused_in_words(look):
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(WIDTH, CLASSES)))
+    with pytest.raises(TypeError, match=r"^model is a torch.jit.ScriptModule, .* give the module it was made from"):
+        look(scripted)
+    with pytest.raises(TypeError, match=r"^1 is a torch.jit.ScriptModule"):
+        look(nn.Sequential(nn.Linear(WIDTH, WIDTH), scripted))
+    with pytest.raises(TypeError, match=r"model is a torch.nn.Module, not the class Linear"):
+        look(nn.Linear)
 
 
 def test_an_empty_batch_runs_nothing_and_empty_parts_of_one_are_no_matter():
