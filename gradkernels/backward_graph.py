@@ -18,7 +18,7 @@ class BackwardGraph:
 
     Attributes:
         behind: for each layer those that its gradient came through, in the order of `parameters`.
-        around: the layers around which a gradient gets to some layer before them.
+        around: for each layer around which a gradient gets to some before it, those before it, in the order of `parameters`.
     """
 
     def __init__(self, loss: Tensor, parameters: Mapping[str, Sequence[Tensor]], outputs: Mapping[str, Sequence[Node]]) -> None:
@@ -30,7 +30,8 @@ class BackwardGraph:
         self.behind = {name: [other for other in before if before[other] & bit] for name, bit in bits.items()}
         # Of two layers that are called in turn each is before and behind the other, and says nothing.
         strictly = {name: each & ~sum(bits[other] for other in self.behind[name]) for name, each in before.items()}
-        self.around = set() if loss.grad_fn is None else _around(loss.grad_fn, below, outputs, strictly)
+        reached = {} if loss.grad_fn is None else _around(loss.grad_fn, below, outputs, strictly)
+        self.around = {name: [other for other in before if found & bits[other]] for name, found in reached.items() if found}
 
 
 def _following(node: Node) -> list[Node]:
@@ -61,22 +62,20 @@ def _below(root: Node, leaves: Mapping[int, int]) -> dict[Node, int]:
     return below
 
 
-def _around(root: Node, below: Mapping[Node, int], outputs: Mapping[str, Sequence[Node]], before: Mapping[str, int]) -> set[str]:
+def _around(root: Node, below: Mapping[Node, int], outputs: Mapping[str, Sequence[Node]], before: Mapping[str, int]) -> dict[str, int]:
     """Walks from the loss, every node after all that lead to it.
 
     When a layer's output nearest the loss is reached, open is what can be got to without it, and a way around leads through that.
     """
     owners = {node: name for name, nodes in outputs.items() for node in nodes}
     missing = Counter(each for node in below for each in _following(node))
-    ready, opened, seen, around = [root], {root}, set(), set()
+    ready, opened, around = [root], {root}, dict[str, int]()
     while ready:
         node = ready.pop()
         opened.discard(node)
         name = owners.get(node)
-        if name is not None and name not in seen:
-            seen.add(name)
-            if _union(below, opened) & before[name]:
-                around.add(name)
+        if name is not None and name not in around:
+            around[name] = _union(below, opened) & before[name]
         following = _following(node)
         opened.update(following)
         missing.subtract(following)

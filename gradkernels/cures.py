@@ -22,6 +22,7 @@ from gradkernels.verdicts import (
     VANISHING,
     Verdict,
     enough_for_statistics,
+    is_shut,
 )
 
 # The update relative to the weight that a suggested learning rate is to make at most.
@@ -211,7 +212,8 @@ def _assign(module: str) -> str:
 
 def learning_rate(layers: list[Verdict], shortened: float = 1.0) -> float | None:
     """What keeps the largest relative update of plain SGD at LARGEST_UPDATE, of gradients times `shortened`; rounded down to one digit."""
-    ratios = [each.layer.gradient / each.layer.weight for each in layers if each.layer.gradient is not None and each.layer.weight]
+    judged = [each.layer for each in layers if each.layer.weight and not is_shut(each.layer)]
+    ratios = [layer.gradient / layer.weight for layer in judged if layer.gradient is not None]
     largest = max(ratios, default=0.0) * shortened
     if not 0 < largest < math.inf:
         return None

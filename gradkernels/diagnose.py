@@ -211,11 +211,12 @@ def diagnose(model: nn.Module, batch: tuple[Any, Any], loss_fn: Callable[[Any, A
         healthy             none of these
 
     g and w are the gradient and the weights of a layer. Nearer the loss are those that g came through on its way back, wherever they
-    run; of several heads the output layer is the one with the largest gradient. A weight keeps the signal at gain / sqrt(inputs
-    summed) and its gradient at gain / sqrt(outputs entered), so that He's, Xavier's, LeCun's and torch's initialisation are all
-    healthy whatever the shape; a weight that is too small is healthy too where a residual connection goes around it, and so is any
-    before a normalisation. nan and inf that reach neither the loss nor a gradient, such as the -inf of an attention mask, are not
-    mentioned. A recurrent layer is one layer: what vanishes between its steps is not seen.
+    run; of several heads the output layer is the one with the largest gradient. A weight keeps the signal at gain / sqrt(inputs summed)
+    and its gradient at gain / sqrt(outputs entered), so that He's, Xavier's, LeCun's and torch's initialisation are all healthy
+    whatever the shape; a weight that is too small is healthy too where a residual connection goes around it, and so is any before a
+    normalisation. So are all layers of a residual branch whose last factors are 0 or next to it (up to 1e-3), as zero gammas and
+    LayerScale begin: it opens as it learns. nan and inf that reach neither the loss nor a gradient, such as the -inf of an attention
+    mask, are not mentioned. A recurrent layer is one layer: what vanishes between its steps is not seen.
 
     The model, its gradients, running statistics, buffers, training flags and hooks, the batch, and the random numbers of torch,
     Python and numpy are afterwards as they were, also where this raises. A model in evaluation is looked at in training mode.

@@ -60,7 +60,8 @@ class Layer:
     unit in its first output; dims: of that output; batch_statistics: whether it is a batch norm that took its statistics from there;
     growth: elements of the output over those of the input; normalised: whether a normalisation comes next, or behind layers that pass the
     scale on to it, so that this does not matter; behind: the layers its gradient came through, in the order in which they ran; around:
-    whether a gradient reaches some layer before it without passing it, as along a residual connection; closed_by: a layer behind whose
+    whether a gradient reaches some layer before it without passing it, as along a residual connection; through: those of behind that
+    its gradient cannot go around; closed_by: a layer behind whose
     weights are all 0; gated: whether its activation is a gate.
     """
 
@@ -85,6 +86,7 @@ class Layer:
     normalised: bool = False
     behind: list["Layer"] = field(default_factory=list)
     around: bool = False
+    through: list["Layer"] = field(default_factory=list)
     closed_by: str | None = None
     gated: bool = False
     _outputs: int = 0
@@ -405,6 +407,7 @@ def probe(model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[[Any, A
         for layer in in_order:
             layer.behind = [layers[name] for name in graph.behind[layer.name]]
             layer.around = layer.name in graph.around
+            layer.through = [each for each in layer.behind if layer.name not in graph.around.get(each.name, ())]
         total_norm = _read_norms(in_order, parameters, grads)
         origin = watch.trail.origin_of(_tensors(_nonfinite(loss.detach()))) or watch.trail.origin_of(_tensors(_nonfinite(grads)))
         return Probe(in_order, loss.item(), total_norm, origin)

@@ -17,6 +17,9 @@ VANISHING_RATIO = 1e-7
 EXPLODING_RATIO = 100.0
 # Or this many times that of the output layer that it came through, the largest where there are several heads.
 EXPLODING_SHARE = 1e3
+# Factors up to this at the end of a residual branch are a branch that begins as next to nothing and opens as it learns: 0 (Goyal et al.,
+# "Accurate, Large Minibatch SGD", 2017), 1e-6 to 1e-4 (Touvron et al., "Going deeper with Image Transformers", 2021).
+SHUT = 1e-3
 # The share of units (dead) or outputs (saturated) above which a layer is called so. Deep relu networks lose up to half of their units by
 # chance. A unit that is off for half of all inputs looks dead in one of 2^16 batches of 16, the fewest that are judged by.
 DEAD_SHARE = 2 / 3
@@ -72,7 +75,7 @@ def verdicts(found: Probe) -> list[Verdict]:
             reasons[NO_GRADIENT] = "never called" if not layer.called else "the loss does not depend on it"
         elif NON_FINITE not in reasons:
             layer.closed_by = next((each.name for each in closed if each in layer.behind), None)
-            reasons |= _flow(layer)
+            reasons |= _flow(layer, _begins_shut(layer, found.layers))
         words = tuple(word for word in VERDICTS if word in reasons) or (HEALTHY,)
         why = "; ".join(reasons[word] for word in words if word in reasons)
         judged.append(Verdict(layer.name, type(layer.module).__name__, words, why, layer))
@@ -91,20 +94,37 @@ def _not_finite(layer: Layer) -> dict[str, str]:
     return {NON_FINITE: f"{' and '.join(where)} not finite"} if where else {}
 
 
-def _flow(layer: Layer) -> dict[str, str]:
+def is_shut(layer: Layer) -> bool:
+    """Whether all its factors are next to nothing; its first step writes them anew, so that their size says nothing."""
+    factors = [parameter for name, parameter in layer.module.named_parameters(recurse=False) if name != "bias"]
+    return bool(factors and layer.gradient) and all(bool((factor.detach().abs() <= SHUT).all()) for factor in factors)
+
+
+def _begins_shut(layer: Layer, layers: list[Layer]) -> bool:
+    """Whether it lies on a residual branch that is shut at its end, by a layer or by a parameter of the module that holds the branch."""
+    # What an output layer goes to is not the sum that a branch ends in.
+    ends = [each for each in layer.through if each.around and each.behind]
+    holders = [each for each in layers if layer.around and layer.name.startswith(f"{each.name}.")]
+    return any(is_shut(each) for each in (*ends, *holders))
+
+
+def _flow(layer: Layer, begins_shut: bool) -> dict[str, str]:
     gradient = layer.gradient or 0.0
     # The scale of a normalisation is often taken away by the next one, so that its gradient is small in the best of networks.
     behind = [] if isinstance(layer.module, NORMS) else layer.behind
     largest = max((each.gradient for each in behind if each.gradient and math.isfinite(each.gradient)), default=0.0)
     nearest = max((each.gradient for each in output_layers(layer) if each.gradient), default=math.nan)
-    if layer.weight and gradient > EXPLODING_RATIO * layer.weight:
+    if layer.weight and gradient > EXPLODING_RATIO * layer.weight and not is_shut(layer):
         return {EXPLODING: f"gradient {gradient / layer.weight:.2g} times as large as its weight"}
     if gradient > EXPLODING_SHARE * nearest:
         return {EXPLODING: f"gradient {gradient / nearest:.2g} times that of the layer nearest the loss"}
+    if begins_shut:
+        return {}
     if gradient == 0:
-        return {
-            VANISHING: "gradient exactly 0" + (f", as the weights of {layer.closed_by}, until its first step" if layer.closed_by else "")
-        }
+        off = next((each.name for each in layer.through if each.dead == 1), None)
+        if layer.closed_by:
+            return {VANISHING: f"gradient exactly 0, as the weights of {layer.closed_by}, until its first step"}
+        return {VANISHING: "gradient exactly 0" + (f", as all units of {off} are off" if off else "")}
     if gradient < VANISHING_SHARE * largest:
         return {VANISHING: f"gradient {gradient / largest:.2g} times the largest nearer the loss"}
     if gradient < VANISHING_RATIO * layer.weight:

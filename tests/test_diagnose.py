@@ -168,6 +168,73 @@ def test_zeros_at_the_end_of_a_residual_branch_are_meant():
     assert "badly initialised" not in words(diagnosed(model))["last"]
 
 
+class Scale(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((WIDTH,), factor))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+def closing_norm(factor):
+    norm = nn.BatchNorm1d(WIDTH)
+    nn.init.constant_(norm.weight, factor)
+    return norm
+
+
+def closing_linear(factor):
+    linear = nn.Linear(WIDTH, WIDTH)
+    nn.init.constant_(linear.weight, factor)
+    return linear
+
+
+class Branch(nn.Module):
+    def __init__(self, end, around=True):
+        super().__init__()
+        self.wide, self.back, self.around = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), around
+        if isinstance(end, nn.Module):
+            self.end = end
+        else:
+            self.factor = nn.Parameter(torch.full((WIDTH,), end))
+
+    def forward(self, x):
+        y = self.back(F.relu(self.wide(x)))
+        y = y * self.factor if hasattr(self, "factor") else self.end(y)
+        return x + y if self.around else y
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        *(lambda: closing_norm(0.0), lambda: closing_linear(0.0), lambda: Scale(0.0), lambda: Scale(1e-6), lambda: Scale(1e-4)),
+        *(lambda: 0.0, lambda: 1e-6),
+    ],
+    ids=["norm of 0", "linear of 0", "scale of 0", "scale of 1e-6", "scale of 1e-4", "factor of 0", "factor of 1e-6"],
+)
+def test_a_residual_branch_that_begins_as_next_to_nothing_is_healthy(end):
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), *(Branch(end()) for _ in range(3)), nn.Linear(WIDTH, CLASSES))
+    diagnosis = diagnosed(model)
+    assert set(words(diagnosis).values()) == {("healthy",)}
+    assert diagnosis.cures == []
+    assert cures.learning_rate(diagnosis.layers) > 1e-4
+
+
+def test_what_is_shut_for_good_or_before_a_branch_is_not():
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), Branch(Scale(0.0)), nn.Linear(WIDTH, CLASSES))
+    nn.init.constant_(model[0].bias, -50.0)
+    found = words(diagnosed(model))
+    assert found["0"] == ("dead", "vanishing"), "what is dead lies before the branch"
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Branch(Scale(1e-6), around=False), nn.Linear(WIDTH, CLASSES))
+    assert words(diagnosed(model))["0"] == ("vanishing",), "nothing goes around"
+
+
+def test_what_all_units_being_off_makes_vanish_is_said():
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
+    nn.init.constant_(model[1].bias, -50.0)
+    assert diagnosed(model).layers[0].why == "gradient exactly 0, as all units of 1 are off"
+
+
 @pytest.mark.parametrize(("count", "ill"), [(3, True), (8, True), (16, False)])
 def test_batch_norm_of_a_tiny_batch(count, ill):
     diagnosis = diagnosed(mlp(nn.ReLU, 2, norm=True), count)
