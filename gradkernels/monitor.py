@@ -227,7 +227,7 @@ class GradientMonitor:
         >>> record["steps"], record["layers"], len(record["gradient_norm"])
         ([0, 1, 2], ['0', '2'], 3)
         >>> print(monitor.table().splitlines()[1].split())
-        ['layer', '|g|', '|w|', '|dw|/|w|', 'mean', 'std', 'negative', 'dead']
+        ['layer', '|g|', '|w|', '|dw|/|w|', 'mean', 'std', 'negative', 'never>0']
     """
 
     def __init__(self, model: nn.Module, every: int = 1, activations_every: int | None = 10) -> None:
@@ -462,6 +462,8 @@ class GradientMonitor:
     def table(self, step: int | None = None) -> str:
         """One step for a person: a line for each layer, below what stands out and what it cost.
 
+        never>0 is the share of units called dead in to_dict(): before a sigmoid or a tanh such a unit is as alive as any.
+
         Args:
             step: one of those recorded; None is the last one. Activations are those looked at last, up to then.
 
@@ -479,7 +481,7 @@ class GradientMonitor:
         looked_at = max((each for each in self._activations if each <= number), default=None)
         activations = {} if looked_at is None else self._activations[looked_at]
         order = [name for name in by_first_call(self._told.values(), self._called) if name in rows or name in activations]
-        lines: list[tuple[str, ...]] = [("layer", "|g|", "|w|", "|dw|/|w|", "mean", "std", "negative", "dead")]
+        lines: list[tuple[str, ...]] = [("layer", "|g|", "|w|", "|dw|/|w|", "mean", "std", "negative", "never>0")]
         for name in order:
             norms = [three_digits(value) for value in rows.get(name, (None, None, None))]
             found = activations.get(name)
