@@ -117,7 +117,8 @@ def _of_self(code: CodeType, self: tuple[str, ...]) -> Iterator[str]:
     instructions = [each for each in dis.get_instructions(code) if each.opname not in _BETWEEN]
     for before, each in pairwise(instructions):
         loaded = before.argval if isinstance(before.argval, tuple) else (before.argval,)
-        if each.opname in _ATTRIBUTES and before.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and loaded[-1:] == self:
+        # Python 3.13 has STORE_FAST_LOAD_FAST too.
+        if each.opname in _ATTRIBUTES and ("LOAD_FAST" in before.opname or before.opname == "LOAD_DEREF") and loaded[-1:] == self:
             yield each.argval
 
 
