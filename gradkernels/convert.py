@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from gradkernels import dataflow, fusion
+from gradkernels.batch_norm_act import ACT_MODULES
 from gradkernels.fused_block import Fused, base_class, fused_class
 from gradkernels.fused_forward import ATTRIBUTE, FusedForward
 from gradkernels.reference import check_act
@@ -287,7 +288,9 @@ class _Plan:
         if type(module) in fusion.BATCH_NORMS:
             return Row(name, site.found, fusion.BATCH_NORMS[type(module)].__name__, site.why)
         ours, why = _activation_alone(module)
-        return Row(name, site.found, ours, site.why if isinstance(module, _BatchNorm) else why)
+        # One that a batch norm could take in stays apart for what hides the place of its call.
+        hidden = isinstance(module, _BatchNorm) or (site.why and type(module) in ACT_MODULES)
+        return Row(name, site.found, ours, site.why if hidden else why)
 
     def above(self, name: str) -> nn.Module:
         return self.model.get_submodule(name.rpartition(".")[0])
