@@ -231,12 +231,15 @@ def _recording(kind: Any) -> Any:
         return value
 
     def __getattr__(self: nn.Module, name: str) -> Any:
+        path, reads = object.__getattribute__(self, "__dict__")[_READS]
         try:
-            return kind.__getattr__(self, name)
+            value = kind.__getattr__(self, name)
         except AttributeError:
-            path, reads = object.__getattribute__(self, "__dict__")[_READS]
             _note(path, reads, name, Missing)
             raise
+        if value is None:
+            _note(path, reads, name, value)
+        return value
 
     body = {
         "__getattribute__": __getattribute__,

@@ -112,5 +112,6 @@ _NOTHING = nn.Module()
 
 
 def children_of(module: nn.Module) -> tuple[tuple[str, bool], ...]:
-    """The names of its submodules and parameters, and which of them are None: what a forward goes through and compares with None."""
-    return tuple((name, each is None) for own in (module._modules, module._parameters) for name, each in own.items())
+    """The names of its submodules, parameters and buffers, and which are None: what a forward goes through and compares with None."""
+    owned: tuple[dict[str, Any], ...] = (module._modules, module._parameters, module._buffers)
+    return tuple((name, each is None) for own in owned for name, each in own.items())

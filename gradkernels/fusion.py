@@ -80,7 +80,7 @@ _FRESH_MODULES = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear),
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, *_CALLABLE),
 )
-_FRESH_FUNCTIONS = (operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.cat)
+_FRESH_FUNCTIONS = (operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.cat, normalize)
 
 
 def is_activation(module: nn.Module) -> bool:
@@ -160,7 +160,7 @@ class _Fuser:
         for node in order:
             module = self.module(node)
             if isinstance(module, _BatchNorm) and node not in taken:
-                site, chain = self.at_batch_norm(node, module, order)
+                site, chain = self.at_batch_norm(node, module)
                 fusion.sites.append(site)
                 if chain is not None:
                     taken.update(chain.nodes)
@@ -175,7 +175,7 @@ class _Fuser:
     def module(self, node: Node | None) -> nn.Module | None:
         return self.block.get_submodule(str(node.target)) if node is not None and node.op == "call_module" else None
 
-    def at_batch_norm(self, node: Node, module: _BatchNorm, order: list[Node]) -> tuple[Site, _Chain | None]:
+    def at_batch_norm(self, node: Node, module: _BatchNorm) -> tuple[Site, _Chain | None]:
         site = Site(module, type(module).__name__)
         if type(module) not in _CALLABLE:
             is_sync = isinstance(module, (nn.SyncBatchNorm, SyncBatchNormAct))
@@ -186,7 +186,7 @@ class _Fuser:
             site.why = "it is hooked: its hook would see another tensor"
         if site.why:
             return site, None
-        chain, site.why = self.extend(node, order)
+        chain, site.why = self.extend(node)
         if len(chain.nodes) == 1:
             before = self.activation_name(node.all_input_nodes[0]) if node.all_input_nodes else None
             if before is not None:
@@ -197,7 +197,7 @@ class _Fuser:
         site.absorbed = tuple(chain.absorbed)
         return site, chain
 
-    def extend(self, node: Node, order: list[Node]) -> tuple[_Chain, str]:
+    def extend(self, node: Node) -> tuple[_Chain, str]:
         """Follows the value of a batch norm through an addition to an activation; and what ended it, "" after an activation."""
         chain = _Chain([node], [node])
         after, why = self.follow(node)
@@ -213,7 +213,7 @@ class _Fuser:
         whole = _Chain([node, *after], [node, *after[:-1]], residual=residual, addition=after[-1], names=["add"])
         beyond, why = self.follow(after[-1])
         why = why or self.take_activation(whole, beyond)
-        hindrance = self.hinders_move(whole, residual, after[-1], order)
+        hindrance = self.hinders_move(whole, residual, after[-1])
         return (chain, hindrance) if hindrance else (whole, why)
 
     def follow(self, node: Node) -> tuple[list[Node], str]:
@@ -296,10 +296,13 @@ class _Fuser:
 
     # what lies between
 
-    def hinders_move(self, chain: _Chain, residual: Node, addition: Node, order: list[Node]) -> str:
+    def hinders_move(self, chain: _Chain, residual: Node, addition: Node) -> str:
         """Why the batch norm cannot be computed where the chain ends instead of where it begins, or the residual be read there."""
+        # With what is fused by now in the place of what it was.
+        order = list(self.graph.nodes)
         first, sum_at, last = (order.index(each) for each in (chain.nodes[0], addition, chain.nodes[-1]))
         bn = self.module(chain.nodes[0])
+        state = self.state_of(bn, chain)
         read_later = self.aliases(chain.nodes[0].all_input_nodes[0], chain)
         residual_aliases = self.aliases(residual, chain)
         for place in range(first + 1, last):
@@ -311,14 +314,30 @@ class _Fuser:
             module = self.module(node)
             if module is not None and any(each is bn for each in module.modules()):
                 return "it is called again before its sum is complete"
+            if state.intersection(node.all_input_nodes):
+                if node.target is normalize:
+                    return "it is called again before its sum is complete"
+                return f"{_name(node)}, between it and its activation, may read or write its statistics"
             if not self.is_fresh(node) and read_later.intersection(node.all_input_nodes):
                 return f"{_name(node)}, between it and its activation, may write what it reads"
         if chain.act in ("elu", "swish"):
             for node in residual_aliases:
-                writers = [each for each in node.users if order.index(each) > last and self.writes(each)]
+                writers = [each for each in node.users if order.index(each) > last and not self.is_fresh(each) and self.writes(each)]
                 if writers:
                     return f"{_name(writers[0])} writes the residual, which the gradient of {chain.act} needs"
         return ""
+
+    def state_of(self, bn: nn.Module | None, chain: _Chain) -> set[Node]:
+        """Every node whose value is the batch norm itself or may share memory with its parameters and buffers."""
+        found: set[Node] = set()
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and bn is not None:
+                value = operator.attrgetter(str(node.target))(self.block)
+                if value is bn:
+                    found.add(node)
+                elif any(value is each for each in (*bn.parameters(), *bn.buffers())):
+                    found |= self.aliases(node, chain)
+        return found
 
     def aliases(self, node: Node, chain: _Chain) -> set[Node]:
         """Every node whose value may share memory with that of `node`."""
@@ -342,7 +361,7 @@ class _Fuser:
         if module is not None:
             parts = [each for each in module.modules() if type(each) is not nn.Sequential]
             return bool(parts) and all(type(each) in _FRESH_MODULES for each in parts) and not any(map(has_hooks, module.modules()))
-        return node.op == "call_function" and node.target in _FRESH_FUNCTIONS
+        return node.op == "call_function" and node.target in _FRESH_FUNCTIONS and "out" not in node.kwargs
 
     def writes(self, node: Node) -> bool:
         module = self.module(node)
@@ -414,7 +433,7 @@ class _Fuser:
         """What the forward may have gone through on its way to what it calls."""
         paths: set[Path] = {()}
         for node in self.graph.nodes:
-            if node.op == "call_module":
+            if node.op in ("call_module", "get_attr"):
                 path = tuple(str(node.target).split("."))
                 paths.update(path[:length] for length in range(len(path)))
         paths.update((name,) for name, each in self.block.named_children() if isinstance(each, (nn.ModuleList, nn.ModuleDict)))
