@@ -998,6 +998,8 @@ __global__ void __launch_bounds__(kThreads) batch_norm_act_gather_stats_kernel(B
   const int64_t channels = p.shape.channels;
   if (channel >= channels) return;
   math::Moments<double> merged{0.0, 0.0, 0.0, 0.0, 0.0};
+  // Two ranks at once need more registers beside the calls of division than there are without local memory.
+#pragma unroll 1
   for (int64_t rank = 0; rank < ranks; ++rank) {
     const double* const of_rank = moments + rank * (1 + 2 * channels);
     if (of_rank[0] > 0.0) merged = math::merge(merged, {of_rank[0], of_rank[1 + channel], of_rank[1 + channels + channel], 0.0, 0.0});

@@ -193,16 +193,16 @@ GK_HOST_DEVICE void with_logistic(T x, const Function& function) {
   const T floor(ExpConstants<scalar_t>::kUnderflow);
   const auto negative = x < T(0);
   const ReducedExp<T> reduced = reduce_exp(at_least(floor, negative_magnitude(x)));
-  const T inverse = inverse_of_one_plus(scale_by_exp2(T(1) + reduced.expm1, reduced.n));
-  const T scaled = scale_by_exp2(inverse, reduced.n);
-  const T smaller = fma(scaled, reduced.expm1, scaled);
-  const T complement = select(negative, inverse, smaller);
+  const T e = scale_by_exp2(T(1) + reduced.expm1, reduced.n);
+  const T inverse = inverse_of_one_plus(e);
+  const T complement = select(negative, inverse, e * inverse);
   if (has_far_exponent(reduced.n)) {
     // Below the floor 0 and not a tiny number: swish(-inf) is nan, as torch's. e^r goes up to 1.42, half of it stays below 1.
     const T half = select(x < floor, T(0), inverse * T(scalar_t(0.5)));
     function(Logistic<T>{select(negative, fma(half, reduced.expm1, half), inverse), select(negative, reduced.n + T(1), T(0)), complement});
   } else {
-    function(NearLogistic<T>{select(negative, smaller, inverse), complement});
+    const T scaled = scale_by_exp2(inverse, reduced.n);
+    function(NearLogistic<T>{select(negative, fma(scaled, reduced.expm1, scaled), inverse), complement});
   }
 }
 
