@@ -419,12 +419,11 @@ GK_INLINE void store(T* target, SomeLanes lanes, Vec<opmath_t<T>> value, bool pa
 #if defined(__x86_64__)
   if constexpr (sizeof(T) > 2) {
     if (past_caches) {
-      T lane[Vec<T>::kLanes];
-      store(lane, value);
+      typename IntegerOf<T>::type lane[Vec<T>::kLanes];
+      __builtin_memcpy(lane, value.part, sizeof(lane));
       for (int i = 0; i < lanes.count; ++i) {
-        if constexpr (sizeof(T) == 4) _mm_stream_si32(reinterpret_cast<int*>(target + i), reinterpret_cast<const int*>(lane)[i]);
-        if constexpr (sizeof(T) == 8)
-          _mm_stream_si64(reinterpret_cast<long long*>(target + i), reinterpret_cast<const long long*>(lane)[i]);
+        if constexpr (sizeof(T) == 4) _mm_stream_si32(reinterpret_cast<int*>(target + i), lane[i]);
+        if constexpr (sizeof(T) == 8) _mm_stream_si64(reinterpret_cast<long long*>(target + i), lane[i]);
       }
       return;
     }
