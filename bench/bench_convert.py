@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from harness import ROOT, STEP_COLUMNS, Budget, arguments, gk, header, measure, report, spread
+from harness import ROOT, STEP_COLUMNS, Budget, StepRow, arguments, gk, header, measure, report, spread
 
 # The networks are those of the tests.
 sys.path.insert(0, str(ROOT / "tests"))
@@ -37,12 +37,7 @@ BOUND = 1e-6
 
 
 @dataclass
-class Row:
-    case: str
-    provider: str
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
+class Row(StepRow):
     part_ms: float
     saved_mb: float
     times_eager: float

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness import ROOT, STEP_COLUMNS, Budget, arguments, gk, header, measure, report, spread
+from harness import ROOT, STEP_COLUMNS, Budget, StepRow, arguments, gk, header, measure, report, spread
 
 # The network is that of the tests.
 sys.path.insert(0, str(ROOT / "tests"))
@@ -30,12 +30,7 @@ MODES = {
 
 
 @dataclass
-class Row:
-    case: str
-    provider: str
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
+class Row(StepRow):
     share: float
 
 

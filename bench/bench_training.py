@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from harness import ROOT, STEP_COLUMNS, Budget, arguments, gk, header, measure, peak_bytes, report, spread
+from harness import ROOT, STEP_COLUMNS, Budget, StepRow, arguments, gk, header, measure, peak_bytes, report, spread
 
 # The networks are those of the tests.
 sys.path.insert(0, str(ROOT / "tests"))
@@ -44,12 +44,7 @@ PARTS = {
 
 
 @dataclass
-class Row:
-    case: str
-    provider: str
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
+class Row(StepRow):
     times_eager: float
     peak_mb: float | None
     saved_mb: float

@@ -51,6 +51,7 @@ __all__ = [
     "Budget",
     "Case",
     "Row",
+    "StepRow",
     "arguments",
     "copy_of",
     "gk",
@@ -538,7 +539,17 @@ def report_cases(title: str, head: dict[str, Any], rows: Sequence[Row], file: Pa
         print(f"{what}: {mean}")
 
 
-# What tables of whole training steps begin with; their rows have case, provider, median_ms, p20_ms and p80_ms.
+@dataclass
+class StepRow:
+    """What rows of whole training steps begin with."""
+
+    case: str
+    provider: str
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+
+
 STEP_COLUMNS: dict[str, Callable[[Any], str]] = {
     "case": lambda row: row.case,
     "provider": lambda row: row.provider,
