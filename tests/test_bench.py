@@ -273,11 +273,12 @@ def test_forward_and_backward_are_measured_apart_where_asked_and_where_eager_win
 
 
 def test_memory_that_is_saved_counts_once_and_peaks_are_seen():
-    x = torch.randn(1 << 20, requires_grad=True)
-    assert harness.saved_bytes(lambda: x * x) == 4 << 20
+    x = torch.randn(8 << 20, requires_grad=True)
+    assert harness.saved_bytes(lambda: x * x) == 32 << 20
     if harness.c_library() is not None and Path("/proc/self/clear_refs").exists():
         peak = harness.peak_bytes(lambda: (x.detach() + 1).mul(2))
-        assert 7 << 20 <= peak <= 10 << 20
+        # Two outputs, and what Python and the C library want besides.
+        assert 63 << 20 <= peak <= 70 << 20
 
 
 def test_wrong_answer_ends_the_script_before_anything_is_timed():

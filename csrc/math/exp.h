@@ -186,8 +186,8 @@ struct NearLogistic {
   GK_HOST_DEVICE T scaled_product(T b, T product) const { return b * product; }
 };
 
-// Calls function(logistic) with the one of the two that x needs; where both can be had they give the same numbers, but for denormal products,
-// which the first rounds twice.
+// Calls function(logistic) with the one of the two that x needs; where both can be had they give the same numbers, but for denormal
+// products, which the first rounds twice.
 template <typename T, typename Function>
 GK_HOST_DEVICE void with_logistic(T x, const Function& function) {
   using scalar_t = scalar_of_t<T>;
