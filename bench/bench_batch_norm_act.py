@@ -6,6 +6,7 @@ as well, and some cases beside the packages that do the same (neighbours.py). Co
 """
 
 import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -127,8 +128,16 @@ def case(shape: tuple[int, ...], act: str, with_residual: bool, layout: str, dty
         apart=(shape, dtype) == (APART, torch.float32),
         saves=forward,
     )
-    inputs = {provider: [*operands, *module.parameters()] for provider, module in modules.items()}
-    case.parts = lambda: parts_of(case, forward, inputs, grad_y, least)
+
+    def parts() -> list[Case]:
+        # The backward is that of modules of its own: torch's batch norm keeps running statistics for it, which another forward changes.
+        recorded = copy.deepcopy(modules)
+        inputs = {provider: [*operands, *module.parameters()] for provider, module in recorded.items()}
+        calls = {provider: partial(module, *operands) for provider, module in recorded.items()}
+        alone, backward = parts_of(case, calls, inputs, grad_y, least)
+        return [replace(alone, providers=forward), backward]
+
+    case.parts = parts
     return case
 
 
