@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, distributed, multiprocessing, nn
 
-from harness import COPY, Budget, arguments, copy_of, gk, header, measure, prove, reference, report, spread
+from harness import COPY, SPREAD_COLUMNS, Budget, arguments, copy_of, gk, header, measure, prove, reference, report, spread
 
 PROCESSES = (1, 2, 4, 8)
 TIMEOUT_S = 240
@@ -382,9 +382,7 @@ if __name__ == "__main__":
             "case": lambda row: row.case,
             "against": lambda row: row.against,
             "n": lambda row: f"{row.n:,}",
-            "median us": lambda row: f"{row.median_us:,.1f}",
-            "p20": lambda row: f"{row.p20_us:,.1f}",
-            "p80": lambda row: f"{row.p80_us:,.1f}",
+            **SPREAD_COLUMNS,
             "formula": lambda row: row.formula,
             "says us": lambda row: f"{row.fitted_us:,.1f}",
             "off by": lambda row: f"{row.off_by:+.0%}",

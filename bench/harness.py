@@ -44,6 +44,7 @@ __all__ = [
     "PARTS",
     "ROOT",
     "SECONDS",
+    "SPREAD_COLUMNS",
     "START_SECONDS",
     "STEP_COLUMNS",
     "WHOLE",
@@ -511,6 +512,13 @@ def label(case: dict[str, Any]) -> str:
     return ", ".join([case["case"], *(case[name] for name in ("direction", "layout", "dtype") if case[name] not in usual)])
 
 
+SPREAD_COLUMNS: dict[str, Callable[[Any], str]] = {
+    "median us": lambda row: f"{row.median_us:,.1f}",
+    "p20": lambda row: f"{row.p20_us:,.1f}",
+    "p80": lambda row: f"{row.p80_us:,.1f}",
+}
+
+
 def report_cases(title: str, head: dict[str, Any], rows: Sequence[Row], file: Path | None) -> None:
     """report() of rows of cases, and their means."""
     report(
@@ -520,9 +528,7 @@ def report_cases(title: str, head: dict[str, Any], rows: Sequence[Row], file: Pa
             "case": lambda row: label(asdict(row)),
             "provider": lambda row: row.provider,
             "outputs": lambda row: row.outputs,
-            "median us": lambda row: f"{row.median_us:,.1f}",
-            "p20": lambda row: f"{row.p20_us:,.1f}",
-            "p80": lambda row: f"{row.p80_us:,.1f}",
+            **SPREAD_COLUMNS,
             "faults": lambda row: f"{row.faults:,.0f}",
             "MB": lambda row: in_mb(row.bytes),
             "GB/s": lambda row: f"{row.gb_per_s:.1f}",

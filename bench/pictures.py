@@ -4,7 +4,7 @@ Only rows of gradkernels and what stands beside them are drawn. Colour is the pr
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +23,20 @@ NAMES = {OURS: "gradkernels", "eager": "torch", "torch.compile": "torch.compile"
 GREY = "#777777"
 
 
-def sizes(value: float, _: Any) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= size:
-            return f"{value / size:g} {unit}"
-    return f"{value:g} B"
+def in_units(*units: tuple[str, float]) -> Callable[[float, Any], str]:
+    """Of an axis: a number in the first of the units that it reaches, else in the last."""
+
+    def formatted(value: float, _: Any) -> str:
+        unit, size = next((each for each in units if value >= each[1]), units[-1])
+        return f"{value / size:g}{unit}"
+
+    return formatted
 
 
-def counts(value: float, _: Any) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:g}{unit}"
-    return f"{value:g}"
-
-
-def durations(value: float, _: Any) -> str:
-    """Of microseconds."""
-    for unit, size in (("s", 1e6), ("ms", 1e3), ("us", 1)):
-        if value >= size:
-            return f"{value / size:g} {unit}"
-    return f"{value * 1e3:g} ns"
+sizes = in_units((" GB", 1e9), (" MB", 1e6), (" kB", 1e3), (" B", 1))
+counts = in_units(("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1))
+# Of microseconds.
+durations = in_units((" s", 1e6), (" ms", 1e3), (" us", 1), (" ns", 1e-3))
 
 
 def figures(value: float, _: Any) -> str:
