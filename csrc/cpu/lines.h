@@ -117,9 +117,9 @@ GK_INLINE void add_term(math::Sum<Vec<double>>& sum, Vec<double> x) {
 template <typename opmath>
 GK_INLINE void add_product(math::Sum<Vec<double>>& sum, Vec<double> a, Vec<double> b) {
   if constexpr (sizeof(opmath) == sizeof(double)) {
-    const Vec<double> product = a * b;
-    math::add(sum, product);
-    sum.low = sum.low + fma(a, b, -product);
+    const math::Sum<Vec<double>> product = math::product_of(a, b);
+    math::add(sum, product.high);
+    sum.low = sum.low + product.low;
   } else {
     sum.high = fma(a, b, sum.high);
   }

@@ -32,8 +32,9 @@ GK_HOST_DEVICE Sum<T> sum_of(const Sum<T>& a, const Sum<T>& b) {
 }
 
 // a b, with what rounding takes from it.
-GK_HOST_DEVICE Sum<double> product_of(double a, double b) {
-  const double product = a * b;
+template <typename T>
+GK_HOST_DEVICE Sum<T> product_of(T a, T b) {
+  const T product = a * b;
   return {product, fma(a, b, -product)};
 }
 
