@@ -147,7 +147,25 @@ struct Vec {
     return has_far_exponent(n) ? math::scale_by_halves(x, n) : x * exp2_of_integer(n);
   }
 
-  friend GK_INLINE bool has_far_exponent(Vec n) { return any(negative_magnitude(n) < Vec(T(math::kFarExponent))); }
+  friend GK_INLINE Vec scale_normal_by_exp2(Vec x, Vec n) {
+    const Vec rounded = n + Vec(math::ExpConstants<T>::kRound);
+    for (int i = 0; i < kRegisters; ++i) {
+      const Bits exponent = reinterpret_cast<Bits>(rounded.part[i]) << math::ExpConstants<T>::kMantissaBits;
+      x.part[i] = reinterpret_cast<Register>(reinterpret_cast<Bits>(x.part[i]) + exponent);
+    }
+    return x;
+  }
+
+  // Of nan too.
+  friend GK_INLINE bool has_far_exponent(Vec n) {
+    const Vec bound(T(math::kFarExponent));
+#if defined(__x86_64__)
+    // Compilers take the comparison through a vector of its lanes.
+    if constexpr (kRegisterBytes == 64 && sizeof(T) == 4) return _mm512_cmp_ps_mask(n.part[0], bound.part[0], _CMP_NGE_UQ) != 0;
+    if constexpr (kRegisterBytes == 64 && sizeof(T) == 8) return _mm512_cmp_pd_mask(n.part[0], bound.part[0], _CMP_NGE_UQ) != 0;
+#endif
+    return any(!(n >= bound));
+  }
 
   friend GK_INLINE Vec approximate_inverse(Vec x) {
 #if defined(__x86_64__)

@@ -87,6 +87,12 @@ GK_HOST_DEVICE scalar_t scale_by_exp2(scalar_t x, scalar_t n) {
   return scale_by_halves(x, n);
 }
 
+// x 2^n for a whole number n, where x and the result are both in the normal range. A vector adds to the bits of its exponents.
+template <typename scalar_t>
+GK_HOST_DEVICE scalar_t scale_normal_by_exp2(scalar_t x, scalar_t n) {
+  return x * exp2_of_integer(n);
+}
+
 // 1 / x to 12 bits or better, for a Newton step to refine.
 template <typename scalar_t>
 GK_HOST_DEVICE scalar_t approximate_inverse(scalar_t x) {
@@ -135,10 +141,11 @@ GK_HOST_DEVICE ReducedExp<T> reduce_exp(T x) {
   return {n, fma(square, C::series(r, square), r)};
 }
 
-// Beyond this in magnitude a power of two may not be applied at once.
+// Below this a power of two may not be applied at once. None that matters is above 1.
 constexpr int kFarExponent = -64;
 
-// A vector asks for one, and takes the shorter way to the same number where none of its lanes has one; a scalar is not worth a branch.
+// A vector asks for one in any of its lanes, and takes the shorter way to the same numbers where there is none; a scalar is not worth a
+// branch.
 template <typename scalar_t>
 GK_HOST_DEVICE constexpr bool has_far_exponent(scalar_t) {
   return true;
@@ -194,15 +201,17 @@ GK_HOST_DEVICE void with_logistic(T x, const Function& function) {
   const T floor(ExpConstants<scalar_t>::kUnderflow);
   const auto negative = x < T(0);
   const ReducedExp<T> reduced = reduce_exp(at_least(floor, negative_magnitude(x)));
-  const T e = scale_by_exp2(T(1) + reduced.expm1, reduced.n);
+  const bool is_far = has_far_exponent(reduced.n);
+  const T exp = T(1) + reduced.expm1;
+  const T e = is_far ? scale_by_exp2(exp, reduced.n) : scale_normal_by_exp2(exp, reduced.n);
   const T inverse = inverse_of_one_plus(e);
   const T complement = select(negative, inverse, e * inverse);
-  if (has_far_exponent(reduced.n)) {
+  if (is_far) {
     // Below the floor 0 and not a tiny number: swish(-inf) is nan, as torch's. e^r goes up to 1.42, half of it stays below 1.
     const T half = select(x < floor, T(0), inverse * T(scalar_t(0.5)));
     function(Logistic<T>{select(negative, fma(half, reduced.expm1, half), inverse), select(negative, reduced.n + T(1), T(0)), complement});
   } else {
-    const T scaled = scale_by_exp2(inverse, reduced.n);
+    const T scaled = scale_normal_by_exp2(inverse, reduced.n);
     function(NearLogistic<T>{select(negative, fma(scaled, reduced.expm1, scaled), inverse), complement});
   }
 }
