@@ -134,12 +134,13 @@ void parametric_backward_kernel(const ParametricBackward& p, Slab slab, double* 
       const typename Runs::template Coefficients<Parameter, opmath> parameters(lines, parameter_of_channel<scalar_t>(p.parameter));
       typename Runs::template Sums<opmath, 1> sums(lines);
       sums.add(
-          lines, [&](int64_t column) GK_INLINE_LAMBDA { return activation(parameters.at(column).value); },
+          lines, streamed(p.shape, grad_x, nullptr),
+          [&](int64_t column) GK_INLINE_LAMBDA { return activation(parameters.at(column).value); },
           [&](const auto& f, Position at, auto lanes, auto& terms) GK_INLINE_LAMBDA {
             V grad_parameter;
             // Lanes past the end bring a gradient of 0, at an x where that stays 0 for an infinite parameter too.
             const V gradient = f.backward(load(grad_y + at.element, lanes), load(x + at.element, lanes, V(1)), grad_parameter);
-            if (grad_x != nullptr) store(grad_x + at.element, lanes, gradient);
+            if (grad_x != nullptr) store(grad_x + at.element, lanes, gradient, at.past_caches);
             terms.template add<0>(grad_parameter);
           });
       for (int64_t c = 0; c < lines.channels(); ++c) out[lines.channel_begin + c - slab.channel_begin] = sums.of_channel(lines, c, 0);

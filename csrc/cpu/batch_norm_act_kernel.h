@@ -62,13 +62,14 @@ GK_INLINE opmath_t<scalar_t> approximate_mean(const scalar_t* x, const Lines& ti
   const V weight(static_cast<opmath_t<scalar_t>>(1.0 / count));
   V sum[4] = {V(0), V(0), V(0), V(0)};
   for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
-    const scalar_t* run = x + tile.offset + row * tile.row_stride;
+    const Position begin = position_of_row(tile, row, elements_to_next_run(tile, row));
     int64_t i = tile.begin;
     for (; i + kStep <= tile.end; i += kStep) {
-      for (int k = 0; k < 4; ++k) sum[k] = fma(load(run + i + k * V::kLanes), weight, sum[k]);
+      for (int k = 0; k < 4; ++k) sum[k] = fma(load_first(x, advanced(begin, i + k * V::kLanes), AllLanes()), weight, sum[k]);
     }
-    for_each_vector<opmath_t<scalar_t>>(
-        i, tile.end, [&](int64_t j, auto lanes) GK_INLINE_LAMBDA { sum[0] = fma(load(run + j, lanes), weight, sum[0]); });
+    for_each_vector<opmath_t<scalar_t>>(i, tile.end, [&](int64_t j, auto lanes) GK_INLINE_LAMBDA {
+      sum[0] = fma(load_first(x, advanced(begin, j), lanes), weight, sum[0]);
+    });
   }
   const scalar_t* first = x + tile.offset + tile.row_begin * tile.row_stride + tile.begin;
   const int64_t width = tile.end - tile.begin;
@@ -246,7 +247,7 @@ void batch_norm_normalise_kernel(const BatchNormForward& p, Slab slab) {
       if (p.mask != nullptr) {
         visit_activation_of_two_slopes<scalar_t>(p.act, [&](auto f) {
           for_each_vector_of_slab([&](V u, Position at, auto lanes) GK_INLINE_LAMBDA {
-            u = u + load(residual + at.element, lanes);
+            u = u + load_first(residual, at, lanes);
             store_bits<opmath>(p.mask + at.mask_byte, lanes, f.passes(u));
             store(y + at.element, lanes, f.forward(u), at.past_caches);
           });
@@ -254,7 +255,7 @@ void batch_norm_normalise_kernel(const BatchNormForward& p, Slab slab) {
       } else {
         visit_activation<scalar_t>(p.act, [&](auto f) {
           for_each_vector_of_slab([&](V u, Position at, auto lanes) GK_INLINE_LAMBDA {
-            if (residual != nullptr) u = u + load(residual + at.element, lanes);
+            if (residual != nullptr) u = u + load_first(residual, at, lanes);
             store(y + at.element, lanes, f.forward(u), at.past_caches);
           });
         });
@@ -282,15 +283,15 @@ GK_INLINE void visit_gradient(const BatchNormBackward& p, const opmath_t<scalar_
     const uint8_t* mask = p.mask;
     visit_activation_of_two_slopes<scalar_t>(p.act, [&](auto f) {
       function([=](const auto&, V, Position at, auto lanes) GK_INLINE_LAMBDA {
-        return f.backward_from_mask(load(grad_y + at.element, lanes), load_bits<opmath>(mask + at.mask_byte, lanes));
+        return f.backward_from_mask(load_first(grad_y, at, lanes), load_bits<opmath>(mask + at.mask_byte, lanes));
       });
     });
   } else {
     visit_activation<scalar_t>(p.act, [&](auto f) {
       function([=](const auto& normalise, V x, Position at, auto lanes) GK_INLINE_LAMBDA {
         V u = normalise(x);
-        if (residual != nullptr) u = u + load(residual + at.element, lanes);
-        return f.backward(load(grad_y + at.element, lanes), u);
+        if (residual != nullptr) u = u + load_first(residual, at, lanes);
+        return f.backward(load_first(grad_y, at, lanes), u);
       });
     });
   }
@@ -303,6 +304,9 @@ void batch_norm_gradient_sums_kernel(const BatchNormBackward& p, Slab slab, math
     const scalar_t* x_data = static_cast<const scalar_t*>(p.x);
     scalar_t* grad_residual = static_cast<scalar_t*>(p.grad_residual);
     opmath* copy = static_cast<opmath*>(dz_copy);
+    // The second pass finds dz of a whole channel in the cache; of 16 bits it does not read it.
+    const bool is_read_next = sizeof(scalar_t) > 2 && slab.row_end - slab.row_begin == p.shape.rows;
+    const auto past_caches = streamed<scalar_t>(p.shape, is_read_next ? nullptr : grad_residual, p.mask);
     visit_runs(p.shape, [&](auto runs) {
       using Runs = decltype(runs);
       visit_gradient<scalar_t>(p, nullptr, [&](auto dz_of) {
@@ -311,11 +315,11 @@ void batch_norm_gradient_sums_kernel(const BatchNormBackward& p, Slab slab, math
               lines, [&](int64_t channel) GK_INLINE_LAMBDA { return channel_normalisation<opmath>(p, channel); });
           typename Runs::template Sums<opmath, 2> sums(lines);
           sums.add(
-              lines, [&](int64_t column) GK_INLINE_LAMBDA { return coefficients.at(column); },
+              lines, past_caches, [&](int64_t column) GK_INLINE_LAMBDA { return coefficients.at(column); },
               [&](const auto& normalise, Position at, auto lanes, auto& terms) GK_INLINE_LAMBDA {
-                const Vec<opmath> x = load(x_data + at.element, lanes);
+                const Vec<opmath> x = load_first(x_data, at, lanes);
                 const Vec<opmath> dz = dz_of(normalise, x, at, lanes);
-                if (grad_residual != nullptr) store(grad_residual + at.element, lanes, dz);
+                if (grad_residual != nullptr) store(grad_residual + at.element, lanes, dz, at.past_caches);
                 if (copy != nullptr) store(copy + at.copied, lanes, dz);
                 terms.template add<0>(dz);
                 terms.template add_product<1>(dz, x - normalise.mean_high);

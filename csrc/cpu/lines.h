@@ -40,23 +40,42 @@ GK_INLINE void for_each_tile(const Lines& lines, int64_t rows, int64_t width, co
 }
 
 // Where a vector stands: its first element in the operand, in the mask's bytes and in a copy of the lines without gaps, and its column in
-// the line; and whether the output's line is to be written past the caches.
+// the line; how many elements on there is one to fetch, or 0; and whether the output's line is to be written past the caches.
 struct Position {
   int64_t element;
   int64_t mask_byte;
   int64_t copied;
   int64_t column;
+  int64_t ahead;
   bool past_caches;
 };
 
 // Of the first column in a row.
-GK_INLINE Position position_of_row(const Lines& lines, int64_t row) {
-  return {lines.offset + row * lines.row_stride, lines.mask_offset + row * lines.mask_row_stride, (row - lines.row_begin) * lines.end, 0,
+GK_INLINE Position position_of_row(const Lines& lines, int64_t row, int64_t ahead = 0) {
+  return {lines.offset + row * lines.row_stride,
+          lines.mask_offset + row * lines.mask_row_stride,
+          (row - lines.row_begin) * lines.end,
+          0,
+          ahead,
           false};
 }
 
+// `ahead` for a row of runs with gaps between them: the next one is fetched while this one is worked on, since the processor does not
+// foresee where it begins. Of runs beyond a page the beginning is nothing.
+GK_INLINE int64_t elements_to_next_run(const Lines& lines, int64_t row) {
+  constexpr int64_t kForeseenElements = 1024;
+  return lines.end - lines.begin < kForeseenElements && row + 1 < lines.row_end ? lines.row_stride : 0;
+}
+
 GK_INLINE Position advanced(Position at, int64_t columns) {
-  return {at.element + columns, at.mask_byte + columns / 8, at.copied + columns, at.column + columns, at.past_caches};
+  return {at.element + columns, at.mask_byte + columns / 8, at.copied + columns, at.column + columns, at.ahead, at.past_caches};
+}
+
+// The vector that stands there, of an operand that is read for the first time.
+template <typename scalar_t, typename Lanes>
+GK_INLINE Vec<opmath_t<scalar_t>> load_first(const scalar_t* data, Position at, Lanes lanes) {
+  if (at.ahead != 0) __builtin_prefetch(data + at.element + at.ahead);
+  return load(data + at.element, lanes);
 }
 
 // An output that is to be written past the caches, for being too large for the next reader to find it there, or null;
@@ -66,7 +85,7 @@ struct Streamed {
   const scalar_t* output;
   int64_t step;
 
-  // Whether this element is one to write past the caches: at a register's alignment.
+  // Whether this element is one to write past the caches: at the alignment of what a register of opmath leaves in memory.
   GK_INLINE bool begins_at(int64_t element) const { return output != nullptr && bytes_before_alignment(element) == 0; }
   // The first of the elements [begin, end) of a line from which on that can be done, else end.
   GK_INLINE int64_t begin(int64_t element_of_line, int64_t begin, int64_t end) const {
@@ -77,7 +96,8 @@ struct Streamed {
 
  private:
   GK_INLINE int64_t bytes_before_alignment(int64_t element) const {
-    return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(output + element) % kRegisterBytes);
+    constexpr int64_t kAlignment = sizeof(scalar_t) > 2 ? kRegisterBytes : kRegisterBytes / 2;
+    return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(output + element) % kAlignment);
   }
 };
 
@@ -89,11 +109,19 @@ GK_INLINE Streamed<scalar_t> streamed(const ChannelShape& shape, const scalar_t*
   return {large ? output : nullptr, mask == nullptr ? 1 : 8};
 }
 
+// A vector of the row that begins there.
+template <typename scalar_t>
+GK_INLINE Position position(Position begin, Streamed<scalar_t> streamed, int64_t column) {
+  Position at = advanced(begin, column);
+  at.past_caches = streamed.begins_at(at.element);
+  return at;
+}
+
 // Calls function(position, lanes) for each vector of the lines, which hold scalar_t, row by row.
 template <typename scalar_t, typename Function>
 GK_INLINE void for_each_position(const Lines& lines, Streamed<scalar_t> streamed, const Function& function) {
   for (int64_t row = lines.row_begin; row < lines.row_end; ++row) {
-    Position begin = position_of_row(lines, row);
+    Position begin = position_of_row(lines, row, elements_to_next_run(lines, row));
     const int64_t turn = streamed.begin(begin.element, lines.begin, lines.end);
     // Before the turn there is less than a vector, or of 16 bits perhaps more.
     begin.past_caches = turn < lines.end && sizeof(scalar_t) > 2;
@@ -183,20 +211,23 @@ struct Float32Terms {
   GK_INLINE void add_product(Vec<float> a, Vec<float> b) {
     sum[n] = fma(a, b, sum[n]);
   }
+  GK_INLINE void add_to(Accumulators<float, N>& sums) const {
+    static_assert(N <= 2);
+    sums.template add<0>(sum[0]);
+    if constexpr (N == 2) sums.template add<1>(sum[1]);
+  }
 };
 
 // Calls function(terms), which is to add kTerms vectors at most to them.
 template <typename opmath, int N, typename Function>
 GK_INLINE void add_terms(Accumulators<opmath, N>& sums, const Function& function) {
-  static_assert(N <= 2);
   if constexpr (sizeof(opmath) == sizeof(double)) {
     function(sums);
   } else {
     Float32Terms<N> terms;
     for (int n = 0; n < N; ++n) terms.sum[n] = Vec<float>(0.0f);
     function(terms);
-    sums.template add<0>(terms.sum[0]);
-    if constexpr (N == 2) sums.template add<1>(terms.sum[1]);
+    terms.add_to(sums);
   }
 }
 
@@ -254,20 +285,22 @@ struct LongRuns {
       });
       return sum.high + sum.low;
     }
-    // Calls function(of_column(column), position, lanes, terms) for each vector of the lines.
-    template <typename OfColumn, typename Function>
-    GK_INLINE void add(const Lines& lines, const OfColumn& of_column, const Function& function) {
+    // Calls function(of_column(column), position, lanes, terms) for each vector of the lines, which hold scalar_t.
+    template <typename scalar_t, typename OfColumn, typename Function>
+    GK_INLINE void add(const Lines& lines, Streamed<scalar_t> streamed, const OfColumn& of_column, const Function& function) {
       constexpr int64_t kStep = kTerms * Vec<opmath>::kLanes;
       const auto values = of_column(0);
       for (int64_t row = lines.row_begin; row < lines.row_end; ++row) {
-        const Position begin = position_of_row(lines, row);
+        const Position begin = position_of_row(lines, row, elements_to_next_run(lines, row));
         for (int64_t i = lines.begin; i < lines.end; i += kStep) {
           add_terms(total_, [&](auto& terms) GK_INLINE_LAMBDA {
-            for_each_vector<opmath>(i, i + kStep < lines.end ? i + kStep : lines.end,
-                                    [&](int64_t j, auto lanes) GK_INLINE_LAMBDA { function(values, advanced(begin, j), lanes, terms); });
+            for_each_vector<opmath>(i, i + kStep < lines.end ? i + kStep : lines.end, [&](int64_t j, auto lanes) GK_INLINE_LAMBDA {
+              function(values, position(begin, streamed, j), lanes, terms);
+            });
           });
         }
       }
+      if (streamed.output != nullptr) stream_fence();
     }
 
    private:
@@ -306,12 +339,17 @@ struct ShortRuns {
                    first, columns, first / 8, (columns + 7) / 8});
   }
 
-  // Calls function(column, lanes, row, row_end) for kTerms rows down a column of vectors and then for the next column: what belongs to the
-  // column stays in registers meanwhile, and the processor's prefetching follows as many streams as there are rows.
+  // Calls function(column, lanes, row, row_end) for each vector of rows [first, last). One row after the other is the order of memory;
+  // where the `values` of opmath that belong to a column do not stay in the first-level cache meanwhile, or rows do not follow each other
+  // in memory, four rows at once share what belongs to the column.
   template <typename opmath, typename Function>
-  static GK_INLINE void for_each_block(const Lines& lines, const Function& function) {
-    for (int64_t row = lines.row_begin; row < lines.row_end; row += kTerms) {
-      const int64_t row_end = row + kTerms < lines.row_end ? row + kTerms : lines.row_end;
+  static GK_INLINE void for_each_block(const Lines& lines, int64_t first, int64_t last, int64_t values, const Function& function) {
+    constexpr int64_t kCachedBytes = 16 * 1024;
+    const int64_t bytes = (lines.end - lines.begin) * values * static_cast<int64_t>(sizeof(opmath));
+    const bool is_gapless = lines.end - lines.begin == lines.row_stride;
+    const int64_t rows = is_gapless && bytes <= kCachedBytes ? 1 : 4;
+    for (int64_t row = first; row < last; row += rows) {
+      const int64_t row_end = row + rows < last ? row + rows : last;
       for_each_vector<opmath>(lines.begin, lines.end,
                               [&](int64_t column, auto lanes) GK_INLINE_LAMBDA { function(column, lanes, row, row_end); });
     }
@@ -319,14 +357,12 @@ struct ShortRuns {
 
   template <typename scalar_t, typename OfColumn, typename Function>
   static GK_INLINE void for_each(const Lines& lines, Streamed<scalar_t> streamed, const OfColumn& of_column, const Function& function) {
-    for_each_block<opmath_t<scalar_t>>(lines, [&](int64_t column, auto lanes, int64_t row, int64_t row_end) GK_INLINE_LAMBDA {
+    using opmath = opmath_t<scalar_t>;
+    const auto block = [&](int64_t column, auto lanes, int64_t row, int64_t row_end) GK_INLINE_LAMBDA {
       const auto values = of_column(column);
-      for (; row < row_end; ++row) {
-        Position at = advanced(position_of_row(lines, row), column);
-        at.past_caches = streamed.begins_at(at.element);
-        function(values, at, lanes);
-      }
-    });
+      for (; row < row_end; ++row) function(values, position(position_of_row(lines, row), streamed, column), lanes);
+    };
+    for_each_block<opmath>(lines, lines.row_begin, lines.row_end, sizeof(of_column(0)) / sizeof(Vec<opmath>), block);
     if (streamed.output != nullptr) stream_fence();
   }
 
@@ -373,31 +409,48 @@ struct ShortRuns {
       }
       return sum.high + sum.low;
     }
-    template <typename OfColumn, typename Function>
-    GK_INLINE void add(const Lines& lines, const OfColumn& of_column, const Function& function) {
-      for_each_block<opmath>(lines, [&](int64_t column, auto lanes, int64_t row, int64_t row_end) GK_INLINE_LAMBDA {
-        const auto values = of_column(column);
-        Accumulators<opmath, N> sums;
-        add_terms(sums, [&](auto& terms) GK_INLINE_LAMBDA {
-          for (; row < row_end; ++row) function(values, advanced(position_of_row(lines, row), column), lanes, terms);
-        });
-        add(column, sums);
-      });
+    template <typename scalar_t, typename OfColumn, typename Function>
+    GK_INLINE void add(const Lines& lines, Streamed<scalar_t> streamed, const OfColumn& of_column, const Function& function) {
+      for (int64_t first = lines.row_begin; first < lines.row_end; first += kTerms) {
+        const int64_t last = first + kTerms < lines.row_end ? first + kTerms : lines.row_end;
+        const auto block = [&](int64_t column, auto lanes, int64_t row, int64_t row_end) GK_INLINE_LAMBDA {
+          const auto values = of_column(column);
+          const auto add_rows = [&](auto& terms) GK_INLINE_LAMBDA {
+            for (int64_t r = row; r < row_end; ++r) function(values, position(position_of_row(lines, r), streamed, column), lanes, terms);
+          };
+          Accumulators<opmath, N> sums;
+          if constexpr (sizeof(opmath) == sizeof(double)) {
+            add_rows(sums);
+          } else {
+            Float32Terms<N> terms;
+            for (int n = 0; n < N; ++n) terms.sum[n] = row == first ? Vec<float>(0.0f) : terms_[n].load(column);
+            add_rows(terms);
+            for (int n = 0; n < N; ++n) terms_[n].store(column, terms.sum[n]);
+            if (row_end < last) return;
+            terms.add_to(sums);
+          }
+          add(column, sums);
+        };
+        for_each_block<opmath>(lines, first, last, sizeof(of_column(0)) / sizeof(Vec<opmath>) + N, block);
+      }
+      if (streamed.output != nullptr) stream_fence();
     }
     GK_INLINE void add(int64_t column, const Accumulators<opmath, N>& sums) {
       for (int n = 0; n < N; ++n) {
         for_each_part<opmath>([&](auto part) GK_INLINE_LAMBDA {
           const int64_t i = column + part.kIndex * Vec<double>::kLanes;
-          math::Sum<Vec<double>> total{high_[n].load(i), low_[n].load(i)};
+          math::Sum<Vec<double>> total{high_[n].load(i), Vec<double>(0.0)};
           add_term<opmath>(total, sums.sum(n, part).high);
           high_[n].store(i, total.high);
-          low_[n].store(i, total.low + sums.sum(n, part).low);
+          // Of float32 terms nothing is low.
+          if constexpr (sizeof(opmath) == sizeof(double)) low_[n].store(i, low_[n].load(i) + total.low + sums.sum(n, part).low);
         });
       }
     }
 
    private:
     Columns<double> high_[N], low_[N];
+    Columns<opmath> terms_[N];
   };
 };
 
