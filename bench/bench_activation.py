@@ -26,10 +26,12 @@ FUNCTIONS = {
 }
 WITH_PARAMETER = ("swish with learnt beta", "prelu")
 ELEMENTS = {"16 elements": 16, "64 KiB": 16 << 10, "4 MiB": 1 << 20, "64 MiB": 16 << 20}
+# What moves as many bytes and computes less.
+SIMPLER = {"elu": "leaky_relu", "swish": "leaky_relu", "swish with learnt beta": "swish", "prelu": "leaky_relu", "rrelu": "leaky_relu"}
 COMPILED = {("leaky_relu", "4 MiB"), ("elu", "4 MiB"), ("swish", "4 MiB"), ("swish with learnt beta", "4 MiB")}
 
 
-def case(name: str, size: str, dtype: torch.dtype, compiled: bool) -> Case:
+def make_case(name: str, size: str, dtype: torch.dtype, compiled: bool) -> Case:
     ours, eager, exact = FUNCTIONS[name]
     x = torch.randn(ELEMENTS[size]).to(dtype)
     operands = [each.requires_grad_() for each in ([x, torch.full((1,), 0.7, dtype=dtype)] if name in WITH_PARAMETER else [x])]
@@ -72,11 +74,15 @@ def case(name: str, size: str, dtype: torch.dtype, compiled: bool) -> Case:
         saves=forward,
     )
     case.parts = lambda: parts_of(case, forward, dict.fromkeys(forward, operands), grad_y, least)
+    if name in SIMPLER:
+        case.instead["what it computes"] = partial(make_case, SIMPLER[name], size, dtype, False)
+    if dtype != torch.float32:
+        case.instead[case.dtype] = partial(make_case, name, size, torch.float32, False)
     return case
 
 
 if __name__ == "__main__":
     options = arguments(__doc__)
-    cases = [partial(case, name, size, torch.float32, (name, size) in COMPILED) for name in FUNCTIONS for size in ELEMENTS]
-    cases += [partial(case, name, "4 MiB", torch.bfloat16, False) for name in FUNCTIONS]
+    cases = [partial(make_case, name, size, torch.float32, (name, size) in COMPILED) for name in FUNCTIONS for size in ELEMENTS]
+    cases += [partial(make_case, name, "4 MiB", torch.bfloat16, False) for name in FUNCTIONS]
     run("activations", cases, options)

@@ -77,7 +77,7 @@ class Exact(nn.Module):
         return reference.batch_norm_act(x, *statistics, True, bn.momentum, bn.eps, act=self.act, residual=residual)
 
 
-def case(shape: tuple[int, ...], act: str, with_residual: bool, layout: str, dtype: torch.dtype, compiled: bool) -> Case:
+def make_case(shape: tuple[int, ...], act: str, with_residual: bool, layout: str, dtype: torch.dtype, compiled: bool) -> Case:
     name = f"{shape} {act}{' + residual' * with_residual}"
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     # Off zero, or the running means would be sums that cancel, of which no digit can be proved.
@@ -138,6 +138,15 @@ def case(shape: tuple[int, ...], act: str, with_residual: bool, layout: str, dty
         return [replace(alone, providers=forward), backward]
 
     case.parts = parts
+    here = {"act": act, "with_residual": with_residual, "layout": layout, "dtype": dtype}
+    for what, simpler in (
+        ("the activation", {"act": "identity"}),
+        ("the residual", {"with_residual": False}),
+        (layout, {"layout": "contiguous"}),
+        (case.dtype, {"dtype": torch.float32}),
+    ):
+        if not simpler.items() <= here.items():
+            case.instead[what] = partial(make_case, shape, **here | simpler, compiled=False)
     return case
 
 
@@ -146,4 +155,4 @@ if __name__ == "__main__":
     cases = ALL if options.all else SELECTION
     if options.eager_only:
         cases = tuple((*each[:-1], False) for each in cases)
-    run("batch norm + activation, training", [partial(case, *each) for each in cases], options, neighbours=neighbours.found())
+    run("batch norm + activation, training", [partial(make_case, *each) for each in cases], options, neighbours=neighbours.found())

@@ -39,6 +39,7 @@ import gradkernels as gk
 from gradkernels import _native, reference
 
 __all__ = [
+    "ALONE",
     "COPY",
     "OTHER",
     "PARTS",
@@ -58,6 +59,7 @@ __all__ = [
     "gk",
     "header",
     "label",
+    "machine",
     "measure",
     "memory_of_outputs",
     "parts_of",
@@ -88,6 +90,8 @@ SECONDS = {
 }
 START_SECONDS = 3
 OTHER = (40, 3)
+# Scripts that take minutes whatever they are told: they run when they are asked for by name.
+ALONE = ("build",)
 ULP_BOUND = 2.0
 HEADER_COPY_BYTES = 64 << 20
 COPY = "copy, 64 MiB, warm, GB/s read + written"
@@ -116,6 +120,7 @@ class Case:
     each block of it, unmeasured. prove: raises SystemExit unless the answers are right. copied: bytes of the tensor that the copy beside it
     copies. outputs: "fresh", or "none" for what is computed in place. parts: the same thing's forward and backward, each as a case, to be
     measured where apart is set or eager was faster on the whole. saves: name -> what saves tensors for backward and returns its output.
+    instead: what -> the same case but for that, measured where eager was faster, to see whether that is why.
     """
 
     name: str
@@ -131,6 +136,7 @@ class Case:
     parts: Callable[[], "list[Case]"] | None = None
     apart: bool = False
     saves: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    instead: dict[str, Callable[[], "Case"]] = field(default_factory=dict)
 
 
 @dataclass
@@ -138,6 +144,7 @@ class Row:
     """faults: minor page faults per call. times_eager, times_compile: how many times as fast as those; None where they were not run.
     cores: the process' time on all cores over the time that passed; threads that wait for work in a loop count. blocks: what the
     percentiles are of. saved_bytes: kept by autograd for backward, inputs among it. peak_bytes: resident above what is between two calls.
+    instead: what -> case, dtype and layout of the rows that are the same but for that, where this one was slower than eager.
     """
 
     case: str
@@ -159,6 +166,7 @@ class Row:
     cores: float | None = None
     saved_bytes: int | None = None
     peak_bytes: float | None = None
+    instead: dict[str, dict[str, str]] | None = None
 
 
 @dataclass
@@ -372,7 +380,8 @@ def parts_of(
     ]
 
 
-def rows_of(case: Case, blocks: int, seconds: float, until: float) -> list[Row]:
+def rows_of(case: Case, blocks: int, seconds: float, until: float, before: Sequence[Row] = ()) -> list[Row]:
+    """before: what was measured already."""
     case.prove()
     plan = [(case, state) for state in states_of(case)]
     if case.apart and case.parts is not None:
@@ -381,16 +390,29 @@ def rows_of(case: Case, blocks: int, seconds: float, until: float) -> list[Row]:
     for number, (each, state) in enumerate(plan):
         now = time.monotonic()
         rows += rows_in_state(each, state, blocks, seconds, now + max(0.0, until - now) / (len(plan) - number))
+    slow = [row for row in rows if row.provider == "gradkernels" and lost(row, rows)]
     if case.parts is not None and not case.apart:
-        for state in {row.outputs for row in rows if row.provider == "gradkernels" and lost(row, rows)}:
+        for state in {row.outputs for row in slow}:
             for part in case.parts():
                 rows += rows_in_state(part, state, blocks, seconds, time.monotonic() + SECONDS_OF_A_PART)
+    for what, make in case.instead.items() if slow else ():
+        other = make()
+        same = {"case": other.name, "dtype": other.dtype, "layout": other.layout}
+        for row in slow:
+            row.instead = (row.instead or {}) | {what: same}
+        there = {(row.outputs, row.direction) for row in (*before, *rows) if same.items() <= vars(row).items()}
+        for state, direction in sorted({(row.outputs, row.direction) for row in slow} - there):
+            each = next(each for each in (other, *(other.parts or tuple)()) if each.direction == direction)
+            rows += rows_in_state(each, state, blocks, seconds, time.monotonic() + SECONDS_OF_A_PART)
     return rows
 
 
 def lost(ours: Row, rows: Iterable[Row]) -> bool:
     """Whether eager was faster beyond noise."""
-    return any(row.provider == "eager" and row.outputs == ours.outputs and row.p80_us < ours.p20_us for row in rows)
+    return any(
+        row.provider == "eager" and (row.outputs, row.direction) == (ours.outputs, ours.direction) and row.p80_us < ours.p20_us
+        for row in rows
+    )
 
 
 def rows_in_state(case: Case, state: str, blocks: int, seconds: float, until: float) -> list[Row]:
@@ -574,7 +596,7 @@ def run(title: str, cases: Iterable[Callable[[], Case]], options: argparse.Names
     for number, make in enumerate(made, 1):
         until = budget.share()
         case = make()
-        new = rows_of(case, *((3, 0.01) if options.quick else (11, 0.1)), until)
+        new = rows_of(case, *((3, 0.01) if options.quick else (11, 0.1)), until, rows)
         rows += new
         ours = next(row for row in new if row.provider == "gradkernels")
         print(f"{number}/{len(made)} {case.name}: {ours.times_eager:.2f} times as fast as eager", file=sys.stderr)

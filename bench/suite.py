@@ -2,13 +2,17 @@
 
   python -m gradkernels bench [--only STEM] [--quick] [--out FOLDER]
 
-Writes FOLDER/<machine>.json, .md and _*.png; FOLDER is bench/results. How long each script may take stands in harness.py. With --quick a
-run says that everything works, and its numbers say nothing, so it writes into a new temporary folder unless --out names one.
+Writes FOLDER/<machine>.json, .md and _*.png; FOLDER is bench/results, and the machine of bench_cuda is the GPU. A script's part replaces
+its last one and leaves the others, each with the header that it was measured under: so does --only, and so does a run in which another
+script fails or which is stopped. How long each may take stands in harness.py. With --quick a run says that everything works, and its
+numbers say nothing, so it writes into a new temporary folder unless --out names one, and never beside what was measured.
 """
 
 import argparse
 import json
+import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,7 +26,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 import pictures
 import table
-from harness import OTHER, SECONDS, START_SECONDS
+from harness import ALONE, COPY, OTHER, SECONDS, START_SECONDS, machine
 
 HERE = Path(__file__).resolve().parent
 
@@ -41,32 +45,77 @@ def run_script(script: Path, quick: bool, file: Path, advance: Any) -> str:
     reader = threading.Thread(target=lambda: printed.extend(process.stdout or ()))
     reader.start()
     last = ""
-    for line in process.stderr or ():
-        last = line.strip() or last
-        found = re.match(r"(\d+)/(\d+) (.*)", line)
-        if found:
-            advance(int(found.group(1)) / int(found.group(2)), found.group(3))
-    reader.join()
+    try:
+        for line in process.stderr or ():
+            last = line.strip() or last
+            found = re.match(r"(\d+)/(\d+) (.*)", line)
+            if found:
+                advance(int(found.group(1)) / int(found.group(2)), found.group(3))
+    except KeyboardInterrupt:
+        process.kill()
+        raise
+    finally:
+        reader.join()
     return "" if process.wait() == 0 else last or f"exit status {process.returncode}"
+
+
+def joined(scripts: dict[str, Any]) -> dict[str, Any]:
+    """{"header", "scripts"} of parts with a full header each: what most parts say of what all of them say; the rest stays with its part."""
+    headers = [script["header"] for script in scripts.values()]
+    shared = [name for name in headers[0] if all(name in header for header in headers)]
+    common = {name: statistics.mode(header[name] for header in headers) for name in shared}
+    # A bandwidth is measured by each script, and no two are the same.
+    common |= {COPY: statistics.median_low(header[COPY] for header in headers)} if COPY in shared else {}
+    own = {stem: {name: value for name, value in script["header"].items() if value != common.get(name)} for stem, script in scripts.items()}
+    return {"header": common, "scripts": {stem: script | {"header": own[stem]} for stem, script in sorted(scripts.items())}}
+
+
+def parts_of(results: dict[str, Any]) -> dict[str, Any]:
+    """Its scripts, each with its full header again."""
+    return {stem: script | {"header": results["header"] | script["header"]} for stem, script in results["scripts"].items()}
+
+
+def recorded(folder: Path, name: str, quick: bool) -> dict[str, Any]:
+    """The parts in a machine's file; a quick run's and measured ones are not mixed."""
+    file = folder / f"{name}.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    return parts_of(results) if results and results["quick"] == quick else {}
+
+
+def record(folder: Path, name: str, parts: dict[str, Any], quick: bool, failed: dict[str, str]) -> dict[str, Any]:
+    """What is in the machine's file from now on, which is replaced as a whole or not at all."""
+    results = joined(parts) | {"quick": quick, "failed": failed}
+    new = folder / f"{name}.json.new"
+    new.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(new, folder / f"{name}.json")
+    return results
 
 
 def main(argv: list[str] | None = None) -> int:
     scripts = {path.stem.removeprefix("bench_"): path for path in sorted(HERE.glob("bench_*.py"))}
     parser = argparse.ArgumentParser(prog="python -m gradkernels bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", choices=scripts, metavar="STEM", help=f"one script: {', '.join(scripts)}")
+    parser.add_argument(
+        "--only",
+        choices=scripts,
+        metavar="STEM",
+        help=f"one script, what is there of the others stays: {', '.join(scripts)}; {', '.join(ALONE)} runs only so",
+    )
     parser.add_argument("--quick", action="store_true", help="under a minute: does everything run, not how fast is it")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go; bench/results, with --quick a temporary folder")
     options = parser.parse_args(argv)
-    if options.only:
-        scripts = {options.only: scripts[options.only]}
+    chosen = [options.only] if options.only else [stem for stem in scripts if stem not in ALONE]
     folder = options.out or (Path(tempfile.mkdtemp(prefix="gradkernels-bench-")) if options.quick else HERE / "results")
     folder.mkdir(parents=True, exist_ok=True)
+    measured = [file for file in folder.glob("*.json") if options.quick and not json.loads(file.read_text())["quick"]]
+    if measured:
+        parser.error(f"{measured[0]} was measured, and a quick run's numbers mean nothing: name another folder")
 
     console = Console(stderr=True)
-    weights = {stem: SECONDS.get(stem, OTHER)[options.quick] + START_SECONDS for stem in scripts}
-    results: dict[str, Any] = {"header": {}, "scripts": {}}
+    weights = {stem: SECONDS.get(stem, OTHER)[options.quick] + START_SECONDS for stem in chosen}
     failed: dict[str, str] = {}
     seconds: dict[str, float] = {}
+    # Of each machine's file that this run writes.
+    parts: dict[str, dict[str, Any]] = {}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -77,41 +126,48 @@ def main(argv: list[str] | None = None) -> int:
     with Progress(*columns, console=console) as progress, tempfile.TemporaryDirectory() as temporary:
         task = progress.add_task("bench", total=sum(weights.values()))
         done = 0
-        for stem, script in scripts.items():
+        for stem in chosen:
             progress.update(task, description=stem, completed=done)
 
             def advance(share: float, what: str, stem: str = stem, done: float = done) -> None:
                 progress.update(task, description=f"{stem}: {what}", completed=done + share * weights[stem])
 
-            file = Path(temporary) / f"{stem}.json"
+            found = Path(temporary) / f"{stem}.json"
             start = time.monotonic()
-            why = run_script(script, options.quick, file, advance)
+            try:
+                why = run_script(scripts[stem], options.quick, found, advance)
+            except KeyboardInterrupt:
+                failed |= dict.fromkeys(chosen[chosen.index(stem) :], "stopped")
+                progress.console.print(f"stopped in {stem}", highlight=False, markup=False)
+                break
             seconds[stem] = time.monotonic() - start
             done += weights[stem]
             if why:
                 failed[stem] = why
                 progress.console.print(f"{stem} failed: {why}", highlight=False, markup=False)
-                continue
-            if not file.exists():
+            elif not found.exists():
                 progress.console.print(f"{stem}: nothing to measure on this machine", highlight=False, markup=False)
-                continue
-            found = json.loads(file.read_text())
-            results["header"] = results["header"] or found["header"]
-            # A script's own lines stay with it.
-            own = {name: each for name, each in found["header"].items() if name not in results["header"]}
-            results["scripts"][stem] = found | {"header": own, "seconds": round(seconds[stem], 1)}
+            else:
+                part = json.loads(found.read_text()) | {"seconds": round(seconds[stem], 1)}
+                name = slug(part["header"]["machine"])
+                parts.setdefault(name, recorded(folder, name, options.quick))[stem] = part
+                # At once: whatever becomes of the next script, this one's part is there.
+                record(folder, name, parts[name], options.quick, {})
         progress.update(task, description="bench", completed=done)
 
-    if results["scripts"]:
-        results["quick"] = options.quick
-        name = slug(results["header"]["machine"])
-        (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    if failed:
+        name = slug(machine())
+        parts.setdefault(name, recorded(folder, name, options.quick))
+    for name, each in parts.items():
+        if not each:
+            continue
+        results = record(folder, name, each, options.quick, failed)
         drawn = pictures.draw(results, folder, name)
         (folder / f"{name}.md").write_text(table.markdown(results, drawn))
         for path in (folder / f"{name}.json", folder / f"{name}.md", *drawn):
             print(path)
     total = sum(seconds.values())
-    print(f"{len(scripts) - len(failed)} of {len(scripts)} scripts in {total:.0f} s{''.join(f'; {each} failed' for each in failed)}")
+    print(f"{len(chosen) - len(failed)} of {len(chosen)} scripts in {total:.0f} s{''.join(f'; {each} failed' for each in failed)}")
     return 1 if failed else 0
 
 

@@ -1,8 +1,9 @@
 """Results as Markdown: first the rows that torch or the compiler wins, in words and with the reason, then a table for each script.
 
 A reason is something measured in the same run: the smallest case of the same operator for the cost of a call, the same case with warm
-outputs for the cost of fresh memory, the cores kept busy, the copy's bandwidth. It has to account for half of what is lost; where nothing
-does, the text says that the reason is not known. Forward and backward, measured apart for such cases, say where it is lost.
+outputs for the cost of fresh memory, the same case but for its activation, its residual, its layout or its dtype, the bytes kept for
+backward for what has to be computed again, the cores kept busy, the copy's bandwidth. It has to account for half of what is lost; where
+nothing does, the text says so and what it is not. Forward and backward, measured apart for such cases, say where it is lost.
 """
 
 import math
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import PARTS, label
+from harness import PARTS, WHOLE, label
 
 Row = dict[str, Any]
 
@@ -58,7 +59,7 @@ def behind(providers: dict[str, Row] | None, mine: str, other: str) -> float | N
     return providers[mine]["median_us"] - providers[other]["median_us"]
 
 
-def at(case: Row, found: Cases, **fields: str) -> dict[str, Row] | None:
+def at(case: Row, found: Cases, /, **fields: str) -> dict[str, Row] | None:
     """The same case but for these fields."""
     return found.get(tuple((case | fields)[name] for name in IDENTITY))
 
@@ -75,7 +76,7 @@ def reason(case: Row, mine: str, other: str, found: Cases) -> str:
     providers = found[tuple(case[name] for name in IDENTITY)]
     ours, theirs = providers[mine], providers[other]
     lost = ours["median_us"] - theirs["median_us"]
-    why = []
+    why, beyond = [], []
     least = smallest(case, found)
     of_a_call = behind(least, mine, other)
     if least is providers and ours["bytes"] < SMALL_BYTES:
@@ -90,13 +91,31 @@ def reason(case: Row, mine: str, other: str, found: Cases) -> str:
         why.append(f"{ours['cores']:.1f} cores are busy, theirs {theirs['cores']:.1f}")
     if min(ours["of_copy"], theirs["of_copy"]) >= AT_THE_LIMIT:
         why.append(f"both are near the copy's bandwidth, {ours['of_copy']:.0%} and {theirs['of_copy']:.0%} of it")
+    for what, fields in (ours.get("instead") or {}).items() if ours["bytes"] >= SMALL_BYTES else ():
+        of_other = behind(at(case, found, **fields), mine, other)
+        if of_other is None:
+            continue
+        changed = ", ".join(value for field, value in fields.items() if value != case[field])
+        text = f"{what} (with {changed} the difference is {of_other:+,.0f} us, here it is {lost:+,.0f})"
+        if lost - of_other >= MOST_OF_IT * lost:
+            why.append(text)
+        else:
+            beyond.append(f"not {text}")
+    whole = at(case, found, direction=WHOLE) if case["direction"] in PARTS else None
+    of_whole = behind(whole, mine, other)
+    if of_whole is not None and of_whole < 0:
+        kept, theirs_kept = whole[mine]["saved_bytes"], whole[other]["saved_bytes"]
+        if case["direction"] == "backward" and None not in (kept, theirs_kept) and kept <= MOST_OF_IT * theirs_kept:
+            why.append(f"less is kept for it, {cell(kept / 1e6)} MB, theirs {cell(theirs_kept / 1e6)}, and the rest computed again")
+        beyond.append(f"the whole takes {whole[mine]['median_us']:,.0f} us, theirs {whole[other]['median_us']:,.0f}")
     if not why:
-        free = max(ours["of_copy"], theirs["of_copy"]) < MOST_OF_IT and ours["faults"] < 1
         shares = f"{ours['of_copy']:.0%} of the copy's bandwidth, theirs {theirs['of_copy']:.0%}"
-        why.append(f"reason not known{', but not memory' if free else ''}; {shares}")
-    where = {part: behind(at(case, found, direction=part), mine, other) for part in PARTS}
-    told = [f"{part} {us:+,.0f} us" for part, us in where.items() if us is not None]
-    return "; ".join([*why, *([f"apart: {', '.join(told)}"] if told else [])])
+        why.append(f"no reason found; {shares}, {ours['faults']:,.0f} page faults a call, theirs {theirs['faults']:,.0f}")
+    if whole is None:
+        where = {part: behind(at(case, found, direction=part), mine, other) for part in PARTS}
+        told = [f"{part} {us:+,.0f} us" for part, us in where.items() if us is not None]
+        beyond += [f"measured apart: {', '.join(told)}"] if told else []
+    return "; ".join([*why, *beyond])
 
 
 def losses(results: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -217,6 +236,9 @@ def markdown(results: dict[str, Any], drawn: Sequence[Path]) -> str:
     if results.get("quick"):
         lines += ["**A quick run: it shows that everything works. Its numbers mean nothing.**", ""]
     lines += [f"* {name}: {value}" for name, value in results["header"].items() if name != "machine"]
+    for stem, why in results.get("failed", {}).items():
+        left = "its figures below are of an earlier run" if stem in results["scripts"] else "there are no figures of it"
+        lines += ["", f"**bench/bench_{stem}.py did not end in the last run ({why}): {left}.**"]
     if (told := disturbed(results)) is not None:
         lines += ["", f"**{told}**"]
     beyond, within = losses(results)
