@@ -25,7 +25,8 @@ FUNCTIONS = {
     "rrelu": (partial(gk.rrelu, training=True), partial(F.rrelu, training=True), None),
 }
 WITH_PARAMETER = ("swish with learnt beta", "prelu")
-ELEMENTS = {"16 elements": 16, "64 KiB": 16 << 10, "4 MiB": 1 << 20, "64 MiB": 16 << 20}
+# Bytes of x in every dtype; 16 elements are as many in every dtype.
+SIZES = {"16 elements": None, "64 KiB": 64 << 10, "4 MiB": 4 << 20, "64 MiB": 64 << 20}
 # What moves as many bytes and computes less.
 SIMPLER = {"elu": "leaky_relu", "swish": "leaky_relu", "swish with learnt beta": "swish", "prelu": "leaky_relu", "rrelu": "leaky_relu"}
 COMPILED = {("leaky_relu", "4 MiB"), ("elu", "4 MiB"), ("swish", "4 MiB"), ("swish with learnt beta", "4 MiB")}
@@ -33,10 +34,11 @@ COMPILED = {("leaky_relu", "4 MiB"), ("elu", "4 MiB"), ("swish", "4 MiB"), ("swi
 
 def make_case(name: str, size: str, dtype: torch.dtype, compiled: bool) -> Case:
     ours, eager, exact = FUNCTIONS[name]
-    x = torch.randn(ELEMENTS[size]).to(dtype)
+    elements = 16 if SIZES[size] is None else SIZES[size] // dtype.itemsize
+    x = torch.randn(elements).to(dtype)
     operands = [each.requires_grad_() for each in ([x, torch.full((1,), 0.7, dtype=dtype)] if name in WITH_PARAMETER else [x])]
     # Off zero, or the gradient of a parameter would be a sum that cancels, of which no digit can be proved.
-    grad_y = torch.rand(ELEMENTS[size]).to(dtype)
+    grad_y = torch.rand(elements).to(dtype)
 
     def step(function: Callable[..., Any], operands: list[Tensor] = operands, grad_y: Tensor = grad_y) -> dict[str, Tensor]:
         y = function(*operands)
@@ -83,6 +85,9 @@ def make_case(name: str, size: str, dtype: torch.dtype, compiled: bool) -> Case:
 
 if __name__ == "__main__":
     options = arguments(__doc__)
-    cases = [partial(make_case, name, size, torch.float32, (name, size) in COMPILED) for name in FUNCTIONS for size in ELEMENTS]
+    cases = [partial(make_case, name, size, torch.float32, (name, size) in COMPILED) for name in FUNCTIONS for size in SIZES]
     cases += [partial(make_case, name, "4 MiB", torch.bfloat16, False) for name in FUNCTIONS]
+    cases += [
+        partial(make_case, name, "4 MiB", dtype, False) for dtype in (torch.float16, torch.float64) for name in ("leaky_relu", "swish")
+    ]
     run("activations", cases, options)

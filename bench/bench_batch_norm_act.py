@@ -40,6 +40,8 @@ SELECTION = (
     ((16, 144, 56, 56), "swish", True, "channels_last", torch.float32, False),
     ((32, 64, 56, 56), "leaky_relu", False, "contiguous", torch.bfloat16, False),
     ((32, 1024, 14, 14), "swish", True, "channels_last", torch.bfloat16, False),
+    ((32, 64, 56, 56), "leaky_relu", False, "contiguous", torch.float16, False),
+    ((32, 64, 56, 56), "leaky_relu", False, "contiguous", torch.float64, False),
 )
 APART = (32, 64, 56, 56)
 ALL = tuple(

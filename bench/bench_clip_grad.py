@@ -1,6 +1,7 @@
-"""Clipping the gradients of real models, when they are short enough and when they are not, and optimizers with and without clipping.
+"""Clipping the gradients of real models, when they are short enough and when they are not, reports of them, and optimizers with clipping.
 
-Least traffic, G = bytes of all gradients: 1G when nothing is clipped, 3G when everything is scaled; torch always moves 3G. A step of
+Least traffic, G = bytes of all gradients: 1G when nothing is clipped, 3G when everything is scaled; torch always moves 3G. Clamping reads
+1G and writes the few elements that lie beyond; torch writes all of them. A report is 1G, several in torch's operators. A step of
 RMSprop reads parameter, gradient and average and writes two of them, 5G; AdamW reads four and writes three, and writes the gradients that
 it scales, 8G. Taking the norm first is 1G more. Beside them stand torch's own other forms: one tensor after the other where its default
 works on lists (foreach), and on lists where its default does not.
@@ -121,6 +122,8 @@ assert (len(gpt2_small()), elements(gpt2_small())) == (148, 124_439_808)
 
 # At either end of a gradient: the chunks between are computed as these are.
 PROVED = 32768
+# Proved on a few tensors: a float64 copy of a model with an optimizer's state would take more memory than many machines have.
+PROVED_SHAPES: Shapes = [(1,), (17,), (255,), (768, 70), (65537,)]
 MODELS: dict[str, Callable[[], Shapes]] = {
     # Small first, for --quick.
     "1,000 tensors of 256": lambda: [(256,)] * 1000,
@@ -187,6 +190,78 @@ def case(model: str, clips: bool) -> Case:
     )
 
 
+def clamping_case(model: str) -> Case:
+    """clip_grad_value_ with a bound that falls from call to call, so that there is always something beyond it."""
+    shapes = MODELS[model]()
+    drawn = values_like(shapes)
+    clip_functions = {"eager": torch.nn.utils.clip_grad_value_, "gradkernels": gk.clip_grad_value_}
+    providers = {}
+    for provider, clip in clip_functions.items():
+        parameters = parameters_like(*drawn)
+        bound = [2.0]
+
+        def step(clip: Callable[..., None] = clip, parameters: list[nn.Parameter] = parameters, bound: list[float] = bound) -> None:
+            bound[0] *= 0.999
+            clip(parameters, bound[0])
+
+        providers[provider] = step
+
+    def answer(clip: Callable[..., None], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        parameters = parameters_like(*values_like(PROVED_SHAPES), dtype)
+        clip(parameters, 1.0)
+        return {f"gradient {i}": parameter.grad for i, parameter in enumerate(parameters)}
+
+    total_bytes = 4 * elements(shapes)
+    return Case(
+        name=f"{model}, clip_grad_value_",
+        providers=providers,
+        bytes=total_bytes,
+        copied=total_bytes,
+        prove=lambda: prove(
+            model, answer(gk.clip_grad_value_), *(answer(clip_functions["eager"], each) for each in (torch.float32, torch.float64))
+        ),
+        direction="in place",
+        layout=f"{len(shapes)} tensors",
+        outputs="none",
+    )
+
+
+def report_of(grads: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What gk.grad_report finds, as one writes it with torch."""
+    return (
+        torch.stack([torch.linalg.vector_norm(grad) for grad in grads]),
+        torch.stack([grad.abs().max() for grad in grads]),
+        torch.stack([(~grad.isfinite()).sum() for grad in grads]),
+        torch.nn.utils.get_total_norm(grads),
+    )
+
+
+def report_case(model: str) -> Case:
+    shapes = MODELS[model]()
+    parameters = parameters_like(*values_like(shapes))
+    grads = [parameter.grad for parameter in parameters]
+
+    def check() -> None:
+        few = parameters_like(*values_like(PROVED_SHAPES))
+        grads = [parameter.grad for parameter in few]
+        report = gk.grad_report(few)
+        names = ("norms", "max_abs", "nonfinite", "total_norm")
+        answers = ([getattr(report, name) for name in names], report_of(grads), reference.grad_norms(grads))
+        prove(f"{model}, grad_report", *({name: each.double() for name, each in zip(names, answer, strict=True)} for answer in answers))
+
+    total_bytes = 4 * elements(shapes)
+    return Case(
+        name=f"{model}, grad_report",
+        providers={"eager": partial(report_of, grads), "gradkernels": partial(gk.grad_report, parameters)},
+        bytes=total_bytes,
+        copied=total_bytes,
+        prove=check,
+        direction="in place",
+        layout=f"{len(shapes)} tensors",
+        outputs="none",
+    )
+
+
 def values_like(shapes: Shapes) -> tuple[list[Tensor], list[Tensor]]:
     """Parameters and gradients, the same ones at every call."""
     generator = torch.Generator().manual_seed(0)
@@ -222,15 +297,16 @@ def step_case(model: str, name: str, steps: dict[str, Stepper], passes: int) -> 
     shapes = MODELS[model]()
     drawn = values_like(shapes)
     total_bytes = 4 * elements(shapes)
-    # Proved on a few tensors: a float64 copy of the model with its state would take more memory than many machines have.
-    proved: Shapes = [(1,), (17,), (255,), (768, 70), (65537,)]
     return Case(
         name=f"{model}, {name}",
         providers={provider: make(parameters_like(*drawn)) for provider, make in steps.items()},
         bytes=passes * total_bytes,
         copied=total_bytes,
         prove=lambda: prove(
-            name, after(steps["gradkernels"], proved), after(steps["eager"], proved), after(steps["eager"], proved, torch.float64)
+            name,
+            after(steps["gradkernels"], PROVED_SHAPES),
+            after(steps["eager"], PROVED_SHAPES),
+            after(steps["eager"], PROVED_SHAPES, torch.float64),
         ),
         direction="in place",
         layout=f"{len(shapes)} tensors",
@@ -289,6 +365,8 @@ def adamw_case(model: str) -> Case:
 if __name__ == "__main__":
     options = arguments(__doc__)
     cases = [partial(case, model, clips) for model in MODELS for clips in (False, True)]
+    for model in ("1,000 tensors of 256", "YOLOv8n", "ResNet-50"):
+        cases += [partial(clamping_case, model), partial(report_case, model)]
     for model in MODELS:
         cases += [partial(rmsprop_case, model, False), partial(rmsprop_case, model, True), partial(adamw_case, model)]
     # What the largest take beyond their share of time, the small ones make up for.

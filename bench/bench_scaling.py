@@ -1,7 +1,8 @@
 """How cost grows with elements, channels, tensors and processes: measured points beside the formula fitted to them, and how far it is off.
 
 A formula holds as far as the machine is one machine: in its caches (their size is measured) and beyond, for long runs and for short ones,
-for few tensors and for many (where two lines fit best), for as many processes as cores and for more. Processes are Gloo's, one thread each.
+for few tensors and for many (where two lines fit best), for as many processes as cores and for more. Outputs are in warm memory: with fresh
+pages the C library's thresholds would be in the formula. Processes are Gloo's, one thread each.
 What no machine here can hold is reckoned from constants of the sources and printed apart, marked as a model: none of it was measured.
 """
 
@@ -26,7 +27,21 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, distributed, multiprocessing, nn
 
-from harness import COPY, SPREAD_COLUMNS, Budget, arguments, copy_of, gk, header, measure, prove, reference, report, spread
+from harness import (
+    COPY,
+    SPREAD_COLUMNS,
+    Budget,
+    arguments,
+    copy_of,
+    gk,
+    header,
+    measure,
+    memory_of_outputs,
+    prove,
+    reference,
+    report,
+    spread,
+)
 
 PROCESSES = (1, 2, 4, 8)
 TIMEOUT_S = 240
@@ -145,7 +160,8 @@ class Machine:
     cache_bytes: int
 
     def times_of(self, call: Callable[[], Any]) -> list[float]:
-        return measure({"gradkernels": call}, {}, *((3, 0.005) if self.quick else (9, 0.05)), self.budget.share())["gradkernels"]
+        with memory_of_outputs("warm"):
+            return measure({"gradkernels": call}, {}, *((3, 0.005) if self.quick else (9, 0.05)), self.budget.share())["gradkernels"]
 
 
 def cache_bytes(gb_per_s: dict[int, float]) -> int:
@@ -183,7 +199,9 @@ def elements(machine: Machine) -> Iterator[Row]:
     # In half of what is free.
     most = 1 << 16 if machine.quick else available_bytes() // 2 // ELU_BYTES
     points = []
-    for n in itertools.takewhile(lambda n: n <= most, (4**power for power in itertools.count(5))):
+    powers = list(itertools.takewhile(lambda n: n <= most, (2**power for power in itertools.count(10))))
+    # Every other one, and the last.
+    for n in dict.fromkeys([*powers[::2], powers[-1]]):
         x, grad_y = drawn(n).requires_grad_(), drawn(n)
         if n == 4**5:
             exact = x.detach().double().requires_grad_()
@@ -376,7 +394,7 @@ if __name__ == "__main__":
         print(f"{number}/{len(series)} {make.__name__}: {rows[-1].formula}", file=sys.stderr)
     reckoned = {"title": MODEL_TITLE, "note": MODEL_NOTE, "rows": model(head[COPY])}
     report(
-        "cost against size",
+        "cost against size, warm outputs",
         head,
         {
             "case": lambda row: row.case,

@@ -85,7 +85,7 @@ SECONDS = {
     "convert": (60, 3),
     "monitor": (85, 3),
     "package": (20, 6),
-    "scaling": (45, 6),
+    "scaling": (50, 6),
     "training": (40, 3),
 }
 START_SECONDS = 3

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from harness import COPY, PARTS, label
 from table import OURS, SMALL_BYTES, cases, is_of_harness, warm
@@ -77,7 +78,7 @@ def ratios(results: dict[str, Any]) -> Figure:
             (1.02, "#222222", "torch", [(place, f"{each:.2f}") for place, each in zip(places, eager, strict=True)]),
             (1.09, COLOURS["torch.compile"], "compile", [(place, f"{each:.2f}") for place, each in compiled]),
         ):
-            for place, text in [(len(found), name), *texts]:
+            for place, text in [(len(found), name), *texts] if texts else ():
                 axis.text(column, place, text, transform=axis.get_yaxis_transform(), va="center", ha="left", fontsize=7.5, color=colour)
         axis.axvline(1, color="black", linewidth=0.9)
         axis.set_xscale("log")
@@ -94,9 +95,8 @@ def ratios(results: dict[str, Any]) -> Figure:
         axis.grid(axis="x", linewidth=0.4, color="#cccccc")
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel(
-        "how many times as fast as torch (bars: green faster, orange slower) and as torch.compile (diamonds)", x=0.01, ha="left", fontsize=9
-    )
+    title = "how many times as fast as torch (bars: green faster, orange slower) and as torch.compile (diamonds)"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     return figure
 
 
@@ -191,7 +191,10 @@ def scaling(rows: Sequence[dict[str, Any]]) -> Figure:
             for formula in formulas:
                 held = [row for row in points if row["formula"] == formula]
                 text = "\n".join([case, *formulas]) if formula == formulas[0] else None
-                axis.plot([row["n"] for row in held], [row["fitted_us"] for row in held], color=colour, linewidth=1.1, label=text)
+                # Straight between two points, which axes in powers of ten bend.
+                between = numpy.geomspace(held[0]["n"], held[-1]["n"], 100)
+                said = numpy.interp(between, [row["n"] for row in held], [row["fitted_us"] for row in held])
+                axis.plot(between, said, color=colour, linewidth=1.1, label=text)
             axis.vlines(n, [row["p20_us"] for row in points], [row["p80_us"] for row in points], color=colour, linewidth=1.4)
             axis.plot(n, median, "o", markersize=4.5, color=colour)
         axis.set_xscale("log")
@@ -206,6 +209,8 @@ def scaling(rows: Sequence[dict[str, Any]]) -> Figure:
         # Room for what the lines are, above them.
         low, high = axis.get_ylim()
         axis.set_ylim(low, high * (high / low) ** (0.11 * len({(row["case"], row["formula"]) for row in chosen}) + 0.08))
+        if high < 10 * low:
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
         axis.set_xlabel(f"n, {name}")
         axis.legend(fontsize=7.5, loc="upper left", frameon=False)
         axis.grid(linewidth=0.4, color="#cccccc")

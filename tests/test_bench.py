@@ -19,6 +19,7 @@ import compare
 import harness
 import neighbours
 import pictures
+import suite
 import table
 from gradkernels import __main__ as command_line
 
@@ -123,8 +124,26 @@ def test_compare_reads_a_single_scripts_file_in_milliseconds_and_says_what_diffe
     assert "torch: 2.11.0 -> 2.13.0" in printed and "10 -> 11.5 ms" in printed and "ResNet-18" in printed
 
 
-def test_compare_of_files_without_a_common_row_is_no_success(tmp_path):
+def test_compare_of_files_without_a_common_row_is_no_success(tmp_path, capsys):
     assert compared(tmp_path, results([row()]), results([row("swish 4 MiB")])) == 2
+    with pytest.raises(SystemExit) as ended:
+        compare.main([str(tmp_path / "a.json"), str(tmp_path / "no such file.json")])
+    assert ended.value.code == 2 and "No such file" in capsys.readouterr().err
+
+
+def test_compare_has_torch_beside_ours_and_blames_no_other_package(tmp_path, capsys):
+    theirs = ("torch.compile", "inplace_abn", "timm's BatchNormAct2d", "as timm's BatchNormAct2d", "torch, foreach=True")
+    before = results([row(provider="eager"), row(), *(row(provider=each) for each in theirs)])
+    after = results(
+        [row(provider="eager", median=150.0), row(median=105.0, spread=0.01), *(row(provider=each, median=300.0) for each in theirs)]
+    )
+    assert compared(tmp_path, before, after | {"quick": True}) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{tmp_path / 'b.json'} is of a quick run: its numbers mean nothing"
+    (ours,) = [line for line in lines if "gradkernels: " in line]
+    assert ours.endswith("(torch +50.0%)") and "100 -> 105 us" in ours
+    assert compared(tmp_path, before, results([row(provider="gradkernels, compiled"), row(median=150.0), row("swish 4 MiB")])) == 1
+    assert "not compared: 6 rows of" in (printed := capsys.readouterr().out) and "2 of " in printed
 
 
 # harness
@@ -233,7 +252,7 @@ def test_budget_gives_everything_an_even_part_of_what_is_left(monkeypatch):
 
 
 def test_all_scripts_together_keep_the_times_that_are_promised():
-    here = {stem.removeprefix("bench_") for stem in SCRIPTS} - {"cuda"}
+    here = {stem.removeprefix("bench_") for stem in SCRIPTS} - {"cuda", *harness.ALONE}
     full, quick = (sum(harness.SECONDS.get(stem, harness.OTHER)[i] + harness.START_SECONDS for stem in here) for i in (0, 1))
     assert full < 600 and quick < 60
 
@@ -270,6 +289,30 @@ def test_forward_and_backward_are_measured_apart_where_asked_and_where_eager_win
     assert [each.bytes for each in rows[2:]] == [8192, 8192, 12288, 12288]
     # torch keeps elu's input, and its output in what was recorded apart.
     assert rows[0].saved_bytes == 4096 and rows[2].saved_bytes is None
+
+
+def test_a_lost_case_is_measured_with_one_thing_changed_unless_that_was_measured_before():
+    made = []
+
+    def cheaper():
+        made.append(parted(slow=False))
+        made[-1].name = "cheaper"
+        return made[-1]
+
+    case = parted(slow=True)
+    case.instead = {"what it computes": cheaper}
+    rows = harness.rows_of(case, 5, 1e-3, in_seconds(1))
+    assert [each.case for each in rows if each.direction == harness.WHOLE] == ["tiny", "tiny", "cheaper", "cheaper"]
+    ours = next(each for each in rows if each.provider == "gradkernels")
+    assert ours.instead == {"what it computes": {"case": "cheaper", "dtype": "float32", "layout": "contiguous"}}
+    again = harness.rows_of(case, 5, 1e-3, in_seconds(1), rows)
+    assert {each.case for each in again} == {"tiny"}
+    case = parted(slow=False)
+    case.instead = {"what it computes": cheaper}
+    case.providers["eager"] = case.providers["gradkernels"]
+    case.providers["gradkernels"] = lambda: None
+    made.clear()
+    assert harness.rows_of(case, 5, 1e-3, in_seconds(1))[1].instead is None and not made
 
 
 def test_memory_that_is_saved_counts_once_and_peaks_are_seen():
@@ -336,19 +379,32 @@ def test_caches_end_where_a_copy_becomes_slow():
 
 # table and pictures
 
+INSTEAD = {"instead": {"what it computes": {"case": "leaky_relu 4 MiB", "dtype": "float32", "layout": "contiguous"}}}
+
 
 @pytest.mark.parametrize(
     ("fields", "others", "why"),
     [
         ({"bytes": 320}, [], "the cost of a call, 50.0 us more for 320 bytes"),
         ({}, pair(140.0, 100.0, "elu 16 elements", bytes=320), "the cost of a call, 40.0 us more already for 320 bytes"),
-        ({}, pair(110.0, 100.0, "elu 16 elements", bytes=320), "reason not known, but not memory; 40%"),
+        ({}, pair(110.0, 100.0, "elu 16 elements", bytes=320), "no reason found; 40% of the copy's bandwidth, theirs 40%, 0 page faults"),
         ({"faults": 5000.0}, pair(100.0, 90.0, outputs="warm"), "fresh memory, with warm outputs the difference is +10 us (5,000 page"),
-        ({"faults": 5000.0}, pair(140.0, 100.0, outputs="warm"), "reason not known; 40%"),
+        ({"faults": 5000.0}, pair(140.0, 100.0, outputs="warm"), "no reason found; 40% of the copy's bandwidth, theirs 40%, 5,000 page"),
         ({"cores": 1.0}, [], "1.0 cores are busy, theirs 1.9"),
-        ({"of_copy": 0.6}, [], "reason not known; 60% of the copy's bandwidth, theirs 40%"),
-        ({"of_copy": 0.9}, [], "reason not known"),  # theirs is not near the limit
+        ({"of_copy": 0.6}, [], "no reason found; 60% of the copy's bandwidth, theirs 40%"),
+        ({"of_copy": 0.9}, [], "no reason found"),  # theirs is not near the limit
         ({}, pair(90.0, 50.0, direction="forward") + pair(60.0, 50.0, direction="backward"), "apart: forward +40 us, backward +10 us"),
+        (
+            INSTEAD,
+            pair(120.0, 100.0, "leaky_relu 4 MiB"),
+            "; what it computes (with leaky_relu 4 MiB the difference is +20 us, here it is +50)",
+        ),
+        (
+            INSTEAD,
+            pair(140.0, 100.0, "leaky_relu 4 MiB"),
+            "; not what it computes (with leaky_relu 4 MiB the difference is +40 us, here it is",
+        ),
+        (INSTEAD, [], "no reason found"),  # it was not measured
     ],
 )
 def test_rows_that_torch_wins_stand_first_with_a_reason_that_was_measured(fields, others, why):
@@ -361,6 +417,14 @@ def test_rows_that_torch_wins_stand_first_with_a_reason_that_was_measured(fields
     # A part is told of with its whole, which is lost.
     assert "elu 4 MiB, forward" not in wins
     assert text.index("## Where torch") < text.index("| case |")
+
+
+def test_a_part_that_is_lost_has_its_whole_beside_it_and_what_was_kept_for_it():
+    whole = [row("rrelu 4 MiB", "eager", median=8000.0, saved_bytes=8 << 20), row("rrelu 4 MiB", median=1000.0, saved_bytes=1 << 17)]
+    text = table.markdown(results([*whole, *pair(500.0, 150.0, "rrelu 4 MiB", direction="backward")]), [])
+    (line,) = [line for line in text.splitlines() if line.startswith("* rrelu 4 MiB, backward: torch takes 0.30 of the time; ")]
+    assert "less is kept for it, 0.131 MB, theirs 8.39, and the rest computed again" in line
+    assert line.endswith("the whole takes 1,000 us, theirs 8,000")
 
 
 def test_rows_within_noise_have_no_reason_and_stand_apart():
@@ -403,6 +467,10 @@ def test_neighbours_compute_what_torch_does_and_the_others_have_a_reason(monkeyp
     with pytest.raises(SystemExit, match="nothing is timed"):
         neighbours.prove("wrong", {"y": expected + 1}, {"y": expected})
     assert neighbours.of_batch_norm_act(bn, "leaky_relu", (4, 6, 5, 5), torch.float32, True) == {}
+    # Some elements may lie beyond a kink; one in fifty is another function.
+    wrong = {"y": torch.where(torch.rand_like(expected) < 0.02, -expected, expected)}
+    with pytest.raises(SystemExit, match="nothing is timed"):
+        neighbours.prove("wrong in places", wrong, {"y": expected})
     monkeypatch.setattr(neighbours, "PACKAGES", ("json", "no_such_package"))
     monkeypatch.setattr(neighbours.importlib.metadata, "version", lambda name: "1.0")
     assert neighbours.found() == "json 1.0; no no_such_package (ModuleNotFoundError: No module named 'no_such_package')"
@@ -416,6 +484,114 @@ def test_pictures_are_drawn(tmp_path):
     drawn = pictures.draw(found, tmp_path, "machine")
     assert [path.name for path in drawn] == [f"machine_{what}.png" for what in ("ratio", "roofline", "scaling")]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+# the suite
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+file = Path(sys.argv[sys.argv.index("--json") + 1])
+if not Path(__file__).with_suffix(".fails").exists():
+    commit = Path(__file__).with_name("commit").read_text()
+    header = {{"machine": {machine!r}, "commit": commit, "copy, 64 MiB, warm, GB/s read + written": 20.0, "of its own": {stem!r}}}
+    file.write_text(json.dumps({{"title": {stem!r}, "header": header, "rows": [{{"case": "a", "seconds": 1.5}}]}}))
+else:
+    print("1/2 half of it", file=sys.stderr)
+    sys.exit("the other half is wrong")
+"""
+
+
+@pytest.fixture
+def scripts(tmp_path, monkeypatch):
+    """A folder with scripts of two operators, of a GPU and of the build, for which suite.main() runs."""
+    here = tmp_path / "bench"
+    here.mkdir()
+    monkeypatch.setattr(suite, "HERE", here)
+    monkeypatch.setattr(suite, "machine", lambda: MACHINE)
+    for stem in ("activation", "build", "clip_grad"):
+        (here / f"bench_{stem}.py").write_text(SCRIPT.format(machine=MACHINE, stem=stem))
+    (here / "commit").write_text("aaa")
+    return here
+
+
+def recorded(scripts, name="a-machine"):
+    file = scripts / "results" / f"{name}.json"
+    found = json.loads(file.read_text())
+    return found, {stem: part["header"] for stem, part in suite.parts_of(found).items()}, file.with_suffix(".md").read_text()
+
+
+def test_what_is_not_measured_stays_as_it_was_measured(scripts, capsys):
+    assert suite.main([]) == 0
+    found, headers, _ = recorded(scripts)
+    # A build takes minutes: it is measured when it is named.
+    assert list(found["scripts"]) == ["activation", "clip_grad"]
+    assert found["header"]["commit"] == "aaa"
+    assert found["scripts"]["activation"]["header"] == {} and found["scripts"]["clip_grad"]["header"] == {"of its own": "clip_grad"}
+    assert capsys.readouterr().out.splitlines()[-1].startswith("2 of 2 scripts in ")
+    (scripts / "commit").write_text("bbb")
+    assert suite.main(["--only", "build"]) == 0
+    assert suite.main(["--only", "clip_grad"]) == 0
+    found, headers, text = recorded(scripts)
+    assert {stem: header["commit"] for stem, header in headers.items()} == {"activation": "aaa", "build": "bbb", "clip_grad": "bbb"}
+    assert {header["of its own"] for header in headers.values()} == {"activation", "build", "clip_grad"}
+    assert found["header"]["commit"] == "bbb" and found["scripts"]["activation"]["header"]["commit"] == "aaa"
+    assert "* commit: bbb" in text.partition("## activation")[0] and "* commit: aaa" in text.partition("## activation")[2]
+    assert not list((scripts / "results").glob("*.new"))
+
+
+def test_a_script_that_fails_loses_nothing_and_is_told_of(scripts, capsys):
+    assert suite.main([]) == 0
+    (scripts / "commit").write_text("bbb")
+    (scripts / "bench_activation.fails").touch()
+    assert suite.main([]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].endswith("; activation failed")
+    _, headers, text = recorded(scripts)
+    assert {stem: header["commit"] for stem, header in headers.items()} == {"activation": "aaa", "clip_grad": "bbb"}
+    told = "**bench/bench_activation.py did not end in the last run (the other half is wrong): "
+    assert f"{told}its figures below are of an earlier run.**" in text
+    (scripts / "results" / "a-machine.json").unlink()
+    assert suite.main([]) == 1
+    assert f"{told}there are no figures of it.**" in recorded(scripts)[2]
+    (scripts / "bench_activation.fails").unlink()
+    assert suite.main(["--only", "activation"]) == 0
+    assert recorded(scripts)[0]["failed"] == {}
+
+
+def test_what_was_measured_before_a_run_is_stopped_is_there(scripts, monkeypatch, capsys):
+    run_script = suite.run_script
+
+    def stopped_in_the_second(script, *rest):
+        if script.stem == "bench_clip_grad":
+            raise KeyboardInterrupt
+        return run_script(script, *rest)
+
+    monkeypatch.setattr(suite, "run_script", stopped_in_the_second)
+    assert suite.main([]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].endswith("clip_grad failed")
+    found, _, text = recorded(scripts)
+    assert list(found["scripts"]) == ["activation"] and "bench_clip_grad.py did not end in the last run (stopped)" in text
+
+
+def test_a_quick_run_does_not_touch_what_was_measured(scripts, capsys):
+    assert suite.main([]) == 0
+    before = (scripts / "results" / "a-machine.json").read_bytes()
+    with pytest.raises(SystemExit):
+        suite.main(["--quick", "--out", str(scripts / "results")])
+    assert "was measured, and a quick run's numbers mean nothing" in capsys.readouterr().err
+    assert suite.main(["--quick", "--out", str(scripts / "quick")]) == 0
+    assert json.loads((scripts / "quick" / "a-machine.json").read_text())["quick"]
+    # What is measured does not stand beside a quick run's numbers.
+    assert suite.main(["--only", "activation", "--out", str(scripts / "quick")]) == 0
+    assert list(json.loads((scripts / "quick" / "a-machine.json").read_text())["scripts"]) == ["activation"]
+    assert (scripts / "results" / "a-machine.json").read_bytes() == before
+
+
+def test_a_gpu_has_a_file_of_its_own(scripts):
+    (scripts / "bench_cuda.py").write_text(SCRIPT.format(machine="A GPU, " + MACHINE, stem="cuda"))
+    assert suite.main([]) == 0
+    assert list(recorded(scripts)[0]["scripts"]) == ["activation", "clip_grad"]
+    assert list(recorded(scripts, "a-gpu")[0]["scripts"]) == ["cuda"]
 
 
 # the command
@@ -433,6 +609,8 @@ def test_script_runs_quickly(stem, tmp_path):
     name = stem.removeprefix("bench_")
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no GPU here")
+    if name in harness.ALONE:
+        pytest.skip("a build is never quick")
     command = [sys.executable, "-m", "gradkernels", "bench", "--quick", "--only", name, "--out", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
