@@ -119,10 +119,11 @@ if __name__ == "__main__":
     seen: list[Operator] = []
     names = list(NETWORKS)[: 1 if options.quick else None]
     budget = Budget(options.seconds, len(names))
-    for name in names:
+    for number, name in enumerate(names, 1):
         new = rows_of(name, options.quick, budget.share())
         rows += new[0]
         seen += new[1]
+        print(f"{number}/{len(names)} {name}", file=sys.stderr)
     report(
         "operators of one step, self time",
         {},

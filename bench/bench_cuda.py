@@ -128,6 +128,7 @@ def main() -> None:
         # Results have a file of their own, named after the GPU.
         "machine": f"{torch.cuda.get_device_name()}, {head['machine']}",
         "CUDA": str(torch.version.cuda),
+        "caches": "cold L2: flushed before each call; warm L2: as the call before left it",
         COPY: round(2 * HEADER_COPY_BYTES / copy_seconds / 1e9, 1),
     }
     over_l2 = torch.empty(L2_TIMES * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8)

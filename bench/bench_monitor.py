@@ -81,7 +81,10 @@ if __name__ == "__main__":
     options = arguments(__doc__)
     sizes = [(8, 64)] if options.quick else [(32, 224), (32, 64)]
     budget = Budget(options.seconds, len(sizes))
-    rows = [row for images, pixels in sizes for row in rows_of(images, pixels, options.quick, budget.share())]
+    rows: list[Row] = []
+    for number, (images, pixels) in enumerate(sizes, 1):
+        rows += rows_of(images, pixels, options.quick, budget.share())
+        print(f"{number}/{len(sizes)} {rows[-1].case}", file=sys.stderr)
     report(
         "a training step that is monitored",
         header() | {"most that gradients and weights may add to the first case": f"{MOST_SHARE:.0%}"},

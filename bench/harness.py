@@ -478,6 +478,7 @@ def header() -> dict[str, Any]:
         "gradkernels": gk.__version__,
         "commit": _native.C.build_info()["commit"],
         "instruction set": _native.C.instruction_set(),
+        "caches": "as the call before left them; what they do not hold comes from memory",
         COPY: round(2 * HEADER_COPY_BYTES / statistics.median(times) / 1e9, 1),
     }
 

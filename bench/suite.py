@@ -56,7 +56,10 @@ def run_script(script: Path, quick: bool, file: Path, advance: Any) -> str:
         raise
     finally:
         reader.join()
-    return "" if process.wait() == 0 else last or f"exit status {process.returncode}"
+    status = process.wait()
+    if status < 0:
+        return f"signal {-status}, after: {last}"
+    return "" if status == 0 else last or f"exit status {status}"
 
 
 def joined(scripts: dict[str, Any]) -> dict[str, Any]:

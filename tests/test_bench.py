@@ -486,6 +486,37 @@ def test_pictures_are_drawn(tmp_path):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
 
+# README
+
+
+def rounds_to(text, value):
+    """Whether the figure is the value with as many digits as it has."""
+    digits = len(text.partition(".")[2])
+    return abs(float(text) - value) <= 0.5000001 * 10.0**-digits
+
+
+def test_figures_of_readme_are_those_of_the_recorded_run():
+    (file,) = (ROOT / "bench" / "results").glob("amd-epyc.json")
+    pairs = []
+    for script in json.loads(file.read_text())["scripts"].values():
+        eagers = {}
+        for each in script["rows"]:
+            key = tuple(each.get(name) for name in ("case", "direction", "dtype", "layout", "outputs"))
+            unit, milliseconds = next(
+                ((unit, size) for unit, size in (("us", 1e-3), ("ms", 1.0)) if f"median_{unit}" in each), (None, None)
+            )
+            if unit is not None and each["provider"] == "eager":
+                eagers[key] = each[f"median_{unit}"] * milliseconds
+            elif unit is not None and each["provider"] == "gradkernels" and key in eagers:
+                pairs.append((eagers[key], each[f"median_{unit}"] * milliseconds))
+    figures = (ROOT / "README.md").read_text().partition("\n## Figures\n")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in figures.splitlines() if line.startswith("| ")]
+    timed = [row for row in rows if len(row) >= 4 and row[3].replace(".", "").isdigit() and "." in row[3]]
+    assert len(timed) > 30
+    for row in timed:
+        assert any(rounds_to(row[1], eager) and rounds_to(row[2], ours) and rounds_to(row[3], eager / ours) for eager, ours in pairs), row
+
+
 # the suite
 
 SCRIPT = """
@@ -585,6 +616,15 @@ def test_a_quick_run_does_not_touch_what_was_measured(scripts, capsys):
     assert suite.main(["--only", "activation", "--out", str(scripts / "quick")]) == 0
     assert list(json.loads((scripts / "quick" / "a-machine.json").read_text())["scripts"]) == ["activation"]
     assert (scripts / "results" / "a-machine.json").read_bytes() == before
+
+
+def test_a_script_that_is_killed_says_where(tmp_path):
+    (tmp_path / "bench_x.py").write_text("import os, sys; print('1/2 elu', file=sys.stderr, flush=True); os.kill(os.getpid(), 9)")
+    told = []
+    assert (
+        suite.run_script(tmp_path / "bench_x.py", True, tmp_path / "x.json", lambda *each: told.append(each)) == "signal 9, after: 1/2 elu"
+    )
+    assert told == [(0.5, "elu")]
 
 
 def test_a_gpu_has_a_file_of_its_own(scripts):
