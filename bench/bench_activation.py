@@ -32,7 +32,7 @@ SIMPLER = {"elu": "leaky_relu", "swish": "leaky_relu", "swish with learnt beta":
 COMPILED = {("leaky_relu", "4 MiB"), ("elu", "4 MiB"), ("swish", "4 MiB"), ("swish with learnt beta", "4 MiB")}
 
 
-def make_case(name: str, size: str, dtype: torch.dtype, compiled: bool) -> Case:
+def case(name: str, size: str, dtype: torch.dtype, compiled: bool) -> Case:
     ours, eager, exact = FUNCTIONS[name]
     elements = 16 if SIZES[size] is None else SIZES[size] // dtype.itemsize
     x = torch.randn(elements).to(dtype)
@@ -65,7 +65,7 @@ def make_case(name: str, size: str, dtype: torch.dtype, compiled: bool) -> Case:
         providers["gradkernels, compiled"] = partial(step, torch.compile(ours, dynamic=False))
     least = (2 * x.nbytes + x.numel() // 8,) * 2 if name == "leaky_relu" else (2 * x.nbytes, 3 * x.nbytes)
     forward = {"eager": partial(eager, *operands), "gradkernels": partial(ours, *operands)}
-    case = Case(
+    made = Case(
         name=f"{name} {size}",
         providers=providers | {"gradkernels": partial(step, ours)},
         bytes=sum(least),
@@ -75,19 +75,17 @@ def make_case(name: str, size: str, dtype: torch.dtype, compiled: bool) -> Case:
         apart=(size, dtype) == ("4 MiB", torch.float32),
         saves=forward,
     )
-    case.parts = lambda: parts_of(case, forward, dict.fromkeys(forward, operands), grad_y, least)
+    made.parts = lambda: parts_of(made, forward, dict.fromkeys(forward, operands), grad_y, least)
     if name in SIMPLER:
-        case.instead["what it computes"] = partial(make_case, SIMPLER[name], size, dtype, False)
+        made.instead["what it computes"] = partial(case, SIMPLER[name], size, dtype, False)
     if dtype != torch.float32:
-        case.instead[case.dtype] = partial(make_case, name, size, torch.float32, False)
-    return case
+        made.instead[made.dtype] = partial(case, name, size, torch.float32, False)
+    return made
 
 
 if __name__ == "__main__":
     options = arguments(__doc__)
-    cases = [partial(make_case, name, size, torch.float32, (name, size) in COMPILED) for name in FUNCTIONS for size in SIZES]
-    cases += [partial(make_case, name, "4 MiB", torch.bfloat16, False) for name in FUNCTIONS]
-    cases += [
-        partial(make_case, name, "4 MiB", dtype, False) for dtype in (torch.float16, torch.float64) for name in ("leaky_relu", "swish")
-    ]
+    cases = [partial(case, name, size, torch.float32, (name, size) in COMPILED) for name in FUNCTIONS for size in SIZES]
+    cases += [partial(case, name, "4 MiB", torch.bfloat16, False) for name in FUNCTIONS]
+    cases += [partial(case, name, "4 MiB", dtype, False) for dtype in (torch.float16, torch.float64) for name in ("leaky_relu", "swish")]
     run("activations", cases, options)

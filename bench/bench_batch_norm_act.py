@@ -79,7 +79,7 @@ class Exact(nn.Module):
         return reference.batch_norm_act(x, *statistics, True, bn.momentum, bn.eps, act=self.act, residual=residual)
 
 
-def make_case(shape: tuple[int, ...], act: str, with_residual: bool, layout: str, dtype: torch.dtype, compiled: bool) -> Case:
+def case(shape: tuple[int, ...], act: str, with_residual: bool, layout: str, dtype: torch.dtype, compiled: bool) -> Case:
     name = f"{shape} {act}{' + residual' * with_residual}"
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     # Off zero, or the running means would be sums that cancel, of which no digit can be proved.
@@ -119,7 +119,7 @@ def make_case(shape: tuple[int, ...], act: str, with_residual: bool, layout: str
     modules = {"eager": eager, "gradkernels": ours}
     forward = {provider: partial(module, *operands) for provider, module in modules.items()}
     least = (3 * x.nbytes, 4 * x.nbytes) if with_residual else (2 * x.nbytes, 3 * x.nbytes)
-    case = Case(
+    made = Case(
         name=name,
         providers=providers | {"gradkernels": partial(step, ours)},
         bytes=sum(least),
@@ -136,20 +136,20 @@ def make_case(shape: tuple[int, ...], act: str, with_residual: bool, layout: str
         recorded = copy.deepcopy(modules)
         inputs = {provider: [*operands, *module.parameters()] for provider, module in recorded.items()}
         calls = {provider: partial(module, *operands) for provider, module in recorded.items()}
-        alone, backward = parts_of(case, calls, inputs, grad_y, least)
+        alone, backward = parts_of(made, calls, inputs, grad_y, least)
         return [replace(alone, providers=forward), backward]
 
-    case.parts = parts
+    made.parts = parts
     here = {"act": act, "with_residual": with_residual, "layout": layout, "dtype": dtype}
     for what, simpler in (
         ("the activation", {"act": "identity"}),
         ("the residual", {"with_residual": False}),
         (layout, {"layout": "contiguous"}),
-        (case.dtype, {"dtype": torch.float32}),
+        (made.dtype, {"dtype": torch.float32}),
     ):
         if not simpler.items() <= here.items():
-            case.instead[what] = partial(make_case, shape, **here | simpler, compiled=False)
-    return case
+            made.instead[what] = partial(case, shape, **here | simpler, compiled=False)
+    return made
 
 
 if __name__ == "__main__":
@@ -157,4 +157,4 @@ if __name__ == "__main__":
     cases = ALL if options.all else SELECTION
     if options.eager_only:
         cases = tuple((*each[:-1], False) for each in cases)
-    run("batch norm + activation, training", [partial(make_case, *each) for each in cases], options, neighbours=neighbours.found())
+    run("batch norm + activation, training", [partial(case, *each) for each in cases], options, neighbours=neighbours.found())

@@ -67,18 +67,18 @@ def cases() -> Iterator[Callable[[], Case]]:
     """What decides first; beside the compiler, which takes seconds for each case, in one dtype and layout."""
     bf16 = torch.bfloat16
     for name in bench_activation.FUNCTIONS:
-        yield partial(bench_activation.make_case, name, "64 MiB", bf16, name != "rrelu")
+        yield partial(bench_activation.case, name, "64 MiB", bf16, name != "rrelu")
     for each in CLIPPING:
         yield partial(clipping, *each, bf16)
     for shape in SHAPES:
-        yield partial(bench_batch_norm_act.make_case, shape, "leaky_relu", False, "contiguous", bf16, True)
+        yield partial(bench_batch_norm_act.case, shape, "leaky_relu", False, "contiguous", bf16, True)
     for shape in WITH_RESIDUAL:
-        yield partial(bench_batch_norm_act.make_case, shape, "relu", True, "contiguous", bf16, True)
+        yield partial(bench_batch_norm_act.case, shape, "relu", True, "contiguous", bf16, True)
     for dtype, layout in ((bf16, "channels_last"), (torch.float32, "contiguous"), (torch.float32, "channels_last")):
         for shape in SHAPES:
-            yield partial(bench_batch_norm_act.make_case, shape, "leaky_relu", False, layout, dtype, False)
+            yield partial(bench_batch_norm_act.case, shape, "leaky_relu", False, layout, dtype, False)
     for name in bench_activation.FUNCTIONS:
-        yield partial(bench_activation.make_case, name, "64 MiB", torch.float32, False)
+        yield partial(bench_activation.case, name, "64 MiB", torch.float32, False)
     for each in CLIPPING:
         yield partial(clipping, *each, torch.float32)
 

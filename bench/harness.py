@@ -401,7 +401,10 @@ def rows_of(case: Case, blocks: int, seconds: float, until: float, before: Seque
         for row in slow:
             row.instead = (row.instead or {}) | {what: same}
         there = {(row.outputs, row.direction) for row in (*before, *rows) if same.items() <= vars(row).items()}
-        for state, direction in sorted({(row.outputs, row.direction) for row in slow} - there):
+        missing = sorted({(row.outputs, row.direction) for row in slow} - there)
+        if missing:
+            other.prove()
+        for state, direction in missing:
             each = next(each for each in (other, *(other.parts or tuple)()) if each.direction == direction)
             rows += rows_in_state(each, state, blocks, seconds, time.monotonic() + SECONDS_OF_A_PART)
     return rows

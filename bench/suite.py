@@ -109,9 +109,9 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [options.only] if options.only else [stem for stem in scripts if stem not in ALONE]
     folder = options.out or (Path(tempfile.mkdtemp(prefix="gradkernels-bench-")) if options.quick else HERE / "results")
     folder.mkdir(parents=True, exist_ok=True)
-    measured = [file for file in folder.glob("*.json") if options.quick and not json.loads(file.read_text())["quick"]]
-    if measured:
-        parser.error(f"{measured[0]} was measured, and a quick run's numbers mean nothing: name another folder")
+    for file in folder.glob("*.json") if options.quick else ():
+        if not json.loads(file.read_text())["quick"]:
+            parser.error(f"{file} was measured, and a quick run's numbers mean nothing: name another folder")
 
     console = Console(stderr=True)
     weights = {stem: SECONDS.get(stem, OTHER)[options.quick] + START_SECONDS for stem in chosen}
