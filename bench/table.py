@@ -242,8 +242,9 @@ def markdown(results: dict[str, Any], drawn: Sequence[Path]) -> str:
     if (told := disturbed(results)) is not None:
         lines += ["", f"**{told}**"]
     beyond, within = losses(results)
-    lines += ["", "## Where torch or the compiler wins", ""]
-    lines += [f"* {line}" for line in beyond] or ["Nowhere in this run beyond noise."]
+    if any(is_of_harness(script["rows"]) for script in results["scripts"].values()):
+        lines += ["", "## Where torch or the compiler wins", ""]
+        lines += [f"* {line}" for line in beyond] or ["Nowhere in this run beyond noise."]
     if within:
         lines += ["", "Ahead of ours, but p20-p80 of both overlap:", "", *(f"* {line}" for line in within)]
     lines += [""]

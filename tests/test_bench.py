@@ -584,6 +584,8 @@ def test_a_script_that_fails_loses_nothing_and_is_told_of(scripts, capsys):
     (scripts / "results" / "a-machine.json").unlink()
     assert suite.main([]) == 1
     assert f"{told}there are no figures of it.**" in recorded(scripts)[2]
+    # Nothing of torch is there to be compared with.
+    assert "Where torch" not in recorded(scripts)[2]
     (scripts / "bench_activation.fails").unlink()
     assert suite.main(["--only", "activation"]) == 0
     assert recorded(scripts)[0]["failed"] == {}
