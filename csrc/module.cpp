@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "autograd/recompute.h"
 #include "build_stamp.h"
 #include "common/check.h"
 #include "cpu/kernels.h"
@@ -177,6 +178,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("clip_grad_value_", clip_grad_value_, without_gil);
   m.def("rmsprop_applies", rmsprop_applies);
   m.def("rmsprop_", rmsprop_, without_gil);
+  py::class_<autograd::Packed>(m, "_Packed");
+  m.def("pack_hook", autograd::pack);
+  m.def("unpack_hook", autograd::unpack, without_gil);
+  autograd::recompute_under(m.attr("pack_hook").ptr());
 }
 
 }  // namespace gradkernels

@@ -15,6 +15,7 @@ from gradkernels.diagnose import Diagnosis, diagnose
 from gradkernels.fold import fold
 from gradkernels.monitor import GradientMonitor
 from gradkernels.optim import ClippingHandle, attach_clipping
+from gradkernels.recompute import recompute
 from gradkernels.sync_batch_norm_act import SyncBatchNormAct, convert_sync_batch_norm
 
 __version__ = "0.1.0.dev0"
@@ -51,6 +52,7 @@ __all__ = [
     "leaky_relu",
     "optim",
     "prelu",
+    "recompute",
     "revert",
     "rrelu",
     "swish",

@@ -1,7 +1,13 @@
-"""What tests ask of memory: the tensors that a call keeps for backward, and whether there is room for a large one."""
+"""What tests ask of memory: the tensors that a call keeps for backward, their bytes, and whether there is room for a large one."""
+
+import gc
 
 import pytest
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def saved_by(function):
@@ -15,6 +21,38 @@ def saved_by(function):
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         y = function()
     return y, saved
+
+
+class _Storages(TorchDispatchMode):
+    """Weak references to the memory of what operators return, which none of their arguments has brought along, and its bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.given = {}
+        self.made = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.note(self.given, (args, kwargs))
+        result = function(*args, **(kwargs or {}))
+        self.note(self.made, result)
+        return result
+
+    def note(self, where, tensors):
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.given and storage._cdata not in self.made:
+                    where[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+
+
+def bytes_kept_by(function):
+    """Of the memory that was made in a call, the bytes that live on with what it returns: the graph's, whatever hooks make of saved tensors."""
+    with _Storages() as storages:
+        y = function()
+    gc.collect()
+    kept = sum(size for reference, size in storages.made.values() if not reference.expired())
+    del y
+    return kept
 
 
 def skip_unless_free(size):

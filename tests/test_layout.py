@@ -47,7 +47,7 @@ LAYERS = {
     "schema": Layer(("schema.cpp",), (r"<torch/library\.h>",), (LAUNCH, "data_ptr", r"\bfor\b")),
     "module": Layer(
         ("module.cpp",),
-        (TORCH, r"<pybind11/.*>", STANDARD, r'"(build_stamp|common/check|ops/operators|cpu/kernels)\.h"'),
+        (TORCH, r"<pybind11/.*>", STANDARD, r'"(build_stamp|common/check|ops/operators|autograd/recompute|cpu/kernels)\.h"'),
         (LAUNCH, "data_ptr"),
     ),
     "common": Layer(

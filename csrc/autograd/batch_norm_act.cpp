@@ -1,13 +1,20 @@
 // batch_norm_act's gradient. Kept for it: x, mean and invstd, from which the argument of the activation is rebuilt; with a residual one bit
 // an element where the activation has two slopes, else the residual itself. Running statistics are never kept: a training step between an
 // evaluation's forward and backward would change them. Under create_graph the forward is composed again of ATen's operators and
-// differentiated.
+// differentiated. Under gradkernels.recompute the residual is kept in any case, and with it the output can be computed again.
+#include "autograd/recompute.h"
+
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/batch_norm.h>
 #include <ATen/ops/ones_like.h>
+#include <c10/util/ScopeExit.h>
+#include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
+
+#include <algorithm>
 
 #include "autograd/function.h"
 #include "ops/composite.h"
@@ -26,6 +33,10 @@ struct BatchNormActGradient : Gradient<BatchNormActGradient> {
   double eps;
   std::string act;
   double act_param;
+  // Passes that computing the output again takes, those of recomputed inputs among them; 0 where it is kept. Only of a node with passes, the
+  // memory of the output.
+  int passes = 0;
+  c10::weak_intrusive_ptr<c10::StorageImpl> storage{c10::intrusive_ptr<c10::StorageImpl>()};
 
   template <typename Self, typename F>
   static void members(Self& self, const F& f) {
@@ -36,6 +47,13 @@ struct BatchNormActGradient : Gradient<BatchNormActGradient> {
     std::array<bool, 4> wanted;
     for (size_t i = 0; i < wanted.size(); ++i) wanted[i] = task_should_compute_output(i);
     return at::GradMode::is_enabled() ? differentiable_gradients(grad_y, wanted) : gradients(grad_y, wanted);
+  }
+
+  // y once more, bit for bit: the operator's second pass, with the statistics that it applied.
+  at::Tensor output() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return std::get<0>(call_below_autograd<ops::BatchNormActElemt>(x.unpack(), mean.unpack(), invstd.unpack(), weight.unpack(),
+                                                                   bias.unpack(), residual.unpack(), act, act_param));
   }
 
  private:
@@ -107,6 +125,27 @@ struct BatchNormActGradient : Gradient<BatchNormActGradient> {
   }
 };
 
+// In a chain of residual blocks each output takes that of the block before: every third is kept, and no output costs more passes.
+constexpr int kMostPasses = 2;
+
+PyObject* recomputing_hook = nullptr;
+
+bool is_recomputing() {
+  const at::impl::SavedTensorDefaultHooksTLS& hooks = at::SavedTensorDefaultHooks::get_tls_state();
+  return recomputing_hook != nullptr && !hooks.is_tracing && !hooks.stack.empty() &&
+         hooks.stack.top().first.ptr(getPyInterpreter()) == recomputing_hook;
+}
+
+// The passes of x where it is an output to be recomputed, still as forward left it; else 0. What has been written since has another version,
+// what was assigned to x.data lies elsewhere.
+int passes_of(const at::Tensor& x) {
+  if (!x.defined() || x.is_view()) return 0;
+  const auto* node = dynamic_cast<const BatchNormActGradient*>(torch::autograd::impl::grad_fn_unsafe(x));
+  const bool is_output = node != nullptr && node->passes > 0 && x._version() == 0 && x.has_storage() &&
+                         node->storage.lock().get() == x.storage().unsafeGetStorageImpl();
+  return is_output ? node->passes : 0;
+}
+
 using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 Result batch_norm_act(const at::Tensor& x, const OptionalTensor& running_mean, const OptionalTensor& running_var,
@@ -131,7 +170,11 @@ Result batch_norm_act(const at::Tensor& x, const OptionalTensor& running_mean, c
   node->x = keep(x);
   node->weight = keep(weight);
   node->bias = keep(bias);
-  if (act == "elu" || act == "swish") node->residual = keep(residual);
+  if (is_recomputing()) {
+    const int passes = 1 + std::max(passes_of(x), passes_of(residual.value_or(at::Tensor())));
+    if (passes <= kMostPasses) node->passes = passes;
+  }
+  if (act == "elu" || act == "swish" || node->passes > 0) node->residual = keep(residual);
   node->training = training;
   node->eps = eps;
   node->act = std::string(act);
@@ -141,6 +184,7 @@ Result batch_norm_act(const at::Tensor& x, const OptionalTensor& running_mean, c
   node->mean = keep(mean);
   node->invstd = keep(invstd);
   if (mask.sym_numel() > 0) node->mask = keep(mask);
+  if (node->passes > 0) node->storage = y.storage().getWeakStorageImpl();
   recorded(y, node);
   return result;
 }
@@ -185,6 +229,21 @@ GatheredStats gather_stats_counting_versions(const at::Tensor& moments, const Op
 }
 
 }  // namespace
+
+Packed pack(const at::Tensor& x) {
+  if (passes_of(x) > 0) return {SavedVariable(), x.grad_fn()};
+  // Detached, since x may be an output of the very node that saves it. "Tracing" is torch's word for saving past the hooks.
+  const at::Tensor detached = x.detach();
+  const auto restore =
+      c10::make_scope_exit([before = at::SavedTensorDefaultHooks::set_tracing(true)] { at::SavedTensorDefaultHooks::set_tracing(before); });
+  return {SavedVariable(detached, /*is_output=*/false), nullptr};
+}
+
+at::Tensor unpack(const Packed& packed) {
+  return packed.node ? static_cast<BatchNormActGradient&>(*packed.node).output() : packed.kept.unpack();
+}
+
+void recompute_under(PyObject* pack_hook) { recomputing_hook = pack_hook; }
 
 TORCH_LIBRARY_IMPL(gradkernels, Autograd, m) {
   m.impl("batch_norm_act", batch_norm_act);

@@ -100,6 +100,11 @@ struct BatchNormActBackward {
                                                                const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                                                                const OptionalTensor&, bool, c10::string_view, double, std::array<bool, 4>);
 };
+struct BatchNormActElemt {
+  static constexpr const char* kName = "gradkernels::batch_norm_act_elemt";
+  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                               const OptionalTensor&, c10::string_view, double);
+};
 struct BatchNormActGatherStats {
   static constexpr const char* kName = "gradkernels::batch_norm_act_gather_stats";
   using Signature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
