@@ -25,9 +25,9 @@ class recompute(saved_tensors_hooks):
     it. Without the compiled library it does nothing.
 
     Raises:
-        RuntimeError: in backward, in torch's words: what is needed was modified in place since, x and the residual now among it; or a part of
-            the graph that y is computed from was freed by an earlier backward without retain_graph=True. A write to y itself is no
-            error, and gradients are right, unless it goes past autograd (`y.data.add_(1)`) and before y is used, which is not seen.
+        RuntimeError: in backward, in torch's words: what is needed was modified in place since, x and the residual now among it; or
+            what y is computed from was freed by an earlier backward without retain_graph=True. A write to y itself is no error, and
+            gradients are right, unless it goes past autograd (`y.data.add_(1)`) and before y is used, which is not seen.
 
     Source: Chen, Xu, Zhang, Guestrin, "Training Deep Nets with Sublinear Memory Cost", 2016; Rota Bulo, Porzi, Kontschieder, "In-Place
     Activated BatchNorm for Memory-Optimized Training of DNNs", 2018.

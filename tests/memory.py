@@ -46,7 +46,7 @@ class _Storages(TorchDispatchMode):
 
 
 def bytes_kept_by(function):
-    """Of the memory that was made in a call, the bytes that live on with what it returns: the graph's, whatever hooks make of saved tensors."""
+    """Of the memory made in a call, the bytes that live on with what it returns: those of the graph, whatever hooks there are."""
     with _Storages() as storages:
         y = function()
     gc.collect()

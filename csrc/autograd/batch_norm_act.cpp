@@ -8,7 +8,6 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/batch_norm.h>
 #include <ATen/ops/ones_like.h>
-#include <c10/util/ScopeExit.h>
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -146,6 +145,14 @@ int passes_of(const at::Tensor& x) {
   return is_output ? node->passes : 0;
 }
 
+// Tensors are saved as if there were no hooks. Tracing is torch's word for that.
+struct PastHooks {
+  const bool before = at::SavedTensorDefaultHooks::set_tracing(true);
+  PastHooks() = default;
+  PastHooks(const PastHooks&) = delete;
+  ~PastHooks() { at::SavedTensorDefaultHooks::set_tracing(before); }
+};
+
 using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 Result batch_norm_act(const at::Tensor& x, const OptionalTensor& running_mean, const OptionalTensor& running_var,
@@ -165,12 +172,19 @@ Result batch_norm_act(const at::Tensor& x, const OptionalTensor& running_mean, c
   };
   if (!records(x, weight, bias, residual)) return compute();
   // What may not be kept is an error before the running statistics are written.
-  const auto keep = [](const OptionalTensor& input) { return SavedVariable(input.value_or(at::Tensor()), /*is_output=*/false); };
+  const bool recomputing = is_recomputing();
+  const auto keep = [&](const OptionalTensor& input) {
+    const at::Tensor tensor = input.value_or(at::Tensor());
+    // Python is called for those only that are not to be kept.
+    std::optional<PastHooks> past_hooks;
+    if (recomputing && passes_of(tensor) == 0) past_hooks.emplace();
+    return SavedVariable(tensor, /*is_output=*/false);
+  };
   const auto node = gradient_of<BatchNormActGradient>(x, weight, bias, residual);
   node->x = keep(x);
   node->weight = keep(weight);
   node->bias = keep(bias);
-  if (is_recomputing()) {
+  if (recomputing) {
     const int passes = 1 + std::max(passes_of(x), passes_of(residual.value_or(at::Tensor())));
     if (passes <= kMostPasses) node->passes = passes;
   }
@@ -232,10 +246,9 @@ GatheredStats gather_stats_counting_versions(const at::Tensor& moments, const Op
 
 Packed pack(const at::Tensor& x) {
   if (passes_of(x) > 0) return {SavedVariable(), x.grad_fn()};
-  // Detached, since x may be an output of the very node that saves it. "Tracing" is torch's word for saving past the hooks.
+  // Detached, since x may be an output of the very node that saves it.
   const at::Tensor detached = x.detach();
-  const auto restore =
-      c10::make_scope_exit([before = at::SavedTensorDefaultHooks::set_tracing(true)] { at::SavedTensorDefaultHooks::set_tracing(before); });
+  const PastHooks past_hooks;
   return {SavedVariable(detached, /*is_output=*/false), nullptr};
 }
 
