@@ -1,10 +1,12 @@
-"""A training step of whole networks as torch computes it and converted: its time, the part that batch norm, activations and additions
-take of it by torch.profiler, and the bytes saved for backward. The answer is proved in float64, where only rounding is small.
+"""A training step of whole networks as torch computes it, converted, and converted under gk.recompute: its time, the part that batch norm,
+activations and additions take of it by torch.profiler, the bytes kept for backward and the peak. The answer of the second is proved in
+float64, where only rounding is small; that of the third is the second's to the bit.
 """
 
 import copy
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from harness import ROOT, STEP_COLUMNS, Budget, StepRow, arguments, gk, header, measure, report, spread
+from harness import ROOT, STEP_COLUMNS, Budget, StepRow, arguments, gk, header, measure, peak_bytes, report, spread
 
-# The networks are those of the tests.
+# The networks are those of the tests, and so is what counts bytes.
 sys.path.insert(0, str(ROOT / "tests"))
 
+from memory import bytes_kept_by
 from models.darknet import DarkNet
 from models.efficientnet import EfficientNetBlocks
 from models.resnet import resnet18, resnet50
@@ -34,12 +37,14 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 # What the profiler calls batch norm, activations and the additions of residuals; additions of gradients are among them on both sides.
 PART = ("batch_norm", "relu", "threshold_backward", "silu", "elu", "hardtanh", "aten::add", "gradkernels::")
 BOUND = 1e-6
+RECOMPUTE = "gradkernels, recompute"
 
 
 @dataclass
 class Row(StepRow):
     part_ms: float
     saved_mb: float
+    peak_mb: float | None
     times_eager: float
     part_times_eager: float
 
@@ -53,10 +58,19 @@ class Operator:
     ms: float
 
 
-def step(model: nn.Module, x: Tensor) -> None:
-    y = model(x)
-    sum(each.square().mean() for each in (y if isinstance(y, list) else [y])).backward()
-    model.zero_grad()
+@dataclass
+class Provider:
+    model: nn.Module
+    context: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def loss(self, x: Tensor) -> Tensor:
+        with self.context():
+            y = self.model(x)
+            return sum((each.square().mean() for each in (y if isinstance(y, list) else [y])), start=torch.zeros(()))
+
+    def step(self, x: Tensor) -> None:
+        self.loss(x).backward()
+        self.model.zero_grad()
 
 
 def prove(name: str, model: nn.Module) -> None:
@@ -66,12 +80,19 @@ def prove(name: str, model: nn.Module) -> None:
             raise SystemExit(f"{name}: {what} differ by {difference}: nothing is timed")
 
 
-def operators(name: str, provider: str, model: nn.Module, x: Tensor, steps: int) -> list[Operator]:
+def prove_same(name: str, converted: Provider, recomputing: Provider, x: Tensor) -> None:
+    parameters = list(converted.model.parameters())
+    found = [torch.autograd.grad(each.loss(x), parameters) for each in (converted, recomputing)]
+    if not all(map(torch.equal, *found)):
+        raise SystemExit(f"{name}: recomputing changes gradients: nothing is timed")
+
+
+def operators(name: str, provider: str, each: Provider, x: Tensor, steps: int) -> list[Operator]:
     """Time of the operators of PART themselves, per step."""
-    step(model, x)
+    each.step(x)
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         for _ in range(steps):
-            step(model, x)
+            each.step(x)
     return [
         Operator(name, provider, each.key, each.count / steps, each.self_cpu_time_total / 1e3 / steps)
         for each in seen.key_averages()
@@ -82,19 +103,23 @@ def operators(name: str, provider: str, model: nn.Module, x: Tensor, steps: int)
 def rows_of(name: str, quick: bool, until: float) -> tuple[list[Row], list[Operator]]:
     torch.manual_seed(0)
     x = torch.randn(SHAPE)
-    models = {"eager": NETWORKS[name](), "gradkernels": NETWORKS[name]()}
-    models["gradkernels"].load_state_dict(models["eager"].state_dict())
-    prove(name, models["eager"])
-    found = gk.convert(models["gradkernels"], check=x)
-    saved = {"eager": found.saved_bytes_before or 0, "gradkernels": found.saved_bytes_after or 0}
+    eager, ours = NETWORKS[name](), NETWORKS[name]()
+    ours.load_state_dict(eager.state_dict())
+    prove(name, eager)
+    gk.convert(ours)
+    providers = {"eager": Provider(eager), "gradkernels": Provider(ours), RECOMPUTE: Provider(ours, gk.recompute)}
+    prove_same(name, providers["gradkernels"], providers[RECOMPUTE], x)
+    # The batch, which the first convolution keeps, was there before.
+    saved = {provider: bytes_kept_by(partial(each.loss, x)) + x.nbytes for provider, each in providers.items()}
+    peak = {provider: peak_bytes(partial(each.step, x)) for provider, each in providers.items()}
     times = measure(
-        {provider: partial(step, model, x) for provider, model in models.items()}, {}, *((2, 0.1) if quick else (9, 1.0)), until
+        {provider: partial(each.step, x) for provider, each in providers.items()}, {}, *((2, 0.1) if quick else (9, 1.0)), until
     )
     spreads = {provider: spread(each) for provider, each in times.items()}
-    profiled = {provider: operators(name, provider, model, x, 1 if quick else 5) for provider, model in models.items()}
+    profiled = {provider: operators(name, provider, each, x, 1 if quick else 5) for provider, each in providers.items()}
     part = {provider: sum(each.ms for each in rows) for provider, rows in profiled.items()}
     rows = []
-    for provider in models:
+    for provider in providers:
         p20, median, p80 = spreads[provider]
         rows.append(
             Row(
@@ -105,6 +130,7 @@ def rows_of(name: str, quick: bool, until: float) -> tuple[list[Row], list[Opera
                 p80_ms=p80 * 1e3,
                 part_ms=part[provider],
                 saved_mb=saved[provider] / 1e6,
+                peak_mb=None if peak[provider] is None else peak[provider] / 1e6,
                 times_eager=spreads["eager"][1] / median,
                 part_times_eager=part["eager"] / part[provider],
             )
@@ -146,6 +172,7 @@ if __name__ == "__main__":
             "BN + act + add, ms": lambda row: f"{row.part_ms:.1f}",
             "times eager, part": lambda row: f"{row.part_times_eager:.2f}",
             "saved, MB": lambda row: f"{row.saved_mb:.1f}",
+            "peak, MB": lambda row: "" if row.peak_mb is None else f"{row.peak_mb:.1f}",
         },
         rows,
         options.json,

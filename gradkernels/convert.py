@@ -103,6 +103,8 @@ class ConversionReport:
             before, after = map(_size, (self.saved_bytes_before, self.saved_bytes_after))
             change = f" ({self.saved_bytes_after / self.saved_bytes_before - 1:+.1%})" if self.saved_bytes_before else ""
             yield f"  saved for backward: {before} before, {after} after{change}"
+            if fused and self.saved_bytes_after >= self.saved_bytes_before:
+                yield "  less in `with gradkernels.recompute():`, where backward computes outputs of batch_norm_act again"
             yield f"  largest difference of outputs: {self.output_difference}"
             yield f"  largest difference of gradients: {self.gradient_difference}"
         cells = [("module", "found", "becomes", "why")]
@@ -329,7 +331,7 @@ def _activation_alone(module: nn.Module) -> tuple[str | None, str]:
     if kind is nn.SiLU and getattr(module, "inplace", False):
         return None, "it is in place, which ours is not"
     if kind in fusion.ACTIVATION_MODULES:
-        return fusion.ACTIVATION_MODULES[kind].__name__, ""
+        return f"gradkernels.{fusion.ACTIVATION_MODULES[kind].__name__}", ""
     if kind is nn.RReLU:
         return None, "gradkernels.RReLU draws other slopes from the same seed"
     if kind.__module__.startswith("gradkernels."):

@@ -1027,15 +1027,17 @@ def test_saved_bytes_of_whole_networks(name, most):
     model, x = network(name, torch.float32)
     report = gk.convert(model, check=x)
     assert report.saved_bytes_after <= most * report.saved_bytes_before, str(report).splitlines()[1]
+    assert ("gradkernels.recompute" in str(report)) == (most > 1)
 
 
 def test_the_printed_report():
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.GELU())
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ELU(), nn.GELU())
     assert str(gk.convert(model)) == (
-        "convert: 1 fused, 0 replaced, 1 left of 2 batch norms and activations\n"
+        "convert: 1 fused, 1 replaced, 1 left of 3 batch norms and activations\n"
         "  module  found              becomes               why\n"
         "  1       BatchNorm2d, ReLU  batch_norm_act(relu)\n"
-        "  4       GELU               left as it is         there is no kernel for GELU"
+        "  4       ELU                gradkernels.ELU\n"
+        "  5       GELU               left as it is         there is no kernel for GELU"
     )
 
 

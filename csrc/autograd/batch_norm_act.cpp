@@ -48,6 +48,9 @@ struct BatchNormActGradient : Gradient<BatchNormActGradient> {
     return at::GradMode::is_enabled() ? differentiable_gradients(grad_y, wanted) : gradients(grad_y, wanted);
   }
 
+  // Whether act' depends on the residual otherwise than by one bit.
+  bool keeps_residual() const { return act == "elu" || act == "swish"; }
+
   // y once more, bit for bit: the operator's second pass, with the statistics that it applied.
   at::Tensor output() {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -56,13 +59,16 @@ struct BatchNormActGradient : Gradient<BatchNormActGradient> {
   }
 
  private:
+  // Undefined where the residual is kept for the output alone.
+  at::Tensor residual_for_gradient() const { return keeps_residual() ? residual.unpack() : at::Tensor(); }
+
   variable_list gradients(const at::Tensor& grad_y, std::array<bool, 4> wanted) {
     // Of the identity, the gradient of the residual is grad_y as it stands.
     std::array<bool, 4> computed = wanted;
     if (act == "identity") computed[3] = false;
     auto [grad_x, grad_weight, grad_bias, grad_residual] =
         call_below_autograd<ops::BatchNormActBackward>(grad_y, x.unpack(), mean.unpack(), invstd.unpack(), weight.unpack(), bias.unpack(),
-                                                       residual.unpack(), mask.unpack(), training, act, act_param, computed);
+                                                       residual_for_gradient(), mask.unpack(), training, act, act_param, computed);
     variable_list result(4);
     if (wanted[0]) result[0] = grad_x;
     if (wanted[1]) result[1] = grad_weight;
@@ -74,11 +80,8 @@ struct BatchNormActGradient : Gradient<BatchNormActGradient> {
   variable_list differentiable_gradients(const at::Tensor& grad_y, std::array<bool, 4> wanted) {
     // Differentiated by these aliases: the originals may be one tensor, or depend on each other, and each would be given the gradient of
     // both.
-    const auto alias = [](const SavedVariable& saved) {
-      const at::Tensor original = saved.unpack();
-      return original.defined() ? original.view_as(original) : original;
-    };
-    const at::Tensor inputs[] = {alias(x), alias(weight), alias(bias), alias(residual)};
+    const auto alias = [](const at::Tensor& original) { return original.defined() ? original.view_as(original) : original; };
+    const at::Tensor inputs[] = {alias(x.unpack()), alias(weight.unpack()), alias(bias.unpack()), alias(residual_for_gradient())};
     const at::Tensor of_two_slopes = mask.unpack();
     at::Tensor output = normalised(inputs[0], inputs[1], inputs[2]);
     at::Tensor grad_output = grad_y;
@@ -188,11 +191,11 @@ Result batch_norm_act(const at::Tensor& x, const OptionalTensor& running_mean, c
     const int passes = 1 + std::max(passes_of(x), passes_of(residual.value_or(at::Tensor())));
     if (passes <= kMostPasses) node->passes = passes;
   }
-  if (act == "elu" || act == "swish" || node->passes > 0) node->residual = keep(residual);
   node->training = training;
   node->eps = eps;
   node->act = std::string(act);
   node->act_param = act_param;
+  if (node->keeps_residual() || node->passes > 0) node->residual = keep(residual);
   Result result = compute();
   const auto& [y, mean, invstd, mask] = result;
   node->mean = keep(mean);
