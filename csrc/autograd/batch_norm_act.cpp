@@ -32,8 +32,8 @@ struct BatchNormActGradient : Gradient<BatchNormActGradient> {
   double eps;
   std::string act;
   double act_param;
-  // Passes that computing the output again takes, those of recomputed inputs among them; 0 where it is kept. Only of a node with passes, the
-  // memory of the output.
+  // Passes that computing the output again takes, those of recomputed inputs among them; 0 where it is kept. Of a node with passes, the
+  // output's memory.
   int passes = 0;
   c10::weak_intrusive_ptr<c10::StorageImpl> storage{c10::intrusive_ptr<c10::StorageImpl>()};
 
@@ -138,8 +138,8 @@ bool is_recomputing() {
          hooks.stack.top().first.ptr(getPyInterpreter()) == recomputing_hook;
 }
 
-// The passes of x where it is an output to be recomputed, still as forward left it; else 0. What has been written since has another version,
-// what was assigned to x.data lies elsewhere.
+// The passes of x where it is an output to be recomputed, still as forward left it; else 0. What was written has another version, what was
+// assigned to x.data lies elsewhere.
 int passes_of(const at::Tensor& x) {
   if (!x.defined() || x.is_view()) return 0;
   const auto* node = dynamic_cast<const BatchNormActGradient*>(torch::autograd::impl::grad_fn_unsafe(x));

@@ -15,8 +15,8 @@ struct Packed {
   decltype(torch::autograd::Edge::function) node;
 };
 
-// The pair of hooks, as torch.autograd.graph.saved_tensors_hooks has them. A tensor that is kept is checked for changes in place as if there
-// were no hooks; torch leaves that to them.
+// The pair of hooks, as torch.autograd.graph.saved_tensors_hooks has them. What is kept is checked for changes in place,
+// which torch leaves to hooks.
 Packed pack(const at::Tensor& x);
 at::Tensor unpack(const Packed& packed);
 
