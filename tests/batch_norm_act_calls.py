@@ -33,12 +33,16 @@ def with_element(normal, index, value):
     return changed
 
 
-def hard_input(name, shape, dtype=torch.float32, channels_last=False):
-    torch.manual_seed(3)
-    x = HARD_INPUTS[name](torch.randn(shape)).to(dtype)
+def laid_out(x, channels_last):
+    """x in one of the two layouts that the kernels have."""
     if not channels_last:
         return x
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.t().contiguous().t()
+
+
+def hard_input(name, shape, dtype=torch.float32, channels_last=False):
+    torch.manual_seed(3)
+    return laid_out(HARD_INPUTS[name](torch.randn(shape)).to(dtype), channels_last)
 
 
 def arguments(shape, dtype=torch.float32, *, x=None, residual=False, seed=0):

@@ -24,8 +24,8 @@ from torch.testing._internal.common_utils import DeterministicGuard
 from torch.utils.checkpoint import checkpoint
 
 import gradkernels as gk
-from accuracy import SIXTEEN_BITS, assert_accurate, assert_bitwise_equal, exact_batch_norm_act, outcome
-from batch_norm_act_calls import ACTS, HARD_INPUTS, arguments, call, cast, hard_input, judged, without_kinks
+from accuracy import SIXTEEN_BITS, ULP_BOUND, assert_accurate, assert_bitwise_equal, exact_batch_norm_act, outcome
+from batch_norm_act_calls import ACTS, HARD_INPUTS, arguments, call, cast, hard_input, judged, laid_out, without_kinks
 from gradkernels import reference
 from memory import saved_by
 
@@ -33,6 +33,7 @@ OPS = torch.ops.gradkernels
 
 TWO_SLOPES = ("relu", "relu6", "leaky_relu")
 DTYPES = [torch.float32, torch.float64]
+OPERANDS = ("x", "running_mean", "running_var", "weight", "bias", "residual")
 MODULES = {2: (gk.BatchNormAct1d, nn.BatchNorm1d), 3: (gk.BatchNormAct1d, nn.BatchNorm1d)}
 MODULES |= {4: (gk.BatchNormAct2d, nn.BatchNorm2d), 5: (gk.BatchNormAct3d, nn.BatchNorm3d)}
 
@@ -202,10 +203,62 @@ def test_nan_and_inf(value, training, act):
                 continue
             for touched in (0, 2):
                 our, their = (each[name].select(channel, touched) for each in (ours, theirs))
-                # Merged from parts, a mean of inf is nan.
-                if name == "running_mean":
-                    our, their = our.isfinite(), their.isfinite()
                 assert_close(our, their, rtol=1e-4, atol=1e-4, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# The values that one channel has beside finite ones, from its first element on or to its last.
+MET = {"inf": [math.inf], "-inf": [-math.inf], "both": [math.inf, -math.inf], "twice": [math.inf] * 2, "nan": [math.inf, math.nan]}
+
+
+@pytest.mark.parametrize("met", MET.values(), ids=MET)
+@pytest.mark.parametrize("dtype", [*DTYPES, *SIXTEEN_BITS], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_running_statistics_of_infinities(channels_last, dtype, met):
+    """A mean is inf or nan as torch's is, whichever tile, slab or column they meet in; torch's is that of both layouts."""
+    # The last is cut into slabs.
+    for shape in ((9, 5), (4, 5, 7, 7), (2, 3, 56, 56), *([(2, 2, 364, 365)] if dtype == torch.float32 else [])):
+        parameters = dtype if dtype in DTYPES else torch.float32
+        given = arguments(shape, parameters)
+        given |= {name: given[name].to(dtype) for name in ("x", "grad_y")}
+        clean = call(gk.batch_norm_act, given | {"x": laid_out(given["x"], channels_last)}, True, "identity")
+        for places in ((0, 1), (0, -1), (-2, -1)):
+            x = given["x"].clone()
+            for place, value in zip(places, met, strict=False):
+                of_channel = x[:, 1].clone()
+                of_channel.view(-1)[place] = value
+                x[:, 1] = of_channel
+            theirs = call(reference.batch_norm_act, given | {"x": x}, True, "identity")
+            ours = call(gk.batch_norm_act, given | {"x": laid_out(x, channels_last)}, True, "identity")
+            for name in ("running_mean", "running_var"):
+                assert_bitwise_equal(name, ours[name][1], theirs[name][1])
+            for name, tensor in bits_of(ours).items():
+                channel = 1 if tensor.dim() > 1 else 0
+                assert_bitwise_equal(name, tensor.select(channel, 0), clean[name].select(channel, 0))
+                if not name.startswith("running"):
+                    assert not tensor.select(channel, 1).isfinite().any() or name == "grad_bias", name
+
+
+# What x, grad_y and weight are multiplied by.
+SCALES = [
+    *[(1e-40, 1, 1), (1e-25, 1, 1), (1e20, 1, 1), (1e25, 1, 1), (1e30, 1, 1), (1e36, 1, 1)],
+    *[(1, 1e-30, 1), (1, 1e-25, 1), (1, 1e25, 1), (1, 1e30, 1), (1, 1, 1e-30), (1, 1, 1e-25), (1, 1, 1e25), (1, 1, 1e30)],
+    *[(1e12, 1e-20, 1), (1e15, 1e-10, 1), (1e17, 1e-8, 1), (1e16, 1, 1e-10), (1e25, 1, 1e25), (1e25, 1e-10, 1), (1e-25, 1e25, 1)],
+]
+
+
+@pytest.mark.parametrize("scales", SCALES, ids=str)
+@pytest.mark.parametrize("shape", [(8, 2, 90, 91), (64, 16, 7, 7)], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_gradients_at_the_ends_of_the_range(channels_last, shape, scales):
+    """Where everything returned is a normal float32. torch loses x beyond 1e17, and counts for nothing here."""
+    of_x, of_grad_y, of_weight = scales
+    given = arguments(shape)
+    given["x"] = (given["x"].double() * of_x).float()
+    given["grad_y"] = (given["grad_y"].double() * of_grad_y).float()
+    given["weight"] = (given["weight"].double() * of_weight).float()
+    given["x"] = laid_out(given["x"], channels_last)
+    for act in ("leaky_relu", "swish"):
+        assert_all_accurate(given, True, act, most=ULP_BOUND)
 
 
 @pytest.mark.parametrize("shape", [(8, 3, 56, 56), (2, 1, 300, 300), (1000, 300), (32, 64, 7, 7), (100_003, 2)], ids=str)
@@ -696,6 +749,18 @@ def test_gradcheck_of_other_shapes(training):
 
 
 @each_training
+@each_residual
+@each_act
+def test_gradcheck_of_channels_last(act, residual, training):
+    function, inputs = differentiable(act, training, shape=(3, 3, 2, 2), residual=residual)
+    inputs = tuple(
+        each.detach().contiguous(memory_format=torch.channels_last).requires_grad_() if each.dim() == 4 else each for each in inputs
+    )
+    assert gradcheck(function, inputs, fast_mode=True, check_batched_grad=True)
+    assert gradgradcheck(function, inputs, fast_mode=True)
+
+
+@each_training
 @each_act
 def test_second_derivatives_are_torchs(act, training):
     given = arguments((4, 3, 5), torch.float64, residual=True)
@@ -747,8 +812,12 @@ def opcheck_samples():
                 for name in ("x", "weight", "bias", "residual"):
                     if given[name] is not None:
                         given[name].requires_grad_(requires_grad)
-                operands = [given[name] for name in ("x", "running_mean", "running_var", "weight", "bias", "residual")]
-                yield (*operands, torch.tensor(3), training, None if requires_grad else 0.1, 1e-5, act, ACTS[act] or 0.0)
+                rest = (torch.tensor(3), training, None if requires_grad else 0.1, 1e-5, act, ACTS[act] or 0.0)
+                yield (*(given[name] for name in OPERANDS), *rest)
+                if len(shape) == 4 and residual:
+                    for name in ("x", "residual"):
+                        given[name] = given[name].detach().contiguous(memory_format=torch.channels_last).requires_grad_(requires_grad)
+                    yield (*(given[name] for name in OPERANDS), *rest)
     x = torch.randn(4, 3, 5, 5, requires_grad=True)
     plain = (True, 0.1, 1e-5, "leaky_relu", 0.01)
     yield (x, None, None, None, None, None, None, *plain)
@@ -765,10 +834,12 @@ def test_opcheck():
 
 @each_training
 @pytest.mark.parametrize("act", ["relu", "swish"])
-def test_opcheck_of_backward(act, training):
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_opcheck_of_backward(memory_format, act, training):
     for residual in (False, True):
         given = arguments((4, 3, 5, 5), residual=residual)
-        forward = [given[name] for name in ("x", "running_mean", "running_var", "weight", "bias", "residual")]
+        given |= {name: given[name].contiguous(memory_format=memory_format) for name in ("x", "grad_y")}
+        forward = [given[name] for name in OPERANDS]
         forward[0] = forward[0].requires_grad_()
         _, mean, invstd, mask = OPS.batch_norm_act(*forward, None, training, 0.1, 1e-5, act, ACTS[act] or 0.0)
         operands = [given[name].detach() for name in ("grad_y", "x")]
@@ -1000,22 +1071,40 @@ def test_backward_again_and_after_it_was_freed():
 # torch's own samples
 
 
+# The operator as torch's own, and with all that it has beside.
+each_use = pytest.mark.parametrize("act,residual", [("identity", False), ("relu", True), ("swish", True)])
+
+
 @each_dtype
-def test_op_db_samples(dtype):
+@each_use
+def test_op_db_samples(act, residual, dtype):
     op = next(op for op in op_db if op.name == "nn.functional.batch_norm" and op.variant_test_name == "")
     samples = list(op.sample_inputs("cpu", dtype, requires_grad=True))
     assert len(samples) >= 12
+
+    def ours(x, *operands, residual, **options):
+        return gk.batch_norm_act(x, *operands, **options, act=act, act_param=ACTS[act], residual=residual)
+
+    def torchs(x, *operands, residual, **options):
+        z = F.batch_norm(x, *operands, **options)
+        return reference.ACTIVATIONS[act][1](z if residual is None else z + residual, ACTS[act])
+
     for sample in samples:
-        for each in (sample, sample.noncontiguous()):
+        in_formats = [sample, sample.noncontiguous()]
+        if sample.input.dim() in MEMORY_FORMATS:
+            memory_format = MEMORY_FORMATS[sample.input.dim()]
+            in_formats.append(sample.transform(lambda x, to=memory_format: x.contiguous(memory_format=to) if x.dim() > 3 else x))
+        for each in in_formats:
             results = []
-            for function in (gk.batch_norm_act, F.batch_norm):
+            added = torch.randn_like(each.input) if residual else None
+            for function in (ours, torchs):
                 running_mean, running_var, weight, bias = (None if arg is None else arg.detach().clone() for arg in each.args)
                 leaves = [each.input.detach().clone(memory_format=torch.preserve_format).requires_grad_()]
                 leaves += [tensor.requires_grad_() for tensor in (weight, bias) if tensor is not None]
-                extra = {"act": "identity"} if function is gk.batch_norm_act else {}
+                leaves += [added.clone().requires_grad_()] if residual else []
 
-                def run(function=function, leaves=leaves, stats=(running_mean, running_var), affine=(weight, bias), extra=extra, each=each):
-                    y = function(leaves[0], *stats, *affine, **each.kwargs, **extra)
+                def run(function=function, leaves=leaves, stats=(running_mean, running_var), affine=(weight, bias), each=each):
+                    y = function(leaves[0], *stats, *affine, **each.kwargs, residual=leaves[-1] if residual else None)
                     return y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y)), *(stat for stat in stats if stat is not None)
 
                 results.append(outcome(run))
@@ -1032,24 +1121,34 @@ def test_op_db_has_no_error_inputs():
 
 @each_dtype
 @each_training
+@each_use
 @pytest.mark.parametrize("dim", [3, 4, 5])
-def test_module_db_inputs(dim, training, dtype):
+def test_module_db_inputs(dim, act, residual, training, dtype):
     module_class, torch_class = MODULES[dim]
     info = next(info for info in module_db if info.module_cls is torch_class)
     inputs = info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=training)
     assert len(inputs) >= 7
     for each in inputs:
         constructor, (x,) = each.constructor_input, each.forward_input.args
-        module = module_class(*constructor.args, **constructor.kwargs, dtype=dtype, act="identity").train(training)
-        torch_module = torch_class(*constructor.args, **constructor.kwargs, dtype=dtype).train(training)
-        module.load_state_dict(torch_module.state_dict())
-        results = []
-        for cls in (module, torch_module):
-            leaf = x.detach().clone().requires_grad_()
-            y = cls(leaf)
-            y.backward(torch.linspace(-1, 1, y.numel(), dtype=dtype).view(y.shape))
-            results.append((y, leaf.grad, [parameter.grad for parameter in cls.parameters()], cls.state_dict()))
-        assert_close(results[0], results[1], msg=lambda text, each=each: f"{each.desc}: {text}")
+        formats = [torch.contiguous_format, *([MEMORY_FORMATS[x.dim()]] if x.dim() in MEMORY_FORMATS else [])]
+        for memory_format in formats:
+            module = module_class(*constructor.args, **constructor.kwargs, dtype=dtype, act=act, act_param=ACTS[act]).train(training)
+            torch_module = torch_class(*constructor.args, **constructor.kwargs, dtype=dtype).train(training)
+            module.load_state_dict(torch_module.state_dict())
+            grad_y = torch.linspace(-1, 1, x.numel(), dtype=dtype).view(x.shape)
+            added = torch.randn_like(x)
+            results = []
+            for cls in (module, torch_module):
+                leaves = [each.detach().clone().contiguous(memory_format=memory_format).requires_grad_() for each in (x, added)]
+                if not residual:
+                    leaves.pop()
+                if cls is module:
+                    y = cls(*leaves)
+                else:
+                    y = reference.ACTIVATIONS[act][1](cls(leaves[0]) + leaves[1] if residual else cls(leaves[0]), ACTS[act])
+                y.backward(grad_y)
+                results.append((y, [leaf.grad for leaf in leaves], [parameter.grad for parameter in cls.parameters()], cls.state_dict()))
+            assert_close(results[0], results[1], msg=lambda text, each=each: f"{each.desc}: {text}")
 
 
 # modules

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from accuracy import SIXTEEN_BITS, assert_accurate, assert_bitwise_equal, exact_batch_norm_act
+from accuracy import SIXTEEN_BITS, ULP_BOUND, assert_accurate, assert_bitwise_equal, exact_batch_norm_act
 from batch_norm_act_calls import ACTS, HARD_INPUTS, arguments, cast, hard_input, scales_of, without_kinks
 from batch_norm_act_calls import call as call_operator
 from gradkernels import reference
@@ -221,22 +221,41 @@ def test_statistics_of_hard_inputs(call, guarded, monkeypatch, dtype, gpu, input
 
 
 @each_gpu
-def test_nan_and_infinity_stay_in_their_channel(call, guarded, monkeypatch, gpu):
-    for shape in ((70, 20, 1), (3, 9, 49), (2, 5, 136)):
+@each_dtype
+def test_nan_and_infinity_stay_in_their_channel(call, guarded, monkeypatch, gpu, dtype):
+    for shape in ((70, 20, 1), (3, 9, 49), (2, 9, 136), (3, 7, 8193)):
         become(monkeypatch, gpu, shape)
-        given = arguments(shape)
+        given = cast(arguments(shape), dtype)
         clean = Kernels(call, guarded, given, "identity")
         clean.forward(True)
+        given["x"] = given["x"].clone()
         given["x"][1, 2, 0], given["x"][0, 4, -1] = math.nan, math.inf
+        given["x"][0, 5, 0] = given["x"][-1, 5, -1] = -math.inf
+        given["x"][0, 6, 0], given["x"][-1, 6, -1] = math.inf, -math.inf
         kernels = Kernels(call, guarded, given, "identity")
         kernels.forward(True)
         kernels.backward(True)
         touched = torch.zeros(shape[1], dtype=torch.bool)
-        touched[[2, 4]] = True
+        touched[[2, 4, 5, 6]] = True
+        assert_bitwise_equal("mean", kernels.mean[touched], torch.tensor([math.nan, math.inf, -math.inf, math.nan], dtype=torch.float64))
+        assert_bitwise_equal("running_mean", kernels.result()["running_mean"][touched], kernels.mean[touched].to(dtype))
         y, clean_y = kernels.result()["y"], clean.result()["y"]
         assert y[:, touched].isnan().all() and kernels.result()["grad_x"][:, touched].isnan().all()
         assert_bitwise_equal("y elsewhere", y[:, ~touched], clean_y[:, ~touched])
         assert kernels.invstd.isnan().equal(touched) and kernels.result()["running_var"].isnan().equal(touched)
+
+
+@each_gpu
+def test_gradients_of_large_x(call, guarded, monkeypatch, gpu):
+    """grad_x at the end of test_gradients_at_the_ends_of_the_range that the slope of x decides about."""
+    for shape, (of_x, of_grad_y) in itertools.product([(700, 9, 1), (2, 3, 2731)], [(1e12, 1e-20), (1e15, 1e-10), (1e17, 1e-8)]):
+        become(monkeypatch, gpu, shape)
+        given = arguments(shape)
+        given = without_kinks(given | {"x": given["x"] * of_x, "grad_y": given["grad_y"] * of_grad_y}, True, "leaky_relu")
+        kernels = Kernels(call, guarded, given, "leaky_relu")
+        kernels.forward(True)
+        kernels.backward(True)
+        assert_all_accurate(kernels.result(), given, True, "leaky_relu", most=ULP_BOUND)
 
 
 def test_statistics_in_evaluation_are_those_given(call, guarded):
@@ -343,6 +362,19 @@ def test_parts_for_many_processes(call, guarded, monkeypatch, dtype):
         found |= {"grad_weight": (total[channels:] * invstd).to(dtype), "grad_bias": total[:channels].to(dtype)}
         found |= dict(zip(("running_mean", "running_var"), running, strict=True))
         assert_all_accurate(found, given, True, act)
+
+
+def test_moments_of_infinities(call, guarded):
+    """Of an infinity on one process, on two, and of two that differ."""
+    means = torch.tensor([[math.inf, 1.0, -math.inf, math.inf, 2.0], [3.0, -math.inf, -math.inf, -math.inf, 4.0]], dtype=torch.float64)
+    m2 = torch.where(means.isinf(), math.nan, 1.0)
+    moments = guarded.copy(torch.cat([torch.full((2, 1), 4.0, dtype=torch.float64), means, m2], 1).view(-1))
+    running = [guarded.copy(torch.full((5,), 0.5)) for _ in range(2)]
+    mean, invstd = (guarded.empty(5, torch.float64) for _ in range(2))
+    call("batch_norm_act_gather_stats", torch.float32, 5, 2, moments, 0.1, 1e-2, *running, None, mean, invstd)
+    assert_bitwise_equal("mean", mean, torch.tensor([math.inf, -math.inf, -math.inf, math.nan, 3.0], dtype=torch.float64))
+    assert_bitwise_equal("running_mean", running[0].isfinite(), mean.isfinite())
+    assert invstd.isnan().tolist() == running[1].isnan().tolist() == [True] * 4 + [False]
 
 
 def test_moments_of_one_value_and_of_none(call, guarded):

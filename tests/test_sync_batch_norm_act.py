@@ -430,18 +430,25 @@ def check_few_values(group):
 
 
 def check_nan_and_inf(group):
-    """On one rank only; every rank's output of that channel is lost, and the other channels are untouched."""
+    """On one rank only, or on two; every rank's output of that channel is lost, its running mean torch's, the others untouched."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
-    for value in (float("nan"), float("inf"), float("-inf")):
+    nan, inf = float("nan"), float("inf")
+    for first, last in ((None, nan), (None, inf), (-inf, None), (-inf, -inf), (inf, -inf)):
         given = arguments((8, 3, 2))
         clean = given["x"].clone()
-        given["x"][-1, 1, 0] = value
+        for sample, value in ((0, first), (-1, last)):
+            if value is not None:
+                given["x"][sample, 1, 0] = value
         mine = share_of(rank, world, 8, "even")
-        y = module_of(given, "identity", process_group=group)(given["x"][mine])
-        expected = module_of(given, "identity", process_group=group)(clean[mine])
-        assert y[:, 1].isnan().all()
+        bn, expected_bn = (module_of(given, "identity", process_group=group) for _ in range(2))
+        y, expected = bn(given["x"][mine]), expected_bn(clean[mine])
+        assert y[:, 1].isnan().all() and bn.running_var[1].isnan()
+        running_mean = given["running_mean"].clone()
+        nn.functional.batch_norm(given["x"], running_mean, given["running_var"].clone(), training=True)
+        assert_bitwise_equal("running_mean", bn.running_mean[1], running_mean[1])
         for channel in (0, 2):
             assert_bitwise_equal("y", y[:, channel], expected[:, channel])
+            assert_bitwise_equal("running_mean", bn.running_mean[channel], expected_bn.running_mean[channel])
 
 
 def check_half_types(group):

@@ -21,11 +21,26 @@ void use_running_statistics(const BatchNormForward& p) {
   });
 }
 
+// Those of a channel once its slabs are merged. Where float32 had no number for a square, or there was none to begin with, they are taken
+// anew.
+math::Moments<double> moments_of_channel(const BatchNormForward& p, int64_t channel, const math::Moments<double>& merged) {
+  if (math::zero_unless_finite(merged.m2) == merged.m2) return math::rounded(merged);
+  return dispatch(p.dtype, [&](auto zero) {
+    const auto each = [&](const auto& function) {
+      for (int64_t row = 0; row < p.shape.rows; ++row) {
+        const auto* run = static_cast<const decltype(zero)*>(p.x) + (row * p.shape.channels + channel) * p.shape.inner;
+        for (int64_t i = 0; i < p.shape.inner; ++i) {
+          if (!function(static_cast<double>(run[i]))) return;
+        }
+      }
+    };
+    return math::rounded(math::moments_of(merged.count, each));
+  });
+}
+
 void finish_channel(const BatchNormForward& p, int64_t channel, const math::Moments<double>& moments) {
-  const double mean = moments.mean + moments.mean_low;
-  p.mean[channel] = mean;
-  const double m2 = moments.m2 + moments.m2_low;
-  p.invstd[channel] = math::inverse_std_of_batch(m2 / moments.count, p.eps);
+  p.mean[channel] = moments.mean;
+  p.invstd[channel] = math::inverse_std_of_batch(moments.m2 / moments.count, p.eps);
   const double momentum = p.batches == nullptr ? p.momentum : math::cumulative_momentum(static_cast<double>(*p.batches));
   dispatch(p.parameter_dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
@@ -34,8 +49,8 @@ void finish_channel(const BatchNormForward& p, int64_t channel, const math::Mome
       scalar_t& value = static_cast<scalar_t*>(running)[channel];
       value = static_cast<scalar_t>(math::update_running(static_cast<double>(value), observed, momentum));
     };
-    update(p.running_mean, mean);
-    update(p.running_var, m2 / (moments.count - 1.0));
+    update(p.running_mean, moments.mean);
+    update(p.running_var, moments.m2 / (moments.count - 1.0));
   });
 }
 
@@ -82,7 +97,7 @@ void batch_norm_act_forward(const BatchNormForward& p) {
     reduce_then_apply<math::Moments<double>>(
         slabs, p.shape.channels, /*copy_bytes=*/0,
         [&](Slab slab, math::Moments<double>* out, void*) { isa.batch_norm_moments(p, slab, out); },
-        [&](int64_t channel, const math::Moments<double>& moments) { finish_channel(p, channel, moments); },
+        [&](int64_t channel, const math::Moments<double>& merged) { finish_channel(p, channel, moments_of_channel(p, channel, merged)); },
         [&](Slab slab, const math::Moments<double>*, const void*) { isa.batch_norm_normalise(p, slab); });
   } else {
     use_running_statistics(p);
@@ -118,9 +133,10 @@ void batch_norm_act_stats(const BatchNormForward& p, double* moments) {
   reduce_then_apply<math::Moments<double>>(
       Slabs(p.shape), channels, /*copy_bytes=*/0,
       [&](Slab slab, math::Moments<double>* out, void*) { isa.batch_norm_moments(p, slab, out); },
-      [&](int64_t channel, const math::Moments<double>& found) {
-        moments[1 + channel] = found.mean + found.mean_low;
-        moments[1 + channels + channel] = found.m2 + found.m2_low;
+      [&](int64_t channel, const math::Moments<double>& merged) {
+        const math::Moments<double> found = moments_of_channel(p, channel, merged);
+        moments[1 + channel] = found.mean;
+        moments[1 + channels + channel] = found.m2;
       },
       [](Slab, const math::Moments<double>*, const void*) {});
 }
@@ -134,7 +150,7 @@ void batch_norm_act_gather_stats(const BatchNormForward& p, int64_t ranks, const
       if (of_rank[0] > 0.0) merged = math::merge(merged, {of_rank[0], of_rank[1 + c], of_rank[1 + channels + c], 0.0, 0.0});
     }
     if (merged.count > 0.0) {
-      finish_channel(p, c, merged);
+      finish_channel(p, c, math::rounded(merged));
     } else {
       p.mean[c] = p.invstd[c] = 0.0;
     }

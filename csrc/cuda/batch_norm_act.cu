@@ -473,7 +473,8 @@ struct ForwardShared {
 //
 // A thread sums differences from the mean of the first tile that it loads, and their squares, an octet (or a tile's rows) in the computing
 // type and then in float64. Whatever the data, a tile of m of its n elements has M2 >= m (tile's mean - mean)^2: what cancels in the end is
-// at most n / m of what remains.
+// at most n / m of what remains. In float32 a square ends at 2^128: where x lies further than 1e19 from its mean, the variance is inf and y
+// the bias, as torch's are.
 template <typename scalar_t, bool kColumns, typename Keep>
 __device__ __forceinline__ math::Moments<double> part_moments(const Tiling& t, const Slab& slab, int64_t part, const scalar_t* x,
                                                               ForwardShared<kColumns, opmath_t<scalar_t>>& shared, const Keep& keep) {
@@ -515,7 +516,7 @@ __device__ __forceinline__ math::Moments<double> part_moments(const Tiling& t, c
             total += sum_of(value);
           }
         }
-        if (elements > 0) about[k] = total / static_cast<opmath>(elements);
+        if (elements > 0) about[k] = math::zero_unless_finite(total / static_cast<opmath>(elements));
       }
     }
     count += static_cast<double>(elements);
@@ -558,8 +559,9 @@ __device__ __forceinline__ math::Moments<double> part_moments(const Tiling& t, c
     math::Moments<double> mine{0.0, 0.0, 0.0, 0.0, 0.0};
     if (count > 0.0) mine = math::moments_about(static_cast<double>(about[k]), count, sum[k].total, squares[k].total);
     // Rounded here alone: what one thread of many loses counts for little, and shared memory is what slabs need.
-    mean[k] = mine.mean + mine.mean_low;
-    m2[k] = mine.m2 + mine.m2_low;
+    mine = math::rounded(mine);
+    mean[k] = mine.mean;
+    m2[k] = mine.m2;
   }
   shared.mean.put(mean);
   shared.m2.put(m2);
@@ -572,11 +574,6 @@ __device__ __forceinline__ math::Moments<double> part_moments(const Tiling& t, c
     return math::Moments<double>{shared.count[at.thread], shared.mean.value[at.place], shared.m2.value[at.place], 0.0, 0.0};
   });
   return found;
-}
-
-// The moments of all there is, whose low parts have done what they are for.
-__device__ __forceinline__ math::Moments<double> rounded(const math::Moments<double>& moments) {
-  return {moments.count, moments.mean + moments.mean_low, moments.m2 + moments.m2_low, 0.0, 0.0};
 }
 
 // Applied statistics and running ones, or `moments` of the schema where those are asked for; of a channel's rounded moments.
@@ -661,7 +658,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
   math::Moments<double> found = part_moments(t, slab, part, static_cast<const scalar_t*>(p.x), shared, [](int, const Octet<scalar_t>&) {});
   const Lane lane(t, slab);
   if (!merge_parts<opmath_t<scalar_t>>(t, lane, index, part, found, partial, counters, &shared.flag)) return;
-  if (lane.writes) finish_channel(p, moments, lane.channel, rounded(found));
+  if (lane.writes) finish_channel(p, moments, lane.channel, math::rounded(found));
 }
 
 // y = act(batch_norm(x) + residual) from mean and invstd; in evaluation these are first made of the running statistics
@@ -715,7 +712,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>) batch_norm_act_fo
   const Lane lane(t, slab);
   merge_cluster<opmath>(t, lane, found, shared.of_block);
   if (lane.writes) {
-    found = rounded(found);
+    found = math::rounded(found);
     if (part == 0) finish_channel(p, nullptr, lane.channel, found);
     shared.normalisation[lane.in_slab] =
         channel_normalisation<opmath>(p, lane.channel, found.mean, math::inverse_std_of_batch(found.m2 / found.count, p.eps));
@@ -1007,7 +1004,7 @@ __global__ void __launch_bounds__(kThreads) batch_norm_act_gather_stats_kernel(B
   // One value has no variance to average.
   if (merged.count <= 1.0) p.running_mean = p.running_var = nullptr;
   if (merged.count > 0.0) {
-    finish_channel(p, nullptr, channel, rounded(merged));
+    finish_channel(p, nullptr, channel, math::rounded(merged));
   } else {
     p.mean[channel] = p.invstd[channel] = 0.0;
   }

@@ -18,6 +18,11 @@ struct Moments {
   T m2_low;
 };
 
+// The same, each with its low part taken in.
+GK_HOST_DEVICE Moments<double> rounded(const Moments<double>& moments) {
+  return {moments.count, rounded(Sum<double>{moments.mean, moments.mean_low}), rounded(Sum<double>{moments.m2, moments.m2_low}), 0.0, 0.0};
+}
+
 // Moments of a tile from the sums of d = x - about and of d^2. `about` is near the tile's mean, so that nothing cancels: mean = about +
 // S/n, M2 = Q - S^2/n.
 template <typename T>
@@ -29,14 +34,14 @@ GK_HOST_DEVICE Moments<T> moments_about(T about, T count, T sum, T sum_of_square
 }
 
 // Moments of the union of two disjoint sets (Chan, Golub and LeVeque 1979); the second may not be empty. The products are grouped so that
-// an empty first set weighs nothing even where delta^2 overflows.
+// an empty first set weighs nothing even where delta^2 overflows. Means that are inf or nan add up as the elements would, and M2 is nan.
 template <typename T>
 GK_HOST_DEVICE Moments<T> merge(const Moments<T>& a, const Moments<T>& b) {
   const T count = a.count + b.count;
   const T weight = b.count / count;
   const T weight_low = fma(-weight, count, b.count) / count;
   Sum<T> delta{b.mean, b.mean_low - a.mean_low};
-  add(delta, -a.mean);
+  add(delta, -zero_unless_finite(a.mean));
   const T step = delta.high * weight;
   Sum<T> mean{a.mean, a.mean_low + (fma(delta.high, weight, -step) + fma(delta.high, weight_low, delta.low * weight))};
   add(mean, step);
@@ -85,6 +90,28 @@ GK_HOST_DEVICE Moments<double> moments_about(double about, double count, const S
   Sum<double> m2{sum_of_squares.high, sum_of_squares.low - (product.low + fma(sum.high, correction.low, sum.low * correction.high))};
   add(m2, -product.high);
   return {count, mean.high, m2.high, mean.low, m2.low};
+}
+
+// Moments of `count` elements, by way of float64 from the first of them on and one after another: of a channel with an inf or a nan, whose
+// mean is then their sum, or with squares beyond the largest number of the computing type. each(function) calls function(x) for the
+// elements in turn, until it is false.
+template <typename Each>
+GK_HOST_DEVICE Moments<double> moments_of(double count, const Each& each) {
+  double total = 0.0;
+  each([&](double x) {
+    total += x;
+    return total == total;
+  });
+  const double about = total / count;
+  if (zero_unless_finite(about) != about) return {count, about, about - about, 0.0, 0.0};
+  Sum<double> sum{0.0, 0.0}, squares{0.0, 0.0};
+  each([&](double x) {
+    const double difference = x - about;
+    add(sum, difference);
+    add(squares, difference * difference);
+    return true;
+  });
+  return moments_about(about, count, sum, squares);
 }
 
 // Moments of the union of many sets at once, without a division for each: the mean is the sum of total_of over all sets, divided by the
@@ -154,7 +181,8 @@ GK_HOST_DEVICE Normalisation<scalar_t> normalisation(double mean, double invstd,
 }
 
 // The sums behind every gradient, over a channel: S1 = sum dz, S2 = sum dz (x - mean), with dz the gradient at the output of the
-// normalisation. grad_bias = S1, grad_weight = invstd S2.
+// normalisation. grad_bias = S1, grad_weight = invstd S2. A term is a product in the computing type, and eight of them meet in it: from
+// 2^125 on, of float32, they may be inf, and the channel's gradients with them, as torch's are.
 struct GradientSums {
   double dz;
   double dz_x;
@@ -168,11 +196,12 @@ GK_HOST_DEVICE GradientSums about_mean(const GradientSums& about_mean_high, doub
 }
 
 // training:
-//   grad_x = weight invstd (dz - S1/N - (x - mean) invstd^2 S2/N) = fma(scale, dz - dz_mean_high, fma(slope, x - mean_high, offset))
+//   grad_x = weight invstd (dz - S1/N - (x - mean) invstd^2 S2/N) = fma(scale, fma(slope, x - mean_high, dz - dz_mean_high), offset)
 // evaluation:
 //   grad_x = weight invstd dz
 //
-// S1/N is split as the mean is: gradients that sit on a large common offset keep their digits.
+// S1/N is split as the mean is: gradients that sit on a large common offset keep their digits. slope is without the scale: with it, a
+// small gradient at a large x would take it below the smallest float32 (test_gradients_at_the_ends_of_the_range).
 template <typename T>
 struct InputGradient {
   T mean_high;
@@ -181,7 +210,7 @@ struct InputGradient {
   T slope;
   T offset;
 
-  GK_HOST_DEVICE T training(T dz, T x) const { return fma(scale, dz - dz_mean_high, fma(slope, x - mean_high, offset)); }
+  GK_HOST_DEVICE T training(T dz, T x) const { return fma(scale, fma(slope, x - mean_high, dz - dz_mean_high), offset); }
   // The statistics are constants: nothing of x passes, an inf included.
   GK_HOST_DEVICE T evaluation(T dz) const { return scale * dz; }
 
@@ -194,13 +223,13 @@ struct InputGradient {
 template <typename scalar_t>
 GK_HOST_DEVICE InputGradient<scalar_t> input_gradient(double mean, double invstd, double weight, double count, GradientSums sums) {
   const double scale = weight * invstd;
-  const double slope = -scale * invstd * invstd * (sums.dz_x / count);
+  const double slope = -invstd * invstd * (sums.dz_x / count);
   const double dz_mean = sums.dz / count;
   const scalar_t mean_high = static_cast<scalar_t>(mean);
   const scalar_t dz_mean_high = static_cast<scalar_t>(dz_mean);
   const double dz_mean_low = dz_mean - static_cast<double>(dz_mean_high);
   return {mean_high, dz_mean_high, static_cast<scalar_t>(scale), static_cast<scalar_t>(slope),
-          static_cast<scalar_t>(-scale * dz_mean_low - slope * mean_low<scalar_t>(mean))};
+          static_cast<scalar_t>(-scale * (dz_mean_low + slope * mean_low<scalar_t>(mean)))};
 }
 
 }  // namespace gradkernels::math

@@ -12,6 +12,21 @@ struct Sum {
   T low;
 };
 
+template <typename T>
+GK_HOST_DEVICE T zero_if_nan(T x) {
+  return select(x == x, x, T(0));
+}
+template <typename T>
+GK_HOST_DEVICE T zero_unless_finite(T x) {
+  return select(x - x == T(0), x, T(0));
+}
+
+// What a sum comes to. Beyond the largest number its low part may be nan; it then does not count.
+template <typename T>
+GK_HOST_DEVICE T rounded(const Sum<T>& sum) {
+  return sum.high + zero_if_nan(sum.low);
+}
+
 // sum <- sum + x, nearly exactly (Knuth's TwoSum). Beyond the largest number the error would be nan; it then does not count.
 template <typename T>
 GK_HOST_DEVICE void add(Sum<T>& sum, T x) {
@@ -19,7 +34,7 @@ GK_HOST_DEVICE void add(Sum<T>& sum, T x) {
   const T part_of_x = high - sum.high;
   const T lost = (sum.high - (high - part_of_x)) + (x - part_of_x);
   sum.high = high;
-  sum.low = sum.low + select(lost == lost, lost, T(0));
+  sum.low = sum.low + zero_if_nan(lost);
 }
 
 // Of two sums, the same bits whichever comes first.

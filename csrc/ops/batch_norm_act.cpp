@@ -399,14 +399,15 @@ at::Tensor in_double(const OptionalTensor& values, const at::Tensor& mean, doubl
   return is_given(values) ? values->to(at::kDouble) : at::full_like(mean, otherwise);
 }
 
-// math::moments_about, about the mean that ATen finds in x's own precision.
+// math::moments_about, about the mean that ATen finds in x's own precision; of an inf or a nan about 0, as math::zero_unless_finite has it.
 at::Tensor stats(const at::Tensor& x) {
   const at::TensorOptions options = x.options().dtype(at::kDouble);
   if (x.sym_numel() == 0) return at::zeros_symint({1 + 2 * x.sym_size(1)}, options);
   const c10::SymInt elements = x.sym_numel() / x.sym_size(1);
   const at::Tensor count = at::full_symint({c10::SymInt(1)}, at::Scalar(elements), options);
   const at::Tensor wide = x.to(opmath_type(x));
-  const at::Tensor about = wide.mean(reduced_dims(x));
+  const at::Tensor mean = wide.mean(reduced_dims(x));
+  const at::Tensor about = at::where(mean.isfinite(), mean, at::zeros_like(mean));
   const at::Tensor difference = wide - spread(about, x);
   const at::Tensor sum = difference.sum(reduced_dims(x), false, at::kDouble);
   const at::Tensor squares = difference.square().sum(reduced_dims(x), false, at::kDouble);
@@ -641,12 +642,12 @@ at::Tensor batch_norm_act_backward_elemt(const at::Tensor& grad_y, const at::Ten
     const parts::Normalised normalised(x, mean, invstd, weight, bias);
     const at::Tensor dz = normalised.gradient(grad_y, residual, activation(act, act_param));
     const std::vector<at::Tensor> mean_of = (sums / count).chunk(2);
-    const at::Tensor slope = -normalised.scale * invstd * invstd * mean_of[1];
+    const at::Tensor slope = -invstd * invstd * mean_of[1];
     const at::Tensor dz_mean_high = mean_of[0].to(dz.scalar_type());
-    const at::Tensor offset = -normalised.scale * (mean_of[0] - dz_mean_high.to(at::kDouble)) - slope * normalised.mean_low;
+    const at::Tensor offset = -normalised.scale * (mean_of[0] - dz_mean_high.to(at::kDouble) + slope * normalised.mean_low);
     const auto spread = [&](const at::Tensor& of_channels) { return parts::spread(of_channels.to(dz.scalar_type()), x); };
-    const at::Tensor of_x = at::addcmul(spread(offset), normalised.centred, spread(slope));
-    return parts::as_output(at::addcmul(of_x, dz - spread(dz_mean_high), spread(normalised.scale)), x);
+    const at::Tensor centred_dz = at::addcmul(dz - spread(dz_mean_high), normalised.centred, spread(slope));
+    return parts::as_output(at::addcmul(spread(offset), centred_dz, spread(normalised.scale)), x);
   }
   const Backward b(grad_y, x, mean, invstd, weight, bias, residual, mask, act, act_param, {true, false, false, false});
   const Operands operands(b.layout, x, residual, grad_y);
