@@ -1148,7 +1148,7 @@ def test_module_db_inputs(dim, act, residual, training, dtype):
                     y = reference.ACTIVATIONS[act][1](cls(leaves[0]) + leaves[1] if residual else cls(leaves[0]), ACTS[act])
                 y.backward(grad_y)
                 results.append((y, [leaf.grad for leaf in leaves], [parameter.grad for parameter in cls.parameters()], cls.state_dict()))
-            # Of hundreds of terms that cancel torch's float32 sums in channels_last lose more than assert_close has for one.
+            # Of hundreds of terms that cancel, torch's float32 sums lose more than assert_close allows one of them.
             tolerance = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
             assert_close(results[0], results[1], **tolerance, msg=lambda text, each=each: f"{each.desc}: {text}")
 
