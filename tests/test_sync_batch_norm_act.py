@@ -799,6 +799,26 @@ def test_composite_of_the_merge_keeps_the_statistics_where_there_is_no_variance(
         assert running[2] == 3
 
 
+@pytest.mark.parametrize("shape", [(12, 5), (12, 5, 7, 11), (12, 5, 1, 2, 1, 2)], ids=str)
+def test_moments_of_infinities(shape):
+    """By kernels and by composites: an infinity in one share, in two, two that differ in one share and in two, and none."""
+    x = torch.randn(shape)
+    for sample, channel, value in ((0, 0, np.inf), (1, 1, -np.inf), (9, 1, -np.inf), (0, 2, np.inf), (1, 2, -np.inf), (1, 3, np.inf)):
+        x[(sample, channel, *[-1] * (x.dim() - 2))] = value
+    x[-1, 3].fill_(-np.inf)
+    moments = torch.stack([OPS.batch_norm_act_stats(each) for each in x.split([5, 0, 7])])
+    nan = np.nan
+    assert_bitwise_equal("means", moments[0, 1:4], torch.tensor([np.inf, -np.inf, nan], dtype=torch.float64))
+    assert moments[0, 6:10].isnan().all() and moments[:, -1].isfinite().all()
+    for op in (OPS.batch_norm_act_gather_stats.default, elsewhere(OPS.batch_norm_act_gather_stats.default)):
+        running = torch.zeros(5), torch.ones(5)
+        mean, invstd, _ = op(moments, *running, None, 0.1, 1e-5)
+        for each in (mean, running[0].double()):
+            assert_bitwise_equal("mean", each[:4], torch.tensor([np.inf, -np.inf, nan, nan], dtype=torch.float64))
+        assert invstd.isnan().tolist() == running[1].isnan().tolist() == [True] * 4 + [False]
+        assert_close(mean[4], x[:, 4].double().mean())
+
+
 def test_merge_counts_batches_in_any_dtype():
     moments = OPS.batch_norm_act_stats(torch.randn(7, 3))[None]
     found = []
