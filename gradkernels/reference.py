@@ -101,6 +101,10 @@ def check_batch_norm_act(
     return act_param
 
 
+def contiguous(values: Tensor | None) -> Tensor | None:
+    return values.contiguous() if isinstance(values, Tensor) else values
+
+
 def batch_norm_act(
     x: Tensor,
     running_mean: Tensor | None,
@@ -126,6 +130,11 @@ def batch_norm_act(
         # torch writes the running statistics before it finds that one of the others is of another dtype or elsewhere.
         copied_mean, copied_var = (None if each is None else each.clone() for each in (running_mean, running_var))
         F.batch_norm(x, copied_mean, copied_var, weight, bias, True, momentum, eps)
+    # Of an (N, C) input torch's backward on the CPU reads them past their end where they are not contiguous. In training the statistics
+    # are written.
+    weight = contiguous(weight)
+    if not training:
+        running_mean, running_var = contiguous(running_mean), contiguous(running_var)
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     # nn.BatchNorm counts first; here a batch that was refused is not counted.
     if num_batches_tracked is not None:

@@ -337,6 +337,29 @@ def test_x_and_residual_of_different_layouts(training):
 
 
 @each_training
+@pytest.mark.parametrize("shape", [(6, 129), (4, 5, 6, 7)], ids=str)
+@pytest.mark.parametrize("function", [gk.batch_norm_act, reference.batch_norm_act], ids=["native", "reference"])
+def test_layout_of_parameters_and_statistics(function, shape, training):
+    """Of (N, C) torch's backward takes them for contiguous, and reads past their end: here into nan."""
+
+    def every_third(values):
+        return torch.stack([values, *[torch.full_like(values, math.nan)] * 2], 1)[:, 0]
+
+    given = arguments(shape)
+    expected = call(function, given, training, "elu")
+    for place, name in enumerate(["running_mean", "running_var", "weight", "bias"], 1):
+
+        def with_gaps(*operands, place=place, **options):
+            return function(*operands[:place], every_third(operands[place]), *operands[place + 1 :], **options)
+
+        actual = call(with_gaps, given, training, "elu")
+        for each in ("y", "grad_x", "grad_weight", "grad_bias"):
+            assert_close(
+                actual[each], expected[each], rtol=1e-5, atol=1e-5, msg=lambda text, name=name, each=each: f"{name}, {each}: {text}"
+            )
+
+
+@each_training
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4), (0, 3, 4, 4), (0, 3, 2, 2, 2), (2, 3, 0), (2, 3, 0, 4)], ids=str)
 def test_empty_batch(shape, training):
     given = arguments(shape, residual=True)

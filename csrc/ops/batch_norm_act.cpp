@@ -164,8 +164,12 @@ BatchNormActResult composite::batch_norm_act(const at::Tensor& x, const Optional
                       !per_channel(x, {running_mean, running_var, weight, bias});
   const OptionalTensor written_mean = copies ? OptionalTensor(running_mean->clone()) : running_mean;
   const OptionalTensor written_var = copies ? OptionalTensor(running_var->clone()) : running_var;
+  // ATen's backward of an (N, C) input reads them past their end where they are not contiguous. In training the statistics are written.
+  const auto contiguous = [](const OptionalTensor& values) { return is_given(values) ? OptionalTensor(values->contiguous()) : values; };
+  const OptionalTensor read_mean = training ? written_mean : contiguous(running_mean);
+  const OptionalTensor read_var = training ? written_var : contiguous(running_var);
   const at::Tensor z =
-      at::batch_norm(x, weight, bias, written_mean, written_var, training, factor, eps, at::globalContext().userEnabledCuDNN());
+      at::batch_norm(x, contiguous(weight), bias, read_mean, read_var, training, factor, eps, at::globalContext().userEnabledCuDNN());
   const at::Tensor y = add_and_activate(z, residual, act, act_param);
   if (copies) {
     running_mean->copy_(*written_mean);
