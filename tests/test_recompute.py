@@ -258,6 +258,9 @@ def test_every_third_output_of_a_chain_is_kept():
         for _ in range(3):
             z = normalised(z)
             found.append(is_recomputed(z))
+        # Of both together: two that are recomputed are two passes.
+        assert is_recomputed(normalised(normalised(), torch.zeros(4, 3, 5, 5)))
+        assert not is_recomputed(normalised(normalised(), normalised()))
     assert found == [True, True, False, True, True, False, True, True, False, True]
 
 

@@ -13,8 +13,6 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
-#include <algorithm>
-
 #include "autograd/function.h"
 #include "ops/composite.h"
 
@@ -127,7 +125,7 @@ struct BatchNormActGradient : Gradient<BatchNormActGradient> {
   }
 };
 
-// In a chain of residual blocks each output takes that of the block before: every third is kept, and no output costs more passes.
+// No output costs more. In a chain of residual blocks each takes that of the block before: every third is kept.
 constexpr int kMostPasses = 2;
 
 PyObject* recomputing_hook = nullptr;
@@ -174,7 +172,6 @@ Result batch_norm_act(const at::Tensor& x, const OptionalTensor& running_mean, c
                                                   momentum, eps, act, act_param);
   };
   if (!records(x, weight, bias, residual)) return compute();
-  // What may not be kept is an error before the running statistics are written.
   const bool recomputing = is_recomputing();
   const auto keep = [&](const OptionalTensor& input) {
     const at::Tensor tensor = input.value_or(at::Tensor());
@@ -184,11 +181,12 @@ Result batch_norm_act(const at::Tensor& x, const OptionalTensor& running_mean, c
     return SavedVariable(tensor, /*is_output=*/false);
   };
   const auto node = gradient_of<BatchNormActGradient>(x, weight, bias, residual);
+  // What may not be kept is an error before the running statistics are written.
   node->x = keep(x);
   node->weight = keep(weight);
   node->bias = keep(bias);
   if (recomputing) {
-    const int passes = 1 + std::max(passes_of(x), passes_of(residual.value_or(at::Tensor())));
+    const int passes = 1 + passes_of(x) + passes_of(residual.value_or(at::Tensor()));
     if (passes <= kMostPasses) node->passes = passes;
   }
   node->training = training;
