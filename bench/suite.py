@@ -158,13 +158,14 @@ def main(argv: list[str] | None = None) -> int:
                 record(folder, name, parts[name], options.quick, {})
         progress.update(task, description="bench", completed=done)
 
+    here = slug(machine())
     if failed:
-        name = slug(machine())
-        parts.setdefault(name, recorded(folder, name, options.quick))
+        parts.setdefault(here, recorded(folder, here, options.quick))
     for name, each in parts.items():
         if not each:
             continue
-        results = record(folder, name, each, options.quick, failed)
+        # A GPU's figures are there or not: what failed is told of beside the processor's.
+        results = record(folder, name, each, options.quick, failed if name == here else {})
         drawn = pictures.draw(results, folder, name)
         (folder / f"{name}.md").write_text(table.markdown(results, drawn))
         for path in (folder / f"{name}.json", folder / f"{name}.md", *drawn):

@@ -634,6 +634,9 @@ def test_a_gpu_has_a_file_of_its_own(scripts):
     assert suite.main([]) == 0
     assert list(recorded(scripts)[0]["scripts"]) == ["activation", "clip_grad"]
     assert list(recorded(scripts, "a-gpu")[0]["scripts"]) == ["cuda"]
+    (scripts / "bench_activation.fails").touch()
+    assert suite.main([]) == 1
+    assert list(recorded(scripts)[0]["failed"]) == ["activation"] and recorded(scripts, "a-gpu")[0]["failed"] == {}
 
 
 # the command
