@@ -161,7 +161,7 @@ def test_a_training_step_is_the_same_to_the_bit_and_less_is_kept(name):
     assert_same_step(model, recomputing, x, gk.recompute())
 
 
-def test_a_resnet_50_keeps_a_quarter_less_than_torchs():
+def test_a_resnet_50_keeps_30_percent_less_than_torchs():
     model, x = resnet50(width=16), torch.randn(2, 3, 64, 64)
 
     def forward():
