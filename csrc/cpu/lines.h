@@ -123,7 +123,7 @@ GK_INLINE void for_each_position(const Lines& lines, Streamed<scalar_t> streamed
   for (int64_t row = lines.row_begin; row < lines.row_end; ++row) {
     Position begin = position_of_row(lines, row, elements_to_next_run(lines, row));
     const int64_t turn = streamed.begin(begin.element, lines.begin, lines.end);
-    // Before the turn there is less than a vector, or of 16 bits perhaps more.
+    // Before the turn there is less than a vector, for which 16 bits have no instruction.
     begin.past_caches = turn < lines.end && sizeof(scalar_t) > 2;
     for (int64_t from = lines.begin, to = turn; from < lines.end; from = to, to = lines.end) {
       for_each_vector<opmath_t<scalar_t>>(from, to, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA { function(advanced(begin, i), lanes); });

@@ -156,7 +156,7 @@ struct Vec {
     return x;
   }
 
-  // Of nan too.
+  // Of nan too: an addition to its bits may make a number of it.
   friend GK_INLINE bool has_far_exponent(Vec n) {
     const Vec bound(T(math::kFarExponent));
 #if defined(__x86_64__)
@@ -390,7 +390,7 @@ GK_INLINE void store(T* target, SomeLanes lanes, Vec<opmath_t<T>> value) {
 }
 
 // Past the caches: without reading the target's line first, which for an output too large to stay in cache is a third of the traffic. Other
-// cores see it after stream_fence. The target is aligned to the register.
+// cores see it after stream_fence. The target is aligned to what a register of opmath leaves in memory.
 template <typename T>
 GK_INLINE void stream(T* target, Vec<opmath_t<T>> value) {
 #if defined(__x86_64__)
