@@ -1,10 +1,10 @@
 """Clipping the gradients of real models, when they are short enough and when they are not, reports of them, and optimizers with clipping.
 
-Least traffic, G = bytes of all gradients: 1G when nothing is clipped, 3G when everything is scaled; torch always moves 3G. Clamping reads
-1G and writes the few elements that lie beyond; torch writes all of them. A report is 1G, several in torch's operators. A step of
-RMSprop reads parameter, gradient and average and writes two of them, 5G; AdamW reads four and writes three, and writes the gradients that
-it scales, 8G. Taking the norm first is 1G more. Beside them stand torch's own other forms: one tensor after the other where its default
-works on lists (foreach), and on lists where its default does not.
+Least traffic, G = bytes of all gradients: 1G when nothing is clipped, 3G when everything is scaled; torch always moves 3G. Clamping is
+counted as 1G, what has to be read: ours writes blocks of 1,024 elements with one beyond the bound, here all of them, torch every element
+in any case. A report is 1G, several in torch's operators. A step of RMSprop reads parameter, gradient and average and writes two of them,
+5G; AdamW reads four and writes three, and writes the gradients that it scales, 8G. Taking the norm first is 1G more. Beside them stand
+torch's own other forms: one tensor after the other where its default works on lists (foreach), and on lists where its default does not.
 """
 
 from collections.abc import Callable
