@@ -116,7 +116,7 @@ def rows_of(name: str, quick: bool, until: float) -> tuple[list[Row], list[Opera
         {provider: partial(each.step, x) for provider, each in providers.items()}, {}, *((2, 0.1) if quick else (9, 1.0)), until
     )
     spreads = {provider: spread(each) for provider, each in times.items()}
-    profiled = {provider: operators(name, provider, each, x, 1 if quick else 5) for provider, each in providers.items()}
+    profiled = {provider: operators(name, provider, each, x, 1 if quick else 3) for provider, each in providers.items()}
     part = {provider: sum(each.ms for each in rows) for provider, rows in profiled.items()}
     rows = []
     for provider in providers:
