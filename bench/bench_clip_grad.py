@@ -195,7 +195,7 @@ def clamping_case(model: str) -> Case:
     shapes = MODELS[model]()
     drawn = values_like(shapes)
     clip_functions = {"eager": torch.nn.utils.clip_grad_value_, "gradkernels": gk.clip_grad_value_}
-    providers = {}
+    providers, prepare = {}, {}
     for provider, clip in clip_functions.items():
         parameters = parameters_like(*drawn)
         bound = [2.0]
@@ -204,7 +204,12 @@ def clamping_case(model: str) -> Case:
             bound[0] *= 0.999
             clip(parameters, bound[0])
 
-        providers[provider] = step
+        def refill(parameters: list[nn.Parameter] = parameters, bound: list[float] = bound) -> None:
+            bound[0] = 2.0
+            for parameter, gradient in zip(parameters, drawn[1], strict=True):
+                parameter.grad.copy_(gradient)
+
+        providers[provider], prepare[provider] = step, refill
 
     def answer(clip: Callable[..., None], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         parameters = parameters_like(*values_like(PROVED_SHAPES), dtype)
@@ -215,7 +220,8 @@ def clamping_case(model: str) -> Case:
     return Case(
         name=f"{model}, clip_grad_value_",
         providers=providers,
-        bytes=total_bytes,
+        prepare=prepare,
+        bytes=2 * total_bytes,
         copied=total_bytes,
         prove=lambda: prove(
             model, answer(gk.clip_grad_value_), *(answer(clip_functions["eager"], each) for each in (torch.float32, torch.float64))

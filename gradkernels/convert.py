@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from gradkernels import dataflow, fusion
+from gradkernels import _native, dataflow, fusion
 from gradkernels.batch_norm_act import ACT_MODULES
 from gradkernels.fused_block import Fused, base_class, fused_class
 from gradkernels.fused_forward import ATTRIBUTE, FusedForward
@@ -103,7 +103,7 @@ class ConversionReport:
             before, after = map(_size, (self.saved_bytes_before, self.saved_bytes_after))
             change = f" ({self.saved_bytes_after / self.saved_bytes_before - 1:+.1%})" if self.saved_bytes_before else ""
             yield f"  saved for backward: {before} before, {after} after{change}"
-            if fused and self.saved_bytes_after >= self.saved_bytes_before:
+            if fused and _native.C is not None and self.saved_bytes_after >= self.saved_bytes_before:
                 yield "  less in `with gradkernels.recompute():`, where backward computes outputs of batch_norm_act again"
             yield f"  largest difference of outputs: {self.output_difference}"
             yield f"  largest difference of gradients: {self.gradient_difference}"

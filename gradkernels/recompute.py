@@ -26,7 +26,8 @@ class recompute(saved_tensors_hooks):
 
     Raises:
         RuntimeError: in backward, in torch's words: what is needed was modified in place since, x and the residual now among it; or
-            what y is computed from was freed by an earlier backward without retain_graph=True. A write to y itself is no error, and
+            what y is computed from was freed by an earlier backward without retain_graph=True, or, for a custom autograd.Function
+            that saves a y it was not given as an argument, by this one. A write to y itself is no error, and
             gradients are right, unless it goes past autograd (`y.data.add_(1)`) and before y is used, which is not seen.
 
     Source: Chen, Xu, Zhang, Guestrin, "Training Deep Nets with Sublinear Memory Cost", 2016; Rota Bulo, Porzi, Kontschieder, "In-Place

@@ -305,7 +305,8 @@ void batch_norm_gradient_sums_kernel(const BatchNormBackward& p, Slab slab, math
     scalar_t* grad_residual = static_cast<scalar_t*>(p.grad_residual);
     opmath* copy = static_cast<opmath*>(dz_copy);
     // The second pass finds dz of a whole channel in the cache; of 16 bits it does not read it.
-    const bool is_read_next = sizeof(scalar_t) > 2 && slab.row_end - slab.row_begin == p.shape.rows;
+    const int64_t elements = (slab.row_end - slab.row_begin) * (slab.inner_end - slab.inner_begin);
+    const bool is_read_next = sizeof(scalar_t) > 2 && elements == p.shape.rows * p.shape.inner;
     const auto past_caches = streamed<scalar_t>(p.shape, is_read_next ? nullptr : grad_residual, p.mask);
     visit_runs(p.shape, [&](auto runs) {
       using Runs = decltype(runs);
