@@ -1,10 +1,10 @@
 """Clipping the gradients of real models, when they are short enough and when they are not, reports of them, and optimizers with clipping.
 
-Least traffic, G = bytes of all gradients: 1G when nothing is clipped, 3G when everything is scaled; torch always moves 3G. Clamping is
-counted as 1G, what has to be read: ours writes blocks of 1,024 elements with one beyond the bound, here all of them, torch every element
-in any case. A report is 1G, several in torch's operators. A step of RMSprop reads parameter, gradient and average and writes two of them,
-5G; AdamW reads four and writes three, and writes the gradients that it scales, 8G. Taking the norm first is 1G more. Beside them stand
-torch's own other forms: one tensor after the other where its default works on lists (foreach), and on lists where its default does not.
+Least traffic, G = bytes of all gradients: 1G when nothing is clipped, 3G when everything is scaled; torch always moves 3G. Clamping is 2G:
+ours writes blocks of 1,024 elements with one beyond the bound, here all of them, torch every element in any case. A report is 1G,
+several in torch's operators. A step of RMSprop reads parameter, gradient and average and writes two of them, 5G; AdamW reads four and
+writes three, and writes the gradients that it scales, 8G. Taking the norm first is 1G more. Beside them stand torch's own other forms:
+one tensor after the other where its default works on lists (foreach), and on lists where its default does not.
 """
 
 from collections.abc import Callable
@@ -134,6 +134,24 @@ MODELS: dict[str, Callable[[], Shapes]] = {
 }
 
 
+def falling(
+    clip: Callable[..., object], parameters: list[nn.Parameter], gradients: list[Tensor], start: float, factor: float
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Clipping to a bound that falls by `factor` at every call, so that each clips again what the last one left, and what begins anew."""
+    bound = [start]
+
+    def step() -> None:
+        bound[0] *= factor
+        clip(parameters, bound[0])
+
+    def refill() -> None:
+        bound[0] = start
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad.copy_(gradient)
+
+    return step, refill
+
+
 def case(model: str, clips: bool) -> Case:
     shapes = MODELS[model]()
     name = f"{model}, {'clipping' if clips else 'not clipping'}"
@@ -150,20 +168,8 @@ def case(model: str, clips: bool) -> Case:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.data = gradient
             parameter.grad = gradient.clone()
-        # Each clipping call has to clip again what the last one left.
-        bound = [norm]
-
-        def step(clip: Callable[..., Tensor] = clip, parameters: list[nn.Parameter] = parameters, bound: list[float] = bound) -> None:
-            if clips:
-                bound[0] *= 0.99
-            clip(parameters, bound[0] if clips else 2 * norm)
-
-        def refill(parameters: list[nn.Parameter] = parameters, bound: list[float] = bound) -> None:
-            bound[0] = norm
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad.copy_(gradient)
-
-        providers[provider], prepare[provider] = step, refill
+        start, factor = (norm, 0.99) if clips else (2 * norm, 1.0)
+        providers[provider], prepare[provider] = falling(clip, parameters, gradients, start, factor)
 
     def answer(clip: Callable[..., Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         parameters = [nn.Parameter(gradient.to(dtype, copy=True)) for gradient in gradients]
@@ -198,18 +204,7 @@ def clamping_case(model: str) -> Case:
     providers, prepare = {}, {}
     for provider, clip in clip_functions.items():
         parameters = parameters_like(*drawn)
-        bound = [2.0]
-
-        def step(clip: Callable[..., None] = clip, parameters: list[nn.Parameter] = parameters, bound: list[float] = bound) -> None:
-            bound[0] *= 0.999
-            clip(parameters, bound[0])
-
-        def refill(parameters: list[nn.Parameter] = parameters, bound: list[float] = bound) -> None:
-            bound[0] = 2.0
-            for parameter, gradient in zip(parameters, drawn[1], strict=True):
-                parameter.grad.copy_(gradient)
-
-        providers[provider], prepare[provider] = step, refill
+        providers[provider], prepare[provider] = falling(clip, parameters, drawn[1], 2.0, 0.999)
 
     def answer(clip: Callable[..., None], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         parameters = parameters_like(*values_like(PROVED_SHAPES), dtype)
