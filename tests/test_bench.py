@@ -26,6 +26,7 @@ from gradkernels import __main__ as command_line
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in (ROOT / "bench").glob("bench_*.py"))
 MACHINE = "A machine, x86_64"
+STATISTICS = ("p20", "median", "p80")
 
 
 def row(case="elu 4 MiB", provider="gradkernels", outputs="fresh", median=100.0, spread=0.02, eager=200.0, compiled=None, **fields):
@@ -103,7 +104,7 @@ def test_compare_does_not_blame_torchs_own_rows(tmp_path, capsys):
     assert "+100.0%" in capsys.readouterr().out
 
 
-def test_compare_keeps_apart_rows_that_differ_in_one_field(tmp_path):
+def test_compare_keeps_apart_rows_that_differ_in_one_field(tmp_path, capsys):
     fields = ({}, {"outputs": "warm"}, {"dtype": "bfloat16"}, {"layout": "channels_last"}, {"case": "elu 64 MiB"}, {"n": 4}, {"n": 8})
     before = results([row(median=100.0 * 2**i, **each) for i, each in enumerate(fields)])
     assert compared(tmp_path, before, before) == 0
@@ -111,7 +112,7 @@ def test_compare_keeps_apart_rows_that_differ_in_one_field(tmp_path):
         after = json.loads(json.dumps(before))
         after["scripts"]["activation"]["rows"][i] = row(median=115.0 * 2**i, **each)
         assert compared(tmp_path, before, after) == 1
-        assert len(list(compare.changes(before, after))) == 1
+        assert "1 changed beyond noise" in capsys.readouterr().out
 
 
 def test_compare_reads_a_single_scripts_file_in_milliseconds_and_says_what_differs_in_the_header(tmp_path, capsys):
@@ -122,6 +123,71 @@ def test_compare_reads_a_single_scripts_file_in_milliseconds_and_says_what_diffe
     assert compared(tmp_path, file(10.0, "2.11.0"), file(11.5, "2.13.0")) == 1
     printed = capsys.readouterr().out
     assert "torch: 2.11.0 -> 2.13.0" in printed and "10 -> 11.5 ms" in printed and "ResNet-18" in printed
+
+
+@pytest.mark.parametrize(("seconds", "status", "growth"), [(10.2e-3, 0, None), (13e-3, 1, "+30.0%"), (8e-3, 0, "-20.0%")])
+def test_compare_takes_units_for_what_they_are(tmp_path, capsys, seconds, status, growth):
+    def of(provider, **times):
+        return {"case": "a step", "provider": provider} | {f"{which}_{unit}": time for unit, time in times.items() for which in STATISTICS}
+
+    before = results([of("eager", ms=10.0), of("gradkernels", ms=10.0)])
+    # torch's stays in milliseconds; ours has become microseconds, and has a field that it had not.
+    ours = of("gradkernels", us=seconds * 1e6) | {"p20_us": seconds * 0.97e6, "median_ms": None, "blocks": 9}
+    assert compared(tmp_path, before, results([of("eager", ms=20.0), ours])) == status
+    lines = [line for line in capsys.readouterr().out.splitlines() if "gradkernels: " in line]
+    assert [line.split()[1] for line in lines] == ([growth] if growth else [])
+    assert all(f"10,000 -> {seconds * 1e6:,.0f} us" in line and line.endswith("(torch +100.0%)") for line in lines)
+
+
+def test_compare_tells_of_each_scripts_own_header(tmp_path, capsys):
+    def file(commit, **own):
+        scripts = {stem: {"title": stem, "rows": [row()]} for stem in ("activation", "clip_grad", "convert")}
+        scripts |= {stem: scripts[stem] | {"header": header} for stem, header in own.items()}
+        return {"header": {"machine": MACHINE, "commit": commit}, "scripts": scripts}
+
+    def told(before, after):
+        assert compared(tmp_path, before, after) == 0
+        return capsys.readouterr().out.splitlines()[:-1]
+
+    after = file("ccc", clip_grad={"commit": "ddd"}, convert={"neighbours": "timm 1.0"})
+    assert told(file("aaa", clip_grad={"commit": "bbb"}), after) == [
+        "commit: aaa -> ccc in activation convert; bbb -> ddd in clip_grad",
+        "neighbours: not recorded -> timm 1.0 in convert",
+    ]
+    assert told(file("aaa"), file("ccc")) == ["commit: aaa -> ccc"]
+    # It stands elsewhere in the file and says the same.
+    assert not told(file("aaa", convert={"commit": "bbb"}), file("bbb", activation={"commit": "aaa"}, clip_grad={"commit": "aaa"}))
+
+
+def test_compare_of_a_scripts_own_file_and_the_suites(tmp_path, capsys):
+    before = results([row(), row("swish 4 MiB")])
+    before["scripts"]["clip_grad"] = {"title": "clipping", "rows": [row()]}
+    after = {"title": "activations", "header": {"machine": MACHINE, harness.COPY: 21.0}, "rows": [row(median=130.0)]}
+    assert compared(tmp_path, before, after) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{harness.COPY}: 20.0 -> 21.0" and "gradkernels: elu 4 MiB" in lines[1]
+    assert lines[2].endswith("a.json alone: 1 rows") and lines[3].startswith("1 rows in both")
+    assert compared(tmp_path, after | {"title": "something else"}, before) == 2
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "{}", '{"header": {}}', '{"rows": []}'])
+def test_compare_refuses_what_are_no_results(tmp_path, capsys, text):
+    (tmp_path / "a.json").write_text(json.dumps(results([row()])))
+    (tmp_path / "b.json").write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        compare.main([str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    assert ended.value.code == 2 and str(tmp_path / "b.json") in capsys.readouterr().err
+
+
+def test_compare_puts_what_regressed_first_and_torchs_own_rows_last(tmp_path, capsys):
+    names = ("elu", "swish", "prelu")
+    before = results([row(name, provider) for name in names for provider in ("eager", "gradkernels")])
+    medians = iter((300.0, 105.0, 50.0, 120.0, 400.0, 60.0))
+    after = [row(name, provider, median=next(medians), spread=0.01) for name in names for provider in ("eager", "gradkernels")]
+    assert compared(tmp_path, before, results(after)) == 1
+    told = [line.split("us  ")[1].partition(" (")[0] for line in capsys.readouterr().out.splitlines() if "us  " in line]
+    ours = [f"gradkernels: activation, {name}" for name in ("swish", "elu", "prelu")]
+    assert told == [*ours, *(f"eager: activation, {name}" for name in ("prelu", "elu", "swish"))]
 
 
 def test_compare_of_files_without_a_common_row_is_no_success(tmp_path, capsys):
@@ -143,7 +209,8 @@ def test_compare_has_torch_beside_ours_and_blames_no_other_package(tmp_path, cap
     (ours,) = [line for line in lines if "gradkernels: " in line]
     assert ours.endswith("(torch +50.0%)") and "100 -> 105 us" in ours
     assert compared(tmp_path, before, results([row(provider="gradkernels, compiled"), row(median=150.0), row("swish 4 MiB")])) == 1
-    assert "not compared: 6 rows of" in (printed := capsys.readouterr().out) and "2 of " in printed
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not compared")]
+    assert [line.partition(" alone: ")[2] for line in told] == ["6 rows, 6 of activation", "2 rows, 2 of activation"]
 
 
 # harness
