@@ -39,24 +39,25 @@ def slug(machine: str) -> str:
 def run_script(script: Path, quick: bool, file: Path, advance: Any) -> str:
     """Runs one script and calls advance(share done, what was done) for each of its cases; "" or the last it said before it failed."""
     command = [sys.executable, str(script), "--json", str(file), *(["--quick"] if quick else [])]
-    process = subprocess.Popen(command, cwd=HERE.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     printed: list[str] = []
-    # Both pipes are read: a full one would stop the script.
-    reader = threading.Thread(target=lambda: printed.extend(process.stdout or ()))
-    reader.start()
     last = ""
-    try:
-        for line in process.stderr or ():
-            last = line.strip() or last
-            found = re.match(r"(\d+)/(\d+) (.*)", line)
-            if found:
-                advance(int(found.group(1)) / int(found.group(2)), found.group(3))
-    except KeyboardInterrupt:
-        process.kill()
-        raise
-    finally:
-        reader.join()
-    status = process.wait()
+    # Left in any way, it waits for the script.
+    with subprocess.Popen(command, cwd=HERE.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        # Both pipes are read: a full one would stop the script.
+        reader = threading.Thread(target=lambda: printed.extend(process.stdout or ()))
+        reader.start()
+        try:
+            for line in process.stderr or ():
+                last = line.strip() or last
+                found = re.match(r"(\d+)/(\d+) (.*)", line)
+                if found:
+                    advance(int(found.group(1)) / int(found.group(2)), found.group(3))
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            reader.join()
+    status = process.returncode
     if status < 0:
         return f"signal {-status}, after: {last}"
     return "" if status == 0 else last or f"exit status {status}"
@@ -69,20 +70,31 @@ def joined(scripts: dict[str, Any]) -> dict[str, Any]:
     common = {name: statistics.mode(header[name] for header in headers) for name in shared}
     # A bandwidth is measured by each script, and no two are the same.
     common |= {COPY: statistics.median_low(header[COPY] for header in headers)} if COPY in shared else {}
-    own = {stem: {name: value for name, value in script["header"].items() if value != common.get(name)} for stem, script in scripts.items()}
+    own = {
+        stem: {name: value for name, value in script["header"].items() if name not in common or value != common[name]}
+        for stem, script in scripts.items()
+    }
     return {"header": common, "scripts": {stem: script | {"header": own[stem]} for stem, script in sorted(scripts.items())}}
 
 
 def parts_of(results: dict[str, Any]) -> dict[str, Any]:
     """Its scripts, each with its full header again."""
-    return {stem: script | {"header": results["header"] | script["header"]} for stem, script in results["scripts"].items()}
+    return {stem: script | {"header": results["header"] | script.get("header", {})} for stem, script in results["scripts"].items()}
 
 
-def recorded(folder: Path, name: str, quick: bool) -> dict[str, Any]:
-    """The parts in a machine's file; a quick run's and measured ones are not mixed."""
-    file = folder / f"{name}.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
-    return parts_of(results) if results and results["quick"] == quick else {}
+def read(file: Path) -> dict[str, Any]:
+    """The results in a file; nothing where it is none, or holds something else."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and {"header", "scripts"} <= found.keys() else {}
+
+
+def recorded(folder: Path, name: str, quick: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    """The parts in a machine's file, and what failed when it was last run; a quick run's and measured ones are not mixed."""
+    results = read(folder / f"{name}.json")
+    return (parts_of(results), results.get("failed", {})) if results and results.get("quick", False) == quick else ({}, {})
 
 
 def record(folder: Path, name: str, parts: dict[str, Any], quick: bool, failed: dict[str, str]) -> dict[str, Any]:
@@ -109,10 +121,16 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [options.only] if options.only else [stem for stem in scripts if stem not in ALONE]
     folder = options.out or (Path(tempfile.mkdtemp(prefix="gradkernels-bench-")) if options.quick else HERE / "results")
     folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.glob("*.json") if options.quick else ():
-        if not json.loads(file.read_text())["quick"]:
+    here = slug(machine())
+    for file in sorted(folder.glob("*.json")):
+        results = read(file)
+        if options.quick and results and not results.get("quick", False):
             parser.error(f"{file} was measured, and a quick run's numbers mean nothing: name another folder")
+        if file.stem == here and not results:
+            parser.error(f"{file} holds no results of a benchmark, and would be replaced by them: move it away")
 
+    # Of what is not run now.
+    still_failed = {stem: why for stem, why in recorded(folder, here, options.quick)[1].items() if stem not in chosen}
     console = Console(stderr=True)
     weights = {stem: SECONDS.get(stem, OTHER)[options.quick] + START_SECONDS for stem in chosen}
     failed: dict[str, str] = {}
@@ -153,19 +171,18 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 part = json.loads(found.read_text()) | {"seconds": round(seconds[stem], 1)}
                 name = slug(part["header"]["machine"])
-                parts.setdefault(name, recorded(folder, name, options.quick))[stem] = part
+                parts.setdefault(name, recorded(folder, name, options.quick)[0])[stem] = part
                 # At once: whatever becomes of the next script, this one's part is there.
-                record(folder, name, parts[name], options.quick, {})
+                record(folder, name, parts[name], options.quick, still_failed if name == here else {})
         progress.update(task, description="bench", completed=done)
 
-    here = slug(machine())
     if failed:
-        parts.setdefault(here, recorded(folder, here, options.quick))
+        parts.setdefault(here, recorded(folder, here, options.quick)[0])
     for name, each in parts.items():
         if not each:
             continue
         # A GPU's figures are there or not: what failed is told of beside the processor's.
-        results = record(folder, name, each, options.quick, failed if name == here else {})
+        results = record(folder, name, each, options.quick, still_failed | failed if name == here else {})
         drawn = pictures.draw(results, folder, name)
         (folder / f"{name}.md").write_text(table.markdown(results, drawn))
         for path in (folder / f"{name}.json", folder / f"{name}.md", *drawn):

@@ -645,13 +645,15 @@ def test_a_script_that_fails_loses_nothing_and_is_told_of(scripts, capsys):
     assert capsys.readouterr().out.splitlines()[-1].endswith("; activation failed")
     _, headers, text = recorded(scripts)
     assert {stem: header["commit"] for stem, header in headers.items()} == {"activation": "aaa", "clip_grad": "bbb"}
-    told = "**bench/bench_activation.py did not end in the last run (the other half is wrong): "
+    told = "**bench/bench_activation.py did not end when it was last run (the other half is wrong): "
     assert f"{told}its figures below are of an earlier run.**" in text
     (scripts / "results" / "a-machine.json").unlink()
     assert suite.main([]) == 1
     assert f"{told}there are no figures of it.**" in recorded(scripts)[2]
     # Nothing of torch is there to be compared with.
     assert "Where torch" not in recorded(scripts)[2]
+    assert suite.main(["--only", "clip_grad"]) == 0
+    assert list(recorded(scripts)[0]["failed"]) == ["activation"] and told in recorded(scripts)[2]
     (scripts / "bench_activation.fails").unlink()
     assert suite.main(["--only", "activation"]) == 0
     assert recorded(scripts)[0]["failed"] == {}
@@ -669,7 +671,7 @@ def test_what_was_measured_before_a_run_is_stopped_is_there(scripts, monkeypatch
     assert suite.main([]) == 1
     assert capsys.readouterr().out.splitlines()[-1].endswith("clip_grad failed")
     found, _, text = recorded(scripts)
-    assert list(found["scripts"]) == ["activation"] and "bench_clip_grad.py did not end in the last run (stopped)" in text
+    assert list(found["scripts"]) == ["activation"] and "bench_clip_grad.py did not end when it was last run (stopped)" in text
 
 
 def test_a_quick_run_does_not_touch_what_was_measured(scripts, capsys):
@@ -684,6 +686,47 @@ def test_a_quick_run_does_not_touch_what_was_measured(scripts, capsys):
     assert suite.main(["--only", "activation", "--out", str(scripts / "quick")]) == 0
     assert list(json.loads((scripts / "quick" / "a-machine.json").read_text())["scripts"]) == ["activation"]
     assert (scripts / "results" / "a-machine.json").read_bytes() == before
+
+
+def test_a_folder_may_hold_other_files(scripts, capsys):
+    folder = scripts / "quick"
+    folder.mkdir()
+    others = {"list.json": "[]", "package.json": '{"name": "x"}', "text.json": "no JSON"}
+    for name, text in others.items():
+        (folder / name).write_text(text)
+    assert suite.main(["--quick", "--out", str(folder)]) == 0
+    assert {name: (folder / name).read_text() for name in others} == others
+    # Results that say nothing of it were measured, and what is none in their place stays.
+    for text, why in (('{"header": {}, "scripts": {}}', "was measured"), ("<<<<<<< HEAD", "holds no results of a benchmark")):
+        (folder / "a-machine.json").write_text(text)
+        with pytest.raises(SystemExit):
+            suite.main(["--quick", "--out", str(folder)])
+        assert f"a-machine.json {why}" in capsys.readouterr().err and (folder / "a-machine.json").read_text() == text
+
+
+def test_parts_keep_their_headers():
+    headers = {"activation": {"machine": MACHINE, "left out": None}, "clip_grad": {"machine": MACHINE}, "convert": {"machine": "another"}}
+    found = suite.joined({stem: {"title": stem, "rows": [], "header": header} for stem, header in headers.items()})
+    assert found["header"] == {"machine": MACHINE}
+    assert {stem: part["header"] for stem, part in suite.parts_of(found).items()} == headers
+    # Older files have parts without one.
+    del found["scripts"]["clip_grad"]["header"]
+    assert suite.parts_of(found)["clip_grad"]["header"] == headers["clip_grad"]
+
+
+def test_a_script_does_not_outlive_a_run_that_is_stopped(tmp_path):
+    (tmp_path / "bench_x.py").write_text("import os, sys, time; print('1/2', os.getpid(), file=sys.stderr, flush=True); time.sleep(60)")
+    told = []
+
+    def stop(share, what):
+        told.append(int(what))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        suite.run_script(tmp_path / "bench_x.py", True, tmp_path / "x.json", stop)
+    # Not even as a zombie.
+    with pytest.raises(ProcessLookupError):
+        os.kill(told[0], 0)
 
 
 def test_a_script_that_is_killed_says_where(tmp_path):

@@ -3,6 +3,7 @@
 // channels are too few or too large for that, all slabs go through one pass before the next, which then walks back from the end.
 #include "ops/batch_norm_act.h"
 
+#include <cmath>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -24,7 +25,7 @@ void use_running_statistics(const BatchNormForward& p) {
 // Those of a channel once its slabs are merged. Where float32 had no number for a square, or there was none to begin with, they are taken
 // anew.
 math::Moments<double> moments_of_channel(const BatchNormForward& p, int64_t channel, const math::Moments<double>& merged) {
-  if (math::zero_unless_finite(merged.m2) == merged.m2) return math::rounded(merged);
+  if (std::isfinite(merged.m2)) return math::rounded(merged);
   return dispatch(p.dtype, [&](auto zero) {
     const auto each = [&](const auto& function) {
       for (int64_t row = 0; row < p.shape.rows; ++row) {
