@@ -535,7 +535,9 @@ def in_mb(size: float | None) -> str:
 def label(case: dict[str, Any]) -> str:
     """What a row is of, on one line, without what most of them have in common."""
     usual = ("contiguous", "float32", WHOLE, "in place")
-    return ", ".join([case["case"], *(case[name] for name in ("direction", "layout", "dtype") if case[name] not in usual)])
+    told = [case[name] for name in ("direction", "layout", "dtype") if case[name] not in usual]
+    # "1,000 tensors of 256" says already that there are 1000 tensors.
+    return ", ".join([case["case"], *(each for each in told if each not in case["case"].replace(",", ""))])
 
 
 SPREAD_COLUMNS: dict[str, Callable[[Any], str]] = {

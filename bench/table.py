@@ -7,6 +7,7 @@ nothing does, the text says so and what it is not. Forward and backward, measure
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,11 @@ def cases(rows: Iterable[Row]) -> Iterator[tuple[Row, dict[str, Row]]]:
 
 def is_of_harness(rows: Sequence[Row]) -> bool:
     return bool(rows) and {*IDENTITY, "times_eager", "times_compile", "of_copy"} <= rows[0].keys()
+
+
+def is_of_steps(rows: Sequence[Row]) -> bool:
+    """Of whole training steps beside torch's, not beside what is added to them."""
+    return bool(rows) and {"case", "provider", "median_ms", "p20_ms", "p80_ms", "times_eager"} <= rows[0].keys()
 
 
 def warm(case: Row) -> str:
@@ -118,10 +124,31 @@ def reason(case: Row, mine: str, other: str, found: Cases) -> str:
     return "; ".join([*why, *beyond])
 
 
+def losses_of_steps(rows: Iterable[Row]) -> Iterator[tuple[bool, str]]:
+    """(whether beyond noise, text) of whole training steps that torch is ahead in, and what the profiler saw to differ."""
+    eager = {row["case"]: row for row in rows if row["provider"] == "eager"}
+    for row in rows:
+        other = eager.get(row["case"])
+        if other is None or row["median_ms"] <= other["median_ms"]:
+            continue
+        parts = {
+            name.removesuffix("_ms").replace("_", " "): row[name] - other[name]
+            for name in row
+            if name.endswith("_ms") and not name.startswith(("median", "p20", "p80"))
+        }
+        beyond = row["p20_ms"] > other["p80_ms"]
+        why = "; " + ", ".join(f"{part} {ms:+,.1f} ms" for part, ms in parts.items()) if beyond and parts else ""
+        who = "" if row["provider"] == OURS else f" beside {row['provider']}"
+        yield beyond, f"a step of {row['case']}: torch takes {other['median_ms'] / row['median_ms']:.2f} of the time{who}{why}"
+
+
 def losses(results: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Cases that torch or the compiler wins, beyond noise and within it; what is measured apart only where the whole is not lost."""
     beyond, within = [], []
     for script in results["scripts"].values():
+        if is_of_steps(script["rows"]):
+            for is_beyond, text in losses_of_steps(script["rows"]):
+                (beyond if is_beyond else within).append(text)
         if not is_of_harness(script["rows"]):
             continue
         found = grouped(script["rows"])
@@ -165,6 +192,12 @@ def cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def in_bytes(size: float) -> str:
+    """With the unit that it reaches."""
+    unit, of = next(((unit, of) for unit, of in (("MB", 1e6), ("kB", 1e3)) if size >= of), ("B", 1.0))
+    return f"{cell(size / of)} {unit}"
+
+
 def lines_of(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> Iterator[str]:
     yield f"| {' | '.join(columns)} |"
     yield f"|{'|'.join('---' if column < left else '---:' for column in range(len(columns)))}|"
@@ -184,8 +217,8 @@ def table_of_cases(rows: Sequence[Row]) -> Iterator[str]:
         "faults",
         "GB/s",
         "of copy",
-        "saved MB, torch / ours",
-        "peak MB, torch / ours",
+        "saved, torch / ours",
+        "peak, torch / ours",
     )
     texts = []
     for case, providers in cases(rows):
@@ -204,7 +237,7 @@ def table_of_cases(rows: Sequence[Row]) -> Iterator[str]:
                 f"{ours['gb_per_s']:.1f}",
                 f"{ours['of_copy']:.0%}",
                 *(
-                    "" if ours[name] is None or eager[name] is None else f"{cell(eager[name] / 1e6)} / {cell(ours[name] / 1e6)}"
+                    "" if ours[name] is None or eager[name] is None else f"{in_bytes(eager[name])} / {in_bytes(ours[name])}"
                     for name in ("saved_bytes", "peak_bytes")
                 ),
             )
@@ -224,11 +257,38 @@ def table_of_cases(rows: Sequence[Row]) -> Iterator[str]:
         )
 
 
+# What is no heading as it stands; any other name of a field is one, with spaces.
+HEADINGS = {
+    "part_ms": "batch norm, activation, addition ms",
+    "part_times_eager": "these, times torch",
+    "times_eager": "times torch",
+    "batch_norm_act_add_ms": "batch norm, activation, addition ms",
+    "share": "added",
+}
+SHARES = ("share", "off_by")
+
+
+def heading(name: str) -> str:
+    return HEADINGS.get(name) or re.sub(r"\bmb$", "MB", name.replace("_", " "))
+
+
+def fields_of(row: Row) -> dict[str, str]:
+    """heading -> text; a field that has names itself is a column for each of them."""
+    texts = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            texts |= {each: cell(of) for each, of in value.items()}
+        else:
+            texts[heading(name)] = f"{value:+.1%}" if name in SHARES else cell(value)
+    return texts
+
+
 def table_of_fields(rows: Sequence[Row]) -> Iterator[str]:
-    """Any other script's rows as they are, their fields' names as headings."""
-    names = list(rows[0]) if rows else []
+    """Any other script's rows, a column for each field."""
+    texts = [fields_of(row) for row in rows]
+    columns = list(dict.fromkeys(name for each in texts for name in each))
     left = sum(isinstance(value, str) for value in rows[0].values()) if rows else 0
-    yield from lines_of([name.replace("_", " ") for name in names], [[cell(row[name]) for name in names] for row in rows], left)
+    yield from lines_of(columns, [[each.get(name, "") for name in columns] for each in texts], left)
 
 
 def markdown(results: dict[str, Any], drawn: Sequence[Path]) -> str:
@@ -250,7 +310,8 @@ def markdown(results: dict[str, Any], drawn: Sequence[Path]) -> str:
     lines += [""]
     for path in drawn:
         lines += [f"![{path.stem.rpartition('_')[2]}]({path.name})", ""]
-    for stem, script in results["scripts"].items():
+    # What takes how long, then the rest.
+    for stem, script in sorted(results["scripts"].items(), key=lambda pair: not is_of_harness(pair[1]["rows"])):
         lines += [f"## {script['title']}", "", f"`bench/bench_{stem}.py`, {script['seconds']:.0f} s", ""]
         lines += [f"* {name}: {value}" for name, value in script.get("header", {}).items()]
         lines += [""] if script.get("header") else []

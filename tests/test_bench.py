@@ -515,7 +515,63 @@ def test_a_scripts_own_lines_stand_with_its_table():
 
 def test_table_has_the_bytes_that_are_saved():
     text = table.markdown(results([row("elu 4 MiB", "eager", saved_bytes=8_000_000), row(saved_bytes=4_000_000)]), [])
-    assert "| 8 / 4 |" in text
+    assert "| 8 MB / 4 MB |" in text
+    text = table.markdown(results([row("elu 16 elements", "eager", saved_bytes=64), row("elu 16 elements", saved_bytes=2_100)]), [])
+    assert "| 64 B / 2.1 kB |" in text
+
+
+def test_a_label_says_nothing_twice():
+    tensors = row("1,000 tensors of 256, clipping", layout="1000 tensors", direction="in place")
+    assert harness.label(tensors) == "1,000 tensors of 256, clipping"
+    assert harness.label(tensors | {"case": "ResNet-50, clipping", "layout": "161 tensors"}) == "ResNet-50, clipping, 161 tensors"
+
+
+def test_other_tables_have_a_column_for_each_figure():
+    rows = [
+        {"case": "a", "provider": "eager", "saved_mb": 77.0, "share": 0.0, "errors": {"y": [0.5, 1.0]}},
+        {"case": "b", "provider": "gradkernels", "saved_mb": None, "share": -0.0102, "errors": {"y": [0.25, 2.0], "grad_x": [1.0, 3.0]}},
+    ]
+    assert list(table.table_of_fields(rows)) == [
+        "| case | provider | saved MB | added | y | grad_x |",
+        "|---|---|---:|---:|---:|---:|",
+        "| a | eager | 77 | +0.0% | 0.5 / 1 |  |",
+        "| b | gradkernels |  | -1.0% | 0.25 / 2 | 1 / 3 |",
+    ]
+
+
+def test_steps_that_torch_is_ahead_in_are_told_of_with_what_differs():
+    def of(case, provider, median, convolution):
+        times = {"median_ms": median, "p20_ms": median - 1, "p80_ms": median + 1}
+        return {"case": case, "provider": provider, **times, "times_eager": 1.0, "convolution_ms": convolution, "rest_ms": 2.0}
+
+    rows = [
+        of("ResNet-18", "eager", 100.0, 80.0),
+        of("ResNet-18", "gradkernels", 125.0, 95.5),
+        of("ResNet-18", "gradkernels, recompute", 101.0, 80.0),
+    ]
+    rows += [of("U-Net", "eager", 100.0, 80.0), of("U-Net", "gradkernels", 90.0, 80.0)]
+    # What a monitor adds is no loss: its rows have no times_eager.
+    monitored = [{name: value for name, value in each.items() if name != "times_eager"} for each in rows]
+    found = {
+        "header": {"machine": MACHINE},
+        "scripts": {"training": {"title": "a step", "rows": rows}, "monitor": {"title": "b", "rows": monitored}},
+    }
+    assert table.losses(found) == (
+        ["a step of ResNet-18: torch takes 0.80 of the time; convolution +15.5 ms, rest +0.0 ms"],
+        ["a step of ResNet-18: torch takes 0.99 of the time beside gradkernels, recompute"],
+    )
+
+
+def test_bars_within_noise_are_pale_and_panels_have_one_scale():
+    found = results([*pair(100.0, 101.0), *pair(100.0, 90.0, "swish 4 MiB"), *pair(100.0, 400.0, "rrelu 4 MiB")])
+    found["scripts"]["clip_grad"] = {"title": "clipping", "rows": pair(100.0, 3000.0, "ResNet-50"), "seconds": 1.0}
+    figure = pictures.ratios(found)
+    first, second = figure.axes
+    slow, same, fast = (bar.get_facecolor() for bar in first.patches)
+    assert (slow[3], same[3], fast[3]) == (1.0, pictures.WITHIN_NOISE, 1.0)
+    assert slow[:3] != fast[:3] == same[:3]
+    assert first.get_xlim() == second.get_xlim() and first.get_xlim()[1] > 30
+    pictures.plt.close(figure)
 
 
 # neighbours
