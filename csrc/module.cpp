@@ -96,7 +96,8 @@ std::optional<Tensors> grads_of(const py::list& parameters) {
   grads.reserve(parameters.size());
   for (const py::handle& entry : parameters) {
     PyObject* parameter = entry.ptr();
-    if (PyTuple_Check(parameter) && PyTuple_GET_SIZE(parameter) == 2) parameter = PyTuple_GET_ITEM(parameter, 1);
+    const bool is_named = PyTuple_Check(parameter) && PyTuple_GET_SIZE(parameter) == 2 && PyUnicode_Check(PyTuple_GET_ITEM(parameter, 0));
+    if (is_named) parameter = PyTuple_GET_ITEM(parameter, 1);
     if (!THPVariable_Check(parameter)) return std::nullopt;
     const Tensor& tensor = THPVariable_Unpack(parameter);
     if (tensor.key_set().has(c10::DispatchKey::Python) || !(tensor.is_leaf() || tensor.retains_grad())) return std::nullopt;

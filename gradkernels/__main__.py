@@ -1,4 +1,4 @@
-"""python -m gradkernels info | selftest | demo | diagnose | bench.
+"""python -m gradkernels info | selftest | demo | diagnose | bench, or --version.
 
 info prints what is native on this machine, and why the rest is not; selftest checks what it computes (selftest.py); demo trains on real
 data with and without the cures (demo/); diagnose looks at a user's own model (diagnose_command.py); bench runs bench/suite.py of the
@@ -72,6 +72,7 @@ def bench(arguments: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gradkernels")
+    parser.add_argument("--version", action="version", version=f"gradkernels {gradkernels.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is native here, and why the rest is not")
     commands.add_parser("selftest", help="whether every operator computes here what torch does: a table, and status 0 if so")

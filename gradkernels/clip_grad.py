@@ -9,7 +9,7 @@ import math
 import types
 import warnings
 from collections.abc import Iterable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,7 @@ def clip_grad_norm_(
     Raises:
         RuntimeError: the total norm is not finite and error_if_nonfinite is set; it names the first parameter at fault, by
             its place among the parameters where names are not known.
+        TypeError: what is among parameters is no tensor and no pair of a name and a tensor, or max_norm is no number.
 
     Source: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", 2013.
 
@@ -83,7 +84,7 @@ def clip_grad_norm_(
                 raise RuntimeError(_nonfinite_message(norm_type) + _first_at_fault(entries))
             return total_norm
 
-    tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
+    tensors = _tensors(entries)
     grads = _grads(tensors)
     with torch.no_grad():
         if _is_sharded(grads, norm_type):
@@ -120,6 +121,7 @@ def get_total_norm(
 
     Raises:
         RuntimeError: the total norm is not finite and error_if_nonfinite is set.
+        TypeError: what is among tensors is none, as the None of a parameter without a gradient.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -129,7 +131,11 @@ def get_total_norm(
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     norm_type = float(norm_type)
     with torch.no_grad():
-        if _is_sharded(tensors, norm_type):
+        try:
+            is_sharded = _is_sharded(tensors, norm_type)
+        except AttributeError:
+            raise _wrong_kind("tensors must be tensors", tensors) from None
+        if is_sharded:
             total_norm = _sharded_total_norm(tensors, norm_type)
         elif norm_type in _NORM_TYPES and applies(tensors):
             total_norm = local_norms(tensors, norm_type)[3]
@@ -159,6 +165,7 @@ def clip_grads_with_norm_(parameters: Parameters, max_norm: float, total_norm: T
 
     Raises:
         RuntimeError: elements of a gradient share memory.
+        TypeError: total_norm is no tensor; as clip_grad_norm_.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -168,10 +175,12 @@ def clip_grads_with_norm_(parameters: Parameters, max_norm: float, total_norm: T
         >>> weight.grad
         tensor([0.3000, 0.4000])
     """
+    if not isinstance(total_norm, Tensor):
+        raise TypeError(f"total_norm must be Tensor, not {type(total_norm).__name__}")
     tensors = _tensors(_entries(parameters))
     grads = _grads(tensors)
     with torch.no_grad():
-        if isinstance(total_norm, Tensor) and (applies(grads) or _is_sharded(grads, 2.0)):
+        if applies(grads) or _is_sharded(grads, 2.0):
             scale_(grads, float(max_norm), sharded.full(total_norm))
         else:
             reference.clip_grads_with_norm_(tensors, max_norm, total_norm, foreach)
@@ -325,14 +334,13 @@ def grad_report(parameters: Parameters, norm_type: float = 2.0) -> GradReport:
         tensor(5.0990, dtype=torch.float64)
     """
     entries = _entries(parameters)
-    names = [entry[0] if isinstance(entry, tuple) else str(i) for i, entry in enumerate(entries)]
+    names = [_named(entry)[0] or str(i) if isinstance(entry, tuple) else str(i) for i, entry in enumerate(entries)]
     tensors = _tensors(entries)
-    given = [(i, tensor.grad) for i, tensor in enumerate(tensors) if tensor.grad is not None]
-    grads = [grad for _, grad in given]
+    grads = _grads(tensors)
     with torch.no_grad():
         norms = tensor_norms(grads, float(norm_type))
-        if len(given) != len(tensors):
-            places = [i for i, _ in given]
+        if len(grads) != len(tensors):
+            places = [i for i, tensor in enumerate(tensors) if tensor.grad is not None]
             each, max_abs, nonfinite, total_norm = norms
             each, max_abs, nonfinite = (_spread(values, places, len(tensors)) for values in (each, max_abs, nonfinite))
             norms = each, max_abs, nonfinite, total_norm
@@ -350,15 +358,30 @@ def _entries(parameters: Parameters) -> _Entries:
         return [parameters]
     if isinstance(parameters, nn.Module):
         return [*parameters.named_parameters()]
-    return [*parameters]
+    # list() refuses what cannot be iterated in the words that torch's loop has.
+    return list(parameters)
+
+
+def _named(entry: Tensor | tuple[str, Tensor]) -> tuple[str | None, Tensor]:
+    """The name, where it has one; a tuple of anything else counts as a tensor, which it is not."""
+    named = isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)
+    return cast("tuple[str, Tensor]", entry) if named else (None, cast(Tensor, entry))
 
 
 def _tensors(entries: _Entries) -> list[Tensor]:
-    return [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
+    return [_named(entry)[1] if isinstance(entry, tuple) else entry for entry in entries]
 
 
 def _grads(tensors: list[Tensor]) -> list[Tensor]:
-    return [grad for grad in [tensor.grad for tensor in tensors] if grad is not None]
+    try:
+        return [grad for grad in [tensor.grad for tensor in tensors] if grad is not None]
+    except AttributeError:
+        raise _wrong_kind("parameters must be tensors or (name, tensor) pairs", tensors) from None
+
+
+def _wrong_kind(expected: str, tensors: list[Tensor]) -> TypeError:
+    kind = next(type(each).__name__ for each in tensors if not isinstance(each, Tensor))
+    return TypeError(f"{expected}, not {kind}{'; of a dict take its items() or values()' if kind == 'str' else ''}")
 
 
 def native_library() -> Any:
@@ -427,5 +450,5 @@ def _first_at_fault(entries: _Entries) -> str:
     name = report.first_nonfinite()
     if name is None:
         return ""
-    named = isinstance(entries[report.names.index(name)], tuple)
+    named = _named(entries[report.names.index(name)])[0] is not None
     return f". The first gradient that is not finite is that of {name if named else f'parameter {name}'}"

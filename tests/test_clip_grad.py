@@ -929,3 +929,62 @@ def test_more_than_2_to_the_31_elements():
     assert gk.grad_report([parameter]).nonfinite[0] == 1
     gk.clip_grad_value_([parameter], 0.5)
     assert grad[-1] == 0.5
+
+
+# what is no parameter
+
+
+def with_a_gradient():
+    parameter = nn.Parameter(torch.ones(3))
+    parameter.grad = torch.tensor([3.0, 4.0, 0.0])
+    return parameter
+
+
+PARAMETER = with_a_gradient()
+TAKING_PARAMETERS = {
+    "clip_grad_norm_": lambda parameters: gk.clip_grad_norm_(parameters, 1.0),
+    "of order 3": lambda parameters: gk.clip_grad_norm_(parameters, 1.0, 3.0),
+    "clip_grad_value_": lambda parameters: gk.clip_grad_value_(parameters, 1.0),
+    "clip_grads_with_norm_": lambda parameters: gk.clip_grads_with_norm_(parameters, 1.0, torch.tensor(5.0)),
+    "grad_report": gk.grad_report,
+}
+WRONG_PARAMETERS = {
+    "a dict": ({"weight": PARAMETER}, "not str; of a dict take its items"),
+    "a list of None": ([PARAMETER, None], "not NoneType"),
+    "numbers": ([1.0], "not float"),
+    "lists": ([[PARAMETER]], "not list"),
+    "groups of an optimizer": (torch.optim.SGD([PARAMETER]).param_groups, "not dict"),
+    # The second of two tensors is no parameter called by the first.
+    "pairs of parameters": ([(PARAMETER, PARAMETER)], "not tuple"),
+    "pairs the wrong way round": ([(PARAMETER, "weight")], "not tuple"),
+    "triples": ([("weight", PARAMETER, 3)], "not tuple"),
+    "nothing": (None, "'NoneType' object is not iterable"),
+    "what makes parameters": (nn.Linear(2, 2).parameters, "'method' object is not iterable"),
+}
+
+
+@pytest.mark.parametrize("function", TAKING_PARAMETERS)
+@pytest.mark.parametrize("wrong", WRONG_PARAMETERS)
+def test_what_are_no_parameters_is_said_and_nothing_is_written(wrong, function):
+    parameters, words = WRONG_PARAMETERS[wrong]
+    version = PARAMETER.grad._version
+    with pytest.raises(TypeError, match=words):
+        TAKING_PARAMETERS[function](parameters)
+    assert PARAMETER.grad._version == version
+
+
+def test_what_is_no_norm_is_said():
+    for wrong in (5.0, None, "5"):
+        with pytest.raises(TypeError, match=f"total_norm must be Tensor, not {type(wrong).__name__}"):
+            gk.clip_grads_with_norm_([PARAMETER], 1.0, wrong)
+    for wrong in ([None], [PARAMETER.grad, None], {"weight": PARAMETER.grad}):
+        with pytest.raises(TypeError, match="tensors must be tensors, not"):
+            gk.get_total_norm(wrong)
+    # In torch's words.
+    for wrong, error in ((None, TypeError), ([1.0], TypeError), ("a", ValueError), (torch.ones(2), ValueError)):
+        messages = []
+        for clip in (gk.clip_grad_norm_, torch.nn.utils.clip_grad_norm_):
+            with pytest.raises(error) as failure:
+                clip([PARAMETER], wrong)
+            messages.append(str(failure.value))
+        assert messages[0] == messages[1]
