@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gradkernels import _native, reference
 
 
-def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """Leaky rectified linear unit, as torch.nn.functional.leaky_relu.
 
         y = x                   where x > 0
@@ -23,12 +23,12 @@ def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -
     too, where torch's backward refuses it.
 
     Args:
-        x: any shape; floating point.
+        input: x; any shape, floating point.
         negative_slope: slope where x is not positive, without unit.
-        inplace: write y into x.
+        inplace: write y into input.
 
     Returns:
-        y, of the shape and dtype of x; x itself with inplace=True.
+        y, of the shape and dtype of x; input itself with inplace=True.
 
     Raises:
         NotImplementedError: x is of an integer or complex dtype.
@@ -40,19 +40,19 @@ def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -
         >>> gk.leaky_relu(torch.tensor([-2.0, 0.0, 3.0]), 0.5)
         tensor([-1.,  0.,  3.])
     """
-    native = _native.library(x)
+    native = _native.library(input)
     # Of a tensor the number would be taken, and its gradient lost.
     if native is not None and (type(negative_slope) is float or not isinstance(negative_slope, Tensor)):
         try:
-            y: Tensor = native.leaky_relu(x, negative_slope, inplace)
+            y: Tensor = native.leaky_relu(input, negative_slope, inplace)
             return y
         except TypeError:
             # An argument of another type, which torch refuses in its words.
             pass
-    return reference.leaky_relu(x, negative_slope, inplace)
+    return reference.leaky_relu(input, negative_slope, inplace)
 
 
-def elu(x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """Exponential linear unit, as torch.nn.functional.elu.
 
         y = x                   where x > 0
@@ -63,12 +63,12 @@ def elu(x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     not be modified in place before it.
 
     Args:
-        x: any shape; floating point.
+        input: x; any shape, floating point.
         alpha: minus the value reached far left of zero, in units of y.
-        inplace: write y into x; backward then needs alpha >= 0, as in torch.
+        inplace: write y into input; backward then needs alpha >= 0, as in torch.
 
     Returns:
-        y, of the shape and dtype of x; x itself with inplace=True.
+        y, of the shape and dtype of x; input itself with inplace=True.
 
     Raises:
         NotImplementedError: x is of an integer or complex dtype.
@@ -80,19 +80,19 @@ def elu(x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
         >>> gk.elu(torch.tensor([-100.0, 0.0, 3.0]), alpha=0.5)
         tensor([-0.5000,  0.0000,  3.0000])
     """
-    native = _native.library(x)
+    native = _native.library(input)
     # Of a tensor the number would be taken, and its gradient lost.
     if native is not None and (type(alpha) is float or not isinstance(alpha, Tensor)):
         try:
-            y: Tensor = native.elu(x, alpha, inplace)
+            y: Tensor = native.elu(input, alpha, inplace)
             return y
         except TypeError:
             # An argument of another type, which torch refuses in its words.
             pass
-    return reference.elu(x, alpha, inplace)
+    return reference.elu(input, alpha, inplace)
 
 
-def swish(x: Tensor, beta: float | Tensor = 1.0) -> Tensor:
+def swish(input: Tensor, beta: float | Tensor = 1.0) -> Tensor:
     """Swish, with beta=1 as torch.nn.functional.silu.
 
         y = x sigmoid(beta x)
@@ -102,7 +102,7 @@ def swish(x: Tensor, beta: float | Tensor = 1.0) -> Tensor:
     threads does not change.
 
     Args:
-        x: any shape; floating point.
+        input: x; any shape, floating point.
         beta: how sharp the gate is, in units of 1/x: 0 gives x / 2, large values approach relu. A number, or a tensor with
             one element or with one for each channel of x (dimension 1).
 
@@ -124,23 +124,23 @@ def swish(x: Tensor, beta: float | Tensor = 1.0) -> Tensor:
     y: Tensor
     # isinstance asks Tensor's metaclass, in Python.
     if type(beta) is not float and isinstance(beta, Tensor):
-        native = _native.library(x, beta)
+        native = _native.library(input, beta)
         if native is None:
-            return reference.swish(x, beta)
-        reference.check_beta(x, beta)
-        y = native.swish_tensor(x, beta)
+            return reference.swish(input, beta)
+        reference.check_beta(input, beta)
+        y = native.swish_tensor(input, beta)
         return y
-    native = _native.library(x)
+    native = _native.library(input)
     if native is not None:
         try:
-            y = native.swish(x, beta)
+            y = native.swish(input, beta)
             return y
         except TypeError:
             pass
-    return reference.swish(x, beta)
+    return reference.swish(input, beta)
 
 
-def prelu(x: Tensor, weight: Tensor) -> Tensor:
+def prelu(input: Tensor, weight: Tensor) -> Tensor:
     """Leaky rectified linear unit whose slope is learnt, as torch.nn.functional.prelu.
 
         y = x             where x > 0
@@ -150,7 +150,7 @@ def prelu(x: Tensor, weight: Tensor) -> Tensor:
     does not change.
 
     Args:
-        x: any shape; floating point.
+        input: x; any shape, floating point.
         weight: slope where x is not positive, without unit; one element, or one for each channel of x (dimension 1).
 
     Returns:
@@ -167,18 +167,18 @@ def prelu(x: Tensor, weight: Tensor) -> Tensor:
         >>> gk.prelu(torch.tensor([[-2.0, -2.0, 3.0]]), torch.tensor([0.5, 0.25, 0.5]))
         tensor([[-1.0000, -0.5000,  3.0000]])
     """
-    native = _native.library(x, weight)
+    native = _native.library(input, weight)
     if native is not None:
         try:
-            y: Tensor = native.prelu(x, weight)
+            y: Tensor = native.prelu(input, weight)
             return y
         except TypeError:
             # An argument of another type, which torch refuses in its words.
             pass
-    return reference.prelu(x, weight)
+    return reference.prelu(input, weight)
 
 
-def rrelu(x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False) -> Tensor:
+def rrelu(input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False) -> Tensor:
     """Randomised leaky rectified linear unit, as torch.nn.functional.rrelu.
 
         y = x       where x > 0
@@ -188,14 +188,14 @@ def rrelu(x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool 
     slopes. Under one torch.manual_seed the slopes are not those that torch draws.
 
     Args:
-        x: any shape; floating point.
+        input: x; any shape, floating point.
         lower: least slope, without unit.
         upper: largest slope.
         training: draw the slopes.
-        inplace: write y into x.
+        inplace: write y into input.
 
     Returns:
-        y, of the shape and dtype of x; x itself with inplace=True.
+        y, of the shape and dtype of x; input itself with inplace=True.
 
     Raises:
         RuntimeError: lower is above upper.
@@ -209,15 +209,15 @@ def rrelu(x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool 
         >>> gk.rrelu(torch.tensor([-2.0, 3.0]), lower=0.25, upper=0.75)
         tensor([-1.,  3.])
     """
-    native = _native.library(x)
+    native = _native.library(input)
     # Other bounds are torch's error.
     if native is None or not -math.inf < lower <= upper < math.inf:
-        return reference.rrelu(x, lower, upper, training, inplace)
+        return reference.rrelu(input, lower, upper, training, inplace)
     if not training:
-        return leaky_relu(x, (lower + upper) / 2, inplace)
+        return leaky_relu(input, (lower + upper) / 2, inplace)
     # Not random_(), which vmap refuses where each slice is to have slopes of its own.
-    seed = torch.randint(2**63 - 1, (), device=x.device)
-    y: Tensor = native.rrelu(x, seed, lower, upper, inplace)
+    seed = torch.randint(2**63 - 1, (), device=input.device)
+    y: Tensor = native.rrelu(input, seed, lower, upper, inplace)
     return y
 
 
@@ -234,8 +234,8 @@ class LeakyReLU(nn.LeakyReLU):
         tensor([-1.,  3.])
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return leaky_relu(x, self.negative_slope, self.inplace)
+    def forward(self, input: Tensor) -> Tensor:
+        return leaky_relu(input, self.negative_slope, self.inplace)
 
 
 class ELU(nn.ELU):
@@ -251,8 +251,8 @@ class ELU(nn.ELU):
         tensor([-0.5000,  3.0000])
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return elu(x, self.alpha, self.inplace)
+    def forward(self, input: Tensor) -> Tensor:
+        return elu(input, self.alpha, self.inplace)
 
 
 class PReLU(nn.PReLU):
@@ -270,8 +270,8 @@ class PReLU(nn.PReLU):
         tensor([-1.,  3.])
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return prelu(x, self.weight)
+    def forward(self, input: Tensor) -> Tensor:
+        return prelu(input, self.weight)
 
 
 class RReLU(nn.RReLU):
@@ -288,8 +288,8 @@ class RReLU(nn.RReLU):
         tensor([-1.,  3.])
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rrelu(x, self.lower, self.upper, self.training, self.inplace)
+    def forward(self, input: Tensor) -> Tensor:
+        return rrelu(input, self.lower, self.upper, self.training, self.inplace)
 
 
 class Swish(nn.Module):
@@ -339,8 +339,8 @@ class Swish(nn.Module):
         if isinstance(self.beta, Tensor):
             nn.init.constant_(self.beta, self.init)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return swish(x, self.beta)
+    def forward(self, input: Tensor) -> Tensor:
+        return swish(input, self.beta)
 
     def extra_repr(self) -> str:
         if isinstance(self.beta, Tensor):

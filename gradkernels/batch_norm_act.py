@@ -28,7 +28,7 @@ ACT_MODULES: dict[type[nn.Module], tuple[str, str | None]] = {
 
 
 def batch_norm_act(
-    x: Tensor,
+    input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None = None,
@@ -49,7 +49,7 @@ def batch_norm_act(
     moves the running statistics: running = (1 - momentum) running + momentum batch, var then being the unbiased estimate.
 
     Args:
-        x: (N, C) or (N, C, ...); floating point.
+        input: x; (N, C) or (N, C, ...), floating point.
         running_mean: (C,), written with training=True; None keeps none, which training allows.
         running_var: (C,), as running_mean.
         weight: (C,) or None for 1.
@@ -58,7 +58,7 @@ def batch_norm_act(
         momentum: weight of this batch in the running statistics, without unit.
         eps: added to the variance, in units of x squared.
         act: "identity", "relu", "relu6", "leaky_relu", "elu" or "swish"; leaky_relu unless said otherwise.
-        act_param: negative_slope, alpha or beta of act; None is 0.01, 1 and 1. Ignored where act has none.
+        act_param: negative_slope, alpha or beta of act; None is 0.01, 1 and 1, and for an act without one.
         residual: of the shape, dtype and device of x, added before the activation. Under autocast another dtype promotes, as in
             the sum of the two.
 
@@ -66,7 +66,8 @@ def batch_norm_act(
         y, of the shape and dtype of x.
 
     Raises:
-        ValueError: unknown act; one value per channel in training; eps that torch refuses.
+        ValueError: unknown act, or act_param for one that has none; one value per channel in training; eps that torch refuses.
+        TypeError: act_param is a tensor or a string.
         RuntimeError: residual of another shape, dtype or device; a per-channel tensor whose size is not C; no running
             statistics with training=False.
         NotImplementedError: x is of an integer or complex dtype.
@@ -81,7 +82,7 @@ def batch_norm_act(
         tensor([[1., 0.],
                 [3., 2.]])
     """
-    return _batch_norm_act(x, running_mean, running_var, weight, bias, residual, None, training, momentum, eps, act, act_param)
+    return _batch_norm_act(input, running_mean, running_var, weight, bias, residual, None, training, momentum, eps, act, act_param)
 
 
 def _batch_norm_act(
@@ -202,14 +203,14 @@ class _BatchNormAct(_BatchNorm):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if isinstance(x, torch.fx.Proxy):
-            path = x.tracer.path_of_module(self)
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(input, torch.fx.Proxy):
+            path = input.tracer.path_of_module(self)
             if path:
                 # A leaf for torch.fx.symbolic_trace as torch's own are, which it knows by the name of their file.
-                call: Tensor = x.tracer.create_proxy("call_module", path, (x,) if residual is None else (x, residual), {})
+                call: Tensor = input.tracer.create_proxy("call_module", path, (input,) if residual is None else (input, residual), {})
                 return call
-        return forward_of(self, x, residual, self.act, self.act_param)
+        return forward_of(self, input, residual, self.act, self.act_param)
 
     def extra_repr(self) -> str:
         has_param = reference.ACTIVATIONS[self.act][0] is not None
@@ -257,8 +258,8 @@ class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
         act_param: negative_slope, alpha or beta of act; None is 0.01, 1 and 1. Read from `act` where that is a module.
 
     Raises:
-        ValueError: unknown act, or act_param beside a module; in forward, what torch.nn.BatchNorm2d raises.
-        TypeError: a module that is none of the above.
+        ValueError: unknown act, or act_param for one that has none or beside a module; in forward, what torch.nn.BatchNorm2d raises.
+        TypeError: a module that is none of the above, or act_param that is a tensor or a string.
         RuntimeError: in forward, a residual of another shape, dtype or device than x.
 
     Source: Ioffe, Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate

@@ -159,6 +159,13 @@ class _Fuser:
         order = list(self.graph.nodes)
         for node in order:
             module = self.module(node)
+            if module is None or node.kwargs.keys() != {"input"} or has_hooks(module):
+                continue
+            if type(module) in _CALLABLE or is_activation(module):
+                # self.bn(input=x) is self.bn(x).
+                node.args, node.kwargs = (node.kwargs["input"],), {}
+        for node in order:
+            module = self.module(node)
             if isinstance(module, _BatchNorm) and node not in taken:
                 site, chain = self.at_batch_norm(node, module)
                 fusion.sites.append(site)
@@ -180,10 +187,10 @@ class _Fuser:
         if type(module) not in _CALLABLE:
             is_sync = isinstance(module, (nn.SyncBatchNorm, SyncBatchNormAct))
             site.why = "its statistics are those of many processes" if is_sync else f"{type(module).__name__} may compute something else"
-        elif getattr(module, "act", "identity") != "identity" or len(node.args) != 1 or node.kwargs:
-            site.why = "has an activation or a residual already"
         elif has_hooks(module):
             site.why = "it is hooked: its hook would see another tensor"
+        elif getattr(module, "act", "identity") != "identity" or len(node.args) != 1 or node.kwargs:
+            site.why = "has an activation or a residual already"
         if site.why:
             return site, None
         chain, site.why = self.extend(node)
@@ -389,7 +396,8 @@ class _Fuser:
             elif _is_scaled(node):
                 site.why = "it scales besides"
             else:
-                node.kwargs = {("x" if key == "input" else key): value for key, value in node.kwargs.items() if node.target is not F.silu}
+                if node.target is F.silu:
+                    node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
                 if node.target in (F.leaky_relu_, F.elu_):
                     node.kwargs = {**node.kwargs, "inplace": True}
                 node.target = _FUNCTIONS[node.target]

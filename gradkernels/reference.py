@@ -68,15 +68,19 @@ ACTIVATIONS: dict[str, tuple[float | None, Callable[[Tensor, float], Tensor]]] =
 
 
 def check_act(act: str, act_param: float | None) -> float:
-    """act_param with its default filled in, 0.0 where `act` takes none; ValueError for an unknown name."""
+    """act_param with its default filled in, 0.0 where `act` takes none; ValueError for an unknown name, or a parameter that it has not."""
     if act not in ACTIVATIONS:
         raise ValueError(f"unknown act {act!r}, known are {', '.join(map(repr, ACTIVATIONS))}")
-    default = ACTIVATIONS[act][0]
-    if default is None:
-        return 0.0
     if isinstance(act_param, Tensor):
         raise TypeError(f"act_param must be a float, not {type(act_param).__name__}: it is not learnt")
-    return default if act_param is None else float(act_param)
+    # As a string it would be read.
+    if isinstance(act_param, str):
+        raise TypeError("act_param must be a float, not str")
+    default = ACTIVATIONS[act][0]
+    # 0.0 is what modules hold where there is none.
+    if default is None and act_param:
+        raise ValueError(f"act_param={act_param} is given for act {act!r}, which has no parameter")
+    return (default or 0.0) if act_param is None else float(act_param)
 
 
 def check_batch_norm_act(

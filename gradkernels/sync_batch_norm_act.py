@@ -194,9 +194,9 @@ class SyncBatchNormAct(_BatchNormAct):
         act_param: as of BatchNormAct2d.
 
     Raises:
-        ValueError: unknown act, or act_param beside a module; in forward, x of less than two dimensions or without channels, and on
-            the CPU one value per channel in the batches of all processes together.
-        TypeError: `act` is a module of another kind.
+        ValueError: unknown act, or act_param for one that has none or beside a module; in forward, x of less than two dimensions or
+            without channels, and on the CPU one value per channel in the batches of all processes together.
+        TypeError: `act` is a module of another kind, or act_param a tensor or a string.
         RuntimeError: in forward, a residual of another shape, dtype or device than x; C that differs between processes,
             found by all of them in the first training step that is not compiled; what torch.distributed raises when a process is
             gone, or refuses something that the others did not.
@@ -239,10 +239,10 @@ class SyncBatchNormAct(_BatchNormAct):
         if x.size(1) == 0:
             raise ValueError("SyncBatchNorm number of input channels should be non-zero")
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        self._check_input_dim(x)
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        self._check_input_dim(input)
         group = self._group() if self.training else None
-        return super().forward(x, residual) if group is None else self._forward_with(group, x, residual)
+        return super().forward(input, residual) if group is None else self._forward_with(group, input, residual)
 
     def _group(self) -> dist.ProcessGroup | None:
         """The processes to share statistics with, None where there are no others."""

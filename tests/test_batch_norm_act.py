@@ -462,6 +462,31 @@ def test_momentum_of_another_type():
     assert came == outcome(F.batch_norm, x, *stats, training=True, momentum="a")
 
 
+@pytest.mark.parametrize("act", ["identity", "relu", "relu6"])
+def test_act_param_for_what_has_none_is_refused(act):
+    x, mean, var = torch.randn(4, 3), torch.zeros(3), torch.ones(3)
+    for given, kind, words in (
+        (0.3, ValueError, f"{act!r}, which has no parameter"),
+        (math.nan, ValueError, "nan"),
+        ("0.3", TypeError, "not str"),
+    ):
+        for make in (gk.BatchNormAct1d, gk.SyncBatchNormAct):
+            with pytest.raises(kind, match=words):
+                make(3, act=act, act_param=given)
+        with pytest.raises(kind, match=words):
+            gk.batch_norm_act(x, mean, var, training=True, act=act, act_param=given)
+    assert torch.equal(mean, torch.zeros(3)) and torch.equal(var, torch.ones(3))
+    # What a module holds where it has none is given back.
+    bn = gk.BatchNormAct1d(3, act=act)
+    assert gk.BatchNormAct1d(3, act=bn.act, act_param=bn.act_param)(x).shape == x.shape
+
+
+def test_act_param_is_a_number():
+    for given in ("0.3", [0.3], 1j):
+        with pytest.raises(TypeError):
+            gk.BatchNormAct1d(3, act_param=given)
+
+
 def test_act_param_is_not_learnt():
     with pytest.raises(TypeError, match="act_param must be a float, not Parameter"):
         gk.BatchNormAct1d(3, act_param=nn.Parameter(torch.tensor(0.2)))

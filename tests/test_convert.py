@@ -9,6 +9,7 @@ import functools
 import gc
 import importlib
 import io
+import math
 import os
 import pickle
 import pickletools
@@ -367,7 +368,9 @@ def add_(y, x):
 
 WRITTEN = {
     "module": (lambda self, x: self.act(self.bn(self.conv(x))), "relu"),
+    "by name": (lambda self, x: self.act(input=self.bn(input=self.conv(input=x))), "relu"),
     "F.relu": (lambda self, x: F.relu(self.bn(x)), "relu"),
+    "F.relu by name": (lambda self, x: F.relu(input=self.bn(x)), "relu"),
     "F.relu in place": (lambda self, x: F.relu(self.bn(x), inplace=True), "relu"),
     "F.relu_": (lambda self, x: F.relu_(self.bn(x)), "relu"),
     "torch.relu": (lambda self, x: torch.relu(self.bn(x)), "relu"),
@@ -842,6 +845,7 @@ def test_standalone_activations_become_ours(module):
         F.leaky_relu_,
         F.elu_,
         lambda x: F.leaky_relu(input=x, negative_slope=0.2),
+        lambda x: F.silu(input=x, inplace=False),
         lambda x: F.elu(x, 0.5, True),
     ],
 )
@@ -850,6 +854,20 @@ def test_standalone_functions_become_ours(forward):
     assert [row.becomes is not None for row in report.rows if row.name == ""] == [True]
     x = X()
     assert not operators(copy.deepcopy(actual), x).torchs
+    assert_same(step(actual, x), step(expected, x))
+
+
+def test_modules_in_a_forward_that_cannot_be_read_take_torchs_keyword():
+    def forward(self, x):
+        y = self.conv(input=x if x.sum() < math.inf else -x)
+        for each in (self.bn, *self.blocks):
+            y = each(input=y)
+        return y
+
+    blocks = nn.ModuleList([nn.LeakyReLU(), nn.ELU(), nn.SiLU(), nn.PReLU()]).double()
+    expected, actual, report = converted(block(forward, blocks=blocks))
+    assert sum(row.becomes is not None for row in report.rows) == 5, report
+    x = X()
     assert_same(step(actual, x), step(expected, x))
 
 

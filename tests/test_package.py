@@ -5,6 +5,7 @@ The README's lines of use are data here: each stands beside the torch lines it e
 
 import doctest
 import importlib
+import inspect
 import json
 import os
 import pkgutil
@@ -60,6 +61,53 @@ def test_public_name_is_in_the_readme(name):
 def test_public_callable_has_an_example(name):
     public = getattr(gradkernels, name)
     assert not callable(public) or ">>>" in public.__doc__
+
+
+FUNCTIONAL, CLIPPING = torch.nn.functional, torch.nn.utils
+# Ours -> what it stands for: every argument of that, by its name, in its place and with its default, comes before those of our own.
+STANDS_FOR = {
+    gradkernels.leaky_relu: FUNCTIONAL.leaky_relu,
+    gradkernels.elu: FUNCTIONAL.elu,
+    gradkernels.rrelu: FUNCTIONAL.rrelu,
+    gradkernels.batch_norm_act: FUNCTIONAL.batch_norm,
+    gradkernels.optim.RMSprop: torch.optim.RMSprop,
+    **{getattr(gradkernels, name): getattr(torch.nn, name) for name in ("LeakyReLU", "ELU", "PReLU", "RReLU")},
+    **{getattr(gradkernels, f"BatchNormAct{n}d"): getattr(torch.nn, f"BatchNorm{n}d") for n in (1, 2, 3)},
+    gradkernels.SyncBatchNormAct: torch.nn.SyncBatchNorm,
+    **{
+        getattr(gradkernels, name): getattr(CLIPPING, name)
+        for name in ("clip_grad_norm_", "clip_grad_value_", "get_total_norm", "clip_grads_with_norm_")
+    },
+}
+# Of torch 2.13, which our own classes take under 2.11 too.
+NEWER = {"bias"}
+
+
+def arguments_of(function):
+    parameters = inspect.signature(function).parameters.values()
+    return [(each.name, each.kind, each.default) for each in parameters if each.name not in NEWER]
+
+
+@pytest.mark.parametrize("ours", STANDS_FOR, ids=lambda ours: ours.__name__)
+def test_arguments_are_torchs(ours):
+    functions = [(ours, STANDS_FOR[ours])]
+    if isinstance(ours, type) and issubclass(ours, torch.nn.Module):
+        functions.append((ours.forward, STANDS_FOR[ours].forward))
+    for each, torchs in functions:
+        expected = arguments_of(torchs)
+        assert arguments_of(each)[: len(expected)] == expected
+
+
+def test_what_has_no_signature_takes_torchs_keywords():
+    x, weight = torch.randn(2, 3), torch.rand(3)
+    assert torch.equal(gradkernels.prelu(input=x, weight=weight), FUNCTIONAL.prelu(input=x, weight=weight))
+    torch.testing.assert_close(gradkernels.swish(input=x), FUNCTIONAL.silu(input=x))
+    torch.testing.assert_close(gradkernels.Swish()(input=x), FUNCTIONAL.silu(input=x))
+
+
+def test_the_command_says_its_version():
+    result = subprocess.run([sys.executable, "-m", "gradkernels", "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, f"gradkernels {gradkernels.__version__}\n"), result.stderr
 
 
 @pytest.mark.parametrize("name", MODULES)
