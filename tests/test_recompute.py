@@ -96,6 +96,15 @@ def loss_of(model, x):
     return sum(each.square().mean() for each in (y if isinstance(y, list) else [y]))
 
 
+def loss_and_gradients():
+    """Of a network that recomputes: its loss, whose graph is retained, its parameters and their gradients."""
+    model, x = network("ResNet")
+    with gk.recompute():
+        loss = loss_of(model, x)
+    parameters = list(model.parameters())
+    return loss, parameters, torch.autograd.grad(loss, parameters, retain_graph=True)
+
+
 def step(model, x, context):
     """Everything that one training step gives."""
     x = x.clone().requires_grad_()
@@ -338,11 +347,7 @@ def test_writing_what_is_needed_is_torchs_error(written):
 
 
 def test_a_second_backward_is_torchs_error_unless_the_graph_is_retained():
-    model, x = network("ResNet")
-    with gk.recompute():
-        loss = loss_of(model, x)
-    parameters = list(model.parameters())
-    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    loss, parameters, first = loss_and_gradients()
     second = torch.autograd.grad(loss, parameters)
     assert all(map(torch.equal, first, second))
     assert "second time" in message_of(loss.backward)
@@ -475,11 +480,7 @@ def test_threads():
 
 
 def test_threads_that_share_a_graph():
-    model, x = network("ResNet")
-    with gk.recompute():
-        loss = loss_of(model, x)
-    parameters = list(model.parameters())
-    expected = torch.autograd.grad(loss, parameters, retain_graph=True)
+    loss, parameters, expected = loss_and_gradients()
     found = {}
 
     def run(place):
