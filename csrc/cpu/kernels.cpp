@@ -13,7 +13,8 @@ const Kernels& choose() {
   // A value that names nothing leaves the choice to the processor, as in torch.
   const auto is = [&](const char* name) { return capability != nullptr && std::strcmp(capability, name) == 0; };
   if (!is("default") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vl");
     return avx512 && !is("avx2") ? kernels_avx512 : kernels_avx2;
   }
 #endif

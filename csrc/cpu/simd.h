@@ -256,14 +256,41 @@ GK_INLINE HalfWords narrow_words(X x) {
   return __builtin_convertvector(x, HalfWords);
 }
 
+// 0, 1, 2, ...
+GK_INLINE Words lane_numbers() {
+  Words r;
+  for (uint32_t i = 0; i < sizeof(r) / sizeof(uint32_t); ++i) r[i] = i;
+  return r;
+}
+
 template <typename X>
 GK_INLINE FloatRegister to_float(X x, BFloat16) {
+#if defined(__x86_64__)
+  if constexpr (kRegisterBytes == 64) {
+    // Each word twice, and zero for the first of them.
+    const __m512i wide = _mm512_castsi256_si512(reinterpret_cast<__m256i>(x));
+    const Words twice = lane_numbers() * 0x10001u;
+    return reinterpret_cast<FloatRegister>(_mm512_maskz_permutexvar_epi16(0xAAAAAAAAu, reinterpret_cast<__m512i>(twice), wide));
+  }
+#endif
   return reinterpret_cast<FloatRegister>(widen_words(x) << 16);
 }
 
 // BFloat16(float), lane by lane.
 template <typename X>
 GK_INLINE HalfWords from_float(X x, BFloat16) {
+#if defined(__x86_64__)
+  if constexpr (kRegisterBytes == 64) {
+    const __m512i wide = reinterpret_cast<__m512i>(x);
+    const __m512 value = reinterpret_cast<__m512>(x);
+    const __mmask16 ordered = _mm512_cmp_ps_mask(value, value, _CMP_ORD_Q);
+    const __mmask16 odd = _mm512_mask_test_epi32_mask(ordered, wide, _mm512_set1_epi32(0x10000));
+    __m512i rounded = _mm512_mask_add_epi32(_mm512_set1_epi32(0x7FC00000), ordered, wide, _mm512_set1_epi32(0x7FFF));
+    rounded = _mm512_mask_add_epi32(rounded, odd, rounded, _mm512_set1_epi32(1));
+    const Words upper = lane_numbers() * 0x40004u + 0x30001u;
+    return reinterpret_cast<HalfWords>(_mm512_castsi512_si256(_mm512_permutexvar_epi16(reinterpret_cast<__m512i>(upper), rounded)));
+  }
+#endif
   const Words wide = reinterpret_cast<Words>(x);
   const Words rounded = (wide + 0x7FFFu + (wide >> 16 & 1u)) >> 16;
   return narrow_words(x == x ? rounded : 0x7FC0u - Words{});
