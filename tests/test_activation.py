@@ -1731,8 +1731,8 @@ def test_rrelu_with_bounds_that_torch_refuses(bounds, inplace, training):
 SWEPT = {
     ("leaky_relu", 0.01): (0.5, 0.5),
     ("elu", 1.0): (1.0, 1.0),
-    ("swish", 1.0): (2.1, 2.6),
-    ("swish", 1.7): (2.1, 2.6),
+    ("swish", 1.0): (2.2, 2.6),
+    ("swish", 1.7): (2.2, 2.6),
 }
 
 
@@ -1765,6 +1765,24 @@ def test_accuracy_over_the_whole_range(name, param):
         size = np.broadcast_to(size, x.shape)[told]
         assert_accurate(what, each[told], torchs[told], exact[told], scale=size)
         assert_accurate(what, each[told], each[told], exact[told], scale=size, most=bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["elu", "swish"])
+def test_an_element_does_not_depend_on_its_neighbours(name, dtype):
+    """A vector with an x far from zero in any lane takes another way through exp than one without."""
+    act = BY_NAME[name]
+    x, grad_y = torch.randn(4099, dtype=dtype) * 8, torch.randn(4099, dtype=dtype)
+    beside = x.clone()
+    beside[::7] = torch.tensor([-math.inf, -300.0, -90.0, -50.0, 50.0, 300.0, math.nan], dtype=dtype).repeat(84)[: len(beside[::7])]
+    same = torch.arange(len(x)) % 7 != 0
+    for what, each, other in zip(
+        ("y", "grad_x"),
+        value_and_grad(act.function, x, grad_y, act.default),
+        value_and_grad(act.function, beside, grad_y, act.default),
+        strict=True,
+    ):
+        assert_bitwise_equal(what, each[same], other[same])
 
 
 @pytest.mark.slow

@@ -167,6 +167,8 @@ struct Vec {
     return any(!(n >= bound));
   }
 
+  friend GK_INLINE Mask is_near_exponent(Vec n) { return n >= Vec(T(math::kFarExponent)); }
+
   friend GK_INLINE Vec approximate_inverse(Vec x) {
 #if defined(__x86_64__)
     if constexpr (kRegisterBytes == 64 && sizeof(T) == 4) return {_mm512_rcp14_ps(x.part[0])};
