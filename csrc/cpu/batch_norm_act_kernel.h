@@ -378,7 +378,7 @@ void batch_norm_gradient_input_kernel(const BatchNormBackward& p, Slab slab, con
           Runs::template for_each<scalar_t>(
               lines, streamed(p.shape, grad_x, source.mask), [&](int64_t column) GK_INLINE_LAMBDA { return coefficients.at(column); },
               [&](const auto& c, Position at, auto lanes) GK_INLINE_LAMBDA {
-                const V x = load(x_data + at.element, lanes);
+                const V x = load_first(x_data, at, lanes);
                 const V dz = dz_of(c.normalise, x, at, lanes);
                 store(grad_x + at.element, lanes, training ? c.input.training(dz, x) : c.input.evaluation(dz), at.past_caches);
               });

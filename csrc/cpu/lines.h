@@ -339,30 +339,43 @@ struct ShortRuns {
                    first, columns, first / 8, (columns + 7) / 8});
   }
 
-  // Calls function(column, lanes, row, row_end) for each vector of rows [first, last). One row after the other is the order of memory;
-  // where the `values` of opmath that belong to a column do not stay in the first-level cache meanwhile, or rows do not follow each other
-  // in memory, four rows at once share what belongs to the column.
-  template <typename opmath, typename Function>
+  // Calls function(column, lanes, row, row_end, ahead) for each vector of rows [first, last). One row after the other is the order of
+  // memory; where the `values` of opmath that belong to a column do not stay in the first-level cache meanwhile, or rows do not follow each other
+  // in memory, four rows at once share what belongs to the column; the four after them are then fetched ahead, unless each begins a page,
+  // which the processor foresees.
+  template <typename scalar_t, typename Function>
   static GK_INLINE void for_each_block(const Lines& lines, int64_t first, int64_t last, int64_t values, const Function& function) {
+    using opmath = opmath_t<scalar_t>;
     constexpr int64_t kCachedBytes = 16 * 1024;
+    constexpr int64_t kForeseenBytes = 4096;
     const int64_t bytes = (lines.end - lines.begin) * values * static_cast<int64_t>(sizeof(opmath));
     const bool is_gapless = lines.end - lines.begin == lines.row_stride;
+    const auto for_each_vector_of = [&](int64_t row, int64_t row_end, int64_t ahead) GK_INLINE_LAMBDA {
+      for_each_vector<opmath>(lines.begin, lines.end,
+                              [&](int64_t column, auto lanes) GK_INLINE_LAMBDA { function(column, lanes, row, row_end, ahead); });
+    };
     const int64_t rows = is_gapless && bytes <= kCachedBytes ? 1 : 4;
+    // The wider the vectors, the more each question in the loop counts. Elsewhere none is asked: a second loop is half of what is compiled.
+    if constexpr (kRegisterBytes == 64) {
+      if (rows == 1) {
+        for (int64_t row = first; row < last; ++row) for_each_vector_of(row, row + 1, 0);
+        return;
+      }
+    }
+    const bool is_foreseen = kRegisterBytes < 64 || lines.row_stride * static_cast<int64_t>(sizeof(scalar_t)) >= kForeseenBytes;
     for (int64_t row = first; row < last; row += rows) {
       const int64_t row_end = row + rows < last ? row + rows : last;
-      for_each_vector<opmath>(lines.begin, lines.end,
-                              [&](int64_t column, auto lanes) GK_INLINE_LAMBDA { function(column, lanes, row, row_end); });
+      for_each_vector_of(row, row_end, is_foreseen || row_end + rows > lines.row_end ? 0 : rows * lines.row_stride);
     }
   }
 
   template <typename scalar_t, typename OfColumn, typename Function>
   static GK_INLINE void for_each(const Lines& lines, Streamed<scalar_t> streamed, const OfColumn& of_column, const Function& function) {
-    using opmath = opmath_t<scalar_t>;
-    const auto block = [&](int64_t column, auto lanes, int64_t row, int64_t row_end) GK_INLINE_LAMBDA {
+    const auto block = [&](int64_t column, auto lanes, int64_t row, int64_t row_end, int64_t ahead) GK_INLINE_LAMBDA {
       const auto values = of_column(column);
-      for (; row < row_end; ++row) function(values, position(position_of_row(lines, row), streamed, column), lanes);
+      for (; row < row_end; ++row) function(values, position(position_of_row(lines, row, ahead), streamed, column), lanes);
     };
-    for_each_block<opmath>(lines, lines.row_begin, lines.row_end, sizeof(of_column(0)) / sizeof(Vec<opmath>), block);
+    for_each_block<scalar_t>(lines, lines.row_begin, lines.row_end, sizeof(of_column(0)) / sizeof(Vec<opmath_t<scalar_t>>), block);
     if (streamed.output != nullptr) stream_fence();
   }
 
@@ -413,10 +426,12 @@ struct ShortRuns {
     GK_INLINE void add(const Lines& lines, Streamed<scalar_t> streamed, const OfColumn& of_column, const Function& function) {
       for (int64_t first = lines.row_begin; first < lines.row_end; first += kTerms) {
         const int64_t last = first + kTerms < lines.row_end ? first + kTerms : lines.row_end;
-        const auto block = [&](int64_t column, auto lanes, int64_t row, int64_t row_end) GK_INLINE_LAMBDA {
+        const auto block = [&](int64_t column, auto lanes, int64_t row, int64_t row_end, int64_t ahead) GK_INLINE_LAMBDA {
           const auto values = of_column(column);
           const auto add_rows = [&](auto& terms) GK_INLINE_LAMBDA {
-            for (int64_t r = row; r < row_end; ++r) function(values, position(position_of_row(lines, r), streamed, column), lanes, terms);
+            for (int64_t r = row; r < row_end; ++r) {
+              function(values, position(position_of_row(lines, r, ahead), streamed, column), lanes, terms);
+            }
           };
           Accumulators<opmath, N> sums;
           if constexpr (sizeof(opmath) == sizeof(double)) {
@@ -431,7 +446,7 @@ struct ShortRuns {
           }
           add(column, sums);
         };
-        for_each_block<opmath>(lines, first, last, sizeof(of_column(0)) / sizeof(Vec<opmath>) + N, block);
+        for_each_block<scalar_t>(lines, first, last, sizeof(of_column(0)) / sizeof(Vec<opmath>) + N, block);
       }
       if (streamed.output != nullptr) stream_fence();
     }
