@@ -222,7 +222,8 @@ struct CalledActivation {
   GK_INLINE V backward(V grad_y, V x) const { return backward_of(act, grad_y, x); }
 };
 
-// Calls function(functor): one for each activation of float32, else one that chooses when it runs.
+// Calls function(functor): one for each activation of float32; else one for swish, whose constants stay in registers then, and one that
+// chooses when it runs.
 template <typename scalar_t, typename Function>
 GK_INLINE void visit_activation(math::Activation act, const Function& function) {
   using V = Vec<opmath_t<scalar_t>>;
@@ -230,6 +231,8 @@ GK_INLINE void visit_activation(math::Activation act, const Function& function) 
     function(CalledActivation<V>{act});
   } else if constexpr (sizeof(scalar_t) == 4) {
     math::visit<V>(act, function);
+  } else if (kRegisterBytes == 64 && act.kind == math::ActivationKind::kSwish) {
+    function(math::Swish<V>{V(static_cast<opmath_t<scalar_t>>(act.parameter))});
   } else {
     function(math::AnyActivation<V>{act});
   }
