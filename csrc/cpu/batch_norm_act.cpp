@@ -106,17 +106,20 @@ void batch_norm_act_forward(const BatchNormForward& p) {
   }
 }
 
-void batch_norm_act_backward(const BatchNormBackward& p) {
+void batch_norm_act_backward(const BatchNormBackward& problem) {
+  BatchNormBackward p = problem;
   const Slabs slabs(p.shape);
   const Kernels& isa = kernels();
   const bool needs_sums = p.grad_weight != nullptr || p.grad_bias != nullptr || p.grad_residual != nullptr || p.training;
-  // An exponential costs more than dz on its way through the cache.
-  const bool copies_dz = p.grad_x != nullptr && (p.grad_residual == nullptr || size_of(p.dtype) == 2) &&
-                         (p.act.kind == math::ActivationKind::kElu || p.act.kind == math::ActivationKind::kSwish);
   const auto apply = [&](Slab slab, const math::GradientSums* sums, const void* dz_copy) {
     if (p.grad_x != nullptr) isa.batch_norm_gradient_input(p, slab, sums, dz_copy);
   };
   if (needs_sums) {
+    // An exponential costs more than dz on its way through the cache, or to memory and back where channels are cut: it waits where grad_x
+    // is to be, then.
+    const bool keeps_dz = p.grad_x != nullptr && p.act.has_exponential();
+    const bool copies_dz = keeps_dz && (p.grad_residual == nullptr || size_of(p.dtype) == 2);
+    if (keeps_dz && slabs.parts() > 1 && p.grad_residual == nullptr) p.grad_residual = p.grad_x;
     reduce_then_apply<math::GradientSums>(
         slabs, p.shape.channels, copies_dz ? (p.dtype == DType::kFloat64 ? 8 : 4) : 0,
         [&](Slab slab, math::GradientSums* out, void* dz_copy) { isa.batch_norm_gradient_sums(p, slab, out, dz_copy); },

@@ -372,7 +372,7 @@ struct GradientCoefficients {
 
 void batch_norm_gradient_input_kernel(const BatchNormBackward& p, Slab slab, const math::GradientSums* sums, const void* dz_copy) {
   BatchNormBackward source = p;
-  if (p.grad_residual != nullptr && size_of(p.dtype) > 2) {
+  if (p.grad_residual != nullptr && (size_of(p.dtype) > 2 || (dz_copy == nullptr && p.act.has_exponential()))) {
     // dz is already there: the first pass has left it, though of 16 bits only rounded.
     source.grad_y = p.grad_residual;
     source.act.kind = math::ActivationKind::kIdentity;

@@ -24,6 +24,7 @@ struct Activation {
   GK_HOST_DEVICE bool has_two_slopes() const {
     return kind == ActivationKind::kRelu || kind == ActivationKind::kRelu6 || kind == ActivationKind::kLeakyRelu;
   }
+  GK_HOST_DEVICE bool has_exponential() const { return kind == ActivationKind::kElu || kind == ActivationKind::kSwish; }
 };
 
 // identity(x) = x
