@@ -54,7 +54,7 @@ GK_INLINE T on_grid(T about, T magnitude) {
 }
 
 // The first quarter of a tile or more. Its mean m is near enough to that of the tile for differences from it not to cancel, however the
-// elements are ordered: a part f of them at m makes the variance at least f / (1 - f) times the square of m's distance from the tile's mean.
+// elements are ordered: a part f of them about m makes the variance at least f / (1 - f) times the square of what m is off by.
 GK_INLINE Lines sample_of(const Lines& tile) {
   constexpr int64_t kShare = 4;
   Lines sample = tile;
@@ -373,7 +373,7 @@ struct GradientCoefficients {
 void batch_norm_gradient_input_kernel(const BatchNormBackward& p, Slab slab, const math::GradientSums* sums, const void* dz_copy) {
   BatchNormBackward source = p;
   if (p.grad_residual != nullptr && (size_of(p.dtype) > 2 || (dz_copy == nullptr && p.act.has_exponential()))) {
-    // dz is already there: the first pass has left it, though of 16 bits only rounded.
+    // dz is already there: the first pass has left it. Of 16 bits it is rounded, which only an exponential is worth.
     source.grad_y = p.grad_residual;
     source.act.kind = math::ActivationKind::kIdentity;
     source.mask = nullptr;

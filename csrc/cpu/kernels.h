@@ -46,7 +46,8 @@ struct Kernels {
   // Per channel of the slab, into out[0...]; writes grad_residual where it is asked for. dz_copy: null, or where dz of the slab is left,
   // line by line, in the type it is computed in.
   void (*batch_norm_gradient_sums)(const BatchNormBackward&, Slab, math::GradientSums* out, void* dz_copy);
-  // From the sums of all channels. dz is read from dz_copy unless that is null, or else from a grad_residual that holds it unrounded.
+  // From the sums of all channels. dz is read from dz_copy unless that is null, or else from grad_residual, which may be where grad_x goes;
+  // of 16 bits, where it is rounded, only for activations with an exponential.
   void (*batch_norm_gradient_input)(const BatchNormBackward&, Slab, const math::GradientSums* sums, const void* dz_copy);
 
   PartialNorm (*partial_norm)(DType, Norm, int64_t count, const void* x, double factor);

@@ -340,9 +340,9 @@ struct ShortRuns {
   }
 
   // Calls function(column, lanes, row, row_end, ahead) for each vector of rows [first, last). One row after the other is the order of
-  // memory; where the `values` of opmath that belong to a column do not stay in the first-level cache meanwhile, or rows do not follow each other
-  // in memory, four rows at once share what belongs to the column; the four after them are then fetched ahead, unless each begins a page,
-  // which the processor foresees.
+  // memory; where the `values` of opmath that belong to a column do not stay in the first-level cache meanwhile, or rows do not follow
+  // each other in memory, four rows at once share what belongs to the column. The four after them are then fetched ahead, unless each
+  // begins a page, which the processor foresees.
   template <typename scalar_t, typename Function>
   static GK_INLINE void for_each_block(const Lines& lines, int64_t first, int64_t last, int64_t values, const Function& function) {
     using opmath = opmath_t<scalar_t>;
