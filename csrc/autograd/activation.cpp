@@ -23,7 +23,7 @@ Strides strides_of(const at::Tensor& x) { return (x.is_non_overlapping_and_dense
 
 // ---- leaky_relu
 
-struct LeakyReluGradient : Gradient<LeakyReluGradient> {
+struct LeakyReluGradient : Gradient<LeakyReluGradient, 1> {
   static constexpr const char* kName = "LeakyReluBackward";
   SavedVariable mask;
   Strides stride;
@@ -38,7 +38,7 @@ struct LeakyReluGradient : Gradient<LeakyReluGradient> {
     stride = std::move(stride_);
     negative_slope = negative_slope_;
   }
-  variable_list backward(const at::Tensor& grad_y) {
+  variable_list backward(const at::Tensor& grad_y, std::array<bool, 1>) {
     return {call_in_backward<ops::LeakyReluBackward>(grad_y, mask.unpack(), stride, negative_slope)};
   }
 };
@@ -73,7 +73,7 @@ at::Tensor leaky_relu_backward(const at::Tensor& grad_y, const at::Tensor& mask,
 
 // ---- rrelu
 
-struct RreluGradient : Gradient<RreluGradient> {
+struct RreluGradient : Gradient<RreluGradient, 1> {
   static constexpr const char* kName = "RreluBackward";
   SavedVariable mask, seed;
   Strides stride;
@@ -90,7 +90,7 @@ struct RreluGradient : Gradient<RreluGradient> {
     lower = lower_;
     upper = upper_;
   }
-  variable_list backward(const at::Tensor& grad_y) {
+  variable_list backward(const at::Tensor& grad_y, std::array<bool, 1>) {
     return {call_in_backward<ops::RreluBackward>(grad_y, mask.unpack(), stride, seed.unpack(), lower, upper)};
   }
 };
@@ -126,7 +126,7 @@ at::Tensor rrelu_backward(const at::Tensor& grad_y, const at::Tensor& mask, c10:
 
 // ---- elu
 
-struct EluGradient : Gradient<EluGradient> {
+struct EluGradient : Gradient<EluGradient, 1> {
   static constexpr const char* kName = "EluBackward";
   SavedVariable self_or_result;
   double alpha;
@@ -141,7 +141,7 @@ struct EluGradient : Gradient<EluGradient> {
     alpha = alpha_;
     is_result = is_result_;
   }
-  variable_list backward(const at::Tensor& grad_y) {
+  variable_list backward(const at::Tensor& grad_y, std::array<bool, 1>) {
     const at::Tensor saved = is_result ? self_or_result.unpack(getptr()) : self_or_result.unpack();
     return {call_in_backward<ops::EluBackward>(grad_y, saved, alpha, is_result)};
   }
@@ -176,7 +176,7 @@ at::Tensor elu_backward(const at::Tensor& grad_y, const at::Tensor& self_or_resu
 
 // ---- swish
 
-struct SwishGradient : Gradient<SwishGradient> {
+struct SwishGradient : Gradient<SwishGradient, 1> {
   static constexpr const char* kName = "SwishBackward";
   SavedVariable x;
   double beta;
@@ -185,7 +185,9 @@ struct SwishGradient : Gradient<SwishGradient> {
   static void members(Self& self, const F& f) {
     f(self.x, self.beta);
   }
-  variable_list backward(const at::Tensor& grad_y) { return {call_in_backward<ops::SwishBackward>(grad_y, x.unpack(), beta)}; }
+  variable_list backward(const at::Tensor& grad_y, std::array<bool, 1>) {
+    return {call_in_backward<ops::SwishBackward>(grad_y, x.unpack(), beta)};
+  }
 };
 
 at::Tensor swish(const at::Tensor& x, double beta) {
@@ -205,7 +207,7 @@ at::Tensor swish_backward(const at::Tensor& grad_y, const at::Tensor& x, double 
 // ---- swish with a tensor, prelu: Operator(x, parameter) with Backward(grad_y, x, parameter, output_mask)
 
 template <typename Backward>
-struct ParametricGradient : Gradient<ParametricGradient<Backward>> {
+struct ParametricGradient : Gradient<ParametricGradient<Backward>, 2> {
   static constexpr const char* kName = std::is_same_v<Backward, ops::PreluBackward> ? "PreluBackward" : "SwishBackward";
   SavedVariable x, parameter;
 
@@ -213,8 +215,7 @@ struct ParametricGradient : Gradient<ParametricGradient<Backward>> {
   static void members(Self& self, const F& f) {
     f(self.x, self.parameter);
   }
-  variable_list backward(const at::Tensor& grad_y) {
-    const std::array<bool, 2> wanted = {this->task_should_compute_output(0), this->task_should_compute_output(1)};
+  variable_list backward(const at::Tensor& grad_y, std::array<bool, 2> wanted) {
     auto [grad_x, grad_parameter] = call_in_backward<Backward>(grad_y, x.unpack(), parameter.unpack(), wanted);
     return {wanted[0] ? grad_x : at::Tensor(), wanted[1] ? grad_parameter : at::Tensor()};
   }

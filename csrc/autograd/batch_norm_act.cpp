@@ -22,7 +22,7 @@ namespace {
 using ops::OptionalTensor;
 using torch::autograd::SavedVariable;
 
-struct BatchNormActGradient : Gradient<BatchNormActGradient> {
+struct BatchNormActGradient : Gradient<BatchNormActGradient, 4> {
   static constexpr const char* kName = "BatchNormActBackward";
   // Of what is not kept, undefined tensors.
   SavedVariable x, weight, bias, residual, mean, invstd, mask;
@@ -40,9 +40,7 @@ struct BatchNormActGradient : Gradient<BatchNormActGradient> {
     f(self.x, self.weight, self.bias, self.residual, self.mean, self.invstd, self.mask, self.training, self.eps, self.act, self.act_param);
   }
 
-  variable_list backward(const at::Tensor& grad_y) {
-    std::array<bool, 4> wanted;
-    for (size_t i = 0; i < wanted.size(); ++i) wanted[i] = task_should_compute_output(i);
+  variable_list backward(const at::Tensor& grad_y, std::array<bool, 4> wanted) {
     return at::GradMode::is_enabled() ? differentiable_gradients(grad_y, wanted) : gradients(grad_y, wanted);
   }
 
@@ -145,14 +143,6 @@ int passes_of(const at::Tensor& x) {
                          node->storage.lock().get() == x.storage().unsafeGetStorageImpl();
   return is_output ? node->passes : 0;
 }
-
-// Tensors are saved as if there were no hooks. Tracing is torch's word for that.
-struct PastHooks {
-  const bool before = at::SavedTensorDefaultHooks::set_tracing(true);
-  PastHooks() = default;
-  PastHooks(const PastHooks&) = delete;
-  ~PastHooks() { at::SavedTensorDefaultHooks::set_tracing(before); }
-};
 
 using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 

@@ -1,6 +1,7 @@
 // What the operators' autograd kernels share: when a gradient is recorded, by whom, and the call of the operator below.
 #pragma once
 
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/InferenceMode.h>
@@ -10,10 +11,12 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
+#include <array>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "ops/operators.h"
 
@@ -72,58 +75,6 @@ auto call_in_backward(Args&&... args) {
   return call_below_autograd<Operator>(std::forward<Args>(args)...);
 }
 
-// A node of the graph without what torch::autograd::Function puts around one, which costs an activation of few elements a fifth of its
-// time. Derived brings
-//   static constexpr const char* kName
-//   static void members(Self& self, const F& f)          f(every member): what the gradient keeps, tensors as SavedVariable
-//   variable_list backward(const at::Tensor& grad_y)     defined grad_y
-template <typename Derived>
-struct Gradient : torch::autograd::Node {
-  std::string name() const override { return Derived::kName; }
-
-  variable_list apply(variable_list&& grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (!grads[0].defined()) return variable_list(num_outputs());
-    return static_cast<Derived*>(this)->backward(grads[0]);
-  }
-
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for_each_member([](auto& member) {
-      if constexpr (is_saved<decltype(member)>) member.reset_data();
-    });
-  }
-
-  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    Derived::members(static_cast<const Derived&>(*this), [&](const auto&... member) { (collect(args, member), ...); });
-  }
-
-  variable_list apply_with_saved(const variable_list& grads, torch::dynamo::autograd::SwapSavedVariables& saved) override {
-    for_each_member([&](auto& member) { saved.before(member); });
-    variable_list result = apply(variable_list(grads));
-    for_each_member([&](auto& member) { saved.after(member); });
-    return result;
-  }
-
- private:
-  template <typename T>
-  static constexpr bool is_saved = std::is_same_v<std::decay_t<T>, torch::autograd::SavedVariable>;
-
-  template <typename Function>
-  void for_each_member(const Function& function) {
-    Derived::members(static_cast<Derived&>(*this), [&](auto&... member) { (function(member), ...); });
-  }
-
-  template <typename Member>
-  static void collect(torch::dynamo::autograd::CompiledNodeArgs& args, const Member& member) {
-    if constexpr (is_saved<Member>) {
-      args.collect(member, /*is_output=*/true);
-    } else {
-      args.collect(member);
-    }
-  }
-};
-
 // A node between these inputs and what is computed from them. torch holds nodes by std::shared_ptr up to 2.12.
 template <typename Node, typename... Inputs>
 auto gradient_of(const Inputs&... inputs) {
@@ -140,6 +91,112 @@ auto gradient_of(const Inputs&... inputs) {
   node->set_next_edges(torch::autograd::collect_next_edges(inputs...));
   return node;
 }
+
+// Tensors are saved as if there were no hooks. Tracing is torch's word for that.
+struct PastHooks {
+  const bool before = at::SavedTensorDefaultHooks::set_tracing(true);
+  PastHooks() = default;
+  PastHooks(const PastHooks&) = delete;
+  ~PastHooks() { at::SavedTensorDefaultHooks::set_tracing(before); }
+};
+
+// A node of the graph without what torch::autograd::Function puts around one, which costs an activation of few elements a fifth of its
+// time. Derived brings
+//   static constexpr const char* kName
+//   static void members(Self& self, const F& f)          f(every member): what the gradient keeps, tensors as SavedVariable
+//   variable_list backward(const at::Tensor& grad_y, std::array<bool, kInputs> wanted)     defined grad_y; nothing else of the node read
+template <typename Derived, size_t kInputs>
+struct Gradient : torch::autograd::Node {
+  std::string name() const override { return Derived::kName; }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return apply_to(grads, wanted());
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for_each_member([](auto& member) {
+      if constexpr (is_saved<decltype(member)>) member.reset_data();
+    });
+  }
+
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    Derived::members(static_cast<const Derived&>(*this), [&](const auto&... member) { (collect(args, member), ...); });
+  }
+
+  // Compiled autograd calls this with placeholders, of no true shape: what it is given is a call of compiled_gradients to record.
+  variable_list apply_with_saved(const variable_list& grads, torch::dynamo::autograd::SwapSavedVariables& saved) override {
+    using torch::dynamo::autograd::IValuePacker;
+    torch::dynamo::autograd::PackedArgs args;
+    args.pack(wanted());
+    std::vector<at::TypePtr> types = {IValuePacker<std::array<bool, kInputs>>::packed_type()};
+    for_each_member([&](auto& member) {
+      saved.before(member);
+      if constexpr (is_saved<decltype(member)>) {
+        args.pack(member.unpack());
+        types.push_back(at::TensorType::get());
+      } else {
+        args.pack(member);
+        types.push_back(IValuePacker<std::decay_t<decltype(member)>>::packed_type());
+      }
+    });
+    const auto& compiler = torch::dynamo::autograd::getPyCompilerInterface();
+    // Custom: under a name that is free in any case.
+    static const std::string function = compiler->bind_function(saved.get_py_compiler(), Derived::kName, compiled_gradients, types,
+                                                                /*is_custom_function=*/true, /*is_traceable=*/true);
+    const auto edges = torch::dynamo::autograd::get_input_metadata(next_edges());
+    variable_list result = compiler->call_function(saved.get_py_compiler(), "apply_functional", function, grads, args.vec(),
+                                                   IValuePacker<std::decay_t<decltype(edges)>>::pack(edges));
+    for_each_member([&](auto& member) { saved.after(member); });
+    return result;
+  }
+
+ private:
+  template <typename T>
+  static constexpr bool is_saved = std::is_same_v<std::decay_t<T>, torch::autograd::SavedVariable>;
+
+  std::array<bool, kInputs> wanted() const {
+    std::array<bool, kInputs> result;
+    for (size_t i = 0; i < kInputs; ++i) result[i] = task_should_compute_output(i);
+    return result;
+  }
+
+  variable_list apply_to(const variable_list& grads, std::array<bool, kInputs> wanted) {
+    if (!grads[0].defined()) return variable_list(kInputs);
+    return static_cast<Derived*>(this)->backward(grads[0], wanted);
+  }
+
+  // What the compiled graph calls: the gradients by a node that keeps the arguments.
+  static variable_list compiled_gradients(const variable_list& grads, const std::vector<at::IValue>& packed) {
+    torch::dynamo::autograd::PackedArgs args(packed);
+    const auto wanted = args.unpack<std::array<bool, kInputs>>();
+    const auto node = gradient_of<Derived>();
+    const PastHooks past_hooks;
+    node->for_each_member([&](auto& member) {
+      if constexpr (is_saved<decltype(member)>) {
+        member = torch::autograd::SavedVariable(args.unpack<at::Tensor>(), /*is_output=*/false);
+      } else {
+        member = args.unpack<std::decay_t<decltype(member)>>();
+      }
+    });
+    return node->apply_to(grads, wanted);
+  }
+
+  template <typename Function>
+  void for_each_member(const Function& function) {
+    Derived::members(static_cast<Derived&>(*this), [&](auto&... member) { (function(member), ...); });
+  }
+
+  template <typename Member>
+  static void collect(torch::dynamo::autograd::CompiledNodeArgs& args, const Member& member) {
+    if constexpr (is_saved<Member>) {
+      args.collect(member, /*is_output=*/true);
+    } else {
+      args.collect(member);
+    }
+  }
+};
 
 // Makes y the result that `node` differentiates.
 template <typename Node>

@@ -430,9 +430,6 @@ at::Tensor rrelu_backward(const at::Tensor& grad_y, const at::Tensor& mask, c10:
 }
 
 }  // namespace meta
-}  // namespace
-
-namespace {
 
 void add_kernels(torch::Library& m) {
   m.impl("leaky_relu", on_device<leaky_relu>);
@@ -452,6 +449,18 @@ void add_kernels(torch::Library& m) {
   m.impl("rrelu_with_mask", on_device<rrelu_with_mask>);
   m.impl("rrelu_with_mask_", on_device<rrelu_with_mask_>);
   m.impl("rrelu_backward", on_device<rrelu_backward>);
+}
+
+void add_composites(torch::Library& m) {
+  m.impl("leaky_relu", composite::leaky_relu);
+  m.impl("leaky_relu_", composite::leaky_relu_);
+  m.impl("elu", composite::elu);
+  m.impl("elu_", composite::elu_);
+  m.impl("swish", composite::swish);
+  m.impl("swish.Tensor", composite::swish_tensor);
+  m.impl("prelu", composite::prelu);
+  m.impl("rrelu_with_mask", composite::rrelu_with_mask);
+  m.impl("rrelu_with_mask_", composite::rrelu_with_mask_);
 }
 
 }  // namespace
@@ -482,29 +491,9 @@ TORCH_LIBRARY_IMPL(gradkernels, Meta, m) {
 }
 
 // Devices without kernels.
-TORCH_LIBRARY_IMPL(gradkernels, CompositeExplicitAutograd, m) {
-  m.impl("leaky_relu", composite::leaky_relu);
-  m.impl("leaky_relu_", composite::leaky_relu_);
-  m.impl("elu", composite::elu);
-  m.impl("elu_", composite::elu_);
-  m.impl("swish", composite::swish);
-  m.impl("swish.Tensor", composite::swish_tensor);
-  m.impl("prelu", composite::prelu);
-  m.impl("rrelu_with_mask", composite::rrelu_with_mask);
-  m.impl("rrelu_with_mask_", composite::rrelu_with_mask_);
-}
+TORCH_LIBRARY_IMPL(gradkernels, CompositeExplicitAutograd, m) { add_composites(m); }
 
 // vmap: ATen's operators have batching rules.
-TORCH_LIBRARY_IMPL(gradkernels, FuncTorchBatched, m) {
-  m.impl("leaky_relu", composite::leaky_relu);
-  m.impl("leaky_relu_", composite::leaky_relu_);
-  m.impl("elu", composite::elu);
-  m.impl("elu_", composite::elu_);
-  m.impl("swish", composite::swish);
-  m.impl("swish.Tensor", composite::swish_tensor);
-  m.impl("prelu", composite::prelu);
-  m.impl("rrelu_with_mask", composite::rrelu_with_mask);
-  m.impl("rrelu_with_mask_", composite::rrelu_with_mask_);
-}
+TORCH_LIBRARY_IMPL(gradkernels, FuncTorchBatched, m) { add_composites(m); }
 
 }  // namespace gradkernels
