@@ -22,13 +22,13 @@ class recompute(saved_tensors_hooks):
     Of use where models are converted (`convert`) or built of BatchNormAct. It is one of torch's contexts for saved tensors, as
     torch.autograd.graph.save_on_cpu: enter it around forward, in the thread that runs forward; backward may run outside. Of nested ones the
     innermost counts, torch.utils.checkpoint among them. What torch.compile has compiled, and SyncBatchNormAct, keep what they keep without
-    it. Without the compiled library it does nothing.
+    it. Compiled autograd leaves its graph for each output that it computes again, as for save_on_cpu: it needs fullgraph=False, and
+    compiles for long. Without the compiled library it does nothing.
 
     Raises:
-        RuntimeError: in backward, in torch's words: what is needed was modified in place since, x and the residual now among it; or
-            what y is computed from was freed by an earlier backward without retain_graph=True, or, for a custom autograd.Function
-            that saves a y it was not given as an argument, by this one. A write to y itself is no error, and
-            gradients are right, unless it goes past autograd (`y.data.add_(1)`) and before y is used, which is not seen.
+        RuntimeError: in backward, in torch's words: what is needed was modified in place since, x and the residual now among it. A write
+            to y itself is no error, and gradients are right, unless it goes past autograd (`y.data.add_(1)`) and before y is used, which
+            is not seen.
 
     Source: Chen, Xu, Zhang, Guestrin, "Training Deep Nets with Sublinear Memory Cost", 2016; Rota Bulo, Porzi, Kontschieder, "In-Place
     Activated BatchNorm for Memory-Optimized Training of DNNs", 2018.

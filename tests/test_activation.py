@@ -4,6 +4,7 @@ torch's own means gradkernels.reference in the tensor's dtype; exact means more 
 entry of the tables below. What a table entry cannot say, the gradient of a weight and slopes that are drawn, has its sections at the end.
 """
 
+import contextlib
 import copy
 import functools
 import math
@@ -775,14 +776,47 @@ def test_compile_of_the_operator_itself(op):
         assert_close(value_and_grad(compiled, x, grad_y), value_and_grad(forward, x, grad_y))
 
 
-@each_act
-def test_compiled_autograd(act):
-    x, grad_y = torch.randn(5, 13), torch.randn(5, 13)
+def test_compiled_autograd():
+    """Behind other nodes, whose gradients torch traces as placeholders without a true shape; the compiled graph is the eager one."""
+    parameter, channel = torch.tensor([0.3]).requires_grad_(), torch.tensor([0.3, -0.2, 1.5]).requires_grad_()
+
+    def through_views(x):
+        z = x * 1
+        gk.leaky_relu(z[1:, :2], 0.2, inplace=True)
+        return z
+
+    def loss(x):
+        terms = [act.function(x, param) for act in ACTIVATIONS for param in act.params]
+        terms += [act.function(x * 1, inplace=True) for act in INPLACE]
+        terms += [gk.elu(x.bfloat16()), gk.elu(gk.swish(x.transpose(0, 1)).square() - 1), through_views(x)]
+        terms += [act.function(x, each) for act in PARAMETRICS for each in (parameter, channel, channel.detach())]
+        terms += [gk.rrelu(x, training=True), gk.rrelu(x * 1, training=True, inplace=True)]
+        return sum(each.square().sum() for each in terms)
+
     torch._dynamo.reset()
-    y = act.function(x.requires_grad_())
-    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
-        y.backward(grad_y)
-    assert_close(x.grad, value_and_grad(act.function, x, grad_y)[1])
+    for size in (5, 9):
+        x = torch.randn(size, 3, 7).requires_grad_()
+        for leaves in ((x, parameter, channel), (channel,)):
+            results = []
+            for context in (contextlib.nullcontext(), compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True))):
+                torch.manual_seed(0)
+                y = loss(x)
+                with context:
+                    results.append(torch.autograd.grad(y, leaves))
+            for eager, compiled in zip(*results, strict=True):
+                assert_bitwise_equal("gradient", compiled, eager)
+
+
+def test_compiled_autograd_of_another_slope_and_after_the_graph_was_freed():
+    torch._dynamo.reset()
+    x = torch.randn(9).requires_grad_()
+    for slope in (0.1, 0.2, 0.1):
+        y = gk.leaky_relu(x, slope).square().sum()
+        with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+            (grad,) = torch.autograd.grad(y, x)
+        assert_close(grad, 2 * x.detach() * torch.where(x > 0, 1.0, slope * slope))
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            y.backward()
 
 
 @each_act

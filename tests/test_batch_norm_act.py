@@ -5,6 +5,7 @@ where all of them cancel, in ulp of the terms. torch's own is gradkernels.refere
 means more digits (accuracy.py). Each later dtype or layout is one more entry of the tables below.
 """
 
+import contextlib
 import copy
 import math
 import pickle
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo import compiled_autograd
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 from torch.library import opcheck
@@ -28,6 +30,7 @@ from accuracy import SIXTEEN_BITS, ULP_BOUND, assert_accurate, assert_bitwise_eq
 from batch_norm_act_calls import ACTS, HARD_INPUTS, arguments, call, cast, hard_input, judged, laid_out, without_kinks
 from gradkernels import reference
 from memory import saved_by
+from models.resnet import BasicBlock, ResNet
 
 OPS = torch.ops.gradkernels
 
@@ -946,6 +949,46 @@ def test_compile_with_dynamic_shapes():
         x = torch.randn(shape)
         assert_close(compiled(x), eager(x))
     assert_close(dict(block.named_buffers()), dict(eager.named_buffers()))
+
+
+def compiled_backward():
+    return compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True))
+
+
+def test_compiled_autograd_of_a_residual_network():
+    """Behind other nodes, whose gradients torch traces as placeholders without a true shape; over steps and sizes of the batch."""
+    model = nn.Sequential(ResNet(BasicBlock, (1, 1, 1, 1), width=4, classes=6), nn.BatchNorm1d(6), nn.ELU(), nn.Linear(6, 4))
+    gk.convert(model)
+    compiled = copy.deepcopy(model)
+    torch._dynamo.reset()
+    for size in (3, 5):
+        x = torch.randn(size, 3, 32, 32)
+        for each in (model, compiled):
+            each.zero_grad()
+            loss = each(x).square().sum()
+            with compiled_backward() if each is compiled else contextlib.nullcontext():
+                loss.backward()
+        for (name, expected), actual in zip(model.named_parameters(), compiled.parameters(), strict=True):
+            assert_bitwise_equal(name, actual.grad, expected.grad)
+
+
+@each_training
+@each_residual
+def test_compiled_autograd_of_some_gradients(training, residual):
+    given = arguments((4, 3, 5, 5), residual=residual)
+    leaves = [given[name].requires_grad_() for name in ("x", "weight", "bias", "residual") if given[name] is not None]
+    torch._dynamo.reset()
+    for act in ACTS:
+        for wanted in (leaves, leaves[1:2], leaves[-1:]):
+            results = []
+            for context in (contextlib.nullcontext(), compiled_backward()):
+                statistics = given["running_mean"].clone(), given["running_var"].clone()
+                operands = given["x"], *statistics, given["weight"], given["bias"], training
+                loss = gk.batch_norm_act(*operands, act=act, residual=given["residual"]).square().sum()
+                with context:
+                    results.append(torch.autograd.grad(loss, wanted))
+            for expected, actual in zip(*results, strict=True):
+                assert_bitwise_equal(act, actual, expected)
 
 
 def test_compiled_call_with_bad_arguments_writes_nothing():

@@ -14,6 +14,7 @@ import threading
 import pytest
 import torch
 from torch import nn, utils
+from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
@@ -285,7 +286,7 @@ def test_the_residual_is_kept_only_where_it_is_needed():
     assert kept(saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)) == alone
 
 
-@pytest.mark.parametrize("change", ["detach", "view", "write", "assign", "leave"])
+@pytest.mark.parametrize("change", ["detach", "view", "write", "assign", "assign in another order", "leave"])
 def test_what_is_no_output_as_it_came_is_kept(change):
     with gk.recompute():
         y = normalised()
@@ -297,6 +298,8 @@ def test_what_is_no_output_as_it_came_is_kept(change):
             y.mul_(2)
         elif change == "assign":
             y.data = y.data * 2
+        elif change == "assign in another order":
+            y.data = y.data.transpose(2, 3)
         else:
             assert is_recomputed(y)
             with save_on_cpu():
@@ -360,7 +363,9 @@ def test_one_of_two_consumers_after_the_other():
         squares = y.square().sum()
     assert torch.equal(torch.autograd.grad(first, y)[0], 2 * y)
     second.backward()
-    # In torch it is the batch norm whose backward comes a second time.
+    # That freed the batch norm's node, and not what y is computed from.
+    assert torch.equal(torch.autograd.grad(squares, y, retain_graph=True)[0], 2 * y)
+    # As in torch it is the batch norm whose backward comes a second time.
     assert "second time" in message_of(squares.backward)
 
 
@@ -570,6 +575,21 @@ def test_compiled(where):
     expected = step(model, x, contextlib.nullcontext())
     torch.testing.assert_close(loss.detach(), expected["loss"])
     torch.testing.assert_close(compiled[0].weight.grad, expected["gradient of 0.weight"])
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin")
+def test_compiled_autograd():
+    """Which frees every node before its graph runs."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), gk.BatchNormAct2d(4, act="relu"), nn.Conv2d(4, 2, 1))
+    x = torch.randn(4, 3, 5, 5)
+    expected = step(copy.deepcopy(model), x, gk.recompute())
+    torch._dynamo.reset()
+    with gk.recompute():
+        loss = loss_of(model, x)
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
+    for name, parameter in model.named_parameters():
+        assert_bitwise_equal(name, parameter.grad, expected[f"gradient of {name}"])
 
 
 def assert_same_in_parallel(rank, world_size, file, synchronised):

@@ -1,10 +1,11 @@
 // batch_norm_act's gradient. Kept for it: x, mean and invstd, from which the argument of the activation is rebuilt; with a residual one bit
 // an element where the activation has two slopes, else the residual itself. Running statistics are never kept: a training step between an
 // evaluation's forward and backward would change them. Under create_graph the forward is composed again of ATen's operators and
-// differentiated. Under gradkernels.recompute the residual is kept in any case, and with it the output can be computed again.
+// differentiated. Under gradkernels.recompute what the output is computed from is kept beside that, the residual in any case.
 #include "autograd/recompute.h"
 
 #include <ATen/SavedTensorHooks.h>
+#include <ATen/TensorGeometry.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/batch_norm.h>
 #include <ATen/ops/ones_like.h>
@@ -17,10 +18,38 @@
 #include "ops/composite.h"
 
 namespace gradkernels::autograd {
-namespace {
 
 using ops::OptionalTensor;
 using torch::autograd::SavedVariable;
+
+struct RecomputedOutput {
+  // Of what there is not, undefined tensors.
+  SavedVariable x, weight, bias, residual, mean, invstd;
+  std::string act;
+  double act_param;
+  // Over x, those of recomputed inputs among them.
+  int passes;
+  // Those of the output as forward left it.
+  c10::weak_intrusive_ptr<c10::StorageImpl> storage{c10::intrusive_ptr<c10::StorageImpl>()};
+  at::TensorGeometry geometry;
+
+  // Once more, bit for bit: the operator's second pass, with the statistics that it applied.
+  at::Tensor compute() const {
+    return std::get<0>(call_below_autograd<ops::BatchNormActElemt>(x.unpack(), mean.unpack(), invstd.unpack(), weight.unpack(),
+                                                                   bias.unpack(), residual.unpack(), act, act_param));
+  }
+
+  // What was written has another version, what was assigned to y.data lies elsewhere or otherwise.
+  bool is_unchanged(const at::Tensor& y) const {
+    return y._version() == 0 && y.has_storage() && storage.lock().get() == y.storage().unsafeGetStorageImpl() &&
+           y.sym_sizes() == geometry.sym_sizes() && y.sym_strides() == geometry.sym_strides() &&
+           y.sym_storage_offset() == geometry.sym_storage_offset();
+  }
+};
+
+namespace {
+
+using ConstOutput = std::shared_ptr<const RecomputedOutput>;
 
 struct BatchNormActGradient : Gradient<BatchNormActGradient, 4> {
   static constexpr const char* kName = "BatchNormActBackward";
@@ -30,10 +59,8 @@ struct BatchNormActGradient : Gradient<BatchNormActGradient, 4> {
   double eps;
   std::string act;
   double act_param;
-  // Passes that computing the output again takes, those of recomputed inputs among them; 0 where it is kept. Of a node with passes, the
-  // output's memory.
-  int passes = 0;
-  c10::weak_intrusive_ptr<c10::StorageImpl> storage{c10::intrusive_ptr<c10::StorageImpl>()};
+  // Null where the output is kept. Atomic, since mutex_ may be held by who waits for Python's lock.
+  ConstOutput output;
 
   template <typename Self, typename F>
   static void members(Self& self, const F& f) {
@@ -47,24 +74,21 @@ struct BatchNormActGradient : Gradient<BatchNormActGradient, 4> {
   // Whether act' depends on the residual otherwise than by one bit.
   bool keeps_residual() const { return act == "elu" || act == "swish"; }
 
-  // y once more, bit for bit: the operator's second pass, with the statistics that it applied.
-  at::Tensor output() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return std::get<0>(call_below_autograd<ops::BatchNormActElemt>(x.unpack(), mean.unpack(), invstd.unpack(), weight.unpack(),
-                                                                   bias.unpack(), residual.unpack(), act, act_param));
+  void release_variables() override {
+    Gradient::release_variables();
+    std::atomic_store(&output, ConstOutput());
   }
 
- private:
-  // Undefined where the residual is kept for the output alone.
-  at::Tensor residual_for_gradient() const { return keeps_residual() ? residual.unpack() : at::Tensor(); }
+  ConstOutput recomputed_output() const { return std::atomic_load(&output); }
 
+ private:
   variable_list gradients(const at::Tensor& grad_y, std::array<bool, 4> wanted) {
     // Of the identity, the gradient of the residual is grad_y as it stands.
     std::array<bool, 4> computed = wanted;
     if (act == "identity") computed[3] = false;
     auto [grad_x, grad_weight, grad_bias, grad_residual] =
         call_below_autograd<ops::BatchNormActBackward>(grad_y, x.unpack(), mean.unpack(), invstd.unpack(), weight.unpack(), bias.unpack(),
-                                                       residual_for_gradient(), mask.unpack(), training, act, act_param, computed);
+                                                       residual.unpack(), mask.unpack(), training, act, act_param, computed);
     variable_list result(4);
     if (wanted[0]) result[0] = grad_x;
     if (wanted[1]) result[1] = grad_weight;
@@ -77,7 +101,7 @@ struct BatchNormActGradient : Gradient<BatchNormActGradient, 4> {
     // Differentiated by these aliases: the originals may be one tensor, or depend on each other, and each would be given the gradient of
     // both.
     const auto alias = [](const at::Tensor& original) { return original.defined() ? original.view_as(original) : original; };
-    const at::Tensor inputs[] = {alias(x.unpack()), alias(weight.unpack()), alias(bias.unpack()), alias(residual_for_gradient())};
+    const at::Tensor inputs[] = {alias(x.unpack()), alias(weight.unpack()), alias(bias.unpack()), alias(residual.unpack())};
     const at::Tensor of_two_slopes = mask.unpack();
     at::Tensor output = normalised(inputs[0], inputs[1], inputs[2]);
     at::Tensor grad_output = grad_y;
@@ -134,14 +158,17 @@ bool is_recomputing() {
          hooks.stack.top().first.ptr(getPyInterpreter()) == recomputing_hook;
 }
 
-// The passes of x where it is an output to be recomputed, still as forward left it; else 0. What was written has another version, what was
-// assigned to x.data lies elsewhere.
-int passes_of(const at::Tensor& x) {
-  if (!x.defined() || x.is_view()) return 0;
+// What x is computed from, where it is an output to be recomputed, still as forward left it; else null.
+ConstOutput recomputed(const at::Tensor& x) {
+  if (!x.defined() || x.is_view()) return nullptr;
   const auto* node = dynamic_cast<const BatchNormActGradient*>(torch::autograd::impl::grad_fn_unsafe(x));
-  const bool is_output = node != nullptr && node->passes > 0 && x._version() == 0 && x.has_storage() &&
-                         node->storage.lock().get() == x.storage().unsafeGetStorageImpl();
-  return is_output ? node->passes : 0;
+  ConstOutput output = node != nullptr ? node->recomputed_output() : nullptr;
+  return output && output->is_unchanged(x) ? output : nullptr;
+}
+
+int passes_of(const at::Tensor& x) {
+  const ConstOutput output = recomputed(x);
+  return output ? output->passes : 0;
 }
 
 using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -175,21 +202,35 @@ Result batch_norm_act(const at::Tensor& x, const OptionalTensor& running_mean, c
   node->x = keep(x);
   node->weight = keep(weight);
   node->bias = keep(bias);
-  if (recomputing) {
-    const int passes = 1 + passes_of(x) + passes_of(residual.value_or(at::Tensor()));
-    if (passes <= kMostPasses) node->passes = passes;
-  }
   node->training = training;
   node->eps = eps;
   node->act = std::string(act);
   node->act_param = act_param;
-  if (node->keeps_residual() || node->passes > 0) node->residual = keep(residual);
+  if (node->keeps_residual()) node->residual = keep(residual);
+  std::shared_ptr<RecomputedOutput> output;
+  const int passes = recomputing ? 1 + passes_of(x) + passes_of(residual.value_or(at::Tensor())) : 0;
+  if (recomputing && passes <= kMostPasses) {
+    output = std::make_shared<RecomputedOutput>();
+    output->x = keep(x);
+    output->weight = keep(weight);
+    output->bias = keep(bias);
+    output->residual = keep(residual);
+    output->act = node->act;
+    output->act_param = act_param;
+    output->passes = passes;
+  }
   Result result = compute();
   const auto& [y, mean, invstd, mask] = result;
   node->mean = keep(mean);
   node->invstd = keep(invstd);
   if (mask.sym_numel() > 0) node->mask = keep(mask);
-  if (node->passes > 0) node->storage = y.storage().getWeakStorageImpl();
+  if (output) {
+    output->mean = keep(mean);
+    output->invstd = keep(invstd);
+    output->storage = y.storage().getWeakStorageImpl();
+    output->geometry = at::TensorGeometry(y);
+    node->output = std::move(output);
+  }
   recorded(y, node);
   return result;
 }
@@ -236,16 +277,14 @@ GatheredStats gather_stats_counting_versions(const at::Tensor& moments, const Op
 }  // namespace
 
 Packed pack(const at::Tensor& x) {
-  if (passes_of(x) > 0) return {SavedVariable(), x.grad_fn()};
+  if (ConstOutput output = recomputed(x)) return {SavedVariable(), std::move(output)};
   // Detached, since x may be an output of the very node that saves it.
   const at::Tensor detached = x.detach();
   const PastHooks past_hooks;
   return {SavedVariable(detached, /*is_output=*/false), nullptr};
 }
 
-at::Tensor unpack(const Packed& packed) {
-  return packed.node ? static_cast<BatchNormActGradient&>(*packed.node).output() : packed.kept.unpack();
-}
+at::Tensor unpack(const Packed& packed) { return packed.output ? packed.output->compute() : packed.kept.unpack(); }
 
 void recompute_under(PyObject* pack_hook) { recomputing_hook = pack_hook; }
 

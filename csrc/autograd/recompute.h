@@ -1,19 +1,22 @@
-// What the graph holds for a tensor saved under gradkernels.recompute: the tensor itself or, of an output of batch_norm_act, the node that
-// computes it again from what its own gradient keeps. The operator that saves it has an edge to that node already, so this makes no cycle,
-// and backward comes to the node, and frees what it keeps, later.
+// What the graph holds for a tensor saved under gradkernels.recompute: the tensor itself or, of an output of batch_norm_act, what computing
+// it again takes. That is held beside the output's node and not by it: backward frees a node before the last consumer of its output where
+// the graph is compiled, or where there are two graphs.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/python_stub.h>
-#include <torch/csrc/autograd/edge.h>
 #include <torch/csrc/autograd/saved_variable.h>
+
+#include <memory>
 
 namespace gradkernels::autograd {
 
+struct RecomputedOutput;
+
 struct Packed {
   torch::autograd::SavedVariable kept;
-  // Or null. torch holds nodes by std::shared_ptr up to 2.12.
-  decltype(torch::autograd::Edge::function) node;
+  // Or null.
+  std::shared_ptr<const RecomputedOutput> output;
 };
 
 // The pair of hooks, as torch.autograd.graph.saved_tensors_hooks has them. What is kept is checked for changes in place,
