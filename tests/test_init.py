@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.prune import l1_unstructured
 
 import gradkernels as gk
 from gradkernels.demo import cures
@@ -439,6 +440,7 @@ def test_what_is_not_its_own_to_set_is_kept_with_a_reason():
             "tied": nn.Linear(4, 5, bias=False),
             "frozen": nn.Linear(4, 4).requires_grad_(False),
             "normed": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+            "pruned": l1_unstructured(nn.Linear(4, 4), "weight", 0.5),
             "lazy": nn.LazyLinear(3),
             "attention": nn.MultiheadAttention(4, 2),
             "encoder": nn.TransformerEncoderLayer(4, 2),
@@ -456,6 +458,7 @@ def test_what_is_not_its_own_to_set_is_kept_with_a_reason():
     assert dict(report.kept)["own"] == "Linear, tied to twin"
     changed = {name.partition(".")[0] for name, value in before.items() if not torch.equal(value, model.state_dict()[name])}
     assert changed == {"twin", "own"}
+    assert dict(report.kept)["pruned"] == "Linear whose weight is no parameter"
     for word in ("tied to an embedding", "frozen", "parametrization", "no shape before its first batch", "MultiheadAttention: attention"):
         assert word in str(report)
 
