@@ -7,6 +7,7 @@ entry of the tables below. What a table entry cannot say, the gradient of a weig
 import contextlib
 import copy
 import functools
+import itertools
 import math
 import pickle
 import re
@@ -1220,11 +1221,22 @@ def test_swish_learns_the_beta_it_is_shown():
 def test_tensors_with_the_negative_bit_are_torchs():
     """The imaginary part of a conjugate: torch holds it negated, without having written it."""
     for ours, theirs in ((gk.leaky_relu, F.leaky_relu), (gk.elu, F.elu)):
-        for inplace in (False, True):
-            x = torch.view_as_complex(torch.randn(5, 2)).conj().imag
-            assert x.is_neg()
-            expected = theirs(x.clone().resolve_neg())
-            torch.testing.assert_close(ours(x, inplace=inplace).resolve_neg(), expected)
+        for inplace, inference in itertools.product((False, True), repeat=2):
+            with torch.inference_mode(inference):
+                x = torch.view_as_complex(torch.randn(5, 2)).conj().imag
+                assert x.is_neg()
+                expected = theirs(x.clone().resolve_neg())
+                y = ours(x, inplace=inplace)
+            torch.testing.assert_close(y.resolve_neg(), expected)
+            assert not inplace or y is x
+
+
+def test_rrelu_of_a_seed_with_the_negative_bit():
+    x, seed = torch.randn(50), torch.tensor(7)
+    expected = x.clone()
+    OPS.rrelu_with_mask_(expected, seed, 0.1, 0.3)
+    OPS.rrelu_with_mask_(x, torch._neg_view(-seed), 0.1, 0.3)
+    torch.testing.assert_close(x, expected, rtol=0, atol=0)
 
 
 # prelu and swish with a tensor: the gradient of the parameter

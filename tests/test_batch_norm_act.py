@@ -363,6 +363,25 @@ def test_layout_of_parameters_and_statistics(function, shape, training):
 
 
 @each_training
+@pytest.mark.parametrize("inference", [False, True], ids=["recorded", "inference mode"])
+def test_operands_with_the_negative_bit(inference, training):
+    """The imaginary part of a conjugate, which torch holds negated. Its own batch norm loses what it would write to such statistics."""
+    given = arguments((4, 3, 5), residual=True)
+
+    def results(negated):
+        operands = {name: given[name].clone() for name in OPERANDS} | {"num_batches_tracked": torch.tensor(3)}
+        if negated is not None:
+            operands[negated] = torch._neg_view(-operands[negated])
+        y, *_ = OPS.batch_norm_act(*operands.values(), training, None, 1e-5, "elu", 0.7)
+        return [y, *[operands[name].resolve_neg() for name in ("running_mean", "running_var", "num_batches_tracked")]]
+
+    with torch.inference_mode(inference):
+        expected = results(None)
+        for name in (*OPERANDS, "num_batches_tracked"):
+            assert_close(results(name), expected, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@each_training
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4), (0, 3, 4, 4), (0, 3, 2, 2, 2), (2, 3, 0), (2, 3, 0, 4)], ids=str)
 def test_empty_batch(shape, training):
     given = arguments(shape, residual=True)

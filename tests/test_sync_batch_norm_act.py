@@ -830,6 +830,23 @@ def test_merge_counts_batches_in_any_dtype():
         assert_close(running[:2], found[0][:2], rtol=0, atol=0)
 
 
+def test_merge_of_operands_with_the_negative_bit():
+    """Running statistics in float64 too, which the merge writes without a copy in more digits."""
+    moments = torch.stack([OPS.batch_norm_act_stats(torch.randn(count, 3)) for count in (7, 4)])
+    for dtype in (torch.float32, torch.float64):
+
+        def results(negated, dtype=dtype):
+            operands = [moments, torch.ones(3, dtype=dtype), torch.ones(3, dtype=dtype), torch.tensor(3)]
+            if negated is not None:
+                operands[negated] = torch._neg_view(-operands[negated])
+            merged = OPS.batch_norm_act_gather_stats(*operands, None, 1e-5)
+            return [*merged, *[each.resolve_neg() for each in operands[1:]]]
+
+        expected = results(None)
+        for negated in range(4):
+            assert_close(results(negated), expected)
+
+
 @pytest.mark.parametrize("act", ACTS)
 def test_composite_of_the_parts(act):
     """What x without a kernel gets, here for six dimensions, against the kernels on the same values."""

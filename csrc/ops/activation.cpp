@@ -343,7 +343,7 @@ void check_rrelu(const at::Tensor& seed, double lower, double upper) {
 }
 
 // Where it lies, so that nobody waits for a GPU.
-at::Tensor seed_beside(const at::Tensor& x, const at::Tensor& seed) { return seed.to(x.device()); }
+at::Tensor seed_beside(const at::Tensor& x, const at::Tensor& seed) { return seed.to(x.device()).resolve_neg(); }
 
 // The mask, having written y, which may be x: both in storage order.
 at::Tensor rrelu_into(const at::Tensor& y, const at::Tensor& x, const at::Tensor& seed, double lower, double upper) {
@@ -495,5 +495,12 @@ TORCH_LIBRARY_IMPL(gradkernels, CompositeExplicitAutograd, m) { add_composites(m
 
 // vmap: ATen's operators have batching rules.
 TORCH_LIBRARY_IMPL(gradkernels, FuncTorchBatched, m) { add_composites(m); }
+
+// torch resolves the negative bit of what an operator reads; of what is written it takes the first results for it, if there are any.
+TORCH_LIBRARY_IMPL(gradkernels, Negative, m) {
+  for (const char* name : {"leaky_relu_", "leaky_relu_with_mask_", "elu_", "rrelu_with_mask_"}) {
+    m.impl(name, torch::CppFunction::makeFallthrough());
+  }
+}
 
 }  // namespace gradkernels

@@ -73,13 +73,14 @@ at::ScalarType parameter_dtype(const at::Tensor& x, std::initializer_list<Option
   return first == parameters.end() ? x.scalar_type() : (*first)->scalar_type();
 }
 
-// Whether every given one holds a value a channel, all in one dtype: that of x, or float32 beside an x of 16 bits.
+// Whether every given one holds a value a channel in memory, all in one dtype: that of x, or float32 beside an x of 16 bits.
 bool per_channel(const at::Tensor& x, std::initializer_list<OptionalTensor> parameters) {
   const at::ScalarType dtype = parameter_dtype(x, parameters);
   if (dtype != x.scalar_type() && !(dtype == at::kFloat && x.element_size() == 2)) return false;
   return std::all_of(parameters.begin(), parameters.end(), [&](const OptionalTensor& values) {
-    return !is_given(values) || (values->scalar_type() == dtype && values->device() == x.device() && values->layout() == at::kStrided &&
-                                 values->dim() == 1 && values->sym_size(0) == x.sym_size(1) && values->is_contiguous());
+    return !is_given(values) ||
+           (values->scalar_type() == dtype && values->device() == x.device() && values->layout() == at::kStrided && values->dim() == 1 &&
+            values->sym_size(0) == x.sym_size(1) && values->is_contiguous() && !values->is_neg());
   });
 }
 
@@ -104,13 +105,14 @@ double exponential_average_factor(std::optional<double> momentum, const Optional
 
 // The number of batches where x lies, so that nobody waits for a GPU: only where momentum, not given, is made of it.
 at::Tensor batches_beside(const at::Tensor& x, const OptionalTensor& num_batches_tracked, std::optional<double> momentum) {
-  return is_given(num_batches_tracked) && !momentum.has_value() ? num_batches_tracked->to(x.device(), at::kLong) : at::Tensor();
+  if (!is_given(num_batches_tracked) || momentum.has_value()) return {};
+  return num_batches_tracked->to(x.device(), at::kLong).resolve_neg();
 }
 
 const int64_t* data_of_batches(const at::Tensor& batches) { return batches.defined() ? batches.const_data_ptr<int64_t>() : nullptr; }
 
 void count_batch(const at::Tensor& num_batches_tracked) {
-  if (num_batches_tracked.is_cpu() && num_batches_tracked.scalar_type() == at::kLong) {
+  if (num_batches_tracked.is_cpu() && num_batches_tracked.scalar_type() == at::kLong && !num_batches_tracked.is_neg()) {
     ++*num_batches_tracked.mutable_data_ptr<int64_t>();
   } else {
     num_batches_tracked.add_(1);
@@ -188,7 +190,7 @@ struct Operands {
 
   Operands(const Layout& layout, const at::Tensor& x, const OptionalTensor& residual, const at::Tensor& grad_y = {})
       : x(x.contiguous(layout.format)),
-        residual(is_given(residual) ? residual->contiguous(layout.format) : at::Tensor()),
+        residual(is_given(residual) ? residual->resolve_neg().contiguous(layout.format) : at::Tensor()),
         grad_y(grad_y.defined() ? grad_y.contiguous(layout.format) : at::Tensor()) {}
 };
 
@@ -511,7 +513,9 @@ GatheredStats batch_norm_act_gather_stats(const at::Tensor& moments, const Optio
                     "Expected more than 1 value per channel when training, got 1 in the batches of all processes together");
   const at::Tensor batches = batches_beside(moments, num_batches_tracked, momentum);
   // The kernel writes float64, and what is stored is rounded from that.
-  const auto in_double = [](const OptionalTensor& running) { return is_given(running) ? running->to(at::kDouble) : at::Tensor(); };
+  const auto in_double = [](const OptionalTensor& running) {
+    return is_given(running) ? running->to(at::kDouble).resolve_neg() : at::Tensor();
+  };
   const at::Tensor wide_mean = in_double(running_mean), wide_var = in_double(running_var);
   BatchNormForward p{};
   p.parameter_dtype = DType::kFloat64;
@@ -523,7 +527,7 @@ GatheredStats batch_norm_act_gather_stats(const at::Tensor& moments, const Optio
   p.running_var = mutable_data_of(wide_var);
   p.mean = mean.mutable_data_ptr<double>();
   p.invstd = invstd.mutable_data_ptr<double>();
-  GK_LAUNCHER(moments, batch_norm_act_gather_stats)(p, moments.size(0), moments.const_data_ptr<double>());
+  GK_LAUNCHER(moments, batch_norm_act_gather_stats)(p, moments.size(0), moments.resolve_neg().const_data_ptr<double>());
   if (is_given(running_mean)) running_mean->copy_(wide_mean);
   if (is_given(running_var)) running_var->copy_(wide_var);
   if (is_given(num_batches_tracked)) count_batch(*num_batches_tracked);
@@ -707,5 +711,10 @@ TORCH_LIBRARY_IMPL(gradkernels, CompositeExplicitAutograd, m) {
 
 // vmap: ATen's operators have batching rules.
 TORCH_LIBRARY_IMPL(gradkernels, FuncTorchBatched, m) { m.impl("batch_norm_act", composite::batch_norm_act); }
+
+// torch resolves the negative bit of what an operator reads; of what is written it takes the first results for it, and fails afterwards.
+TORCH_LIBRARY_IMPL(gradkernels, Negative, m) {
+  for (const char* name : {"batch_norm_act", "batch_norm_act_gather_stats"}) m.impl(name, torch::CppFunction::makeFallthrough());
+}
 
 }  // namespace gradkernels
