@@ -362,6 +362,35 @@ def test_layout_of_parameters_and_statistics(function, shape, training):
             )
 
 
+UNCOUNTABLE = {
+    "bool": lambda: torch.tensor(True),
+    "float8": lambda: torch.tensor(3.0).to(torch.float8_e4m3fn),
+    "complex": lambda: torch.tensor(3j),
+    "a gradient": lambda: torch.tensor(3.0, requires_grad=True),
+    "two elements": lambda: torch.tensor([3, 3]),
+    "sparse": lambda: torch.tensor([3]).to_sparse(),
+    "MKL-DNN": lambda: torch.tensor([3.0]).to_mkldnn(),
+    "nested": lambda: torch.nested.nested_tensor([torch.tensor([3.0])]),
+    "zeros without memory": lambda: torch._efficientzerotensor((), dtype=torch.int64),
+}
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("kind", UNCOUNTABLE)
+def test_statistics_stay_where_batches_cannot_be_counted(kind, momentum):
+    """By the kernels, by torch's operators, and where processes merge: the count is the last that is written."""
+    moments = torch.rand(2, 7, dtype=torch.float64) + 2
+    for shape in ((4, 3), (2, 3, 2, 2, 2, 2), None):
+        running = [torch.zeros(3), torch.ones(3)]
+        with pytest.raises(RuntimeError):
+            if shape is None:
+                OPS.batch_norm_act_gather_stats(moments, *running, UNCOUNTABLE[kind](), momentum, 1e-5)
+            else:
+                x = torch.randn(shape)
+                OPS.batch_norm_act(x, *running, None, None, None, UNCOUNTABLE[kind](), True, momentum, 1e-5, "relu", 0.0)
+        assert running[0].eq(0).all() and running[1].eq(1).all()
+
+
 @each_training
 @pytest.mark.parametrize("inference", [False, True], ids=["recorded", "inference mode"])
 def test_operands_with_the_negative_bit(inference, training):
