@@ -177,6 +177,8 @@ Result batch_norm_act(const at::Tensor& x, const OptionalTensor& running_mean, c
                       const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
                       const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
                       c10::string_view act, double act_param) {
+  // It is incremented last, which torch would refuse then.
+  if (training) torch::autograd::check_no_requires_grad(num_batches_tracked, "num_batches_tracked", "batch_norm_act");
   if (!composite::batch_norm_act_has_kernel(x, running_mean, running_var, weight, bias, num_batches_tracked, training) ||
       differentiates_through_aten(x, weight, bias, residual)) {
     return composite::batch_norm_act(x, running_mean, running_var, weight, bias, residual, num_batches_tracked, training, momentum, eps,

@@ -6,7 +6,6 @@
 #include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/core/grad_mode.h>
 #include <ATen/ops/addcmul.h>
 #include <ATen/ops/batch_norm.h>
 #include <ATen/ops/cat.h>
@@ -99,14 +98,12 @@ bool can_count(const at::Tensor& x) {
   const at::ScalarType dtype = x.scalar_type();
   const bool of_numbers = at::isIntegralType(dtype, /*includeBool=*/false) || dtype == at::kFloat || dtype == at::kDouble ||
                           dtype == at::kBFloat16 || dtype == at::kHalf;
-  return of_numbers && x.layout() == at::kStrided && !x.is_nested() && !x._is_zerotensor() &&
-         !(x.requires_grad() && at::GradMode::is_enabled());
+  return of_numbers && x.layout() == at::kStrided && !x.is_nested() && !x._is_zerotensor();
 }
 
 void check_num_batches_tracked(const OptionalTensor& count) {
-  TORCH_CHECK(!is_given(count) || (can_count(*count) && count->sym_numel() == 1),
-              "num_batches_tracked must be one number that requires no gradient, got ", count->scalar_type(), " of layout ",
-              count->layout());
+  TORCH_CHECK(!is_given(count) || (can_count(*count) && count->sym_numel() == 1), "num_batches_tracked must be one number, got ",
+              count->scalar_type(), " of layout ", count->layout());
 }
 
 // The weight of this batch in the running statistics; without a momentum that of an average over the batches counted so far and this one.
