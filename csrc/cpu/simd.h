@@ -1,8 +1,8 @@
 // Vec<T>: the vector of an instruction set, at least eight lanes wide so that a vector always fills whole bytes of a bit mask, with the
 // operations that math/ is written in. The including file has switched the instruction set on and said so with kRegisterBytes: 64 is
 // AVX-512 F, BW, DQ and VL, 32 is AVX2, FMA and F16C, 16 is what every processor has. (g++ before 13 does not define __AVX2__ after
-// #pragma GCC target.) Everything has internal linkage and is forced inline: an instruction set's object must not hand a function to the rest of the
-// library (tests/test_layout.py looks with nm).
+// #pragma GCC target.) Everything has internal linkage and is forced inline: an instruction set's object must not hand a function to the
+// rest of the library (tests/test_layout.py looks with nm).
 #pragma once
 
 #include <cstdint>

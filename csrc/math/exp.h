@@ -206,13 +206,14 @@ GK_HOST_DEVICE void with_logistic(T x, const Function& function) {
   const T distance = negative_magnitude(near.n);
   const T near_exp = scale_normal_by_exp2(T(1) + near.expm1, near.n);
   const T near_gate = inverse_of_one_plus(near_exp);
-  const T near_complement = near_exp * near_gate;
+  // Each where it rounds least: 1 - gate for a gate below 1/2, whose own rounding is nothing beside 1.
+  const auto negative = x < T(0);
+  const T near_complement = select(negative, T(1) - near_gate, near_exp * near_gate);
   if (!has_far_exponent(distance)) return function(NearLogistic<T>{near_gate, near_complement});
   // Else with only e^-|x| inside. Below the floor 0 and not a tiny number: swish(-inf) is nan, as torch's. e^r goes up to 1.42, half of it
   // stays below 1.
   const T floor(ExpConstants<scalar_t>::kUnderflow);
   const auto is_near = is_near_exponent(distance);
-  const auto negative = x < T(0);
   const ReducedExp<T> far = reduce_exp(at_least(floor, negative_magnitude(x)));
   const T e = scale_by_exp2(T(1) + far.expm1, far.n);
   const T inverse = inverse_of_one_plus(e);
