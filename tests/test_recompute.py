@@ -140,7 +140,9 @@ class Saves(torch.autograd.Function):
 
 
 def unpacked(y):
-    (found,) = Saves.apply(y).grad_fn.saved_tensors
+    # Up to torch 2.12 what is saved is freed with the output.
+    saved = Saves.apply(y)
+    (found,) = saved.grad_fn.saved_tensors
     return found
 
 
