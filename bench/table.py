@@ -302,7 +302,7 @@ def markdown(results: dict[str, Any], drawn: Sequence[Path]) -> str:
     if (told := disturbed(results)) is not None:
         lines += ["", f"**{told}**"]
     beyond, within = losses(results)
-    if any(is_of_harness(script["rows"]) for script in results["scripts"].values()):
+    if beyond or any(is_of_harness(script["rows"]) for script in results["scripts"].values()):
         lines += ["", "## Where torch or the compiler wins", ""]
         lines += [f"* {line}" for line in beyond] or ["Nowhere in this run beyond noise."]
     if within:

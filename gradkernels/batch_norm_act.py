@@ -210,11 +210,14 @@ class _BatchNormAct(_BatchNorm):
                 # A leaf for torch.fx.symbolic_trace as torch's own are, which it knows by the name of their file.
                 call: Tensor = input.tracer.create_proxy("call_module", path, (input,) if residual is None else (input, residual), {})
                 return call
-        return forward_of(self, input, residual, self.act, self.act_param)
+        return forward_of(self, input, residual, self.act, self._param())
+
+    def _param(self) -> float:
+        # `act` may have been assigned: what belongs to another one is nothing to it then.
+        return self.act_param if reference.has_param(self.act) else 0.0
 
     def extra_repr(self) -> str:
-        has_param = reference.ACTIVATIONS[self.act][0] is not None
-        act_param = f", act_param={self.act_param}" if has_param else ""
+        act_param = f", act_param={self.act_param}" if reference.has_param(self.act) else ""
         return (
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, bias={self.bias is not None}, "
             f"track_running_stats={self.track_running_stats}, act={self.act!r}{act_param}"

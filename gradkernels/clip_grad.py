@@ -130,12 +130,10 @@ def get_total_norm(
     """
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     norm_type = float(norm_type)
+    if not all(isinstance(each, Tensor) for each in tensors):
+        raise _wrong_kind("tensors must be tensors", tensors)
     with torch.no_grad():
-        try:
-            is_sharded = _is_sharded(tensors, norm_type)
-        except AttributeError:
-            raise _wrong_kind("tensors must be tensors", tensors) from None
-        if is_sharded:
+        if _is_sharded(tensors, norm_type):
             total_norm = _sharded_total_norm(tensors, norm_type)
         elif norm_type in _NORM_TYPES and applies(tensors):
             total_norm = local_norms(tensors, norm_type)[3]
@@ -376,6 +374,8 @@ def _grads(tensors: list[Tensor]) -> list[Tensor]:
     try:
         return [grad for grad in [tensor.grad for tensor in tensors] if grad is not None]
     except AttributeError:
+        if all(isinstance(tensor, Tensor) for tensor in tensors):
+            raise
         raise _wrong_kind("parameters must be tensors or (name, tensor) pairs", tensors) from None
 
 

@@ -258,7 +258,7 @@ class SyncBatchNormAct(_BatchNormAct):
         # What one process refuses alone leaves the others waiting, so what they may disagree on comes first.
         if not (self._channels_agree or torch.compiler.is_compiling()):
             self._compare_channels(group, x)
-        act_param = reference.check_batch_norm_act(x, residual, True, self.eps, self.act, self.act_param, is_share=True)
+        act_param = reference.check_batch_norm_act(x, residual, True, self.eps, self.act, self._param(), is_share=True)
         self._check_channels(x)
         momentum = 0.0 if self.momentum is None and num_batches_tracked is None else self.momentum
         tensors = (x, running_mean, running_var, self.weight, self.bias, residual, num_batches_tracked)

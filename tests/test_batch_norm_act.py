@@ -533,6 +533,15 @@ def test_act_param_for_what_has_none_is_refused(act):
     assert gk.BatchNormAct1d(3, act=bn.act, act_param=bn.act_param)(x).shape == x.shape
 
 
+def test_an_assigned_act():
+    bn, x = gk.BatchNormAct1d(3), torch.randn(8, 3)
+    bn.act = "relu"
+    assert_bitwise_equal("y", bn(x), gk.BatchNormAct1d(3, act="relu")(x))
+    bn.act = "unknown"
+    with pytest.raises(ValueError, match="unknown act 'unknown'"):
+        bn(x)
+
+
 def test_act_param_is_a_number():
     for given in ("0.3", [0.3], 1j):
         with pytest.raises(TypeError):

@@ -978,8 +978,9 @@ def test_what_is_no_norm_is_said():
         with pytest.raises(TypeError, match=f"total_norm must be Tensor, not {type(wrong).__name__}"):
             gk.clip_grads_with_norm_([PARAMETER], 1.0, wrong)
     for wrong in ([None], [PARAMETER.grad, None], {"weight": PARAMETER.grad}):
-        with pytest.raises(TypeError, match="tensors must be tensors, not"):
-            gk.get_total_norm(wrong)
+        for norm_type in (2.0, 3.0):
+            with pytest.raises(TypeError, match="tensors must be tensors, not"):
+                gk.get_total_norm(wrong, norm_type)
     # In torch's words.
     for wrong, error in ((None, TypeError), ([1.0], TypeError), ("a", ValueError), (torch.ones(2), ValueError)):
         messages = []
