@@ -288,7 +288,10 @@ def test_the_residual_is_kept_only_where_it_is_needed():
     assert kept(saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)) == alone
 
 
-@pytest.mark.parametrize("change", ["detach", "view", "write", "assign", "assign in another order", "leave"])
+CHANGES = ["detach", "view", "write", "assign", "assign in another order", "assign negated", "assign as another type", "leave"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_is_no_output_as_it_came_is_kept(change):
     with gk.recompute():
         y = normalised()
@@ -302,6 +305,11 @@ def test_what_is_no_output_as_it_came_is_kept(change):
             y.data = y.data * 2
         elif change == "assign in another order":
             y.data = y.data.transpose(2, 3)
+        elif change == "assign negated":
+            y.data = torch._neg_view(y.data)
+        elif change == "assign as another type":
+            y = gk.BatchNormAct2d(3, act="relu").half()(torch.randn(2, 3, 4, 4).half().requires_grad_())
+            y.data = y.data.view(torch.bfloat16)
         else:
             assert is_recomputed(y)
             with save_on_cpu():

@@ -32,6 +32,7 @@ struct RecomputedOutput {
   // Those of the output as forward left it.
   c10::weak_intrusive_ptr<c10::StorageImpl> storage{c10::intrusive_ptr<c10::StorageImpl>()};
   at::TensorGeometry geometry;
+  at::ScalarType dtype;
 
   // Once more, bit for bit: the operator's second pass, with the statistics that it applied.
   at::Tensor compute() const {
@@ -43,7 +44,7 @@ struct RecomputedOutput {
   bool is_unchanged(const at::Tensor& y) const {
     return y._version() == 0 && y.has_storage() && storage.lock().get() == y.storage().unsafeGetStorageImpl() &&
            y.sym_sizes() == geometry.sym_sizes() && y.sym_strides() == geometry.sym_strides() &&
-           y.sym_storage_offset() == geometry.sym_storage_offset();
+           y.sym_storage_offset() == geometry.sym_storage_offset() && y.scalar_type() == dtype && !y.is_neg();
   }
 };
 
@@ -231,6 +232,7 @@ Result batch_norm_act(const at::Tensor& x, const OptionalTensor& running_mean, c
     output->invstd = keep(invstd);
     output->storage = y.storage().getWeakStorageImpl();
     output->geometry = at::TensorGeometry(y);
+    output->dtype = y.scalar_type();
     node->output = std::move(output);
   }
   recorded(y, node);

@@ -116,7 +116,7 @@ void batch_norm_act_backward(const BatchNormBackward& problem) {
   };
   if (needs_sums) {
     // An exponential costs more than dz on its way through the cache, or to memory and back where channels are cut: it waits where grad_x
-    // is to be, then.
+    // is to be, then, which makes 6E of the 5E that backward moves.
     const bool keeps_dz = p.grad_x != nullptr && p.act.has_exponential();
     const bool copies_dz = keeps_dz && (p.grad_residual == nullptr || size_of(p.dtype) == 2);
     if (keeps_dz && slabs.parts() > 1 && p.grad_residual == nullptr) p.grad_residual = p.grad_x;

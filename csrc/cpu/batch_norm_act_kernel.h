@@ -1,5 +1,5 @@
-// The SIMD loops of batch_norm_act, over the lines of cpu/lines.h. The moments of a tile are taken in two passes, the mean first, while the
-// tile lies in cache. Sums that may cancel, those of x - mean, of dz and of dz (x - mean), are float64. Compiled once per instruction set.
+// The SIMD loops of batch_norm_act, over the lines of cpu/lines.h. The moments of a tile are taken about the mean of a part of it, which
+// lies in cache then. Sums that may cancel, those of x - mean, of dz and of dz (x - mean), are float64. Compiled once per instruction set.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -66,26 +66,26 @@ GK_INLINE Lines sample_of(const Lines& tile) {
   return sample;
 }
 
-// About the mean of a tile. A number that scalar_t has, as what fills a vector must be.
+// About the mean of a sample. A number that scalar_t has, as what fills a vector must be.
 template <typename scalar_t>
-GK_INLINE opmath_t<scalar_t> approximate_mean(const scalar_t* x, const Lines& tile) {
+GK_INLINE opmath_t<scalar_t> approximate_mean(const scalar_t* x, const Lines& sample) {
   using V = Vec<opmath_t<scalar_t>>;
   constexpr int64_t kStep = 4 * V::kLanes;
   // Of the terms, not of the sum, which may be beyond the largest number.
-  const V weight(static_cast<opmath_t<scalar_t>>(1.0 / static_cast<double>(tile.elements_per_channel())));
+  const V weight(static_cast<opmath_t<scalar_t>>(1.0 / static_cast<double>(sample.elements_per_channel())));
   V sum[4] = {V(0), V(0), V(0), V(0)};
-  for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
-    const Position begin = position_of_row(tile, row, elements_to_next_run(tile, row));
-    int64_t i = tile.begin;
-    for (; i + kStep <= tile.end; i += kStep) {
+  for (int64_t row = sample.row_begin; row < sample.row_end; ++row) {
+    const Position begin = position_of_row(sample, row, elements_to_next_run(sample, row));
+    int64_t i = sample.begin;
+    for (; i + kStep <= sample.end; i += kStep) {
       for (int k = 0; k < 4; ++k) sum[k] = fma(load_first(x, advanced(begin, i + k * V::kLanes), AllLanes()), weight, sum[k]);
     }
-    for_each_vector<opmath_t<scalar_t>>(i, tile.end, [&](int64_t j, auto lanes) GK_INLINE_LAMBDA {
+    for_each_vector<opmath_t<scalar_t>>(i, sample.end, [&](int64_t j, auto lanes) GK_INLINE_LAMBDA {
       sum[0] = fma(load_first(x, advanced(begin, j), lanes), weight, sum[0]);
     });
   }
-  const scalar_t* first = x + tile.offset + tile.row_begin * tile.row_stride + tile.begin;
-  const int64_t width = tile.end - tile.begin;
+  const scalar_t* first = x + sample.offset + sample.row_begin * sample.row_stride + sample.begin;
+  const int64_t width = sample.end - sample.begin;
   const V some = width < V::kLanes ? load(first, SomeLanes{static_cast<int>(width)}) : load(first);
   const auto mean = static_cast<opmath_t<scalar_t>>(sum_of_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])));
   const auto magnitude = static_cast<opmath_t<scalar_t>>(sum_of_lanes(negative_magnitude(some)));
@@ -95,7 +95,7 @@ GK_INLINE opmath_t<scalar_t> approximate_mean(const scalar_t* x, const Lines& ti
 template <typename scalar_t>
 math::Moments<double> long_run_moments(const scalar_t* x, const Lines& lines) {
   using V = Vec<opmath_t<scalar_t>>;
-  // 16 KiB of float32 or 32 of float64: the second pass finds them in the first-level cache.
+  // 16 KiB of float32 or 32 of float64: what the mean was taken of is still in the first-level cache.
   constexpr int64_t kTileElements = 4096;
   constexpr int64_t kStep = 8 * V::kLanes;
   const int64_t width = lines.end - lines.begin < kTileElements ? lines.end - lines.begin : kTileElements;

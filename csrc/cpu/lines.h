@@ -341,8 +341,8 @@ struct ShortRuns {
 
   // Calls function(column, lanes, row, row_end, ahead) for each vector of rows [first, last). One row after the other is the order of
   // memory; where the `values` of opmath that belong to a column do not stay in the first-level cache meanwhile, or rows do not follow
-  // each other in memory, four rows at once share what belongs to the column. The four after them are then fetched ahead, unless each
-  // begins a page, which the processor foresees.
+  // each other in memory, four rows at once share what belongs to the column. With AVX-512 the four after them are then fetched
+  // ahead, unless they are a page apart or more, which the processor foresees.
   template <typename scalar_t, typename Function>
   static GK_INLINE void for_each_block(const Lines& lines, int64_t first, int64_t last, int64_t values, const Function& function) {
     using opmath = opmath_t<scalar_t>;
@@ -355,17 +355,17 @@ struct ShortRuns {
                               [&](int64_t column, auto lanes) GK_INLINE_LAMBDA { function(column, lanes, row, row_end, ahead); });
     };
     const int64_t rows = is_gapless && bytes <= kCachedBytes ? 1 : 4;
-    // The wider the vectors, the more each question in the loop counts. Elsewhere none is asked: a second loop is half of what is compiled.
+    // The wider the vectors, the more each question in the loop counts. Narrower ones ask none: a second loop is half of what is compiled.
     if constexpr (kRegisterBytes == 64) {
       if (rows == 1) {
         for (int64_t row = first; row < last; ++row) for_each_vector_of(row, row + 1, 0);
         return;
       }
     }
-    const bool is_foreseen = kRegisterBytes < 64 || lines.row_stride * static_cast<int64_t>(sizeof(scalar_t)) >= kForeseenBytes;
+    const bool fetches_ahead = kRegisterBytes == 64 && lines.row_stride * static_cast<int64_t>(sizeof(scalar_t)) < kForeseenBytes;
     for (int64_t row = first; row < last; row += rows) {
       const int64_t row_end = row + rows < last ? row + rows : last;
-      for_each_vector_of(row, row_end, is_foreseen || row_end + rows > lines.row_end ? 0 : rows * lines.row_stride);
+      for_each_vector_of(row, row_end, fetches_ahead && row_end + rows <= lines.row_end ? rows * lines.row_stride : 0);
     }
   }
 

@@ -148,10 +148,13 @@ struct Vec {
   }
 
   friend GK_INLINE Vec scale_normal_by_exp2(Vec x, Vec n) {
-    const Vec rounded = n + Vec(math::ExpConstants<T>::kRound);
+    using C = math::ExpConstants<T>;
+    // Unsigned: where n is nan or far, the sum wraps.
+    typedef typename C::bits_t UnsignedBits __attribute__((vector_size(kRegisterBytes)));
+    const Vec rounded = n + Vec(C::kRound);
     for (int i = 0; i < kRegisters; ++i) {
-      const Bits exponent = reinterpret_cast<Bits>(rounded.part[i]) << math::ExpConstants<T>::kMantissaBits;
-      x.part[i] = reinterpret_cast<Register>(reinterpret_cast<Bits>(x.part[i]) + exponent);
+      const UnsignedBits exponent = reinterpret_cast<UnsignedBits>(rounded.part[i]) << C::kMantissaBits;
+      x.part[i] = reinterpret_cast<Register>(reinterpret_cast<UnsignedBits>(x.part[i]) + exponent);
     }
     return x;
   }

@@ -87,7 +87,8 @@ GK_HOST_DEVICE scalar_t scale_by_exp2(scalar_t x, scalar_t n) {
   return scale_by_halves(x, n);
 }
 
-// x 2^n for a whole number n, where x and the result are both in the normal range. A vector adds to the bits of its exponents.
+// x 2^n for a whole number n, where x and the result are both in the normal range, else anything. A vector adds to the bits of its
+// exponents.
 template <typename scalar_t>
 GK_HOST_DEVICE scalar_t scale_normal_by_exp2(scalar_t x, scalar_t n) {
   return x * exp2_of_integer(n);
@@ -130,7 +131,7 @@ struct ReducedExp {
   T expm1;
 };
 
-// Of |x| up to -kUnderflow.
+// Of |x| up to -kUnderflow; of others n is far, and the rest anything.
 template <typename T>
 GK_HOST_DEVICE ReducedExp<T> reduce_exp(T x) {
   using C = ExpConstants<scalar_of_t<T>>;

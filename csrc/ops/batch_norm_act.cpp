@@ -103,7 +103,7 @@ bool can_count(const at::Tensor& x) {
 
 void check_num_batches_tracked(const OptionalTensor& count) {
   TORCH_CHECK(!is_given(count) || (can_count(*count) && count->sym_numel() == 1), "num_batches_tracked must be one number, got ",
-              count->scalar_type(), " of layout ", count->layout());
+              count->scalar_type(), " of layout ", count->layout(), " and shape ", count->sym_sizes());
 }
 
 // The weight of this batch in the running statistics; without a momentum that of an average over the batches counted so far and this one.
