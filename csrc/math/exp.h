@@ -117,9 +117,16 @@ GK_HOST_DEVICE scalar_t at_least(scalar_t bound, scalar_t x) {
   return bound > x ? bound : x;
 }
 
-// 1 / (1 + e) for e >= 0 of a normal inverse: the residual 1 - (1 + e) estimate is taken without the rounding of 1 + e.
+// 1 / (1 + e) for e in [0, 1]: the residual 1 - (1 + e) estimate is taken without the rounding of 1 + e.
 template <typename T>
 GK_HOST_DEVICE T inverse_of_one_plus(T e) {
+  const T estimate = approximate_inverse(T(1) + e);
+  return fma(estimate, fma(-e, estimate, T(1) - estimate), estimate);
+}
+
+// The same for any e >= 0 of a normal inverse: of a small estimate 1 - estimate would round, 1 - e estimate does less.
+template <typename T>
+GK_HOST_DEVICE T inverse_of_one_plus_any(T e) {
   const T estimate = approximate_inverse(T(1) + e);
   return fma(estimate, fma(-e, estimate, T(1)) - estimate, estimate);
 }
@@ -206,7 +213,7 @@ GK_HOST_DEVICE void with_logistic(T x, const Function& function) {
   const ReducedExp<T> near = reduce_exp(-x);
   const T distance = negative_magnitude(near.n);
   const T near_exp = scale_normal_by_exp2(T(1) + near.expm1, near.n);
-  const T near_gate = inverse_of_one_plus(near_exp);
+  const T near_gate = inverse_of_one_plus_any(near_exp);
   // Each where it rounds least: 1 - gate for a gate below 1/2, whose own rounding is nothing beside 1.
   const auto negative = x < T(0);
   const T near_complement = select(negative, T(1) - near_gate, near_exp * near_gate);
