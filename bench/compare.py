@@ -74,11 +74,16 @@ def growth(before: Timed, after: Timed) -> float:
     return after.median / before.median - 1
 
 
+def parts_of(results: Results) -> dict[str, Results]:
+    """Its scripts, each with its full header again."""
+    return {stem: script | {"header": results["header"] | script.get("header", {})} for stem, script in results["scripts"].items()}
+
+
 def scripts_of(results: Results, other: Results) -> dict[str, Results]:
     """Its scripts by stem, with their full headers; a script's own file has no stem, and beside one only the script of its title counts."""
     if "scripts" not in results:
         return {"": results}
-    scripts = {stem: script | {"header": results["header"] | script.get("header", {})} for stem, script in results["scripts"].items()}
+    scripts = parts_of(results)
     if "scripts" in other:
         return scripts
     same = [script for script in scripts.values() if script["title"] == other.get("title")]

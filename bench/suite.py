@@ -26,6 +26,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 import pictures
 import table
+from compare import parts_of
 from harness import ALONE, COPY, OTHER, SECONDS, START_SECONDS, machine
 
 HERE = Path(__file__).resolve().parent
@@ -75,11 +76,6 @@ def joined(scripts: dict[str, Any]) -> dict[str, Any]:
         for stem, script in scripts.items()
     }
     return {"header": common, "scripts": {stem: script | {"header": own[stem]} for stem, script in sorted(scripts.items())}}
-
-
-def parts_of(results: dict[str, Any]) -> dict[str, Any]:
-    """Its scripts, each with its full header again."""
-    return {stem: script | {"header": results["header"] | script.get("header", {})} for stem, script in results["scripts"].items()}
 
 
 def read(file: Path) -> dict[str, Any]:

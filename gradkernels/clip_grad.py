@@ -332,7 +332,7 @@ def grad_report(parameters: Parameters, norm_type: float = 2.0) -> GradReport:
         tensor(5.0990, dtype=torch.float64)
     """
     entries = _entries(parameters)
-    names = [_named(entry)[0] or str(i) if isinstance(entry, tuple) else str(i) for i, entry in enumerate(entries)]
+    names = [_named(entry)[0] or str(i) for i, entry in enumerate(entries)]
     tensors = _tensors(entries)
     grads = _grads(tensors)
     with torch.no_grad():

@@ -82,7 +82,7 @@ def check_act(act: str, act_param: float | None) -> float:
         raise TypeError("act_param must be a float, not str")
     default = ACTIVATIONS[act][0]
     # 0.0 is what modules hold where there is none.
-    if not has_param(act) and act_param:
+    if default is None and act_param:
         raise ValueError(f"act_param={act_param} is given for act {act!r}, which has no parameter")
     return (default or 0.0) if act_param is None else float(act_param)
 
