@@ -80,8 +80,8 @@ LAYERS = {
         (LAUNCH, ATEN, ALLOCATION, r"\bcuda::", r"#\s*pragma\s+omp"),
     ),
     "kernels compiled per instruction set": Layer(
-        ("cpu/isa_*.cpp", "cpu/*_kernel.h", "cpu/simd.h", "cpu/lines.h", "cpu/kernels_table.h"),
-        (r"<cstdint>", r"<immintrin\.h>", OWN_TORCH_FREE, r'"cpu/(kernels|kernels_table|simd|lines|\w+_kernel)\.h"'),
+        ("cpu/isa_*.cpp", "cpu/*_kernel.h", "cpu/simd.h", "cpu/lines.h", "cpu/functor.h", "cpu/kernels_table.h"),
+        (r"<cstdint>", r"<immintrin\.h>", OWN_TORCH_FREE, r'"cpu/(kernels|kernels_table|simd|lines|functor|\w+_kernel)\.h"'),
         (THREADS, r"\bstd::", r"\bstatic\s+\w+\s+\w+\s*[;=]"),
     ),
     "cuda": Layer(

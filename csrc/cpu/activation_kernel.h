@@ -2,6 +2,7 @@
 // per instruction set.
 #pragma once
 
+#include "cpu/functor.h"
 #include "cpu/kernels.h"
 #include "cpu/lines.h"
 #include "cpu/simd.h"
@@ -18,12 +19,12 @@ void activation_forward_kernel(DType dtype, math::Activation act, int64_t count,
     const scalar_t* x = static_cast<const scalar_t*>(x_data);
     scalar_t* y = static_cast<scalar_t*>(y_data);
     if (mask == nullptr) {
-      math::visit<V>(act, [&](auto f) {
+      visit_functor<V>(act, [&](auto f) {
         for_each_vector<opmath>(0, count,
                                 [&](int64_t i, auto lanes) GK_INLINE_LAMBDA { store(y + i, lanes, f.forward(load(x + i, lanes))); });
       });
     } else {
-      math::visit_two_slopes<V>(act, [&](auto f) {
+      visit_functor_of_two_slopes<V>(act, [&](auto f) {
         for_each_vector<opmath>(0, count, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
           const V value = load(x + i, lanes);
           store_bits<opmath>(mask + i / 8, lanes, f.passes(value));
@@ -44,7 +45,7 @@ void activation_backward_kernel(DType dtype, math::Activation act, Saved kind, i
     scalar_t* grad_x = static_cast<scalar_t*>(grad_x_data);
     if (kind == Saved::kMask) {
       const uint8_t* mask = static_cast<const uint8_t*>(saved_data);
-      math::visit_two_slopes<V>(act, [&](auto f) {
+      visit_functor_of_two_slopes<V>(act, [&](auto f) {
         for_each_vector<opmath>(0, count, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
           store(grad_x + i, lanes, f.backward_from_mask(load(grad_y + i, lanes), load_bits<opmath>(mask + i / 8, lanes)));
         });
@@ -57,7 +58,7 @@ void activation_backward_kernel(DType dtype, math::Activation act, Saved kind, i
       });
     } else {
       const scalar_t* x = static_cast<const scalar_t*>(saved_data);
-      math::visit<V>(act, [&](auto f) {
+      visit_functor<V>(act, [&](auto f) {
         for_each_vector<opmath>(0, count, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
           store(grad_x + i, lanes, f.backward(load(grad_y + i, lanes), load(x + i, lanes)));
         });
@@ -77,22 +78,12 @@ struct Parameter {
   }
 };
 
-// Calls function(activation), with activation(parameter) the functor.
-template <typename V, typename Function>
-GK_INLINE void visit_parametric(Parametric act, const Function& function) {
-  if (act == Parametric::kPrelu) {
-    function([](V parameter) GK_INLINE_LAMBDA { return math::LeakyRelu<V>{parameter}; });
-  } else {
-    function([](V parameter) GK_INLINE_LAMBDA { return math::Swish<V>{parameter}; });
-  }
-}
-
-// Calls function(scalar_t(), Runs(), activation) with the kind of lines and the functor that the problem has.
+// Calls function(scalar_t(), Runs(), functor_of) with the kind of lines that the problem has, and what makes its functor of a parameter.
 template <typename Problem, typename Function>
 GK_INLINE void visit_parametric_problem(const Problem& p, const Function& function) {
   dispatch(p.dtype, [&](auto zero) {
     visit_runs(p.shape, [&](auto runs) {
-      visit_parametric<Vec<opmath_t<decltype(zero)>>>(p.act, [&](auto activation) { function(zero, runs, activation); });
+      visit_functor<Vec<opmath_t<decltype(zero)>>>(p.act, [&](auto functor_of) { function(zero, runs, functor_of); });
     });
   });
 }
@@ -105,7 +96,7 @@ GK_INLINE auto parameter_of_channel(const void* parameter) {
 }
 
 void parametric_forward_kernel(const ParametricForward& p, Slab slab) {
-  visit_parametric_problem(p, [&](auto zero, auto runs, auto activation) {
+  visit_parametric_problem(p, [&](auto zero, auto runs, auto functor_of) {
     using scalar_t = decltype(zero);
     using Runs = decltype(runs);
     const scalar_t* x = static_cast<const scalar_t*>(p.x);
@@ -114,15 +105,15 @@ void parametric_forward_kernel(const ParametricForward& p, Slab slab) {
       const typename Runs::template Coefficients<Parameter, opmath_t<scalar_t>> parameters(lines,
                                                                                            parameter_of_channel<scalar_t>(p.parameter));
       Runs::template for_each<scalar_t>(
-          lines, streamed(p.shape, y, nullptr), [&](int64_t column) GK_INLINE_LAMBDA { return activation(parameters.at(column).value); },
-          [&](const auto& f, Position at, auto lanes)
+          lines, streamed(p.shape, y, nullptr), [&](int64_t column) GK_INLINE_LAMBDA { return functor_of(parameters.at(column).value); },
+          [&](const auto& f, auto at, auto lanes)
               GK_INLINE_LAMBDA { store(y + at.element, lanes, f.forward(load(x + at.element, lanes)), at.past_caches); });
     });
   });
 }
 
 void parametric_backward_kernel(const ParametricBackward& p, Slab slab, double* out) {
-  visit_parametric_problem(p, [&](auto zero, auto runs, auto activation) {
+  visit_parametric_problem(p, [&](auto zero, auto runs, auto functor_of) {
     using scalar_t = decltype(zero);
     using opmath = opmath_t<scalar_t>;
     using Runs = decltype(runs);
@@ -135,8 +126,8 @@ void parametric_backward_kernel(const ParametricBackward& p, Slab slab, double* 
       typename Runs::template Sums<opmath, 1> sums(lines);
       sums.add(
           lines, streamed(p.shape, grad_x, nullptr),
-          [&](int64_t column) GK_INLINE_LAMBDA { return activation(parameters.at(column).value); },
-          [&](const auto& f, Position at, auto lanes, auto& terms) GK_INLINE_LAMBDA {
+          [&](int64_t column) GK_INLINE_LAMBDA { return functor_of(parameters.at(column).value); },
+          [&](const auto& f, auto at, auto lanes, auto& terms) GK_INLINE_LAMBDA {
             V grad_parameter;
             // Lanes past the end bring a gradient of 0, at an x where that stays 0 for an infinite parameter too.
             const V gradient = f.backward(load(grad_y + at.element, lanes), load(x + at.element, lanes, V(1)), grad_parameter);

@@ -2,6 +2,7 @@
 // lies in cache then. Sums that may cancel, those of x - mean, of dz and of dz (x - mean), are float64. Compiled once per instruction set.
 #pragma once
 
+#include "cpu/functor.h"
 #include "cpu/kernels.h"
 #include "cpu/lines.h"
 #include "cpu/simd.h"
@@ -75,14 +76,13 @@ GK_INLINE opmath_t<scalar_t> approximate_mean(const scalar_t* x, const Lines& sa
   const V weight(static_cast<opmath_t<scalar_t>>(1.0 / static_cast<double>(sample.elements_per_channel())));
   V sum[4] = {V(0), V(0), V(0), V(0)};
   for (int64_t row = sample.row_begin; row < sample.row_end; ++row) {
-    const Position begin = position_of_row(sample, row, elements_to_next_run(sample, row));
+    const scalar_t* run = x + sample.offset + row * sample.row_stride;
     int64_t i = sample.begin;
     for (; i + kStep <= sample.end; i += kStep) {
-      for (int k = 0; k < 4; ++k) sum[k] = fma(load_first(x, advanced(begin, i + k * V::kLanes), AllLanes()), weight, sum[k]);
+      for (int k = 0; k < 4; ++k) sum[k] = fma(load(run + i + k * V::kLanes), weight, sum[k]);
     }
-    for_each_vector<opmath_t<scalar_t>>(i, sample.end, [&](int64_t j, auto lanes) GK_INLINE_LAMBDA {
-      sum[0] = fma(load_first(x, advanced(begin, j), lanes), weight, sum[0]);
-    });
+    for_each_vector<opmath_t<scalar_t>>(
+        i, sample.end, [&](int64_t j, auto lanes) GK_INLINE_LAMBDA { sum[0] = fma(load(run + j, lanes), weight, sum[0]); });
   }
   const scalar_t* first = x + sample.offset + sample.row_begin * sample.row_stride + sample.begin;
   const int64_t width = sample.end - sample.begin;
@@ -106,17 +106,21 @@ math::Moments<double> long_run_moments(const scalar_t* x, const Lines& lines) {
     Accumulators<opmath_t<scalar_t>, 2> accumulators;
     for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
       const scalar_t* run = x + tile.offset + row * tile.row_stride;
-      const int64_t ahead = elements_to_next_run(tile, row);
+      const int64_t ahead = elements_to_next_run<scalar_t>(lines, row);
       int64_t i = tile.begin;
       for (; i + kStep <= tile.end; i += kStep) {
         if (ahead != 0) {
-          for (int64_t k = 0; k < kStep; k += V::kLanes) __builtin_prefetch(run + i + k + ahead);
+          for (int64_t k = 0; k < kStep; k += V::kLanes) fetch<2>(run + i + k + ahead);
         }
         add_differences(accumulators, run + i, V::kLanes, V(about));
       }
-      for_each_vector<opmath_t<scalar_t>>(i, tile.end, [&](int64_t j, auto lanes) GK_INLINE_LAMBDA {
-        if (ahead != 0) __builtin_prefetch(run + j + ahead);
-        add_difference(accumulators, load(run + j, lanes, V(about)) - V(about));
+      add_terms(accumulators, [&](auto& terms) GK_INLINE_LAMBDA {
+        for_each_vector<opmath_t<scalar_t>>(i, tile.end, [&](int64_t j, auto lanes) GK_INLINE_LAMBDA {
+          if (ahead != 0) fetch<2>(run + j + ahead);
+          const V difference = load(run + j, lanes, V(about)) - V(about);
+          terms.template add<0>(difference);
+          terms.template add_product<1>(difference, difference);
+        });
       });
     }
     const LongRuns::Sums<opmath_t<scalar_t>, 2> sums(accumulators);
@@ -139,7 +143,7 @@ void short_run_moments(const scalar_t* x, const Lines& lines, math::Moments<doub
     const double rows = static_cast<double>(tile.row_end - tile.row_begin);
     const V weight(static_cast<opmath>(1.0 / rows));
     Columns<opmath> about(tile);
-    for_each_position(tile, Streamed<scalar_t>{nullptr, 1}, [&](Position at, auto lanes) GK_INLINE_LAMBDA {
+    for_each_position(tile, Streamed<scalar_t>{nullptr, 1}, [&](auto at, auto lanes) GK_INLINE_LAMBDA {
       about.store(at.column, fma(load(x + at.element, lanes), weight, about.load(at.column)));
     });
     for_each_vector<opmath>(0, lines.end, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
@@ -204,33 +208,13 @@ GK_INLINE math::Normalisation<opmath> channel_normalisation(const Problem& p, in
                                      channel_value(p.parameter_dtype, p.bias, channel, 0.0));
 }
 
-// The activation chosen at each vector and called, not inlined: what is inlined for every activation is most of a build, and processors
-// without AVX2 are not worth that.
-template <typename V>
-__attribute__((noinline)) V forward_of(math::Activation act, V x) {
-  return math::AnyActivation<V>{act}.forward(x);
-}
-template <typename V>
-__attribute__((noinline)) V backward_of(math::Activation act, V grad_y, V x) {
-  return math::AnyActivation<V>{act}.backward(grad_y, x);
-}
-
-template <typename V>
-struct CalledActivation {
-  math::Activation act;
-  GK_INLINE V forward(V x) const { return forward_of(act, x); }
-  GK_INLINE V backward(V grad_y, V x) const { return backward_of(act, grad_y, x); }
-};
-
 // Calls function(functor): one for each activation of float32; else one for swish, whose constants stay in registers then, and one that
 // chooses when it runs.
 template <typename scalar_t, typename Function>
 GK_INLINE void visit_activation(math::Activation act, const Function& function) {
   using V = Vec<opmath_t<scalar_t>>;
-  if constexpr (kRegisterBytes == 16) {
-    function(CalledActivation<V>{act});
-  } else if constexpr (sizeof(scalar_t) == 4) {
-    math::visit<V>(act, function);
+  if constexpr (kRegisterBytes == 16 || sizeof(scalar_t) == 4) {
+    visit_functor<V>(act, function);
   } else if (kRegisterBytes == 64 && act.kind == math::ActivationKind::kSwish) {
     function(math::Swish<V>{V(static_cast<opmath_t<scalar_t>>(act.parameter))});
   } else {
@@ -240,8 +224,8 @@ GK_INLINE void visit_activation(math::Activation act, const Function& function) 
 template <typename scalar_t, typename Function>
 GK_INLINE void visit_activation_of_two_slopes(math::Activation act, const Function& function) {
   using V = Vec<opmath_t<scalar_t>>;
-  if constexpr (kRegisterBytes > 16 && sizeof(scalar_t) == 4) {
-    math::visit_two_slopes<V>(act, function);
+  if constexpr (sizeof(scalar_t) == 4) {
+    visit_functor_of_two_slopes<V>(act, function);
   } else {
     function(math::AnyTwoSlopes<V>{act});
   }
@@ -263,13 +247,13 @@ void batch_norm_normalise_kernel(const BatchNormForward& p, Slab slab) {
               lines, [&](int64_t channel) GK_INLINE_LAMBDA { return channel_normalisation<opmath>(p, channel); });
           Runs::template for_each<scalar_t>(
               lines, streamed(p.shape, y, p.mask), [&](int64_t column) GK_INLINE_LAMBDA { return coefficients.at(column); },
-              [&](const auto& normalise, Position at, auto lanes)
+              [&](const auto& normalise, auto at, auto lanes)
                   GK_INLINE_LAMBDA { function(normalise(load(x + at.element, lanes)), at, lanes); });
         });
       };
       if (p.mask != nullptr) {
         visit_activation_of_two_slopes<scalar_t>(p.act, [&](auto f) {
-          for_each_vector_of_slab([&](V u, Position at, auto lanes) GK_INLINE_LAMBDA {
+          for_each_vector_of_slab([&](V u, auto at, auto lanes) GK_INLINE_LAMBDA {
             u = u + load_first(residual, at, lanes);
             store_bits<opmath>(p.mask + at.mask_byte, lanes, f.passes(u));
             store(y + at.element, lanes, f.forward(u), at.past_caches);
@@ -277,7 +261,7 @@ void batch_norm_normalise_kernel(const BatchNormForward& p, Slab slab) {
         });
       } else {
         visit_activation<scalar_t>(p.act, [&](auto f) {
-          for_each_vector_of_slab([&](V u, Position at, auto lanes) GK_INLINE_LAMBDA {
+          for_each_vector_of_slab([&](V u, auto at, auto lanes) GK_INLINE_LAMBDA {
             if (residual != nullptr) u = u + load_first(residual, at, lanes);
             store(y + at.element, lanes, f.forward(u), at.past_caches);
           });
@@ -297,7 +281,7 @@ GK_INLINE void visit_gradient(const BatchNormBackward& p, const opmath_t<scalar_
   using opmath = opmath_t<scalar_t>;
   using V = Vec<opmath>;
   if (copied != nullptr) {
-    function([=](const auto&, V, Position at, auto lanes) GK_INLINE_LAMBDA { return load(copied + at.copied, lanes); });
+    function([=](const auto&, V, auto at, auto lanes) GK_INLINE_LAMBDA { return load(copied + at.copied, lanes); });
     return;
   }
   const scalar_t* grad_y = static_cast<const scalar_t*>(p.grad_y);
@@ -305,13 +289,13 @@ GK_INLINE void visit_gradient(const BatchNormBackward& p, const opmath_t<scalar_
   if (p.mask != nullptr) {
     const uint8_t* mask = p.mask;
     visit_activation_of_two_slopes<scalar_t>(p.act, [&](auto f) {
-      function([=](const auto&, V, Position at, auto lanes) GK_INLINE_LAMBDA {
+      function([=](const auto&, V, auto at, auto lanes) GK_INLINE_LAMBDA {
         return f.backward_from_mask(load_first(grad_y, at, lanes), load_bits<opmath>(mask + at.mask_byte, lanes));
       });
     });
   } else {
     visit_activation<scalar_t>(p.act, [&](auto f) {
-      function([=](const auto& normalise, V x, Position at, auto lanes) GK_INLINE_LAMBDA {
+      function([=](const auto& normalise, V x, auto at, auto lanes) GK_INLINE_LAMBDA {
         V u = normalise(x);
         if (residual != nullptr) u = u + load_first(residual, at, lanes);
         return f.backward(load_first(grad_y, at, lanes), u);
@@ -340,7 +324,7 @@ void batch_norm_gradient_sums_kernel(const BatchNormBackward& p, Slab slab, math
           typename Runs::template Sums<opmath, 2> sums(lines);
           sums.add(
               lines, past_caches, [&](int64_t column) GK_INLINE_LAMBDA { return coefficients.at(column); },
-              [&](const auto& normalise, Position at, auto lanes, auto& terms) GK_INLINE_LAMBDA {
+              [&](const auto& normalise, auto at, auto lanes, auto& terms) GK_INLINE_LAMBDA {
                 const Vec<opmath> x = load_first(x_data, at, lanes);
                 const Vec<opmath> dz = dz_of(normalise, x, at, lanes);
                 if (grad_residual != nullptr) store(grad_residual + at.element, lanes, dz, at.past_caches);
@@ -400,7 +384,7 @@ void batch_norm_gradient_input_kernel(const BatchNormBackward& p, Slab slab, con
               });
           Runs::template for_each<scalar_t>(
               lines, streamed(p.shape, grad_x, source.mask), [&](int64_t column) GK_INLINE_LAMBDA { return coefficients.at(column); },
-              [&](const auto& c, Position at, auto lanes) GK_INLINE_LAMBDA {
+              [&](const auto& c, auto at, auto lanes) GK_INLINE_LAMBDA {
                 const V x = load_first(x_data, at, lanes);
                 const V dz = dz_of(c.normalise, x, at, lanes);
                 store(grad_x + at.element, lanes, training ? c.input.training(dz, x) : c.input.evaluation(dz), at.past_caches);

@@ -389,21 +389,37 @@ GK_INLINE void store(scalar_t* target, AllLanes, Vec<opmath_t<scalar_t>> value) 
   store(target, value);
 }
 
-// The other lanes from `fill`, of 16 bits rounded to them; memory past the count is not touched.
+// Element by element, where there is no instruction: called, not inlined, since it stands behind every loop.
+template <typename T>
+__attribute__((noinline)) Vec<opmath_t<T>> load_elements(const T* source, int count, Vec<opmath_t<T>> fill) {
+  T lane[Vec<opmath_t<T>>::kLanes];
+  store(lane, fill);
+  for (int i = 0; i < count; ++i) lane[i] = source[i];
+  return load(lane);
+}
+template <typename T>
+__attribute__((noinline)) void store_elements(T* target, int count, Vec<opmath_t<T>> value) {
+  T lane[Vec<opmath_t<T>>::kLanes];
+  store(lane, value);
+  for (int i = 0; i < count; ++i) target[i] = lane[i];
+}
+
+// The other lanes from `fill`, which has to be a number that T has; memory past the count is not touched.
 template <typename T>
 GK_INLINE Vec<opmath_t<T>> load(const T* source, SomeLanes lanes, Vec<opmath_t<T>> fill = Vec<opmath_t<T>>(0)) {
 #if defined(__x86_64__)
   if constexpr (kRegisterBytes == 64) {
     const uint32_t mask = (1u << lanes.count) - 1u;
+    if constexpr (sizeof(T) == 2) {
+      const auto words = reinterpret_cast<HalfWords>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), source));
+      fill.part[0] = _mm512_mask_mov_ps(fill.part[0], static_cast<__mmask16>(mask), to_float(words, T()));
+    }
     if constexpr (sizeof(T) == 4) fill.part[0] = _mm512_mask_loadu_ps(fill.part[0], static_cast<__mmask16>(mask), source);
     if constexpr (sizeof(T) == 8) fill.part[0] = _mm512_mask_loadu_pd(fill.part[0], static_cast<__mmask8>(mask), source);
-    if constexpr (sizeof(T) >= 4) return fill;
+    return fill;
   }
 #endif
-  T lane[Vec<opmath_t<T>>::kLanes];
-  store(lane, fill);
-  for (int i = 0; i < lanes.count; ++i) lane[i] = source[i];
-  return load(lane);
+  return load_elements(source, lanes.count, fill);
 }
 
 template <typename T>
@@ -411,14 +427,15 @@ GK_INLINE void store(T* target, SomeLanes lanes, Vec<opmath_t<T>> value) {
 #if defined(__x86_64__)
   if constexpr (kRegisterBytes == 64) {
     const uint32_t mask = (1u << lanes.count) - 1u;
+    if constexpr (sizeof(T) == 2) {
+      _mm256_mask_storeu_epi16(target, static_cast<__mmask16>(mask), reinterpret_cast<__m256i>(from_float(value.part[0], T())));
+    }
     if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(target, static_cast<__mmask16>(mask), value.part[0]);
     if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(target, static_cast<__mmask8>(mask), value.part[0]);
-    if constexpr (sizeof(T) >= 4) return;
+    return;
   }
 #endif
-  T lane[Vec<opmath_t<T>>::kLanes];
-  store(lane, value);
-  for (int i = 0; i < lanes.count; ++i) target[i] = lane[i];
+  store_elements(target, lanes.count, value);
 }
 
 // Past the caches: without reading the target's line first, which for an output too large to stay in cache is a third of the traffic. Other

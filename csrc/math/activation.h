@@ -195,8 +195,12 @@ struct AnyActivation {
 };
 
 template <typename T>
-struct AnyTwoSlopes : AnyActivation<T> {
-  using AnyActivation<T>::act;
+struct AnyTwoSlopes {
+  Activation act;
+  GK_HOST_DEVICE T forward(T x) const {
+    visit_two_slopes<T>(act, [&](auto f) GK_INLINE_LAMBDA { x = f.forward(x); });
+    return x;
+  }
   GK_HOST_DEVICE auto passes(T x) const {
     auto pass = x > T(0);
     visit_two_slopes<T>(act, [&](auto f) GK_INLINE_LAMBDA { pass = f.passes(x); });
