@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness import Case, arguments, gk, parts_of, prove, reference, run
+from harness import Case, arguments, forward_and_backward, gk, prove, reference, run
 
 FUNCTIONS = {
     "leaky_relu": (gk.leaky_relu, F.leaky_relu, reference.leaky_relu),
@@ -75,7 +75,7 @@ def case(name: str, size: str, dtype: torch.dtype, compiled: bool) -> Case:
         apart=(size, dtype) == ("4 MiB", torch.float32),
         saves=forward,
     )
-    made.parts = lambda: parts_of(made, forward, dict.fromkeys(forward, operands), grad_y, least)
+    made.parts = lambda: forward_and_backward(made, forward, dict.fromkeys(forward, operands), grad_y, least)
     if name in SIMPLER:
         made.instead["what it computes"] = partial(case, SIMPLER[name], size, dtype, False)
     if dtype != torch.float32:

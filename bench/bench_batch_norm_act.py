@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import neighbours
-from harness import Case, arguments, gk, parts_of, prove, reference, run
+from harness import Case, arguments, forward_and_backward, gk, prove, reference, run
 
 ACTS = {"identity": lambda x: x, "relu": F.relu, "leaky_relu": F.leaky_relu, "elu": F.elu, "swish": F.silu}
 SHAPES = (
@@ -139,7 +139,7 @@ def case(shape: tuple[int, ...], act: str, with_residual: bool, layout: str, dty
         recorded = copy.deepcopy(modules)
         inputs = {provider: [*operands, *module.parameters()] for provider, module in recorded.items()}
         calls = {provider: partial(module, *operands) for provider, module in recorded.items()}
-        alone, backward = parts_of(made, calls, inputs, grad_y, least)
+        alone, backward = forward_and_backward(made, calls, inputs, grad_y, least)
         return [replace(alone, providers=forward), backward]
 
     made.parts = parts

@@ -148,12 +148,14 @@ def alone(keys: Iterable[Key]) -> str:
 def read(path: Path) -> Results:
     try:
         results: Results = json.loads(path.read_text())
+        timed_rows(scripts_of(results, results))
+        dict(results["header"])
+    except (KeyError, TypeError, AttributeError):
+        print(f"{path}: no results of a benchmark", file=sys.stderr)
+        raise SystemExit(2) from None
     except (OSError, ValueError) as error:
         print(f"{path}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    if not isinstance(results, dict) or "header" not in results or not results.keys() & {"scripts", "rows"}:
-        print(f"{path}: no results of a benchmark", file=sys.stderr)
-        raise SystemExit(2)
     if results.get("quick"):
         print(f"{path} is of a quick run: its numbers mean nothing")
     return results

@@ -56,13 +56,13 @@ __all__ = [
     "StepRow",
     "arguments",
     "copy_of",
+    "forward_and_backward",
     "gk",
     "header",
     "label",
     "machine",
     "measure",
     "memory_of_outputs",
-    "parts_of",
     "peak_bytes",
     "prove",
     "reference",
@@ -368,7 +368,7 @@ def copy_of(size: int) -> Callable[[], Tensor]:
     return lambda: destination.copy_(source)
 
 
-def parts_of(
+def forward_and_backward(
     whole: Case, forward: dict[str, Callable[[], Tensor]], inputs: dict[str, Sequence[Tensor]], grad_y: Tensor, bytes: tuple[int, int]
 ) -> list[Case]:
     """The forward of each provider, recorded for backward, and its backward, of one recorded forward again and again."""

@@ -201,6 +201,7 @@ def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | 
 
     Raises:
         RuntimeError: elements of a gradient share memory.
+        TypeError: what is among parameters is no tensor and no pair of a name and a tensor, or clip_value is no number.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -320,6 +321,7 @@ def grad_report(parameters: Parameters, norm_type: float = 2.0) -> GradReport:
 
     Raises:
         NotImplementedError: a gradient is sparse.
+        TypeError: what is among parameters is no tensor and no pair of a name and a tensor.
 
     Example:
         >>> import torch, gradkernels as gk

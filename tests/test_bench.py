@@ -341,7 +341,7 @@ def parted(slow):
 
     functions = {name: forward(name) for name in ("eager", "gradkernels")}
     case = tiny_case(providers={name: step(name) for name in functions}, saves=functions)
-    case.parts = lambda: harness.parts_of(case, functions, {name: [x] for name in functions}, y, (8192, 12288))
+    case.parts = lambda: harness.forward_and_backward(case, functions, {name: [x] for name in functions}, y, (8192, 12288))
     return case
 
 

@@ -83,7 +83,7 @@ template <typename Problem, typename Function>
 GK_INLINE void visit_parametric_problem(const Problem& p, const Function& function) {
   dispatch(p.dtype, [&](auto zero) {
     visit_runs(p.shape, [&](auto runs) {
-      visit_functor<Vec<opmath_t<decltype(zero)>>>(p.act, [&](auto functor_of) { function(zero, runs, functor_of); });
+      visit_functor_of_parameter<Vec<opmath_t<decltype(zero)>>>(p.act, [&](auto functor_of) { function(zero, runs, functor_of); });
     });
   });
 }
@@ -106,7 +106,7 @@ void parametric_forward_kernel(const ParametricForward& p, Slab slab) {
                                                                                            parameter_of_channel<scalar_t>(p.parameter));
       Runs::template for_each<scalar_t>(
           lines, streamed(p.shape, y, nullptr), [&](int64_t column) GK_INLINE_LAMBDA { return functor_of(parameters.at(column).value); },
-          [&](const auto& f, auto at, auto lanes)
+          [&](const auto& f, Position at, auto lanes)
               GK_INLINE_LAMBDA { store(y + at.element, lanes, f.forward(load(x + at.element, lanes)), at.past_caches); });
     });
   });
@@ -127,7 +127,7 @@ void parametric_backward_kernel(const ParametricBackward& p, Slab slab, double* 
       sums.add(
           lines, streamed(p.shape, grad_x, nullptr),
           [&](int64_t column) GK_INLINE_LAMBDA { return functor_of(parameters.at(column).value); },
-          [&](const auto& f, auto at, auto lanes, auto& terms) GK_INLINE_LAMBDA {
+          [&](const auto& f, Position at, auto lanes, auto& terms) GK_INLINE_LAMBDA {
             V grad_parameter;
             // Lanes past the end bring a gradient of 0, at an x where that stays 0 for an infinite parameter too.
             const V gradient = f.backward(load(grad_y + at.element, lanes), load(x + at.element, lanes, V(1)), grad_parameter);

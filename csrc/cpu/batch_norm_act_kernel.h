@@ -16,22 +16,19 @@ namespace {
 // ---- Statistics
 // ----------------------------------------------------------------------------------------------------------------------------
 
-// Adds x - about and its square, of one vector.
-template <typename opmath>
-GK_INLINE void add_difference(Accumulators<opmath, 2>& sums, Vec<opmath> difference) {
-  sums.template add<0>(difference);
-  if constexpr (sizeof(opmath) == sizeof(double)) {
-    sums.template add_product<1>(difference, difference);
-  } else {
-    sums.template add<1>(difference * difference);
-  }
+// Adds a vector of x - about and its square.
+template <typename Terms, typename V>
+GK_INLINE void add_difference(Terms& terms, V difference) {
+  terms.template add<0>(difference);
+  terms.template add_product<1>(difference, difference);
 }
 
-// The same of eight vectors `stride` elements apart. In float32 they meet before they enter a float64 sum.
+// The same of kTerms vectors of x, `stride` elements apart. In float32 they meet before they enter a float64 sum.
 template <typename scalar_t>
 GK_INLINE void add_differences(Accumulators<opmath_t<scalar_t>, 2>& sums, const scalar_t* x, int64_t stride,
                                Vec<opmath_t<scalar_t>> about) {
   using V = Vec<opmath_t<scalar_t>>;
+  static_assert(kTerms == 8);
   if constexpr (sizeof(scalar_t) == sizeof(double)) {
     for (int k = 0; k < 8; ++k) add_difference(sums, load(x + k * stride) - about);
   } else {
@@ -97,7 +94,8 @@ math::Moments<double> long_run_moments(const scalar_t* x, const Lines& lines) {
   using V = Vec<opmath_t<scalar_t>>;
   // 16 KiB of float32 or 32 of float64: what the mean was taken of is still in the first-level cache.
   constexpr int64_t kTileElements = 4096;
-  constexpr int64_t kStep = 8 * V::kLanes;
+  constexpr int64_t kStep = kTerms * V::kLanes;
+  const RunAhead run_ahead = LongRuns::run_ahead<scalar_t>(lines);
   const int64_t width = lines.end - lines.begin < kTileElements ? lines.end - lines.begin : kTileElements;
   math::Moments<double> moments{};
   for_each_tile(lines, kTileElements / width, width, [&](const Lines& tile) GK_INLINE_LAMBDA {
@@ -106,20 +104,19 @@ math::Moments<double> long_run_moments(const scalar_t* x, const Lines& lines) {
     Accumulators<opmath_t<scalar_t>, 2> accumulators;
     for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
       const scalar_t* run = x + tile.offset + row * tile.row_stride;
-      const int64_t ahead = elements_to_next_run<scalar_t>(lines, row);
+      const int64_t ahead = run_ahead.of_row(lines, row);
       int64_t i = tile.begin;
       for (; i + kStep <= tile.end; i += kStep) {
         if (ahead != 0) {
-          for (int64_t k = 0; k < kStep; k += V::kLanes) fetch<2>(run + i + k + ahead);
+          for (int64_t k = 0; k < kStep; k += V::kLanes) prefetch(run + i + k + ahead);
         }
         add_differences(accumulators, run + i, V::kLanes, V(about));
       }
+      if (i == tile.end) continue;
       add_terms(accumulators, [&](auto& terms) GK_INLINE_LAMBDA {
         for_each_vector<opmath_t<scalar_t>>(i, tile.end, [&](int64_t j, auto lanes) GK_INLINE_LAMBDA {
-          if (ahead != 0) fetch<2>(run + j + ahead);
-          const V difference = load(run + j, lanes, V(about)) - V(about);
-          terms.template add<0>(difference);
-          terms.template add_product<1>(difference, difference);
+          if (ahead != 0) prefetch(run + j + ahead);
+          add_difference(terms, load(run + j, lanes, V(about)) - V(about));
         });
       });
     }
@@ -143,7 +140,7 @@ void short_run_moments(const scalar_t* x, const Lines& lines, math::Moments<doub
     const double rows = static_cast<double>(tile.row_end - tile.row_begin);
     const V weight(static_cast<opmath>(1.0 / rows));
     Columns<opmath> about(tile);
-    for_each_position(tile, Streamed<scalar_t>{nullptr, 1}, [&](auto at, auto lanes) GK_INLINE_LAMBDA {
+    for_each_position(tile, Streamed<scalar_t>{nullptr, 1}, RunAhead{}, [&](Position at, auto lanes) GK_INLINE_LAMBDA {
       about.store(at.column, fma(load(x + at.element, lanes), weight, about.load(at.column)));
     });
     for_each_vector<opmath>(0, lines.end, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
@@ -208,29 +205,6 @@ GK_INLINE math::Normalisation<opmath> channel_normalisation(const Problem& p, in
                                      channel_value(p.parameter_dtype, p.bias, channel, 0.0));
 }
 
-// Calls function(functor): one for each activation of float32; else one for swish, whose constants stay in registers then, and one that
-// chooses when it runs.
-template <typename scalar_t, typename Function>
-GK_INLINE void visit_activation(math::Activation act, const Function& function) {
-  using V = Vec<opmath_t<scalar_t>>;
-  if constexpr (kRegisterBytes == 16 || sizeof(scalar_t) == 4) {
-    visit_functor<V>(act, function);
-  } else if (kRegisterBytes == 64 && act.kind == math::ActivationKind::kSwish) {
-    function(math::Swish<V>{V(static_cast<opmath_t<scalar_t>>(act.parameter))});
-  } else {
-    function(math::AnyActivation<V>{act});
-  }
-}
-template <typename scalar_t, typename Function>
-GK_INLINE void visit_activation_of_two_slopes(math::Activation act, const Function& function) {
-  using V = Vec<opmath_t<scalar_t>>;
-  if constexpr (sizeof(scalar_t) == 4) {
-    visit_functor_of_two_slopes<V>(act, function);
-  } else {
-    function(math::AnyTwoSlopes<V>{act});
-  }
-}
-
 void batch_norm_normalise_kernel(const BatchNormForward& p, Slab slab) {
   dispatch(p.dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
@@ -247,21 +221,21 @@ void batch_norm_normalise_kernel(const BatchNormForward& p, Slab slab) {
               lines, [&](int64_t channel) GK_INLINE_LAMBDA { return channel_normalisation<opmath>(p, channel); });
           Runs::template for_each<scalar_t>(
               lines, streamed(p.shape, y, p.mask), [&](int64_t column) GK_INLINE_LAMBDA { return coefficients.at(column); },
-              [&](const auto& normalise, auto at, auto lanes)
+              [&](const auto& normalise, Position at, auto lanes)
                   GK_INLINE_LAMBDA { function(normalise(load(x + at.element, lanes)), at, lanes); });
         });
       };
       if (p.mask != nullptr) {
-        visit_activation_of_two_slopes<scalar_t>(p.act, [&](auto f) {
-          for_each_vector_of_slab([&](V u, auto at, auto lanes) GK_INLINE_LAMBDA {
+        visit_few_functors_of_two_slopes<scalar_t>(p.act, [&](auto f) {
+          for_each_vector_of_slab([&](V u, Position at, auto lanes) GK_INLINE_LAMBDA {
             u = u + load_first(residual, at, lanes);
             store_bits<opmath>(p.mask + at.mask_byte, lanes, f.passes(u));
             store(y + at.element, lanes, f.forward(u), at.past_caches);
           });
         });
       } else {
-        visit_activation<scalar_t>(p.act, [&](auto f) {
-          for_each_vector_of_slab([&](V u, auto at, auto lanes) GK_INLINE_LAMBDA {
+        visit_few_functors<scalar_t>(p.act, [&](auto f) {
+          for_each_vector_of_slab([&](V u, Position at, auto lanes) GK_INLINE_LAMBDA {
             if (residual != nullptr) u = u + load_first(residual, at, lanes);
             store(y + at.element, lanes, f.forward(u), at.past_caches);
           });
@@ -281,21 +255,21 @@ GK_INLINE void visit_gradient(const BatchNormBackward& p, const opmath_t<scalar_
   using opmath = opmath_t<scalar_t>;
   using V = Vec<opmath>;
   if (copied != nullptr) {
-    function([=](const auto&, V, auto at, auto lanes) GK_INLINE_LAMBDA { return load(copied + at.copied, lanes); });
+    function([=](const auto&, V, Position at, auto lanes) GK_INLINE_LAMBDA { return load(copied + at.copied, lanes); });
     return;
   }
   const scalar_t* grad_y = static_cast<const scalar_t*>(p.grad_y);
   const scalar_t* residual = static_cast<const scalar_t*>(p.residual);
   if (p.mask != nullptr) {
     const uint8_t* mask = p.mask;
-    visit_activation_of_two_slopes<scalar_t>(p.act, [&](auto f) {
-      function([=](const auto&, V, auto at, auto lanes) GK_INLINE_LAMBDA {
+    visit_few_functors_of_two_slopes<scalar_t>(p.act, [&](auto f) {
+      function([=](const auto&, V, Position at, auto lanes) GK_INLINE_LAMBDA {
         return f.backward_from_mask(load_first(grad_y, at, lanes), load_bits<opmath>(mask + at.mask_byte, lanes));
       });
     });
   } else {
-    visit_activation<scalar_t>(p.act, [&](auto f) {
-      function([=](const auto& normalise, V x, auto at, auto lanes) GK_INLINE_LAMBDA {
+    visit_few_functors<scalar_t>(p.act, [&](auto f) {
+      function([=](const auto& normalise, V x, Position at, auto lanes) GK_INLINE_LAMBDA {
         V u = normalise(x);
         if (residual != nullptr) u = u + load_first(residual, at, lanes);
         return f.backward(load_first(grad_y, at, lanes), u);
@@ -324,7 +298,7 @@ void batch_norm_gradient_sums_kernel(const BatchNormBackward& p, Slab slab, math
           typename Runs::template Sums<opmath, 2> sums(lines);
           sums.add(
               lines, past_caches, [&](int64_t column) GK_INLINE_LAMBDA { return coefficients.at(column); },
-              [&](const auto& normalise, auto at, auto lanes, auto& terms) GK_INLINE_LAMBDA {
+              [&](const auto& normalise, Position at, auto lanes, auto& terms) GK_INLINE_LAMBDA {
                 const Vec<opmath> x = load_first(x_data, at, lanes);
                 const Vec<opmath> dz = dz_of(normalise, x, at, lanes);
                 if (grad_residual != nullptr) store(grad_residual + at.element, lanes, dz, at.past_caches);
@@ -384,7 +358,7 @@ void batch_norm_gradient_input_kernel(const BatchNormBackward& p, Slab slab, con
               });
           Runs::template for_each<scalar_t>(
               lines, streamed(p.shape, grad_x, source.mask), [&](int64_t column) GK_INLINE_LAMBDA { return coefficients.at(column); },
-              [&](const auto& c, auto at, auto lanes) GK_INLINE_LAMBDA {
+              [&](const auto& c, Position at, auto lanes) GK_INLINE_LAMBDA {
                 const V x = load_first(x_data, at, lanes);
                 const V dz = dz_of(c.normalise, x, at, lanes);
                 store(grad_x + at.element, lanes, training ? c.input.training(dz, x) : c.input.evaluation(dz), at.past_caches);

@@ -1,5 +1,5 @@
-// With which functors of math/activation.h a loop is compiled: one for each activation, or, on processors without AVX2, one that calls what
-// is chosen at each vector. What is inlined for every activation is most of a build, and those processors are not worth that.
+// Which functors of math/activation.h a loop is compiled for. What is inlined for every activation is most of a build: an x86-64 processor
+// without AVX2 calls an activation that may have an exponential at each vector.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -8,6 +8,12 @@
 
 namespace gradkernels::cpu {
 namespace {
+
+#if defined(__x86_64__)
+constexpr bool kCallsActivation = kRegisterBytes == 16;
+#else
+constexpr bool kCallsActivation = false;
+#endif
 
 template <typename V>
 __attribute__((noinline)) V forward_of(math::Activation act, V x) {
@@ -28,7 +34,7 @@ struct CalledActivation {
 // Calls function(functor).
 template <typename V, typename Function>
 GK_INLINE void visit_functor(math::Activation act, const Function& function) {
-  if constexpr (kRegisterBytes == 16) {
+  if constexpr (kCallsActivation) {
     function(CalledActivation<V>{act});
   } else {
     math::visit<V>(act, function);
@@ -36,31 +42,54 @@ GK_INLINE void visit_functor(math::Activation act, const Function& function) {
 }
 template <typename V, typename Function>
 GK_INLINE void visit_functor_of_two_slopes(math::Activation act, const Function& function) {
-  if constexpr (kRegisterBytes == 16) {
+  if constexpr (kCallsActivation) {
     function(math::AnyTwoSlopes<V>{act});
   } else {
     math::visit_two_slopes<V>(act, function);
   }
 }
 
-// The functor of an activation whose parameter is learnt.
-template <typename V, typename Function>
-GK_INLINE void visit_parametric(Parametric act, V parameter, const Function& function) {
-  if (act == Parametric::kPrelu) {
-    function(math::LeakyRelu<V>{parameter});
+// The same for loops that there are many of: in float32 alone each activation has its own; else there is one that chooses when it runs, and
+// with AVX-512 one for swish, whose constants stay in registers then.
+template <typename scalar_t, typename Function>
+GK_INLINE void visit_few_functors(math::Activation act, const Function& function) {
+  using V = Vec<opmath_t<scalar_t>>;
+  if constexpr (kCallsActivation || sizeof(scalar_t) == 4) {
+    visit_functor<V>(act, function);
+  } else if (kRegisterBytes == 64 && act.kind == math::ActivationKind::kSwish) {
+    function(math::Swish<V>{V(static_cast<opmath_t<scalar_t>>(act.parameter))});
   } else {
-    function(math::Swish<V>{parameter});
+    function(math::AnyActivation<V>{act});
+  }
+}
+template <typename scalar_t, typename Function>
+GK_INLINE void visit_few_functors_of_two_slopes(math::Activation act, const Function& function) {
+  using V = Vec<opmath_t<scalar_t>>;
+  if constexpr (sizeof(scalar_t) == 4) {
+    visit_functor_of_two_slopes<V>(act, function);
+  } else {
+    function(math::AnyTwoSlopes<V>{act});
+  }
+}
+
+// Calls function(functor_of), where functor_of(parameter) is the functor.
+template <typename V, typename Function>
+GK_INLINE void visit_parametric(Parametric act, const Function& function) {
+  if (act == Parametric::kPrelu) {
+    function([](V parameter) GK_INLINE_LAMBDA { return math::LeakyRelu<V>{parameter}; });
+  } else {
+    function([](V parameter) GK_INLINE_LAMBDA { return math::Swish<V>{parameter}; });
   }
 }
 
 template <typename V>
 __attribute__((noinline)) V forward_of(Parametric act, V parameter, V x) {
-  visit_parametric(act, parameter, [&](auto f) GK_INLINE_LAMBDA { x = f.forward(x); });
+  visit_parametric<V>(act, [&](auto functor_of) GK_INLINE_LAMBDA { x = functor_of(parameter).forward(x); });
   return x;
 }
 template <typename V>
 __attribute__((noinline)) V backward_of(Parametric act, V parameter, V grad_y, V x, V& grad_parameter) {
-  visit_parametric(act, parameter, [&](auto f) GK_INLINE_LAMBDA { grad_y = f.backward(grad_y, x, grad_parameter); });
+  visit_parametric<V>(act, [&](auto functor_of) GK_INLINE_LAMBDA { grad_y = functor_of(parameter).backward(grad_y, x, grad_parameter); });
   return grad_y;
 }
 
@@ -72,13 +101,12 @@ struct CalledParametric {
   GK_INLINE V backward(V grad_y, V x, V& grad_parameter) const { return backward_of(act, parameter, grad_y, x, grad_parameter); }
 };
 
-// Calls function(functor_of), where functor_of(parameter) is the functor.
 template <typename V, typename Function>
-GK_INLINE void visit_functor(Parametric act, const Function& function) {
-  if constexpr (kRegisterBytes == 16) {
+GK_INLINE void visit_functor_of_parameter(Parametric act, const Function& function) {
+  if constexpr (kCallsActivation) {
     function([=](V parameter) GK_INLINE_LAMBDA { return CalledParametric<V>{act, parameter}; });
   } else {
-    visit_parametric(act, V(0), [&](auto f) { function([](V parameter) GK_INLINE_LAMBDA { return decltype(f){parameter}; }); });
+    visit_parametric<V>(act, function);
   }
 }
 

@@ -40,9 +40,7 @@ GK_INLINE void for_each_tile(const Lines& lines, int64_t rows, int64_t width, co
 }
 
 // Where a vector stands: its first element in the operand, in the mask's bytes and in a copy of the lines without gaps, and its column in
-// the line; how many elements on there is one to fetch, or 0, into the cache of level `Cache`; and whether the output's line is to be
-// written past the caches.
-template <int Cache>
+// the line; how many elements on there is one to fetch, or 0; and whether the output's line is to be written past the caches.
 struct Position {
   int64_t element;
   int64_t mask_byte;
@@ -53,8 +51,7 @@ struct Position {
 };
 
 // Of the first column in a row.
-template <int Cache>
-GK_INLINE Position<Cache> position_of_row(const Lines& lines, int64_t row, int64_t ahead) {
+GK_INLINE Position position_of_row(const Lines& lines, int64_t row, int64_t ahead) {
   return {lines.offset + row * lines.row_stride,
           lines.mask_offset + row * lines.mask_row_stride,
           (row - lines.row_begin) * lines.end,
@@ -63,22 +60,27 @@ GK_INLINE Position<Cache> position_of_row(const Lines& lines, int64_t row, int64
           false};
 }
 
-template <int Cache>
-GK_INLINE Position<Cache> advanced(Position<Cache> at, int64_t columns) {
+GK_INLINE Position advanced(Position at, int64_t columns) {
   return {at.element + columns, at.mask_byte + columns / 8, at.copied + columns, at.column + columns, at.ahead, at.past_caches};
 }
 
-template <int Cache>
-GK_INLINE void fetch(const void* data) {
-  __builtin_prefetch(data, 0, 4 - Cache);
-}
+// Into the second-level cache: in the first, rows a power of two apart drive each other out before they are read.
+GK_INLINE void prefetch(const void* data) { __builtin_prefetch(data, 0, 2); }
 
 // The vector that stands there, of an operand that is read for the first time.
-template <typename scalar_t, int Cache, typename Lanes>
-GK_INLINE Vec<opmath_t<scalar_t>> load_first(const scalar_t* data, Position<Cache> at, Lanes lanes) {
-  if (at.ahead != 0) fetch<Cache>(data + at.element + at.ahead);
+template <typename scalar_t, typename Lanes>
+GK_INLINE Vec<opmath_t<scalar_t>> load_first(const scalar_t* data, Position at, Lanes lanes) {
+  if (at.ahead != 0) prefetch(data + at.element + at.ahead);
   return load(data + at.element, lanes);
 }
+
+// Which run is fetched while another is worked on: so many elements further on, where the lines go on for so many rows.
+struct RunAhead {
+  int64_t elements;
+  int64_t rows;
+
+  GK_INLINE int64_t of_row(const Lines& lines, int64_t row) const { return row + rows < lines.row_end ? elements : 0; }
+};
 
 // An output that is to be written past the caches, for being too large for the next reader to find it there, or null;
 // bench/bench_batch_norm_act.py decides about the size. Vectors may begin at every multiple of `step` elements of a line.
@@ -112,32 +114,18 @@ GK_INLINE Streamed<scalar_t> streamed(const ChannelShape& shape, const scalar_t*
 }
 
 // A vector of the row that begins there.
-template <typename scalar_t, int Cache>
-GK_INLINE Position<Cache> position(Position<Cache> begin, Streamed<scalar_t> streamed, int64_t column) {
-  Position<Cache> at = advanced(begin, column);
+template <typename scalar_t>
+GK_INLINE Position position(Position begin, Streamed<scalar_t> streamed, int64_t column) {
+  Position at = advanced(begin, column);
   at.past_caches = streamed.begins_at(at.element);
   return at;
 }
 
-// `ahead` for a row of runs with gaps between them: the processor does not foresee where the next one begins, so it is fetched while this
-// one is worked on. That is the run of the next channel, the next to come from memory, where the second-level cache holds two channels;
-// else a later one of this channel. Of long runs the processor foresees all but little.
-template <typename scalar_t>
-GK_INLINE int64_t elements_to_next_run(const Lines& lines, int64_t row) {
-  constexpr int64_t kForeseenBytes = 16 * 1024, kChannelBytes = 128 * 1024, kFetchedBytes = 4096;
-  const int64_t bytes = (lines.end - lines.begin) * static_cast<int64_t>(sizeof(scalar_t));
-  if (bytes >= kForeseenBytes) return 0;
-  if (bytes * (lines.row_end - lines.row_begin) <= kChannelBytes) return lines.inner;
-  const int64_t rows = (kFetchedBytes + bytes - 1) / bytes;
-  const int64_t rows_left = lines.row_end - 1 - row;
-  return (rows < rows_left ? rows : rows_left) * lines.row_stride;
-}
-
 // Calls function(position, lanes) for each vector of the lines, which hold scalar_t, row by row.
 template <typename scalar_t, typename Function>
-GK_INLINE void for_each_position(const Lines& lines, Streamed<scalar_t> streamed, const Function& function) {
+GK_INLINE void for_each_position(const Lines& lines, Streamed<scalar_t> streamed, RunAhead ahead, const Function& function) {
   for (int64_t row = lines.row_begin; row < lines.row_end; ++row) {
-    Position<2> begin = position_of_row<2>(lines, row, elements_to_next_run<scalar_t>(lines, row));
+    Position begin = position_of_row(lines, row, ahead.of_row(lines, row));
     const int64_t turn = streamed.begin(begin.element, lines.begin, lines.end);
     // Before the turn there is less than a vector, for which 16 bits have no instruction.
     begin.past_caches = turn < lines.end && sizeof(scalar_t) > 2;
@@ -251,6 +239,19 @@ GK_INLINE void add_terms(Accumulators<opmath, N>& sums, const Function& function
 // -----------------------------------------------------------------------------------------------------------------------------
 
 struct LongRuns {
+  // The processor does not foresee where the next run begins, and of a long one all but little. Where a channel's part of the slab is small
+  // beside the second-level cache it is the next channel's run, which is the next to come from memory (for a second pass that goes back: is
+  // there already); else the first run of this channel that is kAheadBytes on. bench/bench_batch_norm_act.py decides about the sizes.
+  template <typename scalar_t>
+  static GK_INLINE RunAhead run_ahead(const Lines& lines) {
+    constexpr int64_t kLongBytes = 16 * 1024, kSmallBytes = 128 * 1024, kAheadBytes = 4096;
+    const int64_t bytes = (lines.end - lines.begin) * static_cast<int64_t>(sizeof(scalar_t));
+    if (bytes >= kLongBytes) return {0, 0};
+    if (bytes * (lines.row_end - lines.row_begin) <= kSmallBytes) return {lines.inner, 0};
+    const int64_t rows = (kAheadBytes + bytes - 1) / bytes;
+    return {rows * lines.row_stride, rows};
+  }
+
   // Calls function(lines) for each channel of the slab.
   template <typename Function>
   static GK_INLINE void for_each_lines(const ChannelShape& shape, Slab s, const Function& function) {
@@ -265,7 +266,8 @@ struct LongRuns {
   template <typename scalar_t, typename OfColumn, typename Function>
   static GK_INLINE void for_each(const Lines& lines, Streamed<scalar_t> streamed, const OfColumn& of_column, const Function& function) {
     const auto values = of_column(0);
-    for_each_position(lines, streamed, [&](auto at, auto lanes) GK_INLINE_LAMBDA { function(values, at, lanes); });
+    for_each_position(lines, streamed, run_ahead<scalar_t>(lines),
+                      [&](Position at, auto lanes) GK_INLINE_LAMBDA { function(values, at, lanes); });
     if (streamed.output != nullptr) stream_fence();
   }
 
@@ -306,8 +308,9 @@ struct LongRuns {
     GK_INLINE void add(const Lines& lines, Streamed<scalar_t> streamed, const OfColumn& of_column, const Function& function) {
       constexpr int64_t kStep = kTerms * Vec<opmath>::kLanes;
       const auto values = of_column(0);
+      const RunAhead ahead = run_ahead<scalar_t>(lines);
       for (int64_t row = lines.row_begin; row < lines.row_end; ++row) {
-        const Position<2> begin = position_of_row<2>(lines, row, elements_to_next_run<scalar_t>(lines, row));
+        const Position begin = position_of_row(lines, row, ahead.of_row(lines, row));
         for (int64_t i = lines.begin; i < lines.end; i += kStep) {
           add_terms(total_, [&](auto& terms) GK_INLINE_LAMBDA {
             for_each_vector<opmath>(i, i + kStep < lines.end ? i + kStep : lines.end, [&](int64_t j, auto lanes) GK_INLINE_LAMBDA {
@@ -389,7 +392,7 @@ struct ShortRuns {
   static GK_INLINE void for_each(const Lines& lines, Streamed<scalar_t> streamed, const OfColumn& of_column, const Function& function) {
     const auto block = [&](int64_t column, auto lanes, int64_t row, int64_t row_end, int64_t ahead) GK_INLINE_LAMBDA {
       const auto values = of_column(column);
-      for (; row < row_end; ++row) function(values, position(position_of_row<1>(lines, row, ahead), streamed, column), lanes);
+      for (; row < row_end; ++row) function(values, position(position_of_row(lines, row, ahead), streamed, column), lanes);
     };
     for_each_block<scalar_t>(lines, lines.row_begin, lines.row_end, sizeof(of_column(0)) / sizeof(Vec<opmath_t<scalar_t>>), block);
     if (streamed.output != nullptr) stream_fence();
@@ -446,7 +449,7 @@ struct ShortRuns {
           const auto values = of_column(column);
           const auto add_rows = [&](auto& terms) GK_INLINE_LAMBDA {
             for (int64_t r = row; r < row_end; ++r) {
-              function(values, position(position_of_row<1>(lines, r, ahead), streamed, column), lanes, terms);
+              function(values, position(position_of_row(lines, r, ahead), streamed, column), lanes, terms);
             }
           };
           Accumulators<opmath, N> sums;

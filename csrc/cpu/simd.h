@@ -389,7 +389,7 @@ GK_INLINE void store(scalar_t* target, AllLanes, Vec<opmath_t<scalar_t>> value) 
   store(target, value);
 }
 
-// Element by element, where there is no instruction: called, not inlined, since it stands behind every loop.
+// Element by element, but with AVX-512: called, not inlined, since it stands behind every loop.
 template <typename T>
 __attribute__((noinline)) Vec<opmath_t<T>> load_elements(const T* source, int count, Vec<opmath_t<T>> fill) {
   T lane[Vec<opmath_t<T>>::kLanes];
