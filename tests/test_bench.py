@@ -170,7 +170,14 @@ def test_compare_of_a_scripts_own_file_and_the_suites(tmp_path, capsys):
     assert compared(tmp_path, after | {"title": "something else"}, before) == 2
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", "{}", '{"header": {}}', '{"rows": []}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "3", "{}", '{"header": {}}', '{"rows": []}', '{"header": [1], "rows": []}', '{"header": {}, "rows": [1]}'),
+        *('{"header": {}, "scripts": []}', '{"header": {}, "scripts": {"a": {}}}'),
+        '{"header": {}, "rows": [{"p20_us": "a", "median_us": 1, "p80_us": 1}]}',
+    ],
+)
 def test_compare_refuses_what_are_no_results(tmp_path, capsys, text):
     (tmp_path / "a.json").write_text(json.dumps(results([row()])))
     (tmp_path / "b.json").write_text(text)
