@@ -17,10 +17,10 @@ namespace {
 // ----------------------------------------------------------------------------------------------------------------------------
 
 // Adds a vector of x - about and its square.
-template <typename Terms, typename V>
-GK_INLINE void add_difference(Terms& terms, V difference) {
-  terms.template add<0>(difference);
-  terms.template add_product<1>(difference, difference);
+template <typename opmath>
+GK_INLINE void add_difference(Accumulators<opmath, 2>& sums, Vec<opmath> difference) {
+  sums.template add<0>(difference);
+  sums.template add_product<1>(difference, difference);
 }
 
 // The same of kTerms vectors of x, `stride` elements apart. In float32 they meet before they enter a float64 sum.
@@ -112,12 +112,9 @@ math::Moments<double> long_run_moments(const scalar_t* x, const Lines& lines) {
         }
         add_differences(accumulators, run + i, V::kLanes, V(about));
       }
-      if (i == tile.end) continue;
-      add_terms(accumulators, [&](auto& terms) GK_INLINE_LAMBDA {
-        for_each_vector<opmath_t<scalar_t>>(i, tile.end, [&](int64_t j, auto lanes) GK_INLINE_LAMBDA {
-          if (ahead != 0) prefetch(run + j + ahead);
-          add_difference(terms, load(run + j, lanes, V(about)) - V(about));
-        });
+      for_each_vector<opmath_t<scalar_t>>(i, tile.end, [&](int64_t j, auto lanes) GK_INLINE_LAMBDA {
+        if (ahead != 0) prefetch(run + j + ahead);
+        add_difference(accumulators, load(run + j, lanes, V(about)) - V(about));
       });
     }
     const LongRuns::Sums<opmath_t<scalar_t>, 2> sums(accumulators);
