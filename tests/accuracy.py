@@ -149,8 +149,9 @@ def exact_act(u, act, param):
         return np.where(u > 0, u, param * u), np.where(u > 0, one, param * one)
     if act == "elu":
         return np.where(u > 0, u, param * np.expm1(np.minimum(u, 0))), np.where(u > 0, one, param * np.exp(np.minimum(u, 0)))
-    gate = 1 / (1 + np.exp(-param * u))
-    return u * gate, gate + param * u * gate / (1 + np.exp(param * u))
+    with np.errstate(over="ignore"):
+        gate = 1 / (1 + np.exp(-param * u))
+        return u * gate, gate + param * u * gate / (1 + np.exp(param * u))
 
 
 def exact_activation(x, grad_y, act, param):

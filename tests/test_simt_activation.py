@@ -100,6 +100,18 @@ def test_forward_and_backward(call, guarded, act, dtype):
         assert_activation(f"{act} of {size}", act, param, x, grad_y, y, grad_x)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("act,param", [("elu", 1.0), ("swish", 1.0), ("swish", 1.7), ("swish", -0.5)])
+def test_every_value_of_16_bits_is_rounded_once(call, guarded, act, param, dtype):
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    x = guarded.copy(x[x.isfinite()])
+    grad_y = guarded.copy(torch.randn(x.shape).to(dtype))
+    y, grad_x = (guarded.empty(x.numel(), dtype) for _ in range(2))
+    call("activation_forward", dtype, KINDS[act], param, x.numel(), x, y, None)
+    call("activation_backward", dtype, KINDS[act], param, INPUT, x.numel(), grad_y, x, grad_x)
+    assert_activation(act, act, param, x, grad_y, y, grad_x)
+
+
 @each_dtype
 @pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu"])
 def test_mask(call, guarded, act, dtype):

@@ -38,4 +38,9 @@ GK_HOST_DEVICE double fma(double a, double b, double c) { return __builtin_fma(a
 GK_HOST_DEVICE float sqrt(float x) { return __builtin_sqrtf(x); }
 GK_HOST_DEVICE double sqrt(double x) { return __builtin_sqrt(x); }
 
+GK_HOST_DEVICE float fabs(float x) { return __builtin_fabsf(x); }
+GK_HOST_DEVICE double fabs(double x) { return __builtin_fabs(x); }
+
+GK_HOST_DEVICE float exp2(float x) { return __builtin_exp2f(x); }
+
 }  // namespace gradkernels::math

@@ -15,29 +15,30 @@ constexpr bool kCallsActivation = kRegisterBytes == 16;
 constexpr bool kCallsActivation = false;
 #endif
 
-template <typename V>
+template <math::Precision precision, typename V>
 __attribute__((noinline)) V forward_of(math::Activation act, V x) {
-  return math::AnyActivation<V>{act}.forward(x);
+  return math::AnyActivation<V, precision>{act}.forward(x);
 }
-template <typename V>
+template <math::Precision precision, typename V>
 __attribute__((noinline)) V backward_of(math::Activation act, V grad_y, V x) {
-  return math::AnyActivation<V>{act}.backward(grad_y, x);
+  return math::AnyActivation<V, precision>{act}.backward(grad_y, x);
 }
 
-template <typename V>
+template <typename V, math::Precision precision>
 struct CalledActivation {
   math::Activation act;
-  GK_INLINE V forward(V x) const { return forward_of(act, x); }
-  GK_INLINE V backward(V grad_y, V x) const { return backward_of(act, grad_y, x); }
+  GK_INLINE V forward(V x) const { return forward_of<precision>(act, x); }
+  GK_INLINE V backward(V grad_y, V x) const { return backward_of<precision>(act, grad_y, x); }
 };
 
-// Calls function(functor).
-template <typename V, typename Function>
+// Calls function(functor), of elements that are scalar_t.
+template <typename scalar_t, typename Function>
 GK_INLINE void visit_functor(math::Activation act, const Function& function) {
+  using V = Vec<opmath_t<scalar_t>>;
   if constexpr (kCallsActivation) {
-    function(CalledActivation<V>{act});
+    function(CalledActivation<V, math::kPrecisionOf<scalar_t>>{act});
   } else {
-    math::visit<V>(act, function);
+    math::visit<V, math::kPrecisionOf<scalar_t>>(act, function);
   }
 }
 template <typename V, typename Function>
@@ -55,11 +56,11 @@ template <typename scalar_t, typename Function>
 GK_INLINE void visit_few_functors(math::Activation act, const Function& function) {
   using V = Vec<opmath_t<scalar_t>>;
   if constexpr (kCallsActivation || sizeof(scalar_t) == 4) {
-    visit_functor<V>(act, function);
+    visit_functor<scalar_t>(act, function);
   } else if (kRegisterBytes == 64 && act.kind == math::ActivationKind::kSwish) {
-    function(math::Swish<V>{V(static_cast<opmath_t<scalar_t>>(act.parameter))});
+    function(math::Swish<V, math::kPrecisionOf<scalar_t>>{V(static_cast<opmath_t<scalar_t>>(act.parameter))});
   } else {
-    function(math::AnyActivation<V>{act});
+    function(math::AnyActivation<V, math::kPrecisionOf<scalar_t>>{act});
   }
 }
 template <typename scalar_t, typename Function>
@@ -73,40 +74,43 @@ GK_INLINE void visit_few_functors_of_two_slopes(math::Activation act, const Func
 }
 
 // Calls function(functor_of), where functor_of(parameter) is the functor.
-template <typename V, typename Function>
+template <typename V, math::Precision precision, typename Function>
 GK_INLINE void visit_parametric(Parametric act, const Function& function) {
   if (act == Parametric::kPrelu) {
     function([](V parameter) GK_INLINE_LAMBDA { return math::LeakyRelu<V>{parameter}; });
   } else {
-    function([](V parameter) GK_INLINE_LAMBDA { return math::Swish<V>{parameter}; });
+    function([](V parameter) GK_INLINE_LAMBDA { return math::Swish<V, precision>{parameter}; });
   }
 }
 
-template <typename V>
+template <math::Precision precision, typename V>
 __attribute__((noinline)) V forward_of(Parametric act, V parameter, V x) {
-  visit_parametric<V>(act, [&](auto functor_of) GK_INLINE_LAMBDA { x = functor_of(parameter).forward(x); });
+  visit_parametric<V, precision>(act, [&](auto functor_of) GK_INLINE_LAMBDA { x = functor_of(parameter).forward(x); });
   return x;
 }
-template <typename V>
+template <math::Precision precision, typename V>
 __attribute__((noinline)) V backward_of(Parametric act, V parameter, V grad_y, V x, V& grad_parameter) {
-  visit_parametric<V>(act, [&](auto functor_of) GK_INLINE_LAMBDA { grad_y = functor_of(parameter).backward(grad_y, x, grad_parameter); });
+  visit_parametric<V, precision>(
+      act, [&](auto functor_of) GK_INLINE_LAMBDA { grad_y = functor_of(parameter).backward(grad_y, x, grad_parameter); });
   return grad_y;
 }
 
-template <typename V>
+template <typename V, math::Precision precision>
 struct CalledParametric {
   Parametric act;
   V parameter;
-  GK_INLINE V forward(V x) const { return forward_of(act, parameter, x); }
-  GK_INLINE V backward(V grad_y, V x, V& grad_parameter) const { return backward_of(act, parameter, grad_y, x, grad_parameter); }
+  GK_INLINE V forward(V x) const { return forward_of<precision>(act, parameter, x); }
+  GK_INLINE V backward(V grad_y, V x, V& grad_parameter) const { return backward_of<precision>(act, parameter, grad_y, x, grad_parameter); }
 };
 
-template <typename V, typename Function>
+template <typename scalar_t, typename Function>
 GK_INLINE void visit_functor_of_parameter(Parametric act, const Function& function) {
+  using V = Vec<opmath_t<scalar_t>>;
+  constexpr math::Precision precision = math::kPrecisionOf<scalar_t>;
   if constexpr (kCallsActivation) {
-    function([=](V parameter) GK_INLINE_LAMBDA { return CalledParametric<V>{act, parameter}; });
+    function([=](V parameter) GK_INLINE_LAMBDA { return CalledParametric<V, precision>{act, parameter}; });
   } else {
-    visit_parametric<V>(act, function);
+    visit_parametric<V, precision>(act, function);
   }
 }
 

@@ -113,7 +113,7 @@ __device__ __forceinline__ unsigned existing(unsigned bits, int64_t valid) {
 template <typename scalar_t, int W>
 __global__ void __launch_bounds__(kThreads) activation_forward_kernel(math::Activation act, int64_t count, const scalar_t* x, scalar_t* y) {
   const scalar_t* const in[1] = {x};
-  math::visit<opmath_t<scalar_t>>(act, [&](auto f) {
+  math::visit<opmath_t<scalar_t>, math::kPrecisionOf<scalar_t>>(act, [&](auto f) {
     elementwise<W>(count, in, y, [&](int64_t, int64_t, const Values<scalar_t, W>(&value)[1]) {
       Values<scalar_t, W> result;
 #pragma unroll
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kThreads) activation_backward_kernel(math::Act
     const math::Elu<opmath> f{static_cast<opmath>(act.parameter)};
     run([&](opmath g, opmath y) { return f.backward_from_output(g, y); });
   } else {
-    math::visit<opmath>(act, [&](auto f) { run([&](opmath g, opmath x) { return f.backward(g, x); }); });
+    math::visit<opmath, math::kPrecisionOf<scalar_t>>(act, [&](auto f) { run([&](opmath g, opmath x) { return f.backward(g, x); }); });
   }
 }
 
@@ -256,12 +256,13 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Calls function(activation), with activation(parameter) the functor.
-template <typename opmath, typename Function>
+template <typename scalar_t, typename Function>
 __device__ __forceinline__ void visit_parametric(Parametric act, const Function& function) {
+  using opmath = opmath_t<scalar_t>;
   if (act == Parametric::kPrelu) {
     function([](opmath parameter) { return math::LeakyRelu<opmath>{parameter}; });
   } else {
-    function([](opmath parameter) { return math::Swish<opmath>{parameter}; });
+    function([](opmath parameter) { return math::Swish<opmath, math::kPrecisionOf<scalar_t>>{parameter}; });
   }
 }
 
@@ -296,7 +297,7 @@ __global__ void __launch_bounds__(kThreads) parametric_forward_kernel(Parametric
                                                                       const scalar_t* parameter, scalar_t* y) {
   using opmath = opmath_t<scalar_t>;
   const scalar_t* const in[1] = {x};
-  visit_parametric<opmath>(act, [&](auto activation) {
+  visit_parametric<scalar_t>(act, [&](auto activation) {
     elementwise<W>(count, in, y, [&](int64_t first, int64_t, const Values<scalar_t, W>(&value)[1]) {
       Values<scalar_t, W> result;
       ChannelOf at(shape, count, first);
@@ -359,7 +360,7 @@ __global__ void __launch_bounds__(kThreads)
   const opmath parameter = static_cast<opmath>(static_cast<const scalar_t*>(p.parameter)[channel]);
 
   ThreadSum<opmath> sum;
-  visit_parametric<opmath>(p.act, [&](auto activation) {
+  visit_parametric<scalar_t>(p.act, [&](auto activation) {
     const auto f = activation(parameter);
     for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
       const int64_t row = quotient(i, packets_of_row, all <= INT32_MAX);
@@ -405,7 +406,7 @@ __global__ void __launch_bounds__(kThreads)
     Values<scalar_t, W> parameter;
 #pragma unroll
     for (int j = 0; j < W; ++j) parameter.element[j] = static_cast<opmath>(static_cast<const scalar_t*>(p.parameter)[channel + j]);
-    visit_parametric<opmath>(p.act, [&](auto activation) {
+    visit_parametric<scalar_t>(p.act, [&](auto activation) {
       for (int64_t row = begin + line; row < end; row += lines) {
         parametric_backward_packet<scalar_t, W>(
             p, row * channels + channel, [&](int j) { return activation(parameter.element[j]); },

@@ -635,7 +635,7 @@ __device__ __forceinline__ void normalise_part(const BatchNormForward& p, const 
         });
         p.mask[at.mask_byte] = static_cast<uint8_t>(bits & ((1u << at.valid) - 1u));
       }
-      math::visit<opmath>(p.act, [&](auto f) {
+      math::visit<opmath, math::kPrecisionOf<scalar_t>>(p.act, [&](auto f) {
 #pragma unroll
         for (int k = 0; k < kOctetElements; ++k) u[k] = f.forward(u[k]);
       });
@@ -786,7 +786,7 @@ struct GradientOperands {
     // Four at a time: eight elements of swish at once take more registers than there are.
 #pragma unroll
     for (int half = 0; half < kOctetElements; half += kOctetElements / 2) {
-      math::visit<opmath>(p.act, [&](auto f) {
+      math::visit<opmath, math::kPrecisionOf<scalar_t>>(p.act, [&](auto f) {
 #pragma unroll
         for (int k = half; k < half + kOctetElements / 2; ++k) out[k] = f.backward(grad_y[i][k], u[k]);
       });

@@ -92,13 +92,19 @@ struct Elu {
 };
 
 // swish(x) = x s with s = sigmoid(beta x), and with z = beta x: swish'(x) = s (1 + z (1 - s)); the derivative by beta is x^2 s (1 - s)
-template <typename T>
+//
+// y alone is as exact as what it is rounded to: near its zero the gradient is the difference of two terms.
+template <typename T, Precision precision = Precision::kFull>
 struct Swish {
   T beta;
   GK_HOST_DEVICE T forward(T x) const {
-    T y;
-    with_logistic(beta * x, [&](const auto& s) GK_INLINE_LAMBDA { y = s.scaled(x * s.gate); });
-    return y;
+    if constexpr (precision == Precision::kHalf) {
+      return x * half_precise_sigmoid(beta * x);
+    } else {
+      T y;
+      with_logistic(beta * x, [&](const auto& s) GK_INLINE_LAMBDA { y = s.scaled(x * s.gate); });
+      return y;
+    }
   }
   GK_HOST_DEVICE T backward(T grad_y, T x) const {
     T grad_x;
@@ -119,7 +125,7 @@ struct Swish {
   // Not with z, which may be infinite where x is not, and then meets a factor that is 0.
   template <typename Logistic>
   GK_HOST_DEVICE T gradient(T grad_y, T x, const Logistic& s) const {
-    return s.scaled_product(grad_y, fma(x * s.gate, beta * s.complement, s.gate));
+    return s.scaled(grad_y * fma(x * s.gate, beta * s.complement, s.gate));
   }
 };
 
@@ -147,8 +153,8 @@ struct RandomSlopes {
   }
 };
 
-// Calls function(functor) with the functor of `act`, computing in T.
-template <typename T, typename Function>
+// Calls function(functor) with the functor of `act`, computing in T what is rounded to `precision`.
+template <typename T, Precision precision, typename Function>
 GK_HOST_DEVICE void visit(Activation act, const Function& function) {
   const T parameter(static_cast<scalar_of_t<T>>(act.parameter));
   switch (act.kind) {
@@ -163,7 +169,7 @@ GK_HOST_DEVICE void visit(Activation act, const Function& function) {
     case ActivationKind::kElu:
       return function(Elu<T>{parameter});
     case ActivationKind::kSwish:
-      return function(Swish<T>{parameter});
+      return function(Swish<T, precision>{parameter});
   }
 }
 
@@ -181,15 +187,15 @@ GK_HOST_DEVICE void visit_two_slopes(Activation act, const Function& function) {
 }
 
 // The activation chosen at each element, which compiles once instead of once for each of them.
-template <typename T>
+template <typename T, Precision precision>
 struct AnyActivation {
   Activation act;
   GK_HOST_DEVICE T forward(T x) const {
-    visit<T>(act, [&](auto f) GK_INLINE_LAMBDA { x = f.forward(x); });
+    visit<T, precision>(act, [&](auto f) GK_INLINE_LAMBDA { x = f.forward(x); });
     return x;
   }
   GK_HOST_DEVICE T backward(T grad_y, T x) const {
-    visit<T>(act, [&](auto f) GK_INLINE_LAMBDA { grad_y = f.backward(grad_y, x); });
+    visit<T, precision>(act, [&](auto f) GK_INLINE_LAMBDA { grad_y = f.backward(grad_y, x); });
     return grad_y;
   }
 };

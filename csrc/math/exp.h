@@ -9,6 +9,13 @@
 
 namespace gradkernels::math {
 
+// How near a result comes to the exact one: to the last digits of the type it is computed in, or, to be rounded to 16 bits, within 2^-18 of
+// itself (2^-16 of what bfloat16 alone can hold, below 1e-10).
+enum class Precision { kFull, kHalf };
+
+template <typename scalar_t>
+constexpr Precision kPrecisionOf = sizeof(scalar_t) == 2 ? Precision::kHalf : Precision::kFull;
+
 // c0 + c1 r + c2 r^2 + ... by Horner's rule
 template <typename T>
 GK_HOST_DEVICE T horner(T, scalar_of_t<T> c) {
@@ -73,15 +80,25 @@ GK_HOST_DEVICE scalar_t exp2_of_integer(scalar_t n) {
   return pun.value;
 }
 
-// x 2^n for a whole number n of at most twice the normal exponents: in two halves, since 2^n itself may lie outside.
+// 2^n as a product of two powers of two within the normal exponents, for a whole number n of at most twice as many.
 template <typename T>
-GK_HOST_DEVICE T scale_by_halves(T x, T n) {
+struct Exp2Halves {
+  T first;
+  T second;
+};
+template <typename T>
+GK_HOST_DEVICE Exp2Halves<T> exp2_halves(T n) {
   const T round(ExpConstants<scalar_of_t<T>>::kRound);
   const T half = fma(n, T(scalar_of_t<T>(0.5)), round) - round;
-  return x * exp2_of_integer(half) * exp2_of_integer(n - half);
+  return {exp2_of_integer(half), exp2_of_integer(n - half)};
+}
+template <typename T>
+GK_HOST_DEVICE T scale_by_halves(T x, T n) {
+  const Exp2Halves<T> scale = exp2_halves(n);
+  return x * scale.first * scale.second;
 }
 
-// A vector brings the instruction for it where there is one.
+// x 2^n, for the same n. A vector brings the instruction for it where there is one.
 template <typename scalar_t>
 GK_HOST_DEVICE scalar_t scale_by_exp2(scalar_t x, scalar_t n) {
   return scale_by_halves(x, n);
@@ -101,14 +118,18 @@ GK_HOST_DEVICE scalar_t approximate_inverse(scalar_t x) {
 }
 
 #if defined(__CUDA_ARCH__)
-// Two ulp, and no branch.
-GK_HOST_DEVICE float approximate_inverse(float x) { return __fdividef(1.0f, x); }
+// One ulp, for normal x with a normal inverse: __fdividef would ask about others.
+GK_HOST_DEVICE float approximate_inverse(float x) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  return inverse;
+}
 #endif
 
 // -|x|
 template <typename scalar_t>
 GK_HOST_DEVICE scalar_t negative_magnitude(scalar_t x) {
-  return x < scalar_t(0) ? x : -x;
+  return -fabs(x);
 }
 
 // The larger of both, and x where x is nan.
@@ -163,13 +184,12 @@ GK_HOST_DEVICE constexpr bool is_near_exponent(scalar_t) {
   return false;
 }
 
-// a b 2^n for whole n <= 1: neither the product without the power of two nor the power of two alone may leave the normal range where the
-// result does not.
+// a b 2^n for whole n <= 1 and a b that is not tiny: 2^n itself may be denormal, or 0, where the result is neither.
 template <typename T>
 GK_HOST_DEVICE T multiply_scaled(T a, T b, T n) {
   if (!has_far_exponent(n)) return a * scale_by_exp2(b, n);
-  const T first = at_least(T(scalar_of_t<T>(kFarExponent)), n);
-  return scale_by_exp2(a * scale_by_exp2(b, first), n - first);
+  const Exp2Halves<T> scale = exp2_halves(n);
+  return a * (b * scale.first) * scale.second;
 }
 
 // e^x - 1 for x <= 0, exact near zero where the subtraction would cancel: 2^n (e^r - 1) + (2^n - 1)
@@ -181,34 +201,30 @@ GK_HOST_DEVICE T expm1_of_nonpositive(T x) {
   return fma(scale, reduced.expm1, scale - T(1));
 }
 
-// sigmoid(x) = gate 2^exponent and 1 - sigmoid(x) = complement, both with full relative accuracy on both sides of zero and without an
-// overflow. gate is below 1, so that a factor can be multiplied with it before the power of two is applied.
+// sigmoid(x) = gate scale and 1 - sigmoid(x) = complement, both with full relative accuracy on both sides of zero and without an overflow:
+// gate is below 1, and a factor may be multiplied with it before the scale, which is a power of two and at most 1.
 template <typename T>
 struct Logistic {
   T gate;
-  T exponent;
+  T scale;
   T complement;
 
   // a sigmoid(x), of a product a gate
-  GK_HOST_DEVICE T scaled(T product) const { return scale_by_exp2(product, exponent); }
-  // The same times b.
-  GK_HOST_DEVICE T scaled_product(T b, T product) const { return multiply_scaled(b, product, exponent); }
+  GK_HOST_DEVICE T scaled(T product) const { return product * scale; }
 };
 
-// The same with an exponent of 0.
+// The same with a scale of 1.
 template <typename T>
 struct NearLogistic {
   T gate;
   T complement;
 
   GK_HOST_DEVICE T scaled(T product) const { return product; }
-  GK_HOST_DEVICE T scaled_product(T b, T product) const { return b * product; }
 };
 
 // Calls function(logistic) with the one of the two that x needs. What a lane of a vector gets does not depend on its neighbours.
 template <typename T, typename Function>
 GK_HOST_DEVICE void with_logistic(T x, const Function& function) {
-  using scalar_t = scalar_of_t<T>;
   // sigmoid(x) = 1 / (1 + e^-x) as long as all that is in it is a normal number.
   const ReducedExp<T> near = reduce_exp(-x);
   const T distance = negative_magnitude(near.n);
@@ -218,17 +234,45 @@ GK_HOST_DEVICE void with_logistic(T x, const Function& function) {
   const auto negative = x < T(0);
   const T near_complement = select(negative, T(1) - near_gate, near_exp * near_gate);
   if (!has_far_exponent(distance)) return function(NearLogistic<T>{near_gate, near_complement});
-  // Else with only e^-|x| inside. Below the floor 0 and not a tiny number: swish(-inf) is nan, as torch's. e^r goes up to 1.42, half of it
-  // stays below 1.
-  const T floor(ExpConstants<scalar_t>::kUnderflow);
+  // Else with only e^-|x| inside, which is 0 below the floor and not a tiny number: swish(-inf) is nan, as torch's.
+  const T floor(ExpConstants<scalar_of_t<T>>::kUnderflow);
   const auto is_near = is_near_exponent(distance);
   const ReducedExp<T> far = reduce_exp(at_least(floor, negative_magnitude(x)));
-  const T e = scale_by_exp2(T(1) + far.expm1, far.n);
+  const Exp2Halves<T> scale = exp2_halves(far.n);
+  const T e = (T(1) + far.expm1) * scale.first * scale.second;
   const T inverse = inverse_of_one_plus(e);
-  const T half = select(x < floor, T(0), inverse * T(scalar_t(0.5)));
-  const T gate = select(negative, fma(half, far.expm1, half), inverse);
-  function(Logistic<T>{select(is_near, near_gate, gate), select(is_near, T(0), select(negative, far.n + T(1), T(0))),
+  const T part = select(x < floor, T(0), inverse * scale.first);
+  function(Logistic<T>{select(is_near, near_gate, select(negative, fma(part, far.expm1, part), inverse)),
+                       select(is_near, T(1), select(negative, scale.second, T(1))),
                        select(is_near, near_complement, select(negative, inverse, e * inverse))});
+}
+
+// e^x for x <= 0 and 1 / x for x >= 1, to Precision::kHalf.
+template <typename T>
+GK_HOST_DEVICE T half_precise_exp(T x) {
+  using C = ExpConstants<float>;
+  const T round(C::kRound), log2_e(C::kLog2E);
+  x = at_least(T(C::kUnderflow), x);
+  const T n = fma(x, log2_e, round) - round;
+  const T r = fma(x, log2_e, -n);
+  return scale_by_exp2(horner(r, 1.0f, 0.69312419f, 0.24024099f, 0.055906425f, 0.0095828532f), n);
+}
+template <typename T>
+GK_HOST_DEVICE T half_precise_inverse(T x) {
+  const T estimate = approximate_inverse(x);
+  return fma(fma(-x, estimate, T(1)), estimate, estimate);
+}
+
+// For a scalar there are instructions.
+GK_HOST_DEVICE float half_precise_exp(float x) { return exp2(x * ExpConstants<float>::kLog2E); }
+GK_HOST_DEVICE float half_precise_inverse(float x) { return approximate_inverse(x); }
+
+// sigmoid(x), to Precision::kHalf of itself on both sides of zero.
+template <typename T>
+GK_HOST_DEVICE T half_precise_sigmoid(T x) {
+  const T e = half_precise_exp(negative_magnitude(x));
+  const T inverse = half_precise_inverse(T(1) + e);
+  return select(x < T(0), e * inverse, inverse);
 }
 
 }  // namespace gradkernels::math
