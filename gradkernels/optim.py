@@ -114,7 +114,7 @@ class RMSprop(torch.optim.RMSprop):
                 with torch.enable_grad():
                     loss = closure()
             groups = [(group, *self._state_of(group)) for group in self.param_groups]
-            served = [self._is_served(*each) for each in groups]
+            served = [self._is_served(*each[:-1]) for each in groups]
             coefficient = self._clip(all(served))
             for (group, has_complex, params, grads, square_avgs, momentum_buffers, grad_avgs, steps), is_served in zip(
                 groups, served, strict=True
@@ -138,8 +138,11 @@ class RMSprop(torch.optim.RMSprop):
                         **options,
                     )
                 elif params:
-                    # A tensor: of a number torch would make one for each parameter.
-                    torch._foreach_add_(steps, torch.tensor(1.0), alpha=1.0)
+                    if all(step.is_cpu for step in steps):
+                        # A tensor: of a number torch would make one for each parameter.
+                        torch._foreach_add_(steps, torch.tensor(1.0, device="cpu"), alpha=1.0)
+                    else:
+                        torch._foreach_add_(steps, 1)
                     native_library().rmsprop_(
                         *(params, grads, square_avgs, grad_avgs, momentum_buffers, float(group["lr"])),
                         *options.values(),
@@ -166,11 +169,10 @@ class RMSprop(torch.optim.RMSprop):
         square_avgs: list[Tensor],
         momentum_buffers: list[Tensor],
         grad_avgs: list[Tensor],
-        steps: list[Tensor],
     ) -> bool:
         native = native_library()
         takes_torchs = group["capturable"] or group["differentiable"] or group["foreach"] is not None or has_complex
-        if native is None or takes_torchs or not all(step.is_cpu for step in steps):
+        if native is None or takes_torchs:
             return False
         served: bool = native.rmsprop_applies(params, [grads, square_avgs, momentum_buffers, grad_avgs])
         return served

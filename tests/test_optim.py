@@ -226,6 +226,31 @@ def test_rmsprop_loads_what_torchs_saved_and_the_other_way_round():
         assert_close([param.detach() for param in params], [param.detach() for param in other_params])
 
 
+def test_rmsprop_steps_by_the_kernel_wherever_its_count_lies(monkeypatch):
+    """torch makes the count on the default device, for which meta stands."""
+    monkeypatch.setattr(gk.optim, "rmsprop", None)
+    params = parameters()
+    theirs = copies(params)
+    optimizer, torchs = gk.optim.RMSprop(params), torch.optim.RMSprop(theirs)
+    for made in (optimizer, torchs):
+        made.step()
+    with torch.device("meta"):
+        optimizer.step()
+    torchs.step()
+    assert [optimizer.state[param]["step"].item() for param in params] == [2] * len(params)
+
+    for each in optimizer.state.values():
+        each["step"] = each["step"].to("meta")
+    optimizer.step()
+    torchs.step()
+    assert_close([param.detach() for param in params], [param.detach() for param in theirs])
+
+    made_on_meta = gk.optim.RMSprop(params)
+    with torch.device("meta"):
+        made_on_meta.step()
+    assert all(made_on_meta.state[param]["step"].is_meta for param in params)
+
+
 def test_rmsprop_copies_and_pickles():
     params = parameters([(5,)])
     optimizer = gk.optim.RMSprop(params, max_norm=0.5, norm_type=math.inf)
