@@ -421,7 +421,9 @@ def scale_(grads: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
     """Plain tensors and the local shards of DTensors."""
     tensors = sharded.local_tensors(grads)
     if applies(tensors):
-        native_library().clip_grads_with_norm_(tensors, max_norm, total_norm.cpu())
+        # The dispatcher goes by all devices together: a norm elsewhere would take another device's kernels, if there are any. A norm that
+        # lies where the gradients do is passed as it is, and nobody waits.
+        native_library().clip_grads_with_norm_(tensors, max_norm, total_norm.to(tensors[0].device))
     else:
         reference.scale_grads_(tensors, max_norm, total_norm)
     sharded.count_versions(grads)

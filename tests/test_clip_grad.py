@@ -7,6 +7,7 @@ from the norm that was returned.
 import copy
 import itertools
 import math
+import types
 import warnings
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch.testing._internal.common_utils import DeterministicGuard
 
 import gradkernels as gk
 from accuracy import ULP_BOUND, assert_accurate, assert_bitwise_equal, extended, outcome
-from gradkernels import _native, reference
+from gradkernels import _native, clip_grad, reference
 from memory import skip_unless_free
 
 OPS = torch.ops.gradkernels
@@ -604,6 +605,24 @@ def test_clip_grads_with_norm_is_torchs_elsewhere():
         gk.clip_grads_with_norm_(parameters_with(ours), 0.1, torch.tensor(2.0))
         torch.nn.utils.clip_grads_with_norm_(parameters_with(theirs), 0.1, torch.tensor(2.0))
         assert_close([grad for grad in ours if grad is not None], [grad for grad in theirs if grad is not None])
+
+
+def test_a_norm_that_lies_with_the_gradients_is_not_copied(monkeypatch):
+    """meta stands for a GPU, whose numbers nobody can read without waiting for it."""
+    passed = []
+    kernels = types.SimpleNamespace(clip_grads_with_norm_=lambda *arguments: passed.append(arguments))
+    monkeypatch.setattr(clip_grad, "native_library", lambda: kernels)
+    monkeypatch.setattr(clip_grad, "applies", lambda grads: True)
+    grads, total_norm = [torch.empty(3, device="meta")], torch.empty((), device="meta")
+    gk.clip_grads_with_norm_(parameters_with(grads), 1.0, total_norm)
+    assert len(passed) == 1 and passed[0][2] is total_norm
+
+
+def test_a_norm_of_another_device_does_not_choose_the_kernels():
+    grad = torch.full((3,), 2.0)
+    with pytest.raises(NotImplementedError, match="meta"):
+        gk.clip_grads_with_norm_(parameters_with([grad]), 1.0, torch.empty((), device="meta"))
+    assert (grad == 2).all()
 
 
 def test_clip_grads_with_norm_takes_a_norm_of_any_dtype():
