@@ -437,7 +437,7 @@ def device_and_dtype(grads: list[Tensor]) -> Tensor:
 def _spread(values: Tensor, places: list[int], count: int) -> Tensor:
     """values[i] at places[i] of `count`, nan (0 of integers) elsewhere."""
     spread = values.new_full((count,), math.nan if values.is_floating_point() else 0)
-    return spread.index_copy_(0, torch.tensor(places, dtype=torch.int64, device=values.device), values)
+    return spread.index_copy_(0, sharded.index_on(values.device, places), values)
 
 
 def _nonfinite_message(norm_type: float) -> str:

@@ -60,6 +60,12 @@ def count_versions(grads: list[Tensor]) -> None:
     torch.autograd.graph.increment_version([grad for grad in grads if _is_dtensor(grad) and not grad.is_inference()])
 
 
+def index_on(device: torch.device, places: list[int]) -> Tensor:
+    """Places as a tensor there. For a GPU they are pinned first: a copy out of other memory waits for all that was launched before."""
+    pinned = device.type == "cuda"
+    return torch.tensor(places, dtype=torch.int64, device="cpu", pin_memory=pinned).to(device, non_blocking=pinned)
+
+
 def total_norm(grads: list[Tensor], norm_type: float, local_norms: LocalNorms) -> Tensor:
     """The norm of all gradients as one vector, float64, the same on every rank. Plain tensors are taken to be the same on every rank."""
     locals_ = local_tensors(grads)
@@ -85,9 +91,8 @@ def grad_norms(grads: list[Tensor], norm_type: float, local_norms: LocalNorms) -
     for mesh, dims, counted in _by_mesh(grads):
         if mesh is None:
             continue
-        places = [i for i, grad in enumerate(grads) if _is_dtensor(grad) and _dtensor(grad).device_mesh == mesh]
-        mine = torch.zeros(len(grads), dtype=torch.bool, device=norms.device)
-        mine[counted] = True
+        places = index_on(norms.device, [i for i, grad in enumerate(grads) if _is_dtensor(grad) and _dtensor(grad).device_mesh == mesh])
+        mine = torch.zeros(len(grads), dtype=torch.bool, device=norms.device).index_fill_(0, index_on(norms.device, counted), True)
         values[places] = _reduced(torch.where(mine, values, 0)[places], norm_type, mesh, dims)
         max_abs[places] = _reduced(max_abs[places], math.inf, mesh, dims)
         nonfinite[places] = _reduced(torch.where(mine, nonfinite, 0)[places], 1.0, mesh, dims)

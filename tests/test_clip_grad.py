@@ -16,12 +16,13 @@ import torch
 from torch import nn
 from torch.library import opcheck
 from torch.nn.utils import clip_grad_norm_ as torch_clip_grad_norm_
+from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 from torch.testing._internal.common_utils import DeterministicGuard
 
 import gradkernels as gk
 from accuracy import ULP_BOUND, assert_accurate, assert_bitwise_equal, extended, outcome
-from gradkernels import _native, clip_grad, reference
+from gradkernels import _native, clip_grad, reference, sharded
 from memory import skip_unless_free
 
 OPS = torch.ops.gradkernels
@@ -623,6 +624,33 @@ def test_a_norm_of_another_device_does_not_choose_the_kernels():
     with pytest.raises(NotImplementedError, match="meta"):
         gk.clip_grads_with_norm_(parameters_with([grad]), 1.0, torch.empty((), device="meta"))
     assert (grad == 2).all()
+
+
+class Copies(TorchFunctionMode):
+    """What memory tensors are made in and how they are copied from there, without pinning or copying: that takes a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function is torch.tensor:
+            self.found.append(("pinned" if kwargs.pop("pin_memory", False) else "pageable", str(kwargs["device"])))
+        if function is torch.Tensor.to:
+            self.found.append((str(args[1]), "does not wait" if kwargs.get("non_blocking") else "waits"))
+            return args[0]
+        return function(*args, **kwargs)
+
+
+def test_places_are_copied_to_a_gpu_without_waiting_for_it():
+    with Copies() as copies:
+        index = sharded.index_on(torch.device("cuda:1"), [3, 1])
+    assert copies.found == [("pinned", "cpu"), ("cuda:1", "does not wait")]
+    assert index.tolist() == [3, 1] and index.dtype == torch.int64
+    with torch.device("meta"):
+        assert sharded.index_on(torch.device("cpu"), [3, 1]).tolist() == [3, 1]
+    assert sharded.index_on(torch.device("cpu"), []).tolist() == []
 
 
 def test_clip_grads_with_norm_takes_a_norm_of_any_dtype():

@@ -205,11 +205,13 @@ def step(x, grads):
 def test_nothing_waits_for_the_gpu():
     x, grads = torch.randn(10_000, device="cuda", requires_grad=True), [torch.randn(1000, device="cuda") for _ in range(5)]
     module = gk.BatchNormAct1d(10, momentum=None, device="cuda")
+    parameters = [*parameters_with(grads), torch.nn.Parameter(torch.empty(3, device="cuda"))]
     step(x, grads)
     torch.cuda.set_sync_debug_mode("error")
     try:
         y, *_ = step(x, grads)
         y.backward(torch.ones_like(y))
+        gk.grad_report(parameters).clip_(0.1)
         module(x.view(-1, 10)).sum().backward()
         gk.rrelu(x, training=True).sum().backward()
         gk.prelu(x, torch.full((1,), 0.2, device="cuda", requires_grad=True)).sum().backward()
