@@ -32,8 +32,11 @@ const DeviceLimits& device_limits() {
   return limits[device];
 }
 
-Workspace::Workspace(size_t bytes) : data_(c10::cuda::CUDACachingAllocator::raw_alloc(bytes)) {}
-Workspace::~Workspace() { c10::cuda::CUDACachingAllocator::raw_delete(data_); }
+Workspace::Workspace(size_t bytes) : data_(bytes > 0 ? c10::cuda::CUDACachingAllocator::raw_alloc(bytes) : nullptr) {}
+Workspace::~Workspace() {
+  // Not every allocator takes null back: that of backend:cudaMallocAsync would end the process here.
+  if (data_ != nullptr) c10::cuda::CUDACachingAllocator::raw_delete(data_);
+}
 
 void check(cudaError_t status) {
   if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction) {

@@ -24,8 +24,8 @@ struct DeviceLimits {
 // Of the current device, asked for once.
 const DeviceLimits& device_limits();
 
-// Memory for one call from torch's allocator, on the current stream. It may be given back while kernels still use it: whoever gets it next
-// on this stream comes after them.
+// Memory for one call from torch's allocator, on the current stream; null for no bytes. It may be given back while kernels still use it:
+// whoever gets it next on this stream comes after them.
 class Workspace {
  public:
   explicit Workspace(size_t bytes);
