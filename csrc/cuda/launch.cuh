@@ -68,11 +68,12 @@ class LaunchConfig {
   cudaLaunchConfig_t config_{};
 };
 
-// Asks for what a kernel does not get unasked, on the current device.
+// Asks for what a kernel does not get unasked, on the current device. What is asked for is the kernel's, for all threads that launch it:
+// were it what one launch needs, another thread's smaller one could take it back before. So it is all there is.
 inline cudaError_t allow(const void* kernel, const Launch& to) {
   cudaError_t status = cudaSuccess;
   if (to.shared_bytes > kPlainSharedBytes) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(to.shared_bytes));
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device_limits().shared_bytes);
   }
   if (status == cudaSuccess && to.cluster > kMostPortableCluster) {
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);

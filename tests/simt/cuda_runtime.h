@@ -52,6 +52,8 @@ namespace simt {
 
 // Whether the kernels were built for the GPU.
 bool has_code();
+// Ends the process where what is asked for depends on the launch: threads that launch one kernel would take it from each other.
+void set_attribute(cudaFuncAttribute attribute, int value);
 // Calls body(context) as every thread of the grid.
 void run(const cudaLaunchConfig_t& config, void (*body)(const void*), const void* context);
 
@@ -90,7 +92,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   simt::run(*config, [](const void* context) { (*static_cast<const decltype(body)*>(context))(); }, &body);
   return cudaSuccess;
 }
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
+  simt::set_attribute(attribute, value);
+  return cudaSuccess;
+}
 struct cudaFuncAttributes {
   int ptxVersion;
 };

@@ -272,6 +272,12 @@ void run(const cudaLaunchConfig_t& config, void (*body)(const void*), const void
   memories.clear();
 }
 
+void set_attribute(cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize && value != gradkernels::cuda::device_limits().shared_bytes) {
+    fail("a kernel's limit on shared memory is not that of the GPU");
+  }
+}
+
 bool has_code() { return setting("SIMT_BUILT_FOR") <= gradkernels::cuda::device_limits().compute_capability; }
 
 void* shared_memory() { return running().block->shared; }
