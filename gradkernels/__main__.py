@@ -16,19 +16,20 @@ import torch
 import gradkernels
 from gradkernels import _native, diagnose_command
 
-# operator -> what its kernels serve; the rest goes to torch's own operators
-_KERNELS = "float32, float64, bfloat16 and float16 on the CPU"
+# What every kernel serves, on the devices that it was built for; the rest goes to torch's own operators.
+_DTYPES = "float32, float64, bfloat16 and float16"
+# operator -> what its kernels ask for besides
 _SERVED = {
-    "leaky_relu": _KERNELS,
-    "prelu": _KERNELS,
-    "rrelu": _KERNELS,
-    "elu": _KERNELS,
-    "swish": _KERNELS,
-    "batch_norm_act": _KERNELS,
-    "clip_grad_norm_": f"{_KERNELS}, norm_type 1, 2 and inf",
-    "clip_grad_value_": _KERNELS,
-    "grad_report": f"{_KERNELS}, norm_type 1, 2 and inf",
-    "optim.RMSprop": _KERNELS,
+    "leaky_relu": "",
+    "prelu": "",
+    "rrelu": "",
+    "elu": "",
+    "swish": "",
+    "batch_norm_act": "",
+    "clip_grad_norm_": ", norm_type 1, 2 and inf",
+    "clip_grad_value_": "",
+    "grad_report": ", norm_type 1, 2 and inf",
+    "optim.RMSprop": "",
 }
 
 
@@ -49,7 +50,9 @@ def info() -> str:
     lines = [f"{name:<16}  {state}" for name, state in rows]
 
     lines += ["", f"{'operator':<16}  {'served by':<10}  why"]
-    for operator, served in _SERVED.items():
+    devices = "the CPU and CUDA" if build.get("cuda_architectures") else "the CPU"
+    for operator, besides in _SERVED.items():
+        served = f"{_DTYPES} on {devices}{besides}"
         served_by, why = ("native", f"{served}; else torch") if native is not None else ("reference", str(_native.reason))
         lines += [f"{operator:<16}  {served_by:<10}  {why}"]
     if native is None:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import torch
 import gradkernels as gk
 from accuracy import ULP_BOUND, assert_accurate
 from gradkernels import _native
+from gradkernels.__main__ import info
 
 PACKAGE = Path(gk.__file__).parent
 ROOT = PACKAGE.parent
@@ -145,6 +147,14 @@ def test_the_package_with_its_library(tmp_path):
     text = run("-m", "gradkernels", "info", folder=folder)
     for operator in ("leaky_relu", "elu", "swish", "batch_norm_act", "clip_grad_norm_"):
         assert re.search(rf"^{operator}\s+native\s+\S", text, flags=re.M), text
+
+
+@pytest.mark.parametrize(("architectures", "devices"), [([], "the CPU"), (["sm_90"], "the CPU and CUDA")])
+def test_info_names_the_devices_that_were_built_for(architectures, devices, monkeypatch):
+    build = {**_native.C.build_info(), "cuda_architectures": architectures}
+    monkeypatch.setattr(_native, "C", SimpleNamespace(build_info=lambda: build, instruction_set=lambda: "base"))
+    rows = [line for line in info().splitlines() if re.search(r" native +float32", line)]
+    assert len(rows) >= 10 and all(re.search(rf" on {devices}[;,]", row) for row in rows), rows
 
 
 def test_build_info():
