@@ -21,7 +21,7 @@ struct DeviceLimits {
   int64_t l2_bytes;
 };
 
-// Of the current device, asked for once.
+// Of the current device, asked for once; each device has its own at an address of its own.
 const DeviceLimits& device_limits();
 
 // Memory for one call from torch's allocator, on the current stream; null for no bytes. It may be given back while kernels still use it:

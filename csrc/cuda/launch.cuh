@@ -13,6 +13,9 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <map>
+#include <mutex>
+#include <tuple>
 
 #include "common/dispatch.h"
 #include "cuda/device.h"
@@ -89,17 +92,28 @@ void launch(void (*kernel)(Parameters...), const Launch& to, typename Exactly<Pa
   check(cudaLaunchKernelEx(LaunchConfig(to).get(), kernel, arguments...));
 }
 
-// Whether the device can hold one cluster of it, which only larger ones than kMostPortableCluster leave open.
+// Whether the device can hold one cluster of it: a small GPU, or a slice of one, may not, and of more blocks than kMostPortableCluster no
+// GPU need. Asked for once, since launchers ask in every call.
+inline bool can_run(const void* kernel, const Launch& to) {
+  static std::mutex mutex;
+  static std::map<std::tuple<const DeviceLimits*, const void*, unsigned, size_t, unsigned>, bool> answers;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [answer, is_new] = answers.try_emplace({&device_limits(), kernel, to.block.x, to.shared_bytes, to.cluster}, false);
+  if (is_new) {
+    int clusters = 0;
+    if (allow(kernel, to) == cudaSuccess && cudaOccupancyMaxActiveClusters(&clusters, kernel, LaunchConfig(to).get()) == cudaSuccess) {
+      answer->second = clusters > 0;
+    } else {
+      // Or the next call would report what is no error here.
+      static_cast<void>(cudaGetLastError());
+    }
+  }
+  return answer->second;
+}
+
 template <typename... Parameters>
 bool can_run(void (*kernel)(Parameters...), const Launch& to) {
-  int clusters = 0;
-  const void* const address = reinterpret_cast<const void*>(kernel);
-  if (allow(address, to) == cudaSuccess && cudaOccupancyMaxActiveClusters(&clusters, address, LaunchConfig(to).get()) == cudaSuccess) {
-    return clusters > 0;
-  }
-  // Or the next call would report what is no error here.
-  static_cast<void>(cudaGetLastError());
-  return false;
+  return can_run(reinterpret_cast<const void*>(kernel), to);
 }
 
 // Whether the device has clusters and what it will run of the kernel was compiled for them.

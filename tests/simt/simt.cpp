@@ -10,8 +10,10 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <new>
+#include <tuple>
 #include <vector>
 
 #include "cuda/device.h"
@@ -333,10 +335,12 @@ namespace gradkernels::cuda {
 cudaStream_t current_stream() { return nullptr; }
 
 const DeviceLimits& device_limits() {
-  static DeviceLimits limits{2, 0, 0, 4 << 20};
-  limits.shared_bytes = simt::setting("SIMT_SHARED_BYTES", 227 << 10);
-  limits.compute_capability = simt::setting("SIMT_COMPUTE_CAPABILITY", 90);
-  return limits;
+  // Another GPU for other settings: launchers keep what they were told of one.
+  static std::map<std::tuple<int, int, int>, DeviceLimits> gpus;
+  const int shared_bytes = simt::setting("SIMT_SHARED_BYTES", 227 << 10);
+  const int compute_capability = simt::setting("SIMT_COMPUTE_CAPABILITY", 90);
+  const DeviceLimits limits{2, shared_bytes, compute_capability, 4 << 20};
+  return gpus.try_emplace({shared_bytes, compute_capability, simt::active_clusters()}, limits).first->second;
 }
 
 Workspace::Workspace(size_t bytes) : data_(std::malloc(bytes)) {
