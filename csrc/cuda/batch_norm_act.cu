@@ -1087,11 +1087,8 @@ bool launch_in_cluster(void (*kernel)(Problem, Tiling), const Problem& p, int64_
   const Tiling whole = tiling(p);
   const bool clusters = compiled_for_clusters(kernel);
   Tiling t = for_cluster(whole, octet_bytes, shared_bytes, clusters ? static_cast<int>(kMostPortableCluster) : 1);
-  if (t.parts == 0 && clusters) {
-    t = for_cluster(whole, octet_bytes, shared_bytes, kMostClusterBlocks);
-    if (t.parts > 0 && !can_run(kernel, as_launch(t))) t.parts = 0;
-  }
-  if (t.parts == 0) return false;
+  if (t.parts == 0 && clusters) t = for_cluster(whole, octet_bytes, shared_bytes, kMostClusterBlocks);
+  if (t.parts == 0 || (t.parts > 1 && !can_run(kernel, as_launch(t)))) return false;
   launch(kernel, as_launch(t), p, t);
   return true;
 }
