@@ -222,6 +222,7 @@ def test_nothing_waits_for_the_gpu():
 def test_a_graph_replays_on_new_values():
     x, grads = torch.randn(10_000, device="cuda"), [torch.randn(1000, device="cuda") for _ in range(5)]
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step(x, [grad.clone() for grad in grads])
     torch.cuda.current_stream().wait_stream(side)
