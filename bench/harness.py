@@ -14,6 +14,7 @@ import functools
 import gc
 import json
 import math
+import os
 import platform
 import re
 import resource
@@ -71,6 +72,7 @@ __all__ = [
     "rows_from",
     "run",
     "spread",
+    "write",
 ]
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -486,6 +488,14 @@ def header() -> dict[str, Any]:
     }
 
 
+def write(title: str, head: dict[str, Any], rows: Iterable[Any], file: Path, model: dict[str, Any] | None = None) -> None:
+    """Replaces the file as a whole, so that a script may write what it has so far and be stopped at any time."""
+    found = {"title": title, "header": head, "rows": [asdict(row) for row in rows]} | ({} if model is None else {"model": model})
+    new = file.with_name(f"{file.name}.new")
+    new.write_text(json.dumps(found, indent=1) + "\n")
+    os.replace(new, file)
+
+
 def report(
     title: str,
     head: dict[str, Any],
@@ -506,8 +516,7 @@ def report(
         table.add_row(*(text(row) for text in columns.values()))
     console.print(table)
     if file is not None:
-        found = {"title": title, "header": head, "rows": [asdict(row) for row in rows]} | ({} if model is None else {"model": model})
-        file.write_text(json.dumps(found, indent=1) + "\n")
+        write(title, head, rows, file, model)
 
 
 def means(rows: Sequence[Row]) -> dict[str, str]:

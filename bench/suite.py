@@ -151,25 +151,27 @@ def main(argv: list[str] | None = None) -> int:
 
             found = Path(temporary) / f"{stem}.json"
             start = time.monotonic()
+            stopped = False
             try:
                 why = run_script(scripts[stem], options.quick, found, advance)
             except KeyboardInterrupt:
-                failed |= dict.fromkeys(chosen[chosen.index(stem) :], "stopped")
-                progress.console.print(f"stopped in {stem}", highlight=False, markup=False)
-                break
+                why, stopped = "stopped", True
             seconds[stem] = time.monotonic() - start
             done += weights[stem]
             if why:
-                failed[stem] = why
+                failed |= dict.fromkeys(chosen[chosen.index(stem) :] if stopped else [stem], why)
                 progress.console.print(f"{stem} failed: {why}", highlight=False, markup=False)
             elif not found.exists():
                 progress.console.print(f"{stem}: nothing to measure on this machine", highlight=False, markup=False)
-            else:
+            # A script may have written what it had measured before it failed.
+            if found.exists():
                 part = json.loads(found.read_text()) | {"seconds": round(seconds[stem], 1)}
                 name = slug(part["header"]["machine"])
                 parts.setdefault(name, recorded(folder, name, options.quick)[0])[stem] = part
                 # At once: whatever becomes of the next script, this one's part is there.
                 record(folder, name, parts[name], options.quick, still_failed if name == here else {})
+            if stopped:
+                break
         progress.update(task, description="bench", completed=done)
 
     if failed:

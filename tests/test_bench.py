@@ -814,6 +814,19 @@ def test_a_gpu_has_a_file_of_its_own(scripts):
     assert list(recorded(scripts)[0]["failed"]) == ["activation"] and recorded(scripts, "a-gpu")[0]["failed"] == {}
 
 
+@pytest.mark.parametrize("why", ["fails", "is stopped"])
+def test_what_a_script_wrote_before_it_failed_is_kept(why, scripts, capsys):
+    (scripts / "bench_cuda.py").write_text(SCRIPT.format(machine="A GPU, " + MACHINE, stem="cuda"))
+    assert suite.main(["--only", "cuda"]) == 0
+    with open(scripts / "bench_cuda.py", "a") as script:
+        stop = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(60)"
+        script.write("sys.exit('failed: 1 of 2 cases')" if why == "fails" else stop)
+    (scripts / "commit").write_text("bbb")
+    assert suite.main(["--only", "cuda"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].endswith("; cuda failed")
+    assert recorded(scripts, "a-gpu")[1]["cuda"]["commit"] == "bbb"
+
+
 # the command
 
 
