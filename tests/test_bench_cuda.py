@@ -1,12 +1,15 @@
 """bench/bench_cuda.py on recorded times: its rows, table and file, and that its cases are what the other scripts make. No GPU is needed."""
 
+import itertools
 import json
+import math
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 import bench_cuda
-from harness import Case, report_cases
+from harness import Case, report_cases, write
 
 # Milliseconds of five calls each, in the order in which providers are measured.
 RECORDED = {"eager": [0.4, 0.4, 0.5, 0.4, 0.3], "gradkernels": [0.2] * 5, "copy": [0.1] * 5}
@@ -43,9 +46,34 @@ def test_rows_table_and_file(monkeypatch, tmp_path, capsys):
     assert found["header"] == {"machine": "a GPU"} and [row["provider"] for row in found["rows"]] == ["eager", "gradkernels"] * 2
 
 
+def test_a_case_that_fails_is_recorded_and_the_others_are_kept(monkeypatch, tmp_path):
+    def wrong():
+        raise SystemExit("swish: y is wrong by 1: nothing is timed\nand more")
+
+    def too_large():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def unproved_case():
+        return replace(recorded_case(), prove=wrong)
+
+    file, head, written = tmp_path / "rows.json", {"machine": "a GPU"}, []
+    monkeypatch.setattr(bench_cuda, "milliseconds", lambda call, flush: [0.1] * 5)
+    monkeypatch.setattr(bench_cuda, "write", lambda *args: (write(*args), written.append(json.loads(file.read_text()))))
+    made = [partial(each) for each in (recorded_case, unproved_case, too_large, recorded_case)]
+    rows = bench_cuda.measured(made, nothing, head, file, math.inf)
+    assert [len(each["rows"]) for each in written] == [4, 4, 4, 8] and len(rows) == 8
+    assert [each["header"].get("left out", "").split()[:1] for each in written] == [["3"], ["2"], ["1"], []]
+    assert head["failed"] == written[-1]["header"]["failed"]
+    assert head["failed"].startswith("2 of 4 cases. ") and "too_large(): OutOfMemoryError: CUDA out of memory" in head["failed"]
+    assert "unproved_case(): SystemExit: swish: y is wrong by 1: nothing is timed;" in head["failed"]
+    assert bench_cuda.measured(made, nothing, {}, None, -math.inf) == []
+
+
 def test_cases_are_made_as_the_other_scripts_make_them():
-    """Every argument fits what is called, and each shape of batch norm comes in both types and layouts."""
+    """Every argument fits what is called, each shape of batch norm comes in both types and layouts, and few are compiled."""
     made = list(bench_cuda.cases())
+    assert len({(make.func, make.args) for make in made}) == len(made)
+    assert sum(make.args[-1] is True for make in made) == 4
     for make in made:
         names = make.func.__code__.co_varnames[: make.func.__code__.co_argcount]
         assert len(make.args) == len(names), f"{make.func.__name__}{names} called with {make.args}"
@@ -59,8 +87,11 @@ def test_cases_are_made_as_the_other_scripts_make_them():
 
 def test_clipping_is_proved_and_run():
     for dtype in (torch.bfloat16, torch.float32):
-        for max_norm in (1e9, 1e-3):
-            case = partial(bench_cuda.clipping, 7, 33, max_norm, dtype)()
+        for clips in (False, True):
+            case = bench_cuda.clipping(7, 33, clips, dtype)
             case.prove()
-            before = [case.providers[name]() for name in ("gradkernels", "eager")]
-            assert all(norm > 0 for norm in before) and case.bytes == (3 if max_norm < 1 else 1) * case.copied
+            norms = [case.providers[name]() for name in ("gradkernels", "eager") * 20]
+            assert case.bytes == (3 if clips else 1) * case.copied
+            # Every call finds something to clip.
+            ours = norms[::2]
+            assert all(after < before if clips else after == before for before, after in itertools.pairwise(ours))
