@@ -24,6 +24,14 @@ COLOURS = {OURS: "#1b7837", "eager": "#b35806", "torch.compile": "#542788"}
 WITHIN_NOISE = 0.35
 NAMES = {OURS: "gradkernels", "eager": "torch", "torch.compile": "torch.compile"}
 GREY = "#777777"
+# What a row has of outputs, on a GPU of its L2 cache -> marker, whether it is filled, and what it is called.
+MARKERS = {
+    "fresh": ("o", False, "fresh outputs"),
+    "warm": ("o", True, "warm outputs"),
+    "none": ("^", True, "in place"),
+    "cold L2": ("o", False, "cold L2"),
+    "warm L2": ("o", True, "warm L2"),
+}
 
 
 def in_units(*units: tuple[str, float]) -> Callable[[float, Any], str]:
@@ -119,8 +127,9 @@ def roofline(results: dict[str, Any]) -> Figure:
     """
     figure, axis = plt.subplots(figsize=(9, 5.2), layout="constrained")
     least, most, least_bytes, most_bytes = float("inf"), 0.0, float("inf"), 0.0
+    drawn = set()
     for provider in ("eager", "torch.compile", OURS):
-        for outputs, marker, filled in (("fresh", "o", False), ("warm", "o", True), ("none", "^", True)):
+        for outputs, (marker, filled, _) in MARKERS.items():
             points = [
                 (row["bytes"], row["gb_per_s"])
                 for script in results["scripts"].values()
@@ -130,6 +139,7 @@ def roofline(results: dict[str, Any]) -> Figure:
             ]
             if not points:
                 continue
+            drawn.add(outputs)
             x, y = zip(*points, strict=True)
             axis.scatter(
                 x,
@@ -188,7 +198,7 @@ def roofline(results: dict[str, Any]) -> Figure:
         plt.Line2D([], [], marker="s", linestyle="", color=COLOURS[each], label=NAMES[each]) for each in (OURS, "eager", "torch.compile")
     ]
     handles.append(plt.Line2D([], [], marker="_", linestyle="", color="black", label="copy of the call's tensor"))
-    for marker, filled, name in (("o", False, "fresh outputs"), ("o", True, "warm outputs"), ("^", True, "in place")):
+    for marker, filled, name in (MARKERS[outputs] for outputs in MARKERS if outputs in drawn):
         handles.append(plt.Line2D([], [], marker=marker, linestyle="", color=GREY, markerfacecolor=GREY if filled else "none", label=name))
     axis.legend(handles=handles, fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 0.07))
     return figure

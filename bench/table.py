@@ -55,7 +55,8 @@ def is_of_steps(rows: Sequence[Row]) -> bool:
 
 
 def warm(case: Row) -> str:
-    return ", warm outputs" if case["outputs"] == "warm" else ""
+    """Of what is measured twice, which of the two it is; on a GPU that is the L2 cache."""
+    return {"fresh": "", "none": "", "warm": ", warm outputs"}.get(case["outputs"], f", {case['outputs']}")
 
 
 def behind(providers: dict[str, Row] | None, mine: str, other: str) -> float | None:

@@ -617,6 +617,11 @@ def test_pictures_are_drawn(tmp_path):
     drawn = pictures.draw(found, tmp_path, "machine")
     assert [path.name for path in drawn] == [f"machine_{what}.png" for what in ("ratio", "roofline", "scaling")]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+    # Of a GPU alone.
+    of_a_gpu = results([*pair(100.0, 200.0, outputs="cold L2"), *pair(80.0, 90.0, outputs="warm L2")])
+    assert len(pictures.draw(of_a_gpu, tmp_path, "gpu")) == 2
+    (legend,) = [axis.get_legend() for axis in pictures.roofline(of_a_gpu).axes]
+    assert {text.get_text() for text in legend.get_texts()} >= {"cold L2", "warm L2"} and "in place" not in str(legend.get_texts())
 
 
 # README
