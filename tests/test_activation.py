@@ -220,7 +220,7 @@ def test_every_value_of_16_bits_is_rounded_once(act, param, dtype):
     told = exact_grad_x.isfinite()
     y_scale, grad_scale = scales(act, x, grad_y, param)
     assert_accurate("y", y, y, exact_y, scale=y_scale)
-    grad_scale = np.broadcast_to(grad_scale, x.shape)[told]
+    grad_scale = np.broadcast_to(grad_scale, x.shape)[told.cpu()]
     bound = GRADIENT_BOUNDS.get(act.formula, ULP_BOUND)
     assert_accurate("grad_x", grad_x[told], grad_x[told], exact_grad_x[told], scale=grad_scale, bound=bound)
 
@@ -921,10 +921,10 @@ def test_swish_of_integers(beta):
 
 
 @each_act
-def test_autocast_has_torchs_dtypes(act):
+def test_autocast_has_torchs_dtypes(act, device):
     """That of the input, but for prelu, which torch runs in the lower precision."""
     x, grad_y = torch.randn(65), torch.randn(65)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         for each in (x, x.bfloat16()):
             y, grad_x = value_and_grad(act.function, each, grad_y.to(act.torchs(each).dtype))
             torch_y, torch_grad_x = value_and_grad(act.torchs, each, grad_y.to(y.dtype))
@@ -948,10 +948,10 @@ def test_checkpoint(act, use_reentrant):
 
 
 @each_act
-def test_what_is_kept_may_be_moved_elsewhere(act):
+def test_what_is_kept_may_be_moved_elsewhere(act, device):
     x, grad_y = torch.randn(65), torch.randn(65)
     expected = value_and_grad(act.function, x, grad_y)
-    with saved_tensors_hooks(lambda tensor: tensor.numpy().copy(), torch.from_numpy):
+    with saved_tensors_hooks(lambda tensor: tensor.cpu().numpy().copy(), lambda kept: torch.from_numpy(kept).to(device)):
         assert_close(value_and_grad(act.function, x, grad_y), expected, rtol=0, atol=0)
 
 
@@ -985,10 +985,10 @@ def op_of(name, variant=""):
     return next(op for op in op_db if op.name == f"nn.functional.{name}" and op.variant_test_name == variant)
 
 
-def samples_of(op, dtype, requires_grad):
-    samples = list(op.sample_inputs("cpu", dtype, requires_grad=requires_grad))
+def samples_of(op, device, dtype, requires_grad):
+    samples = list(op.sample_inputs(device, dtype, requires_grad=requires_grad))
     if op.reference_inputs_func is not None:
-        samples += op.reference_inputs("cpu", dtype, requires_grad=requires_grad)
+        samples += op.reference_inputs(device, dtype, requires_grad=requires_grad)
     for sample in samples:
         yield sample
         # An operator has three samples of a million elements, which bring no layout of their own.
@@ -1025,14 +1025,14 @@ def assert_drew_slopes(x, y, grad_x, lower, upper):
 
 @each_sampled
 @each_dtype
-def test_op_db_samples(name, dtype):
+def test_op_db_samples(name, dtype, device):
     ours, torchs = SAMPLED[name][:2]
     count = 0
     op = op_of(name)
-    if dtype not in op.supported_dtypes("cpu"):
-        assert (name, dtype) == ("rrelu", torch.float16)
+    if dtype not in op.supported_dtypes(device):
+        assert (name, dtype, device) == ("rrelu", torch.float16, "cpu")
         return
-    for sample in samples_of(op, dtype, True):
+    for sample in samples_of(op, device, dtype, True):
         args, kwargs = (sample.input, *sample.args), sample.kwargs
         count += 1
         if kwargs.get("training"):
@@ -1058,30 +1058,30 @@ def test_op_db_samples(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
-def test_op_db_samples_of_complex_silu(dtype):
-    for sample in samples_of(op_of("silu", "complex"), dtype, False):
+def test_op_db_samples_of_complex_silu(dtype, device):
+    for sample in samples_of(op_of("silu", "complex"), device, dtype, False):
         assert_same_outcome("y", outcome(gk.swish, sample.input), outcome(F.silu, sample.input))
 
 
 @each_sampled
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool, torch.complex128], ids=str)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
-def test_dtypes_that_torch_tests_for_an_error(name, dtype, training):
+def test_dtypes_that_torch_tests_for_an_error(name, dtype, training, device):
     ours, torchs = SAMPLED[name][:2]
-    assert dtype not in op_of(name).supported_dtypes("cpu")
-    x = make_tensor((20,), dtype=dtype, device="cpu")
+    assert dtype not in op_of(name).supported_dtypes(device)
+    x = make_tensor((20,), dtype=dtype, device=device)
     args = (torch.ones(1, dtype=dtype),) if name == "prelu" else ()
     kwargs = {"training": training} if name == "rrelu" else {}
     assert_same_outcome("y", outcome(ours, x, *args, **kwargs), outcome(torchs, x, *args, **kwargs))
 
 
 @each_sampled
-def test_op_db_error_inputs(name):
+def test_op_db_error_inputs(name, device):
     ours, torchs = SAMPLED[name][:2]
     op = op_of(name)
     # When torch writes some for the others, this fails and they are run here.
     assert (op.error_inputs_func is not None) == (name in ("prelu", "rrelu"))
-    for error in op.error_inputs("cpu") if op.error_inputs_func is not None else ():
+    for error in op.error_inputs(device) if op.error_inputs_func is not None else ():
         sample = error.sample_input
         expected = outcome(torchs, sample.input, *sample.args, **sample.kwargs)
         assert expected[0] is error.error_type
@@ -1097,10 +1097,10 @@ def module_value_and_grads(module, x, grad_y):
 @each_sampled
 @each_dtype
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
-def test_module_db_inputs(name, dtype, training):
+def test_module_db_inputs(name, dtype, training, device):
     info = next((info for info in module_db if info.module_cls is SAMPLED[name][3]), None)
     assert (info is None) == (name == "rrelu")
-    inputs = info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=training) if info else ()
+    inputs = info.module_inputs_func(info, device=device, dtype=dtype, requires_grad=True, training=training) if info else ()
     for each in inputs:
         constructor, (x,) = each.constructor_input, each.forward_input.args
         module, torch_module = (cls(*constructor.args, **constructor.kwargs).to(dtype).train(training) for cls in SAMPLED[name][2:])
@@ -1302,9 +1302,7 @@ def assert_parametric(act, x, parameter, grad_y):
     y, grad_x, grad_parameter = parametric_results(act.function, x, parameter, grad_y)
     torch_y, torch_grad_x, torch_grad_parameter = parametric_results(act.composed, x, parameter, grad_y)
     exact_x, exact_grad_y, exact_parameter = extended(x), extended(grad_y), extended(parameter)
-    exact_y, exact_grad_x = exact_activation(
-        x, grad_y, "leaky_relu" if act.name == "prelu" else "swish", torch.from_numpy(across(parameter.double().numpy(), exact_x))
-    )
+    exact_y, exact_grad_x = exact_activation(x, grad_y, "leaky_relu" if act.name == "prelu" else "swish", across(exact_parameter, exact_x))
     y_scale = grad_scale = 0.0
     if act.name == "swish":
         z = across(exact_parameter, exact_x) * exact_x
@@ -1656,19 +1654,21 @@ def test_slopes_follow_from_the_seed_and_the_place_alone(dtype, each_thread_coun
     assert not torch.equal(gk.rrelu(x, training=True), expected)
 
 
-def test_the_seed_is_drawn_from_torchs_generator():
+def test_the_seed_is_drawn_from_torchs_generator(device):
     x = torch.full((65,), -1.0)
-    before = torch.get_rng_state()
+    # Each device has a generator of its own.
+    generator = torch.random if device == "cpu" else torch.cuda
+    before = generator.get_rng_state()
     first = gk.rrelu(x, training=True)
-    assert not torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(generator.get_rng_state(), before)
     assert not torch.equal(gk.rrelu(x, training=True), first)
-    torch.set_rng_state(before)
+    generator.set_rng_state(before)
     assert_bitwise_equal("again", gk.rrelu(x, training=True), first)
     with torch.random.fork_rng():
         gk.rrelu(x, training=True)
-    state = torch.get_rng_state()
+    state = generator.get_rng_state()
     gk.rrelu(x)
-    assert torch.equal(torch.get_rng_state(), state), "eval draws nothing"
+    assert torch.equal(generator.get_rng_state(), state), "eval draws nothing"
 
 
 @each_dtype
@@ -1808,7 +1808,7 @@ def test_accuracy_over_the_whole_range(name, param):
     ):
         told = ~exact.isnan()
         assert_bitwise_equal(f"nan in {what}", each.isnan(), ~told)
-        size = np.broadcast_to(size, x.shape)[told]
+        size = np.broadcast_to(size, x.shape)[told.cpu()]
         assert_accurate(what, each[told], torchs[told], exact[told], scale=size)
         assert_accurate(what, each[told], each[told], exact[told], scale=size, most=bound)
 

@@ -376,7 +376,8 @@ FUSED = {
     "SGD": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, fused=True),
     "Adam": lambda params: torch.optim.Adam(params, lr=0.1, fused=True),
     "AdamW": lambda params: torch.optim.AdamW(params, lr=0.1, fused=True),
-    "Adagrad": lambda params: torch.optim.Adagrad(params, lr=0.1, fused=True),
+    # torch has a fused one on the CPU alone.
+    "Adagrad": lambda params: torch.optim.Adagrad(params, lr=0.1, fused=params[0].device.type == "cpu"),
 }
 OPTIMIZERS = FUSED | {
     "SGD, not fused": lambda params: torch.optim.SGD(params, lr=0.1),
@@ -486,14 +487,14 @@ def test_attached_clipping_waits_for_the_closure(as_keyword, optimizer):
 
 @each_optimizer
 @pytest.mark.parametrize("unscales", [False, True])
-def test_attached_clipping_with_grad_scaler(unscales, optimizer):
+def test_attached_clipping_with_grad_scaler(unscales, optimizer, device):
     """Over a step on inf too, which is skipped."""
     start = parameters([(5,), (4,), (3,), (9,)])
     results = []
     for attached in (True, False):
         params = copies(start)
         ours = OPTIMIZERS[optimizer](params)
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler = torch.amp.GradScaler(device, init_scale=1024.0)
         handle = gk.attach_clipping(ours, 0.5) if attached else None
         norms = []
         for step in range(4):
@@ -516,7 +517,7 @@ def test_attached_clipping_with_grad_scaler(unscales, optimizer):
 
 @each_optimizer
 @pytest.mark.parametrize("scaled", [False, True])
-def test_an_exception_in_a_step_leaves_nothing_behind(scaled, optimizer):
+def test_an_exception_in_a_step_leaves_nothing_behind(scaled, optimizer, device):
     params = parameters([(5,), (4,), (3,), (9,)])
     ours = OPTIMIZERS[optimizer](params)
     gk.attach_clipping(ours, 0.1)
@@ -525,7 +526,7 @@ def test_an_exception_in_a_step_leaves_nothing_behind(scaled, optimizer):
         raise ValueError("on purpose")
 
     hook = ours.register_step_pre_hook(fail)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler = torch.amp.GradScaler(device, init_scale=4.0)
     scaler.scale(torch.ones(()))
     with pytest.raises(ValueError, match="on purpose"):
         if scaled:
