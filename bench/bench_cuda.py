@@ -140,6 +140,7 @@ def measured(
     """The rows of all cases that begin before `until`; the header says what failed and what is left out."""
     rows: list[Row] = []
     failed: list[str] = []
+    head["left out"] = f"{len(made)} of {len(made)} cases, for want of time"
     for number, make in enumerate(made, 1):
         if time.perf_counter() > until:
             break
@@ -152,8 +153,9 @@ def measured(
         except (Exception, SystemExit) as error:
             failed.append(f"{name}: {type(error).__name__}: {first_line(error)}")
             head["failed"] = f"{len(failed)} of {len(made)} cases. {'; '.join(failed)}"
-        head["left out"] = f"{len(made) - number} of {len(made)} cases, for want of time"
-        if number == len(made):
+        if number < len(made):
+            head["left out"] = f"{len(made) - number} of {len(made)} cases, for want of time"
+        else:
             del head["left out"]
         if file is not None:
             write(TITLE, head, rows, file)

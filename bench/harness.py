@@ -532,7 +532,9 @@ def means(rows: Sequence[Row]) -> dict[str, str]:
             ratios = [ratio(row) for row in chosen if ratio(row) is not None]
             if ratios:
                 mean = math.exp(statistics.fmean(math.log(each) for each in ratios))
-                what = f"times {beside}, {dtype}{'' if outputs == 'none' else f', {outputs} outputs'}"
+                # On a GPU the state is that of the L2 cache.
+                state = outputs if outputs.endswith("L2") else f"{outputs} outputs"
+                what = f"times {beside}, {dtype}{'' if outputs == 'none' else f', {state}'}"
                 found[what] = f"geometric mean {mean:.2f}, least {min(ratios):.2f}, {len(ratios)} rows"
     return found
 

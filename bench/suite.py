@@ -179,8 +179,9 @@ def main(argv: list[str] | None = None) -> int:
     for name, each in parts.items():
         if not each:
             continue
-        # A GPU's figures are there or not: what failed is told of beside the processor's.
-        results = record(folder, name, each, options.quick, still_failed | failed if name == here else {})
+        # Beside a GPU's figures stands what failed of them, beside the processor's all.
+        of_these = {stem: why for stem, why in failed.items() if stem in each}
+        results = record(folder, name, each, options.quick, still_failed | failed if name == here else of_these)
         drawn = pictures.draw(results, folder, name)
         (folder / f"{name}.md").write_text(table.markdown(results, drawn))
         for path in (folder / f"{name}.json", folder / f"{name}.md", *drawn):

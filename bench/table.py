@@ -298,7 +298,7 @@ def markdown(results: dict[str, Any], drawn: Sequence[Path]) -> str:
         lines += ["**A quick run: it shows that everything works. Its numbers mean nothing.**", ""]
     lines += [f"* {name}: {value}" for name, value in results["header"].items() if name != "machine"]
     for stem, why in results.get("failed", {}).items():
-        left = "its figures below are of an earlier run" if stem in results["scripts"] else "there are no figures of it"
+        left = "its figures below are what it left, or of an earlier run" if stem in results["scripts"] else "there are no figures of it"
         lines += ["", f"**bench/bench_{stem}.py did not end when it was last run ({why}): {left}.**"]
     if (told := disturbed(results)) is not None:
         lines += ["", f"**{told}**"]

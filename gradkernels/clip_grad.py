@@ -340,8 +340,8 @@ def grad_report(parameters: Parameters, norm_type: float = 2.0) -> GradReport:
     with torch.no_grad():
         norms = tensor_norms(grads, float(norm_type))
         if len(grads) != len(tensors):
-            places = [i for i, tensor in enumerate(tensors) if tensor.grad is not None]
             each, max_abs, nonfinite, total_norm = norms
+            places = sharded.index_on(each.device, [i for i, tensor in enumerate(tensors) if tensor.grad is not None])
             each, max_abs, nonfinite = (_spread(values, places, len(tensors)) for values in (each, max_abs, nonfinite))
             norms = each, max_abs, nonfinite, total_norm
     return GradReport(names, tensors, norms)
@@ -434,10 +434,10 @@ def device_and_dtype(grads: list[Tensor]) -> Tensor:
     return torch.empty((), device=grads[0].device, dtype=functools.reduce(torch.promote_types, {grad.dtype for grad in grads}))
 
 
-def _spread(values: Tensor, places: list[int], count: int) -> Tensor:
+def _spread(values: Tensor, places: Tensor, count: int) -> Tensor:
     """values[i] at places[i] of `count`, nan (0 of integers) elsewhere."""
     spread = values.new_full((count,), math.nan if values.is_floating_point() else 0)
-    return spread.index_copy_(0, sharded.index_on(values.device, places), values)
+    return spread.index_copy_(0, places, values)
 
 
 def _nonfinite_message(norm_type: float) -> str:

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 
 from gradkernels import _native
 
-# torch's tables of samples come with its test classes, which derive from expecttest's. No test here uses more of it than its name, so that
+# torch's tables of samples come with its test classes, which derive from expecttest's. No test here uses more of it than its names, so that
 # a machine without it (one with a GPU and no network) runs them too.
 if find_spec("expecttest") is None:
     expecttest = module_from_spec(ModuleSpec("expecttest", loader=None))

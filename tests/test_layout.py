@@ -63,6 +63,9 @@ LAYERS = {
         (r"<cstdint>", r'"common/host_device\.h"', r'"math/\w+\.h"'),
         (ATEN, CUDA_RUNTIME, ALLOCATION, THREADS, LAUNCH, r"\bstd::(exp|expm1|log|pow|tanh)\b"),
     ),
+    "math without PTX": Layer(
+        tuple(f"math/{stem}.h" for stem in ("activation", "batch_norm_act", "clip_grad", "optim", "philox", "sum")), (r".*",), (r"\basm\b",)
+    ),
     "seam": Layer(tuple(f"ops/{stem}.h" for stem in SEAMS), (STANDARD, OWN_TORCH_FREE), (ATEN, LAUNCH)),
     "ops": Layer(
         ("ops/*",),

@@ -19,16 +19,17 @@ template <math::Precision precision, typename V>
 __attribute__((noinline)) V forward_of(math::Activation act, V x) {
   return math::AnyActivation<V, precision>{act}.forward(x);
 }
-template <math::Precision precision, typename V>
+// Gradients are of one precision.
+template <typename V>
 __attribute__((noinline)) V backward_of(math::Activation act, V grad_y, V x) {
-  return math::AnyActivation<V, precision>{act}.backward(grad_y, x);
+  return math::AnyActivation<V, math::Precision::kFull>{act}.backward(grad_y, x);
 }
 
 template <typename V, math::Precision precision>
 struct CalledActivation {
   math::Activation act;
   GK_INLINE V forward(V x) const { return forward_of<precision>(act, x); }
-  GK_INLINE V backward(V grad_y, V x) const { return backward_of<precision>(act, grad_y, x); }
+  GK_INLINE V backward(V grad_y, V x) const { return backward_of(act, grad_y, x); }
 };
 
 // Calls function(functor), of elements that are scalar_t.
@@ -88,9 +89,9 @@ __attribute__((noinline)) V forward_of(Parametric act, V parameter, V x) {
   visit_parametric<V, precision>(act, [&](auto functor_of) GK_INLINE_LAMBDA { x = functor_of(parameter).forward(x); });
   return x;
 }
-template <math::Precision precision, typename V>
+template <typename V>
 __attribute__((noinline)) V backward_of(Parametric act, V parameter, V grad_y, V x, V& grad_parameter) {
-  visit_parametric<V, precision>(
+  visit_parametric<V, math::Precision::kFull>(
       act, [&](auto functor_of) GK_INLINE_LAMBDA { grad_y = functor_of(parameter).backward(grad_y, x, grad_parameter); });
   return grad_y;
 }
@@ -100,7 +101,7 @@ struct CalledParametric {
   Parametric act;
   V parameter;
   GK_INLINE V forward(V x) const { return forward_of<precision>(act, parameter, x); }
-  GK_INLINE V backward(V grad_y, V x, V& grad_parameter) const { return backward_of<precision>(act, parameter, grad_y, x, grad_parameter); }
+  GK_INLINE V backward(V grad_y, V x, V& grad_parameter) const { return backward_of(act, parameter, grad_y, x, grad_parameter); }
 };
 
 template <typename scalar_t, typename Function>

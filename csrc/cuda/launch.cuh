@@ -6,7 +6,7 @@
 //   cluster_rank, cluster_sync, of_cluster_block    blocks of a cluster and each other's shared memory; without one, a cluster of one
 //
 // Everything else is CUDA's own (threadIdx, __syncthreads, __shfl_down_sync, __shfl_xor_sync, __threadfence, atomicAdd, atomicExch), which
-// tests/simt/cuda_runtime.h has on the host. PTX stands here alone, beside what it means there.
+// tests/simt/cuda_runtime.h has on the host. PTX stands here, beside what it means there, and for one inverse in math/exp.h.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -101,12 +101,16 @@ inline bool can_run(const void* kernel, const Launch& to) {
   const auto [answer, is_new] = answers.try_emplace({&device_limits(), kernel, to.block.x, to.shared_bytes, to.cluster}, false);
   if (is_new) {
     int clusters = 0;
-    if (allow(kernel, to) == cudaSuccess && cudaOccupancyMaxActiveClusters(&clusters, kernel, LaunchConfig(to).get()) == cudaSuccess) {
-      answer->second = clusters > 0;
-    } else {
-      // Or the next call would report what is no error here.
-      static_cast<void>(cudaGetLastError());
+    cudaError_t status = allow(kernel, to);
+    if (status == cudaSuccess) status = cudaOccupancyMaxActiveClusters(&clusters, kernel, LaunchConfig(to).get());
+    // Or the next call would report what is no error here.
+    if (status != cudaSuccess) static_cast<void>(cudaGetLastError());
+    if (status == cudaErrorMemoryAllocation) {
+      // Kernels are loaded when they are first asked about: no answer yet.
+      answers.erase(answer);
+      return false;
     }
+    answer->second = status == cudaSuccess && clusters > 0;
   }
   return answer->second;
 }

@@ -94,7 +94,7 @@ struct Elu {
 // swish(x) = x s with s = sigmoid(beta x), and with z = beta x: swish'(x) = s (1 + z (1 - s)); the derivative by beta is x^2 s (1 - s)
 //
 // y alone is as exact as what it is rounded to: near its zero the gradient is the difference of two terms.
-template <typename T, Precision precision = Precision::kFull>
+template <typename T, Precision precision>
 struct Swish {
   T beta;
   GK_HOST_DEVICE T forward(T x) const {

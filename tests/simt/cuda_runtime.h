@@ -27,7 +27,7 @@ struct dim3 : uint3 {
 };
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorNoKernelImageForDevice };
+enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation, cudaErrorNoKernelImageForDevice };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 struct cudaLaunchAttribute {
