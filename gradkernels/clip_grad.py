@@ -309,7 +309,8 @@ def grad_report(parameters: Parameters, norm_type: float = 2.0) -> GradReport:
         norms[i] = (sum of |g|^p over the elements of gradient i)^(1/p)
 
     Everything stays on the gradients' device; nothing waits for it until a result is read. Of DTensors the report is
-    about the whole tensor, the same on every rank, all of which must call it.
+    about the whole tensor, the same on every rank, all of which must call it; float64 ones are waited for once, lest
+    a square leave float64.
 
     Args:
         parameters: as those of clip_grad_norm_, best a module or (name, parameter) pairs; those without a gradient are
