@@ -130,10 +130,6 @@ def rows_of(case: Case, flush: Callable[[], Any]) -> list[Row]:
     return rows
 
 
-def first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
-
-
 def measured(
     made: Sequence[Callable[[], Case]], flush: Callable[[], Any], head: dict[str, Any], file: Path | None, until: float
 ) -> list[Row]:
@@ -151,7 +147,8 @@ def measured(
             torch.cuda.empty_cache()
             rows += rows_of(make(), flush)
         except (Exception, SystemExit) as error:
-            failed.append(f"{name}: {type(error).__name__}: {first_line(error)}")
+            first_line = str(error).partition("\n")[0]
+            failed.append(f"{name}: {type(error).__name__}: {first_line}")
             head["failed"] = f"{len(failed)} of {len(made)} cases. {'; '.join(failed)}"
         if number < len(made):
             head["left out"] = f"{len(made) - number} of {len(made)} cases, for want of time"

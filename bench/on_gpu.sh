@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # All there is to know on a machine with a GPU, without a network: torch 2.11 or newer, nvcc, pytest and coreutils 8.31 are there. Parts, in
-# the order in which they are named; build test bench train suite where none is. sanitize takes as long as all of these, and is run when it is named.
-# Each part has a limit of time, and a call ends within 9 minutes: what does not fit is stopped or left out, and counts as failed.
+# the order in which they are named; build test bench train suite where none is. sanitize takes as long as all of these, and is run when
+# it is named. Each part has a limit of time, and a call ends within 9 minutes: what does not fit is stopped or left out, and counts as
+# failed.
 #
 #   bench/on_gpu.sh                 results in bench/results/<GPU>.json, .md and .png, and in the folder $OUT where that is set
 #   bench/on_gpu.sh sanitize        with what an earlier call has built
