@@ -21,8 +21,9 @@ from torch.utils import _pytree as pytree
 
 from gradkernels import _native, dataflow, fusion
 from gradkernels.batch_norm_act import ACT_MODULES
-from gradkernels.fused_block import Fused, base_class, fused_class
+from gradkernels.fused_block import base_class, fused_class
 from gradkernels.fused_forward import ATTRIBUTE, FusedForward
+from gradkernels.outside import sees_classes
 from gradkernels.reference import check_act
 from gradkernels.untouched import untouched
 
@@ -210,8 +211,9 @@ def revert(model: nn.Module) -> nn.Module:
 
 def _revert(model: nn.Module) -> None:
     for module in model.modules():
-        if issubclass(type(module), Fused):
-            module.__class__ = base_class(type(module))
+        base = base_class(type(module))
+        if base is not None:
+            module.__class__ = base
             module.__dict__.pop(ATTRIBUTE, None)
         original = module.__dict__.get(_ORIGINAL)
         if original is not None and type(module) is (fusion.BATCH_NORMS | fusion.ACTIVATION_MODULES)[original]:
@@ -244,8 +246,12 @@ class _Plan:
         self.names = {module: name for name, module in model.named_modules()}
         # What the forwards did not call that were read: module -> why.
         self.problems: dict[nn.Module, str] = {}
-        # What is below a forward that would see another class -> why it keeps its own.
+        # What is below code that would see another class -> why it keeps its own.
         self.kept: dict[nn.Module, str] = {}
+        for block in self.names:
+            if sees_classes(type(block)):
+                why = f"{type(block).__name__} asks for the class of a module, which conversion would change"
+                self.kept.update(dict.fromkeys(block.modules(), why))
         sites = [(block, site) for block in self.names for site in self.read(block, residual)]
         self.alone = {site.module for _, site in sites if site.module is not None and site.fused is None}
         called = {site.module for _, site in sites} | {each for _, site in sites for each in site.absorbed}
@@ -272,17 +278,21 @@ class _Plan:
         found = fusion.fuse(block, residual)
         if found.problem is not None:
             self.problems[block] = found.problem
-            if found.problem.startswith("calls type,"):
-                self.kept.update(dict.fromkeys(block.modules(), f"the forward of {type(block).__name__} {found.problem}"))
         if found.forward is not None:
+            try:
+                fused_class(type(block))
+            except Exception as error:
+                self.problems[block] = f"stays, as no class can be derived from its own: {type(error).__name__}: {error}"
+                return []
             self.forwards[block] = found.forward
         return found.sites
 
     def row(self, block: nn.Module, site: fusion.Site) -> Row:
         module = site.module
         name = self.names[block if module is None else module]
-        if block in self.kept:
-            return Row(name, site.found, None, self.kept[block])
+        kept = self.kept.get(block) or (module and self.kept.get(module))
+        if kept:
+            return Row(name, site.found, None, kept)
         if site.fused is not None:
             return Row(name, site.found, site.fused, site.why)
         if module is None:

@@ -1,8 +1,8 @@
 """Reads what a module's forward does with its submodules, as a torch.fx graph in which every submodule is a leaf.
 
 A graph is a forward without its Python, so it stands for one only where nothing is lost: no branch over data or optional arguments,
-nothing read outside (outside.py), no state written, no gradient or autocast mode switched, and the same graph in training and in
-evaluation. Whatever else a forward does is a reason to leave it alone. Reading changes nothing: mode and attributes are put back.
+nothing read outside (outside.py), no attribute written, no mode switched, and the same graph in training and in evaluation. Whatever else
+a forward does is a reason to leave it alone. Reading changes nothing: what it did change is put back.
 """
 
 import copy
@@ -10,22 +10,23 @@ import inspect
 import math
 import operator
 import sys
-import types
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from types import FunctionType, GetSetDescriptorType, MemberDescriptorType
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.fx import Graph, Node, Proxy, Tracer
+from torch.fx.proxy import Attribute
 
-from gradkernels.outside import Unreadable, is_function_of_its_arguments, is_torchs, watched
+from gradkernels.outside import Unreadable, is_attribute_written_out, is_function_of_its_arguments, is_torchs, run_watched
 
 Path = tuple[str, ...]
-
-# Where a module has its path and the record of reads while it is read.
-_READS = "_reads"
+# torch.fx patches nn.Module while it reads, and so does this file.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class Missing:
@@ -76,16 +77,53 @@ def _in_place(name: str) -> Callable[[Proxy, Any], Proxy]:
     return method
 
 
+class _Recorded(Proxy):
+    """A proxy that refuses what no node would stand for."""
+
+    def __getattr__(self, name: str) -> Any:
+        frame = sys._getframe(1)
+        kind = inspect.getattr_static(torch.Tensor, name, None)
+        if is_torchs(frame) or (kind is not None and not isinstance(kind, (GetSetDescriptorType, property))):
+            return _ReadingAttribute(self, name)
+        if kind is None and not is_attribute_written_out(frame):
+            raise Unreadable(f"asks a value whether it has {name}, which tensors do not have")
+        # Where it is read, and not where it is used: a method that writes may stand between.
+        return self._asked(getattr, name)
+
+    def __getitem__(self, key: Any) -> Proxy:
+        return self._asked(operator.getitem, key)
+
+    def _asked(self, function: Callable[..., Any], name: Any) -> Proxy:
+        proxy: Proxy = self.tracer.create_proxy("call_function", function, (self, name), {})
+        # What is unpacked need not all be used.
+        if not is_torchs(sys._getframe(2)):
+            cast(_Tracer, self.tracer).asked.append(proxy.node)
+        return proxy
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not is_torchs(sys._getframe(1)):
+            raise Unreadable(f"writes the attribute {name} of a tensor")
+        object.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        raise Unreadable(f"deletes the attribute {name} of a tensor")
+
+    def __repr__(self) -> str:
+        if not is_torchs(sys._getframe(1)):
+            cast(_Tracer, self.tracer).written.append(self.node)
+        return super().__repr__()
+
+
 def _asked_for_its_class(proxy: Proxy) -> type[Proxy]:
     if not is_torchs(sys._getframe(1)):
         raise Unreadable("asks for the type of its input")
     return _ReadingProxy
 
 
-# A proxy that records in-place operators as such, which Proxy does not, and notices a forward that asks whether it was given a tensor.
-_ReadingProxy = type(
-    "_ReadingProxy", (Proxy,), {"__class__": property(_asked_for_its_class), **{f"__{name}__": _in_place(name) for name in IN_PLACE}}
-)
+# In-place operators are recorded as such, which Proxy does not; and a forward is noticed that asks whether it was given a tensor.
+_RECORDED = {"__class__": property(_asked_for_its_class), **{f"__{name}__": _in_place(name) for name in IN_PLACE}}
+_ReadingProxy: type[Proxy] = type("_ReadingProxy", (_Recorded,), _RECORDED)
+_ReadingAttribute: type[Attribute] = type("_ReadingAttribute", (_Recorded, Attribute), _RECORDED)
 
 
 def _modes() -> tuple[object, ...]:
@@ -108,6 +146,20 @@ class _Tracer(Tracer):
         modules: Any = (math, sys.modules[__package__])
         super().__init__(autowrap_modules=modules)
         self.modes = _modes()
+        # What the forward asked for by name or number, and what it wrote as text.
+        self.asked: list[Node] = []
+        self.written: list[Node] = []
+
+    def traced(self, module: nn.Module) -> Graph:
+        graph = self.trace(module)
+        texts = [each for node in graph.nodes for each in (*node.args, *node.kwargs.values()) if isinstance(each, str)]
+        for node in self.written:
+            if not any(f"Proxy({node.name})" in each for each in texts):
+                raise Unreadable("writes a value as text")
+        for node in self.asked:
+            if not node.users and node not in self.written:
+                raise Unreadable(f"asks for {node.args[1]} of a value, and no graph records what for")
+        return graph
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -171,6 +223,8 @@ def _problem_of_class(module: nn.Module) -> str | None:
         return "belongs to a torch.fx.GraphModule, whose class is its own"
     if "forward" in module.__dict__:
         return "is set on the instance"
+    if not isinstance(inspect.getattr_static(type(module), "forward"), FunctionType):
+        return "is no plain function"
     for parameter in list(inspect.signature(type(module).forward).parameters.values())[1:]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or parameter.default is not parameter.empty:
             return f"has an optional argument, {parameter.name}"
@@ -189,14 +243,8 @@ def _is_guarded(value: Any) -> bool:
 def _trace(module: nn.Module, training: bool) -> tuple[Graph, dict[tuple[Path, str], Any]]:
     """The graph in one mode, and the attributes of the module and its submodules that were read on the way."""
     reads: dict[tuple[Path, str], Any] = {}
-    with _undisturbed(module):
-        for name, each in list(module.named_modules()):
-            if not isinstance(each, torch.jit.ScriptModule):
-                each.training = training
-                each.__dict__[_READS] = tuple(name.split(".")) if name else (), reads
-                each.__class__ = _recording(type(each))
-        with watched():
-            graph = _Tracer().trace(module)
+    with _ONE_AT_A_TIME, _undisturbed(module, training), _recorded(module, reads):
+        graph = run_watched(lambda: _Tracer().traced(module))
     for node in graph.nodes:
         node.type = None
         if node.op == "get_attr" and not _resolves(module, str(node.target)):
@@ -212,51 +260,86 @@ def _resolves(module: nn.Module, target: str) -> bool:
     return True
 
 
-_RECORDING: dict[Any, Any] = {}
+@contextmanager
+def _recorded(module: nn.Module, reads: dict[tuple[Path, str], Any]) -> Iterator[None]:
+    """Notes which attributes of a module and its submodules are asked for; Unreadable where one is written.
 
-
-def _recording(kind: Any) -> Any:
-    """A subclass of a class for the time of reading, whose instances note which of their own attributes are asked for."""
-    if kind in _RECORDING:
-        return _RECORDING[kind]
+    nn.Module itself is patched, not the classes of the modules: a class of our own would be seen by registries of subclasses.
+    """
+    paths = {id(each): tuple(name.split(".")) if name else () for name, each in module.named_modules()}
 
     def __getattribute__(self: nn.Module, name: str) -> Any:
-        value = kind.__getattribute__(self, name)
+        path = paths.get(id(self))
+        if path is None:
+            return object.__getattribute__(self, name)
+        frame = sys._getframe(1)
+        if not is_torchs(frame):
+            if name in _ALL_TENSORS:
+                raise Unreadable(f"reads {_dotted(path, name)}, which gives tensors and no names")
+            if name == "__class__" and is_attribute_written_out(frame):
+                raise Unreadable(f"reads {_dotted(path, name)}, which conversion changes")
+            if issubclass(type(self), torch.jit.ScriptModule) and name != "__class__":
+                raise Unreadable(f"reads {_dotted(path, name)} of a scripted module")
+        if issubclass(type(self), torch.jit.ScriptModule):
+            return object.__getattribute__(self, name)
         own = object.__getattribute__(self, "__dict__")
-        if name in _ALL_TENSORS and not is_torchs(sys._getframe(1)):
-            raise Unreadable(f"reads {_dotted(own[_READS][0], name)}, which gives tensors and no names")
-        if (name in own or _is_of_class(kind, name)) and name not in OF_EVERY_MODULE and name != _READS:
-            path, reads = own[_READS]
-            _note(path, reads, name, value)
-        return value
-
-    def __getattr__(self: nn.Module, name: str) -> Any:
-        path, reads = object.__getattribute__(self, "__dict__")[_READS]
         try:
-            value = kind.__getattr__(self, name)
+            value = object.__getattribute__(self, name)
         except AttributeError:
-            _note(path, reads, name, Missing)
-            raise
-        if value is None:
+            try:
+                value = type(self).__getattr__(self, name)
+            except AttributeError:
+                _note(path, reads, name, Missing)
+                raise
+            if value is None:
+                _note(path, reads, name, value)
+            return value
+        if (name in own or _is_of_class(type(self), path, name)) and name not in OF_EVERY_MODULE:
             _note(path, reads, name, value)
         return value
 
-    body = {
+    def refusing(original: Any) -> Callable[..., None]:
+        def write(self: nn.Module, name: str, *value: Any) -> None:
+            path = paths.get(id(self))
+            if path is not None:
+                raise Unreadable(f"writes {_dotted(path, name)}")
+            original(self, name, *value)
+
+        return write
+
+    methods = {
         "__getattribute__": __getattribute__,
-        "__getattr__": __getattr__,
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
+        "__setattr__": refusing(nn.Module.__setattr__),
+        "__delattr__": refusing(nn.Module.__delattr__),
     }
-    _RECORDING[kind] = types.new_class(kind.__name__, (kind,), exec_body=lambda namespace: namespace.update(body))
-    return _RECORDING[kind]
+    before = {name: nn.Module.__dict__[name] for name in methods if name in nn.Module.__dict__}
+    for name, method in methods.items():
+        setattr(nn.Module, name, method)
+    try:
+        yield
+    finally:
+        for name in methods:
+            if name in before:
+                setattr(nn.Module, name, before[name])
+            else:
+                delattr(nn.Module, name)
 
 
-def _is_of_class(kind: type[nn.Module], name: str) -> bool:
+def _is_of_class(kind: type[nn.Module], path: Path, name: str) -> bool:
     """Whether a class has a plain value of that name, the default of what an instance may set later."""
     for each in kind.__mro__:
         if name in each.__dict__:
             value = each.__dict__[name]
-            return not (hasattr(type(value), "__get__") or isinstance(value, type) or hasattr(nn.Module, name))
+            if isinstance(value, MemberDescriptorType):
+                return True
+            if hasattr(type(value), "__get__"):
+                function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+                own = isinstance(value, GetSetDescriptorType) or each.__module__.startswith(("torch.", "builtins"))
+                if not own and not is_function_of_its_arguments(function):
+                    # A cache, or whatever else a descriptor may be, would keep what is computed while reading.
+                    raise Unreadable(f"reads {_dotted(path, name)}, a {type(value).__name__}, which may change without notice")
+                return False
+            return not (isinstance(value, type) or hasattr(nn.Module, name))
     return False
 
 
@@ -274,12 +357,16 @@ def _dotted(path: Path, name: str) -> str:
 
 
 @contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Puts back modes, attributes and torch's generator; Unreadable where the forward wrote attributes or drew numbers."""
-    before = [(each, type(each), dict(each.__dict__)) for each in module.modules() if not isinstance(each, torch.jit.ScriptModule)]
-    contents = [
-        (name, each, copy.copy(each)) for _, _, state in before for name, value in state.items() for each in containers(value, set())
-    ]
+def _undisturbed(module: nn.Module, training: bool) -> Iterator[None]:
+    """Sets a mode, and puts back modes, attributes and torch's generator; Unreadable where the forward wrote or drew numbers."""
+    modules = [each for each in module.modules() if not isinstance(each, torch.jit.ScriptModule)]
+    before = [dict(each.__dict__) for each in modules]
+    for each in modules:
+        each.training = training
+    of_mode = [dict(each.__dict__) for each in modules]
+    classes = {kind for each in modules for kind in type(each).__mro__ if not kind.__module__.startswith(("torch.", "builtins"))}
+    of_classes = {kind: _own_attributes(kind) for kind in classes}
+    contents = [(name, each, copy.copy(each)) for state in before for name, value in state.items() for each in containers(value, set())]
     generator = torch.get_rng_state()
     written: list[str] = []
     try:
@@ -287,22 +374,32 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
     finally:
         for name, container, content in contents:
             if _identities(container) != _identities(content):
-                written.append(name)
+                written.append(f"self.{name}")
                 container.clear()
                 container.extend(content) if isinstance(container, list) else container.update(content)
-        for each, kind, state in before:
-            if type(each) is not kind:
-                each.__class__ = kind
-            now = {name: value for name, value in each.__dict__.items() if name not in ("training", _READS)}
-            written += [name for name in {**now, **state} if name != "training" and now.get(name, Missing) is not state.get(name, Missing)]
+        for each, state, mine in zip(modules, of_mode, before, strict=True):
+            written += [f"self.{name}" for name in _changed(state, each.__dict__)]
             each.__dict__.clear()
-            each.__dict__.update(state)
+            each.__dict__.update(mine)
+        for kind, attributes in of_classes.items():
+            for name in _changed(attributes, _own_attributes(kind)):
+                written.append(f"{kind.__name__}.{name}")
+                setattr(kind, name, attributes[name]) if name in attributes else delattr(kind, name)
         drew = not torch.equal(torch.get_rng_state(), generator)
         torch.set_rng_state(generator)
     if written:
-        raise Unreadable(f"writes self.{written[0]}")
+        raise Unreadable(f"writes {written[0]}")
     if drew:
         raise Unreadable("draws random numbers")
+
+
+def _own_attributes(kind: type) -> dict[str, Any]:
+    """Without those that Python itself makes when it first needs them."""
+    return {name: value for name, value in kind.__dict__.items() if not name.startswith("__")}
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    return [name for name in {**after, **before} if after.get(name, Missing) is not before.get(name, Missing)]
 
 
 def containers(value: Any, seen: set[int]) -> Iterator[Any]:

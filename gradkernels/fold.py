@@ -24,8 +24,13 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-# How a forward comes to a submodule that its code does not name.
-_BY_OTHER_NAMES = frozenset(("__dict__", "_modules", "modules", "named_modules", "children", "named_children", "get_submodule", "vars"))
+# How a forward comes to a submodule that its code does not name, or switches the modes of all.
+_BY_OTHER_NAMES = frozenset(
+    (
+        *("__dict__", "_modules", "modules", "named_modules", "children", "named_children", "get_submodule", "vars"),
+        *("apply", "eval", "train"),
+    )
+)
 
 
 class FoldedBatchNorm1d(nn.Identity):

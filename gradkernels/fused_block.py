@@ -18,56 +18,58 @@ from gradkernels.fusion import fuse
 _NEW_OBJECT = object().__reduce_ex__(2)[0]
 
 
-class Fused:
-    """What the class of every converted block has first among its bases; second is the class that the block had."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class has no name to be found by; it is made again from the one below it.
-        reduced: Any = super().__reduce_ex__(max(2, protocol))
-        if isinstance(reduced, tuple) and reduced[0] is _NEW_OBJECT:
-            (kind, *args), *rest = reduced[1:]
-            return new_block, (base_class(kind), *args), *rest
-        return reduced
-
-    def __setstate__(self, state: Any) -> None:
-        parent: Any = super()
-        parent.__setstate__(state)
-        residual = self.__dict__.get(ATTRIBUTE)
-        if isinstance(residual, bool):
-            block = cast(nn.Module, self)
-            block.__dict__.pop(ATTRIBUTE)
-            forward = fuse(block, residual).forward
-            if forward is not None:
-                block.__dict__[ATTRIBUTE] = forward
-
-
 def new_block(base: type[nn.Module], *args: Any) -> Any:
     """An instance of fused_class(base) before its state is set."""
     kind = fused_class(base)
     return kind.__new__(kind, *args)
 
 
-def base_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class of the block before it was converted."""
-    return kind.__bases__[1]
+def base_class(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The class of a block before it was converted, None where it was not."""
+    base: type[nn.Module] | None = kind.__dict__.get(_BASE)
+    return base
 
 
+# Where the class of a converted block has the class that the block had.
+_BASE = "_fused_from"
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def fused_class(base: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of the same name whose instances run their fused forward where they have one that holds; the same for every call."""
+    """A subclass of the same name whose instances run their fused forward where they have one that holds; the same for every call.
+
+    It has no other base, which would change the layout of instances of classes whose own first base has no __dict__.
+    """
     if base in _CLASSES:
         return _CLASSES[base]
 
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         fused = self.__dict__.get(ATTRIBUTE)
-        if isinstance(fused, FusedForward) and fused.holds(self):
+        # A forward may ask an argument whether it is None, which no graph records.
+        if isinstance(fused, FusedForward) and fused.holds(self) and not any(each is None for each in (*args, *kwargs.values())):
             return fused.function(self, *args, **kwargs)
         return base.forward(self, *args, **kwargs)
 
-    body = {"forward": forward, "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    kind = types.new_class(base.__name__, (Fused, base), exec_body=lambda namespace: namespace.update(body))
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        # The class has no name to be found by; it is made again from the one below it.
+        reduced: Any = base.__reduce_ex__(self, max(2, protocol))
+        if isinstance(reduced, tuple) and reduced[0] is _NEW_OBJECT:
+            (_, *args), *rest = reduced[1:]
+            return new_block, (base, *args), *rest
+        return reduced
+
+    def __setstate__(self: nn.Module, state: Any) -> None:
+        base.__setstate__(self, state)
+        residual = self.__dict__.get(ATTRIBUTE)
+        if isinstance(residual, bool):
+            self.__dict__.pop(ATTRIBUTE)
+            forward = fuse(self, residual).forward
+            if forward is not None:
+                self.__dict__[ATTRIBUTE] = forward
+
+    own = {"forward": forward, "__reduce_ex__": __reduce_ex__, "__setstate__": __setstate__, _BASE: base}
+    named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    kind = types.new_class(base.__name__, (base,), exec_body=lambda namespace: namespace.update(own | named))
     _CLASSES[base] = cast(type[nn.Module], kind)
     return _CLASSES[base]

@@ -514,7 +514,9 @@ def _norm_act_in(block: _BatchNorm, graph: Graph, training: bool) -> list[str] |
     nodes = list(graph.nodes)
     seen = {nodes[-1]}
     path: list[str] = []
-    (node,) = nodes[-1].all_input_nodes or nodes[:1]
+    if len(nodes[-1].all_input_nodes) != 1:
+        return None
+    (node,) = nodes[-1].all_input_nodes
     while node.op == "call_module" and len(node.all_input_nodes) == 1 and node.args == tuple(node.all_input_nodes):
         path.insert(0, str(node.target))
         seen.add(node)

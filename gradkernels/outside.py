@@ -2,35 +2,60 @@
 
 A trace runs a forward once, so that whatever it read there would be a constant from then on. Hence each Python function that a forward
 gets to is judged by the names in its code before it runs: functions and classes are taken to stay, functions of torch, math and Python
-to answer for their arguments alone where they are known to; every other name is a reason to leave the forward alone.
+to answer for their arguments alone where they are known to; every other name is a reason to leave the forward alone. So is what no graph
+has: an except clause, a context manager of the forward's own, `is` between tensors.
 """
 
 import builtins
 import dis
 import functools
 import gc
+import inspect
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from types import BuiltinFunctionType, CellType, CodeType, FrameType, FunctionType, MethodDescriptorType, ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
+from torch.fx import Proxy
 
 _MISSING = object()
 _OF_PYTHON = frozenset(
     getattr(builtins, name)
     for name in (
-        *("abs", "all", "any", "callable", "divmod", "getattr", "hasattr", "isinstance", "issubclass", "iter", "len", "max", "min"),
-        *("next", "pow", "repr", "round", "setattr", "sorted", "sum"),
+        *("abs", "all", "any", "divmod", "getattr", "hasattr", "isinstance", "issubclass", "iter", "len", "max", "min", "next"),
+        *("pow", "repr", "round", "sorted", "sum"),
     )
 )
-_OF_THEIR_ARGUMENTS = ("math", "_operator", "operator", "_functools", "functools", "typing", "gradkernels", "torch.nn.functional")
+_OF_THEIR_ARGUMENTS = (
+    *("math", "_operator", "operator", "_functools", "functools", "typing", "torch.nn.functional"),
+    *("gradkernels.activation", "gradkernels.batch_norm_act"),
+)
 _OF_TORCH = frozenset({torch._assert, torch._jit_internal.is_scripting})
+# Modules of Python's library whose classes keep nothing but what they are given.
+_OF_VALUES = ("abc", "collections", "collections.abc", "dataclasses", "decimal", "enum", "fractions", "functools", "itertools", "numbers")
+# Py_TPFLAGS_HEAPTYPE, which classes written in Python have.
+_HEAP_TYPE = 1 << 9
+# What these switch is asked for at every node.
+_MODES = (torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode, torch.autocast)
+_CALL_OR_WALK = ("_wrapped_call_impl", "_call_impl", "__getattr__", "children", "named_children", "modules", "named_modules")
+# The methods of every module that write, give tensors, or tell of classes.
+_OF_MODULES = {
+    function.__code__: name
+    for name, function in vars(nn.Module).items()
+    if isinstance(function, FunctionType) and name not in (*_CALL_OR_WALK, "__call__", "get_submodule", "extra_repr")
+}
 _NAMES = ("LOAD_GLOBAL", "LOAD_NAME")
-_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
-_BETWEEN = ("CACHE", "EXTENDED_ARG", "PUSH_NULL")
+_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
+_WRITES = ("STORE_ATTR", "DELETE_ATTR", "COPY", "DUP_TOP")
+_EXCEPTS = ("CHECK_EXC_MATCH", "CHECK_EG_MATCH", "JUMP_IF_NOT_EXC_MATCH")
+_BETWEEN = ("CACHE", "EXTENDED_ARG", "PUSH_NULL", "RESUME", "NOP")
+_BEGIN = bytes((dis.opmap.get("RESUME", 0), 0))
+_RETURN = TypeVar("_RETURN")
 
 
 class Unreadable(Exception):
@@ -46,38 +71,144 @@ def _top(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
-@contextmanager
-def watched() -> Iterator[None]:
-    """Raises Unreadable where a function is called that reads what may change, before any of it runs."""
+def is_attribute_written_out(frame: FrameType) -> bool:
+    """Whether a frame is at an attribute, and not at a call of getattr, hasattr or isinstance."""
+    return dis.opname[frame.f_code.co_code[frame.f_lasti]] in _ATTRIBUTES
+
+
+def run_watched(function: Callable[[], _RETURN]) -> _RETURN:
+    """Calls a function; Unreadable where it calls one that reads or writes what may change, before any of that runs.
+
+    It runs in a thread of its own, which has no profiler, no tracer and none of torch's modes: the caller's are not touched.
+    """
     seen: set[CodeType] = set()
     problems: list[Unreadable] = []
 
     def on_call(frame: FrameType, event: str, argument: object) -> None:
-        if event != "call" or frame.f_code in seen or is_torchs(frame):
+        if event != "call":
             return
-        # The standard library's functions are judged where they are named; torch.fx calls them too.
-        if _top(frame) not in sys.stdlib_module_names and not _top(frame).startswith("namedtuple_"):
-            seen.update(_nested(frame.f_code))
+        if frame.f_code not in seen:
             try:
-                _judge(frame)
+                is_of_forward = _judge_call(frame)
             except Unreadable as problem:
+                # f_locals of other frames is looked at where it has to be alone.
+                if _is_finalizer(frame):
+                    return
                 problems.append(problem)
                 raise
+            if not is_of_forward:
+                return
+            seen.update(_nested(frame.f_code))
+        if _compared(frame.f_code):
+            sys.settrace(lambda *_: None)
+            frame.f_trace, frame.f_trace_opcodes = on_opcode, True
 
-    # Finalizers of other objects would be taken for what the forward calls.
-    collects = gc.isenabled()
-    gc.disable()
-    before = sys.getprofile()
-    sys.setprofile(on_call)
-    try:
-        yield
-    finally:
-        sys.setprofile(before)
-        if collects:
-            gc.enable()
-        # The forward itself may have caught it.
-        if problems:
-            raise problems[0]
+    def on_opcode(frame: FrameType, event: str, argument: object) -> Callable[..., Any]:
+        if event == "opcode":
+            names, with_none = _compared(frame.f_code).get(frame.f_lasti, ((), False))
+            for name in names:
+                value: Any = frame.f_locals.get(name)
+                # Arguments that are None go to the forward itself.
+                if issubclass(type(value), Proxy) and not (with_none and value.node.op == "placeholder"):
+                    problems.append(Unreadable("compares a value by `is`"))
+                    raise problems[-1]
+        return on_opcode
+
+    def run() -> _RETURN:
+        sys.setprofile(on_call)
+        try:
+            return function()
+        finally:
+            sys.setprofile(None)
+            sys.settrace(None)
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(run)
+        future.exception()
+    # The forward itself may have caught it.
+    if problems:
+        raise problems[0]
+    return future.result()
+
+
+def _is_finalizer(frame: FrameType) -> bool:
+    """Whether a frame belongs to what is finalized meanwhile, and not to the forward."""
+    of_collector = [getattr(each, "__code__", None) for each in gc.callbacks]
+    each: FrameType | None = frame
+    while each is not None:
+        code = each.f_code
+        if code in of_collector:
+            return True
+        # A generator that was begun before is closed.
+        if code.co_flags & inspect.CO_GENERATOR and each.f_lasti > 0 and code.co_code[each.f_lasti : each.f_lasti + 2] != _BEGIN:
+            return True
+        first: Any = each.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if code.co_name == "__del__" and gc.is_finalized(first):
+            return True
+        if issubclass(type(first), weakref.ReferenceType) and first() is None:
+            return True
+        each = each.f_back
+    return False
+
+
+def _judge_call(frame: FrameType) -> bool:
+    """Whether a frame runs code of the forward, and neither torch's nor Python's; Unreadable where it must not run."""
+    name, caller = frame.f_code.co_name, frame.f_back
+    if is_torchs(frame):
+        if caller is None or is_torchs(caller):
+            return False
+        if frame.f_code in _OF_MODULES:
+            raise Unreadable(f"calls {_OF_MODULES[frame.f_code]} of a module, which no graph records")
+        if name in ("__init__", "__enter__"):
+            kind = type(frame.f_locals.get(frame.f_code.co_varnames[0]))
+            if not issubclass(kind, _MODES):
+                raise Unreadable(f"makes or enters a {kind.__name__}, which no graph records")
+        return False
+    if _is_pythons(frame):
+        # Its functions are judged where they are named, but for the decorator that warns; torch.fx calls them too.
+        if _top(frame) == "warnings" and caller is not None and not (is_torchs(caller) or _is_pythons(caller)):
+            raise Unreadable("warns")
+        return False
+    if name == "__exit__":
+        raise Unreadable("enters a context manager of its own")
+    _judge(frame)
+    return True
+
+
+def _is_pythons(frame: FrameType) -> bool:
+    return _top(frame) in sys.stdlib_module_names or _top(frame).startswith("namedtuple_")
+
+
+@functools.lru_cache(maxsize=4096)
+def _compared(code: CodeType) -> dict[int, tuple[list[str], bool]]:
+    """Where a code compares by `is`: the place -> the local names among the two, and whether the other is None."""
+    instructions = _instructions(code)
+    found = {}
+    for place, each in enumerate(instructions):
+        if each.opname == "IS_OP":
+            right = place - 1
+            while instructions[right].opname in _ATTRIBUTES:
+                right -= 1
+            operands = instructions[right - 1 : right + 1]
+            with_none = operands[1].opname == "LOAD_CONST" and operands[1].argval is None
+        elif each.opname.endswith(("IF_NONE", "IF_NOT_NONE")):
+            operands, with_none = instructions[place - 1 : place], True
+        else:
+            continue
+        # Two at once are a tuple, of which the last is on top.
+        names = [_last(each) for each in operands if "_FAST" in each.opname or each.opname in ("LOAD_DEREF", "STORE_DEREF")]
+        if names:
+            found[each.offset] = names, with_none
+    return found
+
+
+def _last(instruction: dis.Instruction) -> Any:
+    return instruction.argval[-1] if isinstance(instruction.argval, tuple) else instruction.argval
+
+
+@functools.lru_cache(maxsize=4096)
+def _instructions(code: CodeType) -> list[dis.Instruction]:
+    return [each for each in dis.get_instructions(code) if each.opname not in _BETWEEN]
 
 
 def _nested(code: CodeType) -> Iterator[CodeType]:
@@ -90,68 +221,95 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
 
 def names_from_forward(kind: type) -> set[str]:
     """Every name that the forward of a class has in its code, and the methods and functions that these names lead to; torch's left out."""
-    names: set[str] = set()
+    return {name for code in _codes_from(kind, ["forward"]) for name in _own_names(code)}
+
+
+def sees_classes(kind: type) -> bool:
+    """Whether a forward, or what switches modes, may ask for the class of a module, which conversion changes."""
+    for code in _codes_from(kind, ["forward", "__call__", "train", "eval"]):
+        for each in _instructions(code):
+            if (each.opname in _NAMES and each.argval == "type") or (
+                each.opname in _ATTRIBUTES and each.argval in ("__class__", "_get_name")
+            ):
+                return True
+    return False
+
+
+def _own_names(code: CodeType) -> set[str]:
+    return {*code.co_names, *(each for each in code.co_consts if isinstance(each, str))}
+
+
+def _codes_from(kind: type, methods: list[str]) -> Iterator[CodeType]:
+    """The codes of methods of a class, and of the methods and functions that these lead to."""
     seen: set[CodeType] = set()
-    stack: list[Any] = [each.__dict__.get("forward") for each in kind.__mro__]
+    stack: list[Any] = [each.__dict__.get(method) for method in methods for each in kind.__mro__]
     while stack:
         function = stack.pop()
         if isinstance(function, (staticmethod, classmethod)):
             function = function.__func__
         elif isinstance(function, property):
             function = function.fget
-        if not isinstance(function, FunctionType) or function.__code__ in seen or (function.__module__ or "").startswith("torch."):
+        if not isinstance(function, FunctionType) or function.__code__ in seen:
+            continue
+        if (function.__module__ or "").partition(".")[0] in ("torch", __package__):
             continue
         seen.add(function.__code__)
         stack += [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
         for code in _nested(function.__code__):
-            own = {*code.co_names, *(each for each in code.co_consts if isinstance(each, str))}
-            names |= own
-            methods = own if "super" in own else set(_of_self(code, function.__code__.co_varnames[:1]))
-            stack += [each.__dict__.get(name) for each in kind.__mro__ for name in methods]
-            stack += [value for _, value, _ in _read(code, {}, function.__globals__)]
-    return names
+            yield code
+            own = _own_names(code)
+            names = own if "super" in own else set(_of_self(code, function.__code__.co_varnames[:1]))
+            stack += [each.__dict__.get(name) for each in kind.__mro__ for name in names]
+            stack += [value for _, value, *_ in _read(code, {}, function.__globals__)]
 
 
 def _of_self(code: CodeType, self: tuple[str, ...]) -> Iterator[str]:
     """The attributes that a method's code reads of its first argument."""
-    instructions = [each for each in dis.get_instructions(code) if each.opname not in _BETWEEN]
-    for before, each in pairwise(instructions):
-        loaded = before.argval if isinstance(before.argval, tuple) else (before.argval,)
+    for before, each in pairwise(_instructions(code)):
         # Python 3.13 has STORE_FAST_LOAD_FAST too.
-        if each.opname in _ATTRIBUTES and ("LOAD_FAST" in before.opname or before.opname == "LOAD_DEREF") and loaded[-1:] == self:
+        if each.opname in _ATTRIBUTES and ("LOAD_FAST" in before.opname or before.opname == "LOAD_DEREF") and (_last(before),) == self:
             yield each.argval
 
 
 def _judge(frame: FrameType) -> None:
     closure = {name: frame.f_locals[name] for name in frame.f_code.co_freevars if name in frame.f_locals}
     for code in _nested(frame.f_code):
-        for each in dis.get_instructions(code):
+        instructions = _instructions(code)
+        for each, after in pairwise(instructions):
             if each.opname == "IMPORT_NAME":
                 raise Unreadable(f"imports {each.argval}")
             if each.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") or (each.opname == "STORE_DEREF" and each.argval in closure):
                 raise Unreadable(f"writes {each.argval}")
-        for names, value, holder in _read(code, closure, {**frame.f_builtins, **frame.f_globals}):
+            if each.opname in _EXCEPTS or (each.opname, after.opname) == ("PUSH_EXC_INFO", "POP_TOP"):
+                raise Unreadable("catches exceptions")
+        for names, value, holder, is_written in _read(code, closure, {**frame.f_builtins, **frame.f_globals}):
+            dotted = ".".join(names)
+            if is_written:
+                raise Unreadable(f"writes an attribute of {dotted}")
             if (len(names) == 1 and names[0] in closure and _is_constant(value)) or _stays(value, holder):
                 continue
-            dotted = ".".join(names)
             if callable(value):
                 raise Unreadable(f"calls {dotted}, which no graph records")
             raise Unreadable(f"reads {dotted}, a {type(value).__name__}, which may change without notice")
 
 
-def _read(code: CodeType, closure: Mapping[str, Any], names: Mapping[str, Any]) -> Iterator[tuple[list[str], Any, Any]]:
-    """What a code reads of a closure and of global names, through modules and classes: the names, the value, and what has it."""
-    instructions = [each for each in dis.get_instructions(code) if each.opname not in _BETWEEN]
+def _read(code: CodeType, closure: Mapping[str, Any], names: Mapping[str, Any]) -> Iterator[tuple[list[str], Any, Any, bool]]:
+    """What a code reads of a closure and of global names, through modules, classes and functions.
+
+    The names, the value, what has it, and whether an attribute of the value is written.
+    """
+    instructions = _instructions(code)
     for place, each in enumerate(instructions):
         known = names if each.opname in _NAMES else closure if each.opname == "LOAD_DEREF" else {}
         value, holder, path = known.get(each.argval, _MISSING), None, [each.argval]
-        for attribute in instructions[place + 1 :]:
-            if attribute.opname not in _ATTRIBUTES or not isinstance(value, (ModuleType, type)):
+        after = each
+        for after in instructions[place + 1 :]:
+            if after.opname not in _ATTRIBUTES or not isinstance(value, (ModuleType, type, FunctionType)):
                 break
-            path.append(attribute.argval)
-            holder, value = value, getattr(value, attribute.argval, _MISSING)
+            path.append(after.argval)
+            holder, value = value, getattr(value, after.argval, _MISSING)
         if value is not _MISSING:
-            yield path, value, holder
+            yield path, value, holder, after.opname in _WRITES and not _is_constant(value)
 
 
 def _is_constant(value: object) -> bool:
@@ -164,8 +322,7 @@ def _is_constant(value: object) -> bool:
 def _stays(value: Any, holder: Any) -> bool:
     """Whether a value, an attribute of `holder` if that is not None, is the same for every call."""
     if isinstance(value, type):
-        # While a forward is read, its modules are of other classes, which type() would show.
-        return value is not type
+        return _is_class_of_values(value)
     if callable(value):
         return is_function_of_its_arguments(value)
     if isinstance(holder, ModuleType) and holder.__name__ in ("math", "torch"):
@@ -181,12 +338,26 @@ def is_function_of_its_arguments(function: Any) -> bool:
         return True
     module = function.__module__ or ""
     top = module.partition(".")[0]
-    if module in _OF_THEIR_ARGUMENTS or top == __package__:
+    if module in _OF_THEIR_ARGUMENTS:
         return True
-    if top in ("torch", *sys.stdlib_module_names):
+    if top in ("torch", __package__, *sys.stdlib_module_names):
         # relu_ and its like are not among those that a subclass of Tensor may override.
-        return top == "torch" and function.__name__.endswith("_")
-    return isinstance(function, FunctionType)
+        return top == "torch" and isinstance(function, BuiltinFunctionType) and function.__name__.endswith("_")
+    if not isinstance(function, FunctionType):
+        return False
+    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    return all(_is_constant(each) or _stays(each, None) for each in defaults)
+
+
+def _is_class_of_values(kind: type) -> bool:
+    """Whether a class keeps no state but in its instances; one that is written in Python is judged when it is called."""
+    top = kind.__module__.partition(".")[0]
+    if top == "builtins":
+        # Conversion changes what type() gives.
+        return kind is not type
+    if top in sys.stdlib_module_names:
+        return kind.__module__ in _OF_VALUES or issubclass(kind, BaseException)
+    return top == "torch" or bool(kind.__flags__ & _HEAP_TYPE)
 
 
 @functools.cache

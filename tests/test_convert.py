@@ -2,8 +2,11 @@
 as torch computes it. What is fused is counted by the operators that run; what must be left alone is a table of forwards with the reason.
 """
 
+import abc
 import collections
+import contextlib
 import copy
+import cProfile
 import dataclasses
 import functools
 import gc
@@ -11,9 +14,14 @@ import importlib
 import io
 import math
 import os
+import pathlib
 import pickle
 import pickletools
 import random
+import sys
+import types
+import warnings
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import pytest
@@ -206,7 +214,7 @@ def test_copies_of_a_converted_model(name, copied):
     assert operators(copy.deepcopy(made), x).ours == NETWORKS[name][2]
     assert_same(step(made, x), expected)
     gk.revert(made)
-    assert not any(isinstance(module, fused_block.Fused) for module in made.modules())
+    assert not any(fused_block.base_class(type(module)) for module in made.modules())
 
 
 def test_a_pickle_names_nothing_internal():
@@ -529,8 +537,166 @@ def fused_again_between(self, x):
     return self.act(y + self.act(self.bn(x)).exp())
 
 
+def eval_and_train(self, x):
+    self.bn.eval()
+    y = self.act(self.bn(x))
+    self.bn.train()
+    return y
+
+
+def eval_of_all(self, x):
+    for module in self.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+    return self.act(self.bn(x))
+
+
+def training_assigned(self, x):
+    self.bn.training = False
+    return self.act(self.bn(x))
+
+
+def momentum_for_a_call(self, x):
+    momentum, self.bn.momentum = self.bn.momentum, 0.5
+    y = self.act(self.bn(x))
+    self.bn.momentum = momentum
+    return y
+
+
+def hooked_for_a_call(self, x):
+    handle = self.bn.register_forward_hook(lambda module, inputs, output: output * 2)
+    y = self.act(self.bn(x))
+    handle.remove()
+    return y
+
+
+def data_assigned(self, x):
+    self.conv.weight.data = torch.renorm(self.conv.weight.data, 2, 0, 0.1)
+    return self.act(self.bn(self.conv(x)))
+
+
+def tagged(self, x):
+    y = self.act(self.bn(x))
+    y.tag = "feature"
+    return y
+
+
+def item_assigned(self, x):
+    y = self.act(self.bn(x)) * 1
+    y[0] = 1.0
+    return y
+
+
+def counts_on_a_class(self, x):
+    Counting.calls += 1
+    return self.act(self.bn(x))
+
+
+class Counting:
+    calls = 0
+
+    @classmethod
+    def count(cls):
+        cls.calls += 1
+
+
+def counts_on_a_function(self, x):
+    add_.calls = getattr(add_, "calls", 0) + 1
+    return self.act(self.bn(x))
+
+
+def counted(y, seen=None):
+    seen.append(1)
+    return y
+
+
+counted.__defaults__ = ([],)
+
+
+def catches_what_a_tensor_lacks(self, x):
+    try:
+        x = x.tag
+    except AttributeError:
+        x = x + 0
+    return self.act(self.bn(x))
+
+
+def suppresses(self, x):
+    with contextlib.suppress(AttributeError):
+        x = x.tag
+    return self.act(self.bn(x))
+
+
+def in_a_context_of_its_own(self, x):
+    with Suppressing():
+        x = x.tag
+    return self.act(self.bn(x))
+
+
+class Suppressing:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return True
+
+
+def recorded_by_a_profiler(self, x):
+    with torch.profiler.record_function("block"):
+        return self.act(self.bn(x))
+
+
+def is_same(self, x):
+    y = x * 1
+    return self.act(self.bn(x)) if y is not x else x
+
+
+def item_is_none(self, x):
+    first = x[0]
+    return self.act(self.bn(x)) if first is not None else x
+
+
 # forward -> what the report says of the first batch norm.
 LEFT = {
+    "mode of a batch norm": (lambda self, x: self.bn.eval() and self.act(self.bn(x)), "calls eval of a module"),
+    "mode and back": (eval_and_train, "calls eval of a module"),
+    "mode of all": (eval_of_all, "calls eval of a module"),
+    "mode assigned": (training_assigned, "writes self.bn.training"),
+    "mode by setattr": (lambda self, x: setattr(self.bn, "training", False) or self.act(self.bn(x)), "calls setattr"),
+    "mode past the module's own": (
+        lambda self, x: nn.Module.__setattr__(self.bn, "training", False) or self.act(self.bn(x)),
+        "calls nn.Module.__setattr__",
+    ),
+    "mode by the class": (lambda self, x: nn.Module.train(self.bn, False) and self.act(self.bn(x)), "calls nn.Module.train"),
+    "momentum for a call": (momentum_for_a_call, "writes self.bn.momentum"),
+    "hook for a call": (hooked_for_a_call, "calls register_forward_hook of a module"),
+    "counts on a submodule": (lambda self, x: self.bn.__setattr__("calls", 1) or self.act(self.bn(x)), "writes self.bn.calls"),
+    "deletes": (lambda self, x: self.__delattr__("spare") or self.act(self.bn(x)), "writes self.spare"),
+    "registers a buffer": (lambda self, x: self.register_buffer("steps", None) or self.act(self.bn(x)), "calls register_buffer of a"),
+    "freezes parameters": (lambda self, x: self.act(self.bn.requires_grad_(False)(x)), "calls requires_grad_ of a module"),
+    "forgets gradients": (lambda self, x: self.zero_grad() or self.act(self.bn(x)), "calls zero_grad of a module"),
+    "data assigned": (data_assigned, "writes the attribute data of a tensor"),
+    "a tag": (tagged, "writes the attribute tag of a tensor"),
+    "an item": (item_assigned, "is no graph for torch.fx: TypeError"),
+    "counts on a class": (counts_on_a_class, "writes an attribute of Counting"),
+    "counts in a class method": (lambda self, x: Counting.count() or self.act(self.bn(x)), "calls Counting.count"),
+    "counts in its own class": (lambda self, x: self.count() or self.act(self.bn(x)), "writes Written.calls"),
+    "counts on a function": (counts_on_a_function, "writes an attribute of add_"),
+    "counts in a default": (lambda self, x: self.act(self.bn(counted(x))), "calls counted"),
+    "caches": (lambda self, x: self.act(self.bn(x)) * self.cached(), "reads self.cached, a _lru_cache_wrapper"),
+    "catches": (catches_what_a_tensor_lacks, "catches exceptions"),
+    "suppresses": (suppresses, "calls contextlib.suppress"),
+    "a context of its own": (in_a_context_of_its_own, "enters a context manager of its own"),
+    "a profiler's range": (recorded_by_a_profiler, "makes or enters a record_function"),
+    "writes a file": (lambda self, x: pathlib.Path(os.devnull).touch() or self.act(self.bn(x)), "calls pathlib.Path"),
+    "threads": (lambda self, x: torch.set_num_threads(1) or self.act(self.bn(x)), "calls torch.set_num_threads"),
+    "is": (is_same, "compares a value by `is`"),
+    "item is None": (item_is_none, "compares a value by `is`"),
+    "dtype is": (lambda self, x: self.bn(x * 2 if x.dtype is torch.float64 else x), "asks for dtype of a value"),
+    "gradient is None": (lambda self, x: self.act(self.bn(x)) if x.grad is None else x, "asks for grad of a value"),
+    "has an attribute": (lambda self, x: x if hasattr(x, "tag") else self.act(self.bn(x)), "asks a value whether it has tag"),
+    "text": (lambda self, x: self.act(self.bn(x)) if f"{x.shape[0]}" == "4" else x, "writes a value as text"),
+    "class by name": (lambda self, x: self.act(self.bn(x)) if self.bn.__class__ is nn.BatchNorm2d else x, "asks for the class"),
     "optional argument": (lambda self, x, y=None: self.act(self.bn(x if y is None else y)), "optional argument, y"),
     "var arguments": (lambda self, *x: self.act(self.bn(*x)), "optional argument, x"),
     "training": (lambda self, x: self.act(self.bn(x)) if self.training else self.bn(x), "reads self.training"),
@@ -540,7 +706,7 @@ LEFT = {
     "data": (lambda self, x: self.act(self.bn(x)) if x.sum() > -1e9 else x, "is no graph for torch.fx: TraceError"),
     "shape": (lambda self, x: self.act(self.bn(x)) if x.shape[0] > 1 else x, "is no graph for torch.fx: TraceError"),
     "random": (lambda self, x: self.act(self.bn(x)) if torch.rand(()) < 2 else x, "calls torch.rand, which no graph"),
-    "makes a layer": (lambda self, x: self.act(self.bn(x)) if nn.Linear(1, 1).in_features else x, "draws random numbers"),
+    "makes a layer": (lambda self, x: self.act(self.bn(x)) if nn.Linear(1, 1).in_features else x, "makes or enters a Linear"),
     "Python's random": (lambda self, x: self.act(self.bn(x)) if random.random() < 2 else x, "calls random.random"),
     "writes an attribute": (writes_attribute, "writes self.flag"),
     "appends to an attribute": (appends, "writes self.seen"),
@@ -560,8 +726,8 @@ LEFT = {
     "environment": (lambda self, x: self.bn(x) if os.environ.get("PATH") else x, "reads os.environ, a _Environ"),
     "writes a global": (writes_a_global, "writes SLOPE"),
     "imports": (imports, "imports os"),
-    "catches what would tell": (catches, "reads SWITCHES, a dict"),
-    "class of a submodule": (lambda self, x: self.act(self.bn(x)) if type(self.bn) is nn.BatchNorm2d else x, "calls type"),
+    "catches what would tell": (catches, "catches exceptions"),
+    "class of a submodule": (lambda self, x: self.act(self.bn(x)) if type(self.bn) is nn.BatchNorm2d else x, "asks for the class"),
     "plain tensor": (lambda self, x: self.act(self.bn(x)) if self.tensor > 0 else x, "reads self.tensor, a Tensor"),
     "tensors in a dict": (lambda self, x: self.act(self.bn(x)) * self.tensors["one"], "reads self.tensors, a dict"),
     "modules in a list": (lambda self, x: self.unseen[0](self.bn(x)), "reads self.unseen, a list"),
@@ -596,10 +762,21 @@ NO_BACKWARD = {"decorated", "input written between", "view of the input written 
 @pytest.mark.parametrize("name", LEFT)
 def test_what_is_left_alone(name):
     forward, why = LEFT[name]
-    plain = {"tensor": torch.tensor(1.0), "tensors": {"one": torch.tensor(1.0)}, "unseen": [nn.ReLU()], "nested": {"seen": ([],)}}
-    expected, actual, report = converted(block(forward, **plain))
+    plain = {
+        "tensor": torch.tensor(1.0),
+        "tensors": {"one": torch.tensor(1.0)},
+        "unseen": [nn.ReLU()],
+        "nested": {"seen": ([],)},
+        "spare": 1,
+    }
+    model = block(forward, **plain)
+    type(model).calls, type(model).count = 0, Counting.__dict__["count"]
+    type(model).cached = functools.lru_cache(lambda self: 2.0)
+    counts = Counting.calls, dict(add_.__dict__), list(counted.__defaults__[0])
+    expected, actual, report = converted(model)
     row = next(row for row in report.rows if row.name == "bn")
     assert why in row.why, report
+    assert model.calls == 0 and counts == (Counting.calls, add_.__dict__, counted.__defaults__[0])
     x = X()
     if name in NO_BACKWARD:
         with torch.no_grad():
@@ -607,6 +784,185 @@ def test_what_is_left_alone(name):
     else:
         assert_same(step(actual, x), step(expected, x))
     assert (actual.flag, actual.seen, actual.nested) == (expected.flag, expected.seen, expected.nested)
+
+
+def shape_read_before_it_is_written(self, x):
+    y = x.mul(1)
+    shape = y.shape
+    y.unsqueeze_(0)
+    return self.act(self.bn(y.reshape(shape)))
+
+
+def unpacked(self, x):
+    n, c, *size = x.shape[0], x.shape[1], -1, 1
+    y, _ = torch.chunk(self.act(self.bn(x.view(n, c, *size))), 2, dim=2)
+    return y
+
+
+def asserts(self, x):
+    torch._assert(x.ndim == 4, f"expected 4 dimensions, not {x.ndim}")
+    return self.act(self.bn(x))
+
+
+def scaled(y, scale=2.0, *, of=F.relu):
+    return of(y) * scale
+
+
+# What a graph does stand for, beside the like that it does not.
+READ = {
+    "shape before it is written": shape_read_before_it_is_written,
+    "unpacked": unpacked,
+    "asserts": asserts,
+    "defaults of a function": lambda self, x: scaled(self.bn(x)),
+    "attribute is None": lambda self, x: self.act(self.bn(x)) if getattr(self, "down", None) is None else x,
+    "submodule is None": lambda self, x: self.act(self.bn(x)) if self.conv.bias is not None else x,
+    "class of a submodule": lambda self, x: self.act(self.bn(x)) if isinstance(self.bn, nn.BatchNorm2d) else x,
+    "what tensors have": lambda self, x: self.act(self.bn(x)).to(x.dtype).view(x.shape),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_is_read(name):
+    expected, actual, report = converted(block(READ[name]))
+    assert next(row for row in report.rows if row.name == "bn").is_fused, report
+    x = X()
+    assert_same(step(actual, x), step(expected, x))
+
+
+def test_an_argument_that_is_none_goes_to_the_forward_itself():
+    expected, actual, report = converted(block(lambda self, x, y: self.act(self.bn(x)) if y is None else self.act(self.bn(x) + y)))
+    assert report.rows[0].becomes == "batch_norm_act(relu, residual)"
+    x = X()
+    torch.testing.assert_close(actual(x, None), expected(x, None))
+    torch.testing.assert_close(actual(x, y=None), expected(x, y=None))
+    torch.testing.assert_close(actual(x, x), expected(x, x))
+
+
+def test_a_scripted_submodule_whose_mode_is_switched():
+    model = block(lambda self, x: self.scripted.eval() and self.act(self.bn(x)), scripted=torch.jit.script(nn.Sequential(nn.ReLU())))
+    assert "reads self.scripted.eval of a scripted module" in gk.convert(model).rows[0].why
+
+
+def freeze_by_class(self, mode=True):
+    nn.Module.train(self, mode)
+    for module in self.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.eval()
+    return self
+
+
+def test_a_mode_that_is_switched_by_the_class_of_a_module():
+    model = block(WRITTEN["module"][0])
+    type(model).train = freeze_by_class
+    expected, actual, report = converted(model)
+    assert {row.becomes for row in report.rows} == {None} and "asks for the class" in report.rows[0].why
+    x = X()
+    assert_same(step(actual.train(), x), step(expected.train(), x))
+
+
+# Bases whose instances have no __dict__ of their own; a registry that does not take a class twice.
+class Empty:
+    __slots__ = ()
+
+
+class Shape(Protocol):
+    def forward(self, x): ...
+
+
+REGISTRY = {}
+
+
+class Registered:
+    def __init_subclass__(cls):
+        super().__init_subclass__()
+        if cls.__name__ in REGISTRY:
+            raise KeyError(f"{cls.__name__} is registered already")
+        REGISTRY[cls.__name__] = cls
+
+
+def make_block(self):
+    nn.Module.__init__(self)
+    self.conv, self.bn, self.act = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()
+
+
+@pytest.mark.parametrize("base", [abc.ABC, Generic[TypeVar("T")], Shape, Empty], ids=str)
+def test_classes_whose_first_base_has_no_dict(base):
+    members = {"__init__": make_block, "forward": WRITTEN["module"][0], "__module__": __name__}
+    kind = types.new_class("OfTwoBases", (base, nn.Module), exec_body=lambda namespace: namespace.update(members))
+    model = kind().double()
+    expected, actual, report = converted(model)
+    assert report.rows[0].is_fused
+    x = X()
+    assert_same(step(copy.deepcopy(actual), x), step(expected, x))
+    assert type(gk.revert(actual)) is kind
+
+
+def test_reading_makes_no_class_that_a_registry_sees():
+    class Net(Registered, nn.Module):
+        __init__, forward = make_block, WRITTEN["module"][0]
+
+    class Plain(Registered, nn.Module):
+        __init__, forward = make_block, LEFT["mode and back"][0]
+
+    model = nn.Sequential(Net(), Plain())
+    report = gk.convert(model)
+    assert {"Net": Net, "Plain": Plain} == REGISTRY
+    assert "no class can be derived from its own: KeyError: 'Net is registered already'" in str(report)
+    assert [type(each) for each in model] == [Net, Plain] and type(model[0].bn) is gk.BatchNormAct2d
+
+
+def profiled(kind):
+    if kind == "cProfile":
+        return cProfile.Profile()
+    if kind == "torch.profiler":
+        return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_stack=True)
+    return contextlib.nullcontext()
+
+
+def seen_by_a_profiler():
+    return 1
+
+
+@pytest.mark.parametrize("of", [gk.convert, gk.fold])
+@pytest.mark.parametrize("profiler", ["cProfile", "torch.profiler"])
+def test_reading_under_a_profiler(profiler, of):
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()).eval()
+    with profiled(profiler) as profile:
+        made = of(copy.deepcopy(model))
+        seen_by_a_profiler()
+    assert str(made) == str(of(copy.deepcopy(model)))
+    names = [str(each.code) for each in profile.getstats()] if profiler == "cProfile" else [each.name for each in profile.events()]
+    assert any("seen_by_a_profiler" in each for each in names)
+
+
+def test_reading_leaves_trace_functions_the_collector_and_warnings_alone():
+    called = []
+    state = gc.isenabled(), gc.get_threshold(), list(gc.callbacks), list(warnings.filters)
+
+    def collected(phase, info):
+        called.append(gc.isenabled())
+
+    def traced(frame, event, argument):
+        called.append(True)
+
+    tracer = sys.gettrace()
+    gc.callbacks.append(collected)
+    sys.setprofile(traced)
+    try:
+        report = gk.convert(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
+        gc.collect()
+        assert sys.getprofile() is traced and sys.gettrace() is tracer
+    finally:
+        sys.setprofile(None)
+        gc.callbacks.remove(collected)
+    assert report.rows[0].is_fused and called and all(called)
+    assert state == (gc.isenabled(), gc.get_threshold(), gc.callbacks, warnings.filters)
+
+
+def test_reading_does_not_depend_on_the_callers_modes():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+    with torch.inference_mode(), torch.autocast("cpu"), torch.device("meta"):
+        assert gk.convert(model).rows[0].is_fused
 
 
 def test_reading_runs_nothing_that_it_refuses():
@@ -1129,6 +1485,8 @@ def test_fold_of_every_layer(layer, bn, shape):
 
 
 UNFOLDED = {
+    "mode": lambda self, x: self.bn.train()(self.conv(x)),
+    "mode of all": lambda self, x: self.train().bn(self.conv(x)),
     "read twice": lambda self, x: (lambda y: self.bn(y) + y)(self.conv(x)),
     "layer called twice": lambda self, x: self.bn(self.conv(self.conv(x))),
     "batch norm called twice": lambda self, x: self.bn(self.bn(self.conv(x))),
@@ -1187,6 +1545,7 @@ OTHER_USES = {
     "in a method after an assignment": method_after_assignment,
     "by a string": lambda self, x, y=None: self.cell(x) + getattr(self.cell, "b" + "n")(x),
     "its number": lambda self, x, y=None: self.cell(x) * self.cell.bn.eps,
+    "its mode": lambda self, x, y=None: self.cell.train()(x),
     "none": lambda self, x, y=None: self.cell(x),
 }
 
@@ -1201,6 +1560,23 @@ def test_fold_beside_a_forward_that_cannot_be_read(name):
     folded, x = gk.fold(model), X()
     assert isinstance(folded.cell.bn, nn.BatchNorm2d) == (name != "none")
     assert_same({"output": folded(x).detach()}, {"output": model.eval()(x).detach()}, bound=1e-12)
+
+
+class TwoValues(nn.BatchNorm2d):
+    def forward(self, x):
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps)
+        return y, x
+
+
+def test_a_batch_norm_that_returns_two_values():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), TwoValues(3)).double()
+    assert [row.why for row in gk.convert(model).rows] == ["TwoValues may compute something else"]
+    folded, x = gk.fold(model), X()
+    assert type(folded[1]) is TwoValues
+    for actual, expected in zip(folded(x), model.eval()(x), strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_a_folded_linear_layer_refuses_what_it_cannot_know():
