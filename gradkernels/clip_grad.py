@@ -224,7 +224,7 @@ def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | 
         elif is_sharded:
             for dtype in {shard.dtype for shard in shards}:
                 # Refused, where it is, before the first shard is written.
-                torch.zeros((), dtype=dtype).clamp_(-clip_value, clip_value)
+                torch.zeros((), dtype=dtype, device="cpu").clamp_(-clip_value, clip_value)
             for shard in shards:
                 shard.clamp_(-clip_value, clip_value)
             sharded.count_versions(grads)

@@ -59,7 +59,7 @@ def _quadrature(f: Callable[..., Tensor]) -> Callable[..., float]:
     """
 
     def second_moment(*params: float) -> float:
-        t = torch.linspace(-4, 2, 1025, dtype=torch.float64)
+        t = torch.linspace(-4, 2, 1025, dtype=torch.float64, device="cpu")
         half = (math.pi / 2 * t.sinh()).exp()
         weight = half * t.cosh() * (math.pi / 2) * (t[1] - t[0]) * (-half.square() / 2).exp() / math.sqrt(2 * math.pi)
         values = f(torch.stack([half, -half]), *params).square()

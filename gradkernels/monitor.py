@@ -164,8 +164,8 @@ class _Step:
     """Norms of one step, [3, P] for gradients, weights and updates of P parameters; one not given had no gradient, or was not stepped."""
 
     def __init__(self, parameters: int) -> None:
-        self.norms = torch.zeros(3, parameters, dtype=torch.float64)
-        self.given = torch.zeros(3, parameters, dtype=torch.bool)
+        self.norms = torch.zeros(3, parameters, dtype=torch.float64, device="cpu")
+        self.given = torch.zeros(3, parameters, dtype=torch.bool, device="cpu")
 
     def receive(self, kind: int, places: list[int], norms: Tensor) -> None:
         self.norms[kind, places] = norms
@@ -421,7 +421,7 @@ class GradientMonitor:
         place_of = {name: place for place, name in enumerate(layers)}
         norms = torch.stack([self._steps[number].norms for number in numbers])
         given = torch.stack([self._steps[number].given for number in numbers])
-        layer = torch.tensor([place_of[name] for name in self._layer_of_place]).expand_as(norms)
+        layer = torch.tensor([place_of[name] for name in self._layer_of_place], device="cpu").expand_as(norms)
         empty = norms.new_zeros(*norms.shape[:2], len(layers))
         # Divided by the largest of its layer first, since the square of 1e200 is infinite.
         largest = empty.scatter_reduce(2, layer, norms, "amax")
