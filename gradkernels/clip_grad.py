@@ -189,7 +189,8 @@ def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | 
 
         g = min(max(g, -clip_value), clip_value)
 
-    nan stays nan. What lies within the bounds is read and not written.
+    nan stays nan. What lies within the bounds is read and not written. Where no parameter has a gradient, which is an error in
+    torch, nothing happens.
 
     Args:
         parameters: as those of clip_grad_norm_.
@@ -214,6 +215,8 @@ def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | 
     tensors = _tensors(_entries(parameters))
     clip_value = float(clip_value)
     grads = _grads(tensors)
+    if not grads:
+        return
     with torch.no_grad():
         is_sharded = _is_sharded(grads, 2.0)
         shards = sharded.local_tensors(grads) if is_sharded else grads

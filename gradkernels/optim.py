@@ -54,6 +54,8 @@ class RMSprop(torch.optim.RMSprop):
 
     Attributes:
         last_norm: the total norm before clipping in the last step, as clip_grad_norm_ returns it; None without max_norm.
+        folded_coefficient: what the last step multiplied gradients with as it read them; 1 where they were short enough or are
+            scaled in memory.
 
     Raises:
         ValueError: one of torch's options is negative, in torch's words. max_norm is taken as clip_grad_norm_ takes it.
@@ -71,6 +73,8 @@ class RMSprop(torch.optim.RMSprop):
         >>> weight.detach(), optimizer.last_norm
         (tensor([0.5000, 1.5000]), tensor(5.))
     """
+
+    folded_coefficient = 1.0
 
     def __init__(
         self,
@@ -115,7 +119,7 @@ class RMSprop(torch.optim.RMSprop):
                     loss = closure()
             groups = [(group, *self._state_of(group)) for group in self.param_groups]
             served = [self._is_served(*each[:-1]) for each in groups]
-            coefficient = self._clip(all(served))
+            coefficient = self.folded_coefficient = self._clip(all(served))
             for (group, has_complex, params, grads, square_avgs, momentum_buffers, grad_avgs, steps), is_served in zip(
                 groups, served, strict=True
             ):

@@ -81,7 +81,9 @@ def test_norms_are_those_of_the_step(name):
             step(model, optimizer)
             weights = norms_of(model, lambda _, parameter: parameter)
             updates = norms_of(model, lambda key, parameter, before=before: parameter - before[key])
-            expected["gradient_norm"].append(norms_of(model, lambda _, parameter: parameter.grad))
+            # RMSprop clips gradients as it reads them, and leaves them as they were.
+            scale = getattr(optimizer, "folded_coefficient", 1.0)
+            expected["gradient_norm"].append(norms_of(model, lambda _, parameter, scale=scale: parameter.grad * scale))
             expected["weight_norm"].append(weights)
             expected["update_ratio"].append([update / weight for update, weight in zip(updates, weights, strict=True)])
     found = monitor.to_dict()
@@ -274,6 +276,58 @@ def test_gradients_before_clipping():
     assert first == pytest.approx(expected[0], rel=1e-7)
     assert third == pytest.approx(expected[1], rel=1e-7)
     assert math.hypot(*clipped) == pytest.approx(1e-3, rel=1e-2), "what was recorded once does not serve again"
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["behind step()", "by record_gradients()"])
+@pytest.mark.parametrize(
+    "clipping",
+    {
+        "attached": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        "attached, fused": lambda parameters: torch.optim.AdamW(parameters, fused=True),
+        "RMSprop's own": lambda parameters: gk.optim.RMSprop(parameters, max_norm=1e-3),
+        "RMSprop's own, in memory": lambda parameters: gk.optim.RMSprop(parameters, max_norm=1e-3, foreach=True),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_what_clips_inside_the_step_changes_nothing_of_what_is_shown(clipping, early):
+    name, make = clipping
+    model = network()
+    optimizer = make(model.parameters())
+    clips = gk.attach_clipping(optimizer, 1e-3) if name.startswith("attached") else optimizer
+    with gk.GradientMonitor(model) as monitor:
+        step(model, optimizer, monitor.record_gradients if early else None)
+    (gradients,) = monitor.to_dict()["gradient_norm"]
+    assert clips.last_norm > 0.1
+    assert math.hypot(*gradients) == pytest.approx(clips.last_norm.item() if early else 1e-3, rel=1e-5)
+
+
+@pytest.mark.parametrize("held_from_the_start", [False, True])
+def test_a_layer_that_is_unfrozen_later_is_recorded_from_then_on(held_from_the_start):
+    model = network()
+    model[0].requires_grad_(False)
+    model[3].requires_grad_(False)
+    frozen = (*model[0].parameters(), *model[3].parameters())
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
+    if held_from_the_start:
+        optimizer.add_param_group({"params": frozen})
+    with gk.GradientMonitor(model) as monitor:
+        step(model, optimizer)
+        model[0].requires_grad_(True)
+        if not held_from_the_start:
+            optimizer.add_param_group({"params": frozen})
+        step(model, optimizer, monitor.record_gradients)
+        step(model, optimizer)
+        expected = norms_of(model, lambda _, parameter: parameter.grad if parameter.grad is not None else torch.zeros(1))
+        model[0].requires_grad_(False)
+        model.zero_grad()
+        step(model, optimizer)
+    found = monitor.to_dict()
+    assert found["layers"] == ["0", "1", "5"], "what stayed frozen has no figures"
+    for name in ("gradient_norm", "weight_norm", "update_ratio"):
+        assert [row[0] is None for row in found[name]] == [True, False, False, True]
+        assert all(None not in row[1:] for row in found[name])
+    assert found["gradient_norm"][2] == pytest.approx([expected[0], expected[1], expected[3]], rel=1e-6)
+    assert monitor.table(0).splitlines()[2].split()[:4] == ["0", "-", "-", "-"]
 
 
 def test_optimizers_that_take_turns_make_one_step():
