@@ -54,7 +54,8 @@ def clip_grad_norm_(
 
     Raises:
         RuntimeError: the total norm is not finite and error_if_nonfinite is set; it names the first parameter at fault, by
-            its place among the parameters where names are not known.
+            its place among the parameters where names are not known. Or parameters are those of a FullyShardedDataParallel
+            model (FSDP1), of which each rank holds a piece: call model.clip_grad_norm_(max_norm).
         TypeError: what is among parameters is no tensor and no pair of a name and a tensor, or max_norm is no number.
 
     Source: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", 2013.
@@ -71,6 +72,7 @@ def clip_grad_norm_(
     entries = _entries(parameters)
     if not entries and isinstance(parameters, types.GeneratorType):
         warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2)
+    sharded.refuse_pieces(_named(entry)[1] for entry in entries)
     norm_type = float(norm_type)
     max_norm = float(max_norm)
 
@@ -109,7 +111,9 @@ def get_total_norm(
         total_norm = (sum of |x|^p over every element of every tensor)^(1/p)
 
     Args:
-        tensors: a tensor or an iterable of tensors, which are gradients themselves and not parameters.
+        tensors: a tensor or an iterable of tensors, which are gradients themselves and not parameters. Of a
+            FullyShardedDataParallel model (FSDP1) they are this rank's pieces, which nothing marks, and so is the norm:
+            model.clip_grad_norm_(max_norm) returns that of all.
         norm_type: p; 1, 2 and inf have kernels.
         error_if_nonfinite: raise where the total norm is nan or inf.
         foreach: which of its implementations torch is to use where the kernels do not serve.
@@ -325,6 +329,8 @@ def grad_report(parameters: Parameters, norm_type: float = 2.0) -> GradReport:
 
     Raises:
         NotImplementedError: a gradient is sparse.
+        RuntimeError: parameters are pieces of a FullyShardedDataParallel model (FSDP1); with use_orig_params=True they are
+            whole in `with FullyShardedDataParallel.summon_full_params(model, with_grads=True)`.
         TypeError: what is among parameters is no tensor and no pair of a name and a tensor.
 
     Example:
@@ -340,6 +346,7 @@ def grad_report(parameters: Parameters, norm_type: float = 2.0) -> GradReport:
     entries = _entries(parameters)
     names = [_named(entry)[0] or str(i) for i, entry in enumerate(entries)]
     tensors = _tensors(entries)
+    sharded.refuse_pieces(tensors)
     grads = _grads(tensors)
     with torch.no_grad():
         norms = tensor_norms(grads, float(norm_type))
