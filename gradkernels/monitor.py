@@ -217,7 +217,8 @@ class GradientMonitor:
     step.
 
     Works under DistributedDataParallel (activations are those of this process) and torch.compile, which leaves activations out, and
-    layers in the order in which they are registered.
+    layers in the order in which they are registered. Of a FullyShardedDataParallel model (FSDP1) norms are those of this rank's
+    pieces; torch.distributed.fsdp.fully_shard has whole ones.
 
     Args:
         model: with parameters that require a gradient.
@@ -263,6 +264,8 @@ class GradientMonitor:
 
         self._step = -1
         self._stepped: set[int] = set()
+        # The optimizer whose step is running.
+        self._running: weakref.ref[Optimizer] | None = None
         # What record_gradients read, with the last step before it.
         self._gradients: tuple[int, list[int], Tensor] | None = None
         self._unread = _Unread()
@@ -311,6 +314,7 @@ class GradientMonitor:
         self._handles.clear()
         self._uncalled.clear()
         self._snapshots.clear()
+        self._running = None
 
     def __enter__(self) -> GradientMonitor:
         if not self._handles:
@@ -356,6 +360,11 @@ class GradientMonitor:
         places = self._places(optimizer)
         if not places or torch.compiler.is_compiling():
             return
+        running = None if self._running is None else self._running()
+        if running is not None and running is not optimizer and {*self._places(running)}.issuperset(places):
+            # One that steps inside of another's step, as in ZeroRedundancyOptimizer, takes part of that step.
+            return
+        self._running = weakref.ref(optimizer)
         if self._step < 0 or not self._stepped.isdisjoint(places):
             self._begin_step()
         self._stepped.update(places)
@@ -376,6 +385,9 @@ class GradientMonitor:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        if self._running is None or self._running() is not optimizer:
+            return
+        self._running = None
         places = [place for place in self._places(optimizer) if place in self._snapshots]
         if places and self._step >= 0 and self._step % self.every == 0 and not torch.compiler.is_compiling():
             # What the step scaled gradients by as it read them, which they do not show.

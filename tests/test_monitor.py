@@ -348,6 +348,37 @@ def test_optimizers_that_take_turns_make_one_step():
     assert "without a gradient: 1" in monitor.table()
 
 
+def test_an_optimizer_that_steps_another_makes_one_step():
+    class Outer(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {})
+            first, *rest = self.param_groups[0]["params"]
+            self.parts = [torch.optim.SGD([first], lr=0.1), torch.optim.Adam(rest)]
+            self.fails = False
+
+        def step(self, closure=None):
+            for part in self.parts:
+                part.step()
+                if self.fails:
+                    raise RuntimeError("half way")
+
+    model = network()
+    optimizer = Outer(model.parameters())
+    with gk.GradientMonitor(model) as monitor:
+        step(model, optimizer)
+        optimizer.fails = True
+        with pytest.raises(RuntimeError, match="half way"):
+            step(model, optimizer)
+        optimizer.fails = False
+        before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+        step(model, optimizer)
+    found = monitor.to_dict()
+    assert found["steps"] == [0, 2], "the second one was not completed"
+    updates = norms_of(model, lambda key, parameter: parameter - before[key])
+    weights = norms_of(model, lambda _, parameter: parameter)
+    assert found["update_ratio"][1] == pytest.approx([update / weight for update, weight in zip(updates, weights, strict=True)], rel=1e-6)
+
+
 # It changes nothing
 
 
