@@ -703,13 +703,13 @@ def test_an_optimizer_inside_of_another_gets_the_clipping(wrap, fused):
 
 @pytest.mark.parametrize("attached_first", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_wrapper_with_a_grad_scaler(fused, attached_first):
+def test_a_wrapper_with_a_grad_scaler(fused, attached_first, device):
     params = parameters([(5,), (3, 2)])
     expected = copies(params)
     total = gk.clip_grad_norm_(expected, 0.1)
     torch.optim.SGD(expected, lr=1.0).step()
     inner = torch.optim.SGD(params, lr=1.0, fused=fused)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0)
     if attached_first:
         handle = gk.attach_clipping(inner, 0.1)
     wrapper = Accelerated(inner, scaler)
