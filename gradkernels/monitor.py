@@ -260,7 +260,6 @@ class GradientMonitor:
         self._place_of = {parameter: place for place, parameter in enumerate(self._parameters)}
         self._layer_of_place = [layer_name(name) for name, _ in named]
         self._snapshots: dict[int, Tensor] = {}
-        self._places_of: weakref.WeakKeyDictionary[Optimizer, tuple[list[int], list[int]]] = weakref.WeakKeyDictionary()
 
         self._step = -1
         self._stepped: set[int] = set()
@@ -341,13 +340,8 @@ class GradientMonitor:
 
     def _places(self, optimizer: Optimizer) -> list[int]:
         """Which of the model's parameters an optimizer holds that learn now."""
-        sizes = [len(group["params"]) for group in optimizer.param_groups]
-        known = self._places_of.get(optimizer)
-        if known is None or known[0] != sizes:
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            known = sizes, [self._place_of[parameter] for parameter in parameters if parameter in self._place_of]
-            self._places_of[optimizer] = known
-        return self._learning_of(known[1])
+        held = (self._place_of.get(parameter) for group in optimizer.param_groups for parameter in group["params"])
+        return self._learning_of(place for place in held if place is not None)
 
     def _learning_of(self, places: Iterable[int]) -> list[int]:
         """Those that learn now, of which there are figures from now on."""

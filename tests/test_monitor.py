@@ -330,6 +330,18 @@ def test_a_layer_that_is_unfrozen_later_is_recorded_from_then_on(held_from_the_s
     assert monitor.table(0).splitlines()[2].split()[:4] == ["0", "-", "-", "-"]
 
 
+def test_what_an_optimizer_holds_is_asked_at_every_step():
+    model = network()
+    optimizer = torch.optim.SGD([model[0].weight, model[3].weight], lr=0.1)
+    with gk.GradientMonitor(model) as monitor:
+        step(model, optimizer)
+        optimizer.param_groups[0]["params"] = [model[3].weight, model[5].weight]
+        step(model, optimizer)
+    first, second = monitor.to_dict()["gradient_norm"]
+    assert [value is None for value in first] == [False, True, False, True]
+    assert [value is None for value in second] == [True, True, False, False]
+
+
 def test_optimizers_that_take_turns_make_one_step():
     model = network()
     body, head = torch.optim.SGD(model[0].parameters(), lr=0.1), torch.optim.Adam(model[3:].parameters())
