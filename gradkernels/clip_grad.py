@@ -54,7 +54,8 @@ def clip_grad_norm_(
 
     Raises:
         RuntimeError: the total norm is not finite and error_if_nonfinite is set; it names the first parameter at fault, by
-            its place among the parameters where names are not known.
+            its place among the parameters where names are not known. Or parameters are those of a FullyShardedDataParallel
+            model (FSDP1), of which each rank holds a piece: call model.clip_grad_norm_(max_norm).
         TypeError: what is among parameters is no tensor and no pair of a name and a tensor, or max_norm is no number.
 
     Source: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", 2013.
@@ -71,6 +72,7 @@ def clip_grad_norm_(
     entries = _entries(parameters)
     if not entries and isinstance(parameters, types.GeneratorType):
         warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2)
+    sharded.refuse_pieces(_named(entry)[1] for entry in entries)
     norm_type = float(norm_type)
     max_norm = float(max_norm)
 
@@ -109,7 +111,9 @@ def get_total_norm(
         total_norm = (sum of |x|^p over every element of every tensor)^(1/p)
 
     Args:
-        tensors: a tensor or an iterable of tensors, which are gradients themselves and not parameters.
+        tensors: a tensor or an iterable of tensors, which are gradients themselves and not parameters. Of a
+            FullyShardedDataParallel model (FSDP1) they are this rank's pieces, which nothing marks, and so is the norm:
+            model.clip_grad_norm_(max_norm) returns that of all.
         norm_type: p; 1, 2 and inf have kernels.
         error_if_nonfinite: raise where the total norm is nan or inf.
         foreach: which of its implementations torch is to use where the kernels do not serve.
@@ -189,7 +193,8 @@ def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | 
 
         g = min(max(g, -clip_value), clip_value)
 
-    nan stays nan. What lies within the bounds is read and not written.
+    nan stays nan. What lies within the bounds is read and not written. Where no parameter has a gradient, which is an error in
+    torch, nothing happens.
 
     Args:
         parameters: as those of clip_grad_norm_.
@@ -214,6 +219,8 @@ def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | 
     tensors = _tensors(_entries(parameters))
     clip_value = float(clip_value)
     grads = _grads(tensors)
+    if not grads:
+        return
     with torch.no_grad():
         is_sharded = _is_sharded(grads, 2.0)
         shards = sharded.local_tensors(grads) if is_sharded else grads
@@ -224,7 +231,7 @@ def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | 
         elif is_sharded:
             for dtype in {shard.dtype for shard in shards}:
                 # Refused, where it is, before the first shard is written.
-                torch.zeros((), dtype=dtype).clamp_(-clip_value, clip_value)
+                torch.zeros((), dtype=dtype, device="cpu").clamp_(-clip_value, clip_value)
             for shard in shards:
                 shard.clamp_(-clip_value, clip_value)
             sharded.count_versions(grads)
@@ -322,6 +329,8 @@ def grad_report(parameters: Parameters, norm_type: float = 2.0) -> GradReport:
 
     Raises:
         NotImplementedError: a gradient is sparse.
+        RuntimeError: parameters are pieces of a FullyShardedDataParallel model (FSDP1); with use_orig_params=True they are
+            whole in `with FullyShardedDataParallel.summon_full_params(model, with_grads=True)`.
         TypeError: what is among parameters is no tensor and no pair of a name and a tensor.
 
     Example:
@@ -337,6 +346,7 @@ def grad_report(parameters: Parameters, norm_type: float = 2.0) -> GradReport:
     entries = _entries(parameters)
     names = [_named(entry)[0] or str(i) for i, entry in enumerate(entries)]
     tensors = _tensors(entries)
+    sharded.refuse_pieces(tensors)
     grads = _grads(tensors)
     with torch.no_grad():
         norms = tensor_norms(grads, float(norm_type))

@@ -376,8 +376,8 @@ class _Observation:
             self.outputs = {name: each.detach().clone() for name, each in tensors.items()}
             roots = [each for each in tensors.values() if each.requires_grad]
             # Random weights: gradients of a plain sum vanish below a batch norm.
-            generator = torch.Generator().manual_seed(0)
-            weights = [torch.randn(each.shape, generator=generator).to(each) for each in roots]
+            generator = torch.Generator("cpu").manual_seed(0)
+            weights = [torch.randn(each.shape, generator=generator, device="cpu").to(each) for each in roots]
             grads = torch.autograd.grad(roots, list(parameters.values()), weights, allow_unused=True) if roots and parameters else ()
             self.grads = {name: each for name, each in zip(parameters, grads, strict=False) if each is not None}
 

@@ -29,7 +29,8 @@ class Diagnosis:
     """What diagnose found; str() is for a person.
 
     Attributes:
-        layers: a Verdict for each module with parameters of its own, in the order in which they ran.
+        layers: a Verdict for each module with parameters of its own that require a gradient and have elements, in the order in
+            which they ran.
         cures: the Cures, the one to try first at the top.
         loss: of the batch.
         total_norm: of all gradients as one vector.

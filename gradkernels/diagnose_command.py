@@ -115,7 +115,7 @@ def _call(parser: argparse.ArgumentParser, name: str) -> Any:
 
 def _batch(parser: argparse.ArgumentParser, wanted: str, model: nn.Module) -> tuple[Any, Any]:
     if re.fullmatch(r"[0-9]+(,[0-9]+)*", wanted):
-        like = next(model.parameters(), torch.empty(0))
+        like = next(model.parameters(), torch.empty(0, device="cpu"))
         return torch.randn([int(size) for size in wanted.split(",")], dtype=like.dtype, device=like.device), None
     if Path(wanted).is_file():
         try:

@@ -59,7 +59,7 @@ def _quadrature(f: Callable[..., Tensor]) -> Callable[..., float]:
     """
 
     def second_moment(*params: float) -> float:
-        t = torch.linspace(-4, 2, 1025, dtype=torch.float64)
+        t = torch.linspace(-4, 2, 1025, dtype=torch.float64, device="cpu")
         half = (math.pi / 2 * t.sinh()).exp()
         weight = half * t.cosh() * (math.pi / 2) * (t[1] - t[0]) * (-half.square() / 2).exp() / math.sqrt(2 * math.pi)
         values = f(torch.stack([half, -half]), *params).square()
@@ -533,7 +533,7 @@ def apply_(model: nn.Module, scheme: str = "auto", generator: torch.Generator | 
     whose gain lies between those of all. The report says of each layer which it was.
 
     Biases become 0. Normalisations, embeddings, recurrent layers and attention stay as they are, and so does what is frozen,
-    parametrised or tied to one of them; of layers that share a weight, the first decides. Each output of a transposed
+    parametrised, without elements or tied to one of them; of layers that share a weight, the first decides. Each output of a transposed
     convolution sums fan_in / stride products, which is accounted for.
 
     Args:
@@ -548,7 +548,8 @@ def apply_(model: nn.Module, scheme: str = "auto", generator: torch.Generator | 
 
     Raises:
         TypeError: model is no torch.nn.Module, or holds a torch.jit.ScriptModule.
-        ValueError: unknown scheme, or a model without a layer that could be initialised.
+        ValueError: unknown scheme, a model without a layer that could be initialised, or an activation for which
+            calculate_gain raises; nothing is written.
 
     Source: Glorot, Bengio, "Understanding the difficulty of training deep feedforward neural networks", 2010; He, Zhang, Ren,
     Sun, "Delving Deep into Rectifiers", 2015; LeCun, Bottou, Orr, Müller, "Efficient BackProp", 1998.
@@ -567,8 +568,10 @@ def apply_(model: nn.Module, scheme: str = "auto", generator: torch.Generator | 
     following = _following(model)
     # Of each weight that is taken, whose it is.
     taken = {_memory(module.weight): "an embedding" for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)}
+    to_fill: list[tuple[nn.Linear | nn.modules.conv._ConvNd, str]] = []
     layers: list[Initialised] = []
     kept: list[tuple[str, str]] = []
+    # Chosen for all before the first is written: an activation that has no gain is an error.
     for name, module in _outermost(model):
         reason = _reason_to_keep(module, taken)
         if reason is not None:
@@ -579,10 +582,8 @@ def apply_(model: nn.Module, scheme: str = "auto", generator: torch.Generator | 
             gain = 1.0 if chosen.startswith("lecun") else calculate_gain(*activation)
             family, distribution = chosen.split("_")
             std = _std(family, gain, *_fans(module))
-            _fill_(module.weight, std, distribution, generator)
-            if module.bias is not None and module.bias.requires_grad:
-                nn.init.zeros_(module.bias)
-            elif module.bias is not None:
+            to_fill.append((module, distribution))
+            if module.bias is not None and not module.bias.requires_grad:
                 kept.append((f"{name}.bias".lstrip("."), "frozen"))
             taken[_memory(module.weight)] = name
             followed_by = "nothing" if activation.name == "linear" else str(activation)
@@ -590,6 +591,10 @@ def apply_(model: nn.Module, scheme: str = "auto", generator: torch.Generator | 
     if not layers:
         reasons = "".join(f"; {name}, {reason}" for name, reason in kept)
         raise ValueError(f"{type(model).__name__} has no linear or convolutional layer to initialise{reasons}")
+    for (module, distribution), layer in zip(to_fill, layers, strict=True):
+        _fill_(module.weight, layer.std, distribution, generator)
+        if module.bias is not None and module.bias.requires_grad:
+            nn.init.zeros_(module.bias)
     return InitReport(layers, kept)
 
 
@@ -623,6 +628,10 @@ def _reason_to_keep(module: nn.Module, taken: Mapping[int, str]) -> str | None:
         return f"{kind} whose weight is no parameter"
     if not module.weight.requires_grad:
         return f"{kind}, frozen"
+    if not module.weight.numel():
+        return f"{kind} without elements"
+    if module.weight.itemsize == 1:
+        return f"{kind} of {module.weight.dtype}, which torch draws no random numbers in"
     if _memory(module.weight) in taken:
         return f"{kind}, tied to {taken[_memory(module.weight)]}"
     return None

@@ -19,10 +19,12 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from gradkernels import clip_grad, pictures
+from gradkernels.optim import RMSprop
 
 # Results wait on their device for this many steps: 3 numbers to a parameter, 200 KB for a network of 100 layers.
 _STEPS_PER_READ = 128
@@ -69,6 +71,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def layer_name(parameter_name: str) -> str:
     """The module that a parameter belongs to; the model's own are those of "(model)"."""
     return parameter_name.rpartition(".")[0] or "(model)"
+
+
+def learns(parameter: nn.Parameter) -> bool:
+    """Whether a gradient says something of it: it requires one and has elements. One that has no shape yet is to get them."""
+    return parameter.requires_grad and (is_lazy(parameter) or parameter.numel() > 0)
+
+
+def is_lazy(parameter: nn.Parameter) -> bool:
+    """Whether it has no shape before the first batch."""
+    return isinstance(parameter, UninitializedParameter)
 
 
 def by_first_call(names: Iterable[str], called: Mapping[str, int]) -> list[str]:
@@ -164,8 +176,8 @@ class _Step:
     """Norms of one step, [3, P] for gradients, weights and updates of P parameters; one not given had no gradient, or was not stepped."""
 
     def __init__(self, parameters: int) -> None:
-        self.norms = torch.zeros(3, parameters, dtype=torch.float64)
-        self.given = torch.zeros(3, parameters, dtype=torch.bool)
+        self.norms = torch.zeros(3, parameters, dtype=torch.float64, device="cpu")
+        self.given = torch.zeros(3, parameters, dtype=torch.bool, device="cpu")
 
     def receive(self, kind: int, places: list[int], norms: Tensor) -> None:
         self.norms[kind, places] = norms
@@ -196,14 +208,17 @@ class GradientMonitor:
 
     and of each module's output mean, standard deviation, the share of negative elements and the share of units that are above
     zero nowhere in the batch (behind a relu these are dead). A step is a call of step() of any optimizer that holds parameters of
-    the model; several optimizers that take turns make one step together. Gradients that are clipped before step() are recorded
-    clipped, unless record_gradients() is called before that.
+    the model; several optimizers that take turns make one step together. Gradients that are clipped before step(), or in it by
+    attach_clipping or RMSprop(max_norm=), are recorded clipped, unless record_gradients() is called before that.
 
-    Layers are in the order in which their first forward pass entered them. A sparse gradient counts as the dense one would. Entered
-    once more, a monitor goes on with the next step.
+    Layers are in the order in which their first forward pass entered them. A frozen layer is recorded from the first step on in which
+    it requires a gradient, however late that is; a layer that is added to the model, or replaced, needs a new monitor. Parameters
+    without elements do not count. A sparse gradient counts as the dense one would. Entered once more, a monitor goes on with the next
+    step.
 
     Works under DistributedDataParallel (activations are those of this process) and torch.compile, which leaves activations out, and
-    layers in the order in which they are registered.
+    layers in the order in which they are registered. Of a FullyShardedDataParallel model (FSDP1) norms are those of this rank's
+    pieces; torch.distributed.fsdp.fully_shard has whole ones.
 
     Args:
         model: with parameters that require a gradient.
@@ -234,19 +249,22 @@ class GradientMonitor:
         if not all(isinstance(count, Integral) and count >= 1 for count in (every, 1 if activations_every is None else activations_every)):
             raise ValueError(f"every and activations_every count steps from 1 on, not {every!r} and {activations_every!r}")
         self.model = unwrapped(model)
-        named = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        if not named:
+        named = [*self.model.named_parameters()]
+        # Of all parameters, which grows as layers are unfrozen: those that there are figures for.
+        self._learning = {place for place, (_, parameter) in enumerate(named) if learns(parameter)}
+        if not self._learning:
             raise ValueError(f"{type(self.model).__name__} has no parameters that require a gradient: there is nothing to monitor")
         self.every = every
         self.activations_every = activations_every
         self._parameters = [parameter for _, parameter in named]
         self._place_of = {parameter: place for place, parameter in enumerate(self._parameters)}
         self._layer_of_place = [layer_name(name) for name, _ in named]
-        self._snapshots: list[Tensor] | None = None
-        self._places_of: weakref.WeakKeyDictionary[Optimizer, tuple[list[int], list[int]]] = weakref.WeakKeyDictionary()
+        self._snapshots: dict[int, Tensor] = {}
 
         self._step = -1
         self._stepped: set[int] = set()
+        # The optimizer whose step is running.
+        self._running: weakref.ref[Optimizer] | None = None
         # What record_gradients read, with the last step before it.
         self._gradients: tuple[int, list[int], Tensor] | None = None
         self._unread = _Unread()
@@ -294,7 +312,8 @@ class GradientMonitor:
             handle.remove()
         self._handles.clear()
         self._uncalled.clear()
-        self._snapshots = None
+        self._snapshots.clear()
+        self._running = None
 
     def __enter__(self) -> GradientMonitor:
         if not self._handles:
@@ -309,33 +328,42 @@ class GradientMonitor:
     def record_gradients(self) -> None:
         """Read the gradients now, between backward() and clipping, instead of behind the next step."""
         if (self._step + 1) % self.every == 0:
-            self._gradients_time.time(self._parameters[0].device, self._read_gradients)
+            self._gradients_time.time(self._device_of(self._learning), self._read_gradients)
+
+    def _device_of(self, places: Iterable[int]) -> torch.device:
+        return self._parameters[next(iter(places))].device
 
     @torch.no_grad()
     def _read_gradients(self) -> None:
-        places, grads = self._given(range(len(self._parameters)))
+        places, grads = self._given(self._learning_of(range(len(self._parameters))))
         self._gradients = self._step, places, clip_grad.tensor_norms(grads)[0]
 
     def _places(self, optimizer: Optimizer) -> list[int]:
-        """Which of the model's parameters an optimizer holds."""
-        sizes = [len(group["params"]) for group in optimizer.param_groups]
-        known = self._places_of.get(optimizer)
-        if known is None or known[0] != sizes:
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            known = sizes, [self._place_of[parameter] for parameter in parameters if parameter in self._place_of]
-            self._places_of[optimizer] = known
-        return known[1]
+        """Which of the model's parameters an optimizer holds that learn now."""
+        held = (self._place_of.get(parameter) for group in optimizer.param_groups for parameter in group["params"])
+        return self._learning_of(place for place in held if place is not None)
+
+    def _learning_of(self, places: Iterable[int]) -> list[int]:
+        """Those that learn now, of which there are figures from now on."""
+        learning = [place for place in places if learns(self._parameters[place]) and not is_lazy(self._parameters[place])]
+        self._learning.update(learning)
+        return learning
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         places = self._places(optimizer)
         if not places or torch.compiler.is_compiling():
             return
+        running = None if self._running is None else self._running()
+        if running is not None and running is not optimizer and {*self._places(running)}.issuperset(places):
+            # One that steps inside of another's step, as in ZeroRedundancyOptimizer, takes part of that step.
+            return
+        self._running = weakref.ref(optimizer)
         if self._step < 0 or not self._stepped.isdisjoint(places):
             self._begin_step()
         self._stepped.update(places)
         if self._step % self.every == 0:
-            self._gradients_time.time(self._parameters[0].device, lambda: self._take_snapshots(places))
+            self._gradients_time.time(self._device_of(places), lambda: self._take_snapshots(places))
 
     def _begin_step(self) -> None:
         self._step += 1
@@ -346,19 +374,21 @@ class GradientMonitor:
             self._unread.fetch()
 
     def _take_snapshots(self, places: list[int]) -> None:
-        if self._snapshots is None:
-            self._snapshots = [torch.empty_like(parameter) for parameter in self._parameters]
+        self._snapshots |= {place: torch.empty_like(self._parameters[place]) for place in places if place not in self._snapshots}
         torch._foreach_copy_([self._snapshots[place] for place in places], [self._parameters[place] for place in places])
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        places = self._places(optimizer)
-        if places and self._step >= 0 and self._step % self.every == 0 and not torch.compiler.is_compiling():
-            self._gradients_time.time(self._parameters[0].device, lambda: self._record_step(places))
-
-    def _record_step(self, places: list[int]) -> None:
-        if self._snapshots is None:
+        if self._running is None or self._running() is not optimizer:
             return
+        self._running = None
+        places = [place for place in self._places(optimizer) if place in self._snapshots]
+        if places and self._step >= 0 and self._step % self.every == 0 and not torch.compiler.is_compiling():
+            # What the step scaled gradients by as it read them, which they do not show.
+            scale = optimizer.folded_coefficient if isinstance(optimizer, RMSprop) else 1.0
+            self._gradients_time.time(self._device_of(places), lambda: self._record_step(places, scale))
+
+    def _record_step(self, places: list[int], scale: float) -> None:
         step = self._steps.setdefault(self._step, _Step(len(self._parameters)))
         weights = [self._parameters[place].detach() for place in places]
         updates = [self._snapshots[place] for place in places]
@@ -374,7 +404,7 @@ class GradientMonitor:
             count = len(places)
             step.receive(_WEIGHT, places, norms[:count])
             step.receive(_UPDATE, places, norms[count : 2 * count])
-            step.receive(_GRADIENT, graded, norms[2 * count :])
+            step.receive(_GRADIENT, graded, norms[2 * count :] * scale)
 
         self._unread.add(clip_grad.tensor_norms(weights + updates + grads)[0], receive)
 
@@ -417,11 +447,13 @@ class GradientMonitor:
 
     def _figures(self, numbers: Sequence[int]) -> tuple[list[str], list[list[list[float | None]]]]:
         """The L layers, and of each of S steps gradient norm, weight norm and relative update of each layer, [S][3][L]."""
-        layers = by_first_call(dict.fromkeys(self._layer_of_place), self._called)
+        learning = sorted(self._learning)
+        names = [self._layer_of_place[place] for place in learning]
+        layers = by_first_call(dict.fromkeys(names), self._called)
         place_of = {name: place for place, name in enumerate(layers)}
-        norms = torch.stack([self._steps[number].norms for number in numbers])
-        given = torch.stack([self._steps[number].given for number in numbers])
-        layer = torch.tensor([place_of[name] for name in self._layer_of_place]).expand_as(norms)
+        norms = torch.stack([self._steps[number].norms[:, learning] for number in numbers])
+        given = torch.stack([self._steps[number].given[:, learning] for number in numbers])
+        layer = torch.tensor([place_of[name] for name in names], device="cpu").expand_as(norms)
         empty = norms.new_zeros(*norms.shape[:2], len(layers))
         # Divided by the largest of its layer first, since the square of 1e200 is infinite.
         largest = empty.scatter_reduce(2, layer, norms, "amax")

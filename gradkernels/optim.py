@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.rmsprop import rmsprop
 
+from gradkernels import sharded
 from gradkernels.clip_grad import applies, clip_grad_norm_, device_and_dtype, local_norms, native_library, scale_
 
 _Closure: TypeAlias = Callable[[], Any]
@@ -54,10 +55,13 @@ class RMSprop(torch.optim.RMSprop):
 
     Attributes:
         last_norm: the total norm before clipping in the last step, as clip_grad_norm_ returns it; None without max_norm.
+        folded_coefficient: what the last step multiplied gradients with as it read them; 1 where they were short enough or are
+            scaled in memory.
 
     Raises:
         ValueError: one of torch's options is negative, in torch's words. max_norm is taken as clip_grad_norm_ takes it.
-        RuntimeError: a gradient is sparse.
+        RuntimeError: a gradient is sparse; or, with max_norm, parameters are pieces of a FullyShardedDataParallel model
+            (FSDP1): call model.clip_grad_norm_(max_norm).
 
     Source: Hinton, "Neural Networks for Machine Learning", lecture 6e, 2012; centered: Graves, "Generating Sequences With
     Recurrent Neural Networks", 2013.
@@ -71,6 +75,8 @@ class RMSprop(torch.optim.RMSprop):
         >>> weight.detach(), optimizer.last_norm
         (tensor([0.5000, 1.5000]), tensor(5.))
     """
+
+    folded_coefficient = 1.0
 
     def __init__(
         self,
@@ -115,7 +121,7 @@ class RMSprop(torch.optim.RMSprop):
                     loss = closure()
             groups = [(group, *self._state_of(group)) for group in self.param_groups]
             served = [self._is_served(*each[:-1]) for each in groups]
-            coefficient = self._clip(all(served))
+            coefficient = self.folded_coefficient = self._clip(all(served))
             for (group, has_complex, params, grads, square_avgs, momentum_buffers, grad_avgs, steps), is_served in zip(
                 groups, served, strict=True
             ):
@@ -182,6 +188,7 @@ class RMSprop(torch.optim.RMSprop):
         if self.max_norm is None:
             return 1.0
         params = [param for group in self.param_groups for param in group["params"]]
+        sharded.refuse_pieces(params)
         grads = [param.grad for param in params if param.grad is not None]
         # The step takes a number of the host: not to wait for a GPU, gradients there are scaled in place.
         if not folds or not grads or not grads[0].is_cpu:
@@ -269,6 +276,7 @@ class ClippingHandle:
     @torch.no_grad()
     def _clip(self, optimizer: torch.optim.Optimizer) -> None:
         params = [param for group in optimizer.param_groups for param in group["params"]]
+        sharded.refuse_pieces(params)
         grads = [param.grad for param in params if param.grad is not None]
         if not _reads_grad_scale(optimizer, grads):
             self.last_norm = clip_grad_norm_(params, self.max_norm, self.norm_type)
@@ -310,6 +318,30 @@ def _reads_grad_scale(optimizer: torch.optim.Optimizer, grads: list[Tensor]) -> 
     )
 
 
+def _stepping(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer whose step() takes hooks: the one given, or the one inside of wrappers that never called Optimizer.__init__."""
+    name = type(optimizer).__name__
+    inner = _held(optimizer)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        held = "".join(f"; the {type(each).__name__} in it is one, for gradients that are whole on this rank" for each in inner[:1])
+        raise TypeError(f"{name} is not an Optimizer{held}")
+    if getattr(type(optimizer).step, "hooked", False):
+        return optimizer
+    if len(inner) != 1:
+        holds = "no optimizer of torch" if not inner else f"{len(inner)} optimizers"
+        raise TypeError(
+            f"{name} cannot clip: it never called Optimizer.__init__, so that its step() takes no hooks, and it holds {holds}. "
+            "attach_clipping takes the optimizer that computes the step; DeepSpeed clips by its own gradient_clipping"
+        )
+    return _stepping(inner[0])
+
+
+def _held(wrapper: object) -> list[torch.optim.Optimizer]:
+    """The optimizers among the attributes of an object, each once."""
+    held = {id(each): each for each in getattr(wrapper, "__dict__", {}).values() if isinstance(each, torch.optim.Optimizer)}
+    return [each for each in held.values() if each is not wrapper]
+
+
 def attach_clipping(optimizer: torch.optim.Optimizer, max_norm: float, norm_type: float = 2.0) -> ClippingHandle:
     """Make every optimizer.step() clip the gradients of all its parameters, as clip_grad_norm_ before it would.
 
@@ -322,7 +354,8 @@ def attach_clipping(optimizer: torch.optim.Optimizer, max_norm: float, norm_type
     has none of its hooks.
 
     Args:
-        optimizer: any but LBFGS; a closure is clipped after it has run.
+        optimizer: any but LBFGS; a closure is clipped after it has run. Of one that wraps another (accelerate's, Lightning's,
+            torch.distributed.optim.PostLocalSGDOptimizer) the inner one gets the clipping.
         max_norm: the largest total norm allowed, in units of the gradients.
         norm_type: p; 1, 2 and inf have kernels.
 
@@ -330,8 +363,10 @@ def attach_clipping(optimizer: torch.optim.Optimizer, max_norm: float, norm_type
         A handle with `.remove()` and `.last_norm`.
 
     Raises:
-        ValueError: the optimizer is LBFGS.
-        TypeError: what is given is no optimizer.
+        ValueError: the optimizer is LBFGS, or a ZeroRedundancyOptimizer with overlap_with_ddp=True.
+        TypeError: what is given is no optimizer, or its step() takes no hooks and it holds no single optimizer of torch.
+        RuntimeError: its parameters are pieces of a FullyShardedDataParallel model (FSDP1): call
+            model.clip_grad_norm_(max_norm).
 
     Example:
         >>> import torch, gradkernels as gk
@@ -344,11 +379,16 @@ def attach_clipping(optimizer: torch.optim.Optimizer, max_norm: float, norm_type
         (tensor([-0.6000, -0.8000]), tensor(5.))
         >>> handle.remove()
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
+    optimizer = _stepping(optimizer)
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(
             "attach_clipping does not take LBFGS: it evaluates the closure several times in a step and models the curvature from "
             "differences of gradients, which clipping would falsify"
         )
+    if getattr(optimizer, "_overlap_with_ddp", False):
+        raise ValueError(
+            f"attach_clipping does not take {type(optimizer).__name__} with overlap_with_ddp=True: its step() does nothing, since "
+            "parameters are updated within backward, before the norm of all gradients is known"
+        )
+    sharded.refuse_pieces(param for group in optimizer.param_groups for param in group["params"])
     return ClippingHandle(optimizer, max_norm, norm_type)

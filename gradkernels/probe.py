@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradkernels import clip_grad
 from gradkernels.backward_graph import BackwardGraph
-from gradkernels.monitor import by_first_call, dense, layer_name, unit_dim, unwrapped
+from gradkernels.monitor import by_first_call, dense, is_lazy, layer_name, learns, unit_dim, unwrapped
 from gradkernels.untouched import untouched
 
 # An activation is saturated where its slope is below this share of its steepest one.
@@ -204,7 +204,7 @@ class _Watch(TorchDispatchMode):
         if lost:
             empty = any(isinstance(value, Tensor) and not value.numel() for value in tree_leaves((args, kwargs)))
             self._follow(name, " of an empty tensor" * empty, given or self._given((args, kwargs)), lost)
-        if self.phase != "backward" and self.layer is not None and not self.gated and name in _ACTS:
+        if self.phase != "backward" and self.layer is not None and not self.gated and name in _ACTS and args[0].numel():
             y = args[0] if _is_written(func._schema.arguments[0]) else result
             _see(self.layer, _ACTS[name], args, y, self.dim)
             self.layer.act_module = self.module
@@ -313,10 +313,10 @@ def probe(model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[[Any, A
     A model in training mode keeps the flags of its modules (some may be frozen); one in evaluation is switched whole.
     """
     model = unwrapped(model)
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parameters = {name: parameter for name, parameter in model.named_parameters() if learns(parameter)}
     if not parameters:
         raise ValueError(f"{type(model).__name__} has no parameters that require a gradient: there is nothing to diagnose")
-    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in parameters.values()):
+    if any(map(is_lazy, parameters.values())):
         raise ValueError(f"{type(model).__name__} has parameters without a shape: run it on a batch first")
     if any(parameter.is_meta for parameter in parameters.values()):
         raise ValueError(f"{type(model).__name__} has parameters without values, on the meta device: move it to another with to_empty()")

@@ -238,8 +238,8 @@ def scale_grads_(grads: list[Tensor], max_norm: float, total_norm: Tensor) -> No
 def grad_norms(grads: list[Tensor], norm_type: float = 2.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of each gradient norm, largest magnitude and number of elements that are not finite, and the norm of all."""
     if not grads:
-        nothing = torch.zeros(0, dtype=torch.float64)
-        return nothing, nothing.clone(), torch.zeros(0, dtype=torch.int64), torch.zeros((), dtype=torch.float64)
+        nothing = torch.zeros(0, dtype=torch.float64, device="cpu")
+        return nothing, nothing.clone(), nothing.to(torch.int64), nothing.sum()
     device = grads[0].device
     dtype = torch.float32 if device.type == "mps" else torch.float64
     norms, max_abs, nonfinite = [], [], []

@@ -44,8 +44,8 @@ Compute = Callable[[ModuleType, Tensors], Tensors]
 def draw(shape: tuple[int, ...]) -> Tensors:
     """Operands of every check, in float64; x stays away from the kinks of the activations, where no finite difference is right."""
     torch.manual_seed(0)
-    x, grad_y, residual = torch.randn(3, *shape, dtype=torch.float64)
-    weight, bias, mean, var = torch.rand(4, shape[1], dtype=torch.float64) + 0.5
+    x, grad_y, residual = torch.randn(3, *shape, dtype=torch.float64, device="cpu")
+    weight, bias, mean, var = torch.rand(4, shape[1], dtype=torch.float64, device="cpu") + 0.5
     x = torch.where(x.abs() < 0.05, 0.5, x)
     return {"x": x, "grad_y": grad_y, "residual": residual, "weight": weight, "bias": bias, "running_mean": mean, "running_var": var}
 

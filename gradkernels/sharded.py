@@ -1,4 +1,4 @@
-"""Gradients that are DTensors: what this rank holds of them, and their norms over all ranks.
+"""Gradients that are DTensors: what this rank holds of them, and their norms over all ranks. Those of FSDP1, which are not, are refused.
 
 No gradient is ever gathered. What ranks hold is summed in float64, in one all-reduce for each mesh, over each of its dimensions along which
 a gradient is sharded; along the others every rank holds the same.
@@ -6,7 +6,7 @@ a gradient is sharded; along the others every rank holds the same.
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import torch
@@ -20,6 +20,29 @@ def _is_dtensor(x: object) -> bool:
     # There is none before somebody has imported the module, which takes a second.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
+
+
+def refuse_pieces(parameters: Iterable[Tensor]) -> None:
+    """Raises for parameters of torch's FullyShardedDataParallel (FSDP1) of which each rank holds a piece, as plain tensors.
+
+    FSDP1 marks what it flattens. Pieces are one-dimensional; parameters that it keeps whole, or has put together for now, have their
+    shapes, but for a flat parameter that is not sharded at all, which cannot be told from a piece.
+    """
+    # There is none before somebody has imported the module.
+    if torch.compiler.is_compiling() or "torch.distributed.fsdp" not in sys.modules:
+        return
+    flattened = [each for each in parameters if getattr(each, "_fsdp_flattened", False)]
+    if not flattened or any(each.dim() > 1 for each in flattened):
+        return
+    from torch import distributed
+
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise RuntimeError(
+            "these are parameters of a FullyShardedDataParallel model, of which each rank holds a piece, and their norm would be that of "
+            "this rank's alone: call model.clip_grad_norm_(max_norm) before the step, on every rank. Models sharded by "
+            "torch.distributed.fsdp.fully_shard are clipped here. For a report, with use_orig_params=True: "
+            "with FullyShardedDataParallel.summon_full_params(model, with_grads=True): grad_report(model)"
+        )
 
 
 def serves(grads: list[Tensor]) -> bool:

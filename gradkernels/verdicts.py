@@ -96,7 +96,7 @@ def _not_finite(layer: Layer) -> dict[str, str]:
 
 def is_shut(layer: Layer) -> bool:
     """Whether all its factors are next to nothing; its first step writes them anew, so that their size says nothing."""
-    factors = [parameter for name, parameter in layer.module.named_parameters(recurse=False) if name != "bias"]
+    factors = [parameter for name, parameter in layer.module.named_parameters(recurse=False) if name != "bias" and parameter.numel()]
     return bool(factors and layer.gradient) and all(bool((factor.detach().abs() <= SHUT).all()) for factor in factors)
 
 

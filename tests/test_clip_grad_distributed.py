@@ -5,6 +5,7 @@ a rank that dies, or does not come, leaves to the others has processes of its ow
 """
 
 import datetime
+import itertools
 import math
 import os
 import time
@@ -311,6 +312,104 @@ def scenario_fsdp_ddp_and_tensor_parallel():
     assert_close(whole(handles[0].last_norm), expected[0][-1], rtol=1e-4, atol=1e-5)
 
 
+def a_flattened_model(**options):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(a_model(), device_id=torch.device("cpu"), **options)
+
+
+def scenario_fsdp1_is_refused():
+    """Each rank holds a piece as a plain tensor: its norm is not that of the gradient."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    def backward(model):
+        model(torch.arange(40.0).view(8, 5) / 10).square().sum().backward()
+        return model
+
+    plain_model = backward(a_model())
+    expected = gk.clip_grad_norm_(plain_model, 0.5)
+    strategies = (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP)
+    for use_orig_params, strategy in itertools.product((False, True), strategies):
+        model = backward(a_flattened_model(use_orig_params=use_orig_params, sharding_strategy=strategy))
+        params = [*model.parameters()]
+        before = [None if param.grad is None else param.grad.clone() for param in params]
+        for refused in (
+            lambda model=model: gk.clip_grad_norm_(model, 0.5),
+            lambda model=model: gk.clip_grad_norm_(model.module, 0.5),
+            lambda params=params: gk.clip_grad_norm_(params, 0.5, 3.0),
+            lambda model=model: gk.clip_grad_norm_(model.named_parameters(), 0.5),
+            lambda model=model: gk.grad_report(model),
+            lambda params=params: gk.attach_clipping(torch.optim.SGD(params, lr=0.1, fused=True), 0.5),
+            gk.optim.RMSprop(params, lr=0.1, max_norm=0.5).step,
+        ):
+            with pytest.raises(
+                RuntimeError, match=r"FullyShardedDataParallel model.*call model\.clip_grad_norm_\(max_norm\) before the step"
+            ):
+                refused()
+        # A group that is added later is found in the step.
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1, fused=True)
+        gk.attach_clipping(optimizer, 0.5)
+        optimizer.add_param_group({"params": params})
+        with pytest.raises(RuntimeError, match=r"call model\.clip_grad_norm_"):
+            optimizer.step()
+        assert_close([param.grad for param in params], before, rtol=0, atol=0)
+        gk.optim.RMSprop(params, lr=0.0).step()
+        if use_orig_params:
+            # Put together for now, as the error says.
+            with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+                assert_close(gk.grad_report(model).total_norm, expected.double())
+        # What it names is right, and by a norm that is right pieces are scaled as they have to be.
+        total = model.clip_grad_norm_(1e9)
+        assert_close(total, expected)
+        gk.clip_grads_with_norm_(model, 0.5, total)
+        assert_close(model.clip_grad_norm_(1e9), torch.tensor(0.5))
+    whole_model = backward(a_flattened_model(use_orig_params=True, sharding_strategy=ShardingStrategy.NO_SHARD))
+    assert_close(gk.clip_grad_norm_(whole_model, 0.5), expected)
+    assert_close([param.grad for param in whole_model.parameters()], [param.grad for param in plain_model.parameters()])
+
+
+def scenario_optimizers_that_wrap_others():
+    from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+    from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
+
+    def zero(params):
+        return ZeroRedundancyOptimizer(params, optimizer_class=torch.optim.SGD, lr=0.1, fused=True)
+
+    def local(params):
+        return PostLocalSGDOptimizer(torch.optim.SGD(params, lr=0.1, fused=True), PeriodicModelAverager(period=1))
+
+    def stepped(make, clip):
+        params = [plain(torch.full((5,), float(i + 1))) for i in range(4)]
+        optimizer = make(params)
+        handle = clip(params, optimizer)
+        optimizer.step()
+        return handle, [param.detach() for param in params]
+
+    total, expected = stepped(lambda params: torch.optim.SGD(params, lr=0.1), lambda params, _: gk.clip_grad_norm_(params, 0.5))
+    for make in (zero, local):
+        handle, found = stepped(make, lambda _, optimizer: gk.attach_clipping(optimizer, 0.5))
+        assert_close(found, expected)
+        assert_close(handle.last_norm, total)
+    overlapping = ZeroRedundancyOptimizer([plain(torch.ones(3))], torch.optim.SGD, overlap_with_ddp=True, lr=0.1)
+    with pytest.raises(ValueError, match="ZeroRedundancyOptimizer with overlap_with_ddp=True: its step"):
+        gk.attach_clipping(overlapping, 0.5)
+
+
+def scenario_default_device_elsewhere():
+    mesh = mesh_1d()
+    params = [sharded(full, mesh, [Shard(0)]) for full in gradients()]
+    expected = gk.grad_report([plain(whole(param.grad)) for param in params])
+    without = nn.Parameter(torch.zeros(2))
+    with torch.device("cuda:99"):
+        report = gk.grad_report([*params, without])
+        gk.clip_grad_norm_(params, 1e9)
+        # A bound beyond float16 has no kernel.
+        for bound in (1e30, 0.5):
+            gk.clip_grad_value_(params, bound)
+    assert_close(report.norms[:-1], expected.norms)
+    assert max(whole(param.grad).abs().max() for param in params) == 0.5
+
+
 SCENARIOS = [
     scenario_one_mesh,
     scenario_replicated,
@@ -322,6 +421,9 @@ SCENARIOS = [
     scenario_pipeline,
     scenario_partial,
     scenario_fsdp_ddp_and_tensor_parallel,
+    scenario_fsdp1_is_refused,
+    scenario_optimizers_that_wrap_others,
+    scenario_default_device_elsewhere,
 ]
 
 

@@ -81,7 +81,9 @@ def test_norms_are_those_of_the_step(name):
             step(model, optimizer)
             weights = norms_of(model, lambda _, parameter: parameter)
             updates = norms_of(model, lambda key, parameter, before=before: parameter - before[key])
-            expected["gradient_norm"].append(norms_of(model, lambda _, parameter: parameter.grad))
+            # RMSprop clips gradients as it reads them, and leaves them as they were.
+            scale = getattr(optimizer, "folded_coefficient", 1.0)
+            expected["gradient_norm"].append(norms_of(model, lambda _, parameter, scale=scale: parameter.grad * scale))
             expected["weight_norm"].append(weights)
             expected["update_ratio"].append([update / weight for update, weight in zip(updates, weights, strict=True)])
     found = monitor.to_dict()
@@ -276,6 +278,70 @@ def test_gradients_before_clipping():
     assert math.hypot(*clipped) == pytest.approx(1e-3, rel=1e-2), "what was recorded once does not serve again"
 
 
+@pytest.mark.parametrize("early", [False, True], ids=["behind step()", "by record_gradients()"])
+@pytest.mark.parametrize(
+    "clipping",
+    {
+        "attached": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        "attached, fused": lambda parameters: torch.optim.AdamW(parameters, fused=True),
+        "RMSprop's own": lambda parameters: gk.optim.RMSprop(parameters, max_norm=1e-3),
+        "RMSprop's own, in memory": lambda parameters: gk.optim.RMSprop(parameters, max_norm=1e-3, foreach=True),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_what_clips_inside_the_step_changes_nothing_of_what_is_shown(clipping, early):
+    name, make = clipping
+    model = network()
+    optimizer = make(model.parameters())
+    clips = gk.attach_clipping(optimizer, 1e-3) if name.startswith("attached") else optimizer
+    with gk.GradientMonitor(model) as monitor:
+        step(model, optimizer, monitor.record_gradients if early else None)
+    (gradients,) = monitor.to_dict()["gradient_norm"]
+    assert clips.last_norm > 0.1
+    assert math.hypot(*gradients) == pytest.approx(clips.last_norm.item() if early else 1e-3, rel=1e-5)
+
+
+@pytest.mark.parametrize("held_from_the_start", [False, True])
+def test_a_layer_that_is_unfrozen_later_is_recorded_from_then_on(held_from_the_start):
+    model = network()
+    model[0].requires_grad_(False)
+    model[3].requires_grad_(False)
+    frozen = (*model[0].parameters(), *model[3].parameters())
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
+    if held_from_the_start:
+        optimizer.add_param_group({"params": frozen})
+    with gk.GradientMonitor(model) as monitor:
+        step(model, optimizer)
+        model[0].requires_grad_(True)
+        if not held_from_the_start:
+            optimizer.add_param_group({"params": frozen})
+        step(model, optimizer, monitor.record_gradients)
+        step(model, optimizer)
+        expected = norms_of(model, lambda _, parameter: parameter.grad if parameter.grad is not None else torch.zeros(1))
+        model[0].requires_grad_(False)
+        model.zero_grad()
+        step(model, optimizer)
+    found = monitor.to_dict()
+    assert found["layers"] == ["0", "1", "5"], "what stayed frozen has no figures"
+    for name in ("gradient_norm", "weight_norm", "update_ratio"):
+        assert [row[0] is None for row in found[name]] == [True, False, False, True]
+        assert all(None not in row[1:] for row in found[name])
+    assert found["gradient_norm"][2] == pytest.approx([expected[0], expected[1], expected[3]], rel=1e-6)
+    assert monitor.table(0).splitlines()[2].split()[:4] == ["0", "-", "-", "-"]
+
+
+def test_what_an_optimizer_holds_is_asked_at_every_step():
+    model = network()
+    optimizer = torch.optim.SGD([model[0].weight, model[3].weight], lr=0.1)
+    with gk.GradientMonitor(model) as monitor:
+        step(model, optimizer)
+        optimizer.param_groups[0]["params"] = [model[3].weight, model[5].weight]
+        step(model, optimizer)
+    first, second = monitor.to_dict()["gradient_norm"]
+    assert [value is None for value in first] == [False, True, False, True]
+    assert [value is None for value in second] == [True, True, False, False]
+
+
 def test_optimizers_that_take_turns_make_one_step():
     model = network()
     body, head = torch.optim.SGD(model[0].parameters(), lr=0.1), torch.optim.Adam(model[3:].parameters())
@@ -292,6 +358,37 @@ def test_optimizers_that_take_turns_make_one_step():
     assert found["steps"] == [0, 1]
     assert all(norms[1] is None and None not in (norms[0], *norms[2:]) for norms in found["gradient_norm"])
     assert "without a gradient: 1" in monitor.table()
+
+
+def test_an_optimizer_that_steps_another_makes_one_step():
+    class Outer(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {})
+            first, *rest = self.param_groups[0]["params"]
+            self.parts = [torch.optim.SGD([first], lr=0.1), torch.optim.Adam(rest)]
+            self.fails = False
+
+        def step(self, closure=None):
+            for part in self.parts:
+                part.step()
+                if self.fails:
+                    raise RuntimeError("half way")
+
+    model = network()
+    optimizer = Outer(model.parameters())
+    with gk.GradientMonitor(model) as monitor:
+        step(model, optimizer)
+        optimizer.fails = True
+        with pytest.raises(RuntimeError, match="half way"):
+            step(model, optimizer)
+        optimizer.fails = False
+        before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+        step(model, optimizer)
+    found = monitor.to_dict()
+    assert found["steps"] == [0, 2], "the second one was not completed"
+    updates = norms_of(model, lambda key, parameter: parameter - before[key])
+    weights = norms_of(model, lambda _, parameter: parameter)
+    assert found["update_ratio"][1] == pytest.approx([update / weight for update, weight in zip(updates, weights, strict=True)], rel=1e-6)
 
 
 # It changes nothing

@@ -635,6 +635,122 @@ def test_what_is_no_optimizer(given):
         gk.attach_clipping(given, 1.0)
 
 
+class Accelerated(torch.optim.Optimizer):
+    """The shape of accelerate's wrapper: all it has is the optimizer, and with a scaler it puts the step it found at first back."""
+
+    def __init__(self, optimizer, scaler=None):
+        self.optimizer, self.scaler = optimizer, scaler
+        self._original_step = optimizer.step
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    def step(self, closure=None):
+        if self.scaler is None:
+            self.optimizer.step(closure)
+        else:
+            self.optimizer.step = lambda *args, **kwargs: self._original_step(*args, **kwargs)
+            self.scaler.step(self.optimizer, closure)
+            self.scaler.update()
+            self.optimizer.step = self._original_step
+
+
+class Lightened:
+    """The shape of Lightning's: a class made of it and the optimizer's, with the optimizer's attributes but for its step."""
+
+    def __init__(self, optimizer):
+        self.__dict__ = {name: value for name, value in optimizer.__dict__.items() if name != "step"}
+        self.__class__ = type("Lightened" + type(optimizer).__name__, (Lightened, type(optimizer)), {})
+        self._optimizer = optimizer
+
+    def step(self, closure=None):
+        return self._optimizer.step(closure)
+
+
+class LookedAhead(torch.optim.Optimizer):
+    """The shape of timm's: another name for the optimizer, and hooks that its step does not call."""
+
+    def __init__(self, optimizer):
+        self._optimizer_step_pre_hooks = {}
+        self._base_optimizer, self.param_groups = optimizer, optimizer.param_groups
+
+    def step(self, closure=None):
+        return self._base_optimizer.step(closure)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("wrap", [Accelerated, Lightened, LookedAhead, lambda optimizer: Accelerated(LookedAhead(optimizer))])
+def test_an_optimizer_inside_of_another_gets_the_clipping(wrap, fused):
+    params = parameters([(5,), (3, 2)])
+    expected = copies(params)
+    total = gk.clip_grad_norm_(expected, 0.1)
+    torch.optim.SGD(expected, lr=1.0).step()
+    inner = torch.optim.SGD(params, lr=1.0, fused=fused)
+    wrapper = wrap(inner)
+    handle = gk.attach_clipping(wrapper, 0.1)
+    wrapper.step()
+    assert_close(params, expected)
+    assert_close(handle.last_norm, total)
+    assert not {"grad_scale", "found_inf"} & {*inner.__dict__, *wrapper.__dict__}
+    handle.remove()
+    before = [param.detach().clone() for param in params]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    wrapper.step()
+    assert_close([param.detach() for param in params], [param - 1 for param in before])
+
+
+@pytest.mark.parametrize("attached_first", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_wrapper_with_a_grad_scaler(fused, attached_first, device):
+    params = parameters([(5,), (3, 2)])
+    expected = copies(params)
+    total = gk.clip_grad_norm_(expected, 0.1)
+    torch.optim.SGD(expected, lr=1.0).step()
+    inner = torch.optim.SGD(params, lr=1.0, fused=fused)
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0)
+    if attached_first:
+        handle = gk.attach_clipping(inner, 0.1)
+    wrapper = Accelerated(inner, scaler)
+    if not attached_first:
+        handle = gk.attach_clipping(wrapper, 0.1)
+    for _ in range(2):
+        scaler.scale(torch.ones(()))
+        before = [param.detach().clone() for param in params]
+        for param, again in zip(params, expected, strict=True):
+            param.grad = again.grad * 1024 * (total / 0.1)
+        wrapper.step()
+        assert_close(
+            [old - param for old, param in zip(before, params, strict=True)], [each.grad for each in expected], rtol=1e-3, atol=1e-6
+        )
+        assert_close(handle.last_norm, total, rtol=1e-4, atol=0)
+        assert not {"grad_scale", "found_inf"} & {*inner.__dict__}
+
+
+def test_a_wrapper_that_holds_no_one_optimizer_is_refused_in_words():
+    one, other = (torch.optim.SGD(parameters([(3,)]), lr=0.1) for _ in range(2))
+
+    class Engine:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    class Two(LookedAhead):
+        def __init__(self, optimizer, other):
+            super().__init__(optimizer)
+            self.other = other
+
+    with pytest.raises(TypeError, match="Engine is not an Optimizer; the SGD in it is one, for gradients that are whole on this rank"):
+        gk.attach_clipping(Engine(one), 1.0)
+    deepspeeds = Accelerated(one)
+    deepspeeds.optimizer = Engine(one)
+    for wrapper, holds in ((Two(one, other), "2 optimizers"), (deepspeeds, "no optimizer of torch")):
+        with pytest.raises(TypeError, match=rf"{type(wrapper).__name__} cannot clip: .* it holds {holds}\. .*gradient_clipping"):
+            gk.attach_clipping(wrapper, 1.0)
+    with pytest.raises(ValueError, match="LBFGS"):
+        gk.attach_clipping(Accelerated(torch.optim.LBFGS(parameters([(3,)]))), 1.0)
+
+
 def test_a_subclass_whose_step_knows_no_grad_scale():
     class Plain(torch.optim.SGD):
         def step(self, closure=None):
