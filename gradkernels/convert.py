@@ -21,14 +21,12 @@ from torch.utils import _pytree as pytree
 
 from gradkernels import _native, dataflow, fusion
 from gradkernels.batch_norm_act import ACT_MODULES
-from gradkernels.fused_block import base_class, fused_class
-from gradkernels.fused_forward import ATTRIBUTE, FusedForward
+from gradkernels.fused_block import base_class, fused_class, why_not_derived
+from gradkernels.fused_forward import ATTRIBUTE, ORIGINAL, FusedForward
 from gradkernels.outside import sees_classes
 from gradkernels.reference import check_act
 from gradkernels.untouched import untouched
 
-# Where the class that a batch norm or an activation had stands in its __dict__.
-_ORIGINAL = "_converted_from"
 _QUANTISED = ("torch.ao.", "torch.nn.quantized", "torch.nn.intrinsic", "torch.nn.qat", "torchao.")
 
 
@@ -167,7 +165,7 @@ def convert(model: nn.Module, *, residual: bool = True, check: Any = None) -> Co
             plan.notes.append(f"the model returned {seen.kind}, in which there is no tensor to compare")
     except BaseException:
         for module, kind, state in before:
-            module.__class__ = kind
+            object.__setattr__(module, "__class__", kind)
             module.__dict__.clear()
             module.__dict__.update(state)
         raise
@@ -213,12 +211,12 @@ def _revert(model: nn.Module) -> None:
     for module in model.modules():
         base = base_class(type(module))
         if base is not None:
-            module.__class__ = base
+            object.__setattr__(module, "__class__", base)
             module.__dict__.pop(ATTRIBUTE, None)
-        original = module.__dict__.get(_ORIGINAL)
+        original = module.__dict__.get(ORIGINAL)
         if original is not None and type(module) is (fusion.BATCH_NORMS | fusion.ACTIVATION_MODULES)[original]:
-            module.__class__ = original
-            for name in (_ORIGINAL, "act", "act_param") if issubclass(original, _BatchNorm) else (_ORIGINAL,):
+            object.__setattr__(module, "__class__", original)
+            for name in (ORIGINAL, "act", "act_param") if issubclass(original, _BatchNorm) else (ORIGINAL,):
                 module.__dict__.pop(name)
 
 
@@ -279,10 +277,9 @@ class _Plan:
         if found.problem is not None:
             self.problems[block] = found.problem
         if found.forward is not None:
-            try:
-                fused_class(type(block))
-            except Exception as error:
-                self.problems[block] = f"stays, as no class can be derived from its own: {type(error).__name__}: {error}"
+            why = why_not_derived(type(block))
+            if why is not None:
+                self.problems[block] = f"stays: its class {why}"
                 return []
             self.forwards[block] = found.forward
         return found.sites
@@ -324,15 +321,15 @@ class _Plan:
             if module in self.kept:
                 continue
             if kind in fusion.BATCH_NORMS:
-                module.__dict__[_ORIGINAL] = kind
+                module.__dict__[ORIGINAL] = kind
                 module.__dict__["act"], module.__dict__["act_param"] = "identity", check_act("identity", None)
-                module.__class__ = fusion.BATCH_NORMS[kind]
+                object.__setattr__(module, "__class__", fusion.BATCH_NORMS[kind])
             elif module in self.alone and kind in fusion.ACTIVATION_MODULES and _activation_alone(module)[0] is not None:
-                module.__dict__[_ORIGINAL] = kind
-                module.__class__ = fusion.ACTIVATION_MODULES[kind]
+                module.__dict__[ORIGINAL] = kind
+                object.__setattr__(module, "__class__", fusion.ACTIVATION_MODULES[kind])
             elif module in self.forwards:
                 module.__dict__[ATTRIBUTE] = self.forwards[module]
-                module.__class__ = fused_class(kind)
+                object.__setattr__(module, "__class__", fused_class(kind))
 
 
 def _activation_alone(module: nn.Module) -> tuple[str | None, str]:

@@ -6,6 +6,7 @@ a forward does is a reason to leave it alone. Reading changes nothing: what it d
 """
 
 import copy
+import dataclasses
 import inspect
 import math
 import operator
@@ -14,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType, GetSetDescriptorType, MemberDescriptorType
+from types import FunctionType, GetSetDescriptorType, MemberDescriptorType, MethodType
 from typing import Any, cast
 
 import torch
@@ -22,9 +23,20 @@ from torch import nn
 from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.proxy import Attribute
 
-from gradkernels.outside import Unreadable, is_attribute_written_out, is_function_of_its_arguments, is_torchs, run_watched
+from gradkernels.outside import (
+    Unreadable,
+    is_attribute_written_out,
+    is_function_of_its_arguments,
+    is_torchs,
+    run_watched,
+    unpacked_count,
+    writes_into_containers,
+)
 
 Path = tuple[str, ...]
+_LIBRARIES = ("torch", __package__)
+# Stands among the modules called for a hook, which may write attributes of any.
+_HOOKED = 0
 # torch.fx patches nn.Module while it reads, and so does this file.
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -50,7 +62,6 @@ _GUARDED = (
     torch.dtype,
     torch.device,
     torch.Size,
-    type,
 )
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift", "irshift")
 
@@ -93,9 +104,16 @@ class _Recorded(Proxy):
     def __getitem__(self, key: Any) -> Proxy:
         return self._asked(operator.getitem, key)
 
+    def __iter__(self) -> Iterator[Proxy]:
+        count = unpacked_count(sys._getframe(1))
+        if count is None:
+            iterator: Iterator[Proxy] = self.tracer.iter(self)
+            return iterator
+        values = self.tracer.create_proxy("call_function", unpack, (self, count), {})
+        return iter([self.tracer.create_proxy("call_function", operator.getitem, (values, place), {}) for place in range(count)])
+
     def _asked(self, function: Callable[..., Any], name: Any) -> Proxy:
         proxy: Proxy = self.tracer.create_proxy("call_function", function, (self, name), {})
-        # What is unpacked need not all be used.
         if not is_torchs(sys._getframe(2)):
             cast(_Tracer, self.tracer).asked.append(proxy.node)
         return proxy
@@ -112,6 +130,18 @@ class _Recorded(Proxy):
         if not is_torchs(sys._getframe(1)):
             cast(_Tracer, self.tracer).written.append(self.node)
         return super().__repr__()
+
+
+def unpack(values: Any, count: int) -> tuple[Any, ...]:
+    """What a graph has for `a, b = values`, which takes any iterable of that length."""
+    taken = tuple(values)
+    if len(taken) != count:
+        raise ValueError(
+            f"not enough values to unpack (expected {count}, got {len(taken)})"
+            if len(taken) < count
+            else f"too many values to unpack (expected {count})"
+        )
+    return taken
 
 
 def _asked_for_its_class(proxy: Proxy) -> type[Proxy]:
@@ -141,7 +171,7 @@ class _Tracer(Tracer):
     # Buffers written in place are then nodes; as plain tensors they would be written while reading.
     proxy_buffer_attributes = True
 
-    def __init__(self) -> None:
+    def __init__(self, called: set[int]) -> None:
         # This package's functions are nodes as torch's are; traced through, they would be the operators they are composed of.
         modules: Any = (math, sys.modules[__package__])
         super().__init__(autowrap_modules=modules)
@@ -149,10 +179,16 @@ class _Tracer(Tracer):
         # What the forward asked for by name or number, and what it wrote as text.
         self.asked: list[Node] = []
         self.written: list[Node] = []
+        # Lists and dicts that its modules keep, and modules called that may write attributes: by id().
+        self.containers: set[int] = set()
+        self.called = called
 
     def traced(self, module: nn.Module) -> Graph:
+        # By identity: a graph has a copy of each at each place where it is used.
+        self.containers = {id(each) for part in module.modules() for value in part.__dict__.values() for each in containers(value, set())}
         graph = self.trace(module)
-        texts = [each for node in graph.nodes for each in (*node.args, *node.kwargs.values()) if isinstance(each, str)]
+        # Of an assertion that holds nobody reads the text.
+        texts = [each for node in graph.nodes if node.target is torch._assert for each in node.args if isinstance(each, str)]
         for node in self.written:
             if not any(f"Proxy({node.name})" in each for each in texts):
                 raise Unreadable("writes a value as text")
@@ -160,6 +196,28 @@ class _Tracer(Tracer):
             if not node.users and node not in self.written:
                 raise Unreadable(f"asks for {node.args[1]} of a value, and no graph records what for")
         return graph
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if any("__call__" in kind.__dict__ for kind in _own_classes(type(m))):
+            raise Unreadable(f"calls a {type(m).__name__}, whose class has a __call__ of its own")
+        if any(map(_own_classes, map(type, m.modules()))):
+            self.called.update(map(id, m.modules()))
+            given = [each for value in (*args, *kwargs.values()) for each in containers(value, set()) if not isinstance(each, tuple)]
+            if given and any(writes_into_containers(type(part)) for part in m.modules()):
+                raise Unreadable(f"gives a {type(given[0]).__name__} to a {type(m).__name__}, which may write into it")
+        if any(each._forward_hooks or each._forward_pre_hooks for each in m.modules()):
+            self.called.add(_HOOKED)
+        return super().call_module(m, forward, args, kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, (list, dict, set, tuple)) and not isinstance(a, torch.Size):
+            if type(a) not in (list, dict, set, tuple) and not hasattr(a, "_fields"):
+                raise Unreadable(f"makes a {type(a).__name__}, which a graph has as another class")
+            if id(a) in self.containers and not isinstance(a, tuple):
+                raise Unreadable(f"passes on a {type(a).__name__} that its module keeps")
+        elif dataclasses.is_dataclass(type(a)) and (hasattr(a, "__post_init__") or not all(each.init for each in dataclasses.fields(a))):
+            raise Unreadable(f"makes a {type(a).__name__}, which a graph would make again from its fields")
+        return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -225,7 +283,10 @@ def _problem_of_class(module: nn.Module) -> str | None:
         return "is set on the instance"
     if not isinstance(inspect.getattr_static(type(module), "forward"), FunctionType):
         return "is no plain function"
-    for parameter in list(inspect.signature(type(module).forward).parameters.values())[1:]:
+    # What a decorator wraps is not what is called.
+    for parameter in list(inspect.signature(type(module).forward, follow_wrapped=False).parameters.values())[1:]:
+        if parameter.name == "self":
+            return "has a second argument named self"
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or parameter.default is not parameter.empty:
             return f"has an optional argument, {parameter.name}"
     return None
@@ -237,14 +298,23 @@ def _is_guarded(value: Any) -> bool:
         return all(map(_is_guarded, value))
     if type(value) is dict:
         return all(map(_is_guarded, value)) and all(map(_is_guarded, value.values()))
+    if isinstance(value, type):
+        # One of the user's own has attributes, which may change.
+        return not _own_classes(value)
     return isinstance(value, _GUARDED) or is_function_of_its_arguments(value)
+
+
+def _own_classes(kind: type) -> list[type]:
+    """Which classes of an inheritance are neither torch's, nor this package's, nor Python's."""
+    return [each for each in kind.__mro__ if each.__module__.partition(".")[0] not in (*_LIBRARIES, *sys.stdlib_module_names)]
 
 
 def _trace(module: nn.Module, training: bool) -> tuple[Graph, dict[tuple[Path, str], Any]]:
     """The graph in one mode, and the attributes of the module and its submodules that were read on the way."""
     reads: dict[tuple[Path, str], Any] = {}
-    with _ONE_AT_A_TIME, _undisturbed(module, training), _recorded(module, reads):
-        graph = run_watched(lambda: _Tracer().traced(module))
+    called: set[int] = set()
+    with _ONE_AT_A_TIME, _undisturbed(module, training), _recorded(module, reads, called):
+        graph = run_watched(lambda: _Tracer(called).traced(module))
     for node in graph.nodes:
         node.type = None
         if node.op == "get_attr" and not _resolves(module, str(node.target)):
@@ -261,8 +331,10 @@ def _resolves(module: nn.Module, target: str) -> bool:
 
 
 @contextmanager
-def _recorded(module: nn.Module, reads: dict[tuple[Path, str], Any]) -> Iterator[None]:
+def _recorded(module: nn.Module, reads: dict[tuple[Path, str], Any], called: set[int]) -> Iterator[None]:
     """Notes which attributes of a module and its submodules are asked for; Unreadable where one is written.
+
+    And where one is asked for that a call before may have written: one of a module in `called`, or any where a hook ran.
 
     nn.Module itself is patched, not the classes of the modules: a class of our own would be seen by registries of subclasses.
     """
@@ -295,7 +367,12 @@ def _recorded(module: nn.Module, reads: dict[tuple[Path, str], Any]) -> Iterator
                 _note(path, reads, name, value)
             return value
         if (name in own or _is_of_class(type(self), path, name)) and name not in OF_EVERY_MODULE:
+            if name != "training" and (id(self) in called or _HOOKED in called):
+                raise Unreadable(f"reads {_dotted(path, name)} after a call that may write it")
             _note(path, reads, name, value)
+        elif not is_torchs(frame) and isinstance(value, MethodType) and value.__self__ is self and _own_classes(type(self)):
+            # One that is set on the instance later is another attribute.
+            reads[path, name] = value.__func__
         return value
 
     def refusing(original: Any) -> Callable[..., None]:
@@ -333,10 +410,10 @@ def _is_of_class(kind: type[nn.Module], path: Path, name: str) -> bool:
             if isinstance(value, MemberDescriptorType):
                 return True
             if hasattr(type(value), "__get__"):
-                function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+                function = value.fget if isinstance(value, property) else value.__func__ if isinstance(value, staticmethod) else value
                 own = isinstance(value, GetSetDescriptorType) or each.__module__.startswith(("torch.", "builtins"))
                 if not own and not is_function_of_its_arguments(function):
-                    # A cache, or whatever else a descriptor may be, would keep what is computed while reading.
+                    # A class method reads the class, and a cache would keep what is computed while reading.
                     raise Unreadable(f"reads {_dotted(path, name)}, a {type(value).__name__}, which may change without notice")
                 return False
             return not (isinstance(value, type) or hasattr(nn.Module, name))
@@ -349,6 +426,8 @@ def _note(path: Path, reads: dict[tuple[Path, str], Any], name: str, value: Any)
         return
     if not _is_guarded(value):
         raise Unreadable(f"reads {_dotted(path, name)}, a {type(value).__name__}, which may change without notice")
+    if isinstance(value, (list, dict, set)) and not value:
+        raise Unreadable(f"reads {_dotted(path, name)}, an empty {type(value).__name__}, which something is to fill")
     reads[path, name] = copy.deepcopy(value)
 
 
@@ -362,9 +441,10 @@ def _undisturbed(module: nn.Module, training: bool) -> Iterator[None]:
     modules = [each for each in module.modules() if not isinstance(each, torch.jit.ScriptModule)]
     before = [dict(each.__dict__) for each in modules]
     for each in modules:
-        each.training = training
+        # Past a __setattr__ of the user's.
+        each.__dict__["training"] = training
     of_mode = [dict(each.__dict__) for each in modules]
-    classes = {kind for each in modules for kind in type(each).__mro__ if not kind.__module__.startswith(("torch.", "builtins"))}
+    classes = {kind for each in modules for kind in _own_classes(type(each))}
     of_classes = {kind: _own_attributes(kind) for kind in classes}
     contents = [(name, each, copy.copy(each)) for state in before for name, value in state.items() for each in containers(value, set())]
     generator = torch.get_rng_state()

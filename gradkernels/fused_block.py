@@ -5,13 +5,14 @@ forward is not in it: that is made anew from what the block's class does where t
 this package and of the block, as one of the model before conversion does.
 """
 
+import abc
 import functools
 import types
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from torch import nn
 
-from gradkernels.fused_forward import ATTRIBUTE, FusedForward
+from gradkernels.fused_forward import ATTRIBUTE, BASE, FusedForward
 from gradkernels.fusion import fuse
 
 # What an object without a __reduce__ of its own is made again by.
@@ -26,12 +27,19 @@ def new_block(base: type[nn.Module], *args: Any) -> Any:
 
 def base_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     """The class of a block before it was converted, None where it was not."""
-    base: type[nn.Module] | None = kind.__dict__.get(_BASE)
+    base: type[nn.Module] | None = kind.__dict__.get(BASE)
     return base
 
 
-# Where the class of a converted block has the class that the block had.
-_BASE = "_fused_from"
+def why_not_derived(kind: type[nn.Module]) -> str | None:
+    """Why a class can have no subclass that nobody but this package sees."""
+    if any("__init_subclass__" in each.__dict__ for each in kind.__mro__ if each.__module__ not in ("builtins", "typing")):
+        return "has an __init_subclass__, which would see the class of a converted block"
+    if type(kind) not in (type, abc.ABCMeta, type(Protocol)):
+        return f"is made by {type(kind).__name__}, which would see the class of a converted block"
+    return None
+
+
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -47,7 +55,8 @@ def fused_class(base: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         fused = self.__dict__.get(ATTRIBUTE)
         # A forward may ask an argument whether it is None, which no graph records.
-        if isinstance(fused, FusedForward) and fused.holds(self) and not any(each is None for each in (*args, *kwargs.values())):
+        nothing = any(each is None for each in (*args, *kwargs.values()))
+        if isinstance(fused, FusedForward) and base.forward is fused.of and not nothing and fused.holds(self):
             return fused.function(self, *args, **kwargs)
         return base.forward(self, *args, **kwargs)
 
@@ -64,11 +73,14 @@ def fused_class(base: type[nn.Module]) -> type[nn.Module]:
         residual = self.__dict__.get(ATTRIBUTE)
         if isinstance(residual, bool):
             self.__dict__.pop(ATTRIBUTE)
+            kind = type(self)
+            object.__setattr__(self, "__class__", base)
             forward = fuse(self, residual).forward
+            object.__setattr__(self, "__class__", kind)
             if forward is not None:
                 self.__dict__[ATTRIBUTE] = forward
 
-    own = {"forward": forward, "__reduce_ex__": __reduce_ex__, "__setstate__": __setstate__, _BASE: base}
+    own = {"forward": forward, "__reduce_ex__": __reduce_ex__, "__setstate__": __setstate__, BASE: base}
     named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     kind = types.new_class(base.__name__, (base,), exec_body=lambda namespace: namespace.update(own | named))
     _CLASSES[base] = cast(type[nn.Module], kind)

@@ -8,6 +8,7 @@ forward runs, on submodules that are what they were. So a hook added later, a re
 import linecache
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -19,18 +20,31 @@ from gradkernels import reference
 from gradkernels.batch_norm_act import forward_of
 from gradkernels.dataflow import Missing, Path
 
-# Where the fused forward stands in a block's __dict__.
+# Where the fused forward stands in a block's __dict__, and where in that of its class the class stands that the block had.
 ATTRIBUTE = "_fused_forward"
+BASE = "_fused_from"
+# Where the class that a batch norm or an activation had stands in its __dict__.
+ORIGINAL = "_converted_from"
 
 
-def normalize(bn: _BatchNorm, x: Tensor, residual: Tensor | None, act: str, act_param: float, writes: bool = False) -> Tensor:
-    """What stands in a fused forward for act(bn(x) + residual); with `writes` it is the sum that bn(x).add_(residual) gives."""
+def normalize(
+    bn: _BatchNorm, x: Tensor, residual: Tensor | None, act: str, act_param: float, writes: bool = False, is_second: bool = False
+) -> Tensor:
+    """What stands in a fused forward for act(bn(x) + residual); with `writes` it is the sum that bn(x).add_(residual) gives.
+
+    is_second: bn(x) is the second term, and the sum has the memory format of the residual.
+    """
     if residual is not None and (
-        not isinstance(residual, Tensor) or residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device
+        not isinstance(residual, Tensor)
+        or residual.shape != x.shape
+        or residual.dtype != x.dtype
+        or residual.device != x.device
+        or (is_second and residual.stride() != x.stride())
     ):
         # A sum that broadcasts or promotes; bn itself is without an activation and unhooked, else the forward would not hold.
         y = forward_of(bn, x, None, "identity", 0.0)
-        return reference.ACTIVATIONS[act][1](y.add_(residual) if writes else y + residual, act_param)
+        total = y.add_(residual) if writes else residual + y if is_second else y + residual
+        return reference.ACTIVATIONS[act][1](total, act_param)
     return forward_of(bn, x, residual, act, act_param)
 
 
@@ -60,6 +74,8 @@ class Expected:
 class FusedForward:
     """source: of a function `forward`; names: the globals that it needs. residual: whether additions were to be fused.
 
+    of: the forward that was read. asks_for_classes: it may ask for the class of a submodule, with isinstance.
+
     attributes, children, expected: what has to hold. Immutable, so that a block and its copies share it; a pickle has `residual` in its
     place (fused_block.py).
     """
@@ -70,6 +86,8 @@ class FusedForward:
     children: tuple[tuple[Path, tuple[tuple[str, bool], ...]], ...]
     expected: tuple[Expected, ...]
     residual: bool
+    of: Callable[..., Any]
+    asks_for_classes: bool
     function: Callable[..., Any] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -91,11 +109,13 @@ class FusedForward:
             return False
         for path, name, value in self.attributes:
             found = getattr(child(block, path), name, Missing)
+            if isinstance(found, MethodType):
+                found = found.__func__
             # A tensor that took the place of a number has an == of its own.
             if type(found) is not type(value) or found != value:
                 return False
         for path, names in self.children:
-            if children_of(child(block, path)) != names:
+            if children_of(child(block, path), self.asks_for_classes) != names:
                 return False
         return all(each.holds(block) for each in self.expected)
 
@@ -111,7 +131,18 @@ def child(block: nn.Module, path: Path) -> nn.Module:
 _NOTHING = nn.Module()
 
 
-def children_of(module: nn.Module) -> tuple[tuple[str, bool], ...]:
-    """The names of its submodules, parameters and buffers, and which are None: what a forward goes through and compares with None."""
+def children_of(module: nn.Module, with_classes: bool) -> tuple[tuple[str, Any], ...]:
+    """The names of its submodules, parameters and buffers, and which are None: what a forward goes through and compares with None.
+
+    with_classes: and of which classes the submodules are, before conversion, where a forward asks for that.
+    """
     owned: tuple[dict[str, Any], ...] = (module._modules, module._parameters, module._buffers)
-    return tuple((name, each is None) for own in owned for name, each in own.items())
+    names = tuple((name, each is None) for own in owned for name, each in own.items())
+    return names + tuple((name, class_before(each)) for name, each in module._modules.items() if with_classes)
+
+
+def class_before(module: nn.Module | None) -> type:
+    """The class that a module had before conversion."""
+    kind: type = type(module)
+    own = {} if module is None else module.__dict__
+    return kind.__dict__.get(BASE) or own.get(ORIGINAL) or kind

@@ -19,8 +19,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradkernels import activation
 from gradkernels.batch_norm_act import ACT_MODULES, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, resolve_act
-from gradkernels.dataflow import IN_PLACE, Path, Reading, read
+from gradkernels.dataflow import IN_PLACE, OF_EVERY_MODULE, Path, Reading, containers, read
 from gradkernels.fused_forward import Expected, FusedForward, children_of, has_hooks, normalize
+from gradkernels.outside import names_from_forward
 from gradkernels.reference import check_act
 from gradkernels.sync_batch_norm_act import SyncBatchNormAct
 
@@ -37,6 +38,7 @@ ACTIVATION_MODULES: dict[type[nn.Module], type[nn.Module]] = {
     nn.PReLU: activation.PReLU,
     nn.SiLU: activation.SiLU,
 }
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _CALLABLE = {*BATCH_NORMS, *BATCH_NORMS.values()}
 
 # How an activation is written without a module -> act, and the name and default of its parameter.
@@ -136,7 +138,7 @@ def fuse(block: nn.Module, residual: bool) -> Fusion:
     try:
         fuser = _Fuser(block, reading.graph, reading.attributes, residual) if reading.graph is not None else None
         fusion = _fuse_norm_act(block, reading, residual) if fuser is None else fuser.run()
-    except (LookupError, AttributeError, TypeError, ValueError) as error:
+    except (LookupError, AttributeError, TypeError, ValueError, SyntaxError) as error:
         return Fusion(problem=f"cannot be written anew: {error}")
     if not fusion.sites:
         fusion.problem = reading.problem
@@ -151,6 +153,7 @@ class _Fuser:
         self.residual = residual
         self.expected: dict[Path, Expected] = {}
         self.changed = False
+        self.asks_for_classes = not names_from_forward(type(block)).isdisjoint(("isinstance", "issubclass"))
 
     def run(self) -> Fusion:
         children = self.children()
@@ -319,11 +322,11 @@ class _Fuser:
             if place > sum_at:
                 read_later |= residual_aliases
             module = self.module(node)
-            if module is not None and any(each is bn for each in module.modules()):
-                return "it is called again before its sum is complete"
+            if module is not None and any(each is bn or _keeps(each, bn) for each in module.modules()):
+                return "it may be called again before its sum is complete"
             if state.intersection(node.all_input_nodes):
                 if node.target is normalize:
-                    return "it is called again before its sum is complete"
+                    return "it may be called again before its sum is complete"
                 return f"{_name(node)}, between it and its activation, may read or write its statistics"
             if not self.is_fresh(node) and read_later.intersection(node.all_input_nodes):
                 return f"{_name(node)}, between it and its activation, may write what it reads"
@@ -368,14 +371,20 @@ class _Fuser:
         if module is not None:
             parts = [each for each in module.modules() if type(each) is not nn.Sequential]
             return bool(parts) and all(type(each) in _FRESH_MODULES for each in parts) and not any(map(has_hooks, module.modules()))
-        return node.op == "call_function" and node.target in _FRESH_FUNCTIONS and "out" not in node.kwargs
+        if node.op != "call_function" or node.target not in _FRESH_FUNCTIONS or "out" in node.kwargs:
+            return False
+        # A sum of lists has their tensors.
+        return node.target is torch.cat or not any(isinstance(each, (list, tuple)) for each in node.args)
 
     def writes(self, node: Node) -> bool:
         module = self.module(node)
         if module is not None:
-            return any(getattr(each, "inplace", False) for each in module.modules())
+            return any(getattr(each, "inplace", False) or not type(each).__module__.startswith("torch.nn.") for each in module.modules())
         return (
-            _name(node).endswith("_") or _name(node) in IN_PLACE or any(each is True for each in (*node.args, node.kwargs.get("inplace")))
+            "out" in node.kwargs
+            or _name(node).endswith("_")
+            or _name(node) in IN_PLACE
+            or any(each is True for each in (*node.args, node.kwargs.get("inplace")))
         )
 
     # standalone activations
@@ -420,7 +429,8 @@ class _Fuser:
             bn = self.graph.get_attr(str(chain.nodes[0].target))
             (x,) = chain.nodes[0].args
             writes = chain.addition is not None and chain.addition.target in _WRITING_ADDITIONS
-            arguments = (bn, x, chain.residual, chain.act, chain.act_param, *[True] * writes)
+            is_second = chain.addition is not None and chain.addition.args[0] is chain.residual
+            arguments = (bn, x, chain.residual, chain.act, chain.act_param, *[writes, is_second] * (writes or is_second))
             fused = self.graph.call_function(normalize, arguments)
         last.replace_all_uses_with(fused)
         for node in reversed(chain.nodes):
@@ -437,21 +447,34 @@ class _Fuser:
         elif module is not None:
             self.expected[path] = expected_act(path, module)
 
-    def children(self) -> tuple[tuple[Path, tuple[tuple[str, bool], ...]], ...]:
+    def children(self) -> tuple[tuple[Path, tuple[tuple[str, Any], ...]], ...]:
         """What the forward may have gone through on its way to what it calls."""
         paths: set[Path] = {()}
         for node in self.graph.nodes:
             if node.op in ("call_module", "get_attr"):
                 path = tuple(str(node.target).split("."))
                 paths.update(path[:length] for length in range(len(path)))
-        paths.update((name,) for name, each in self.block.named_children() if isinstance(each, (nn.ModuleList, nn.ModuleDict)))
-        return tuple((path, children_of(self.block.get_submodule(".".join(path)))) for path in sorted(paths))
+        called = {tuple(str(node.target).split(".")) for node in self.graph.nodes if node.op == "call_module"}
+        for name, each in self.block.named_modules():
+            path = tuple(name.split("."))
+            # What it goes through may be empty, and filled later.
+            if isinstance(each, _CONTAINERS) and not any(path[:length] in called for length in range(1, len(path) + 1)):
+                paths.add(path if name else ())
+        return tuple((path, children_of(self.block.get_submodule(".".join(path)), self.asks_for_classes)) for path in sorted(paths))
 
-    def forward(self, children: tuple[tuple[Path, tuple[tuple[str, bool], ...]], ...]) -> FusedForward:
+    def forward(self, children: tuple[tuple[Path, tuple[tuple[str, Any], ...]], ...]) -> FusedForward:
         code = self.graph.python_code("self")
         # Without what torch.fx adds for every graph.
         names = {name: value for name, value in code.globals.items() if re.search(rf"(?<![\w.]){name}(?!\w)", code.src)}
-        return FusedForward(code.src, names, self.attributes, children, tuple(self.expected.values()), self.residual)
+        expected, of = tuple(self.expected.values()), type(self.block).forward
+        return FusedForward(code.src, names, self.attributes, children, expected, self.residual, of, self.asks_for_classes)
+
+
+def _keeps(module: nn.Module, bn: nn.Module | None) -> bool:
+    """Whether a module has another in a list or a dict of its own."""
+    values = [value for name, value in module.__dict__.items() if name not in OF_EVERY_MODULE]
+    held = [each for value in values for each in containers([value], set())]
+    return any(each is bn for own in held for each in (own.values() if isinstance(own, dict) else own))
 
 
 def _is_scaled(node: Node) -> bool:
@@ -498,8 +521,9 @@ def _fuse_norm_act(block: nn.Module, reading: Reading, residual: bool) -> Fusion
         site.fused, site.absorbed = f"batch_norm_act({name})", (act,)
         result = f"normalize(self, x, None, {name!r}, {act_param!r})"
     source = f"def forward(self, x):\n    return {result}\n"
-    children = (((), children_of(block)),)
-    return Fusion([site], FusedForward(source, {"normalize": normalize}, (), children, tuple(expected), residual))
+    children = (((), children_of(block, False)),)
+    forward = FusedForward(source, {"normalize": normalize}, (), children, tuple(expected), residual, type(block).forward, False)
+    return Fusion([site], forward)
 
 
 def _norm_act(block: nn.Module, reading: Reading) -> list[str] | None:

@@ -11,6 +11,7 @@ import dis
 import functools
 import gc
 import inspect
+import operator
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -54,6 +55,9 @@ _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
 _WRITES = ("STORE_ATTR", "DELETE_ATTR", "COPY", "DUP_TOP")
 _EXCEPTS = ("CHECK_EXC_MATCH", "CHECK_EG_MATCH", "JUMP_IF_NOT_EXC_MATCH")
 _BETWEEN = ("CACHE", "EXTENDED_ARG", "PUSH_NULL", "RESUME", "NOP")
+# What a method that freezes or switches modules names, and what one that writes into a list, a dict or a set.
+_SWITCHES = frozenset(("eval", "train", "training", "requires_grad", "requires_grad_"))
+_FILLS = frozenset(("append", "extend", "insert", "pop", "remove", "clear", "update", "setdefault", "popitem", "add", "discard"))
 _BEGIN = bytes((dis.opmap.get("RESUME", 0), 0))
 _RETURN = TypeVar("_RETURN")
 
@@ -74,6 +78,12 @@ def _top(frame: FrameType) -> str:
 def is_attribute_written_out(frame: FrameType) -> bool:
     """Whether a frame is at an attribute, and not at a call of getattr, hasattr or isinstance."""
     return dis.opname[frame.f_code.co_code[frame.f_lasti]] in _ATTRIBUTES
+
+
+def unpacked_count(frame: FrameType) -> int | None:
+    """How many names a frame is about to unpack a value into; None where it does anything else."""
+    opcode, argument = frame.f_code.co_code[frame.f_lasti : frame.f_lasti + 2]
+    return argument if dis.opname[opcode] == "UNPACK_SEQUENCE" else None
 
 
 def run_watched(function: Callable[[], _RETURN]) -> _RETURN:
@@ -185,21 +195,25 @@ def _compared(code: CodeType) -> dict[int, tuple[list[str], bool]]:
     instructions = _instructions(code)
     found = {}
     for place, each in enumerate(instructions):
-        if each.opname == "IS_OP":
-            right = place - 1
-            while instructions[right].opname in _ATTRIBUTES:
-                right -= 1
-            operands = instructions[right - 1 : right + 1]
-            with_none = operands[1].opname == "LOAD_CONST" and operands[1].argval is None
-        elif each.opname.endswith(("IF_NONE", "IF_NOT_NONE")):
-            operands, with_none = instructions[place - 1 : place], True
-        else:
+        if not (each.opname == "IS_OP" or each.opname.endswith(("IF_NONE", "IF_NOT_NONE"))):
             continue
+        operands = _operands(instructions, place)
+        with_none = each.opname != "IS_OP" or operands[-1].argval is None
         # Two at once are a tuple, of which the last is on top.
         names = [_last(each) for each in operands if "_FAST" in each.opname or each.opname in ("LOAD_DEREF", "STORE_DEREF")]
         if names:
             found[each.offset] = names, with_none
     return found
+
+
+def _operands(instructions: list[dis.Instruction], place: int) -> list[dis.Instruction]:
+    """The last instructions of what a comparison by `is` compares, without None where the comparison implies it."""
+    if instructions[place].opname.endswith(("IF_NONE", "IF_NOT_NONE")):
+        return instructions[place - 1 : place]
+    right = place - 1
+    while instructions[right].opname in _ATTRIBUTES:
+        right -= 1
+    return instructions[right - 1 : right + 1]
 
 
 def _last(instruction: dis.Instruction) -> Any:
@@ -225,14 +239,34 @@ def names_from_forward(kind: type) -> set[str]:
 
 
 def sees_classes(kind: type) -> bool:
-    """Whether a forward, or what switches modes, may ask for the class of a module, which conversion changes."""
-    for code in _codes_from(kind, ["forward", "__call__", "train", "eval"]):
-        for each in _instructions(code):
-            if (each.opname in _NAMES and each.argval == "type") or (
-                each.opname in _ATTRIBUTES and each.argval in ("__class__", "_get_name")
-            ):
-                return True
+    """Whether a forward, or a method that switches modes, may ask for the class of a module, which conversion changes."""
+    if any(map(_asks_for_class, _codes_from(kind, ["forward", "__call__", "train", "eval"]))):
+        return True
+    methods = [each for kind_ in kind.__mro__ for each in vars(kind_).values() if isinstance(each, FunctionType)]
+    codes = [code for each in methods if _module_of(each) not in ("torch", __package__) for code in _nested(each.__code__)]
+    return any(_asks_for_class(code) and not _SWITCHES.isdisjoint(code.co_names) for code in codes)
+
+
+def _asks_for_class(code: CodeType) -> bool:
+    return any(
+        (each.opname in _NAMES and each.argval in ("type", "repr", "str"))
+        or (each.opname in _ATTRIBUTES and each.argval in ("__class__", "_get_name", "typename"))
+        for each in _instructions(code)
+    )
+
+
+def writes_into_containers(kind: type) -> bool:
+    """Whether the forward of a class may write into a list or a dict that it is given."""
+    for code in _codes_from(kind, ["forward", "__call__"]):
+        if any(each.opname in ("STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE") for each in _instructions(code)):
+            return True
+        if not _FILLS.isdisjoint(code.co_names):
+            return True
     return False
+
+
+def _module_of(function: FunctionType) -> str:
+    return (function.__module__ or "").partition(".")[0]
 
 
 def _own_names(code: CodeType) -> set[str]:
@@ -251,7 +285,7 @@ def _codes_from(kind: type, methods: list[str]) -> Iterator[CodeType]:
             function = function.fget
         if not isinstance(function, FunctionType) or function.__code__ in seen:
             continue
-        if (function.__module__ or "").partition(".")[0] in ("torch", __package__):
+        if _module_of(function) in ("torch", __package__):
             continue
         seen.add(function.__code__)
         stack += [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
@@ -275,17 +309,27 @@ def _judge(frame: FrameType) -> None:
     closure = {name: frame.f_locals[name] for name in frame.f_code.co_freevars if name in frame.f_locals}
     for code in _nested(frame.f_code):
         instructions = _instructions(code)
-        for each, after in pairwise(instructions):
+        for place, (each, after) in enumerate(pairwise(instructions)):
+            if each.opname in _ATTRIBUTES and each.argval == "__class__":
+                raise Unreadable("reads __class__, which conversion changes")
+            if each.opname in _ATTRIBUTES and not _calls(each) and _is_of_super(instructions, place):
+                raise Unreadable(f"reads super().{each.argval}")
+            if after.opname == "IS_OP" or after.opname.endswith(("IF_NONE", "IF_NOT_NONE")):
+                for operand in _operands(instructions, place + 1):
+                    if operand.opname.startswith(("CALL", "BINARY_")) and not _is_getattr(instructions, instructions.index(operand)):
+                        raise Unreadable("compares a value by `is`")
             if each.opname == "IMPORT_NAME":
                 raise Unreadable(f"imports {each.argval}")
             if each.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") or (each.opname == "STORE_DEREF" and each.argval in closure):
                 raise Unreadable(f"writes {each.argval}")
             if each.opname in _EXCEPTS or (each.opname, after.opname) == ("PUSH_EXC_INFO", "POP_TOP"):
                 raise Unreadable("catches exceptions")
-        for names, value, holder, is_written in _read(code, closure, {**frame.f_builtins, **frame.f_globals}):
+        for names, value, holder, is_written, is_called in _read(code, closure, {**frame.f_builtins, **frame.f_globals}):
             dotted = ".".join(names)
             if is_written:
                 raise Unreadable(f"writes an attribute of {dotted}")
+            if isinstance(value, type) and not _is_of_library(value) and not is_called:
+                raise Unreadable(f"reads {dotted}, a class with attributes, which may change without notice")
             if (len(names) == 1 and names[0] in closure and _is_constant(value)) or _stays(value, holder):
                 continue
             if callable(value):
@@ -293,23 +337,48 @@ def _judge(frame: FrameType) -> None:
             raise Unreadable(f"reads {dotted}, a {type(value).__name__}, which may change without notice")
 
 
-def _read(code: CodeType, closure: Mapping[str, Any], names: Mapping[str, Any]) -> Iterator[tuple[list[str], Any, Any, bool]]:
+def _read(code: CodeType, closure: Mapping[str, Any], names: Mapping[str, Any]) -> Iterator[tuple[list[str], Any, Any, bool, bool]]:
     """What a code reads of a closure and of global names, through modules, classes and functions.
 
-    The names, the value, what has it, and whether an attribute of the value is written.
+    The names, the value, what has it, whether an attribute of the value is written, and whether it is called or asked about.
     """
     instructions = _instructions(code)
     for place, each in enumerate(instructions):
         known = names if each.opname in _NAMES else closure if each.opname == "LOAD_DEREF" else {}
         value, holder, path = known.get(each.argval, _MISSING), None, [each.argval]
-        after = each
+        last, after = each, each
         for after in instructions[place + 1 :]:
             if after.opname not in _ATTRIBUTES or not isinstance(value, (ModuleType, type, FunctionType)):
                 break
             path.append(after.argval)
-            holder, value = value, getattr(value, after.argval, _MISSING)
+            last, holder, value = after, value, getattr(value, after.argval, _MISSING)
         if value is not _MISSING:
-            yield path, value, holder, after.opname in _WRITES and not _is_constant(value)
+            asked = any(before.argval in ("isinstance", "issubclass") for before in instructions[max(place - 8, 0) : place])
+            yield path, value, holder, after.opname in _WRITES and not _is_constant(value), asked or _calls(last)
+
+
+def _calls(instruction: dis.Instruction) -> bool:
+    """Whether what an instruction loads is called; 3.10 does not say."""
+    if sys.version_info < (3, 11) or instruction.opname == "LOAD_METHOD":
+        return True
+    return (
+        instruction.opname != "LOAD_NAME"
+        and bool((instruction.arg or 0) & 1)
+        and (instruction.opname != "LOAD_ATTR" or sys.version_info >= (3, 12))
+    )
+
+
+def _is_of_super(instructions: list[dis.Instruction], place: int) -> bool:
+    if instructions[place].opname == "LOAD_SUPER_ATTR":
+        return True
+    loads = [each.argval for each in instructions[:place] if each.opname in _NAMES]
+    return instructions[place - 1].opname.startswith("CALL") and "super" in loads[-2:]
+
+
+def _is_getattr(instructions: list[dis.Instruction], place: int) -> bool:
+    """Whether an instruction ends a call of getattr: its name is the last global one before it."""
+    loads = [each.argval for each in instructions[:place] if each.opname in _NAMES]
+    return instructions[place].opname.startswith("CALL") and loads[-1:] == ["getattr"]
 
 
 def _is_constant(value: object) -> bool:
@@ -334,6 +403,8 @@ def is_function_of_its_arguments(function: Any) -> bool:
     """Whether a function reads no state, or one of Python that will be judged when it is called."""
     if not isinstance(function, (FunctionType, BuiltinFunctionType, MethodDescriptorType)):
         return False
+    if function in (operator.is_, operator.is_not):
+        return False
     if function in _OF_PYTHON or function in _OF_TORCH or function in _of_tensors():
         return True
     module = function.__module__ or ""
@@ -357,7 +428,13 @@ def _is_class_of_values(kind: type) -> bool:
         return kind is not type
     if top in sys.stdlib_module_names:
         return kind.__module__ in _OF_VALUES or issubclass(kind, BaseException)
-    return top == "torch" or bool(kind.__flags__ & _HEAP_TYPE)
+    # Lists and dicts of a class are shared by all that is made of it.
+    shared = [value for each in kind.__mro__ if not _is_of_library(each) for name, value in vars(each).items() if not name.startswith("__")]
+    return top == "torch" or (bool(kind.__flags__ & _HEAP_TYPE) and not any(isinstance(each, (list, dict, set)) for each in shared))
+
+
+def _is_of_library(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in ("torch", __package__, *sys.stdlib_module_names)
 
 
 @functools.cache

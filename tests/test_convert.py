@@ -13,6 +13,7 @@ import gc
 import importlib
 import io
 import math
+import operator
 import os
 import pathlib
 import pickle
@@ -91,7 +92,9 @@ def network(name, dtype=torch.float64):
 
 
 def flat(output):
-    return torch.cat([each.flatten() for each in output]) if isinstance(output, list) else output
+    if isinstance(output, collections.OrderedDict) or dataclasses.is_dataclass(output):
+        (output,) = vars(output).values() if dataclasses.is_dataclass(output) else output.values()
+    return torch.cat([each.flatten() for each in output if isinstance(each, torch.Tensor)]) if isinstance(output, list) else output
 
 
 def step(model, x):
@@ -435,7 +438,7 @@ def writes_attribute(self, x):
 
 
 def appends(self, x):
-    self.seen.append(1)
+    self.notes.append(1)
     return self.act(self.bn(x))
 
 
@@ -656,8 +659,68 @@ def item_is_none(self, x):
     return self.act(self.bn(x)) if first is not None else x
 
 
+class Config:
+    slope = 0.3
+
+
+def by_another_name(self, x):
+    config = Config
+    return F.leaky_relu(self.bn(x), config.slope)
+
+
+def in_an_item(self, x):
+    found = {"sum": self.conv(x)}
+    return self.act(self.bn(x)) if found["sum"] is not None else x
+
+
+class Child(nn.Module):
+    """What a submodule may do besides returning something."""
+
+    def __init__(self):
+        super().__init__()
+        self.choice = 1
+
+    def forward(self, x, given=None):
+        self.choice = 2
+        if given is not None:
+            given.append(x)
+        return x
+
+
+class Doubled(nn.Identity):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+def given_a_list(self, x):
+    values = [x]
+    self.child(x, values)
+    return self.act(self.bn(x)) * len(values)
+
+
+@dataclasses.dataclass
+class Halved:
+    value: torch.Tensor
+
+    def __post_init__(self):
+        self.value = self.value * 0.5
+
+
 # forward -> what the report says of the first batch norm.
 LEFT = {
+    "a class by another name": (by_another_name, "reads Config, a class with attributes"),
+    "a class by getattr": (lambda self, x: F.leaky_relu(self.bn(x), getattr(Config, "sl" + "ope")), "reads Config, a class"),
+    "an attribute of super()": (lambda self, x: self.act(self.bn(x)) if not super(Block, self).dump_patches else x, "reads super()"),
+    "call is None": (lambda self, x: self.act(self.bn(x)) if self.conv(x) is not None else x, "compares a value by `is`"),
+    "item of a dict is None": (in_an_item, "compares a value by `is`"),
+    "operator.is_": (lambda self, x: x if operator.is_(self.conv(x), None) else self.act(self.bn(x)), "calls operator.is_"),
+    "text for a node": (lambda self, x: torch.einsum(f"{x.ndim}".replace("4", "ij->ij"), self.bn(x)[0, 0]), "writes a value as text"),
+    "a list that a submodule fills": (given_a_list, "gives a list to a Child, which may write into it"),
+    "what a submodule writes": (lambda self, x: self.act(self.bn(self.child(x))) * self.child.choice, "reads self.child.choice after"),
+    "a submodule's own call": (lambda self, x: self.act(self.bn(self.doubled(x))), "a __call__ of its own"),
+    "a dict of another class": (lambda self, x: collections.OrderedDict(out=self.act(self.bn(x))), "makes a OrderedDict"),
+    "made again from its fields": (lambda self, x: Halved(self.act(self.bn(x))), "makes a Halved"),
+    "a list that it keeps": (lambda self, x: [self.act(self.bn(x)), self.notes], "passes on a list that its module keeps"),
     "mode of a batch norm": (lambda self, x: self.bn.eval() and self.act(self.bn(x)), "calls eval of a module"),
     "mode and back": (eval_and_train, "calls eval of a module"),
     "mode of all": (eval_of_all, "calls eval of a module"),
@@ -680,7 +743,7 @@ LEFT = {
     "an item": (item_assigned, "is no graph for torch.fx: TypeError"),
     "counts on a class": (counts_on_a_class, "writes an attribute of Counting"),
     "counts in a class method": (lambda self, x: Counting.count() or self.act(self.bn(x)), "calls Counting.count"),
-    "counts in its own class": (lambda self, x: self.count() or self.act(self.bn(x)), "writes Written.calls"),
+    "counts in its own class": (lambda self, x: self.count() or self.act(self.bn(x)), "reads self.count, a classmethod"),
     "counts on a function": (counts_on_a_function, "writes an attribute of add_"),
     "counts in a default": (lambda self, x: self.act(self.bn(counted(x))), "calls counted"),
     "caches": (lambda self, x: self.act(self.bn(x)) * self.cached(), "reads self.cached, a _lru_cache_wrapper"),
@@ -709,7 +772,8 @@ LEFT = {
     "makes a layer": (lambda self, x: self.act(self.bn(x)) if nn.Linear(1, 1).in_features else x, "makes or enters a Linear"),
     "Python's random": (lambda self, x: self.act(self.bn(x)) if random.random() < 2 else x, "calls random.random"),
     "writes an attribute": (writes_attribute, "writes self.flag"),
-    "appends to an attribute": (appends, "writes self.seen"),
+    "appends to an attribute": (appends, "writes self.notes"),
+    "an empty list": (lambda self, x: [self.act(self.bn(x)), *self.seen][0], "reads self.seen, an empty list"),
     "writes a nested list": (fills_a_nested_list, "writes self.nested"),
     "gradient mode": (lambda self, x: self.act(self.bn(x)) if torch.is_grad_enabled() else x, "calls torch.is_grad_enabled"),
     "inference mode": (lambda self, x: self.bn(x) if torch.is_inference_mode_enabled() else x, "calls torch.is_inference_mode_enabled"),
@@ -733,7 +797,7 @@ LEFT = {
     "modules in a list": (lambda self, x: self.unseen[0](self.bn(x)), "reads self.unseen, a list"),
     "all parameters": (lambda self, x: self.bn(x.to(next(self.parameters()).device)), "reads self.parameters"),
     "no_grad": (without_gradients, "switches gradients"),
-    "decorated": (torch.no_grad()(lambda self, x: self.act(self.bn(x))), "switches gradients"),
+    "decorated": (torch.no_grad()(lambda self, x: self.act(self.bn(x))), "optional argument, kwargs"),
     "checkpoint": (
         lambda self, x: torch.utils.checkpoint.checkpoint(lambda x: self.act(self.bn(x)), x, use_reentrant=False),
         "calls torch.utils.checkpoint.checkpoint",
@@ -768,9 +832,11 @@ def test_what_is_left_alone(name):
         "unseen": [nn.ReLU()],
         "nested": {"seen": ([],)},
         "spare": 1,
+        "notes": [0],
     }
     model = block(forward, **plain)
     type(model).calls, type(model).count = 0, Counting.__dict__["count"]
+    model.child, model.doubled = Child(), Doubled()
     type(model).cached = functools.lru_cache(lambda self: 2.0)
     counts = Counting.calls, dict(add_.__dict__), list(counted.__defaults__[0])
     expected, actual, report = converted(model)
@@ -829,6 +895,56 @@ def test_what_is_read(name):
     assert_same(step(actual, x), step(expected, x))
 
 
+@pytest.mark.parametrize("returned", [iter, dict.fromkeys, tuple, list], ids=["generator", "dict", "tuple", "list"])
+def test_what_a_submodule_returns_is_unpacked_as_python_does(returned):
+    def unpacking(self, x):
+        a, b = self.child(self.act(self.bn(x)))
+        return a + b
+
+    child = type("Two", (nn.Module,), {"forward": lambda self, x: returned([x, 2 * x])})()
+    expected, actual, report = converted(block(unpacking, child=child))
+    assert report.rows[0].is_fused
+    x = X()
+    assert_same(step(actual, x), step(expected, x))
+    child = type("Three", (nn.Module,), {"forward": lambda self, x: returned([x, 2 * x, 3 * x])})()
+    for each in (expected, actual):
+        each.child = child
+        with pytest.raises(ValueError, match=r"too many values to unpack \(expected 2\)"):
+            each(x)
+
+
+def test_a_sum_has_the_memory_format_of_its_first_term():
+    for forward in (lambda self, x, y: F.relu(y + self.bn(x)), lambda self, x, y: F.relu(self.bn(x) + y)):
+        expected, actual, report = converted(block(forward))
+        assert report.rows[0].becomes == "batch_norm_act(relu, residual)"
+        x, y = X().to(memory_format=torch.channels_last), X()
+        for pair in ((x, y), (y, x), (x, x)):
+            assert actual(*pair).stride() == expected(*pair).stride()
+            torch.testing.assert_close(actual(*pair), expected(*pair))
+
+
+@pytest.mark.parametrize("writer", ["a module", "out="])
+def test_a_residual_that_is_written_later(writer):
+    adding = type("Adding", (nn.Module,), {"forward": lambda self, x: x.add_(1.0)})()
+
+    def forward(self, x):
+        y = x * 1
+        z = F.elu(self.bn(self.conv(x)) + y)
+        return z + (self.adding(y) if writer == "a module" else torch.mul(x.detach(), 2, out=y.detach()))
+
+    expected, actual, report = converted(block(forward, adding=adding))
+    assert "writes the residual, which the gradient of elu needs" in next(row.why for row in report.rows if row.name == "bn")
+    x = X()
+    assert_same(step(actual, x), step(expected, x))
+
+
+def test_a_submodule_named_by_a_word_of_python():
+    model = block(lambda self, x: self.act(self.parts["class"](self.bn(x))), parts=nn.ModuleDict({"class": nn.Conv2d(3, 3, 1)}).double())
+    expected, actual, _ = converted(model)
+    x = X()
+    assert_same(step(actual, x), step(expected, x))
+
+
 def test_an_argument_that_is_none_goes_to_the_forward_itself():
     expected, actual, report = converted(block(lambda self, x, y: self.act(self.bn(x)) if y is None else self.act(self.bn(x) + y)))
     assert report.rows[0].becomes == "batch_norm_act(relu, residual)"
@@ -849,6 +965,26 @@ def freeze_by_class(self, mode=True):
         if type(module) is nn.BatchNorm2d:
             module.eval()
     return self
+
+
+class Refusing(nn.Identity):
+    def __setattr__(self, name, value):
+        if name == "training" and hasattr(self, "training"):
+            raise AttributeError("this module's mode stays")
+        super().__setattr__(name, value)
+
+
+def test_modes_that_cannot_be_set_are_not_set_by_reading():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()).eval().append(Refusing())
+    gk.convert(model)
+    assert [each.training for each in model.modules()] == [False] * 4 + [True]
+
+
+def test_a_method_that_freezes_by_the_class_of_a_module():
+    model = block(WRITTEN["module"][0])
+    type(model).freeze = freeze_by_class
+    expected, actual, _ = converted(model)
+    assert [each.freeze().bn.training for each in (expected, actual)] == [False, False]
 
 
 def test_a_mode_that_is_switched_by_the_class_of_a_module():
@@ -907,7 +1043,7 @@ def test_reading_makes_no_class_that_a_registry_sees():
     model = nn.Sequential(Net(), Plain())
     report = gk.convert(model)
     assert {"Net": Net, "Plain": Plain} == REGISTRY
-    assert "no class can be derived from its own: KeyError: 'Net is registered already'" in str(report)
+    assert "the forward of Net stays: its class has an __init_subclass__" in str(report)
     assert [type(each) for each in model] == [Net, Plain] and type(model[0].bn) is gk.BatchNormAct2d
 
 
@@ -1116,6 +1252,10 @@ CHANGES = {
     "forward": lambda model, seen: setattr(model, "forward", lambda x: model.conv(x)),
     "pruning": lambda model, seen: l1_unstructured(model.conv, "weight", 0.5),
     "SyncBatchNormAct": lambda model, seen: gk.convert_sync_batch_norm(model),
+    "method": lambda model, seen: setattr(model, "scaled", lambda y: y * 3),
+    "method of the class": lambda model, seen: setattr(type(model), "scaled", lambda self, y: y * 4),
+    "class of a submodule": lambda model, seen: setattr(model, "optional", nn.Identity()),
+    "longer list in a dict": lambda model, seen: model.stages["a"].append(nn.BatchNorm2d(3).double()),
 }
 
 
@@ -1131,11 +1271,15 @@ def test_what_changes_after_conversion(name):
         y = y if self.mask is None else y * self.mask
         y = y if self.gain is None else y * self.gain
         y = y if self.conv.bias is None else y * 2
+        y = self.scaled(y) if isinstance(self.optional, nn.Conv2d) else y
+        for each in self.stages["a"]:
+            y = each(y)
         return y if self.optional is None else self.optional(y)
 
     model = block(forward, nn.LeakyReLU(0.2))
     model.conv.scale = 1.0
     model.nested, type(model).shared = {"scales": [2.0]}, [1.0]
+    type(model).scaled, model.stages = lambda self, y: y * 2, nn.ModuleDict({"a": nn.ModuleList()})
     model.optional = nn.Conv2d(3, 3, 1).double()
     model.register_buffer("mask", None)
     model.register_buffer("gain", torch.tensor(2.0).double())
