@@ -29,6 +29,7 @@ from torch.testing import assert_close, make_tensor
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 from torch.testing._internal.common_utils import DeterministicGuard, noncontiguous_like
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 import gradkernels as gk
@@ -1464,6 +1465,36 @@ def test_parametric_functorch(act):
         "hessian": lambda f: torch.func.hessian(loss(f), argnums=1)(x, parameter),
     }.items():
         assert_close(transform(act.function), transform(act.composed), msg=lambda text, name=name: f"{name}: {text}")
+
+
+# torch's rule takes one batch dimension of prelu's gradient for another where there are as many outputs as samples, and raises elsewhere.
+@each_parametric
+@pytest.mark.parametrize(("batch", "outputs"), [(3, 3), (3, 5), (4, 2), (4, 4), (1, 1)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_parametric_derivatives_of_each_sample(act, batch, outputs, channels):
+    x = torch.randn(batch, 3, 4, dtype=torch.float64)
+    weight = torch.rand(channels, dtype=torch.float64)
+    weights = torch.rand(batch, channels, dtype=torch.float64)
+    factors = torch.arange(1.0, outputs + 1, dtype=torch.float64)
+
+    def function(x, weight):
+        return act.function(x.unsqueeze(0), weight).flatten()[:outputs] * factors
+
+    def loss(x, weight):
+        return function(x, weight).square().sum()
+
+    one_by_one = torch.autograd.functional
+    for transform, of, of_a_sample in (
+        (torch.func.jacrev, function, one_by_one.jacobian),
+        (torch.func.jacfwd, function, one_by_one.jacobian),
+        (torch.func.grad, loss, one_by_one.jacobian),
+        (torch.func.hessian, loss, one_by_one.hessian),
+    ):
+        for given, in_dims in ((weights, (0, 0)), (weight, (0, None))):
+            found = torch.func.vmap(transform(of, argnums=(0, 1)), in_dims)(x, given)
+            samples = zip(x, given.expand(batch, channels), strict=True)
+            expected = tree_map(lambda *each: torch.stack(each), *[of_a_sample(of, sample) for sample in samples])
+            assert_close(found, expected, msg=lambda text, name=transform.__name__: f"{name}: {text}")
 
 
 @each_parametric
