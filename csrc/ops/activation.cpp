@@ -107,9 +107,9 @@ bool parametric_has_kernel(const at::Tensor& x, const at::Tensor& parameter) {
 
 namespace {
 
-// 1 where x > 0. at::rrelu, which refuses in its words what has no kernel, knows neither vmap nor, in place, forward AD.
+// 1 where x > 0 or nan. at::rrelu, which refuses in its words what has no kernel, knows neither vmap nor, in place, forward AD.
 at::Tensor drawn_slopes(const at::Tensor& x, double lower, double upper) {
-  return at::where(x > 0, 1, at::empty_like(x).uniform_(lower, upper));
+  return at::where(x <= 0, at::empty_like(x).uniform_(lower, upper), 1);
 }
 
 }  // namespace
