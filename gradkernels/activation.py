@@ -59,8 +59,8 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
         y = alpha (e^x - 1)     elsewhere
 
     For float32 and alpha=1, y is within 1 ulp of the exact value, and the gradient, which is read off the output, within 1 ulp
-    of alpha: below x = -17 it is 0 where the exact one is less than 5e-8 alpha. The output is what is kept for backward, so y may
-    not be modified in place before it.
+    of alpha: below x = -17 it is 0 where the exact one is less than 5e-8 alpha (batch_norm_act and torch.nn.functional.elu keep
+    their inputs and are exact there). The output is what is kept for backward, so y may not be modified in place before it.
 
     Args:
         input: x; any shape, floating point.

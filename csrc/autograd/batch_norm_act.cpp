@@ -9,6 +9,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/batch_norm.h>
 #include <ATen/ops/ones_like.h>
+#include <ATen/ops/where.h>
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -113,7 +114,8 @@ struct BatchNormActGradient : Gradient<BatchNormActGradient, 4> {
           at::ones_like(grad_y), inputs[0], mean.unpack(), invstd.unpack(), ops::OptionalTensor(), ops::OptionalTensor(),
           ops::OptionalTensor(), of_two_slopes, false, act, act_param, std::array<bool, 4>{false, false, false, true}));
       const at::AutoGradMode grad(true);
-      grad_output = grad_y * factor;
+      // What relu and relu6 stop may be inf.
+      grad_output = act == "leaky_relu" ? grad_y * factor : at::where(factor == 0, 0, grad_y);
     } else if (act != "identity") {
       output = composite::add_and_activate(output, inputs[3], act, act_param);
     }

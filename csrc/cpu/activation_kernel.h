@@ -160,7 +160,7 @@ void rrelu_forward_kernel(DType dtype, math::RandomSlopes slopes, int64_t first,
     const scalar_t* x = static_cast<const scalar_t*>(x_data);
     scalar_t* y = static_cast<scalar_t*>(y_data);
     for_each_vector_with_slopes<opmath>(slopes, first, count, [&](int64_t i, auto lanes, Vec<opmath> slope) GK_INLINE_LAMBDA {
-      const math::LeakyRelu<Vec<opmath>> f{slope};
+      const math::Rrelu<Vec<opmath>> f{{slope}};
       const Vec<opmath> value = load(x + i, lanes);
       store_bits<opmath>(mask + i / 8, lanes, f.passes(value));
       store(y + i, lanes, f.forward(value));
@@ -176,7 +176,7 @@ void rrelu_backward_kernel(DType dtype, math::RandomSlopes slopes, int64_t first
     const scalar_t* grad_y = static_cast<const scalar_t*>(grad_y_data);
     scalar_t* grad_x = static_cast<scalar_t*>(grad_x_data);
     for_each_vector_with_slopes<opmath>(slopes, first, count, [&](int64_t i, auto lanes, Vec<opmath> slope) GK_INLINE_LAMBDA {
-      const math::LeakyRelu<Vec<opmath>> f{slope};
+      const math::Rrelu<Vec<opmath>> f{{slope}};
       store(grad_x + i, lanes, f.backward_from_mask(load(grad_y + i, lanes), load_bits<opmath>(mask + i / 8, lanes)));
     });
   });

@@ -305,8 +305,9 @@ void batch_norm_gradient_sums_kernel(const BatchNormBackward& p, Slab slab, math
               });
           for (int64_t c = 0; c < lines.channels(); ++c) {
             const int64_t channel = lines.channel_begin + c;
+            const double mean_high = static_cast<double>(channel_normalisation<opmath>(p, channel).mean_high);
             out[channel - slab.channel_begin] =
-                math::about_mean({sums.of_channel(lines, c, 0), sums.of_channel(lines, c, 1)}, math::mean_low<opmath>(p.mean[channel]));
+                math::about_mean({sums.of_channel(lines, c, 0), sums.of_channel(lines, c, 1)}, math::mean_low(p.mean[channel], mean_high));
           }
         });
       });

@@ -301,7 +301,7 @@ struct LongRuns {
           sum.high += sum_of_lanes(total_.sum(n, part).high);
         }
       });
-      return sum.high + sum.low;
+      return math::rounded(sum);
     }
     // Calls function(of_column(column), position, lanes, terms) for each vector of the lines, which hold scalar_t.
     template <typename scalar_t, typename OfColumn, typename Function>
@@ -439,7 +439,7 @@ struct ShortRuns {
         }
         sum.low += low_[n].value[i];
       }
-      return sum.high + sum.low;
+      return math::rounded(sum);
     }
     template <typename scalar_t, typename OfColumn, typename Function>
     GK_INLINE void add(const Lines& lines, Streamed<scalar_t> streamed, const OfColumn& of_column, const Function& function) {

@@ -61,6 +61,11 @@ struct Vec {
       for (int i = 0; i < kRegisters; ++i) r.part[i] = a.part[i] | b.part[i];
       return r;
     }
+    friend GK_INLINE Mask operator&(Mask a, Mask b) {
+      Mask r;
+      for (int i = 0; i < kRegisters; ++i) r.part[i] = a.part[i] & b.part[i];
+      return r;
+    }
     friend GK_INLINE bool any(Mask mask) { return to_bits<T>(mask) != 0; }
   };
 

@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(kThreads)
     unsigned bits = 0;
 #pragma unroll
     for (int i = 0; i < W; ++i) {
-      const math::LeakyRelu<opmath> f{drawn.slope[i]};
+      const math::Rrelu<opmath> f{{drawn.slope[i]}};
       bits |= static_cast<unsigned>(f.passes(value[0].element[i])) << i;
       result.element[i] = f.forward(value[0].element[i]);
     }
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kThreads)
     Values<scalar_t, W> result;
 #pragma unroll
     for (int i = 0; i < W; ++i) {
-      result.element[i] = math::LeakyRelu<opmath>{drawn.slope[i]}.backward_from_mask(value[0].element[i], (bits >> i & 1u) != 0u);
+      result.element[i] = math::Rrelu<opmath>{{drawn.slope[i]}}.backward_from_mask(value[0].element[i], (bits >> i & 1u) != 0u);
     }
     return result;
   });

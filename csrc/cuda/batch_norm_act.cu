@@ -859,6 +859,14 @@ __device__ __forceinline__ math::GradientSums part_sums(const BatchNormBackward&
   return found;
 }
 
+// The sums of the lane's channel about its mean, of those that part_sums has taken about mean_high.
+template <typename Shared>
+__device__ __forceinline__ math::GradientSums about_mean(const BatchNormBackward& p, const Lane& lane, const math::GradientSums& found,
+                                                         const Shared& shared) {
+  const double mean_high = static_cast<double>(shared.coefficients[lane.in_slab].normalise.mean_high);
+  return math::about_mean(found, math::mean_low(p.mean[lane.channel], mean_high));
+}
+
 // grad_weight, grad_bias, and sums as the schema has them, each where it is asked for.
 __device__ __forceinline__ void finish_channel(const BatchNormBackward& p, double* sums, int64_t channel, const math::GradientSums& found) {
   if (sums != nullptr) {
@@ -899,7 +907,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
       part_sums<scalar_t, kColumns>(p, t, slab, part, shared, [](int, const Octet<scalar_t>&, const opmath(&)[kOctetElements]) {});
   const Lane lane(t, slab);
   if (!merge_parts<opmath>(t, lane, index, part, found, partial, counters, &shared.flag)) return;
-  if (lane.writes) finish_channel(p, sums, lane.channel, math::about_mean(found, math::mean_low<opmath>(p.mean[lane.channel])));
+  if (lane.writes) finish_channel(p, sums, lane.channel, about_mean(p, lane, found, shared));
 }
 
 // grad_x of every element from the sums and the count of all processes; sums may be null in evaluation, and count where it is this process'
@@ -965,7 +973,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>) batch_norm_act_ba
   const Lane lane(t, slab);
   merge_cluster<opmath>(t, lane, found, shared.of_block);
   if (lane.writes) {
-    found = math::about_mean(found, math::mean_low<opmath>(p.mean[lane.channel]));
+    found = about_mean(p, lane, found, shared);
     if (part == 0) finish_channel(p, nullptr, lane.channel, found);
     shared.coefficients[lane.in_slab] = channel_gradient<opmath>(p, lane.channel, static_cast<double>(t.rows * t.inner), found);
   }

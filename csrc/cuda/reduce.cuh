@@ -131,7 +131,7 @@ struct ThreadSum<double> {
     total.low += x.low;
   }
   __device__ __forceinline__ math::Sum<double> value() const { return total; }
-  __device__ __forceinline__ double rounded() const { return total.high + total.low; }
+  __device__ __forceinline__ double rounded() const { return math::rounded(total); }
   __device__ __forceinline__ void add_over_lanes(int lanes) {
     for (int distance = lanes / 2; distance > 0; distance /= 2) {
       const double high = __shfl_xor_sync(kWholeWarp, total.high, distance);

@@ -6,7 +6,8 @@
 //   passes(x), backward_from_mask     the same from one bit: only where the derivative takes two values
 //
 // A member that does not exist is a use that is not legal: Swish cannot be undone, so an in-place Swish does not compile. Comparisons are
-// the ones of torch's operators, which decides the values at nan and at zero.
+// the ones of torch's vector loops on the CPU, which decides the values at nan and at zero: its loops over what is left, and its kernels on
+// a GPU, differ from these at nan (tests/test_special_values.py).
 #pragma once
 
 #include "math/exp.h"
@@ -50,7 +51,7 @@ struct Relu {
 template <typename T>
 struct Relu6 {
   GK_HOST_DEVICE T forward(T x) const { return select(x <= T(0), T(0), select(x >= T(6), T(6), x)); }
-  GK_HOST_DEVICE auto passes(T x) const { return !((x <= T(0)) | (x >= T(6))); }
+  GK_HOST_DEVICE auto passes(T x) const { return (x > T(0)) & (x < T(6)); }
   template <typename Mask>
   GK_HOST_DEVICE T backward_from_mask(T grad_y, Mask pass) const {
     return select(pass, grad_y, T(0));
@@ -86,9 +87,9 @@ struct Elu {
   GK_HOST_DEVICE T forward(T x) const { return select(x < T(0), alpha * expm1_of_nonpositive(x), x); }
   GK_HOST_DEVICE T backward(T grad_y, T x) const {
     const ReducedExp<T> exp = reduce_exp(at_least(T(ExpConstants<scalar_of_t<T>>::kUnderflow), x));
-    return select(x <= T(0), multiply_scaled(grad_y, fma(alpha, exp.expm1, alpha), exp.n), grad_y);
+    return select(x > T(0), grad_y, multiply_scaled(grad_y, fma(alpha, exp.expm1, alpha), exp.n));
   }
-  GK_HOST_DEVICE T backward_from_output(T grad_y, T y) const { return select(y <= T(0), grad_y * (y + alpha), grad_y); }
+  GK_HOST_DEVICE T backward_from_output(T grad_y, T y) const { return select(y > T(0), grad_y, grad_y * (y + alpha)); }
 };
 
 // swish(x) = x s with s = sigmoid(beta x), and with z = beta x: swish'(x) = s (1 + z (1 - s)); the derivative by beta is x^2 s (1 - s)
@@ -129,7 +130,13 @@ struct Swish {
   }
 };
 
-// rrelu(x) = x for x > 0, a x otherwise, with a uniform in [lower, upper] for each element: leaky_relu with slopes drawn from a seed.
+// rrelu(x) = x for x > 0, a x otherwise, with a drawn for each element. torch draws none for a nan, whose gradient is grad_y.
+template <typename T>
+struct Rrelu : LeakyRelu<T> {
+  GK_HOST_DEVICE auto passes(T x) const { return !(x <= T(0)); }
+};
+
+// The slopes of it, uniform in [lower, upper] and drawn from a seed.
 struct RandomSlopes {
   uint64_t seed;
   double lower;

@@ -169,15 +169,19 @@ struct Normalisation {
   }
 };
 
+// A scale that is not finite has a mean_high of 0, which is torch's x scale + (bias - mean scale): it decides which of an inf are nan.
 template <typename scalar_t>
-GK_HOST_DEVICE double mean_low(double mean) {
-  return mean - static_cast<double>(static_cast<scalar_t>(mean));
+GK_HOST_DEVICE scalar_t mean_high(double mean, scalar_t scale) {
+  return scale - scale == scalar_t(0) ? static_cast<scalar_t>(mean) : scalar_t(0);
 }
+// Of a mean that is inf, none.
+GK_HOST_DEVICE double mean_low(double mean, double mean_high) { return zero_if_nan(mean - mean_high); }
 
 template <typename scalar_t>
 GK_HOST_DEVICE Normalisation<scalar_t> normalisation(double mean, double invstd, double weight, double bias) {
   const scalar_t scale = static_cast<scalar_t>(weight * invstd);
-  return {static_cast<scalar_t>(mean), scale, static_cast<scalar_t>(bias - mean_low<scalar_t>(mean) * static_cast<double>(scale))};
+  const scalar_t high = mean_high(mean, scale);
+  return {high, scale, static_cast<scalar_t>(bias - mean_low(mean, static_cast<double>(high)) * static_cast<double>(scale))};
 }
 
 // The sums behind every gradient, over a channel: S1 = sum dz, S2 = sum dz (x - mean), with dz the gradient at the output of the
@@ -190,9 +194,10 @@ struct GradientSums {
 
 GK_HOST_DEVICE GradientSums merge(const GradientSums& a, const GradientSums& b) { return {a.dz + b.dz, a.dz_x + b.dz_x}; }
 
-// From those about mean_high, sum dz (x - mean_high), with what the rounding took from the mean.
+// From those about mean_high, sum dz (x - mean_high), with what the rounding took from the mean. Where sums are inf it does not count.
 GK_HOST_DEVICE GradientSums about_mean(const GradientSums& about_mean_high, double mean_low) {
-  return {about_mean_high.dz, fma(-mean_low, about_mean_high.dz, about_mean_high.dz_x)};
+  const double dz = zero_unless_finite(about_mean_high.dz);
+  return {about_mean_high.dz, fma(-mean_low, dz, about_mean_high.dz_x)};
 }
 
 // training:
@@ -200,8 +205,9 @@ GK_HOST_DEVICE GradientSums about_mean(const GradientSums& about_mean_high, doub
 // evaluation:
 //   grad_x = weight invstd dz
 //
-// S1/N is split as the mean is: gradients that sit on a large common offset keep their digits. slope is without the scale: with it, a
-// small gradient at a large x would take it below the smallest float32 (test_gradients_at_the_ends_of_the_range).
+// S1/N, with what the slope makes of mean_low, is split as the mean is: gradients that sit on a large common offset keep their digits.
+// slope is without the scale: with it, a small gradient at a large x would take it below the smallest float32
+// (test_gradients_at_the_ends_of_the_range). What is low counts where all of it is finite.
 template <typename T>
 struct InputGradient {
   T mean_high;
@@ -224,12 +230,12 @@ template <typename scalar_t>
 GK_HOST_DEVICE InputGradient<scalar_t> input_gradient(double mean, double invstd, double weight, double count, GradientSums sums) {
   const double scale = weight * invstd;
   const double slope = -invstd * invstd * (sums.dz_x / count);
-  const double dz_mean = sums.dz / count;
-  const scalar_t mean_high = static_cast<scalar_t>(mean);
+  const scalar_t high = mean_high(mean, static_cast<scalar_t>(scale));
+  const double dz_mean = sums.dz / count + zero_unless_finite(slope * mean_low(mean, static_cast<double>(high)));
   const scalar_t dz_mean_high = static_cast<scalar_t>(dz_mean);
   const double dz_mean_low = dz_mean - static_cast<double>(dz_mean_high);
-  return {mean_high, dz_mean_high, static_cast<scalar_t>(scale), static_cast<scalar_t>(slope),
-          static_cast<scalar_t>(-scale * (dz_mean_low + slope * mean_low<scalar_t>(mean)))};
+  return {high, dz_mean_high, static_cast<scalar_t>(scale), static_cast<scalar_t>(slope),
+          zero_unless_finite(static_cast<scalar_t>(-scale * dz_mean_low))};
 }
 
 }  // namespace gradkernels::math

@@ -186,13 +186,14 @@ GK_HOST_DEVICE constexpr bool is_near_exponent(scalar_t) {
 }
 
 // a b 2^n for whole n <= 0 and a b that is not tiny: 2^n itself may be denormal, or 0, where the result is neither. A near n is applied
-// before a, which may be as large as there is, and alike whatever the neighbours are.
+// before a, which may be as large as there is, and alike whatever the neighbours are. An a of inf meets b 2^n as rounded: nan where that
+// is 0, as torch's.
 template <typename T>
 GK_HOST_DEVICE T multiply_scaled(T a, T b, T n) {
   if (!has_far_exponent(n)) return a * scale_by_exp2(b, n);
   const Exp2Halves<T> scale = exp2_halves(n);
   const T part = b * scale.first;
-  return select(n >= T(scalar_of_t<T>(kFarExponent)), a * (part * scale.second), a * part * scale.second);
+  return select((n >= T(scalar_of_t<T>(kFarExponent))) | (a - a != T(0)), a * (part * scale.second), a * part * scale.second);
 }
 
 // e^x - 1 for x <= 0, exact near zero where the subtraction would cancel: 2^n (e^r - 1) + (2^n - 1)

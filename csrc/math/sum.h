@@ -21,10 +21,10 @@ GK_HOST_DEVICE T zero_unless_finite(T x) {
   return select(x - x == T(0), x, T(0));
 }
 
-// What a sum comes to. Beyond the largest number its low part may be nan; it then does not count.
+// What a sum comes to. Beyond the largest number its low part may be nan, or an inf of the other sign; it then does not count.
 template <typename T>
 GK_HOST_DEVICE T rounded(const Sum<T>& sum) {
-  return sum.high + zero_if_nan(sum.low);
+  return sum.high + zero_unless_finite(sum.low);
 }
 
 // sum <- sum + x, nearly exactly (Knuth's TwoSum). Beyond the largest number the error would be nan; it then does not count.

@@ -79,12 +79,24 @@ std::tuple<at::Tensor, at::Tensor> swish_tensor_backward(const at::Tensor& grad_
           output_mask[1] ? sum_over_channels(grad_y * (x * x) * (s * (1 - s)), beta) : at::empty({0}, beta.options())};
 }
 
-at::Tensor prelu(const at::Tensor& x, const at::Tensor& weight) { return at::prelu(x, weight); }
+namespace {
+
+// x where it passes, else weight x. What passes is not multiplied, nor is its gradient: a weight may be inf.
+at::Tensor sloped(const at::Tensor& passes, const at::Tensor& x, const at::Tensor& weight) {
+  return at::where(passes, x, weight * at::where(passes, 0, x));
+}
+
+}  // namespace
+
+// Of what has a kernel, since vmap takes one batch dimension of at::prelu's gradient for another. For the rest, and for errors, at::prelu.
+at::Tensor prelu(const at::Tensor& x, const at::Tensor& weight) {
+  return parametric_has_kernel(x, weight) ? sloped(x > 0, x, across_channels(weight, x)) : at::prelu(x, weight);
+}
 
 std::tuple<at::Tensor, at::Tensor> prelu_backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight,
                                                   std::array<bool, 2> output_mask) {
   const at::Tensor passes = x > 0;
-  return {output_mask[0] ? at::where(passes, grad_y, across_channels(weight, x) * grad_y) : at::empty({0}, x.options()),
+  return {output_mask[0] ? sloped(passes, grad_y, across_channels(weight, x)) : at::empty({0}, x.options()),
           output_mask[1] ? sum_over_channels(at::where(passes, 0, x * grad_y), weight) : at::empty({0}, weight.options())};
 }
 
@@ -95,9 +107,9 @@ bool parametric_has_kernel(const at::Tensor& x, const at::Tensor& parameter) {
 
 namespace {
 
-// 1 where x > 0. at::rrelu, which refuses in its words what has no kernel, knows neither vmap nor, in place, forward AD.
+// 1 where x > 0 or nan. at::rrelu, which refuses in its words what has no kernel, knows neither vmap nor, in place, forward AD.
 at::Tensor drawn_slopes(const at::Tensor& x, double lower, double upper) {
-  return at::where(x > 0, 1, at::empty_like(x).uniform_(lower, upper));
+  return at::where(x <= 0, at::empty_like(x).uniform_(lower, upper), 1);
 }
 
 }  // namespace

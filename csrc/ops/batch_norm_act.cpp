@@ -408,6 +408,8 @@ at::Tensor spread(const at::Tensor& of_channels, const at::Tensor& x) {
 // A tensor of its own, in x's dtype and memory format.
 at::Tensor as_output(const at::Tensor& computed, const at::Tensor& x) { return at::empty_like(x, Layout(x).format).copy_(computed); }
 
+at::Tensor zero_unless_finite(const at::Tensor& values) { return at::where(values.isfinite(), values, 0); }
+
 at::ScalarType opmath_type(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
 at::Tensor in_double(const OptionalTensor& values, const at::Tensor& mean, double otherwise) {
@@ -422,7 +424,7 @@ at::Tensor stats(const at::Tensor& x) {
   const at::Tensor count = at::full_symint({c10::SymInt(1)}, at::Scalar(elements), options);
   const at::Tensor wide = x.to(opmath_type(x));
   const at::Tensor mean = wide.mean(reduced_dims(x));
-  const at::Tensor about = at::where(mean.isfinite(), mean, at::zeros_like(mean));
+  const at::Tensor about = zero_unless_finite(mean);
   const at::Tensor difference = wide - spread(about, x);
   const at::Tensor sum = difference.sum(reduced_dims(x), false, at::kDouble);
   const at::Tensor squares = difference.square().sum(reduced_dims(x), false, at::kDouble);
@@ -440,10 +442,11 @@ struct Normalised {
   Normalised(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& invstd, const OptionalTensor& weight,
              const OptionalTensor& bias) {
     const at::ScalarType opmath = opmath_type(x);
-    const at::Tensor mean_high = mean.to(opmath);
-    mean_low = mean - mean_high.to(at::kDouble);
-    centred = x.to(opmath) - spread(mean_high, x);
     scale = in_double(weight, mean, 1.0) * invstd;
+    const at::Tensor mean_high = at::where(scale.to(opmath).isfinite(), mean.to(opmath), 0);
+    mean_low = mean - mean_high.to(at::kDouble);
+    mean_low = at::where(mean_low.isnan(), 0, mean_low);
+    centred = x.to(opmath) - spread(mean_high, x);
     const at::Tensor shift = in_double(bias, mean, 0.0) - mean_low * scale;
     z = at::addcmul(spread(shift.to(opmath), x), centred, spread(scale.to(opmath), x));
   }
@@ -623,7 +626,8 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_act_backward_reduce(const at::Tens
     const parts::Normalised normalised(x, mean, invstd, weight, bias);
     const at::Tensor dz = normalised.gradient(grad_y, residual, activation(act, act_param));
     const at::Tensor dz_sum = dz.sum(parts::reduced_dims(x), false, at::kDouble);
-    const at::Tensor dz_x_sum = (dz * normalised.centred).sum(parts::reduced_dims(x), false, at::kDouble) - normalised.mean_low * dz_sum;
+    const at::Tensor dz_x_sum =
+        (dz * normalised.centred).sum(parts::reduced_dims(x), false, at::kDouble) - normalised.mean_low * parts::zero_unless_finite(dz_sum);
     return {at::cat({dz_sum, dz_x_sum}), residual_g ? parts::as_output(dz, x) : at::empty({0}, x.options())};
   }
   const Backward b(grad_y, x, mean, invstd, weight, bias, residual, mask, act, act_param, {false, false, false, residual_g});
@@ -660,8 +664,10 @@ at::Tensor batch_norm_act_backward_elemt(const at::Tensor& grad_y, const at::Ten
     const at::Tensor dz = normalised.gradient(grad_y, residual, activation(act, act_param));
     const std::vector<at::Tensor> mean_of = (sums / count).chunk(2);
     const at::Tensor slope = -invstd * invstd * mean_of[1];
-    const at::Tensor dz_mean_high = mean_of[0].to(dz.scalar_type());
-    const at::Tensor offset = -normalised.scale * (mean_of[0] - dz_mean_high.to(at::kDouble) + slope * normalised.mean_low);
+    const at::Tensor dz_mean = mean_of[0] + parts::zero_unless_finite(slope * normalised.mean_low);
+    const at::Tensor dz_mean_high = dz_mean.to(dz.scalar_type());
+    const at::Tensor offset =
+        parts::zero_unless_finite((-normalised.scale * (dz_mean - dz_mean_high.to(at::kDouble))).to(dz.scalar_type()));
     const auto spread = [&](const at::Tensor& of_channels) { return parts::spread(of_channels.to(dz.scalar_type()), x); };
     const at::Tensor centred_dz = at::addcmul(dz - spread(dz_mean_high), normalised.centred, spread(slope));
     return parts::as_output(at::addcmul(spread(offset), centred_dz, spread(normalised.scale)), x);
