@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from gradkernels._native import refuse_script
 from gradkernels.fused_forward import ATTRIBUTE, FusedForward
 from gradkernels.fusion import fuse
 
@@ -20,6 +21,8 @@ _NEW_OBJECT = object().__reduce_ex__(2)[0]
 
 class Fused:
     """What the class of every converted block has first among its bases; second is the class that the block had."""
+
+    __prepare_scriptable__ = refuse_script
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class has no name to be found by; it is made again from the one below it.
