@@ -110,7 +110,7 @@ def is_opaque(x: Tensor, *others: Tensor | None) -> bool:
 
 
 _UNSCRIPTABLE = (
-    "is computed by gradkernels, which torch.jit.script cannot compile: use torch.jit.trace or torch.export, or script the model before "
+    "is computed by gradkernels, which torch.jit.script cannot compile: use torch.export or torch.jit.trace, or script the model before "
     "gradkernels.convert (gradkernels.revert undoes it)"
 )
 _Function = TypeVar("_Function", bound=Callable[..., Any])

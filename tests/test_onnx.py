@@ -165,6 +165,7 @@ each_exporter = pytest.mark.parametrize("dynamo", [False, True], ids=["older", "
 pytestmark = pytest.mark.filterwarnings(
     # torch says that its older exporter and torch.jit are old.
     "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
     "ignore::UserWarning",
     # What the package and torch set when they are imported, which pytest takes away.
     "ignore::torch.jit.TracerWarning",
@@ -227,7 +228,7 @@ SCRIPTS = {
 def test_script_is_refused(name, inside):
     module = SCRIPTS[name]()
     with pytest.raises(
-        RuntimeError, match=rf"^{name} is computed by gradkernels, which torch.jit.script cannot compile: use torch.jit.trace"
+        RuntimeError, match=rf"^{name} is computed by gradkernels, which torch.jit.script cannot compile: use torch.export or"
     ):
         torch.jit.script(nn.Sequential(nn.ReLU(), module) if inside else module)
 
