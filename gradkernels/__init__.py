@@ -6,6 +6,8 @@ composed of torch's own stand in under the same names, and one warning says why 
 
 import warnings
 
+import torch
+
 from gradkernels import _native, init, optim
 from gradkernels.activation import ELU, LeakyReLU, PReLU, RReLU, Swish, elu, leaky_relu, prelu, rrelu, swish
 from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, batch_norm_act
@@ -57,6 +59,9 @@ __all__ = [
     "rrelu",
     "swish",
 ]
+
+# As torch does for its own modules. Here sizes are compared to find mistakes, and a trace need not do that again.
+warnings.filterwarnings("ignore", category=torch.jit._trace.TracerWarning, module=__name__)
 
 if _native.reason is not None:
     warnings.warn(

@@ -1,7 +1,7 @@
-"""Finds and loads gradkernels._C, and decides which calls it serves.
+"""Finds and loads gradkernels._C, and decides which calls it serves. torch.jit.script, which cannot compile that decision, is refused here.
 
 A library built for another torch fails in the loader with a mangled symbol, or crashes later, so the version stamped
-into the file is read before anything is loaded. Nothing here raises: what is wrong becomes `reason`, and `remedy` is the
+into the file is read before anything is loaded. That raises nothing: what is wrong becomes `reason`, and `remedy` is the
 command that mends it.
 """
 
@@ -9,13 +9,15 @@ import importlib
 import shlex
 import struct
 import sys
+from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
@@ -81,13 +83,45 @@ C, reason = _load()
 remedy = _remedy()
 
 
+def is_exported() -> bool:
+    """Whether torch.export records this call, but for strict=True: the program may go where there is no gradkernels."""
+    # Under torch.compile torch 2.11 answers the first with True.
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
+def is_for_onnx() -> bool:
+    """Whether torch.onnx records this call: through torch.jit.trace or through torch.export, depending on the exporter."""
+    # torch.onnx takes a microsecond to answer, so it is asked last. torch.compile cannot trace _is_tracing.
+    return (torch.compiler.is_compiling() or torch._C._is_tracing()) and torch.onnx.is_in_onnx_export()
+
+
 def library(x: Tensor, *others: Tensor | None) -> ModuleType | None:
     """gradkernels._C where it serves an eager call with these tensors, else None."""
-    if C is None or type(x) not in _SERVED or torch.compiler.is_compiling():
+    if C is None or type(x) not in _SERVED or torch.compiler.is_compiling() or (torch._C._is_tracing() and is_for_onnx()):
         return None
     return C if not others or _SERVED_OR_NONE.issuperset(map(type, others)) else None
 
 
 def is_opaque(x: Tensor, *others: Tensor | None) -> bool:
     """Whether torch.compile or torch.export is to see torch.ops.gradkernels in a call with these tensors: it cannot trace _C."""
-    return C is not None and torch.compiler.is_compiling() and type(x) in _SERVED and _SERVED_OR_NONE.issuperset(map(type, others))
+    if C is None or not torch.compiler.is_compiling() or is_for_onnx():
+        return False
+    return type(x) in _SERVED and _SERVED_OR_NONE.issuperset(map(type, others))
+
+
+_UNSCRIPTABLE = (
+    "is computed by gradkernels, which torch.jit.script cannot compile: use torch.export or torch.jit.trace, or script the model before "
+    "gradkernels.convert (gradkernels.revert undoes it)"
+)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def refuse_script(module: nn.Module) -> NoReturn:
+    """For __prepare_scriptable__, which torch.jit.script calls of every module before it compiles any."""
+    raise RuntimeError(f"{type(module).__name__} {_UNSCRIPTABLE}")
+
+
+def unscriptable(function: _Function) -> _Function:
+    """The function, marked as torch marks its own that torch.jit.script must refuse (torch.autocast)."""
+    cast(Any, function).__script_unsupported = f"{function.__name__} {_UNSCRIPTABLE}"
+    return function

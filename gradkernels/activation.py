@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gradkernels import _native, reference
 
 
+@_native.unscriptable
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """Leaky rectified linear unit, as torch.nn.functional.leaky_relu.
 
@@ -52,6 +53,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     return reference.leaky_relu(input, negative_slope, inplace)
 
 
+@_native.unscriptable
 def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """Exponential linear unit, as torch.nn.functional.elu.
 
@@ -92,6 +94,7 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     return reference.elu(input, alpha, inplace)
 
 
+@_native.unscriptable
 def swish(input: Tensor, beta: float | Tensor = 1.0) -> Tensor:
     """Swish, with beta=1 as torch.nn.functional.silu.
 
@@ -140,6 +143,7 @@ def swish(input: Tensor, beta: float | Tensor = 1.0) -> Tensor:
     return reference.swish(input, beta)
 
 
+@_native.unscriptable
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
     """Leaky rectified linear unit whose slope is learnt, as torch.nn.functional.prelu.
 
@@ -178,6 +182,7 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
     return reference.prelu(input, weight)
 
 
+@_native.unscriptable
 def rrelu(input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False) -> Tensor:
     """Randomised leaky rectified linear unit, as torch.nn.functional.rrelu.
 
@@ -209,12 +214,13 @@ def rrelu(input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: b
         >>> gk.rrelu(torch.tensor([-2.0, 3.0]), lower=0.25, upper=0.75)
         tensor([-1.,  3.])
     """
-    native = _native.library(input)
     # Other bounds are torch's error.
-    if native is None or not -math.inf < lower <= upper < math.inf:
-        return reference.rrelu(input, lower, upper, training, inplace)
-    if not training:
+    has_slopes = -math.inf < lower <= upper < math.inf
+    if has_slopes and not training:
         return leaky_relu(input, (lower + upper) / 2, inplace)
+    native = _native.library(input) if has_slopes else None
+    if native is None:
+        return reference.rrelu(input, lower, upper, training, inplace)
     # Not random_(), which vmap refuses where each slice is to have slopes of its own.
     seed = torch.randint(2**63 - 1, (), device=input.device)
     y: Tensor = native.rrelu(input, seed, lower, upper, inplace)
@@ -234,6 +240,8 @@ class LeakyReLU(nn.LeakyReLU):
         tensor([-1.,  3.])
     """
 
+    __prepare_scriptable__ = _native.refuse_script
+
     def forward(self, input: Tensor) -> Tensor:
         return leaky_relu(input, self.negative_slope, self.inplace)
 
@@ -250,6 +258,8 @@ class ELU(nn.ELU):
         >>> gk.ELU(alpha=0.5)(torch.tensor([-100.0, 3.0]))
         tensor([-0.5000,  3.0000])
     """
+
+    __prepare_scriptable__ = _native.refuse_script
 
     def forward(self, input: Tensor) -> Tensor:
         return elu(input, self.alpha, self.inplace)
@@ -270,6 +280,8 @@ class PReLU(nn.PReLU):
         tensor([-1.,  3.])
     """
 
+    __prepare_scriptable__ = _native.refuse_script
+
     def forward(self, input: Tensor) -> Tensor:
         return prelu(input, self.weight)
 
@@ -287,6 +299,8 @@ class RReLU(nn.RReLU):
         >>> gk.RReLU(0.25, 0.75).eval()(torch.tensor([-2.0, 3.0]))
         tensor([-1.,  3.])
     """
+
+    __prepare_scriptable__ = _native.refuse_script
 
     def forward(self, input: Tensor) -> Tensor:
         return rrelu(input, self.lower, self.upper, self.training, self.inplace)
@@ -339,6 +353,8 @@ class Swish(nn.Module):
         if isinstance(self.beta, Tensor):
             nn.init.constant_(self.beta, self.init)
 
+    __prepare_scriptable__ = _native.refuse_script
+
     def forward(self, input: Tensor) -> Tensor:
         return swish(input, self.beta)
 
@@ -350,6 +366,8 @@ class Swish(nn.Module):
 
 class SiLU(nn.SiLU):
     """torch.nn.SiLU computed by swish, which convert makes of it; not for inplace=True, which swish does not have."""
+
+    __prepare_scriptable__ = _native.refuse_script
 
     def forward(self, input: Tensor) -> Tensor:
         return swish(input)

@@ -27,6 +27,7 @@ ACT_MODULES: dict[type[nn.Module], tuple[str, str | None]] = {
 }
 
 
+@_native.unscriptable
 def batch_norm_act(
     input: Tensor,
     running_mean: Tensor | None,
@@ -105,7 +106,7 @@ def _batch_norm_act(
         x, residual = x.to(dtype), residual.to(dtype)
     tensors = (x, running_mean, running_var, weight, bias, residual, num_batches_tracked)
     native = _native.library(*tensors)
-    if native is not None or _native.is_opaque(*tensors):
+    if native is not None or (_native.is_opaque(*tensors) and (training or not _native.is_exported())):
         act_param = reference.check_batch_norm_act(x, residual, training, eps, act, act_param)
         # None is the average over the batches counted so far; without a count nn.BatchNorm does not move its statistics.
         if momentum is None and num_batches_tracked is None:
@@ -202,6 +203,8 @@ class _BatchNormAct(_BatchNorm):
         # That of torch 2.11 takes affine to mean that there is a bias.
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    __prepare_scriptable__ = _native.refuse_script
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if isinstance(input, torch.fx.Proxy):

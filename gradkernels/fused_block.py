@@ -12,6 +12,7 @@ from typing import Any, Protocol, cast
 
 from torch import nn
 
+from gradkernels._native import refuse_script
 from gradkernels.fused_forward import ATTRIBUTE, BASE, FusedForward
 from gradkernels.fusion import fuse
 
@@ -80,7 +81,13 @@ def fused_class(base: type[nn.Module]) -> type[nn.Module]:
             if forward is not None:
                 self.__dict__[ATTRIBUTE] = forward
 
-    own = {"forward": forward, "__reduce_ex__": __reduce_ex__, "__setstate__": __setstate__, BASE: base}
+    own = {
+        "forward": forward,
+        "__reduce_ex__": __reduce_ex__,
+        "__setstate__": __setstate__,
+        BASE: base,
+        "__prepare_scriptable__": refuse_script,
+    }
     named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     kind = types.new_class(base.__name__, (base,), exec_body=lambda namespace: namespace.update(own | named))
     _CLASSES[base] = cast(type[nn.Module], kind)

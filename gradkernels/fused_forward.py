@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
-from gradkernels import reference
+from gradkernels import _native, reference
 from gradkernels.batch_norm_act import forward_of
 from gradkernels.dataflow import Missing, Path
 
@@ -105,7 +105,7 @@ class FusedForward:
         return self
 
     def holds(self, block: nn.Module) -> bool:
-        if _has_any_global_hook() or torch.fx._symbolic_trace.is_fx_symbolic_tracing():
+        if _has_any_global_hook() or torch.fx._symbolic_trace.is_fx_symbolic_tracing() or _native.is_for_onnx():
             return False
         for path, name, value in self.attributes:
             found = getattr(child(block, path), name, Missing)

@@ -1,7 +1,7 @@
 """Every operator composed of torch's own.
 
-It serves where nothing native loads, it is what torch.compile sees of the pointwise functions, and in float64 it is what
-tests and bench compare with. The names that `act` may take and the checks that both sides share stand here once.
+It serves where nothing native loads, it is what torch.compile sees of the pointwise functions and torch.onnx of all, and in float64
+it is what tests and bench compare with. The names that `act` may take and the checks that both sides share stand here once.
 """
 
 import math
