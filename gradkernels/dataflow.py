@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.proxy import Attribute
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradkernels.outside import (
     Unreadable,
@@ -126,6 +127,11 @@ class _Recorded(Proxy):
     def __delattr__(self, name: str) -> None:
         raise Unreadable(f"deletes the attribute {name} of a tensor")
 
+    def __hash__(self) -> int:
+        if not sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.fx", __package__)):
+            raise Unreadable("uses a value as a key")
+        return super().__hash__()
+
     def __repr__(self) -> str:
         if not is_torchs(sys._getframe(1)):
             cast(_Tracer, self.tracer).written.append(self.node)
@@ -167,6 +173,13 @@ def _modes() -> tuple[object, ...]:
     )
 
 
+class _NoTensors(TorchDispatchMode):
+    """A forward that is read computes with proxies alone: a tensor of its own would be a constant, and may be a random one."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise Unreadable("makes a tensor")
+
+
 class _Tracer(Tracer):
     # Buffers written in place are then nodes; as plain tensors they would be written while reading.
     proxy_buffer_attributes = True
@@ -182,11 +195,14 @@ class _Tracer(Tracer):
         # Lists and dicts that its modules keep, and modules called that may write attributes: by id().
         self.containers: set[int] = set()
         self.called = called
+        self.thread = threading.get_ident()
 
     def traced(self, module: nn.Module) -> Graph:
         # By identity: a graph has a copy of each at each place where it is used.
         self.containers = {id(each) for part in module.modules() for value in part.__dict__.values() for each in containers(value, set())}
-        graph = self.trace(module)
+        no_tensors: Any = _NoTensors
+        with no_tensors():
+            graph = self.trace(module)
         # Of an assertion that holds nobody reads the text.
         texts = [each for node in graph.nodes if node.target is torch._assert for each in node.args if isinstance(each, str)]
         for node in self.written:
@@ -197,10 +213,16 @@ class _Tracer(Tracer):
                 raise Unreadable(f"asks for {node.args[1]} of a value, and no graph records what for")
         return graph
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        # torch.fx patches nn.Module for every thread.
+        return attr_val if threading.get_ident() != self.thread else super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if any("__call__" in kind.__dict__ for kind in _own_classes(type(m))):
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        if any("__call__" in kind.__dict__ for kind in own_classes(type(m))):
             raise Unreadable(f"calls a {type(m).__name__}, whose class has a __call__ of its own")
-        if any(map(_own_classes, map(type, m.modules()))):
+        if any(map(own_classes, map(type, m.modules()))):
             self.called.update(map(id, m.modules()))
             given = [each for value in (*args, *kwargs.values()) for each in containers(value, set()) if not isinstance(each, tuple)]
             if given and any(writes_into_containers(type(part)) for part in m.modules()):
@@ -215,6 +237,8 @@ class _Tracer(Tracer):
                 raise Unreadable(f"makes a {type(a).__name__}, which a graph has as another class")
             if id(a) in self.containers and not isinstance(a, tuple):
                 raise Unreadable(f"passes on a {type(a).__name__} that its module keeps")
+        elif isinstance(a, (int, float, complex, str, bytes)) and type(a) not in (bool, int, float, complex, str, bytes):
+            raise Unreadable(f"computes with a {type(a).__name__}, which a graph has as a number or text of Python")
         elif dataclasses.is_dataclass(type(a)) and (hasattr(a, "__post_init__") or not all(each.init for each in dataclasses.fields(a))):
             raise Unreadable(f"makes a {type(a).__name__}, which a graph would make again from its fields")
         return super().create_arg(a)
@@ -273,7 +297,7 @@ def read_evaluation(module: nn.Module) -> tuple[Graph, set[Path]] | None:
         graph, reads = _trace(module, training=False)
     except Exception:
         return None
-    return graph, {path for path, name in reads if path and name != "training"}
+    return graph, {path for path, name in reads if path and name not in ("training", "__class__")}
 
 
 def _problem_of_class(module: nn.Module) -> str | None:
@@ -292,19 +316,19 @@ def _problem_of_class(module: nn.Module) -> str | None:
     return None
 
 
-def _is_guarded(value: Any) -> bool:
+def is_guarded(value: Any) -> bool:
     """Whether == tells later if the value is still the same, in a copy of the module too. Functions may read state of their own."""
     if type(value) in (list, tuple, set, frozenset):
-        return all(map(_is_guarded, value))
+        return all(map(is_guarded, value))
     if type(value) is dict:
-        return all(map(_is_guarded, value)) and all(map(_is_guarded, value.values()))
+        return all(map(is_guarded, value)) and all(map(is_guarded, value.values()))
     if isinstance(value, type):
         # One of the user's own has attributes, which may change.
-        return not _own_classes(value)
+        return not own_classes(value)
     return isinstance(value, _GUARDED) or is_function_of_its_arguments(value)
 
 
-def _own_classes(kind: type) -> list[type]:
+def own_classes(kind: type) -> list[type]:
     """Which classes of an inheritance are neither torch's, nor this package's, nor Python's."""
     return [each for each in kind.__mro__ if each.__module__.partition(".")[0] not in (*_LIBRARIES, *sys.stdlib_module_names)]
 
@@ -313,8 +337,13 @@ def _trace(module: nn.Module, training: bool) -> tuple[Graph, dict[tuple[Path, s
     """The graph in one mode, and the attributes of the module and its submodules that were read on the way."""
     reads: dict[tuple[Path, str], Any] = {}
     called: set[int] = set()
-    with _ONE_AT_A_TIME, _undisturbed(module, training), _recorded(module, reads, called):
-        graph = run_watched(lambda: _Tracer(called).traced(module))
+
+    def trace() -> Graph:
+        with _recorded(module, reads, called):
+            return _Tracer(called).traced(module)
+
+    with _ONE_AT_A_TIME, _undisturbed(module, training):
+        graph = run_watched(trace)
     for node in graph.nodes:
         node.type = None
         if node.op == "get_attr" and not _resolves(module, str(node.target)):
@@ -339,9 +368,13 @@ def _recorded(module: nn.Module, reads: dict[tuple[Path, str], Any], called: set
     nn.Module itself is patched, not the classes of the modules: a class of our own would be seen by registries of subclasses.
     """
     paths = {id(each): tuple(name.split(".")) if name else () for name, each in module.named_modules()}
+    thread = threading.get_ident()
+
+    def path_of(each: nn.Module) -> Path | None:
+        return paths.get(id(each)) if threading.get_ident() == thread else None
 
     def __getattribute__(self: nn.Module, name: str) -> Any:
-        path = paths.get(id(self))
+        path = path_of(self)
         if path is None:
             return object.__getattribute__(self, name)
         frame = sys._getframe(1)
@@ -352,6 +385,9 @@ def _recorded(module: nn.Module, reads: dict[tuple[Path, str], Any], called: set
                 raise Unreadable(f"reads {_dotted(path, name)}, which conversion changes")
             if issubclass(type(self), torch.jit.ScriptModule) and name != "__class__":
                 raise Unreadable(f"reads {_dotted(path, name)} of a scripted module")
+            if path:
+                # What its methods do, and what isinstance says of it.
+                reads[path, "__class__"] = type(self)
         if issubclass(type(self), torch.jit.ScriptModule):
             return object.__getattribute__(self, name)
         own = object.__getattribute__(self, "__dict__")
@@ -370,14 +406,14 @@ def _recorded(module: nn.Module, reads: dict[tuple[Path, str], Any], called: set
             if name != "training" and (id(self) in called or _HOOKED in called):
                 raise Unreadable(f"reads {_dotted(path, name)} after a call that may write it")
             _note(path, reads, name, value)
-        elif not is_torchs(frame) and isinstance(value, MethodType) and value.__self__ is self and _own_classes(type(self)):
+        elif not is_torchs(frame) and isinstance(value, MethodType) and value.__self__ is self and own_classes(type(self)):
             # One that is set on the instance later is another attribute.
             reads[path, name] = value.__func__
         return value
 
     def refusing(original: Any) -> Callable[..., None]:
         def write(self: nn.Module, name: str, *value: Any) -> None:
-            path = paths.get(id(self))
+            path = path_of(self)
             if path is not None:
                 raise Unreadable(f"writes {_dotted(path, name)}")
             original(self, name, *value)
@@ -416,7 +452,7 @@ def _is_of_class(kind: type[nn.Module], path: Path, name: str) -> bool:
                     # A class method reads the class, and a cache would keep what is computed while reading.
                     raise Unreadable(f"reads {_dotted(path, name)}, a {type(value).__name__}, which may change without notice")
                 return False
-            return not (isinstance(value, type) or hasattr(nn.Module, name))
+            return each is not nn.Module
     return False
 
 
@@ -424,7 +460,7 @@ def _note(path: Path, reads: dict[tuple[Path, str], Any], name: str, value: Any)
     # A proxy is what the forward itself has written there.
     if (path, name) in reads or type(value) is _ReadingProxy:
         return
-    if not _is_guarded(value):
+    if not is_guarded(value):
         raise Unreadable(f"reads {_dotted(path, name)}, a {type(value).__name__}, which may change without notice")
     if isinstance(value, (list, dict, set)) and not value:
         raise Unreadable(f"reads {_dotted(path, name)}, an empty {type(value).__name__}, which something is to fill")
@@ -437,40 +473,43 @@ def _dotted(path: Path, name: str) -> str:
 
 @contextmanager
 def _undisturbed(module: nn.Module, training: bool) -> Iterator[None]:
-    """Sets a mode, and puts back modes, attributes and torch's generator; Unreadable where the forward wrote or drew numbers."""
+    """Sets a mode, and puts back modes and attributes; Unreadable where the forward wrote some."""
     modules = [each for each in module.modules() if not isinstance(each, torch.jit.ScriptModule)]
     before = [dict(each.__dict__) for each in modules]
     for each in modules:
         # Past a __setattr__ of the user's.
         each.__dict__["training"] = training
     of_mode = [dict(each.__dict__) for each in modules]
-    classes = {kind for each in modules for kind in _own_classes(type(each))}
+    classes = {kind for each in modules for kind in own_classes(type(each))}
     of_classes = {kind: _own_attributes(kind) for kind in classes}
-    contents = [(name, each, copy.copy(each)) for state in before for name, value in state.items() for each in containers(value, set())]
-    generator = torch.get_rng_state()
+    kept = [(f"self.{name}", value) for state in before for name, value in state.items()]
+    kept += [(f"{kind.__name__}.{name}", value) for kind, state in of_classes.items() for name, value in state.items()]
+    contents = [(name, each, copy.copy(each)) for name, value in kept for each in containers(value, set())]
     written: list[str] = []
     try:
         yield
     finally:
         for name, container, content in contents:
             if _identities(container) != _identities(content):
-                written.append(f"self.{name}")
+                written.append(name)
                 container.clear()
                 container.extend(content) if isinstance(container, list) else container.update(content)
         for each, state, mine in zip(modules, of_mode, before, strict=True):
             written += [f"self.{name}" for name in _changed(state, each.__dict__)]
-            each.__dict__.clear()
-            each.__dict__.update(mine)
+            restore(each, mine)
         for kind, attributes in of_classes.items():
             for name in _changed(attributes, _own_attributes(kind)):
                 written.append(f"{kind.__name__}.{name}")
                 setattr(kind, name, attributes[name]) if name in attributes else delattr(kind, name)
-        drew = not torch.equal(torch.get_rng_state(), generator)
-        torch.set_rng_state(generator)
     if written:
         raise Unreadable(f"writes {written[0]}")
-    if drew:
-        raise Unreadable("draws random numbers")
+
+
+def restore(module: nn.Module, attributes: dict[str, Any]) -> None:
+    """Gives a module the attributes that it had. Where it is interrupted the module has no fewer."""
+    module.__dict__.update(attributes)
+    for name in module.__dict__.keys() - attributes.keys():
+        del module.__dict__[name]
 
 
 def _own_attributes(kind: type) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from gradkernels import activation, dataflow, fusion
 from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from gradkernels.convert import revert
 from gradkernels.fused_forward import has_hooks
-from gradkernels.outside import names_from_forward
+from gradkernels.outside import goes_by_names, names_from_forward
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -28,9 +28,14 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _BY_OTHER_NAMES = frozenset(
     (
         *("__dict__", "_modules", "modules", "named_modules", "children", "named_children", "get_submodule", "vars"),
-        *("apply", "eval", "train"),
+        *("apply", "eval", "train", "parameters", "named_parameters", "buffers", "named_buffers", "state_dict"),
     )
 )
+
+
+# Methods that Python calls for a[b], iteration and names.
+_BY_PYTHON = frozenset(("__iter__", "__getitem__", "__getattr__"))
+_ASKING = frozenset(("isinstance", "issubclass", "__class__", "type"))
 
 
 class FoldedBatchNorm1d(nn.Identity):
@@ -51,6 +56,7 @@ def fold(model: nn.Module) -> nn.Module:
 
     The copy is in evaluation mode and gives the outputs that the model gives there, up to rounding; activations stay. A batch norm whose
     place cannot be read for certain, or that follows no such layer, stays too. The model may be converted or not, and is not changed.
+    What counts is the forward: another method that uses a folded layer gives something else.
 
     Args:
         model: any module; its batch norms have running statistics.
@@ -82,11 +88,17 @@ def fold(model: nn.Module) -> nn.Module:
     # A module that is called once, and of which nothing is read, has 1.
     uses: collections.Counter[nn.Module] = collections.Counter()
     for block in holder[0].modules():
+        if has_hooks(block):
+            # A hook, or a forward of the instance's own, may use any of them.
+            within_reach.update(block.modules())
         if dataflow.has_own_forward(block):
             reading = dataflow.read_evaluation(block)
             if reading is None:
                 within_reach.update(_within_reach(block, names_from_forward(type(block)), is_first=True))
                 continue
+            if not _ASKING.isdisjoint(names_from_forward(type(block))):
+                # What is an nn.Identity now would be told from a batch norm.
+                within_reach.update(each for child in block.children() for each in _walked(child))
             graph, paths = reading
             graphs[block] = graph
             uses.update(block.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module")
@@ -107,8 +119,24 @@ def fold(model: nn.Module) -> nn.Module:
     return holder[0]
 
 
+def _walked(child: nn.Module) -> Iterator[nn.Module]:
+    """A submodule, and what it holds where it is a container that a forward goes through."""
+    yield child
+    if isinstance(child, _CONTAINERS):
+        for each in child.children():
+            yield from _walked(each)
+
+
 def _within_reach(block: nn.Module, names: set[str], is_first: bool = False) -> Iterator[nn.Module]:
     """What a forward that could not be read may use besides calling blocks: what it names, and what containers and lists hold."""
+    own = [value for name, value in block.__dict__.items() if name not in dataflow.OF_EVERY_MODULE]
+    if is_first and not (goes_by_names(type(block)) and all(map(_is_plain, own))):
+        yield from block.modules()
+        return
+    if not is_first and (_BY_PYTHON & _own_members(type(block)) or names & _own_members(type(block))):
+        # One of its methods does with it what it likes.
+        yield from block.modules()
+        return
     all_of_them = is_first or isinstance(block, _CONTAINERS) or not names.isdisjoint(_BY_OTHER_NAMES)
     for name, child in block.named_children():
         if all_of_them or name in names:
@@ -120,6 +148,20 @@ def _within_reach(block: nn.Module, names: set[str], is_first: bool = False) -> 
             for each in container.values() if isinstance(container, dict) else container:
                 if isinstance(each, nn.Module):
                     yield from each.modules()
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value holds modules only where _within_reach looks for them."""
+    if isinstance(value, (list, tuple, set)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    return isinstance(value, (nn.Module, Tensor)) or dataflow.is_guarded(value)
+
+
+def _own_members(kind: type) -> set[str]:
+    """Names of the methods and properties of a class that are not torch's, besides forward, which is called."""
+    return {name for each in dataflow.own_classes(kind) for name in vars(each)} - {"forward"}
 
 
 def _tied_parameters(model: nn.Module) -> set[int]:
@@ -148,7 +190,8 @@ def _pair(block: nn.Module, node: Node) -> tuple[nn.Module, _BatchNorm] | None:
 def _replacement(layer: Any, bn: _BatchNorm) -> nn.Module | None:
     """What is to stand where the batch norm stands, None where it has to stay."""
     channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    if bn.running_mean is None or bn.running_var is None or bn.num_features != channels:
+    # One that an eval() of its model's keeps in training normalises by the batch.
+    if bn.training or bn.running_mean is None or bn.running_var is None or bn.num_features != channels:
         return None
     place: nn.Module = FoldedBatchNorm1d() if isinstance(layer, nn.Linear) else nn.Identity()
     if type(bn) in fusion.BATCH_NORMS:

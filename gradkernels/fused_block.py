@@ -36,6 +36,8 @@ def why_not_derived(kind: type[nn.Module]) -> str | None:
     """Why a class can have no subclass that nobody but this package sees."""
     if any("__init_subclass__" in each.__dict__ for each in kind.__mro__ if each.__module__ not in ("builtins", "typing")):
         return "has an __init_subclass__, which would see the class of a converted block"
+    if any("__reduce__" in each.__dict__ or "__reduce_ex__" in each.__dict__ for each in kind.__mro__ if each.__module__ != "builtins"):
+        return "is pickled by a method of its own, which would name the class of a converted block"
     if type(kind) not in (type, abc.ABCMeta, type(Protocol)):
         return f"is made by {type(kind).__name__}, which would see the class of a converted block"
     return None

@@ -6,6 +6,7 @@ forward runs, on submodules that are what they were. So a hook added later, a re
 """
 
 import linecache
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MethodType
@@ -74,7 +75,8 @@ class Expected:
 class FusedForward:
     """source: of a function `forward`; names: the globals that it needs. residual: whether additions were to be fused.
 
-    of: the forward that was read. asks_for_classes: it may ask for the class of a submodule, with isinstance.
+    of: the forward that was read. asks_for_classes: it may ask for the class of a submodule, with isinstance. shared: names of one object,
+    which the source has by the first.
 
     attributes, children, expected: what has to hold. Immutable, so that a block and its copies share it; a pickle has `residual` in its
     place (fused_block.py).
@@ -88,6 +90,7 @@ class FusedForward:
     residual: bool
     of: Callable[..., Any]
     asks_for_classes: bool
+    shared: tuple[tuple[Path, ...], ...]
     function: Callable[..., Any] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -108,27 +111,60 @@ class FusedForward:
         if _has_any_global_hook() or torch.fx._symbolic_trace.is_fx_symbolic_tracing() or _native.is_for_onnx():
             return False
         for path, name, value in self.attributes:
-            found = getattr(child(block, path), name, Missing)
+            module = child(block, path)
+            found = class_before(module) if name == "__class__" else getattr(module, name, Missing)
             if isinstance(found, MethodType):
                 found = found.__func__
-            # A tensor that took the place of a number has an == of its own.
-            if type(found) is not type(value) or found != value:
+            if not _is_same(found, value):
                 return False
         for path, names in self.children:
             if children_of(child(block, path), self.asks_for_classes) != names:
                 return False
+        for first, *others in self.shared:
+            if any(owned(block, path) is not owned(block, first) for path in others):
+                return False
         return all(each.holds(block) for each in self.expected)
+
+
+def _is_same(found: Any, value: Any) -> bool:
+    """== that tells 2 from 2.0, 0.0 from -0.0 and one order of a dict from another."""
+    # A tensor that took the place of a number has an == of its own.
+    if type(found) is not type(value):
+        return False
+    if isinstance(value, dict):
+        return len(found) == len(value) and all(map(_is_same, found.items(), value.items()))
+    if isinstance(value, (list, tuple)):
+        return len(found) == len(value) and all(map(_is_same, found, value))
+    same: bool = found == value
+    return same and (type(value) is not float or math.copysign(1.0, found) == math.copysign(1.0, value))
 
 
 def child(block: nn.Module, path: Path) -> nn.Module:
     """The submodule at a path, empty for the block itself; a module without anything where it is no longer there."""
     module = block
     for name in path:
-        module = module._modules.get(name) or _NOTHING
+        found = None if name in module.__dict__ else module._modules.get(name)
+        module = _NOTHING if found is None else found
     return module
 
 
 _NOTHING = nn.Module()
+
+
+def owned(block: nn.Module, path: Path) -> Any:
+    """The submodule, parameter or buffer at a path; None where there is none."""
+    module = child(block, path[:-1])
+    owners: tuple[dict[str, Any], ...] = (module._modules, module._parameters, module._buffers)
+    return next((own[path[-1]] for own in owners if path[-1] in own), None)
+
+
+def shared_in(block: nn.Module) -> tuple[tuple[Path, ...], ...]:
+    """The names of each submodule, parameter and buffer that has more than one."""
+    names: dict[int, list[Path]] = {}
+    for owned_by in (block.named_modules, block.named_parameters, block.named_buffers):
+        for name, each in owned_by(remove_duplicate=False):
+            names.setdefault(id(each), []).append(tuple(name.split(".")))
+    return tuple(tuple(paths) for paths in names.values() if len(paths) > 1)
 
 
 def children_of(module: nn.Module, with_classes: bool) -> tuple[tuple[str, Any], ...]:

@@ -5,8 +5,10 @@ stands where the activation did, so what lies between must neither write to nor 
 """
 
 import inspect
+import keyword
 import operator
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gradkernels import activation
 from gradkernels.batch_norm_act import ACT_MODULES, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, resolve_act
 from gradkernels.dataflow import IN_PLACE, OF_EVERY_MODULE, Path, Reading, containers, read
-from gradkernels.fused_forward import Expected, FusedForward, children_of, has_hooks, normalize
+from gradkernels.fused_forward import Expected, FusedForward, children_of, has_hooks, normalize, shared_in
 from gradkernels.outside import names_from_forward
 from gradkernels.reference import check_act
 from gradkernels.sync_batch_norm_act import SyncBatchNormAct
@@ -83,6 +85,9 @@ _FRESH_MODULES = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, *_CALLABLE),
 )
 _FRESH_FUNCTIONS = (operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.cat, normalize)
+
+
+KEEPS_ITS_OUTPUT = "gradkernels.ELU keeps its output for the gradient, and torch's its input: what reads the output may write into it"
 
 
 def is_activation(module: nn.Module) -> bool:
@@ -370,7 +375,7 @@ class _Fuser:
         module = self.module(node)
         if module is not None:
             parts = [each for each in module.modules() if type(each) is not nn.Sequential]
-            return bool(parts) and all(type(each) in _FRESH_MODULES for each in parts) and not any(map(has_hooks, module.modules()))
+            return bool(parts) and all(map(_is_fresh_module, parts)) and not any(map(has_hooks, module.modules()))
         if node.op != "call_function" or node.target not in _FRESH_FUNCTIONS or "out" in node.kwargs:
             return False
         # A sum of lists has their tensors.
@@ -389,11 +394,16 @@ class _Fuser:
 
     # standalone activations
 
+    def may_be_written(self, node: Node) -> bool:
+        """Whether a value, or what shares its memory, may be written after it was computed: it is returned, or read by what may."""
+        return not all(self.is_fresh(each) and not self.writes(each) for each in node.users)
+
     def at_activation(self, node: Node) -> Iterator[Site]:
         module = self.module(node)
         if module is not None:
             if is_activation(module):
-                yield Site(module, type(module).__name__)
+                keeps = isinstance(module, nn.ELU) and not module.inplace and self.may_be_written(node)
+                yield Site(module, type(module).__name__, why=KEEPS_ITS_OUTPUT if keeps else "")
             return
         if node.op not in ("call_function", "call_method"):
             return
@@ -404,6 +414,8 @@ class _Fuser:
                 site.why = "it is in place, which ours is not"
             elif _is_scaled(node):
                 site.why = "it scales besides"
+            elif node.target is F.elu and not (len(node.args) > 2 or node.kwargs.get("inplace")) and self.may_be_written(node):
+                site.why = KEEPS_ITS_OUTPUT
             else:
                 if node.target is F.silu:
                     node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
@@ -466,8 +478,15 @@ class _Fuser:
         code = self.graph.python_code("self")
         # Without what torch.fx adds for every graph.
         names = {name: value for name, value in code.globals.items() if re.search(rf"(?<![\w.]){name}(?!\w)", code.src)}
-        expected, of = tuple(self.expected.values()), type(self.block).forward
-        return FusedForward(code.src, names, self.attributes, children, expected, self.residual, of, self.asks_for_classes)
+        for part in (part for node in self.graph.nodes if node.op in ("call_module", "get_attr") for part in str(node.target).split(".")):
+            if keyword.iskeyword(part) or unicodedata.normalize("NFKC", part) != part or any(each in part for each in '"\\\n\r'):
+                raise ValueError(f"a submodule is named {part!r}")
+        expected, of, shared = tuple(self.expected.values()), type(self.block).forward, shared_in(self.block)
+        return FusedForward(code.src, names, self.attributes, children, expected, self.residual, of, self.asks_for_classes, shared)
+
+
+def _is_fresh_module(module: nn.Module) -> bool:
+    return type(module) in _FRESH_MODULES or (is_activation(module) and not getattr(module, "inplace", False))
 
 
 def _keeps(module: nn.Module, bn: nn.Module | None) -> bool:
@@ -522,7 +541,7 @@ def _fuse_norm_act(block: nn.Module, reading: Reading, residual: bool) -> Fusion
         result = f"normalize(self, x, None, {name!r}, {act_param!r})"
     source = f"def forward(self, x):\n    return {result}\n"
     children = (((), children_of(block, False)),)
-    forward = FusedForward(source, {"normalize": normalize}, (), children, tuple(expected), residual, type(block).forward, False)
+    forward = FusedForward(source, {"normalize": normalize}, (), children, tuple(expected), residual, type(block).forward, False, ())
     return Fusion([site], forward)
 
 

@@ -41,8 +41,8 @@ _OF_TORCH = frozenset({torch._assert, torch._jit_internal.is_scripting})
 _OF_VALUES = ("abc", "collections", "collections.abc", "dataclasses", "decimal", "enum", "fractions", "functools", "itertools", "numbers")
 # Py_TPFLAGS_HEAPTYPE, which classes written in Python have.
 _HEAP_TYPE = 1 << 9
-# What these switch is asked for at every node.
-_MODES = (torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode, torch.autocast)
+# torch's contexts and decorators that switch modes.
+_OF_MODES = ("torch.autograd.grad_mode", "torch.autograd.graph", "torch.amp.autocast_mode", "torch.utils._contextlib")
 _CALL_OR_WALK = ("_wrapped_call_impl", "_call_impl", "__getattr__", "children", "named_children", "modules", "named_modules")
 # The methods of every module that write, give tensors, or tell of classes.
 _OF_MODULES = {
@@ -169,10 +169,11 @@ def _judge_call(frame: FrameType) -> bool:
             return False
         if frame.f_code in _OF_MODULES:
             raise Unreadable(f"calls {_OF_MODULES[frame.f_code]} of a module, which no graph records")
+        if frame.f_globals.get("__name__") in _OF_MODES:
+            raise Unreadable("switches gradients, autocast or checkpointing on or off")
         if name in ("__init__", "__enter__"):
             kind = type(frame.f_locals.get(frame.f_code.co_varnames[0]))
-            if not issubclass(kind, _MODES):
-                raise Unreadable(f"makes or enters a {kind.__name__}, which no graph records")
+            raise Unreadable(f"makes or enters a {kind.__name__}, which no graph records")
         return False
     if _is_pythons(frame):
         # Its functions are judged where they are named, but for the decorator that warns; torch.fx calls them too.
@@ -238,6 +239,20 @@ def names_from_forward(kind: type) -> set[str]:
     return {name for code in _codes_from(kind, ["forward"]) for name in _own_names(code)}
 
 
+def goes_by_names(kind: type) -> bool:
+    """Whether the forward of a class comes to submodules by the names in its code alone, and not through objects or names made up."""
+    functions: list[FunctionType] = []
+    for code, function in _functions_from(kind, ["forward"]):
+        functions.append(function)
+        for path, value, holder, *_ in _read(code, {}, {**vars(builtins), **function.__globals__}):
+            if path[-1] in ("getattr", "attrgetter", "methodcaller", "vars", "eval", "exec"):
+                return False
+            if not (_is_constant(value) or _stays(value, holder) or isinstance(value, BuiltinFunctionType)):
+                return False
+    cells = [cell.cell_contents for each in functions for cell in each.__closure__ or () if cell != CellType()]
+    return all(_is_constant(each) or _stays(each, None) for each in cells)
+
+
 def sees_classes(kind: type) -> bool:
     """Whether a forward, or a method that switches modes, may ask for the class of a module, which conversion changes."""
     if any(map(_asks_for_class, _codes_from(kind, ["forward", "__call__", "train", "eval"]))):
@@ -274,7 +289,11 @@ def _own_names(code: CodeType) -> set[str]:
 
 
 def _codes_from(kind: type, methods: list[str]) -> Iterator[CodeType]:
-    """The codes of methods of a class, and of the methods and functions that these lead to."""
+    return (code for code, _ in _functions_from(kind, methods))
+
+
+def _functions_from(kind: type, methods: list[str]) -> Iterator[tuple[CodeType, FunctionType]]:
+    """The codes of methods of a class, and of the methods and functions that these lead to, each with the function that it is part of."""
     seen: set[CodeType] = set()
     stack: list[Any] = [each.__dict__.get(method) for method in methods for each in kind.__mro__]
     while stack:
@@ -290,7 +309,7 @@ def _codes_from(kind: type, methods: list[str]) -> Iterator[CodeType]:
         seen.add(function.__code__)
         stack += [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
         for code in _nested(function.__code__):
-            yield code
+            yield code, function
             own = _own_names(code)
             names = own if "super" in own else set(_of_self(code, function.__code__.co_varnames[:1]))
             stack += [each.__dict__.get(name) for each in kind.__mro__ for name in names]
@@ -322,6 +341,8 @@ def _judge(frame: FrameType) -> None:
                 raise Unreadable(f"imports {each.argval}")
             if each.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") or (each.opname == "STORE_DEREF" and each.argval in closure):
                 raise Unreadable(f"writes {each.argval}")
+            if each.opname.startswith("MATCH_"):
+                raise Unreadable("matches a value with a pattern")
             if each.opname in _EXCEPTS or (each.opname, after.opname) == ("PUSH_EXC_INFO", "POP_TOP"):
                 raise Unreadable("catches exceptions")
         for names, value, holder, is_written, is_called in _read(code, closure, {**frame.f_builtins, **frame.f_globals}):
@@ -334,6 +355,8 @@ def _judge(frame: FrameType) -> None:
                 continue
             if callable(value):
                 raise Unreadable(f"calls {dotted}, which no graph records")
+            if value is _MISSING:
+                raise Unreadable(f"reads {dotted}, which is made when it is asked for")
             raise Unreadable(f"reads {dotted}, a {type(value).__name__}, which may change without notice")
 
 
@@ -351,8 +374,10 @@ def _read(code: CodeType, closure: Mapping[str, Any], names: Mapping[str, Any]) 
             if after.opname not in _ATTRIBUTES or not isinstance(value, (ModuleType, type, FunctionType)):
                 break
             path.append(after.argval)
-            last, holder, value = after, value, getattr(value, after.argval, _MISSING)
-        if value is not _MISSING:
+            # Past a __getattr__ and a property, which would run.
+            held = inspect.getattr_static(value, after.argval, _MISSING)
+            last, holder, value = after, value, held.__func__ if isinstance(held, staticmethod) else held
+        if value is not _MISSING or len(path) > 1:
             asked = any(before.argval in ("isinstance", "issubclass") for before in instructions[max(place - 8, 0) : place])
             yield path, value, holder, after.opname in _WRITES and not _is_constant(value), asked or _calls(last)
 

@@ -20,8 +20,10 @@ import pickle
 import pickletools
 import random
 import sys
+import threading
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -448,6 +450,17 @@ def without_gradients(self, x):
     return self.act(y) + x
 
 
+def in_full_precision(self, x):
+    with torch.autocast("cpu", enabled=False):
+        y = self.bn(x)
+    return self.act(y)
+
+
+@torch.enable_grad()
+def with_gradients(y):
+    return y * 2
+
+
 def twice(self, x):
     y = self.bn(x)
     return self.act(y.clone()) + y
@@ -698,6 +711,13 @@ def given_a_list(self, x):
     return self.act(self.bn(x)) * len(values)
 
 
+def matched(self, x):
+    match x:
+        case [first, _]:
+            return first
+    return self.act(self.bn(x))
+
+
 @dataclasses.dataclass
 class Halved:
     value: torch.Tensor
@@ -708,6 +728,11 @@ class Halved:
 
 # forward -> what the report says of the first batch norm.
 LEFT = {
+    "a key": (lambda self, x: self.act(self.bn(x)) if x.size(1) in {3} else x, "uses a value as a key"),
+    "a key of a ModuleDict": (lambda self, x: self.act(self.bn(x)) if x.size(1) in self.parts else x, "uses a value as a key"),
+    "a number of NumPy": (lambda self, x: self.act(self.bn(x)) * self.root, "computes with a float64"),
+    "a pattern": (matched, "matches a value with a pattern"),
+    "a list of the class": (lambda self, x: self.of_class.append(1) or self.act(self.bn(x)), "writes Written.of_class"),
     "a class by another name": (by_another_name, "reads Config, a class with attributes"),
     "a class by getattr": (lambda self, x: F.leaky_relu(self.bn(x), getattr(Config, "sl" + "ope")), "reads Config, a class"),
     "an attribute of super()": (lambda self, x: self.act(self.bn(x)) if not super(Block, self).dump_patches else x, "reads super()"),
@@ -742,7 +767,7 @@ LEFT = {
     "a tag": (tagged, "writes the attribute tag of a tensor"),
     "an item": (item_assigned, "is no graph for torch.fx: TypeError"),
     "counts on a class": (counts_on_a_class, "writes an attribute of Counting"),
-    "counts in a class method": (lambda self, x: Counting.count() or self.act(self.bn(x)), "calls Counting.count"),
+    "counts in a class method": (lambda self, x: Counting.count() or self.act(self.bn(x)), "reads Counting.count, a classmethod"),
     "counts in its own class": (lambda self, x: self.count() or self.act(self.bn(x)), "reads self.count, a classmethod"),
     "counts on a function": (counts_on_a_function, "writes an attribute of add_"),
     "counts in a default": (lambda self, x: self.act(self.bn(counted(x))), "calls counted"),
@@ -797,6 +822,14 @@ LEFT = {
     "modules in a list": (lambda self, x: self.unseen[0](self.bn(x)), "reads self.unseen, a list"),
     "all parameters": (lambda self, x: self.bn(x.to(next(self.parameters()).device)), "reads self.parameters"),
     "no_grad": (without_gradients, "switches gradients"),
+    "enable_grad": (lambda self, x: torch.set_grad_enabled(True) and self.act(self.bn(x)), "switches gradients"),
+    "autocast": (in_full_precision, "switches gradients, autocast"),
+    "decorated function": (lambda self, x: with_gradients(self.act(self.bn(x))), "switches gradients"),
+    "a tensor of its own": (lambda self, x: self.act(self.bn(x)) * torch.Tensor([2.0]), "makes a tensor"),
+    "a module that is loaded when it is asked for": (
+        lambda self, x: torch._inductor.config and self.act(self.bn(x)),
+        "reads torch._inductor",
+    ),
     "decorated": (torch.no_grad()(lambda self, x: self.act(self.bn(x))), "optional argument, kwargs"),
     "checkpoint": (
         lambda self, x: torch.utils.checkpoint.checkpoint(lambda x: self.act(self.bn(x)), x, use_reentrant=False),
@@ -836,13 +869,14 @@ def test_what_is_left_alone(name):
     }
     model = block(forward, **plain)
     type(model).calls, type(model).count = 0, Counting.__dict__["count"]
-    model.child, model.doubled = Child(), Doubled()
+    model.child, model.doubled, model.parts = Child(), Doubled(), nn.ModuleDict()
+    model.root, type(model).of_class = np.sqrt(2.0), [0]
     type(model).cached = functools.lru_cache(lambda self: 2.0)
     counts = Counting.calls, dict(add_.__dict__), list(counted.__defaults__[0])
     expected, actual, report = converted(model)
     row = next(row for row in report.rows if row.name == "bn")
     assert why in row.why, report
-    assert model.calls == 0 and counts == (Counting.calls, add_.__dict__, counted.__defaults__[0])
+    assert model.calls == 0 and model.of_class == [0] and counts == (Counting.calls, add_.__dict__, counted.__defaults__[0])
     x = X()
     if name in NO_BACKWARD:
         with torch.no_grad():
@@ -936,6 +970,61 @@ def test_a_residual_that_is_written_later(writer):
     assert "writes the residual, which the gradient of elu needs" in next(row.why for row in report.rows if row.name == "bn")
     x = X()
     assert_same(step(actual, x), step(expected, x))
+
+
+@pytest.mark.parametrize("reader", ["+=", "relu_", "returned", "convolution"])
+@pytest.mark.parametrize("by", ["module", "function"])
+def test_an_elu_alone_whose_output_is_written(by, reader):
+    def forward(self, x):
+        y = self.act(self.conv(x)) if by == "module" else F.elu(self.conv(x))
+        if reader == "+=":
+            y += x
+        return F.relu_(y) if reader == "relu_" else self.conv(y) if reader == "convolution" else y
+
+    expected, actual, report = converted(block(forward, nn.ELU()))
+    row = next(row for row in report.rows if row.found.lower() == "elu" and (row.name == "act") == (by == "module"))
+    assert (row.becomes is not None) == (reader == "convolution") and ("keeps its output" in row.why) == (reader != "convolution")
+    x = X()
+    assert_same(step(actual, x), step(expected, x))
+
+
+def share_activation(model):
+    model.act2 = model.act
+    return lambda: setattr(model, "act2", nn.ELU())
+
+
+def tie_weights(model):
+    model.conv2 = nn.Conv2d(3, 3, 1).double()
+    model.conv2.weight = model.conv.weight
+    return lambda: setattr(model.conv2, "weight", nn.Parameter(torch.ones(3, 3, 1, 1).double()))
+
+
+@pytest.mark.parametrize("share", [share_activation, tie_weights])
+def test_what_was_shared_when_it_was_read(share):
+    def forward(self, x):
+        x = self.act(self.bn(self.conv(x)))
+        return F.conv2d(x, self.conv2.weight) if hasattr(self, "conv2") else self.act2(x - 1)
+
+    models = [block(forward) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    ends = [share(model) for model in models]
+    assert next(row for row in gk.convert(models[1]).rows if row.name == "bn").is_fused
+    x = X()
+    torch.testing.assert_close(models[1](x), models[0](x))
+    for end in ends:
+        end()
+    torch.testing.assert_close(models[1](x), models[0](x))
+
+
+def test_fold_of_a_batch_norm_that_stays_in_training():
+    class Adapting(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+            self[1].training = True
+            return self
+
+    model = Adapting(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).double()
+    assert type(gk.fold(model)[1]) is nn.BatchNorm2d
 
 
 def test_a_submodule_named_by_a_word_of_python():
@@ -1093,6 +1182,24 @@ def test_reading_leaves_trace_functions_the_collector_and_warnings_alone():
         gc.callbacks.remove(collected)
     assert report.rows[0].is_fused and called and all(called)
     assert state == (gc.isenabled(), gc.get_threshold(), gc.callbacks, warnings.filters)
+
+
+def test_reading_in_one_thread_disturbs_no_other():
+    working, stop = nn.Sequential(nn.Linear(3, 3), nn.ReLU()), threading.Event()
+    models = [nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()) for _ in range(20)]
+
+    def work():
+        while not stop.is_set():
+            working.steps = torch.rand(1)
+            working(torch.randn(2, 3))
+            models[0](torch.randn(2, 3, 4, 4))
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(work)
+        fused = [gk.convert(model).rows[0].is_fused for model in models[1:]]
+        stop.set()
+        other.result()
+    assert all(fused)
 
 
 def test_reading_does_not_depend_on_the_callers_modes():
@@ -1255,6 +1362,11 @@ CHANGES = {
     "method": lambda model, seen: setattr(model, "scaled", lambda y: y * 3),
     "method of the class": lambda model, seen: setattr(type(model), "scaled", lambda self, y: y * 4),
     "class of a submodule": lambda model, seen: setattr(model, "optional", nn.Identity()),
+    "another order": lambda model, seen: model.nested.update(scales=[3.0], order=model.nested.pop("order")),
+    "minus zero": lambda model, seen: model.nested["order"].update(b=-0.0),
+    "order of a dict": lambda model, seen: model.nested["order"].update(a=model.nested["order"].pop("a")),
+    "shadowed submodule": lambda model, seen: model.__dict__.update(act=nn.ELU()),
+    "a class": lambda model, seen: setattr(model, "kind", nn.Identity),
     "longer list in a dict": lambda model, seen: model.stages["a"].append(nn.BatchNorm2d(3).double()),
 }
 
@@ -1272,13 +1384,16 @@ def test_what_changes_after_conversion(name):
         y = y if self.gain is None else y * self.gain
         y = y if self.conv.bias is None else y * 2
         y = self.scaled(y) if isinstance(self.optional, nn.Conv2d) else y
+        for number in self.nested["order"].values():
+            y = y * math.copysign(2.0, number) + number
+        y = y if issubclass(self.kind, nn.Conv2d) else y * 2
         for each in self.stages["a"]:
             y = each(y)
         return y if self.optional is None else self.optional(y)
 
     model = block(forward, nn.LeakyReLU(0.2))
     model.conv.scale = 1.0
-    model.nested, type(model).shared = {"scales": [2.0]}, [1.0]
+    model.nested, type(model).shared, type(model).kind = {"scales": [2.0], "order": {"a": 1.0, "b": 0.0}}, [1.0], nn.Conv2d
     type(model).scaled, model.stages = lambda self, y: y * 2, nn.ModuleDict({"a": nn.ModuleList()})
     model.optional = nn.Conv2d(3, 3, 1).double()
     model.register_buffer("mask", None)
@@ -1329,7 +1444,7 @@ def test_revert_leaves_what_was_made_of_a_module_since():
 
 @pytest.mark.parametrize("module", [nn.LeakyReLU(0.2, inplace=True), nn.ELU(0.5), nn.SiLU(), nn.PReLU(3)], ids=repr)
 def test_standalone_activations_become_ours(module):
-    expected, actual, report = converted(nn.Sequential(nn.Conv2d(3, 3, 1), module).double())
+    expected, actual, report = converted(nn.Sequential(nn.Conv2d(3, 3, 1), module, nn.Conv2d(3, 3, 1)).double())
     assert type(actual[1]) is not type(module) and isinstance(actual[1], type(module)) and report.rows[0].becomes
     x = X()
     assert_same(step(actual, x), step(expected, x))
@@ -1350,7 +1465,7 @@ def test_standalone_activations_become_ours(module):
     ],
 )
 def test_standalone_functions_become_ours(forward):
-    expected, actual, report = converted(block(lambda self, x: forward(self.conv(x))))
+    expected, actual, report = converted(block(lambda self, x: self.conv(forward(self.conv(x)))))
     assert [row.becomes is not None for row in report.rows if row.name == ""] == [True]
     x = X()
     assert not operators(copy.deepcopy(actual), x).torchs
@@ -1364,7 +1479,7 @@ def test_modules_in_a_forward_that_cannot_be_read_take_torchs_keyword():
             y = each(input=y)
         return y
 
-    blocks = nn.ModuleList([nn.LeakyReLU(), nn.ELU(), nn.SiLU(), nn.PReLU()]).double()
+    blocks = nn.ModuleList([nn.LeakyReLU(), nn.ELU(inplace=True), nn.SiLU(), nn.PReLU()]).double()
     expected, actual, report = converted(block(forward, blocks=blocks))
     assert sum(row.becomes is not None for row in report.rows) == 5, report
     x = X()
@@ -1669,6 +1784,21 @@ class Cell(nn.Module):
     def forward(self, x):
         return self.bn(self.conv(x))
 
+    def features(self, x):
+        return self.conv(x)
+
+    @property
+    def first(self):
+        return self.conv
+
+
+class User:
+    def __init__(self, cell):
+        self.cell = cell
+
+    def use(self, x):
+        return self.cell.bn(x)
+
 
 def use_of(cell, x):
     return cell.bn(x)
@@ -1690,6 +1820,12 @@ OTHER_USES = {
     "by a string": lambda self, x, y=None: self.cell(x) + getattr(self.cell, "b" + "n")(x),
     "its number": lambda self, x, y=None: self.cell(x) * self.cell.bn.eps,
     "its mode": lambda self, x, y=None: self.cell.train()(x),
+    "its method": lambda self, x, y=None: self.cell(x) + self.cell.features(x),
+    "its property": lambda self, x, y=None: self.cell(x) + self.cell.first(x),
+    "its weights": lambda self, x, y=None: self.cell(x) * next(self.cell.parameters()).mean(),
+    "an object": lambda self, x, y=None: self.cell(x) + self.user.use(x),
+    "a partial": lambda self, x, y=None: self.cell(x) + self.used(x),
+    "a name made up": lambda self, x, y=None: self.cell(x) + operator.attrgetter("cell.b" + "n")(self)(x),
     "none": lambda self, x, y=None: self.cell(x),
 }
 
@@ -1699,6 +1835,8 @@ def test_fold_beside_a_forward_that_cannot_be_read(name):
     model = type("Holder", (nn.Module,), {"forward": OTHER_USES[name], "more": lambda self, x: self.cell.bn(x)})()
     model.cell = Cell()
     model.plain = {"cells": (model.cell,)} if name == "in a list" else {}
+    if name in ("an object", "a partial"):
+        model.user, model.used = User(model.cell), functools.partial(use_of, model.cell)
     model = model.double()
     model(X() + 0.5)
     folded, x = gk.fold(model), X()
@@ -1721,6 +1859,31 @@ def test_a_batch_norm_that_returns_two_values():
     assert type(folded[1]) is TwoValues
     for actual, expected in zip(folded(x), model.eval()(x), strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+def uses_conv(module, inputs, output):
+    return output + module.cell.conv(inputs[0])
+
+
+@pytest.mark.parametrize("way", ["hook", "instance", "isinstance"])
+def test_fold_beside_what_no_class_shows(way):
+    def forward(self, x):
+        for layer in self.cell.children() if way == "isinstance" else [self.cell]:
+            x = layer(x) * 2 if isinstance(layer, nn.BatchNorm2d) else layer(x)
+        return x
+
+    model = type("Holder", (nn.Module,), {"forward": forward if way == "isinstance" else lambda self, x: self.cell(x)})()
+    model.cell = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)) if way == "isinstance" else Cell()
+    model = model.double()
+    if way == "hook":
+        model.register_forward_hook(uses_conv)
+    elif way == "instance":
+        model.forward = types.MethodType(lambda self, x: self.cell(x) + self.cell.conv(x), model)
+    model(X() + 0.5)
+    folded, x = gk.fold(model), X()
+    if way == "instance":
+        folded.forward = types.MethodType(model.forward.__func__, folded)
+    assert_same({"output": folded(x).detach()}, {"output": model.eval()(x).detach()}, bound=1e-12)
 
 
 def test_a_folded_linear_layer_refuses_what_it_cannot_know():
