@@ -310,7 +310,7 @@ def grad_report(parameters: Parameters, norm_type: float = 2.0) -> GradReport:
 
     Everything stays on the gradients' device; nothing waits for it until a result is read. Of DTensors the report is
     about the whole tensor, the same on every rank, all of which must call it; float64 ones are waited for once, lest
-    a square leave float64.
+    a square leave float64. A sparse gradient counts as the dense one would, for which a GPU is waited for.
 
     Args:
         parameters: as those of clip_grad_norm_, best a module or (name, parameter) pairs; those without a gradient are
@@ -321,7 +321,6 @@ def grad_report(parameters: Parameters, norm_type: float = 2.0) -> GradReport:
         A GradReport.
 
     Raises:
-        NotImplementedError: a gradient is sparse.
         TypeError: what is among parameters is no tensor and no pair of a name and a tensor.
 
     Example:
@@ -410,7 +409,8 @@ def local_norms(grads: list[Tensor], norm_type: float) -> tuple[Tensor, Tensor, 
 
 
 def tensor_norms(tensors: list[Tensor], norm_type: float = 2.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """local_norms of whole tensors, DTensors among them."""
+    """local_norms of whole tensors, DTensors among them; of a sparse one the values, those for the same place summed."""
+    tensors = [tensor.coalesce().values() if tensor.is_sparse else tensor for tensor in tensors]
     return sharded.grad_norms(tensors, norm_type, local_norms) if _is_sharded(tensors, norm_type) else local_norms(tensors, norm_type)
 
 
