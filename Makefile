@@ -17,17 +17,19 @@ CUDA_HOME ?= $(shell nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^\#\$$ TOP=/
 LIBRARY := build/.library
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-# The oldest release that serves and the newest that the registry has.
-VERSIONS = 2.11.0 $(shell .venv/bin/pip index versions torch 2> /dev/null | sed -n 's/^torch (\(.*\))/\1/p')
+# The oldest release that serves, the one chosen above and the newest of which pip knows; with them goes the newest that pip admits.
+VERSIONS = 2.11.0 $(TORCH) $(shell .venv/bin/pip index versions torch 2> /dev/null | sed -n 's/^torch (\([^+)]*\).*/\1/p')
+TRY_INSTALL := .venv/bin/pip install --quiet --dry-run --no-deps --ignore-installed
 # The tests of the operators themselves, without processes of their own.
 SANITIZED := $(addprefix tests/test_,activation.py batch_norm_act.py clip_grad.py optim.py fuzz.py)
 OF_VALUES := $(addprefix tests/test_,activation.py batch_norm_act.py clip_grad.py optim.py) \
-  -k "test_value_and_gradient or test_far_from_zero or test_channels_last or test_clips or test_rmsprop_steps"
+  -k "test_value_and_gradient or test_far_from_zero or test_channels_last or test_clips or test_rmsprop_steps or whole_range"
 # Python leaks on purpose; what cannot be allocated is an error of ours, and a signal is what a test may wait for.
 ASAN_OPTIONS := detect_leaks=0:allocator_may_return_null=1:handle_segv=0
 # The checks left out are those of every access to a vector: with them, and with -O2, a kernel's file compiles for ten minutes. A null
 # pointer and an access beyond an object are found by AddressSanitizer when they happen.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr,null,object-size,pointer-overflow -fno-sanitize-address-use-after-scope
+AARCH64_CXX ?= aarch64-linux-gnu-g++
 # torch's headers are needed for the name of its thread pool alone.
 KERNELS_FLAGS = -std=c++17 -pthread -ffp-contract=off -fno-math-errno -fno-trapping-math -Icsrc \
   $(shell .venv/bin/python -c "import torch.utils.cpp_extension as e; print(*('-isystem' + path for path in e.include_paths()))")
@@ -42,7 +44,21 @@ print(*(each for each in requirements if not each.startswith("gradkernels")), se
 endef
 export PRINT_REQUIREMENTS
 
-.PHONY: help build demo test test-all test-base fuzz coverage sanitize emulate versions lint format bench cuda-check clean
+define PRINT_ADMITTED
+import json, sys
+print(json.load(sys.stdin)["install"][0]["metadata"]["version"].partition("+")[0])
+endef
+export PRINT_ADMITTED
+
+# torch's names of what this processor has besides the set that make test runs. Asked for a set that is not there, torch uses it all the same.
+define PRINT_OTHER_SETS
+from gradkernels import _native
+built = _native.C.build_info()["instruction_sets"]
+print(*["default", "avx2"][: built.index(_native.C.instruction_set())])
+endef
+export PRINT_OTHER_SETS
+
+.PHONY: help build demo test test-all test-sets fuzz coverage sanitize emulate versions lint format bench cuda-check clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -58,8 +74,9 @@ test: $(LIBRARY)  ## pytest without the slow tests
 test-all: $(LIBRARY)  ## pytest with them: builds an sdist and a wheel too
 	.venv/bin/python -m pytest -m ""
 
-test-base: $(LIBRARY)  ## the operators' values by the kernels for every processor, beside torch's own of that kind
-	ATEN_CPU_CAPABILITY=default .venv/bin/python -m pytest $(OF_VALUES)
+test-sets: $(LIBRARY)  ## the operators' values by the kernels for processors with less than this one, beside torch's own of that kind
+	set -e; sets=$$(env -u ATEN_CPU_CAPABILITY .venv/bin/python -c "$$PRINT_OTHER_SETS"); for set in $$sets; do \
+	  (set -x; ATEN_CPU_CAPABILITY=$$set .venv/bin/python -m pytest $(OF_VALUES)); done
 
 fuzz: $(LIBRARY)  ## 10,000 new examples for each test of tests/test_fuzz.py, where make test has the same 200
 	.venv/bin/python -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
@@ -81,15 +98,23 @@ sanitize: $(REQUIREMENTS)  ## the operators' tests under ASan and UBSan, the ker
 	$(CXX) $(KERNELS_FLAGS) -O1 -g1 -fsanitize=thread csrc/cpu/*.cpp tests/threads/kernels.cpp -o build/sanitize/threads
 	setarch -R build/sanitize/threads
 
-emulate: $(LIBRARY)  ## the kernels on processors without AVX2 and without AVX-512, where qemu-user is installed
+# ATEN_CPU_CAPABILITY asks for what none of them has. The kernels for every processor have to give the same bits on x86-64 and on aarch64.
+emulate: $(LIBRARY)  ## the kernels on processors without AVX2, without AVX-512, and on aarch64; needs qemu-user and a compiler for aarch64
+	@for tool in qemu-x86_64 qemu-aarch64 $(AARCH64_CXX); do command -v $$tool > /dev/null || \
+	  { echo "emulate: there is no $$tool, and nothing was run (apt-get install qemu-user g++-aarch64-linux-gnu)"; exit 1; }; done
 	$(CXX) $(KERNELS_FLAGS) -O1 tests/threads/kernels.cpp build/temp.*/csrc/cpu/*.o -o build/kernels
-	@if command -v qemu-x86_64 > /dev/null; then \
-	  set -ex; qemu-x86_64 -cpu Nehalem build/kernels | grep base; qemu-x86_64 -cpu Haswell build/kernels | grep avx2; \
-	else echo "not run: there is no qemu-x86_64 (apt-get install qemu-user)"; fi
+	$(AARCH64_CXX) $(KERNELS_FLAGS) -O1 -static tests/threads/kernels.cpp csrc/cpu/*.cpp -o build/kernels-aarch64
+	set -ex; export ATEN_CPU_CAPABILITY=avx512; qemu-x86_64 -cpu Haswell,check=off build/kernels | grep ^avx2; \
+	  qemu-x86_64 -cpu Nehalem build/kernels > build/kernels.log; grep ^base build/kernels.log; \
+	  qemu-aarch64 build/kernels-aarch64 | diff build/kernels.log -
 
-versions: $(REQUIREMENTS)  ## make test under each of VERSIONS, in a clone and a .venv of its own; downloads what pip finds, also gigabytes
-	set -e; for torch in $(VERSIONS); do \
-	  rm -rf build/torch-$$torch; git clone --quiet . build/torch-$$torch; $(MAKE) -C build/torch-$$torch test TORCH=$$torch; done
+versions: $(REQUIREMENTS)  ## make test and the self-test under each of VERSIONS, in a clone and a .venv of its own; downloads gigabytes
+	@set -e; tried=; left_out=; admitted=$$($(TRY_INSTALL) --report - torch | .venv/bin/python -c "$$PRINT_ADMITTED"); \
+	  for torch in $$(printf '%s\n' $(VERSIONS) $$admitted | sort -uV); do \
+	  if ! $(TRY_INSTALL) torch==$$torch; then left_out="$$left_out $$torch"; continue; fi; \
+	  rm -rf build/torch-$$torch; git clone --quiet . build/torch-$$torch; $(MAKE) -C build/torch-$$torch test TORCH=$$torch; \
+	  (cd build/torch-$$torch; .venv/bin/python -m gradkernels selftest); tried="$$tried $$torch"; done; \
+	  echo "versions:$$tried; left out, since pip refuses them here:$${left_out:- none}"; test -n "$$tried"
 
 lint: $(REQUIREMENTS)  ## ruff, mypy and clang-format, changing nothing
 	.venv/bin/ruff check .

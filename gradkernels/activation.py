@@ -100,7 +100,8 @@ def swish(input: Tensor, beta: float | Tensor = 1.0) -> Tensor:
 
         y = x sigmoid(beta x)
 
-    For float32 and beta=1, y is within 2.2 ulp of the exact value, and the gradient within 2.6 ulp of the size of its terms.
+    For float32 and beta=1, y is within 2.2 ulp of the exact value, and the gradient within 2.6 ulp of the size of its terms;
+    within 4 where the kernels have no fused multiply-add: on x86-64 without AVX2, and on aarch64.
     The gradient of a tensor beta is reduced in the pass that computes that of x, in float64 and in an order that the number of
     threads does not change.
 

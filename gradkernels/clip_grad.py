@@ -317,7 +317,7 @@ def grad_report(parameters: Parameters, norm_type: float = 2.0) -> GradReport:
 
     Everything stays on the gradients' device; nothing waits for it until a result is read. Of DTensors the report is
     about the whole tensor, the same on every rank, all of which must call it; float64 ones are waited for once, lest
-    a square leave float64.
+    a square leave float64. A sparse gradient counts as the dense one would, for which a GPU is waited for.
 
     Args:
         parameters: as those of clip_grad_norm_, best a module or (name, parameter) pairs; those without a gradient are
@@ -328,7 +328,6 @@ def grad_report(parameters: Parameters, norm_type: float = 2.0) -> GradReport:
         A GradReport.
 
     Raises:
-        NotImplementedError: a gradient is sparse.
         RuntimeError: parameters are pieces of a FullyShardedDataParallel model (FSDP1); with use_orig_params=True they are
             whole in `with FullyShardedDataParallel.summon_full_params(model, with_grads=True)`.
         TypeError: what is among parameters is no tensor and no pair of a name and a tensor.
@@ -420,7 +419,8 @@ def local_norms(grads: list[Tensor], norm_type: float) -> tuple[Tensor, Tensor, 
 
 
 def tensor_norms(tensors: list[Tensor], norm_type: float = 2.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """local_norms of whole tensors, DTensors among them."""
+    """local_norms of whole tensors, DTensors among them; of a sparse one the values, those for the same place summed."""
+    tensors = [tensor.coalesce().values() if tensor.is_sparse else tensor for tensor in tensors]
     return sharded.grad_norms(tensors, norm_type, local_norms) if _is_sharded(tensors, norm_type) else local_norms(tensors, norm_type)
 
 

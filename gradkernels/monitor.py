@@ -92,11 +92,6 @@ def by_first_call(names: Iterable[str], called: Mapping[str, int]) -> list[str]:
     return [name for _, _, name in sorted(keys)]
 
 
-def dense(grad: Tensor) -> Tensor:
-    """What the norm of a gradient is taken of: of a sparse one the values, those for the same place summed."""
-    return grad.coalesce().values() if grad.is_sparse else grad
-
-
 def unit_dim(module: nn.Module, otherwise: int) -> int:
     """The dimension along which the units of a module's output lie; an activation keeps that of the layer before it."""
     if isinstance(module, _UNITS_LAST):
@@ -411,7 +406,7 @@ class GradientMonitor:
     def _given(self, places: Iterable[int]) -> tuple[list[int], list[Tensor]]:
         """The places that have a gradient, and the gradients."""
         given = [(place, grad) for place in places if (grad := self._parameters[place].grad) is not None]
-        return [place for place, _ in given], [dense(grad) for _, grad in given]
+        return [place for place, _ in given], [grad for _, grad in given]
 
     def _before_first_call(self, module: nn.Module, args: object) -> None:
         self._called.setdefault(self._told[module], len(self._called))

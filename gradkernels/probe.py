@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradkernels import clip_grad
 from gradkernels.backward_graph import BackwardGraph
-from gradkernels.monitor import by_first_call, dense, is_lazy, layer_name, learns, unit_dim, unwrapped
+from gradkernels.monitor import by_first_call, is_lazy, layer_name, learns, unit_dim, unwrapped
 from gradkernels.untouched import untouched
 
 # An activation is saturated where its slope is below this share of its steepest one.
@@ -428,7 +428,7 @@ def _check(loss: object) -> None:
 
 def _read_norms(layers: list[Layer], parameters: dict[str, nn.Parameter], grads: tuple[Tensor | None, ...]) -> float:
     """Norms of weights and gradients, in one pass over both; returns that of all gradients together."""
-    given = {name: dense(grad) for name, grad in zip(parameters, grads, strict=True) if grad is not None}
+    given = {name: grad for name, grad in zip(parameters, grads, strict=True) if grad is not None}
     weights = [parameter.detach() for parameter in parameters.values()]
     norms, _, nonfinite, _ = clip_grad.tensor_norms([*weights, *given.values()])
     weight = dict(zip(parameters, norms.tolist(), strict=False))

@@ -21,7 +21,7 @@ from torch.testing import assert_close
 from torch.testing._internal.common_utils import DeterministicGuard
 
 import gradkernels as gk
-from accuracy import ULP_BOUND, assert_accurate, assert_bitwise_equal, extended, outcome
+from accuracy import ULP_BOUND, assert_accurate, assert_bitwise_equal, assert_same_outcome, extended, outcome
 from gradkernels import _native, clip_grad, reference, sharded
 from memory import skip_unless_free
 
@@ -505,16 +505,35 @@ def test_error_if_nonfinite_of_finite_gradients():
 
 
 @pytest.mark.parametrize("sparse_first", [False, True])
-def test_sparse_gradients_are_torchs_error(sparse_first):
+def test_sparse_gradients_are_torchs(sparse_first):
+    """Which refuses them, and writes nothing, before 2.14, and clips them since."""
     dense = torch.randn(64)
-    sparse = torch.sparse_coo_tensor([[0, 2]], [3.0, 4.0], (5,), check_invariants=True)
+    sparse = torch.sparse_coo_tensor([[0, 2, 0]], [1.0, 4.0, 2.0], (5,), check_invariants=True)
     grads = [sparse, dense] if sparse_first else [dense, sparse]
-    before = dense.clone()
-    expected = outcome(torch_clip_grad_norm_, parameters_with(clones(grads)), 0.1)
-    assert isinstance(expected[0], type)
-    assert outcome(gk.clip_grad_norm_, parameters_with(grads), 0.1) == expected
-    assert_bitwise_equal("dense gradient", dense, before)
-    assert_close(sparse.to_dense(), torch.tensor([3.0, 0.0, 4.0, 0.0, 0.0]))
+    theirs = clones(grads)
+    expected = outcome(torch_clip_grad_norm_, parameters_with(theirs), 0.1)
+    assert_same_outcome("total norm", outcome(gk.clip_grad_norm_, parameters_with(grads), 0.1), expected)
+    for grad, torchs in zip(grads, theirs, strict=True):
+        assert_bitwise_equal("gradient", grad.to_dense(), torchs.to_dense())
+    grads = [torch.sparse_coo_tensor([[1]], [math.inf], (5,), check_invariants=True), dense]
+    expected = outcome(torch_clip_grad_norm_, parameters_with(clones(grads)), 0.1, error_if_nonfinite=True)
+    kind, text = outcome(gk.clip_grad_norm_, parameters_with(grads), 0.1, error_if_nonfinite=True)
+    assert kind is expected[0] and text.startswith(expected[1])
+    assert text == expected[1] or text.endswith("that of parameter 0")
+
+
+def test_report_on_sparse_gradients():
+    """As on the dense ones that they stand for."""
+    sparse = torch.sparse_coo_tensor([[0, 2, 0]], [1.0, math.nan, 2.0], (5,), check_invariants=True)
+    grads = [torch.randn(64), sparse, torch.sparse_coo_tensor(torch.zeros(1, 0), [], (5,), check_invariants=True)]
+    for norm_type in (2.0, math.inf, 3.0):
+        report = gk.grad_report(parameters_with(grads), norm_type)
+        expected = gk.grad_report(parameters_with([grad.to_dense() for grad in grads]), norm_type)
+        for name in ("norms", "max_abs", "nonfinite", "total_norm"):
+            assert_close(getattr(report, name), getattr(expected, name), equal_nan=True)
+    assert report.first_nonfinite() == "1"
+    report = gk.grad_report(parameters_with([*grads[:1], torch.eye(3).to_sparse()]))
+    assert report.clip_(0.5) == report.total_norm > 0.5
 
 
 def test_what_is_no_list_of_parameters_is_torchs_error():
