@@ -111,7 +111,8 @@ def bend(points: Sequence[Measured]) -> float:
 
 def time_text(seconds: float) -> str:
     for unit, size in (("ms", 1e-3), ("us", 1e-6), ("ns", 1e-9)):
-        if seconds >= size:
+        # As it is written below, with three digits.
+        if float(f"{seconds:.3g}") >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds / 1e-12:.3g} ps"
 

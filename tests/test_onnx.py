@@ -78,7 +78,7 @@ class Network(nn.Module):
 
     def forward(self, x):
         x = F.leaky_relu(self.bn(self.conv(self.block(self.stem(x)))), 0.1)
-        return F.elu_(self.fc_bn(self.fc(x.mean((2, 3))))), F.elu(F.silu(x))
+        return F.elu_(self.fc_bn(self.fc(x.mean((2, 3))))), self.conv(F.elu(F.silu(x)))
 
 
 def converted():
