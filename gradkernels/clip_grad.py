@@ -72,9 +72,10 @@ def clip_grad_norm_(
     entries = _entries(parameters)
     if not entries and isinstance(parameters, types.GeneratorType):
         warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2)
-    sharded.refuse_pieces(_named(entry)[1] for entry in entries)
+    sharded.refuse_pieces(_tensors(entries))
     norm_type = float(norm_type)
     max_norm = float(max_norm)
+    error_if_nonfinite = bool(error_if_nonfinite)
 
     native = None if torch.compiler.is_compiling() else _native.C
     if native is not None and norm_type in _NORM_TYPES:

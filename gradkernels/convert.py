@@ -251,7 +251,7 @@ class _Plan:
                 self.kept.update(dict.fromkeys(block.modules(), why))
         sites = [(block, site) for block in self.names for site in self.read(block, residual)]
         self.alone = {site.module for _, site in sites if site.module is not None and site.fused is None}
-        self.alone -= {site.module for _, site in sites if site.why == fusion.KEEPS_ITS_OUTPUT}
+        self.alone -= {site.module for _, site in sites if site.keeps_output}
         called = {site.module for _, site in sites} | {each for _, site in sites for each in site.absorbed}
         for block, site in sites:
             # A subclass of batch norm that is fused in itself is a leaf without a reading in the block that calls it.
@@ -259,12 +259,12 @@ class _Plan:
                 self.rows.append(self.row(block, site))
         for module, name in self.names.items():
             if module not in called and (isinstance(module, _BatchNorm) or fusion.is_activation(module)):
-                if isinstance(module, nn.ELU) and not module.inplace:
-                    why = fusion.KEEPS_ITS_OUTPUT
+                site = fusion.Site(module, type(module).__name__, why=self.why_uncalled(name))
+                if fusion.keeps_output(module):
+                    site.why, site.keeps_output = fusion.KEEPS_ITS_OUTPUT, True
                 else:
                     self.alone.add(module)
-                    why = self.why_uncalled(name)
-                self.rows.append(self.row(module, fusion.Site(module, type(module).__name__, why=why)))
+                self.rows.append(self.row(module, site))
         order = {name: place for place, name in enumerate(self.names.values())}
         self.rows.sort(key=lambda row: order[row.name])
         if not any(isinstance(module, _BatchNorm) for module in self.names):
@@ -300,7 +300,7 @@ class _Plan:
             return Row(name, site.found, None, site.why)
         if type(module) in fusion.BATCH_NORMS:
             return Row(name, site.found, fusion.BATCH_NORMS[type(module)].__name__, site.why)
-        if site.why == fusion.KEEPS_ITS_OUTPUT:
+        if site.keeps_output:
             return Row(name, site.found, None, site.why)
         ours, why = _activation_alone(module)
         # One that a batch norm could take in stays apart for what hides the place of its call.

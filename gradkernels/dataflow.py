@@ -29,13 +29,13 @@ from gradkernels.outside import (
     is_attribute_written_out,
     is_function_of_its_arguments,
     is_torchs,
+    own_classes,
     run_watched,
     unpacked_count,
     writes_into_containers,
 )
 
 Path = tuple[str, ...]
-_LIBRARIES = ("torch", __package__)
 # Stands among the modules called for a hook, which may write attributes of any.
 _HOOKED = 0
 # torch.fx patches nn.Module while it reads, and so does this file.
@@ -175,6 +175,11 @@ def _modes() -> tuple[object, ...]:
 
 class _NoTensors(TorchDispatchMode):
     """A forward that is read computes with proxies alone: a tensor of its own would be a constant, and may be a random one."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would import its compiler at the first operation.
+        return False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise Unreadable("makes a tensor")
@@ -328,11 +333,6 @@ def is_guarded(value: Any) -> bool:
     return isinstance(value, _GUARDED) or is_function_of_its_arguments(value)
 
 
-def own_classes(kind: type) -> list[type]:
-    """Which classes of an inheritance are neither torch's, nor this package's, nor Python's."""
-    return [each for each in kind.__mro__ if each.__module__.partition(".")[0] not in (*_LIBRARIES, *sys.stdlib_module_names)]
-
-
 def _trace(module: nn.Module, training: bool) -> tuple[Graph, dict[tuple[Path, str], Any]]:
     """The graph in one mode, and the attributes of the module and its submodules that were read on the way."""
     reads: dict[tuple[Path, str], Any] = {}
@@ -363,7 +363,7 @@ def _resolves(module: nn.Module, target: str) -> bool:
 def _recorded(module: nn.Module, reads: dict[tuple[Path, str], Any], called: set[int]) -> Iterator[None]:
     """Notes which attributes of a module and its submodules are asked for; Unreadable where one is written.
 
-    And where one is asked for that a call before may have written: one of a module in `called`, or any where a hook ran.
+    Also refused: reading an attribute that an earlier call may have written, of a module in `called`, or of any where a hook ran.
 
     nn.Module itself is patched, not the classes of the modules: a class of our own would be seen by registries of subclasses.
     """
@@ -506,7 +506,7 @@ def _undisturbed(module: nn.Module, training: bool) -> Iterator[None]:
 
 
 def restore(module: nn.Module, attributes: dict[str, Any]) -> None:
-    """Gives a module the attributes that it had. Where it is interrupted the module has no fewer."""
+    """Gives a module the attributes that it had. New values first, so that an interrupt leaves no attribute missing."""
     module.__dict__.update(attributes)
     for name in module.__dict__.keys() - attributes.keys():
         del module.__dict__[name]

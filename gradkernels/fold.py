@@ -18,7 +18,7 @@ from gradkernels import activation, dataflow, fusion
 from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from gradkernels.convert import revert
 from gradkernels.fused_forward import has_hooks
-from gradkernels.outside import goes_by_names, names_from_forward
+from gradkernels.outside import goes_by_names, names_from_forward, own_classes
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -161,7 +161,7 @@ def _is_plain(value: Any) -> bool:
 
 def _own_members(kind: type) -> set[str]:
     """Names of the methods and properties of a class that are not torch's, besides forward, which is called."""
-    return {name for each in dataflow.own_classes(kind) for name in vars(each)} - {"forward"}
+    return {name for each in own_classes(kind) for name in vars(each)} - {"forward"}
 
 
 def _tied_parameters(model: nn.Module) -> set[int]:

@@ -23,7 +23,7 @@ from gradkernels import activation
 from gradkernels.batch_norm_act import ACT_MODULES, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, resolve_act
 from gradkernels.dataflow import IN_PLACE, OF_EVERY_MODULE, Path, Reading, containers, read
 from gradkernels.fused_forward import Expected, FusedForward, children_of, has_hooks, normalize, shared_in
-from gradkernels.outside import names_from_forward
+from gradkernels.outside import is_of_library, names_from_forward
 from gradkernels.reference import check_act
 from gradkernels.sync_batch_norm_act import SyncBatchNormAct
 
@@ -90,6 +90,11 @@ _FRESH_FUNCTIONS = (operator.add, operator.sub, operator.mul, operator.truediv, 
 KEEPS_ITS_OUTPUT = "gradkernels.ELU keeps its output for the gradient, and torch's its input: what reads the output may write into it"
 
 
+def keeps_output(module: nn.Module) -> bool:
+    """Whether ours keeps the output for the gradient where torch's keeps the input."""
+    return isinstance(module, nn.ELU) and not module.inplace
+
+
 def is_activation(module: nn.Module) -> bool:
     """Whether a module is an activation, with a kernel or without."""
     return (
@@ -104,7 +109,7 @@ class Site:
     """One place in a forward where a batch norm or an activation is called.
 
     module: that which is called, None for a function. found: what stands there. fused: how it is called from now on; None where the
-    call is left, and `why` says why.
+    call is left, and `why` says why. keeps_output: it is an ELU whose output may be written, which ours must not find written.
     """
 
     module: nn.Module | None
@@ -112,6 +117,7 @@ class Site:
     fused: str | None = None
     why: str = ""
     absorbed: tuple[nn.Module, ...] = ()
+    keeps_output: bool = False
 
 
 @dataclass
@@ -384,7 +390,7 @@ class _Fuser:
     def writes(self, node: Node) -> bool:
         module = self.module(node)
         if module is not None:
-            return any(getattr(each, "inplace", False) or not type(each).__module__.startswith("torch.nn.") for each in module.modules())
+            return any(getattr(each, "inplace", False) or not is_of_library(type(each)) for each in module.modules())
         return (
             "out" in node.kwargs
             or _name(node).endswith("_")
@@ -402,8 +408,8 @@ class _Fuser:
         module = self.module(node)
         if module is not None:
             if is_activation(module):
-                keeps = isinstance(module, nn.ELU) and not module.inplace and self.may_be_written(node)
-                yield Site(module, type(module).__name__, why=KEEPS_ITS_OUTPUT if keeps else "")
+                keeps = keeps_output(module) and self.may_be_written(node)
+                yield Site(module, type(module).__name__, why=KEEPS_ITS_OUTPUT if keeps else "", keeps_output=keeps)
             return
         if node.op not in ("call_function", "call_method"):
             return

@@ -8,6 +8,7 @@ have to be read again, by forward hooks, and so are looked at every tenth step o
 from __future__ import annotations
 
 import math
+import sys
 import time
 import weakref
 from collections import defaultdict
@@ -19,12 +20,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from gradkernels import clip_grad, pictures
-from gradkernels.optim import RMSprop
 
 # Results wait on their device for this many steps: 3 numbers to a parameter, 200 KB for a network of 100 layers.
 _STEPS_PER_READ = 128
@@ -73,14 +73,19 @@ def layer_name(parameter_name: str) -> str:
     return parameter_name.rpartition(".")[0] or "(model)"
 
 
+def _is_running(optimizer: Optimizer) -> bool:
+    """Whether a step of an optimizer is on the stack: one that raised ends without its hook."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_locals.get("self") is optimizer:
+            return True
+    return False
+
+
 def learns(parameter: nn.Parameter) -> bool:
     """Whether a gradient says something of it: it requires one and has elements. One that has no shape yet is to get them."""
     return parameter.requires_grad and (is_lazy(parameter) or parameter.numel() > 0)
-
-
-def is_lazy(parameter: nn.Parameter) -> bool:
-    """Whether it has no shape before the first batch."""
-    return isinstance(parameter, UninitializedParameter)
 
 
 def by_first_call(names: Iterable[str], called: Mapping[str, int]) -> list[str]:
@@ -350,7 +355,7 @@ class GradientMonitor:
         if not places or torch.compiler.is_compiling():
             return
         running = None if self._running is None else self._running()
-        if running is not None and running is not optimizer and {*self._places(running)}.issuperset(places):
+        if running is not None and running is not optimizer and _is_running(running) and {*self._places(running)}.issuperset(places):
             # One that steps inside of another's step, as in ZeroRedundancyOptimizer, takes part of that step.
             return
         self._running = weakref.ref(optimizer)
@@ -369,7 +374,15 @@ class GradientMonitor:
             self._unread.fetch()
 
     def _take_snapshots(self, places: list[int]) -> None:
-        self._snapshots |= {place: torch.empty_like(self._parameters[place]) for place in places if place not in self._snapshots}
+        for place in places:
+            parameter, snapshot = self._parameters[place], self._snapshots.get(place)
+            # model.double() changes parameters in place.
+            if snapshot is None or (snapshot.shape, snapshot.dtype, snapshot.device) != (
+                parameter.shape,
+                parameter.dtype,
+                parameter.device,
+            ):
+                self._snapshots[place] = torch.empty_like(parameter)
         torch._foreach_copy_([self._snapshots[place] for place in places], [self._parameters[place] for place in places])
 
     @torch.no_grad()
@@ -380,7 +393,7 @@ class GradientMonitor:
         places = [place for place in self._places(optimizer) if place in self._snapshots]
         if places and self._step >= 0 and self._step % self.every == 0 and not torch.compiler.is_compiling():
             # What the step scaled gradients by as it read them, which they do not show.
-            scale = optimizer.folded_coefficient if isinstance(optimizer, RMSprop) else 1.0
+            scale = getattr(optimizer, "_folded_coefficient", 1.0)
             self._gradients_time.time(self._device_of(places), lambda: self._record_step(places, scale))
 
     def _record_step(self, places: list[int], scale: float) -> None:

@@ -55,8 +55,6 @@ class RMSprop(torch.optim.RMSprop):
 
     Attributes:
         last_norm: the total norm before clipping in the last step, as clip_grad_norm_ returns it; None without max_norm.
-        folded_coefficient: what the last step multiplied gradients with as it read them; 1 where they were short enough or are
-            scaled in memory.
 
     Raises:
         ValueError: one of torch's options is negative, in torch's words. max_norm is taken as clip_grad_norm_ takes it.
@@ -76,7 +74,8 @@ class RMSprop(torch.optim.RMSprop):
         (tensor([0.5000, 1.5000]), tensor(5.))
     """
 
-    folded_coefficient = 1.0
+    # What the last step multiplied gradients with as it read them, which they do not show: GradientMonitor asks.
+    _folded_coefficient = 1.0
 
     def __init__(
         self,
@@ -121,7 +120,7 @@ class RMSprop(torch.optim.RMSprop):
                     loss = closure()
             groups = [(group, *self._state_of(group)) for group in self.param_groups]
             served = [self._is_served(*each[:-1]) for each in groups]
-            coefficient = self.folded_coefficient = self._clip(all(served))
+            coefficient = self._folded_coefficient = self._clip(all(served))
             for (group, has_complex, params, grads, square_avgs, momentum_buffers, grad_avgs, steps), is_served in zip(
                 groups, served, strict=True
             ):
@@ -318,10 +317,10 @@ def _reads_grad_scale(optimizer: torch.optim.Optimizer, grads: list[Tensor]) -> 
     )
 
 
-def _stepping(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def _stepping(optimizer: torch.optim.Optimizer, wrappers: tuple[torch.optim.Optimizer, ...] = ()) -> torch.optim.Optimizer:
     """The optimizer whose step() takes hooks: the one given, or the one inside of wrappers that never called Optimizer.__init__."""
     name = type(optimizer).__name__
-    inner = _held(optimizer)
+    inner = [each for each in _held(optimizer) if not any(each is wrapper for wrapper in wrappers)]
     if not isinstance(optimizer, torch.optim.Optimizer):
         held = "".join(f"; the {type(each).__name__} in it is one, for gradients that are whole on this rank" for each in inner[:1])
         raise TypeError(f"{name} is not an Optimizer{held}")
@@ -333,7 +332,7 @@ def _stepping(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
             f"{name} cannot clip: it never called Optimizer.__init__, so that its step() takes no hooks, and it holds {holds}. "
             "attach_clipping takes the optimizer that computes the step; DeepSpeed clips by its own gradient_clipping"
         )
-    return _stepping(inner[0])
+    return _stepping(inner[0], (*wrappers, optimizer))
 
 
 def _held(wrapper: object) -> list[torch.optim.Optimizer]:

@@ -59,6 +59,9 @@ _BETWEEN = ("CACHE", "EXTENDED_ARG", "PUSH_NULL", "RESUME", "NOP")
 _SWITCHES = frozenset(("eval", "train", "training", "requires_grad", "requires_grad_"))
 _FILLS = frozenset(("append", "extend", "insert", "pop", "remove", "clear", "update", "setdefault", "popitem", "add", "discard"))
 _BEGIN = bytes((dis.opmap.get("RESUME", 0), 0))
+# Where a named tuple has its defaults.
+_DEFAULTS = "_field_defaults"
+_LIBRARIES = frozenset(("torch", __package__, *sys.stdlib_module_names))
 _RETURN = TypeVar("_RETURN")
 
 
@@ -91,27 +94,32 @@ def run_watched(function: Callable[[], _RETURN]) -> _RETURN:
 
     It runs in a thread of its own, which has no profiler, no tracer and none of torch's modes: the caller's are not touched.
     """
-    seen: set[CodeType] = set()
+    seen: set[Any] = set()
     problems: list[Unreadable] = []
 
     def on_call(frame: FrameType, event: str, argument: object) -> None:
         if event != "call":
             return
-        if frame.f_code not in seen:
+        # Two functions of one code differ in what they close over.
+        key = (frame.f_code, *(id(frame.f_locals.get(name)) for name in frame.f_code.co_freevars))
+        if key not in seen and frame.f_code not in seen:
             try:
                 is_of_forward = _judge_call(frame)
             except Unreadable as problem:
                 # f_locals of other frames is looked at where it has to be alone.
-                if _is_finalizer(frame):
+                if _is_no_part_of_the_forward(frame):
                     return
                 problems.append(problem)
                 raise
             if not is_of_forward:
                 return
-            seen.update(_nested(frame.f_code))
+            seen.add(key)
+            seen.update(each for each in _nested(frame.f_code) if each is not frame.f_code or not each.co_freevars)
         if _compared(frame.f_code):
             sys.settrace(lambda *_: None)
             frame.f_trace, frame.f_trace_opcodes = on_opcode, True
+            # Python 3.12 begins with opcodes when the function is set, 3.13 when the frame asks for them.
+            sys.settrace(lambda *_: None)
 
     def on_opcode(frame: FrameType, event: str, argument: object) -> Callable[..., Any]:
         if event == "opcode":
@@ -141,13 +149,13 @@ def run_watched(function: Callable[[], _RETURN]) -> _RETURN:
     return future.result()
 
 
-def _is_finalizer(frame: FrameType) -> bool:
-    """Whether a frame belongs to what is finalized meanwhile, and not to the forward."""
+def _is_no_part_of_the_forward(frame: FrameType) -> bool:
+    """Whether a frame belongs to what is finalized or imported meanwhile."""
     of_collector = [getattr(each, "__code__", None) for each in gc.callbacks]
     each: FrameType | None = frame
     while each is not None:
         code = each.f_code
-        if code in of_collector:
+        if code in of_collector or each.f_globals.get("__name__") in ("importlib._bootstrap", "_frozen_importlib"):
             return True
         # A generator that was begun before is closed.
         if code.co_flags & inspect.CO_GENERATOR and each.f_lasti > 0 and code.co_code[each.f_lasti : each.f_lasti + 2] != _BEGIN:
@@ -201,7 +209,8 @@ def _compared(code: CodeType) -> dict[int, tuple[list[str], bool]]:
         operands = _operands(instructions, place)
         with_none = each.opname != "IS_OP" or operands[-1].argval is None
         # Two at once are a tuple, of which the last is on top.
-        names = [_last(each) for each in operands if "_FAST" in each.opname or each.opname in ("LOAD_DEREF", "STORE_DEREF")]
+        of_names = [each.argval for each in operands if "_FAST" in each.opname or each.opname in ("LOAD_DEREF", "STORE_DEREF")]
+        names = [name for argval in of_names for name in (argval if isinstance(argval, tuple) else (argval,))]
         if names:
             found[each.offset] = names, with_none
     return found
@@ -214,7 +223,7 @@ def _operands(instructions: list[dis.Instruction], place: int) -> list[dis.Instr
     right = place - 1
     while instructions[right].opname in _ATTRIBUTES:
         right -= 1
-    return instructions[right - 1 : right + 1]
+    return instructions[max(right - 1, 0) : right + 1]
 
 
 def _last(instruction: dis.Instruction) -> Any:
@@ -264,7 +273,7 @@ def sees_classes(kind: type) -> bool:
 
 def _asks_for_class(code: CodeType) -> bool:
     return any(
-        (each.opname in _NAMES and each.argval in ("type", "repr", "str"))
+        (each.opname in _NAMES and each.argval == "type")
         or (each.opname in _ATTRIBUTES and each.argval in ("__class__", "_get_name", "typename"))
         for each in _instructions(code)
     )
@@ -335,7 +344,7 @@ def _judge(frame: FrameType) -> None:
                 raise Unreadable(f"reads super().{each.argval}")
             if after.opname == "IS_OP" or after.opname.endswith(("IF_NONE", "IF_NOT_NONE")):
                 for operand in _operands(instructions, place + 1):
-                    if operand.opname.startswith(("CALL", "BINARY_")) and not _is_getattr(instructions, instructions.index(operand)):
+                    if not operand.opname.startswith(("LOAD_", "STORE_")) and not _is_getattr(instructions, instructions.index(operand)):
                         raise Unreadable("compares a value by `is`")
             if each.opname == "IMPORT_NAME":
                 raise Unreadable(f"imports {each.argval}")
@@ -349,7 +358,7 @@ def _judge(frame: FrameType) -> None:
             dotted = ".".join(names)
             if is_written:
                 raise Unreadable(f"writes an attribute of {dotted}")
-            if isinstance(value, type) and not _is_of_library(value) and not is_called:
+            if isinstance(value, type) and not is_of_library(value) and not is_called:
                 raise Unreadable(f"reads {dotted}, a class with attributes, which may change without notice")
             if (len(names) == 1 and names[0] in closure and _is_constant(value)) or _stays(value, holder):
                 continue
@@ -367,7 +376,7 @@ def _read(code: CodeType, closure: Mapping[str, Any], names: Mapping[str, Any]) 
     """
     instructions = _instructions(code)
     for place, each in enumerate(instructions):
-        known = names if each.opname in _NAMES else closure if each.opname == "LOAD_DEREF" else {}
+        known = names if each.opname in _NAMES else closure if each.opname == "LOAD_DEREF" and each.argval != "__class__" else {}
         value, holder, path = known.get(each.argval, _MISSING), None, [each.argval]
         last, after = each, each
         for after in instructions[place + 1 :]:
@@ -378,19 +387,18 @@ def _read(code: CodeType, closure: Mapping[str, Any], names: Mapping[str, Any]) 
             held = inspect.getattr_static(value, after.argval, _MISSING)
             last, holder, value = after, value, held.__func__ if isinstance(held, staticmethod) else held
         if value is not _MISSING or len(path) > 1:
-            asked = any(before.argval in ("isinstance", "issubclass") for before in instructions[max(place - 8, 0) : place])
+            asked = after.opname.startswith(("CALL", "PRECALL", "BUILD_TUPLE", "LOAD_GLOBAL")) and any(
+                before.argval in ("isinstance", "issubclass") for before in instructions[max(place - 8, 0) : place]
+            )
             yield path, value, holder, after.opname in _WRITES and not _is_constant(value), asked or _calls(last)
 
 
 def _calls(instruction: dis.Instruction) -> bool:
-    """Whether what an instruction loads is called; 3.10 does not say."""
-    if sys.version_info < (3, 11) or instruction.opname == "LOAD_METHOD":
+    """Whether what an instruction loads is called. Python 3.10 does not say so of a global name, which then counts as not called."""
+    if instruction.opname == "LOAD_METHOD":
         return True
-    return (
-        instruction.opname != "LOAD_NAME"
-        and bool((instruction.arg or 0) & 1)
-        and (instruction.opname != "LOAD_ATTR" or sys.version_info >= (3, 12))
-    )
+    since = {"LOAD_GLOBAL": (3, 11), "LOAD_ATTR": (3, 12), "LOAD_SUPER_ATTR": (3, 12)}.get(instruction.opname)
+    return since is not None and sys.version_info >= since and bool((instruction.arg or 0) & 1)
 
 
 def _is_of_super(instructions: list[dis.Instruction], place: int) -> bool:
@@ -454,12 +462,18 @@ def _is_class_of_values(kind: type) -> bool:
     if top in sys.stdlib_module_names:
         return kind.__module__ in _OF_VALUES or issubclass(kind, BaseException)
     # Lists and dicts of a class are shared by all that is made of it.
-    shared = [value for each in kind.__mro__ if not _is_of_library(each) for name, value in vars(each).items() if not name.startswith("__")]
+    shared = [value for each in own_classes(kind) for name, value in vars(each).items() if not name.startswith("__") and name != _DEFAULTS]
     return top == "torch" or (bool(kind.__flags__ & _HEAP_TYPE) and not any(isinstance(each, (list, dict, set)) for each in shared))
 
 
-def _is_of_library(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] in ("torch", __package__, *sys.stdlib_module_names)
+def is_of_library(kind: type) -> bool:
+    """Whether a class is torch's, this package's or Python's."""
+    return kind.__module__.partition(".")[0] in _LIBRARIES
+
+
+def own_classes(kind: type) -> list[type]:
+    """Which classes of an inheritance are of no library."""
+    return [each for each in kind.__mro__ if not is_of_library(each)]
 
 
 @functools.cache

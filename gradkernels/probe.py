@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from gradkernels import clip_grad
 from gradkernels.backward_graph import BackwardGraph
-from gradkernels.monitor import by_first_call, is_lazy, layer_name, learns, unit_dim, unwrapped
+from gradkernels.monitor import by_first_call, layer_name, learns, unit_dim, unwrapped
 from gradkernels.untouched import untouched
 
 # An activation is saturated where its slope is below this share of its steepest one.

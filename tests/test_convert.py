@@ -24,9 +24,10 @@ import threading
 import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+import numpy.random
 import pytest
 import torch
 from torch import nn
@@ -37,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gradkernels as gk
-from gradkernels import fused_block, fusion
+from gradkernels import dataflow, fused_block, fusion
 from models import libraries
 from models.darknet import DarkNet
 from models.dcgan import discriminator
@@ -711,6 +712,22 @@ def given_a_list(self, x):
     return self.act(self.bn(x)) * len(values)
 
 
+def of_a_class(kind):
+    def forward(self, x):
+        config = kind
+        return F.leaky_relu(self.bn(x), config.slope)
+
+    return forward
+
+
+def times(factors):
+    return lambda y: y * (factors[0] if isinstance(factors, list) else factors)
+
+
+def by_twins(once, again):
+    return lambda self, x: self.act(self.bn(again(once(x))))
+
+
 def matched(self, x):
     match x:
         case [first, _]:
@@ -728,6 +745,9 @@ class Halved:
 
 # forward -> what the report says of the first batch norm.
 LEFT = {
+    "a closure beside its twin": (by_twins(times(3.0), times([2.0])), "reads factors, a list"),
+    "a class in a closure": (of_a_class(Config), "reads kind, a class with attributes"),
+    "is, twice": (lambda self, x: x if (y := self.conv(x)) is x is not None else self.act(self.bn(y)), "compares a value by `is`"),
     "a key": (lambda self, x: self.act(self.bn(x)) if x.size(1) in {3} else x, "uses a value as a key"),
     "a key of a ModuleDict": (lambda self, x: self.act(self.bn(x)) if x.size(1) in self.parts else x, "uses a value as a key"),
     "a number of NumPy": (lambda self, x: self.act(self.bn(x)) * self.root, "computes with a float64"),
@@ -904,6 +924,11 @@ def asserts(self, x):
     return self.act(self.bn(x))
 
 
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor = None
+
+
 def scaled(y, scale=2.0, *, of=F.relu):
     return of(y) * scale
 
@@ -913,6 +938,8 @@ READ = {
     "shape before it is written": shape_read_before_it_is_written,
     "unpacked": unpacked,
     "asserts": asserts,
+    "a number as text": lambda self, x: self.act(self.bn(self.parts[str(0)](x))),
+    "a named tuple": lambda self, x: next(iter(Pair(self.act(self.bn(x)), x))),
     "defaults of a function": lambda self, x: scaled(self.bn(x)),
     "attribute is None": lambda self, x: self.act(self.bn(x)) if getattr(self, "down", None) is None else x,
     "submodule is None": lambda self, x: self.act(self.bn(x)) if self.conv.bias is not None else x,
@@ -923,7 +950,7 @@ READ = {
 
 @pytest.mark.parametrize("name", READ)
 def test_what_is_read(name):
-    expected, actual, report = converted(block(READ[name]))
+    expected, actual, report = converted(block(READ[name], parts=nn.ModuleDict({"0": nn.Identity()})))
     assert next(row for row in report.rows if row.name == "bn").is_fused, report
     x = X()
     assert_same(step(actual, x), step(expected, x))
@@ -1185,7 +1212,7 @@ def test_reading_leaves_trace_functions_the_collector_and_warnings_alone():
 
 
 def test_reading_in_one_thread_disturbs_no_other():
-    working, stop = nn.Sequential(nn.Linear(3, 3), nn.ReLU()), threading.Event()
+    working, stop, rounds = nn.Sequential(nn.Linear(3, 3), nn.ReLU()), threading.Event(), []
     models = [nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()) for _ in range(20)]
 
     def work():
@@ -1193,13 +1220,16 @@ def test_reading_in_one_thread_disturbs_no_other():
             working.steps = torch.rand(1)
             working(torch.randn(2, 3))
             models[0](torch.randn(2, 3, 4, 4))
+            rounds.append(dataflow._ONE_AT_A_TIME.locked())
 
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(work)
-        fused = [gk.convert(model).rows[0].is_fused for model in models[1:]]
-        stop.set()
+        try:
+            fused = [gk.convert(model).rows[0].is_fused for model in models[1:]]
+        finally:
+            stop.set()
         other.result()
-    assert all(fused)
+    assert all(fused) and any(rounds)
 
 
 def test_reading_does_not_depend_on_the_callers_modes():

@@ -82,7 +82,7 @@ def test_norms_are_those_of_the_step(name):
             weights = norms_of(model, lambda _, parameter: parameter)
             updates = norms_of(model, lambda key, parameter, before=before: parameter - before[key])
             # RMSprop clips gradients as it reads them, and leaves them as they were.
-            scale = getattr(optimizer, "folded_coefficient", 1.0)
+            scale = getattr(optimizer, "_folded_coefficient", 1.0)
             expected["gradient_norm"].append(norms_of(model, lambda _, parameter, scale=scale: parameter.grad * scale))
             expected["weight_norm"].append(weights)
             expected["update_ratio"].append([update / weight for update, weight in zip(updates, weights, strict=True)])
