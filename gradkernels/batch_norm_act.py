@@ -68,7 +68,7 @@ def batch_norm_act(
 
     Raises:
         ValueError: unknown act, or act_param for one that has none; one value per channel in training; eps that torch refuses.
-        TypeError: act_param is a tensor or a string.
+        TypeError: act_param is a tensor or a string, or momentum is None.
         RuntimeError: residual of another shape, dtype or device; a per-channel tensor whose size is not C; no running
             statistics with training=False.
         NotImplementedError: x is of an integer or complex dtype.
@@ -83,6 +83,9 @@ def batch_norm_act(
         tensor([[1., 0.],
                 [3., 2.]])
     """
+    if momentum is None:
+        # Only the modules count batches, of which None is the average.
+        raise TypeError("batch_norm_act(): argument 'momentum' (position 7) must be float, not NoneType")
     return _batch_norm_act(input, running_mean, running_var, weight, bias, residual, None, training, momentum, eps, act, act_param)
 
 

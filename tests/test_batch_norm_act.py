@@ -524,6 +524,14 @@ def test_errors_of_the_function(refused):
     assert_refused(lambda: run(gk.batch_norm_act), stats, run_torch, expected)
 
 
+def test_momentum_that_only_modules_have():
+    x, running = torch.randn(4, 3), (torch.zeros(3), torch.ones(3))
+    for function in (F.batch_norm, gk.batch_norm_act):
+        with pytest.raises(TypeError, match=r"argument 'momentum' \(position 7\) must be float, not NoneType"):
+            function(x, *running, training=True, momentum=None)
+    assert torch.equal(running[0], torch.zeros(3)) and torch.equal(running[1], torch.ones(3))
+
+
 def test_momentum_of_another_type():
     x, stats = torch.randn(4, 3), [torch.zeros(3), torch.ones(3)]
     came = outcome(gk.batch_norm_act, x, *stats, training=True, momentum="a", act="identity")

@@ -394,6 +394,35 @@ def test_an_optimizer_that_steps_another_makes_one_step():
 # It changes nothing
 
 
+class Failing(torch.optim.SGD):
+    def step(self, closure=None):
+        raise ValueError("this step fails")
+
+
+def test_steps_after_one_that_raised_are_recorded():
+    model = network()
+    failing, sgd = Failing(model.parameters(), 0.1), torch.optim.SGD(model[5].parameters(), 0.1)
+    with gk.GradientMonitor(model, activations_every=None) as monitor:
+        loss_of(model, *batch()).backward()
+        with pytest.raises(ValueError, match="this step fails"):
+            failing.step()
+        sgd.step()
+        sgd.step()
+    assert len(monitor.to_dict()["gradient_norm"]) >= 2
+
+
+def test_updates_after_the_model_has_changed_its_dtype():
+    model = nn.Sequential(nn.Linear(3, 2, bias=False))
+    sgd = torch.optim.SGD(model.parameters(), 1e-10)
+    with gk.GradientMonitor(model, activations_every=None) as monitor:
+        for dtype in (torch.float32, torch.float64, torch.float64):
+            model.to(dtype)
+            model[0].weight.grad = torch.ones_like(model[0].weight)
+            sgd.step()
+    last, before = (each[0] for each in monitor.to_dict()["update_ratio"][:0:-1])
+    assert last == pytest.approx(before) == pytest.approx(1e-10 * 6**0.5 / model[0].weight.norm().item())
+
+
 def trained(watched):
     torch.manual_seed(3)
     model = nn.Sequential(network(), nn.Dropout(0.1))
