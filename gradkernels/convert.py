@@ -23,7 +23,7 @@ from gradkernels import _native, dataflow, fusion
 from gradkernels.batch_norm_act import ACT_MODULES
 from gradkernels.fused_block import base_class, fused_class, why_not_derived
 from gradkernels.fused_forward import ATTRIBUTE, ORIGINAL, FusedForward
-from gradkernels.outside import sees_classes
+from gradkernels.outside import classes_asked
 from gradkernels.reference import check_act
 from gradkernels.untouched import untouched
 
@@ -245,11 +245,13 @@ class _Plan:
         self.problems: dict[nn.Module, str] = {}
         # What is below code that would see another class -> why it keeps its own.
         self.kept: dict[nn.Module, str] = {}
+        sites = [(block, site) for block in self.names for site in self.read(block, residual)]
+        changes = {*fusion.BATCH_NORMS, *fusion.ACTIVATION_MODULES, *map(type, self.forwards)}
+        changes_or_names = changes | {each.__name__ for each in changes}
         for block in self.names:
-            if sees_classes(type(block)):
+            if any(not asked or asked & changes_or_names for asked in classes_asked(type(block))):
                 why = f"{type(block).__name__} asks for the class of a module, which conversion would change"
                 self.kept.update(dict.fromkeys(block.modules(), why))
-        sites = [(block, site) for block in self.names for site in self.read(block, residual)]
         self.alone = {site.module for _, site in sites if site.module is not None and site.fused is None}
         self.alone -= {site.module for _, site in sites if site.keeps_output}
         called = {site.module for _, site in sites} | {each for _, site in sites for each in site.absorbed}

@@ -262,21 +262,38 @@ def goes_by_names(kind: type) -> bool:
     return all(_is_constant(each) or _stays(each, None) for each in cells)
 
 
-def sees_classes(kind: type) -> bool:
-    """Whether a forward, or a method that switches modes, may ask for the class of a module, which conversion changes."""
-    if any(map(_asks_for_class, _codes_from(kind, ["forward", "__call__", "train", "eval"]))):
-        return True
-    methods = [each for kind_ in kind.__mro__ for each in vars(kind_).values() if isinstance(each, FunctionType)]
-    codes = [code for each in methods if _module_of(each) not in ("torch", __package__) for code in _nested(each.__code__)]
-    return any(_asks_for_class(code) and not _SWITCHES.isdisjoint(code.co_names) for code in codes)
+def classes_asked(kind: type) -> Iterator[set[Any]]:
+    """For each code in which a forward, or a method that switches modes, asks for a class: the classes and the texts in it.
+
+    An empty set where there is nothing that the class could be compared with.
+    """
+    for code, function in _functions_from(kind, ["forward", "__call__", "train", "eval"]):
+        if _asks_for_class(code):
+            yield _classes_in(code, function)
+    for function in (each for of in own_classes(kind) for each in vars(of).values() if isinstance(each, FunctionType)):
+        for code in _nested(function.__code__):
+            if _asks_for_class(code) and not _SWITCHES.isdisjoint(code.co_names):
+                yield _classes_in(code, function)
+
+
+def _classes_in(code: CodeType, function: FunctionType) -> set[Any]:
+    values = [value for _, value, *_ in _read(code, {}, function.__globals__)]
+    classes = {each for each in values if isinstance(each, type) and each is not type}
+    # A name is for a text, or is compared with one.
+    return classes | {each for each in code.co_consts if isinstance(each, str)} if classes or "__name__" in code.co_names else set()
 
 
 def _asks_for_class(code: CodeType) -> bool:
-    return any(
-        (each.opname in _NAMES and each.argval == "type")
-        or (each.opname in _ATTRIBUTES and each.argval in ("__class__", "_get_name", "typename"))
-        for each in _instructions(code)
-    )
+    instructions = _instructions(code)
+    for before, each, after in zip([*instructions[:1], *instructions], instructions, [*instructions[1:], *instructions[-1:]], strict=False):
+        if each.opname in _NAMES and each.argval == "type":
+            return True
+        if each.opname in _ATTRIBUTES and each.argval in ("__class__", "_get_name", "typename"):
+            # The class of a converted block has the names of the block's.
+            is_own = "_FAST" in before.opname and (_last(before),) == code.co_varnames[:1]
+            if not (is_own and after.argval in ("__name__", "__qualname__", "__module__")):
+                return True
+    return False
 
 
 def writes_into_containers(kind: type) -> bool:

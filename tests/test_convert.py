@@ -836,6 +836,8 @@ LEFT = {
     "writes a global": (writes_a_global, "writes SLOPE"),
     "imports": (imports, "imports os"),
     "catches what would tell": (catches, "catches exceptions"),
+    "class among others": (lambda self, x: self.act(self.bn(x)) if type(self.bn) in self.kinds else x, "asks for the class"),
+    "name of a class": (lambda self, x: self.act(self.bn(x)) if type(self.bn).__name__ == "BatchNorm2d" else x, "asks for the class"),
     "class of a submodule": (lambda self, x: self.act(self.bn(x)) if type(self.bn) is nn.BatchNorm2d else x, "asks for the class"),
     "plain tensor": (lambda self, x: self.act(self.bn(x)) if self.tensor > 0 else x, "reads self.tensor, a Tensor"),
     "tensors in a dict": (lambda self, x: self.act(self.bn(x)) * self.tensors["one"], "reads self.tensors, a dict"),
@@ -886,6 +888,7 @@ def test_what_is_left_alone(name):
         "nested": {"seen": ([],)},
         "spare": 1,
         "notes": [0],
+        "kinds": (nn.BatchNorm2d,),
     }
     model = block(forward, **plain)
     type(model).calls, type(model).count = 0, Counting.__dict__["count"]
@@ -1101,6 +1104,19 @@ def test_a_method_that_freezes_by_the_class_of_a_module():
     type(model).freeze = freeze_by_class
     expected, actual, _ = converted(model)
     assert [each.freeze().bn.training for each in (expected, actual)] == [False, False]
+
+
+def test_asking_for_what_conversion_does_not_change_is_no_reason():
+    def forward(self, x, y=None):
+        if y is not None:
+            print(self.__class__.__name__, type(self.conv) is nn.Linear)
+        return self.act(self.bn(x))
+
+    model = block(forward)
+    expected, actual, report = converted(nn.Sequential(model, nn.Sequential(nn.BatchNorm2d(3).double(), nn.ReLU())))
+    assert [row.becomes for row in report.rows if row.name in ("0.bn", "1.0")] == ["BatchNormAct2d", "batch_norm_act(relu)"]
+    x = X()
+    assert_same(step(actual, x), step(expected, x))
 
 
 def test_a_mode_that_is_switched_by_the_class_of_a_module():
