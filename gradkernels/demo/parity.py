@@ -210,7 +210,7 @@ def require_native(network: Network, x: Tensor, target: Tensor) -> None:
     """Reads from torch's profiler which operators one training step ran; the _backward ones run only after native forward ones."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # below it the profiler announces its own start and stop on stderr
     model = network.build(OURS)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         forward_backward(model, x, target)
         network.clip_(OURS, model)
     seen = {event.key for event in profile.key_averages()}
