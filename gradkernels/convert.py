@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 
 from gradkernels import _native, dataflow, fusion
 from gradkernels.batch_norm_act import ACT_MODULES
-from gradkernels.fused_block import base_class, fused_class, why_not_derived
-from gradkernels.fused_forward import ATTRIBUTE, ORIGINAL, FusedForward
+from gradkernels.fused_block import fused_class, why_not_derived
+from gradkernels.fused_forward import ATTRIBUTE, ORIGINAL, FusedForward, base_class
 from gradkernels.outside import classes_asked
 from gradkernels.reference import check_act
 from gradkernels.untouched import untouched

@@ -23,7 +23,6 @@ from gradkernels.outside import goes_by_names, names_from_forward, own_classes
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # How a forward comes to a submodule that its code does not name, or switches the modes of all.
 _BY_OTHER_NAMES = frozenset(
     (
@@ -31,10 +30,9 @@ _BY_OTHER_NAMES = frozenset(
         *("apply", "eval", "train", "parameters", "named_parameters", "buffers", "named_buffers", "state_dict"),
     )
 )
-
-
 # Methods that Python calls for a[b], iteration and names.
 _BY_PYTHON = frozenset(("__iter__", "__getitem__", "__getattr__"))
+# How a forward tells a batch norm from what stands in its place.
 _ASKING = frozenset(("isinstance", "issubclass", "__class__", "type"))
 
 
@@ -122,7 +120,7 @@ def fold(model: nn.Module) -> nn.Module:
 def _walked(child: nn.Module) -> Iterator[nn.Module]:
     """A submodule, and what it holds where it is a container that a forward goes through."""
     yield child
-    if isinstance(child, _CONTAINERS):
+    if isinstance(child, fusion.CONTAINERS):
         for each in child.children():
             yield from _walked(each)
 
@@ -130,20 +128,20 @@ def _walked(child: nn.Module) -> Iterator[nn.Module]:
 def _within_reach(block: nn.Module, names: set[str], is_first: bool = False) -> Iterator[nn.Module]:
     """What a forward that could not be read may use besides calling blocks: what it names, and what containers and lists hold."""
     own = [value for name, value in block.__dict__.items() if name not in dataflow.OF_EVERY_MODULE]
-    if is_first and not (goes_by_names(type(block)) and all(map(_is_plain, own))):
+    if is_first:
+        is_seen = goes_by_names(type(block)) and all(map(_is_plain, own))
+    else:
+        # A method of its own does with it what it likes.
+        is_seen = _own_members(type(block)).isdisjoint(names | _BY_PYTHON)
+    if not is_seen:
         yield from block.modules()
         return
-    if not is_first and (_BY_PYTHON & _own_members(type(block)) or names & _own_members(type(block))):
-        # One of its methods does with it what it likes.
-        yield from block.modules()
-        return
-    all_of_them = is_first or isinstance(block, _CONTAINERS) or not names.isdisjoint(_BY_OTHER_NAMES)
+    all_of_them = is_first or isinstance(block, fusion.CONTAINERS) or not names.isdisjoint(_BY_OTHER_NAMES)
     for name, child in block.named_children():
         if all_of_them or name in names:
             yield child
             yield from _within_reach(child, names)
-    for name in block.__dict__.keys() - dataflow.OF_EVERY_MODULE:
-        value = block.__dict__[name]
+    for value in own:
         for container in dataflow.containers([value], set()):
             for each in container.values() if isinstance(container, dict) else container:
                 if isinstance(each, nn.Module):

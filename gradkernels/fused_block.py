@@ -26,12 +26,6 @@ def new_block(base: type[nn.Module], *args: Any) -> Any:
     return kind.__new__(kind, *args)
 
 
-def base_class(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """The class of a block before it was converted, None where it was not."""
-    base: type[nn.Module] | None = kind.__dict__.get(BASE)
-    return base
-
-
 def why_not_derived(kind: type[nn.Module]) -> str | None:
     """Why a class can have no subclass that nobody but this package sees."""
     if any("__init_subclass__" in each.__dict__ for each in kind.__mro__ if each.__module__ not in ("builtins", "typing")):

@@ -85,7 +85,7 @@ class FusedForward:
     source: str
     names: Mapping[str, Any]
     attributes: tuple[tuple[Path, str, Any], ...]
-    children: tuple[tuple[Path, tuple[tuple[str, bool], ...]], ...]
+    children: tuple[tuple[Path, tuple[tuple[str, Any], ...]], ...]
     expected: tuple[Expected, ...]
     residual: bool
     of: Callable[..., Any]
@@ -153,9 +153,12 @@ _NOTHING = nn.Module()
 
 def owned(block: nn.Module, path: Path) -> Any:
     """The submodule, parameter or buffer at a path; None where there is none."""
-    module = child(block, path[:-1])
-    owners: tuple[dict[str, Any], ...] = (module._modules, module._parameters, module._buffers)
+    owners = _owners(child(block, path[:-1]))
     return next((own[path[-1]] for own in owners if path[-1] in own), None)
+
+
+def _owners(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._modules, module._parameters, module._buffers
 
 
 def shared_in(block: nn.Module) -> tuple[tuple[Path, ...], ...]:
@@ -172,13 +175,18 @@ def children_of(module: nn.Module, with_classes: bool) -> tuple[tuple[str, Any],
 
     with_classes: and of which classes the submodules are, before conversion, where a forward asks for that.
     """
-    owned: tuple[dict[str, Any], ...] = (module._modules, module._parameters, module._buffers)
-    names = tuple((name, each is None) for own in owned for name, each in own.items())
+    names = tuple((name, each is None) for own in _owners(module) for name, each in own.items())
     return names + tuple((name, class_before(each)) for name, each in module._modules.items() if with_classes)
+
+
+def base_class(kind: type) -> type[nn.Module] | None:
+    """The class of a block before it was converted, None where it was not."""
+    base: type[nn.Module] | None = kind.__dict__.get(BASE)
+    return base
 
 
 def class_before(module: nn.Module | None) -> type:
     """The class that a module had before conversion."""
     kind: type = type(module)
     own = {} if module is None else module.__dict__
-    return kind.__dict__.get(BASE) or own.get(ORIGINAL) or kind
+    return base_class(kind) or own.get(ORIGINAL) or kind

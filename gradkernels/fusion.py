@@ -40,7 +40,8 @@ ACTIVATION_MODULES: dict[type[nn.Module], type[nn.Module]] = {
     nn.PReLU: activation.PReLU,
     nn.SiLU: activation.SiLU,
 }
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# What a forward may go through instead of calling it.
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _CALLABLE = {*BATCH_NORMS, *BATCH_NORMS.values()}
 
 # How an activation is written without a module -> act, and the name and default of its parameter.
@@ -476,7 +477,7 @@ class _Fuser:
         for name, each in self.block.named_modules():
             path = tuple(name.split("."))
             # What it goes through may be empty, and filled later.
-            if isinstance(each, _CONTAINERS) and not any(path[:length] in called for length in range(1, len(path) + 1)):
+            if isinstance(each, CONTAINERS) and not any(path[:length] in called for length in range(1, len(path) + 1)):
                 paths.add(path if name else ())
         return tuple((path, children_of(self.block.get_submodule(".".join(path)), self.asks_for_classes)) for path in sorted(paths))
 

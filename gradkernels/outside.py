@@ -285,11 +285,12 @@ def _classes_in(code: CodeType, function: FunctionType) -> set[Any]:
 
 def _asks_for_class(code: CodeType) -> bool:
     instructions = _instructions(code)
-    for before, each, after in zip([*instructions[:1], *instructions], instructions, [*instructions[1:], *instructions[-1:]], strict=False):
+    for place, each in enumerate(instructions):
         if each.opname in _NAMES and each.argval == "type":
             return True
         if each.opname in _ATTRIBUTES and each.argval in ("__class__", "_get_name", "typename"):
-            # The class of a converted block has the names of the block's.
+            # The class of a converted block has the names of the block's. A code neither begins nor ends with an attribute.
+            before, after = instructions[place - 1], instructions[place + 1]
             is_own = "_FAST" in before.opname and (_last(before),) == code.co_varnames[:1]
             if not (is_own and after.argval in ("__name__", "__qualname__", "__module__")):
                 return True

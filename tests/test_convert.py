@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gradkernels as gk
-from gradkernels import dataflow, fused_block, fusion
+from gradkernels import dataflow, fused_block, fused_forward, fusion
 from models import libraries
 from models.darknet import DarkNet
 from models.dcgan import discriminator
@@ -220,7 +220,7 @@ def test_copies_of_a_converted_model(name, copied):
     assert operators(copy.deepcopy(made), x).ours == NETWORKS[name][2]
     assert_same(step(made, x), expected)
     gk.revert(made)
-    assert not any(fused_block.base_class(type(module)) for module in made.modules())
+    assert not any(fused_forward.base_class(type(module)) for module in made.modules())
 
 
 def test_a_pickle_names_nothing_internal():
