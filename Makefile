@@ -66,7 +66,7 @@ help:  ## this list
 build: $(LIBRARY)  ## compile csrc/ into gradkernels/_C
 
 demo: $(LIBRARY)  ## experiments on vanishing and exploding gradients; writes demo*.png
-	.venv/bin/python -m gradkernels demo
+	.venv/bin/python -m examples
 
 test: $(LIBRARY)  ## pytest without the slow tests
 	.venv/bin/python -m pytest

@@ -1,8 +1,8 @@
-"""python -m gradkernels info | selftest | demo | diagnose | bench, or --version.
+"""python -m gradkernels info | selftest | diagnose | bench, or --version.
 
-info prints what is native on this machine, and why the rest is not; selftest checks what it computes (selftest.py); demo trains on real
-data with and without the cures (demo/); diagnose looks at a user's own model (diagnose_command.py); bench runs bench/suite.py of the
-checkout that this package stands in, since an installed package has none.
+info prints what is native on this machine, and why the rest is not; selftest checks what it computes (selftest.py); diagnose looks at a
+user's own model (diagnosis/command.py); bench runs bench/suite.py of the checkout that this package stands in, since an installed package
+has none.
 """
 
 import argparse
@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 import gradkernels
-from gradkernels import _native, diagnose_command
+from gradkernels import _native
+from gradkernels.diagnosis import command
 
 # What every kernel serves, on the devices that it was built for; the rest goes to torch's own operators.
 _DTYPES = "float32, float64, bfloat16 and float16"
@@ -79,19 +80,13 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is native here, and why the rest is not")
     commands.add_parser("selftest", help="whether every operator computes here what torch does: a table, and status 0 if so")
-    commands.add_parser("demo", help="train on real data with and without the cures", add_help=False)
     commands.add_parser("diagnose", help="which layers of your model do not learn, why, and what to do", add_help=False)
     commands.add_parser("bench", help="every operator beside torch's, on this machine", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "bench":
         return bench(rest)
-    if arguments.command == "demo":
-        # Its requirements (matplotlib, rich, scikit-learn) are not those of the package.
-        from gradkernels import demo
-
-        return demo.main(rest)
     if arguments.command == "diagnose":
-        return diagnose_command.main(rest)
+        return command.main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.command == "selftest":

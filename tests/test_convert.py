@@ -38,7 +38,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gradkernels as gk
-from gradkernels import dataflow, fused_block, fused_forward, fusion
+from gradkernels import conversion
+from gradkernels.conversion import guard, rewrite, trace
 from models import libraries
 from models.darknet import DarkNet
 from models.dcgan import discriminator
@@ -188,7 +189,7 @@ def test_conversion_keeps_all_but_classes_and_revert_gives_them_back(name):
     assert all(
         (isinstance(module, classes[key]) and type(module).__name__ == classes[key].__name__) or isinstance(module, _BatchNorm)
         for key, module in modules.items()
-        if type(module) not in fusion.ACTIVATION_MODULES.values()
+        if type(module) not in rewrite.ACTIVATION_MODULES.values()
     )
     assert gk.revert(model) is model
     assert {key: type(module) for key, module in model.named_modules()} == classes
@@ -199,7 +200,7 @@ def test_conversion_keeps_all_but_classes_and_revert_gives_them_back(name):
 def through_pickle(model):
     data = pickle.dumps(model)
     # As another process has it: the classes are made again.
-    fused_block._CLASSES.clear()
+    conversion.block._CLASSES.clear()
     return pickle.loads(data)
 
 
@@ -220,7 +221,7 @@ def test_copies_of_a_converted_model(name, copied):
     assert operators(copy.deepcopy(made), x).ours == NETWORKS[name][2]
     assert_same(step(made, x), expected)
     gk.revert(made)
-    assert not any(fused_forward.base_class(type(module)) for module in made.modules())
+    assert not any(guard.base_class(type(module)) for module in made.modules())
 
 
 def test_a_pickle_names_nothing_internal():
@@ -231,7 +232,7 @@ def test_a_pickle_names_nothing_internal():
     assert {each for each in strings if "gradkernels" in each or "block" in each.lower()} == {
         "gradkernels.activation",
         "gradkernels.batch_norm_act",
-        "gradkernels.fused_block",
+        "gradkernels.conversion.block",
         "new_block",
         "BasicBlock",
     }
@@ -252,7 +253,7 @@ def test_a_pickle_computes_what_its_class_does_where_it_is_loaded(monkeypatch):
     data = pickle.dumps(model)
     for forward, act in ((lambda self, x: F.elu(self.bn(x)), "elu"), (lambda self, x, y=None: self.bn(x), "identity")):
         monkeypatch.setattr(Changing, "forward", forward)
-        fused_block._CLASSES.clear()
+        conversion.block._CLASSES.clear()
         assert operators(pickle.loads(data), torch.randn(4, 3, 5, 5)).ours == {act: 1}
 
 
@@ -431,7 +432,7 @@ def test_every_activation_module(module):
     expected, actual, _ = converted(nn.Sequential(nn.BatchNorm2d(3), nn.Identity(), module).double())
     x = X()
     (fused,) = operators(copy.deepcopy(actual), x).ours
-    assert fused == fusion.resolve_act(module, None)[0]
+    assert fused == rewrite.resolve_act(module, None)[0]
     assert_same(step(actual, x), step(expected, x))
 
 
@@ -1242,7 +1243,7 @@ def test_reading_in_one_thread_disturbs_no_other():
             working.steps = torch.rand(1)
             working(torch.randn(2, 3))
             models[0](torch.randn(2, 3, 4, 4))
-            rounds.append(dataflow._ONE_AT_A_TIME.locked())
+            rounds.append(trace._ONE_AT_A_TIME.locked())
 
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(work)
@@ -1609,9 +1610,9 @@ def test_an_exception_leaves_the_model_as_it_was(during, converted_before, monke
     before = [(type(module), dict(module.__dict__)) for module in model.modules()]
     buffers = [each.clone() for each in model.buffers()]
     # The package's attribute of that name is the function.
-    module = importlib.import_module("gradkernels.convert")
+    module = importlib.import_module("gradkernels.conversion.convert")
     if during == "reading":
-        monkeypatch.setattr(fusion, "fuse", interrupted(fusion.fuse, 5))
+        monkeypatch.setattr(rewrite, "fuse", interrupted(rewrite.fuse, 5))
     elif during == "applying":
         monkeypatch.setattr(module, "check_act", interrupted(module.check_act, 5))
     with pytest.raises(RuntimeError if during == "check" else KeyboardInterrupt):
@@ -1698,11 +1699,9 @@ def test_check_puts_back_what_a_forward_assigns():
 
 
 def test_a_gradient_that_is_there_once_only_is_a_difference():
-    found = importlib.import_module("gradkernels.convert")._difference(
-        {"a": torch.ones(2)}, {"a": torch.ones(2), "b": torch.full((2,), 3.0)}
-    )
+    found = conversion.convert._difference({"a": torch.ones(2)}, {"a": torch.ones(2), "b": torch.full((2,), 3.0)})
     assert (found.difference, found.name) == (3.0, "b")
-    found = importlib.import_module("gradkernels.convert")._difference({"a": torch.ones(2)}, {"a": torch.ones(3)})
+    found = conversion.convert._difference({"a": torch.ones(2)}, {"a": torch.ones(3)})
     assert found.difference == torch.inf
 
 
@@ -2035,5 +2034,5 @@ def test_what_revert_does_not_take():
 
 def test_a_difference_that_is_nan_is_the_largest():
     before = {"a": torch.ones(2), "b": torch.ones(2)}
-    found = importlib.import_module("gradkernels.convert")._difference(before, {"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan])})
+    found = conversion.convert._difference(before, {"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan])})
     assert str(found) == "nan where the largest value is 1 (b)"

@@ -20,8 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradkernels as gk
-from gradkernels import cures, diagnose_command, verdicts
-from gradkernels.probe import Layer, Probe
+from gradkernels.diagnosis import command, cures, verdicts
+from gradkernels.diagnosis.probe import Layer, Probe
 
 WIDTH, CLASSES = 16, 4
 
@@ -1232,7 +1232,7 @@ def test_command_line(users_folder):
 )
 def test_command_line_batches_and_losses(users_folder, capsys, wanted, loss):
     arguments = ["users_module:vanishing", "--batch", wanted, "--loss", loss, "--output", "here.svg"]
-    assert diagnose_command.main(arguments) == 0
+    assert command.main(arguments) == 0
     assert "vanishing" in capsys.readouterr().out
     assert (users_folder / "here.svg").exists()
 
@@ -1287,7 +1287,7 @@ def test_command_line_batches_and_losses(users_folder, capsys, wanted, loss):
 )
 def test_command_line_refuses_in_words(users_folder, capsys, arguments, said):
     with pytest.raises(SystemExit) as exit:
-        diagnose_command.main(arguments)
+        command.main(arguments)
     assert exit.value.code == 2
     usage, _, words = capsys.readouterr().err.partition("python -m gradkernels diagnose: error: ")
     assert usage.startswith("usage: ") and said in words and words.count("\n") == 1
@@ -1304,7 +1304,7 @@ def test_command_line_refuses_in_words(users_folder, capsys, arguments, said):
 )
 def test_command_line_shows_where_a_users_code_fails_after_words_and_nobody_elses(users_folder, capsys, arguments, words, line):
     with pytest.raises(SystemExit) as exit:
-        diagnose_command.main(arguments)
+        command.main(arguments)
     assert exit.value.code == 2
     first, *traceback = capsys.readouterr().err.partition("error: ")[2].splitlines()
     assert first.startswith(words)
@@ -1314,21 +1314,21 @@ def test_command_line_shows_where_a_users_code_fails_after_words_and_nobody_else
 
 
 def test_command_line_draws_numbers_as_the_model_has_them(users_folder, capsys):
-    assert diagnose_command.main(["users_module:double", "--batch", "64,16"]) == 0
+    assert command.main(["users_module:double", "--batch", "64,16"]) == 0
 
 
 def test_command_line_without_matplotlib(users_folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert diagnose_command.main(["users_module:vanishing", "--batch", "64,16"]) == 0
+    assert command.main(["users_module:vanishing", "--batch", "64,16"]) == 0
     out = capsys.readouterr().out
     assert "vanishing" in out and "no picture: a picture needs matplotlib: pip install matplotlib" in out
 
 
 def test_progress_is_one_line_for_a_person_and_nothing_in_a_log(users_folder, capsys, monkeypatch):
-    diagnose_command.main(["users_module:vanishing", "--batch", "64,16"])
+    command.main(["users_module:vanishing", "--batch", "64,16"])
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    diagnose_command.main(["users_module:vanishing", "--batch", "64,16"])
+    command.main(["users_module:vanishing", "--batch", "64,16"])
     err = capsys.readouterr().err
     assert "forward and backward" in err and "\n" not in err and err.endswith("\x1b[K")
 

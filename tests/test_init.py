@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils.prune import l1_unstructured
 
 import gradkernels as gk
-from gradkernels.demo import cures
+from examples import cures
 
 ALPHA, BETA = 0.7, 1.7
 

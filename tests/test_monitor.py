@@ -21,8 +21,8 @@ from torch.optim import optimizer as torch_optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradkernels as gk
-from gradkernels import monitor as monitor_module
-from gradkernels import pictures
+from gradkernels.diagnosis import monitor as monitor_module
+from gradkernels.diagnosis import plots
 
 OPTIMIZERS = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
@@ -142,7 +142,7 @@ def test_layers_are_in_the_order_in_which_they_run(activations_every, monkeypatc
     ]
     assert "the gradient of the first layer, (model), is" in monitor.table()
     drawn = []
-    monkeypatch.setattr(monitor_module.pictures, "gradient_flow", lambda *arguments: drawn.append(arguments))
+    monkeypatch.setattr(monitor_module.plots, "gradient_flow", lambda *arguments: drawn.append(arguments))
     monitor.plot("flow.png")
     assert drawn[0][1:3] == (IN_ORDER, [False, True, True, True])
 
@@ -647,7 +647,7 @@ def gradient_flow(path, norms):
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("error")
         patch.setattr(Figure, "savefig", keep)
-        pictures.gradient_flow(path, layers, [True] * len(layers), [*range(0, 10 * len(norms), 10)], norms, remark)
+        plots.gradient_flow(path, layers, [True] * len(layers), [*range(0, 10 * len(norms), 10)], norms, remark)
     flow, heat, *scale = figures[0].axes
     labels = [] if flow.get_legend() is None else [text.get_text() for text in flow.get_legend().get_texts()]
     ticks = [label.get_text() for label in heat.get_xticklabels() if label.get_text()]
@@ -695,10 +695,10 @@ def test_pictures_of_one_step_one_layer_and_what_no_axis_holds(norms, expected, 
 
 def test_points_keep_away_from_the_edges(tmp_path):
     """The least range is wide beside a single point, which is not to lie half outside."""
-    figure = pictures._figure(1, 6)
+    figure = plots._figure(1, 6)
     axes = figure.subplots()
-    pictures._draw_flow(axes, [0.3], [True], pictures.INK, "")
-    pictures._mark_edges(axes, [0.3], [pictures.INK])
+    plots._draw_flow(axes, [0.3], [True], plots.INK, "")
+    plots._mark_edges(axes, [0.3], [plots.INK])
     lowest, highest = axes.get_xlim()
     assert highest / lowest > 1e4
     assert highest > 0.3 * 1.1

@@ -27,7 +27,7 @@ README = (ROOT / "README.md").read_text()
 README_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 SETUP, USE, *_ = README_BLOCKS
 PRIVATE = {"gradkernels._C", "gradkernels.__main__"}
-MODULES = sorted({module.name for module in pkgutil.iter_modules(gradkernels.__path__, "gradkernels.")} - PRIVATE)
+MODULES = sorted({module.name for module in pkgutil.walk_packages(gradkernels.__path__, "gradkernels.")} - PRIVATE)
 
 
 @pytest.mark.parametrize("line", USE.splitlines())

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import gradkernels as gk
-from gradkernels.demo.harness import Advance, Digits, Report, Setting, accuracy, fit, require
-from gradkernels.demo.telling import new_figure, new_table
-from gradkernels.pictures import BAD, GOOD, dress
+from examples.harness import Advance, Digits, Report, Setting, accuracy, fit, require
+from examples.telling import new_figure, new_table
+from gradkernels.diagnosis.plots import BAD, GOOD, dress
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"ReLU": nn.ReLU, "Leaky ReLU": gk.LeakyReLU, "PReLU": gk.PReLU, "RReLU": gk.RReLU}
 DEAD_BIAS = -2.0

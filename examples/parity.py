@@ -21,9 +21,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import gradkernels as gk
-from gradkernels.demo.harness import Advance, Digits, Report, Setting, accuracy, forward_backward, require
-from gradkernels.demo.telling import new_figure, new_table
-from gradkernels.pictures import BAD, GOOD, dress
+from examples.harness import Advance, Digits, Report, Setting, accuracy, forward_backward, require
+from examples.telling import new_figure, new_table
+from gradkernels.diagnosis.plots import BAD, GOOD, dress
 
 TORCH, OURS = "torch.nn", "gradkernels"
 PROVIDERS = (TORCH, OURS)

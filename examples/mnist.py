@@ -19,9 +19,9 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 import gradkernels as gk
-from gradkernels.demo.harness import Advance, Digits, Report, Setting, accuracy, fit, require
-from gradkernels.demo.telling import new_figure, new_table
-from gradkernels.pictures import FAIR, GOOD, INK, dress
+from examples.harness import Advance, Digits, Report, Setting, accuracy, fit, require
+from examples.telling import new_figure, new_table
+from gradkernels.diagnosis.plots import FAIR, GOOD, INK, dress
 
 SIZES = (784, 300, 100, 10)
 LR, BATCH_SIZE, EPOCHS = 0.01, 200, 20

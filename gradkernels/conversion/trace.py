@@ -1,7 +1,7 @@
 """Reads what a module's forward does with its submodules, as a torch.fx graph in which every submodule is a leaf.
 
 A graph is a forward without its Python, so it stands for one only where nothing is lost: no branch over data or optional arguments,
-nothing read outside (outside.py), no attribute written, no mode switched, and the same graph in training and in evaluation. Whatever else
+nothing read outside (purity.py), no attribute written, no mode switched, and the same graph in training and in evaluation. Whatever else
 a forward does is a reason to leave it alone. Reading changes nothing: what it did change is put back.
 """
 
@@ -24,7 +24,7 @@ from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.proxy import Attribute
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradkernels.outside import (
+from gradkernels.conversion.purity import (
     Unreadable,
     is_attribute_written_out,
     is_function_of_its_arguments,
@@ -128,7 +128,7 @@ class _Recorded(Proxy):
         raise Unreadable(f"deletes the attribute {name} of a tensor")
 
     def __hash__(self) -> int:
-        if not sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.fx", __package__)):
+        if not sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.fx", "gradkernels")):
             raise Unreadable("uses a value as a key")
         return super().__hash__()
 
@@ -191,7 +191,7 @@ class _Tracer(Tracer):
 
     def __init__(self, called: set[int]) -> None:
         # This package's functions are nodes as torch's are; traced through, they would be the operators they are composed of.
-        modules: Any = (math, sys.modules[__package__])
+        modules: Any = (math, sys.modules["gradkernels"])
         super().__init__(autowrap_modules=modules)
         self.modes = _modes()
         # What the forward asked for by name or number, and what it wrote as text.

@@ -19,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from gradkernels import _native, reference
 from gradkernels.batch_norm_act import forward_of
-from gradkernels.dataflow import Missing, Path
+from gradkernels.conversion.trace import Missing, Path
 
 # Where the fused forward stands in a block's __dict__, and where in that of its class the class stands that the block had.
 ATTRIBUTE = "_fused_forward"
@@ -79,7 +79,7 @@ class FusedForward:
     which the source has by the first.
 
     attributes, children, expected: what has to hold. Immutable, so that a block and its copies share it; a pickle has `residual` in its
-    place (fused_block.py).
+    place (block.py).
     """
 
     source: str

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gradkernels as gk
-from gradkernels.demo.harness import Advance, Digits, Report, Setting, accuracy, fit, require
-from gradkernels.demo.telling import new_figure, new_table
-from gradkernels.pictures import FAIR, GOOD, INK, dress
+from examples.harness import Advance, Digits, Report, Setting, accuracy, fit, require
+from examples.telling import new_figure, new_table
+from gradkernels.diagnosis.plots import FAIR, GOOD, INK, dress
 
 SIZES = (784, 300, 100, 10)
 EPOCHS = 8

@@ -13,8 +13,8 @@ from typing import Any, Protocol, cast
 from torch import nn
 
 from gradkernels._native import refuse_script
-from gradkernels.fused_forward import ATTRIBUTE, BASE, FusedForward
-from gradkernels.fusion import fuse
+from gradkernels.conversion.guard import ATTRIBUTE, BASE, FusedForward
+from gradkernels.conversion.rewrite import fuse
 
 # What an object without a __reduce__ of its own is made again by.
 _NEW_OBJECT = object().__reduce_ex__(2)[0]

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gradkernels as gk
-from gradkernels.demo.harness import Advance, Report, Setting, accuracy, require
-from gradkernels.demo.telling import new_figure, new_table
-from gradkernels.pictures import BAD, GOOD, dress
+from examples.harness import Advance, Report, Setting, accuracy, require
+from examples.telling import new_figure, new_table
+from gradkernels.diagnosis.plots import BAD, GOOD, dress
 
 MAX_NORM = 1.0
 

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from gradkernels import init, monitor, pictures
-from gradkernels.cures import CLIPPING, INITIALISATION, LEARNING_RATE, MAX_NORM, clipped, cures, learning_rate
-from gradkernels.probe import Layer, Probe, probe
-from gradkernels.untouched import untouched
-from gradkernels.verdicts import HEALTHY, NON_FINITE, VERDICTS, Verdict, origin_sentence, output_layers, verdicts
+from gradkernels import init
+from gradkernels.diagnosis import monitor, plots
+from gradkernels.diagnosis.cures import CLIPPING, INITIALISATION, LEARNING_RATE, MAX_NORM, clipped, cures, learning_rate
+from gradkernels.diagnosis.probe import Layer, Probe, probe
+from gradkernels.diagnosis.verdicts import HEALTHY, NON_FINITE, VERDICTS, Verdict, origin_sentence, output_layers, verdicts
+from gradkernels.preserved import preserved
 
 
 class Diagnosis:
@@ -178,7 +179,7 @@ class Diagnosis:
         remarks = [self.headline(), f"loss {self.loss:.4g}", *([self.origin] if self.origin else [])]
         for number, cure in enumerate(self.cures, start=1):
             remarks += ["", f"{number}. {cure.name}{' (safe)' if cure.safe else ''}: {cure.why}", f"    {cure.line.partition('    #')[0]}"]
-        pictures.verdicts(
+        plots.verdicts(
             path,
             f"{self.title}: gradient of every layer, first layer at the top",
             [(each.name, each.verdicts[0]) for each in self.layers],
@@ -281,7 +282,7 @@ def _apply(before: Diagnosis, model: nn.Module, inputs: Any, targets: Any, loss_
     if not safe:
         before.applied += ["none of the cures is safe to try"] if before.cures else []
         return
-    with torch.inference_mode(False), torch.enable_grad(), untouched(model, inputs, targets):
+    with torch.inference_mode(False), torch.enable_grad(), preserved(model, inputs, targets):
         try:
             trial = copy.deepcopy(monitor.unwrapped(model))
         except Exception as error:

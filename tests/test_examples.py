@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,17 +21,20 @@ from rich.table import Table
 from torch import nn
 
 import gradkernels as gk
-from gradkernels import _native, demo
-from gradkernels.demo import chain_rule, clipping, cures, dying_relu, harness, mnist, parity, simple_net
+from examples import __main__ as demo
+from examples import chain_rule, clipping, cures, dying_relu, harness, mnist, parity, simple_net
+from gradkernels import _native
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """The finished process and the picture it wrote."""
     picture = tmp_path_factory.mktemp("demo") / "demo.png"
-    command = [sys.executable, "-m", "gradkernels", "demo", "parity", "--quick", "--output", str(picture)]
+    command = [sys.executable, "-m", "examples", "parity", "--quick", "--output", str(picture)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("COLUMNS", "FORCE_COLOR"))}
-    return subprocess.run(command, capture_output=True, text=True, env=environment), picture
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment), picture
 
 
 def test_ends_well_and_quietly(quick):

@@ -1,7 +1,7 @@
 """convert(model): an existing model computed by this package's kernels, in place and exactly; revert(model); and a report of both.
 
 Modules change their class and nothing else: parameters, buffers, hooks and names stay the same objects. A batch norm becomes
-BatchNormAct with act="identity"; a block whose forward calls it beside an activation gets a forward that joins them (fused_forward.py).
+BatchNormAct with act="identity"; a block whose forward calls it beside an activation gets a forward that joins them (guard.py).
 Everything is read before anything is changed, and what was changed is put back if an exception follows.
 """
 
@@ -19,13 +19,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from gradkernels import _native, dataflow, fusion
+from gradkernels import _native
 from gradkernels.batch_norm_act import ACT_MODULES
-from gradkernels.fused_block import fused_class, why_not_derived
-from gradkernels.fused_forward import ATTRIBUTE, ORIGINAL, FusedForward, base_class
-from gradkernels.outside import classes_asked
+from gradkernels.conversion import rewrite, trace
+from gradkernels.conversion.block import fused_class, why_not_derived
+from gradkernels.conversion.guard import ATTRIBUTE, ORIGINAL, FusedForward, base_class
+from gradkernels.conversion.purity import classes_asked
+from gradkernels.preserved import preserved
 from gradkernels.reference import check_act
-from gradkernels.untouched import untouched
 
 _QUANTISED = ("torch.ao.", "torch.nn.quantized", "torch.nn.intrinsic", "torch.nn.qat", "torchao.")
 
@@ -166,7 +167,7 @@ def convert(model: nn.Module, *, residual: bool = True, check: Any = None) -> Co
     except BaseException:
         for module, kind, state in before:
             object.__setattr__(module, "__class__", kind)
-            dataflow.restore(module, state)
+            trace.restore(module, state)
         raise
     return ConversionReport(
         tuple(plan.rows),
@@ -213,7 +214,7 @@ def _revert(model: nn.Module) -> None:
             object.__setattr__(module, "__class__", base)
             module.__dict__.pop(ATTRIBUTE, None)
         original = module.__dict__.get(ORIGINAL)
-        if original is not None and type(module) is (fusion.BATCH_NORMS | fusion.ACTIVATION_MODULES)[original]:
+        if original is not None and type(module) is (rewrite.BATCH_NORMS | rewrite.ACTIVATION_MODULES)[original]:
             object.__setattr__(module, "__class__", original)
             for name in (ORIGINAL, "act", "act_param") if issubclass(original, _BatchNorm) else (ORIGINAL,):
                 module.__dict__.pop(name)
@@ -246,7 +247,7 @@ class _Plan:
         # What is below code that would see another class -> why it keeps its own.
         self.kept: dict[nn.Module, str] = {}
         sites = [(block, site) for block in self.names for site in self.read(block, residual)]
-        changes = {*fusion.BATCH_NORMS, *fusion.ACTIVATION_MODULES, *map(type, self.forwards)}
+        changes = {*rewrite.BATCH_NORMS, *rewrite.ACTIVATION_MODULES, *map(type, self.forwards)}
         changes_or_names = changes | {each.__name__ for each in changes}
         for block in self.names:
             if any(not asked or asked & changes_or_names for asked in classes_asked(type(block))):
@@ -260,10 +261,10 @@ class _Plan:
             if site.module is None or site.module is block or site.module not in self.forwards:
                 self.rows.append(self.row(block, site))
         for module, name in self.names.items():
-            if module not in called and (isinstance(module, _BatchNorm) or fusion.is_activation(module)):
-                site = fusion.Site(module, type(module).__name__, why=self.why_uncalled(name))
-                if fusion.keeps_output(module):
-                    site.why, site.keeps_output = fusion.KEEPS_ITS_OUTPUT, True
+            if module not in called and (isinstance(module, _BatchNorm) or rewrite.is_activation(module)):
+                site = rewrite.Site(module, type(module).__name__, why=self.why_uncalled(name))
+                if rewrite.keeps_output(module):
+                    site.why, site.keeps_output = rewrite.KEEPS_ITS_OUTPUT, True
                 else:
                     self.alone.add(module)
                 self.rows.append(self.row(module, site))
@@ -275,11 +276,11 @@ class _Plan:
             if isinstance(module, torch.jit.ScriptModule) and not isinstance(self.above(name), torch.jit.ScriptModule):
                 self.notes.append(f"{name} is scripted and left as it is")
 
-    def read(self, block: nn.Module, residual: bool) -> list[fusion.Site]:
+    def read(self, block: nn.Module, residual: bool) -> list[rewrite.Site]:
         """The sites in the forward of one module, and the reason where there are none to be read."""
-        if not dataflow.has_own_forward(block):
+        if not trace.has_own_forward(block):
             return []
-        found = fusion.fuse(block, residual)
+        found = rewrite.fuse(block, residual)
         if found.problem is not None:
             self.problems[block] = found.problem
         if found.forward is not None:
@@ -290,7 +291,7 @@ class _Plan:
             self.forwards[block] = found.forward
         return found.sites
 
-    def row(self, block: nn.Module, site: fusion.Site) -> Row:
+    def row(self, block: nn.Module, site: rewrite.Site) -> Row:
         module = site.module
         name = self.names[block if module is None else module]
         kept = self.kept.get(block) or (module and self.kept.get(module))
@@ -300,8 +301,8 @@ class _Plan:
             return Row(name, site.found, site.fused, site.why)
         if module is None:
             return Row(name, site.found, None, site.why)
-        if type(module) in fusion.BATCH_NORMS:
-            return Row(name, site.found, fusion.BATCH_NORMS[type(module)].__name__, site.why)
+        if type(module) in rewrite.BATCH_NORMS:
+            return Row(name, site.found, rewrite.BATCH_NORMS[type(module)].__name__, site.why)
         if site.keeps_output:
             return Row(name, site.found, None, site.why)
         ours, why = _activation_alone(module)
@@ -328,13 +329,13 @@ class _Plan:
             kind = type(module)
             if module in self.kept:
                 continue
-            if kind in fusion.BATCH_NORMS:
+            if kind in rewrite.BATCH_NORMS:
                 module.__dict__[ORIGINAL] = kind
                 module.__dict__["act"], module.__dict__["act_param"] = "identity", check_act("identity", None)
-                object.__setattr__(module, "__class__", fusion.BATCH_NORMS[kind])
-            elif module in self.alone and kind in fusion.ACTIVATION_MODULES and _activation_alone(module)[0] is not None:
+                object.__setattr__(module, "__class__", rewrite.BATCH_NORMS[kind])
+            elif module in self.alone and kind in rewrite.ACTIVATION_MODULES and _activation_alone(module)[0] is not None:
                 module.__dict__[ORIGINAL] = kind
-                object.__setattr__(module, "__class__", fusion.ACTIVATION_MODULES[kind])
+                object.__setattr__(module, "__class__", rewrite.ACTIVATION_MODULES[kind])
             elif module in self.forwards:
                 module.__dict__[ATTRIBUTE] = self.forwards[module]
                 object.__setattr__(module, "__class__", fused_class(kind))
@@ -345,8 +346,8 @@ def _activation_alone(module: nn.Module) -> tuple[str | None, str]:
     kind: Any = type(module)
     if kind is nn.SiLU and getattr(module, "inplace", False):
         return None, "it is in place, which ours is not"
-    if kind in fusion.ACTIVATION_MODULES:
-        return f"gradkernels.{fusion.ACTIVATION_MODULES[kind].__name__}", ""
+    if kind in rewrite.ACTIVATION_MODULES:
+        return f"gradkernels.{rewrite.ACTIVATION_MODULES[kind].__name__}", ""
     if kind is nn.RReLU:
         return None, "gradkernels.RReLU draws other slopes from the same seed"
     if kind.__module__.startswith("gradkernels."):
@@ -371,7 +372,7 @@ class _Observation:
             saved[x.untyped_storage().data_ptr()] = x.untyped_storage()
             return x
 
-        with untouched(model, batch), torch.enable_grad():
+        with preserved(model, batch), torch.enable_grad():
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
                 output = model(*arguments, **keywords)
             self.saved_bytes = sum(storage.nbytes() for address, storage in saved.items() if address not in of_parameters)

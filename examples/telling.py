@@ -6,7 +6,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from gradkernels.pictures import INK
+from gradkernels.diagnosis.plots import INK
 
 
 def new_table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]] = (), caption: str | None = None) -> Table:

@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from gradkernels import clip_grad
-from gradkernels.backward_graph import BackwardGraph
-from gradkernels.monitor import by_first_call, layer_name, learns, unit_dim, unwrapped
-from gradkernels.untouched import untouched
+from gradkernels.diagnosis.backward_graph import BackwardGraph
+from gradkernels.diagnosis.monitor import by_first_call, layer_name, learns, unit_dim, unwrapped
+from gradkernels.preserved import preserved
 
 # An activation is saturated where its slope is below this share of its steepest one.
 SATURATED_SLOPE = 0.1
@@ -370,7 +370,7 @@ def probe(model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[[Any, A
 
         return hook
 
-    with untouched(model, inputs, targets), ExitStack() as stack:
+    with preserved(model, inputs, targets), ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         if "torch._dynamo" in sys.modules:

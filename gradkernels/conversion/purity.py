@@ -61,7 +61,7 @@ _FILLS = frozenset(("append", "extend", "insert", "pop", "remove", "clear", "upd
 _BEGIN = bytes((dis.opmap.get("RESUME", 0), 0))
 # Where a named tuple has its defaults.
 _DEFAULTS = "_field_defaults"
-_LIBRARIES = frozenset(("torch", __package__, *sys.stdlib_module_names))
+_LIBRARIES = frozenset(("torch", "gradkernels", *sys.stdlib_module_names))
 _RETURN = TypeVar("_RETURN")
 
 
@@ -71,7 +71,7 @@ class Unreadable(Exception):
 
 def is_torchs(frame: FrameType) -> bool:
     """Whether the code of a frame is torch's or this package's."""
-    return _top(frame) in ("torch", __package__)
+    return _top(frame) in ("torch", "gradkernels")
 
 
 def _top(frame: FrameType) -> str:
@@ -331,7 +331,7 @@ def _functions_from(kind: type, methods: list[str]) -> Iterator[tuple[CodeType, 
             function = function.fget
         if not isinstance(function, FunctionType) or function.__code__ in seen:
             continue
-        if _module_of(function) in ("torch", __package__):
+        if _module_of(function) in ("torch", "gradkernels"):
             continue
         seen.add(function.__code__)
         stack += [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
@@ -462,7 +462,7 @@ def is_function_of_its_arguments(function: Any) -> bool:
     top = module.partition(".")[0]
     if module in _OF_THEIR_ARGUMENTS:
         return True
-    if top in ("torch", __package__, *sys.stdlib_module_names):
+    if top in _LIBRARIES:
         # relu_ and its like are not among those that a subclass of Tensor may override.
         return top == "torch" and isinstance(function, BuiltinFunctionType) and function.__name__.endswith("_")
     if not isinstance(function, FunctionType):

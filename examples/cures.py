@@ -16,9 +16,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import gradkernels as gk
-from gradkernels.demo.harness import Advance, Digits, Report, Setting, accuracy, fit, forward_backward, require
-from gradkernels.demo.telling import new_figure, new_table
-from gradkernels.pictures import BAD, FAIR, GOOD, INK, PALE, dress
+from examples.harness import Advance, Digits, Report, Setting, accuracy, fit, forward_backward, require
+from examples.telling import new_figure, new_table
+from gradkernels.diagnosis.plots import BAD, FAIR, GOOD, INK, PALE, dress
 
 SIZES = (64, 100, 100, 100, 100, 10)
 LR = 0.5

@@ -1,4 +1,4 @@
-"""python -m gradkernels demo: experiments on vanishing and exploding gradients and their cures, each with a table and a figure.
+"""python -m examples: experiments on vanishing and exploding gradients and their cures, each with a table and a figure.
 
 Decided here: which experiments there are, in which order, and where their pictures go. Whatever does not come out as expected ends the
 program with a sentence that says so.
@@ -20,11 +20,11 @@ try:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    from gradkernels.demo import chain_rule, clipping, cures, dying_relu, mnist, parity, simple_net
-    from gradkernels.demo.harness import Experiment, Setting, digits
+    from examples import chain_rule, clipping, cures, dying_relu, mnist, parity, simple_net
+    from examples.harness import Experiment, Setting, digits
 except ModuleNotFoundError as error:
     raise SystemExit(
-        f"gradkernels demo needs more packages than gradkernels ({error}): pip install scikit-learn matplotlib rich"
+        f"the demonstration needs more packages than gradkernels ({error}): pip install scikit-learn matplotlib rich"
     ) from error
 
 # Its picture takes the name that --output gives; those of the others add theirs to it.
@@ -60,7 +60,7 @@ def picture_of(experiment: Experiment, output: Path) -> Path:
 def main(argv: list[str] | None = None) -> int:
     width = max(len(experiment.name) for experiment in EXPERIMENTS)
     parser = argparse.ArgumentParser(
-        prog="python -m gradkernels demo",
+        prog="python -m examples",
         description="Experiments on vanishing and exploding gradients, on real digits:\n\n"
         + "\n".join(f"  {experiment.name:<{width}}  {experiment.about}" for experiment in EXPERIMENTS),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments.output.parent.is_dir():
         parser.error(f"there is no folder {arguments.output.parent}")
     if _native.C is None:
-        raise SystemExit(f"gradkernels demo failed: the native library is not in use, {_native.reason}. To mend it: {_native.remedy}")
+        raise SystemExit(f"the demonstration failed: the native library is not in use, {_native.reason}. To mend it: {_native.remedy}")
 
     chosen = [each for each in EXPERIMENTS if each.name in arguments.names or not (arguments.names or arguments.mnist)]
     if arguments.mnist is not None:
@@ -109,3 +109,7 @@ def main(argv: list[str] | None = None) -> int:
                 else:
                     console.print(result)
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

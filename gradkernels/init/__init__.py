@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from gradkernels.batch_norm_act import _BatchNormAct
-from gradkernels.monitor import unwrapped
-from gradkernels.untouched import untouched
+from gradkernels.diagnosis.monitor import unwrapped
+from gradkernels.preserved import preserved
 
 __all__ = [
     "InitReport",
@@ -391,7 +391,7 @@ def _trace(module: nn.Module, untraceable: Mapping[nn.Module, str]) -> _Traced:
 def _trace_parts(model: nn.Module, untraceable: dict[nn.Module, str]) -> list[_Traced]:
     """The model, and where it cannot be traced each module in it, the outermost first; who cannot be is added to untraceable."""
     # A forward runs once here, on stand-ins for tensors, which it may store.
-    with untouched(model):
+    with preserved(model):
         traced = [_trace(model, untraceable)]
         if traced[0].why is None:
             return traced

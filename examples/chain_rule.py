@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gradkernels as gk
-from gradkernels.demo.harness import Digits, Report, Setting, require
-from gradkernels.demo.telling import new_figure, new_table
-from gradkernels.pictures import BAD, GOOD, INK, PALE, dress
+from examples.harness import Digits, Report, Setting, require
+from examples.telling import new_figure, new_table
+from gradkernels.diagnosis.plots import BAD, GOOD, INK, PALE, dress
 
 # Sigmoid
 

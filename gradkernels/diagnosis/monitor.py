@@ -24,7 +24,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from gradkernels import clip_grad, pictures
+from gradkernels import clip_grad
+from gradkernels.diagnosis import plots
 
 # Results wait on their device for this many steps: 3 numbers to a parameter, 200 KB for a network of 100 layers.
 _STEPS_PER_READ = 128
@@ -609,7 +610,7 @@ class GradientMonitor:
         norms = [rows[_GRADIENT] for rows in figures]
         weights = {name for parameter, name in zip(self._parameters, self._layer_of_place, strict=True) if parameter.dim() > 1}
         last = {name: norm for name, norm in zip(layers, norms[-1], strict=True) if norm is not None}
-        pictures.gradient_flow(path, layers, [name in weights for name in layers], numbers, norms, first_to_last(last))
+        plots.gradient_flow(path, layers, [name in weights for name in layers], numbers, norms, first_to_last(last))
 
 
 def three_digits(value: float | None) -> str:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from gradkernels.probe import WEIGHTS, Layer, Origin, Probe
-from gradkernels.verdicts import (
+from gradkernels.diagnosis.probe import WEIGHTS, Layer, Origin, Probe
+from gradkernels.diagnosis.verdicts import (
     BADLY_INITIALISED,
     DEAD,
     EXPLODING,

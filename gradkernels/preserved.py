@@ -1,4 +1,4 @@
-"""untouched: run a model, or trace it, and leave no trace in it.
+"""preserved: run a model, or trace it, and leave no trace in it.
 
 Everything a run may write is copied before and compared behind it: a model and its batch are needed twice for as long as that takes.
 """
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 
 @contextmanager
-def untouched(model: nn.Module, *others: object) -> Iterator[None]:
+def preserved(model: nn.Module, *others: object) -> Iterator[None]:
     """Puts a model, the tensors in `others` and the random numbers of torch, Python and numpy back, whatever happens inside.
 
     That is: parameters (an Embedding with max_norm writes its weight in forward) and their gradients, buffers, training flags and every

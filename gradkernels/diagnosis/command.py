@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from gradkernels.diagnose import diagnose
-from gradkernels.monitor import unwrapped
-from gradkernels.probe import probe
+from gradkernels.diagnosis.diagnose import diagnose
+from gradkernels.diagnosis.monitor import unwrapped
+from gradkernels.diagnosis.probe import probe
 
 # Of matplotlib's formats those that diagnose is tested with.
 _PICTURES = (".png", ".pdf", ".svg")

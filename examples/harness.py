@@ -21,7 +21,7 @@ Report: TypeAlias = Iterator[Table | Figure]
 
 def require(condition: bool, message: str) -> None:
     if not condition:
-        raise SystemExit(f"gradkernels demo failed: {message}")
+        raise SystemExit(f"the demonstration failed: {message}")
 
 
 @dataclass(frozen=True)

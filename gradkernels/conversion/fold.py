@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gradkernels import activation, dataflow, fusion
+from gradkernels import activation
 from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
-from gradkernels.convert import revert
-from gradkernels.fused_forward import has_hooks
-from gradkernels.outside import goes_by_names, names_from_forward, own_classes
+from gradkernels.conversion import rewrite, trace
+from gradkernels.conversion.convert import revert
+from gradkernels.conversion.guard import has_hooks
+from gradkernels.conversion.purity import goes_by_names, names_from_forward, own_classes
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -89,8 +90,8 @@ def fold(model: nn.Module) -> nn.Module:
         if has_hooks(block):
             # A hook, or a forward of the instance's own, may use any of them.
             within_reach.update(block.modules())
-        if dataflow.has_own_forward(block):
-            reading = dataflow.read_evaluation(block)
+        if trace.has_own_forward(block):
+            reading = trace.read_evaluation(block)
             if reading is None:
                 within_reach.update(_within_reach(block, names_from_forward(type(block)), is_first=True))
                 continue
@@ -120,14 +121,14 @@ def fold(model: nn.Module) -> nn.Module:
 def _walked(child: nn.Module) -> Iterator[nn.Module]:
     """A submodule, and what it holds where it is a container that a forward goes through."""
     yield child
-    if isinstance(child, fusion.CONTAINERS):
+    if isinstance(child, rewrite.CONTAINERS):
         for each in child.children():
             yield from _walked(each)
 
 
 def _within_reach(block: nn.Module, names: set[str], is_first: bool = False) -> Iterator[nn.Module]:
     """What a forward that could not be read may use besides calling blocks: what it names, and what containers and lists hold."""
-    own = [value for name, value in block.__dict__.items() if name not in dataflow.OF_EVERY_MODULE]
+    own = [value for name, value in block.__dict__.items() if name not in trace.OF_EVERY_MODULE]
     if is_first:
         is_seen = goes_by_names(type(block)) and all(map(_is_plain, own))
     else:
@@ -136,13 +137,13 @@ def _within_reach(block: nn.Module, names: set[str], is_first: bool = False) -> 
     if not is_seen:
         yield from block.modules()
         return
-    all_of_them = is_first or isinstance(block, fusion.CONTAINERS) or not names.isdisjoint(_BY_OTHER_NAMES)
+    all_of_them = is_first or isinstance(block, rewrite.CONTAINERS) or not names.isdisjoint(_BY_OTHER_NAMES)
     for name, child in block.named_children():
         if all_of_them or name in names:
             yield child
             yield from _within_reach(child, names)
     for value in own:
-        for container in dataflow.containers([value], set()):
+        for container in trace.containers([value], set()):
             for each in container.values() if isinstance(container, dict) else container:
                 if isinstance(each, nn.Module):
                     yield from each.modules()
@@ -154,7 +155,7 @@ def _is_plain(value: Any) -> bool:
         return all(map(_is_plain, value))
     if isinstance(value, dict):
         return all(map(_is_plain, value.values()))
-    return isinstance(value, (nn.Module, Tensor)) or dataflow.is_guarded(value)
+    return isinstance(value, (nn.Module, Tensor)) or trace.is_guarded(value)
 
 
 def _own_members(kind: type) -> set[str]:
@@ -192,11 +193,11 @@ def _replacement(layer: Any, bn: _BatchNorm) -> nn.Module | None:
     if bn.training or bn.running_mean is None or bn.running_var is None or bn.num_features != channels:
         return None
     place: nn.Module = FoldedBatchNorm1d() if isinstance(layer, nn.Linear) else nn.Identity()
-    if type(bn) in fusion.BATCH_NORMS:
+    if type(bn) in rewrite.BATCH_NORMS:
         return place
     if isinstance(bn, (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d)):
         return place if bn.act == "identity" else nn.Sequential(place, _activation(bn.act, bn.act_param))
-    applied = fusion.applied_after(bn)
+    applied = rewrite.applied_after(bn)
     return None if applied is None else nn.Sequential(place, *applied)
 
 

@@ -21,9 +21,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradkernels import activation
 from gradkernels.batch_norm_act import ACT_MODULES, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, resolve_act
-from gradkernels.dataflow import IN_PLACE, OF_EVERY_MODULE, Path, Reading, containers, read
-from gradkernels.fused_forward import Expected, FusedForward, children_of, has_hooks, normalize, shared_in
-from gradkernels.outside import is_of_library, names_from_forward
+from gradkernels.conversion.guard import Expected, FusedForward, children_of, has_hooks, normalize, shared_in
+from gradkernels.conversion.purity import is_of_library, names_from_forward
+from gradkernels.conversion.trace import IN_PLACE, OF_EVERY_MODULE, Path, Reading, containers, read
 from gradkernels.reference import check_act
 from gradkernels.sync_batch_norm_act import SyncBatchNormAct
 
