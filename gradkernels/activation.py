@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradkernels import _native, reference
+from gradkernels.acts import ACTS
 
 
 @_native.unscriptable
@@ -372,3 +373,7 @@ class SiLU(nn.SiLU):
 
     def forward(self, input: Tensor) -> Tensor:
         return swish(input)
+
+
+for _name, _module, _function in (("leaky_relu", LeakyReLU, leaky_relu), ("elu", ELU, elu), ("swish", Swish, swish)):
+    ACTS[_name].modules[_module] = ACTS[_name].spellings[_function] = ACTS[_name].param

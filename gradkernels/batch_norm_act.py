@@ -10,21 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradkernels import _native, reference
-from gradkernels.activation import ELU, LeakyReLU, Swish
-
-# What `act` may be besides a name -> (the name, the attribute that holds its parameter). Exactly these types: a subclass may
-# compute something else.
-ACT_MODULES: dict[type[nn.Module], tuple[str, str | None]] = {
-    nn.Identity: ("identity", None),
-    nn.ReLU: ("relu", None),
-    nn.ReLU6: ("relu6", None),
-    nn.LeakyReLU: ("leaky_relu", "negative_slope"),
-    LeakyReLU: ("leaky_relu", "negative_slope"),
-    nn.ELU: ("elu", "alpha"),
-    ELU: ("elu", "alpha"),
-    nn.SiLU: ("swish", None),
-    Swish: ("swish", "beta"),
-}
+from gradkernels.acts import has_param, resolve_act
 
 
 @_native.unscriptable
@@ -58,8 +44,8 @@ def batch_norm_act(
         training: normalise with the statistics of this batch.
         momentum: weight of this batch in the running statistics, without unit.
         eps: added to the variance, in units of x squared.
-        act: "identity", "relu", "relu6", "leaky_relu", "elu" or "swish"; leaky_relu unless said otherwise.
-        act_param: negative_slope, alpha or beta of act; None is 0.01, 1 and 1, and for an act without one.
+        act: the name of an activation: a key of gradkernels.acts.ACTS, for example "identity", "relu", "leaky_relu" or "swish".
+        act_param: the parameter of act (negative_slope, alpha or beta). None is its default (0.01, 1 and 1).
         residual: of the shape, dtype and device of x, added before the activation. Under autocast another dtype promotes, as in
             the sum of the two.
 
@@ -140,24 +126,6 @@ def _batch_norm_act(
     )
 
 
-def resolve_act(act: str | nn.Module, act_param: float | None) -> tuple[str, float]:
-    """The name and the parameter of what BatchNormAct was given."""
-    if isinstance(act, str):
-        return act, reference.check_act(act, act_param)
-    if type(act) not in ACT_MODULES or any(True for _ in act.parameters()):
-        names = ", ".join(map(repr, reference.ACTIVATIONS))
-        modules = ", ".join(sorted({each.__name__ for each in ACT_MODULES}))
-        kind = act.__name__ + " itself" if isinstance(act, type) else str(act)
-        raise TypeError(
-            f"act is one of {names}, or an instance of {modules}, not {kind}. "
-            "An activation with learnable parameters, such as PReLU or a learnable Swish, stays a module of its own after act='identity'"
-        )
-    if act_param is not None:
-        raise ValueError(f"act_param is read from the module given as act, {act}; pass one or the other")
-    name, attribute = ACT_MODULES[type(act)]
-    return name, reference.check_act(name, None if attribute is None else getattr(act, attribute))
-
-
 def forward_of(bn: _BatchNorm, x: Tensor, residual: Tensor | None, act: str, act_param: float) -> Tensor:
     """act(bn(x) + residual) from the fields of any of torch's batch normalisations, in whatever mode it is."""
     bn._check_input_dim(x)
@@ -220,10 +188,10 @@ class _BatchNormAct(_BatchNorm):
 
     def _param(self) -> float:
         # `act` may have been assigned: what belongs to another one is nothing to it then.
-        return self.act_param if reference.has_param(self.act) else 0.0
+        return self.act_param if has_param(self.act) else 0.0
 
     def extra_repr(self) -> str:
-        act_param = f", act_param={self.act_param}" if reference.has_param(self.act) else ""
+        act_param = f", act_param={self.act_param}" if has_param(self.act) else ""
         return (
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, bias={self.bias is not None}, "
             f"track_running_stats={self.track_running_stats}, act={self.act!r}{act_param}"
@@ -261,10 +229,10 @@ class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
         device: where parameters and buffers are made.
         dtype: of parameters and buffers.
         bias: False leaves out the bias of an affine layer.
-        act: "identity", "relu", "relu6", "leaky_relu", "elu" or "swish", or a module: nn.Identity, nn.ReLU, nn.ReLU6,
-            nn.LeakyReLU, nn.ELU, nn.SiLU, or LeakyReLU, ELU, Swish of this package. leaky_relu unless said otherwise:
-            act="identity" is torch.nn.BatchNorm2d.
-        act_param: negative_slope, alpha or beta of act; None is 0.01, 1 and 1. Read from `act` where that is a module.
+        act: the name of an activation, a key of gradkernels.acts.ACTS, or a module that computes one: torch's, or LeakyReLU, ELU
+            or Swish of this package. With act="identity" the module computes the same as torch.nn.BatchNorm2d.
+        act_param: the parameter of act (negative_slope, alpha or beta). None is its default (0.01, 1 and 1); if `act` is a
+            module, the parameter is read from it.
 
     Raises:
         ValueError: unknown act, or act_param for one that has none or beside a module; in forward, what torch.nn.BatchNorm2d raises.

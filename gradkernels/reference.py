@@ -1,7 +1,7 @@
 """Every operator composed of torch's own.
 
 It serves where nothing native loads, it is what torch.compile sees of the pointwise functions and torch.onnx of all, and in float64
-it is what tests and bench compare with. The names that `act` may take and the checks that both sides share stand here once.
+it is what tests and bench compare with. The checks that both sides share stand here once.
 """
 
 import math
@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from gradkernels import acts
 
 
 def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
@@ -31,17 +33,14 @@ def check_beta(x: Tensor, beta: Tensor) -> None:
 
 
 def swish(x: Tensor, beta: float | Tensor = 1.0) -> Tensor:
-    # Integers go to F.silu for its error: the product would promote them in silence.
-    if (not isinstance(beta, Tensor) and beta == 1) or not (x.is_floating_point() or x.is_complex()):
-        return F.silu(x)
-    if isinstance(beta, Tensor):
+    if isinstance(beta, Tensor) and (x.is_floating_point() or x.is_complex()):
         check_beta(x, beta)
         # One element keeps its dimension, which decides what it promotes x to.
         if x.dim() == 0:
             beta = beta.reshape(())
         elif beta.numel() != 1:
             beta = beta.view(-1, *[1] * (x.dim() - 2))
-    return x * torch.sigmoid(beta * x)
+    return acts.swish(x, beta)
 
 
 def prelu(x: Tensor, weight: Tensor) -> Tensor:
@@ -56,45 +55,14 @@ def rrelu(x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool 
     return F.rrelu(x, lower, upper, training, inplace)
 
 
-# name -> (what act_param=None means, None where the activation has no parameter; the activation itself)
-ACTIVATIONS: dict[str, tuple[float | None, Callable[[Tensor, float], Tensor]]] = {
-    "identity": (None, lambda x, _: x),
-    "relu": (None, lambda x, _: F.relu(x)),
-    "relu6": (None, lambda x, _: F.relu6(x)),
-    "leaky_relu": (0.01, leaky_relu),
-    "elu": (1.0, elu),
-    "swish": (1.0, swish),
-}
-
-
-def has_param(act: str) -> bool:
-    return ACTIVATIONS.get(act, (None, None))[0] is not None
-
-
-def check_act(act: str, act_param: float | None) -> float:
-    """act_param with its default filled in, 0.0 where `act` takes none; ValueError for an unknown name, or a parameter that it has not."""
-    if act not in ACTIVATIONS:
-        raise ValueError(f"unknown act {act!r}, known are {', '.join(map(repr, ACTIVATIONS))}")
-    if isinstance(act_param, Tensor):
-        raise TypeError(f"act_param must be a float, not {type(act_param).__name__}: it is not learnt")
-    # As a string it would be read.
-    if isinstance(act_param, str):
-        raise TypeError("act_param must be a float, not str")
-    default = ACTIVATIONS[act][0]
-    # 0.0 is what modules hold where there is none.
-    if default is None and act_param:
-        raise ValueError(f"act_param={act_param} is given for act {act!r}, which has no parameter")
-    return (default or 0.0) if act_param is None else float(act_param)
-
-
 def check_batch_norm_act(
     x: Tensor, residual: Tensor | None, training: bool, eps: float, act: str, act_param: float | None, *, is_share: bool = False
 ) -> float:
-    """Refuses what neither torch nor the kernels are to see, in F.batch_norm's words where it has them; returns act_param as check_act.
+    """Refuses wrong arguments, in F.batch_norm's words where it has them; returns act_param as check_act does.
 
     is_share: x is a part of the batch, other processes have the rest; how many values there are per channel is not known yet.
     """
-    act_param = check_act(act, act_param)
+    act_param = acts.check_act(act, act_param)
     if residual is not None and not isinstance(residual, Tensor):
         raise TypeError(f"residual must be Tensor, not {type(residual).__name__}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device):
@@ -149,7 +117,7 @@ def batch_norm_act(
         num_batches_tracked.add_(1)
     if residual is not None:
         y = y + residual
-    return ACTIVATIONS[act][1](y, act_param)
+    return acts.ACTS[act].function(y, act_param)
 
 
 def sync_batch_norm_act(
@@ -201,7 +169,7 @@ def sync_batch_norm_act(
     y = y.to(x.dtype)
     if residual is not None:
         y = y + residual
-    return ACTIVATIONS[act][1](y, act_param)
+    return acts.ACTS[act].function(y, act_param)
 
 
 def clip_grad_norm_(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import gradkernels as gk
 from gradkernels import _native, reference
+from gradkernels.acts import ACTS
 
 try:
     from rich.box import SIMPLE
@@ -122,7 +123,7 @@ OPERATORS: dict[str, Compute] = {
     "elu in place": differentiate(lambda library, x: library.elu(x * 1, inplace=True), "x"),
     "swish": differentiate(lambda library, x: library.swish(x), "x"),
     "swish, beta learnt": differentiate(lambda library, x, weight: library.swish(x, weight), "x", "weight"),
-    **{f"batch_norm_act {act}": partial(batch_norm_act, act=act, training=True) for act in reference.ACTIVATIONS},
+    **{f"batch_norm_act {act}": partial(batch_norm_act, act=act, training=True) for act in ACTS},
     "batch_norm_act, eval": partial(batch_norm_act, act="leaky_relu", training=False),
     "clip_grad_norm_": clip_grad_norm_,
     "clip_grad_value_": clip_grad_value_,
@@ -140,7 +141,8 @@ DIFFERENTIATED: dict[str, Callable[..., Tensor]] = {
         f"batch_norm_act {act}": partial(
             lambda x, weight, bias, act: gk.batch_norm_act(x, None, None, weight, bias, True, act=act), act=act
         )
-        for act in ("identity", "elu", "swish")
+        for act, record in ACTS.items()
+        if record.saves != "mask"
     },
 }
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradkernels import _native, reference
+from gradkernels.acts import check_act
 from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, _BatchNormAct
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -354,7 +355,7 @@ def convert_sync_batch_norm(model: nn.Module, process_group: dist.ProcessGroup |
     left = []
     for name, module in model.named_modules():
         if type(module) in _PLAIN:
-            module.act, module.act_param = "identity", reference.check_act("identity", None)
+            module.act, module.act_param = "identity", check_act("identity", None)
         elif type(module) not in _FUSED and not isinstance(module, SyncBatchNormAct):
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 left.append(f"{name or 'the model itself'} ({type(module).__name__})")

@@ -8,10 +8,13 @@ import torch
 
 import gradkernels as gk
 from accuracy import exact_batch_norm_act, extended
-from gradkernels import reference
+from gradkernels import acts, reference
 
-# name -> a parameter that is not the default
-ACTS = {"identity": None, "relu": None, "relu6": None, "leaky_relu": 0.2, "elu": 1.3, "swish": 1.7}
+# Parameters that are not the default; name -> the parameter of a test.
+PARAMS = {"leaky_relu": 0.2, "elu": 1.3, "swish": 1.7}
+ACTS = {name: PARAMS.get(name, act.default) for name, act in acts.ACTS.items()}
+TWO_SLOPES = tuple(name for name, act in acts.ACTS.items() if act.saves == "mask")
+KINKS = {"relu": (0,), "leaky_relu": (0,), "relu6": (0, 6)}
 
 # The classes of input that statistics must survive: name -> x made of normal values.
 HARD_INPUTS = {
@@ -91,7 +94,7 @@ def call(function, given, training, act, momentum=0.1, eps=1e-5, act_param="of t
 
 def without_kinks(given, training, act, eps=1e-5):
     """grad_y set to 0 where rounding decides on which side of a kink an element lies: there no implementation is right or wrong."""
-    kinks = {"relu": (0,), "leaky_relu": (0,), "relu6": (0, 6)}.get(act, ())
+    kinks = KINKS.get(act, ())
     wide = cast(given, torch.float64)
     u = reference.batch_norm_act(
         *(wide[name] for name in ("x", "running_mean", "running_var", "weight", "bias")),

@@ -13,12 +13,12 @@ import warnings
 import torch
 
 import gradkernels
+from gradkernels.acts import ACTS
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 STRANGE_DTYPES = (torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn)
 SHAPES = ((5, 3), (2, 3, 4), (2, 0, 3, 3), (2, 3, 5, 4), (1, 1), (4, 1, 3), (0, 3), (3, 0, 2), (2, 3, 2, 2, 3), (64, 65), (7,), ())
 HUGE = 2**45
-ACTS = ("identity", "relu", "relu6", "leaky_relu", "elu", "swish")
 
 
 class Case:
@@ -29,7 +29,7 @@ class Case:
         self.shape = draw.choice(SHAPES)
         self.dtype = draw.choice(DTYPES)
         self.format = draw.choice([torch.contiguous_format, torch.channels_last if len(self.shape) == 4 else torch.contiguous_format])
-        self.act = draw.choice(ACTS)
+        self.act = draw.choice([*ACTS])
         self.training = draw.random() < 0.5
         self.channels = self.shape[1] if len(self.shape) > 1 else 1
         self.x = self.of_shape()
@@ -43,7 +43,7 @@ class Case:
     def mask(self, name):
         elements = self.x.numel()
         if name.startswith("batch_norm_act"):
-            two_slopes = self.act in ("relu", "relu6", "leaky_relu") and self.x.dim() > 1 and elements
+            two_slopes = ACTS[self.act].saves == "mask" and self.x.dim() > 1 and elements
             y = two_slopes and torch.ops.gradkernels.batch_norm_act(
                 self.x, self.per_channel(), self.per_channel() + 1, None, None, self.x, None, False, 0.1, 1e-5, self.act, 0.1
             )

@@ -27,14 +27,13 @@ from torch.utils.checkpoint import checkpoint
 
 import gradkernels as gk
 from accuracy import SIXTEEN_BITS, ULP_BOUND, assert_accurate, assert_bitwise_equal, exact_batch_norm_act, outcome
-from batch_norm_act_calls import ACTS, HARD_INPUTS, arguments, call, cast, hard_input, judged, laid_out, without_kinks
-from gradkernels import reference
+from batch_norm_act_calls import ACTS, HARD_INPUTS, TWO_SLOPES, arguments, call, cast, hard_input, judged, laid_out, without_kinks
+from gradkernels import acts, reference
 from memory import saved_by
 from models.resnet import BasicBlock, ResNet
 
 OPS = torch.ops.gradkernels
 
-TWO_SLOPES = ("relu", "relu6", "leaky_relu")
 DTYPES = [torch.float32, torch.float64]
 OPERANDS = ("x", "running_mean", "running_var", "weight", "bias", "residual")
 MODULES = {2: (gk.BatchNormAct1d, nn.BatchNorm1d), 3: (gk.BatchNormAct1d, nn.BatchNorm1d)}
@@ -161,7 +160,7 @@ def test_operands_left_out(left_out, training, dtype):
 @each_act
 def test_default_parameter(act):
     given = arguments((8, 5, 7), residual=True)
-    default = {"leaky_relu": 0.01, "elu": 1.0, "swish": 1.0}.get(act, 0.0)
+    default = acts.ACTS[act].default or 0.0
     assert_same_bits(
         call(gk.batch_norm_act, given, True, act, act_param=None), call(gk.batch_norm_act, given, True, act, act_param=default)
     )
@@ -169,7 +168,7 @@ def test_default_parameter(act):
 
 @each_training
 @pytest.mark.parametrize("param", [0.0, -0.5, 1.5])
-@pytest.mark.parametrize("act", ["leaky_relu", "elu", "swish"])
+@pytest.mark.parametrize("act", [name for name, act in acts.ACTS.items() if act.param])
 def test_other_parameters(act, param, training):
     for residual in (False, True):
         given = without_kinks(arguments((8, 5, 7, 3), residual=residual), training, "relu")
@@ -538,7 +537,7 @@ def test_momentum_of_another_type():
     assert came == outcome(F.batch_norm, x, *stats, training=True, momentum="a")
 
 
-@pytest.mark.parametrize("act", ["identity", "relu", "relu6"])
+@pytest.mark.parametrize("act", [name for name, act in acts.ACTS.items() if not act.param])
 def test_act_param_for_what_has_none_is_refused(act):
     x, mean, var = torch.randn(4, 3), torch.zeros(3), torch.ones(3)
     for given, kind, words in (
@@ -1265,7 +1264,7 @@ def test_op_db_samples(act, residual, dtype, device):
 
     def torchs(x, *operands, residual, **options):
         z = F.batch_norm(x, *operands, **options)
-        return reference.ACTIVATIONS[act][1](z if residual is None else z + residual, ACTS[act])
+        return acts.ACTS[act].function(z if residual is None else z + residual, ACTS[act])
 
     for sample in samples:
         in_formats = [sample, sample.noncontiguous()]
@@ -1323,7 +1322,7 @@ def test_module_db_inputs(dim, act, residual, training, dtype, device):
                 if cls is module:
                     y = cls(*leaves)
                 else:
-                    y = reference.ACTIVATIONS[act][1](cls(leaves[0]) + leaves[1] if residual else cls(leaves[0]), ACTS[act])
+                    y = acts.ACTS[act].function(cls(leaves[0]) + leaves[1] if residual else cls(leaves[0]), ACTS[act])
                 y.backward(grad_y)
                 results.append((y, [leaf.grad for leaf in leaves], [parameter.grad for parameter in cls.parameters()], cls.state_dict()))
             # Of hundreds of terms that cancel, torch's float32 sums lose more than assert_close allows one of them.
@@ -1339,14 +1338,8 @@ def test_module_db_inputs(dim, act, residual, training, dtype, device):
 def test_module_equals_batch_norm_then_act(dim, training):
     module_class, torch_class = MODULES[dim]
     shape = (4, 3, 5, 2, 3)[:dim]
-    for act, torch_act in {
-        "identity": nn.Identity(),
-        "relu": nn.ReLU(),
-        "relu6": nn.ReLU6(),
-        "leaky_relu": nn.LeakyReLU(),
-        "elu": nn.ELU(),
-        "swish": nn.SiLU(),
-    }.items():
+    for act, record in acts.ACTS.items():
+        torch_act = next(iter(record.modules))()
         module, torch_module = module_class(3, act=act).train(training), torch_class(3).train(training)
         x, residual = torch.randn(shape), torch.randn(shape)
         assert_close(module(x), torch_act(torch_module(x)))

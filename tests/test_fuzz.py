@@ -23,7 +23,7 @@ from torch.testing import assert_close
 
 import gradkernels as gk
 from accuracy import assert_bitwise_equal, exact_batch_norm_act
-from gradkernels import reference
+from gradkernels import acts, reference
 
 OPS = torch.ops.gradkernels
 FOLDER = Path(__file__).parent
@@ -263,7 +263,7 @@ def terms_of(x, mean, var, weight, bias, residual, act, param, grad_y):
     z = (x.abs() + mean.abs()) * gain
     z = z if bias is None else z + bias.double().abs().view(per_channel)
     z = z if residual is None else z + residual.double().abs()
-    dz = grad_y * (1 + param + (param * z if act in ("elu", "swish") else 0))
+    dz = grad_y * (1 + param + (param * z if acts.ACTS[act].saves == "value" else 0))
     grad_x = gain * (dz + dz.mean(dims, True) + normalised * (dz * normalised).mean(dims, True))
     sizes = [(1 + param) * z, grad_x]
     sizes += [] if weight is None else [(dz * normalised).square().sum(dims).sqrt()]

@@ -19,16 +19,10 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import gradkernels as gk
+from batch_norm_act_calls import PARAMS
+from gradkernels import acts
 from models.resnet import BasicBlock
 
-ACTS = {
-    "identity": (nn.Identity(), None),
-    "relu": (nn.ReLU(), None),
-    "relu6": (nn.ReLU6(), None),
-    "leaky_relu": (nn.LeakyReLU(0.2), 0.2),
-    "elu": (nn.ELU(0.7), 0.7),
-    "swish": (nn.SiLU(), None),
-}
 CHANNELS = 3
 
 
@@ -91,7 +85,10 @@ def converted():
 def modules():
     theirs = [WithResidual(nn.BatchNorm1d(CHANNELS), nn.ELU()), WithResidual(nn.BatchNorm3d(CHANNELS), nn.ReLU())]
     ours = [WithResidual(gk.BatchNormAct1d(CHANNELS, act="elu")), WithResidual(gk.BatchNormAct3d(CHANNELS, act="relu"))]
-    for act, (module, act_param) in ACTS.items():
+    for act, record in acts.ACTS.items():
+        (kind, attribute), *_ = record.modules.items()
+        act_param = None if attribute is None else PARAMS[act]
+        module = kind() if attribute is None else kind(**{attribute: act_param})
         theirs += [nn.Sequential(nn.BatchNorm2d(CHANNELS), module), WithResidual(nn.BatchNorm2d(CHANNELS), module)]
         arguments = {"act": act, "act_param": act_param}
         ours += [gk.BatchNormAct2d(CHANNELS, **arguments), WithResidual(gk.BatchNormAct2d(CHANNELS, **arguments))]

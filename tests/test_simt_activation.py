@@ -15,12 +15,13 @@ import torch
 
 import gradkernels as gk
 from accuracy import SWISH_GRADIENT, ULP_BOUND, activation_scales, assert_accurate, assert_bitwise_equal, exact_activation, extended
-from gradkernels import reference
+from batch_norm_act_calls import TWO_SLOPES
+from gradkernels.acts import ACTS
 from simt_library import Guarded, load
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-# ActivationKind
-KINDS = {"identity": 0, "relu": 1, "relu6": 2, "leaky_relu": 3, "elu": 4, "swish": 5}
+# The order of math::ActivationKind.
+KINDS = {name: kind for kind, name in enumerate(ACTS)}
 PARAMS = {"leaky_relu": 0.3, "elu": 1.2, "swish": 1.7}
 INPUT, OUTPUT, MASK = 0, 1, 2
 PRELU, SWISH = 0, 1
@@ -68,7 +69,7 @@ def passes(x, act):
 def torchs(x, grad_y, act, param):
     """y and grad_x by torch, in x's dtype."""
     x = x.clone().requires_grad_()
-    y = reference.ACTIVATIONS[act][1](x, param)
+    y = ACTS[act].function(x, param)
     return y.detach(), torch.autograd.grad(y, x, grad_y)[0]
 
 
@@ -113,7 +114,7 @@ def test_every_value_of_16_bits_is_rounded_once(call, guarded, act, param, dtype
 
 
 @each_dtype
-@pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu"])
+@pytest.mark.parametrize("act", TWO_SLOPES)
 def test_mask(call, guarded, act, dtype):
     param = -0.7 if act == "leaky_relu" else 0.0
     for index, size in enumerate(SIZES):

@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from accuracy import SIXTEEN_BITS, ULP_BOUND, assert_accurate, assert_bitwise_equal, exact_batch_norm_act
-from batch_norm_act_calls import ACTS, HARD_INPUTS, arguments, cast, hard_input, scales_of, without_kinks
+from batch_norm_act_calls import ACTS, HARD_INPUTS, TWO_SLOPES, arguments, cast, hard_input, scales_of, without_kinks
 from batch_norm_act_calls import call as call_operator
 from gradkernels import reference
 from simt_library import Guarded, load
+from test_simt_activation import KINDS
 
-KINDS = {"identity": 0, "relu": 1, "relu6": 2, "leaky_relu": 3, "elu": 4, "swish": 5}
-TWO_SLOPES = ("relu", "relu6", "leaky_relu")
 DTYPES = [torch.float32, torch.float64, *SIXTEEN_BITS]
 # From here on a channel's run is walked by itself (csrc/common/shape.h).
 LONG_RUN = 64

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import gradkernels as gk
 from accuracy import SIXTEEN_BITS, assert_bitwise_equal, exact_activation, exact_batch_norm_act
-from batch_norm_act_calls import ACTS, cast, laid_out, without_kinks
+from batch_norm_act_calls import ACTS, TWO_SLOPES, cast, laid_out, without_kinks
 from batch_norm_act_calls import call as call_batch_norm_act
 from gradkernels import reference
 from simt_library import ROOT, Guarded, load
@@ -507,7 +507,7 @@ def test_cuda_kernels_of_activations(guarded, dtype):
             if act == "elu" and param >= 0:
                 call("activation_backward", dtype, number, float(param), OUTPUT, size, grad_y, y, grad_x)
                 assert_row(f"{act} on CUDA, of y", row, param, x, grad_y, (y, grad_x), expected_in_place(row, param, x, grad_y, torchs))
-            if act in ("relu", "relu6", "leaky_relu"):
+            if act in TWO_SLOPES:
                 call("activation_forward", dtype, number, float(param), size, x, y, mask)
                 call("activation_backward", dtype, number, float(param), MASK, size, grad_y, mask, grad_x)
                 assert_row(f"{act} on CUDA, of the mask", row, param, x, grad_y, (y, grad_x), torchs)

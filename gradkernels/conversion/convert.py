@@ -20,13 +20,12 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from gradkernels import _native
-from gradkernels.batch_norm_act import ACT_MODULES
+from gradkernels.acts import act_of_module, check_act
 from gradkernels.conversion import rewrite, trace
 from gradkernels.conversion.block import fused_class, why_not_derived
 from gradkernels.conversion.guard import ATTRIBUTE, ORIGINAL, FusedForward, base_class
 from gradkernels.conversion.purity import classes_asked
 from gradkernels.preserved import preserved
-from gradkernels.reference import check_act
 
 _QUANTISED = ("torch.ao.", "torch.nn.quantized", "torch.nn.intrinsic", "torch.nn.qat", "torchao.")
 
@@ -307,7 +306,7 @@ class _Plan:
             return Row(name, site.found, None, site.why)
         ours, why = _activation_alone(module)
         # One that a batch norm could take in stays apart for what hides the place of its call.
-        hidden = isinstance(module, _BatchNorm) or (site.why and type(module) in ACT_MODULES)
+        hidden = isinstance(module, _BatchNorm) or (site.why and act_of_module(module) is not None)
         return Row(name, site.found, ours, site.why if hidden else why)
 
     def above(self, name: str) -> nn.Module:
@@ -352,7 +351,7 @@ def _activation_alone(module: nn.Module) -> tuple[str | None, str]:
         return None, "gradkernels.RReLU draws other slopes from the same seed"
     if kind.__module__.startswith("gradkernels."):
         return None, "it is gradkernels' already"
-    if kind in (nn.ReLU, nn.ReLU6):
+    if act_of_module(module) is not None:
         return None, "torch's own is kept: alone there is nothing to fuse"
     return None, f"there is no kernel for {kind.__name__}"
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gradkernels import activation
+from gradkernels.acts import ACTS
 from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from gradkernels.conversion import rewrite, trace
 from gradkernels.conversion.convert import revert
@@ -196,14 +196,9 @@ def _replacement(layer: Any, bn: _BatchNorm) -> nn.Module | None:
     if type(bn) in rewrite.BATCH_NORMS:
         return place
     if isinstance(bn, (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d)):
-        return place if bn.act == "identity" else nn.Sequential(place, _activation(bn.act, bn.act_param))
+        return place if bn.act == "identity" else nn.Sequential(place, ACTS[bn.act].module(bn.act_param))
     applied = rewrite.applied_after(bn)
     return None if applied is None else nn.Sequential(place, *applied)
-
-
-def _activation(act: str, act_param: float) -> nn.Module:
-    kinds: dict[str, Any] = {"leaky_relu": activation.LeakyReLU, "elu": activation.ELU, "swish": activation.Swish}
-    return kinds[act](act_param) if act in kinds else {"relu": nn.ReLU(), "relu6": nn.ReLU6()}[act]
 
 
 def _fold(layer: Any, bn: _BatchNorm) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
-from gradkernels import _native, reference
+from gradkernels import _native
+from gradkernels.acts import ACTS
 from gradkernels.batch_norm_act import forward_of
 from gradkernels.conversion.trace import Missing, Path
 
@@ -45,7 +46,7 @@ def normalize(
         # A sum that broadcasts or promotes; bn itself is without an activation and unhooked, else the forward would not hold.
         y = forward_of(bn, x, None, "identity", 0.0)
         total = y.add_(residual) if writes else residual + y if is_second else y + residual
-        return reference.ACTIVATIONS[act][1](total, act_param)
+        return ACTS[act].function(total, act_param)
     return forward_of(bn, x, residual, act, act_param)
 
 

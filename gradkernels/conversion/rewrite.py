@@ -20,11 +20,11 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradkernels import activation
-from gradkernels.batch_norm_act import ACT_MODULES, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, resolve_act
+from gradkernels.acts import ACTS, act_of_module, act_of_spelling, check_act, resolve_act
+from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from gradkernels.conversion.guard import Expected, FusedForward, children_of, has_hooks, normalize, shared_in
 from gradkernels.conversion.purity import is_of_library, names_from_forward
 from gradkernels.conversion.trace import IN_PLACE, OF_EVERY_MODULE, Path, Reading, containers, read
-from gradkernels.reference import check_act
 from gradkernels.sync_batch_norm_act import SyncBatchNormAct
 
 # torch's class -> ours, which computes the same on its own; with a call that tells of an activation it computes that too.
@@ -44,15 +44,6 @@ ACTIVATION_MODULES: dict[type[nn.Module], type[nn.Module]] = {
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _CALLABLE = {*BATCH_NORMS, *BATCH_NORMS.values()}
 
-# How an activation is written without a module -> act, and the name and default of its parameter.
-_ACTS: dict[Any, tuple[str, str | None, float | None]] = {
-    **dict.fromkeys((F.relu, torch.relu, torch.relu_, "relu", "relu_"), ("relu", None, None)),
-    F.relu6: ("relu6", None, None),
-    **dict.fromkeys((F.leaky_relu, F.leaky_relu_, activation.leaky_relu), ("leaky_relu", "negative_slope", 0.01)),
-    **dict.fromkeys((F.elu, F.elu_, activation.elu), ("elu", "alpha", 1.0)),
-    F.silu: ("swish", None, None),
-    activation.swish: ("swish", "beta", 1.0),
-}
 # A function of torch's -> ours. F.silu is ours only where it is not in place, which ours is not.
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((F.leaky_relu, F.leaky_relu_), activation.leaky_relu),
@@ -99,7 +90,7 @@ def keeps_output(module: nn.Module) -> bool:
 def is_activation(module: nn.Module) -> bool:
     """Whether a module is an activation, with a kernel or without."""
     return (
-        (type(module) in ACT_MODULES and not isinstance(module, nn.Identity))
+        (act_of_module(module) is not None and not isinstance(module, nn.Identity))
         or (type(module).__module__ == "torch.nn.modules.activation" and not isinstance(module, nn.MultiheadAttention))
         or isinstance(module, (activation.PReLU, activation.RReLU))
     )
@@ -275,7 +266,7 @@ class _Fuser:
             kind = type(module).__name__
             if not is_activation(module):
                 return f"{kind} follows, no activation"
-            if type(module) not in ACT_MODULES:
+            if act_of_module(module) is None:
                 return f"there is no kernel for {kind} with batch norm"
             if any(True for _ in module.parameters()):
                 return f"the parameter of {kind} is learnt"
@@ -289,23 +280,25 @@ class _Fuser:
         if node.target is normalize:
             return "its output is the residual of another"
         name = _name(node)
-        if node.op not in ("call_function", "call_method") or node.target not in _ACTS:
+        act = act_of_spelling(node.target) if node.op in ("call_function", "call_method") else None
+        if act is None:
             return f"there is no kernel for {name}" if node.target in _OTHER_FUNCTIONS else f"{name} follows, no activation"
         if _is_scaled(node):
             return f"{name} scales besides"
-        act, parameter, default = _ACTS[node.target]
-        value: Any = default
+        parameter = act.spellings[node.target]
+        value: Any = None
         if parameter is not None:
-            value = node.args[1] if len(node.args) > 1 else node.kwargs.get(parameter, default)
+            value = node.args[1] if len(node.args) > 1 else node.kwargs.get(parameter)
         if not (value is None or type(value) in (int, float)):
             return f"the parameter of {name} is computed"
-        return act, check_act(act, value), None, name
+        return act.name, check_act(act.name, value), None, name
 
     def activation_name(self, node: Node) -> str | None:
         module = self.module(node)
         if module is not None:
             return type(module).__name__ if is_activation(module) else None
-        return _name(node) if node.target in _ACTS or node.target in _FUNCTIONS or node.target in _OTHER_FUNCTIONS else None
+        is_known = act_of_spelling(node.target) is not None or node.target in _FUNCTIONS or node.target in _OTHER_FUNCTIONS
+        return _name(node) if is_known else None
 
     def addend(self, node: Node, value: Node) -> Node | None:
         """What a node adds to `value`; None where it does something else, or writes the sum into the other."""
@@ -342,7 +335,7 @@ class _Fuser:
                 return f"{_name(node)}, between it and its activation, may read or write its statistics"
             if not self.is_fresh(node) and read_later.intersection(node.all_input_nodes):
                 return f"{_name(node)}, between it and its activation, may write what it reads"
-        if chain.act in ("elu", "swish"):
+        if ACTS[chain.act].saves == "value":
             for node in residual_aliases:
                 writers = [each for each in node.users if order.index(each) > last and not self.is_fresh(each) and self.writes(each)]
                 if writers:
@@ -434,7 +427,7 @@ class _Fuser:
             yield site
         elif node.target in (F.batch_norm, torch.batch_norm):
             yield Site(None, name, why="it is a call of the function: only modules are joined with what follows")
-        elif node.target in _ACTS and getattr(node.target, "__module__", "") != activation.__name__:
+        elif act_of_spelling(node.target) is not None and getattr(node.target, "__module__", "") != activation.__name__:
             yield Site(None, name, why="torch's own is kept: alone there is nothing to fuse")
         elif node.target in _OTHER_FUNCTIONS:
             yield Site(None, name, why=f"there is no kernel for {name}")
@@ -532,7 +525,7 @@ def _fuse_norm_act(block: nn.Module, reading: Reading, residual: bool) -> Fusion
         why = "what it applies is hooked"
     elif any(type(each) is not nn.Identity for each in passed):
         why = f"{type(passed[0]).__name__} stands before its activation"
-    elif type(act) not in ACT_MODULES or any(True for _ in act.parameters()):
+    elif act_of_module(act) is None or any(True for _ in act.parameters()):
         why = f"there is no kernel for {type(act).__name__} with batch norm"
     else:
         why = ""
@@ -596,6 +589,7 @@ _BATCH_NORM = inspect.signature(F.batch_norm).parameters
 
 def expected_act(path: Path, module: nn.Module) -> Expected:
     """An activation that is not called: the class that it has, or the one that convert gives it where it is called elsewhere."""
-    attribute = ACT_MODULES[type(module)][1]
+    act = act_of_module(module)
+    attribute = None if act is None else act.modules[type(module)]
     kinds = tuple({type(module), ACTIVATION_MODULES.get(type(module), type(module))})
     return Expected(path, kinds, attribute, None if attribute is None else getattr(module, attribute))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from gradkernels.acts import ACTS
 from gradkernels.diagnosis.probe import WEIGHTS, Layer, Origin, Probe
 from gradkernels.diagnosis.verdicts import (
     BADLY_INITIALISED,
@@ -167,7 +168,7 @@ def _normalisation(weights: list[Verdict]) -> Cure | None:
         name = "group norm"
     else:
         dimension = next((digit for digit in "23" if f"{digit}d" in type(module).__name__), "1")
-        act = layer.act if layer.act in ("relu", "relu6", "leaky_relu", "elu", "swish") else "elu"
+        act = layer.act if layer.act in ACTS else "elu"
         line = f'gk.BatchNormAct{dimension}d({units}, act="{act}")    # behind {layer.name}, in place of its activation, and so on'
     return Cure(name, "every layer then gets inputs of deviation 1, whatever came before", line, safe=False)
 

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from gradkernels import clip_grad
+from gradkernels.acts import ACTS
 from gradkernels.diagnosis.backward_graph import BackwardGraph
 from gradkernels.diagnosis.monitor import by_first_call, layer_name, learns, unit_dim, unwrapped
 from gradkernels.preserved import preserved
@@ -45,8 +46,9 @@ _CONSTANT = ("empty", "new_empty", "full", "new_full", "fill", "masked_fill", "w
 
 # Operators that are activations, by the name without aten:: and without the underscore of the version in place.
 _ACTS = {
-    **{name: name for name in ("relu", "sigmoid", "tanh", "hardsigmoid", "elu", "celu", "gelu", "mish", "hardswish", "leaky_relu")},
-    **{"silu": "swish", "swish": "swish", "_prelu_kernel": "prelu", "prelu": "prelu", "rrelu_with_noise": "rrelu"},
+    **{name: name for name in ("sigmoid", "tanh", "hardsigmoid", "celu", "gelu", "mish", "hardswish")},
+    **{name: act.name for act in ACTS.values() for name in act.operators},
+    **{"_prelu_kernel": "prelu", "prelu": "prelu", "rrelu_with_noise": "rrelu"},
     **{"leaky_relu_with_mask": "leaky_relu", "rrelu_with_mask": "rrelu", "hardtanh": "hardtanh", "batch_norm_act": "batch_norm_act"},
 }
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from gradkernels.acts import ACTS, Act, act_of_spelling
 from gradkernels.batch_norm_act import _BatchNormAct
 from gradkernels.diagnosis.monitor import unwrapped
 from gradkernels.preserved import preserved
@@ -80,21 +81,25 @@ def _computed(scheme: str, *names: str, **params: float) -> dict[str, _Activatio
     return {name: _Activation(scheme, _quadrature(getattr(F, name)), params) for name in names}
 
 
+def _of_record(act: Act) -> _Activation:
+    if act.param is None or act.default is None:
+        return _Activation("he", _quadrature(lambda z: act.function(z, 0.0)))
+    return _Activation("he", _quadrature(act.function), {act.param: act.default})
+
+
 _LINEAR = _Activation("lecun", lambda: 1.0)
-_SWISH = _Activation("he", _quadrature(lambda z, beta: z * torch.sigmoid(beta * z)), {"beta": 1.0})
 
 # The names are those of torch.nn.functional; swish is ours. He's is for what lets one side through, Xavier's for what treats both alike.
 _ACTIVATIONS: dict[str, _Activation] = {
+    **{name: _of_record(act) for act in ACTS.values() for name in act.operators},
     **dict.fromkeys(("linear", "identity", "conv1d", "conv2d", "conv3d"), _LINEAR),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _LINEAR),
     "relu": _Activation("he", lambda: _line(0.0, 0.0)),
     "leaky_relu": _Activation("he", lambda slope: _line(slope, slope), {"negative_slope": 0.01}),
     "prelu": _Activation("he", lambda slope: _line(slope, slope), {"weight": 0.25}),
     "rrelu": _Activation("he", _line, {"lower": 1 / 8, "upper": 1 / 3}),
-    "swish": _SWISH,
-    "silu": _SWISH,
-    **_computed("he", "relu6", "gelu", "mish", "hardswish", "logsigmoid"),
-    **_computed("he", "elu", "celu", alpha=1.0),
+    **_computed("he", "gelu", "mish", "hardswish", "logsigmoid"),
+    **_computed("he", "celu", alpha=1.0),
     **_computed("he", "softplus", beta=1.0),
     # What passes the gate is linear, and half of the channels.
     "glu": _Activation("he", _quadrature(torch.sigmoid)),
@@ -292,7 +297,8 @@ _WHOLES = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.TransformerEnco
 _ENDS = ("matmul", "bmm", "einsum", "softmax", "log_softmax", "scaled_dot_product_attention", "cross_entropy")
 
 # LeakyReLU, leaky_relu_ and log_sigmoid are all found without underscores and capitals.
-_NAMES = {name.replace("_", ""): name for name, activation in _ACTIVATIONS.items() if activation is not _LINEAR} | {"silu": "swish"}
+_NAMES = {name.replace("_", ""): name for name, activation in _ACTIVATIONS.items() if activation is not _LINEAR}
+_NAMES |= {name.replace("_", ""): act.name for act in ACTS.values() if act.name != "identity" for name in act.operators}
 
 # x f(x), written out; mish is x tanh(softplus(x)).
 _GATED = {"sigmoid": "swish", "hardsigmoid": "hardswish", "softplus": "mish"}
@@ -347,8 +353,10 @@ def _activation_at(node: fx.Node, root: nn.Module) -> Activation | None:
         if isinstance(low, int | float) and isinstance(high, int | float):
             found = Activation("hardtanh", (low, high))
     elif (name := _NAMES.get(called.replace("_", ""))) is not None:
-        # Behind x torch's silu has inplace.
-        found = _activation(name, [] if called == "silu" else _given(node, root, _ACTIVATIONS[name].params))
+        act = act_of_spelling(node.target)
+        # The second argument of torch's silu is inplace.
+        has_param = act is None or act.spellings[node.target] is not None
+        found = _activation(name, _given(node, root, _ACTIVATIONS[name].params) if has_param else [])
     else:
         found = None
     if found is not None and found.name in _GATED:
