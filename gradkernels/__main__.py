@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import gradkernels
-from gradkernels import _native
+from gradkernels import _native, text
 from gradkernels.diagnosis import command
 
 # What every kernel serves, on the devices that it was built for; the rest goes to torch's own operators.
@@ -48,14 +48,13 @@ def info() -> str:
         rows += [("instruction set", f"{native.instruction_set()} in use, built: {' '.join(build['instruction_sets'])}")]
     rows += [("threads", str(torch.get_num_threads()))]
     rows += [("CUDA", f"built: {' '.join(build.get('cuda_architectures', [])) or 'none'}; {cuda}")]
-    lines = [f"{name:<16}  {state}" for name, state in rows]
-
-    lines += ["", f"{'operator':<16}  {'served by':<10}  why"]
+    table = [("operator", "served by", "why")]
     devices = "the CPU and CUDA" if build.get("cuda_architectures") else "the CPU"
     for operator, besides in _SERVED.items():
         served = f"{_DTYPES} on {devices}{besides}"
         served_by, why = ("native", f"{served}; else torch") if native is not None else ("reference", str(_native.reason))
-        lines += [f"{operator:<16}  {served_by:<10}  {why}"]
+        table += [(operator, served_by, why)]
+    lines = [*text.columns(rows, left=range(2)), "", *text.columns(table, left=range(3))]
     if native is None:
         lines += ["", f"To mend it: {_native.remedy}"]
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from gradkernels import _native, reference, sharded
+from gradkernels import _native, reference, sharded, text
 
 Parameters: TypeAlias = Tensor | nn.Module | Iterable[Tensor | tuple[str, Tensor]]
 _Entries: TypeAlias = list[Tensor | tuple[str, Tensor]]
@@ -258,10 +258,10 @@ class GradReport:
         >>> report.first_nonfinite()
         'bias'
         >>> print(report.table())
-        parameter        norm   max |g|   non-finite
-        weight              5         4            0
-        bias              inf       inf            1
-        total             inf       inf            1
+        parameter  norm  max |g|  non-finite
+        weight        5        4           0
+        bias        inf      inf           1
+        total       inf      inf           1
     """
 
     def __init__(self, names: list[str], parameters: list[Tensor], norms: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
@@ -286,9 +286,7 @@ class GradReport:
         given = self.max_abs[has_gradient]
         largest = given.max().item() if len(given) else 0.0
         rows.append(("total", f"{self.total_norm.item():.4g}", f"{largest:.4g}", str(sum(nonfinite))))
-        width = max(len(name) for name, *_ in [("parameter",), *rows])
-        lines = [("parameter", "norm", "max |g|", "non-finite"), *rows]
-        return "\n".join(f"{name:<{width}}  {norm:>10}  {largest:>8}  {count:>11}" for name, norm, largest, count in lines)
+        return "\n".join(text.columns([("parameter", "norm", "max |g|", "non-finite"), *rows]))
 
     def clip_(self, max_norm: float) -> Tensor:
         """Scale the gradients as clip_grad_norm_ would, without reading them again.

@@ -21,6 +21,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradkernels as gk
+from gradkernels import text
 from gradkernels.diagnosis import monitor as monitor_module
 from gradkernels.diagnosis import plots
 
@@ -643,7 +644,7 @@ def gradient_flow(path, norms):
     saved = Figure.savefig
     layers = [f"layer{place}" for place in range(len(norms[0]))]
     last = {name: norm for name, norm in zip(layers, norms[-1], strict=True) if norm is not None}
-    remark = monitor_module.first_to_last(last)
+    remark = text.first_to_last(last)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("error")
         patch.setattr(Figure, "savefig", keep)

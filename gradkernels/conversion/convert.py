@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from gradkernels import _native
+from gradkernels import _native, text
 from gradkernels.acts import act_of_module, check_act
 from gradkernels.conversion import rewrite, trace
 from gradkernels.conversion.block import fused_class, why_not_derived
@@ -108,9 +108,8 @@ class ConversionReport:
             yield f"  largest difference of gradients: {self.gradient_difference}"
         cells = [("module", "found", "becomes", "why")]
         cells += [(row.name or "(the model)", row.found, row.becomes or "left as it is", row.why) for row in self.rows]
-        widths = [max(len(row[column]) for row in cells) for column in range(3)]
-        for row in cells if self.rows else ():
-            yield ("  " + "  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[3]])).rstrip()
+        if self.rows:
+            yield from (f"  {line}" for line in text.columns(cells, left=range(4)))
 
 
 def _size(count: int) -> str:

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from gradkernels.diagnosis.diagnose import diagnose
-from gradkernels.diagnosis.monitor import unwrapped
 from gradkernels.diagnosis.probe import probe
+from gradkernels.layers import unwrapped
 
 # Of matplotlib's formats those that diagnose is tested with.
 _PICTURES = (".png", ".pdf", ".svg")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from gradkernels.acts import ACTS
-from gradkernels.diagnosis.probe import WEIGHTS, Layer, Origin, Probe
+from gradkernels.diagnosis.probe import Layer, Origin, Probe
 from gradkernels.diagnosis.verdicts import (
     BADLY_INITIALISED,
     DEAD,
@@ -25,6 +25,7 @@ from gradkernels.diagnosis.verdicts import (
     enough_for_statistics,
     is_shut,
 )
+from gradkernels.layers import WEIGHTS
 
 # The update relative to the weight that a suggested learning rate is to make at most.
 LARGEST_UPDATE = 1e-2

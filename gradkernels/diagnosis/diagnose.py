@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from gradkernels import init
-from gradkernels.diagnosis import monitor, plots
+from gradkernels import init, text
+from gradkernels.diagnosis import plots
 from gradkernels.diagnosis.cures import CLIPPING, INITIALISATION, LEARNING_RATE, MAX_NORM, clipped, cures, learning_rate
 from gradkernels.diagnosis.probe import Layer, Probe, probe
 from gradkernels.diagnosis.verdicts import HEALTHY, NON_FINITE, VERDICTS, Verdict, origin_sentence, output_layers, verdicts
+from gradkernels.layers import kind_of, unwrapped
 from gradkernels.preserved import preserved
 
 
@@ -85,40 +86,32 @@ class Diagnosis:
         lines = [["layer", "|g|", "|w|", "output std", "activation", "units off", "flat", "verdict"]]
         for each in self.layers:
             layer = each.layer
-            figures = [monitor.three_digits(value) for value in (layer.gradient, layer.weight, layer.output_std)]
+            figures = [text.three_digits(value) for value in (layer.gradient, layer.weight, layer.output_std)]
             shares = ["-" if share is None else f"{share:.0%}" for share in (layer.dead, layer.saturated)]
             lines.append([each.name, *figures, layer.act or "-", *shares, ", ".join(each.verdicts)])
-        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-        left = (0, 4, 7)
-        return "\n".join(
-            "  ".join(
-                f"{cell:<{width}}" if column in left else f"{cell:>{width}}"
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
+        return "\n".join(text.columns(lines, left=(0, 4, 7)))
 
     def __str__(self) -> str:
-        text = [f"{self.title}: {self.headline()}"]
+        lines = [f"{self.title}: {self.headline()}"]
         if self.origin is not None:
-            text.append(self.origin)
-        text.append(f"loss {self.loss:.4g}, gradient of all layers together {self.total_norm:.4g}")
+            lines.append(self.origin)
+        lines.append(f"loss {self.loss:.4g}, gradient of all layers together {self.total_norm:.4g}")
         if self._first is not None and self._last is not None:
             ends = (self._first, self._last)
-            text.append(monitor.first_to_last({layer.name: layer.gradient for layer in ends if layer.gradient is not None}))
-        text += ["", self.table()]
+            lines.append(text.first_to_last({layer.name: layer.gradient for layer in ends if layer.gradient is not None}))
+        lines += ["", self.table()]
         reasons = self._reasons()
         if reasons:
-            text += ["", "why", *reasons]
+            lines += ["", "why", *reasons]
         if self.cures:
-            text += ["", "cures, the first to try at the top"]
+            lines += ["", "cures, the first to try at the top"]
             for number, cure in enumerate(self.cures, start=1):
-                text += [f"{number:>3}. {cure.name}{' (safe)' if cure.safe else ''}: {cure.why}", f"         {cure.line}"]
+                lines += [f"{number:>3}. {cure.name}{' (safe)' if cure.safe else ''}: {cure.why}", f"         {cure.line}"]
         if self.after is not None:
-            text += ["", "the safe cures, applied to a copy", *(f"  {line}" for line in self.applied), *self._before_and_after(self.after)]
+            lines += ["", "the safe cures, applied to a copy", *(f"  {line}" for line in self.applied), *self._before_and_after(self.after)]
         elif self.applied:
-            text += ["", *self.applied]
-        return "\n".join(text)
+            lines += ["", *self.applied]
+        return "\n".join(lines)
 
     def _reasons(self) -> list[str]:
         """One line for all layers with the same verdict: the reason of the first of them."""
@@ -127,7 +120,7 @@ class Diagnosis:
             if each.verdicts != (HEALTHY,):
                 alike.setdefault(each.verdicts, []).append(each)
         return [
-            f"  {monitor.some([each.name for each in group])}: {group[0].why}{f' (that is {group[0].name})' if len(group) > 1 else ''}"
+            f"  {text.some([each.name for each in group])}: {group[0].why}{f' (that is {group[0].name})' if len(group) > 1 else ''}"
             for group in alike.values()
         ]
 
@@ -145,8 +138,7 @@ class Diagnosis:
         ]
         if after.loss_after_step is not None:
             rows.append(("loss after one step of SGD", "", f"{after.loss_after_step:.4g}"))
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        return [f"  {name:<{widths[0]}}  {before:>{widths[1]}}  {then:>{widths[2]}}" for name, before, then in rows]
+        return [f"  {line}" for line in text.columns(rows)]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as lists and numbers that json takes."""
@@ -252,7 +244,7 @@ def diagnose(model: nn.Module, batch: tuple[Any, Any], loss_fn: Callable[[Any, A
         >>> diagnosis.layers[0].verdicts, diagnosis.cures[0].name
         (('vanishing',), 'activation')
     """
-    title = type(monitor.unwrapped(model)).__name__
+    title = type(unwrapped(model)).__name__
     _check(batch, loss_fn)
     inputs, targets = batch
     diagnosis = Diagnosis(title, probe(model, inputs, targets, loss_fn))
@@ -264,13 +256,13 @@ def diagnose(model: nn.Module, batch: tuple[Any, Any], loss_fn: Callable[[Any, A
 def _check(batch: object, loss_fn: object) -> None:
     pair = "batch is the pair (inputs, targets), for loss_fn(model(inputs), targets), not"
     if not isinstance(batch, tuple | list):
-        raise TypeError(f"{pair} {monitor.kind_of(batch)}")
+        raise TypeError(f"{pair} {kind_of(batch)}")
     if len(batch) != 2:
         raise ValueError(f"{pair} a {type(batch).__name__} of {len(batch)}")
     if isinstance(loss_fn, type) or not callable(loss_fn):
-        raise TypeError(f"loss_fn is a function of the model's outputs and the targets, not {monitor.kind_of(loss_fn)}")
+        raise TypeError(f"loss_fn is a function of the model's outputs and the targets, not {kind_of(loss_fn)}")
     if batch[0] is None or isinstance(batch[0], bool | int | float | complex):
-        raise TypeError(f"the inputs of batch are a tensor, or something that holds tensors, not {monitor.kind_of(batch[0])}")
+        raise TypeError(f"the inputs of batch are a tensor, or something that holds tensors, not {kind_of(batch[0])}")
     tensors = [leaf for leaf in tree_leaves(batch[0]) if isinstance(leaf, Tensor)]
     if tensors and not any(leaf.numel() for leaf in tensors):
         raise ValueError(f"batch is empty: its inputs have the shape {tuple(tensors[0].shape)}")
@@ -284,7 +276,7 @@ def _apply(before: Diagnosis, model: nn.Module, inputs: Any, targets: Any, loss_
         return
     with torch.inference_mode(False), torch.enable_grad(), preserved(model, inputs, targets):
         try:
-            trial = copy.deepcopy(monitor.unwrapped(model))
+            trial = copy.deepcopy(unwrapped(model))
         except Exception as error:
             # A tensor computed from others, a lock, an open file: whatever an attribute may hold.
             reason = textwrap.shorten(f"{type(error).__name__}, {error}", 150, placeholder=" ...")

@@ -24,14 +24,12 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from gradkernels import clip_grad
+from gradkernels import clip_grad, text
 from gradkernels.diagnosis import plots
+from gradkernels.layers import by_first_call, layer_name, learns, unit_dim, unwrapped
 
 # Results wait on their device for this many steps: 3 numbers to a parameter, 200 KB for a network of 100 layers.
 _STEPS_PER_READ = 128
-
-_UNITS_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.RNNBase)
-_UNITS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 
 class Writer(Protocol):
@@ -49,31 +47,6 @@ class ActivationStatistics(NamedTuple):
     dead: float
 
 
-def kind_of(value: object) -> str:
-    """What a value is, for a sentence on an argument of the wrong kind."""
-    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's module inside DistributedDataParallel and torch.compile, whose prefixes no name needs; refuses what is no such module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a torch.nn.Module, not {kind_of(model)}")
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            reason = "which takes no hooks and cannot be traced: give the module it was made from"
-            raise TypeError(f"{name or 'model'} is a torch.jit.ScriptModule, {reason}")
-    while True:
-        inner = model._modules.get("_orig_mod") or (model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
-def layer_name(parameter_name: str) -> str:
-    """The module that a parameter belongs to; the model's own are those of "(model)"."""
-    return parameter_name.rpartition(".")[0] or "(model)"
-
-
 def _is_running(optimizer: Optimizer) -> bool:
     """Whether a step of an optimizer is on the stack: one that raised ends without its hook."""
     frame = sys._getframe(1)
@@ -82,27 +55,6 @@ def _is_running(optimizer: Optimizer) -> bool:
         if frame.f_locals.get("self") is optimizer:
             return True
     return False
-
-
-def learns(parameter: nn.Parameter) -> bool:
-    """Whether a gradient says something of it: it requires one and has elements. One that has no shape yet is to get them."""
-    return parameter.requires_grad and (is_lazy(parameter) or parameter.numel() > 0)
-
-
-def by_first_call(names: Iterable[str], called: Mapping[str, int]) -> list[str]:
-    """names in the order of their first calls, called; one that never was called follows the one before it."""
-    keys, place = [], -1
-    for number, name in enumerate(names):
-        place = called.get(name, place)
-        keys.append((place, -1 if name in called else number, name))
-    return [name for _, _, name in sorted(keys)]
-
-
-def unit_dim(module: nn.Module, otherwise: int) -> int:
-    """The dimension along which the units of a module's output lie; an activation keeps that of the layer before it."""
-    if isinstance(module, _UNITS_LAST):
-        return -1
-    return 1 if isinstance(module, _UNITS_SECOND) else otherwise
 
 
 def statistics_of(y: Tensor, dim: int) -> Tensor:
@@ -522,35 +474,33 @@ class GradientMonitor:
         looked_at = max((each for each in self._activations if each <= number), default=None)
         activations = {} if looked_at is None else self._activations[looked_at]
         order = [name for name in by_first_call(self._told.values(), self._called) if name in rows or name in activations]
-        lines: list[tuple[str, ...]] = [("layer", "|g|", "|w|", "|dw|/|w|", "mean", "std", "negative", "never>0")]
+        lines: list[Sequence[str]] = [("layer", "|g|", "|w|", "|dw|/|w|", "mean", "std", "negative", "never>0")]
         for name in order:
-            norms = [three_digits(value) for value in rows.get(name, (None, None, None))]
+            norms = [text.three_digits(value) for value in rows.get(name, (None, None, None))]
             found = activations.get(name)
             shares = (
                 ["-"] * 4
                 if found is None
-                else [three_digits(found.mean), three_digits(found.std), f"{found.negative:.0%}", f"{found.dead:.0%}"]
+                else [text.three_digits(found.mean), text.three_digits(found.std), f"{found.negative:.0%}", f"{found.dead:.0%}"]
             )
             lines.append((name, *norms, *shares))
-        width = max(len(name) for name, *_ in lines)
-        text = [f"step {number}" + ("" if looked_at is None else f", activations of step {looked_at}")]
-        text += [f"{name:<{width}}" + "".join(f"  {cell:>9}" for cell in cells) for name, *cells in lines]
-        return "\n".join([*text, *self._remarks(rows, looked_at)])
+        title = f"step {number}" + ("" if looked_at is None else f", activations of step {looked_at}")
+        return "\n".join([title, *text.columns(lines), *self._remarks(rows, looked_at)])
 
     def _remarks(self, rows: Mapping[str, tuple[float | None, ...]], looked_at: int | None) -> list[str]:
         gradients = {name: gradient for name, (gradient, *_) in rows.items() if gradient is not None}
         remarks = [f"gradient of all layers together: {math.hypot(*gradients.values()):.4g}"]
-        remarks.append(first_to_last(gradients))
+        remarks.append(text.first_to_last(gradients))
         without = [name for name in rows if name not in gradients]
         if without:
-            remarks.append(f"without a gradient: {some(without)}")
+            remarks.append(f"without a gradient: {text.some(without)}")
         nonfinite = [name for name, gradient in gradients.items() if not math.isfinite(gradient)]
         if nonfinite:
-            remarks.append(f"gradient not finite: {some(nonfinite)}")
+            remarks.append(f"gradient not finite: {text.some(nonfinite)}")
         called = {name for modules in self._activations.values() for name in modules}
         silent = [name for module, name in self._modules.items() if name not in called and any(True for _ in module.parameters())]
         if looked_at is not None and silent:
-            remarks.append(f"never called in training mode, or without an output to look at: {some(silent)}")
+            remarks.append(f"never called in training mode, or without an output to look at: {text.some(silent)}")
         elif looked_at is None and self.activations_every is not None:
             remarks.append("no activation seen: no forward pass in training mode outside torch.compile")
         counts = {"gradients and weights": len(self._steps), "activations": len(self._activations)}
@@ -610,29 +560,4 @@ class GradientMonitor:
         norms = [rows[_GRADIENT] for rows in figures]
         weights = {name for parameter, name in zip(self._parameters, self._layer_of_place, strict=True) if parameter.dim() > 1}
         last = {name: norm for name, norm in zip(layers, norms[-1], strict=True) if norm is not None}
-        plots.gradient_flow(path, layers, [name in weights for name in layers], numbers, norms, first_to_last(last))
-
-
-def three_digits(value: float | None) -> str:
-    """Three digits of a figure, a dash where there is none."""
-    return "-" if value is None else f"{value:.3g}"
-
-
-def some(names: Sequence[str]) -> str:
-    """The first five names, and how many more there are."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def first_to_last(gradients: Mapping[str, float]) -> str:
-    """The sentence that tells vanishing from exploding, of gradient norms in the order in which layers run."""
-    if not gradients:
-        return "no layer has a gradient"
-    first, last = next(iter(gradients)), next(reversed([*gradients]))
-    if first == last:
-        return f"the gradient of the only layer with one, {first}, is {three_digits(gradients[first])}"
-    if not all(map(math.isfinite, (gradients[first], gradients[last]))) or not gradients[last]:
-        return (
-            f"the gradient of the first layer, {first}, is {three_digits(gradients[first])}, "
-            f"and that of the last, {last}, {three_digits(gradients[last])}"
-        )
-    return f"the gradient of the first layer, {first}, is {three_digits(gradients[first] / gradients[last])} times that of the last, {last}"
+        plots.gradient_flow(path, layers, [name in weights for name in layers], numbers, norms, text.first_to_last(last))

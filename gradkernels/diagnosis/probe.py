@@ -25,14 +25,11 @@ from torch.utils.hooks import RemovableHandle
 from gradkernels import clip_grad
 from gradkernels.acts import ACTS
 from gradkernels.diagnosis.backward_graph import BackwardGraph
-from gradkernels.diagnosis.monitor import by_first_call, layer_name, learns, unit_dim, unwrapped
+from gradkernels.layers import NORMS, WEIGHTS, by_first_call, layer_name, learns, unit_dim, unwrapped
 from gradkernels.preserved import preserved
 
 # An activation is saturated where its slope is below this share of its steepest one.
 SATURATED_SLOPE = 0.1
-
-WEIGHTS = (nn.Linear, nn.modules.conv._ConvNd)
-NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 # These, and no activation, pass a factor on to what follows.
 _HOMOGENEOUS = (None, "relu", "leaky_relu", "prelu", "rrelu")

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from gradkernels import init
-from gradkernels.diagnosis.probe import NORMS, SATURATED_SLOPE, WEIGHTS, Layer, Probe
+from gradkernels.diagnosis.probe import SATURATED_SLOPE, Layer, Probe
+from gradkernels.layers import NORMS, WEIGHTS
 
 # A gradient below this share of the largest one that it came through: with one learning rate for all, this layer takes 1,000 steps for one.
 VANISHING_SHARE = 1e-3

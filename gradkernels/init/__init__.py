@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from gradkernels import text
 from gradkernels.acts import ACTS, Act, act_of_spelling
 from gradkernels.batch_norm_act import _BatchNormAct
-from gradkernels.diagnosis.monitor import unwrapped
+from gradkernels.layers import WEIGHTS, unwrapped
 from gradkernels.preserved import preserved
 
 __all__ = [
@@ -288,8 +289,6 @@ class Activation(NamedTuple):
         return f"{self.name}({', '.join(f'{each:.4g}' for each in bounds)})"
 
 
-_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
-
 # These have weights that belong together and an initialisation of their own.
 _WHOLES = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
@@ -375,7 +374,7 @@ class _Tracer(fx.Tracer):
         self._untraceable = untraceable
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        known = isinstance(module, (*_LAYERS, _BatchNormAct)) or activation_of(module) is not None or module in self._untraceable
+        known = isinstance(module, (*WEIGHTS, _BatchNormAct)) or activation_of(module) is not None or module in self._untraceable
         return known or super().is_leaf_module(module, qualified_name)
 
 
@@ -425,7 +424,7 @@ def _follows(node: fx.Node, root: nn.Module, untraceable: Mapping[nn.Module, str
             if found is not None:
                 return found, False
             called = _call(user, root)
-            ends = called in _ENDS if isinstance(called, str) else isinstance(called, (*_LAYERS, *_WHOLES))
+            ends = called in _ENDS if isinstance(called, str) else isinstance(called, (*WEIGHTS, *_WHOLES))
             goes_on = goes_on or called in untraceable or (user.op == "output" and not is_whole)
             if user not in seen and not ends:
                 seen.add(user)
@@ -452,19 +451,19 @@ def _following(model: nn.Module) -> dict[nn.Module, _Following]:
     nothing: set[nn.Module] = set()
     for module, graph, why in _trace_parts(model, untraceable):
         for node in graph.nodes:
-            if node.op == "call_module" and isinstance(layer := module.get_submodule(str(node.target)), _LAYERS) and layer not in found:
+            if node.op == "call_module" and isinstance(layer := module.get_submodule(str(node.target)), WEIGHTS) and layer not in found:
                 activation, goes_on = _follows(node, module, untraceable, is_whole=module is model)
                 if activation is not None:
                     found[layer] = _Following(activation, _BY_TRACING)
                 elif why is None and not goes_on:
                     nothing.add(layer)
     found = {layer: _Following(None, _BY_TRACING) for layer in nothing} | found
-    known = [module for module in model.modules() if isinstance(module, _LAYERS) or activation_of(module) is not None]
+    known = [module for module in model.modules() if isinstance(module, WEIGHTS) or activation_of(module) is not None]
     because = "; ".join(dict.fromkeys(untraceable.values())) or "the forward does not reach it"
     for place, layer in enumerate(known):
-        if isinstance(layer, _LAYERS) and layer not in found:
+        if isinstance(layer, WEIGHTS) and layer not in found:
             after = known[place + 1 : place + 2]
-            if after and isinstance(after[0], _LAYERS):
+            if after and isinstance(after[0], WEIGHTS):
                 found[layer] = _Following(_ASSUMED, f"assumed, since {because}")
             else:
                 following = activation_of(after[0]) if after else None
@@ -508,11 +507,7 @@ class InitReport:
         for each in self.layers:
             mark = "" if each.reason == _BY_TRACING else " ?"
             lines.append((each.name, each.scheme, f"{each.gain:.4g}", f"{each.std:.4g}", each.activation + mark))
-        first, second, last = (max(len(line[column]) for line in lines) for column in (0, 1, 4))
-        rows = [
-            f"{name:<{first}}  {scheme:<{second}}  {gain:>6}  {std:>9}  {activation:<{last}}".rstrip()
-            for name, scheme, gain, std, activation in lines
-        ]
+        rows = text.columns(lines, left=(0, 1, 4))
         for words, pairs in (("? ", guessed), ("left as they are, ", self.kept)):
             for reason in dict.fromkeys(reason for _, reason in pairs):
                 names = [name for name, each in pairs if each == reason]
@@ -584,7 +579,7 @@ def apply_(model: nn.Module, scheme: str = "auto", generator: torch.Generator | 
         reason = _reason_to_keep(module, taken)
         if reason is not None:
             kept.append((name or type(model).__name__, reason))
-        elif isinstance(module, _LAYERS):
+        elif isinstance(module, WEIGHTS):
             activation = following[module].activation or Activation("linear")
             chosen = _AUTO[_ACTIVATIONS[activation.name].scheme] if scheme == "auto" else scheme
             gain = 1.0 if chosen.startswith("lecun") else calculate_gain(*activation)
@@ -628,7 +623,7 @@ def _reason_to_keep(module: nn.Module, taken: Mapping[int, str]) -> str | None:
     kind = type(module).__name__
     if nn.utils.parametrize.is_parametrized(module):
         return f"{kind} whose weight is computed by a parametrization"
-    if not isinstance(module, _LAYERS):
+    if not isinstance(module, WEIGHTS):
         return kind
     if isinstance(module.weight, nn.parameter.UninitializedParameter):
         return f"{kind} that has no shape before its first batch"
