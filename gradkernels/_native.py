@@ -26,8 +26,7 @@ _FOLDER = Path(__file__).resolve().parent
 
 # _C enters the dispatcher, which knows fake tensors, functorch and autograd. Any other subclass (DTensor, a user's) may not
 # know our operators, but it knows torch's, of which the reference is composed.
-_SERVED = frozenset((Tensor, Parameter, FakeTensor))
-_SERVED_OR_NONE = _SERVED | {type(None)}
+_SUPPORTED = frozenset((Tensor, Parameter, FakeTensor, type(None)))
 
 
 def _is_whole(image: mmap) -> bool:
@@ -95,18 +94,18 @@ def is_for_onnx() -> bool:
     return (torch.compiler.is_compiling() or torch._C._is_tracing()) and torch.onnx.is_in_onnx_export()
 
 
-def library(x: Tensor, *others: Tensor | None) -> ModuleType | None:
-    """gradkernels._C where it serves an eager call with these tensors, else None."""
-    if C is None or type(x) not in _SERVED or torch.compiler.is_compiling() or (torch._C._is_tracing() and is_for_onnx()):
+def library(*tensors: Tensor | None) -> ModuleType | None:
+    """gradkernels._C if it computes an eager call with these tensors, else None."""
+    if C is None or torch.compiler.is_compiling() or not _SUPPORTED.issuperset(map(type, tensors)):
         return None
-    return C if not others or _SERVED_OR_NONE.issuperset(map(type, others)) else None
+    return None if torch._C._is_tracing() and is_for_onnx() else C
 
 
-def is_opaque(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether torch.compile or torch.export is to see torch.ops.gradkernels in a call with these tensors: it cannot trace _C."""
+def uses_custom_operator(*tensors: Tensor | None) -> bool:
+    """Whether torch.compile or torch.export records torch.ops.gradkernels for a call with these tensors: it cannot trace _C."""
     if C is None or not torch.compiler.is_compiling() or is_for_onnx():
         return False
-    return type(x) in _SERVED and _SERVED_OR_NONE.issuperset(map(type, others))
+    return _SUPPORTED.issuperset(map(type, tensors))
 
 
 _UNSCRIPTABLE = (

@@ -95,7 +95,7 @@ def _batch_norm_act(
         x, residual = x.to(dtype), residual.to(dtype)
     tensors = (x, running_mean, running_var, weight, bias, residual, num_batches_tracked)
     native = _native.library(*tensors)
-    if native is not None or (_native.is_opaque(*tensors) and (training or not _native.is_exported())):
+    if native is not None or (_native.uses_custom_operator(*tensors) and (training or not _native.is_exported())):
         act_param = reference.check_batch_norm_act(x, residual, training, eps, act, act_param)
         # None is the average over the batches counted so far; without a count nn.BatchNorm does not move its statistics.
         if momentum is None and num_batches_tracked is None:

@@ -4,23 +4,20 @@ One pass reads every gradient once and sums in float64; gradients that are short
 (other norms, dtypes, layouts, devices) goes to torch's functions whole; DTensors go by their local shards (sharded.py).
 """
 
-import functools
 import math
 import types
 import warnings
 from collections.abc import Iterable
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from gradkernels import _native, reference, sharded, text
+from gradkernels.gradients import NORM_TYPES, Gradients, tensor_norms
 
 Parameters: TypeAlias = Tensor | nn.Module | Iterable[Tensor | tuple[str, Tensor]]
 _Entries: TypeAlias = list[Tensor | tuple[str, Tensor]]
-
-# Those with kernels.
-_NORM_TYPES = (2.0, math.inf, 1.0)
 
 
 def clip_grad_norm_(
@@ -77,31 +74,32 @@ def clip_grad_norm_(
     max_norm = float(max_norm)
     error_if_nonfinite = bool(error_if_nonfinite)
 
-    native = None if torch.compiler.is_compiling() else _native.C
-    if native is not None and norm_type in _NORM_TYPES:
-        served = native.clip_grad_norm_(entries, max_norm, norm_type, error_if_nonfinite)
-        if served is not None:
+    native = _native.library()
+    if native is not None and norm_type in NORM_TYPES:
+        # The whole call in one, which walks over the parameters in C++; None if a gradient is not for the kernels.
+        result = native.clip_grad_norm_(entries, max_norm, norm_type, error_if_nonfinite)
+        if result is not None:
             total_norm: Tensor
-            total_norm, refused = served
-            if refused:
-                raise RuntimeError(_nonfinite_message(norm_type) + _first_at_fault(entries))
+            total_norm, is_refused = result
+            if is_refused:
+                raise RuntimeError(_nonfinite_message(norm_type) + _first_nonfinite(entries))
             return total_norm
 
     tensors = _tensors(entries)
-    grads = _grads(tensors)
+    gradients = Gradients(_grads(tensors))
     with torch.no_grad():
-        if _is_sharded(grads, norm_type):
-            total_norm = _sharded_total_norm(grads, norm_type)
+        if gradients.supports(norm_type):
+            total_norm = gradients.total_norm(norm_type)
             if error_if_nonfinite and not total_norm.isfinite():
-                raise RuntimeError(_nonfinite_message(norm_type) + _first_at_fault(entries))
-            scale_(grads, max_norm, total_norm)
-            return sharded.as_torch_returns(total_norm.to(device_and_dtype(grads)), grads)
+                raise RuntimeError(_nonfinite_message(norm_type) + _first_nonfinite(entries))
+            gradients.scale_(max_norm, total_norm)
+            return gradients.as_torch_returns(total_norm)
     try:
         return reference.clip_grad_norm_(tensors, max_norm, norm_type, error_if_nonfinite, foreach)
     except RuntimeError as error:
         if str(error) != _nonfinite_message(norm_type):
             raise
-        raise RuntimeError(str(error) + _first_at_fault(entries)) from None
+        raise RuntimeError(str(error) + _first_nonfinite(entries)) from None
 
 
 def get_total_norm(
@@ -137,16 +135,14 @@ def get_total_norm(
     norm_type = float(norm_type)
     if not all(isinstance(each, Tensor) for each in tensors):
         raise _wrong_kind("tensors must be tensors", tensors)
+    gradients = Gradients(tensors)
     with torch.no_grad():
-        if _is_sharded(tensors, norm_type):
-            total_norm = _sharded_total_norm(tensors, norm_type)
-        elif norm_type in _NORM_TYPES and applies(tensors):
-            total_norm = local_norms(tensors, norm_type)[3]
-        else:
+        if not gradients.supports(norm_type):
             return reference.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
+        total_norm = gradients.total_norm(norm_type)
         if error_if_nonfinite and not total_norm.isfinite():
             raise RuntimeError(_nonfinite_message(norm_type))
-        return sharded.as_torch_returns(total_norm.to(device_and_dtype(tensors)), tensors)
+        return gradients.as_torch_returns(total_norm)
 
 
 def clip_grads_with_norm_(parameters: Parameters, max_norm: float, total_norm: Tensor, foreach: bool | None = None) -> None:
@@ -181,10 +177,10 @@ def clip_grads_with_norm_(parameters: Parameters, max_norm: float, total_norm: T
     if not isinstance(total_norm, Tensor):
         raise TypeError(f"total_norm must be Tensor, not {type(total_norm).__name__}")
     tensors = _tensors(_entries(parameters))
-    grads = _grads(tensors)
+    gradients = Gradients(_grads(tensors))
     with torch.no_grad():
-        if applies(grads) or _is_sharded(grads, 2.0):
-            scale_(grads, float(max_norm), sharded.full(total_norm))
+        if gradients.supports(2.0):
+            gradients.scale_(float(max_norm), sharded.full(total_norm))
         else:
             reference.clip_grads_with_norm_(tensors, max_norm, total_norm, foreach)
 
@@ -219,24 +215,11 @@ def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | 
     """
     tensors = _tensors(_entries(parameters))
     clip_value = float(clip_value)
-    grads = _grads(tensors)
-    if not grads:
-        return
+    gradients = Gradients(_grads(tensors))
     with torch.no_grad():
-        is_sharded = _is_sharded(grads, 2.0)
-        shards = sharded.local_tensors(grads) if is_sharded else grads
-        # torch refuses a bound that a dtype cannot hold.
-        if applies(shards) and (abs(clip_value) <= torch.finfo(torch.float16).max or math.isinf(clip_value)):
-            native_library().clip_grad_value_(shards, clip_value)
-            sharded.count_versions(grads)
-        elif is_sharded:
-            for dtype in {shard.dtype for shard in shards}:
-                # Refused, where it is, before the first shard is written.
-                torch.zeros((), dtype=dtype, device="cpu").clamp_(-clip_value, clip_value)
-            for shard in shards:
-                shard.clamp_(-clip_value, clip_value)
-            sharded.count_versions(grads)
-        else:
+        if gradients.supports(2.0):
+            gradients.clamp_(clip_value)
+        elif gradients.tensors:
             reference.clip_grad_value_(tensors, clip_value, foreach)
 
 
@@ -395,55 +378,6 @@ def _wrong_kind(expected: str, tensors: list[Tensor]) -> TypeError:
     return TypeError(f"{expected}, not {kind}{'; of a dict take its items() or values()' if kind == 'str' else ''}")
 
 
-def native_library() -> Any:
-    return None if torch.compiler.is_compiling() else _native.C
-
-
-def applies(grads: list[Tensor]) -> bool:
-    """Whether the kernels serve these gradients, of which there is at least one."""
-    native = native_library()
-    return native is not None and bool(grads) and all(isinstance(grad, Tensor) for grad in grads) and native.clip_grad_applies(grads)
-
-
-def _is_sharded(grads: list[Tensor], norm_type: float) -> bool:
-    return norm_type in _NORM_TYPES and not torch.compiler.is_compiling() and sharded.serves(grads)
-
-
-def local_norms(grads: list[Tensor], norm_type: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Norms, largest magnitudes, non-finite counts and total of plain tensors, in float64."""
-    if norm_type in _NORM_TYPES and applies(grads):
-        norms: tuple[Tensor, Tensor, Tensor, Tensor] = native_library().grad_norms(grads, norm_type)
-        return norms
-    return reference.grad_norms(grads, norm_type)
-
-
-def tensor_norms(tensors: list[Tensor], norm_type: float = 2.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """local_norms of whole tensors, DTensors among them; of a sparse one the values, those for the same place summed."""
-    tensors = [tensor.coalesce().values() if tensor.is_sparse else tensor for tensor in tensors]
-    return sharded.grad_norms(tensors, norm_type, local_norms) if _is_sharded(tensors, norm_type) else local_norms(tensors, norm_type)
-
-
-def _sharded_total_norm(grads: list[Tensor], norm_type: float) -> Tensor:
-    return sharded.total_norm(grads, norm_type, local_norms)
-
-
-def scale_(grads: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
-    """Plain tensors and the local shards of DTensors."""
-    tensors = sharded.local_tensors(grads)
-    if applies(tensors):
-        # The dispatcher goes by all devices together: a norm elsewhere would take another device's kernels, if there are any. A norm that
-        # lies where the gradients do is passed as it is, and nobody waits.
-        native_library().clip_grads_with_norm_(tensors, max_norm, total_norm.to(tensors[0].device))
-    else:
-        reference.scale_grads_(tensors, max_norm, total_norm)
-    sharded.count_versions(grads)
-
-
-def device_and_dtype(grads: list[Tensor]) -> Tensor:
-    """What torch's total norm is like: to() takes device and dtype from it."""
-    return torch.empty((), device=grads[0].device, dtype=functools.reduce(torch.promote_types, {grad.dtype for grad in grads}))
-
-
 def _spread(values: Tensor, places: Tensor, count: int) -> Tensor:
     """values[i] at places[i] of `count`, nan (0 of integers) elsewhere."""
     spread = values.new_full((count,), math.nan if values.is_floating_point() else 0)
@@ -458,7 +392,7 @@ def _nonfinite_message(norm_type: float) -> str:
     )
 
 
-def _first_at_fault(entries: _Entries) -> str:
+def _first_nonfinite(entries: _Entries) -> str:
     """What an error adds; nothing where every gradient is finite and only their norm is not."""
     report = grad_report(entries)
     name = report.first_nonfinite()

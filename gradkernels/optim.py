@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.optim.rmsprop import rmsprop
 
-from gradkernels import sharded
-from gradkernels.clip_grad import applies, clip_grad_norm_, device_and_dtype, local_norms, native_library, scale_
+from gradkernels import _native, sharded
+from gradkernels.clip_grad import clip_grad_norm_
+from gradkernels.gradients import Gradients
 
 _Closure: TypeAlias = Callable[[], Any]
 
@@ -118,6 +119,7 @@ class RMSprop(torch.optim.RMSprop):
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
+            native = _native.library()
             groups = [(group, *self._state_of(group)) for group in self.param_groups]
             served = [self._is_served(*each[:-1]) for each in groups]
             coefficient = self._folded_coefficient = self._clip(all(served))
@@ -125,7 +127,7 @@ class RMSprop(torch.optim.RMSprop):
                 groups, served, strict=True
             ):
                 options = {name: group[name] for name in ("alpha", "eps", "weight_decay", "momentum")}
-                if not is_served:
+                if native is None or not is_served:
                     rmsprop(
                         params,
                         grads,
@@ -148,7 +150,7 @@ class RMSprop(torch.optim.RMSprop):
                         torch._foreach_add_(steps, torch.tensor(1.0, device="cpu"), alpha=1.0)
                     else:
                         torch._foreach_add_(steps, 1)
-                    native_library().rmsprop_(
+                    native.rmsprop_(
                         *(params, grads, square_avgs, grad_avgs, momentum_buffers, float(group["lr"])),
                         *options.values(),
                         -coefficient if group["maximize"] else coefficient,
@@ -175,7 +177,7 @@ class RMSprop(torch.optim.RMSprop):
         momentum_buffers: list[Tensor],
         grad_avgs: list[Tensor],
     ) -> bool:
-        native = native_library()
+        native = _native.library()
         takes_torchs = group["capturable"] or group["differentiable"] or group["foreach"] is not None or has_complex
         if native is None or takes_torchs:
             return False
@@ -188,19 +190,19 @@ class RMSprop(torch.optim.RMSprop):
             return 1.0
         params = [param for group in self.param_groups for param in group["params"]]
         sharded.refuse_pieces(params)
-        grads = [param.grad for param in params if param.grad is not None]
+        gradients = Gradients([param.grad for param in params if param.grad is not None])
         # The step takes a number of the host: not to wait for a GPU, gradients there are scaled in place.
-        if not folds or not grads or not grads[0].is_cpu:
+        if not folds or not gradients.tensors or not gradients.tensors[0].is_cpu:
             self.last_norm = clip_grad_norm_(params, self.max_norm, self.norm_type)
             return 1.0
-        total_norm = local_norms(grads, self.norm_type)[3]
-        self.last_norm = total_norm.to(device_and_dtype(grads))
+        total_norm = gradients.total_norm(self.norm_type)
+        self.last_norm = gradients.as_torch_returns(total_norm)
         coefficient = self.max_norm / (total_norm.item() + 1e-6)
         if coefficient >= 1:
             return 1.0
         if coefficient == 0 or math.isnan(coefficient) or _is_normal_float32(coefficient):
             return coefficient
-        scale_(grads, self.max_norm, total_norm)
+        gradients.scale_(self.max_norm, total_norm)
         return 1.0
 
 
@@ -276,15 +278,15 @@ class ClippingHandle:
     def _clip(self, optimizer: torch.optim.Optimizer) -> None:
         params = [param for group in optimizer.param_groups for param in group["params"]]
         sharded.refuse_pieces(params)
-        grads = [param.grad for param in params if param.grad is not None]
-        if not _reads_grad_scale(optimizer, grads):
+        gradients = Gradients([param.grad for param in params if param.grad is not None])
+        if not _reads_grad_scale(optimizer, gradients):
             self.last_norm = clip_grad_norm_(params, self.max_norm, self.norm_type)
             return
         amp_scale = getattr(optimizer, "grad_scale", None)
-        scaled_norm = local_norms(grads, self.norm_type)[3]
+        scaled_norm = gradients.total_norm(self.norm_type)
         divisor = torch.ones_like(scaled_norm) if amp_scale is None else amp_scale.to(scaled_norm)
         total_norm = scaled_norm / divisor
-        self.last_norm = total_norm.to(device_and_dtype(grads))
+        self.last_norm = gradients.as_torch_returns(total_norm)
         coefficient = torch.clamp(self.max_norm / (total_norm + 1e-6), max=1.0)
         divisor = divisor / coefficient
         if divisor.is_cpu:
@@ -293,7 +295,7 @@ class ClippingHandle:
                 return
             # Of 0 and nan the divisor is inf and nan, which do what they have to.
             if value != 0 and not math.isnan(value) and not _is_normal_float32(divisor.item()):
-                scale_(grads, self.max_norm, total_norm)
+                gradients.scale_(self.max_norm, total_norm)
                 return
         optimizer.__dict__["grad_scale"] = divisor.float()
 
@@ -304,7 +306,7 @@ def _lay_down(optimizer: torch.optim.Optimizer, attributes: dict[str, Any]) -> N
     optimizer.__dict__.update(attributes)
 
 
-def _reads_grad_scale(optimizer: torch.optim.Optimizer, grads: list[Tensor]) -> bool:
+def _reads_grad_scale(optimizer: torch.optim.Optimizer, gradients: Gradients) -> bool:
     # A subclass may bring a step of its own, which does not.
     inherited = next((each for each in _FUSED if isinstance(optimizer, each)), None)
     return (
@@ -312,8 +314,9 @@ def _reads_grad_scale(optimizer: torch.optim.Optimizer, grads: list[Tensor]) -> 
         and inspect.unwrap(type(optimizer).step) is inspect.unwrap(inherited.step)
         and getattr(optimizer, "_step_supports_amp_scaling", False)
         and all(group.get("fused") for group in optimizer.param_groups)
-        and bool(grads)
-        and (applies(grads) or all(type(grad) is Tensor and grad.is_cuda for grad in grads))
+        and bool(gradients.tensors)
+        and not gradients.is_sharded
+        and (gradients.have_kernels() or all(type(grad) is Tensor and grad.is_cuda for grad in gradients.tensors))
     )
 
 

@@ -1,19 +1,16 @@
-"""Gradients that are DTensors: what this rank holds of them, and their norms over all ranks. Those of FSDP1, which are not, are refused.
+"""Gradients that are DTensors: what this rank holds, and norms reduced over all ranks. The plain pieces of FSDP1 are refused.
 
-No gradient is ever gathered. What ranks hold is summed in float64, in one all-reduce for each mesh, over each of its dimensions along which
-a gradient is sharded; along the others every rank holds the same.
+No gradient is gathered. The norms of what ranks hold are summed in float64, in one all-reduce for each mesh and each of its dimensions
+along which a gradient is sharded; along the other dimensions every rank holds the same.
 """
 
 import math
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-Norms: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
-LocalNorms: TypeAlias = Callable[[list[Tensor], float], Norms]
 
 
 def _is_dtensor(x: object) -> bool:
@@ -45,7 +42,7 @@ def refuse_pieces(parameters: Iterable[Tensor]) -> None:
         )
 
 
-def serves(grads: list[Tensor]) -> bool:
+def supports(grads: list[Tensor]) -> bool:
     """Whether there are DTensors among these and each is sharded or replicated; a partial one is a sum that torch has to make first.
 
     Of complex gradients torch's norm is real, and nothing here knows them.
@@ -89,36 +86,68 @@ def index_on(device: torch.device, places: list[int]) -> Tensor:
     return torch.tensor(places, dtype=torch.int64, device="cpu", pin_memory=pinned).to(device, non_blocking=pinned)
 
 
-def total_norm(grads: list[Tensor], norm_type: float, local_norms: LocalNorms) -> Tensor:
-    """The norm of all gradients as one vector, float64, the same on every rank. Plain tensors are taken to be the same on every rank."""
-    locals_ = local_tensors(grads)
-    device = locals_[0].device
-    norms = [local_norms([locals_[i] for i in counted], norm_type)[3].to(device) for _, _, counted in _by_mesh(grads)]
-    exponent = _common_exponent(grads, norms)
+class Group(NamedTuple):
+    """The gradients on one mesh.
+
+    mesh: None for plain tensors. dims: the mesh's dimensions to sum over. members: places of the gradients. counted: places of those that
+    this rank counts in the sum. A gradient that is replicated along a dimension counts on the first of its ranks alone.
+    """
+
+    mesh: Any
+    dims: list[int]
+    members: list[int]
+    counted: list[int]
+
+
+def groups_of(grads: list[Tensor]) -> list[Group]:
+    """The gradients by mesh, in their order. Plain tensors are taken to be the same on every rank."""
+    members: dict[Any, list[int]] = {}
+    for i, grad in enumerate(grads):
+        members.setdefault(_dtensor(grad).device_mesh if _is_dtensor(grad) else None, []).append(i)
+    return [_group(grads, mesh, places) for mesh, places in members.items()]
+
+
+def _group(grads: list[Tensor], mesh: Any, members: list[int]) -> Group:
+    if mesh is None:
+        return Group(None, [], members, members)
+    dims = [dim for dim in range(mesh.ndim) if any(_placements(grads[i])[dim].is_shard() for i in members)]
+    coordinate = mesh.get_coordinate() if dims else None
+    counted = members
+    if coordinate is not None:
+        counted = [i for i in members if all(_placements(grads[i])[dim].is_shard() or coordinate[dim] == 0 for dim in dims)]
+    return Group(mesh, dims, members, counted)
+
+
+def reduce_total_norm(local: list[Tensor], groups: list[Group], norm_type: float, norms: list[Tensor]) -> Tensor:
+    """The norm of all gradients as one vector, float64, the same on every rank, from the norms of what this rank counts of each group."""
+    norms = [norm.to(local[0].device) for norm in norms]
+    exponent = _common_exponent(local, groups, norms)
     parts = []
-    for (mesh, dims, _), norm in zip(_by_mesh(grads), norms, strict=True):
+    for group, norm in zip(groups, norms, strict=True):
         value = _ldexp(norm, -exponent)
-        parts.append(_reduced(value if norm_type != 2 else value.square(), norm_type, mesh, dims))
+        parts.append(_reduced(value if norm_type != 2 else value.square(), norm_type, group))
     if norm_type == math.inf:
         return _ldexp(torch.stack(parts).amax(), exponent)
     total = torch.stack(parts).sum()
     return _ldexp(total if norm_type == 1 else total.sqrt(), exponent)
 
 
-def grad_norms(grads: list[Tensor], norm_type: float, local_norms: LocalNorms) -> Norms:
-    """Of each whole gradient norm, largest magnitude and number of elements that are not finite, and the norm of all."""
-    norms, max_abs, nonfinite, _ = local_norms(local_tensors(grads), norm_type)
-    exponent = _common_exponent(grads, [*norms])
+def reduce_norms(
+    local: list[Tensor], groups: list[Group], norm_type: float, local_norms: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Norm, largest magnitude and number of non-finite elements of each whole gradient, and the norm of all, from those of the shards."""
+    norms, max_abs, nonfinite, _ = local_norms
+    exponent = _common_exponent(local, groups, [*norms])
     values = _ldexp(norms, -exponent)
     values = values if norm_type != 2 else values.square()
-    for mesh, dims, counted in _by_mesh(grads):
-        if mesh is None:
+    for group in groups:
+        if group.mesh is None:
             continue
-        places = index_on(norms.device, [i for i, grad in enumerate(grads) if _is_dtensor(grad) and _dtensor(grad).device_mesh == mesh])
-        mine = torch.zeros(len(grads), dtype=torch.bool, device=norms.device).index_fill_(0, index_on(norms.device, counted), True)
-        values[places] = _reduced(torch.where(mine, values, 0)[places], norm_type, mesh, dims)
-        max_abs[places] = _reduced(max_abs[places], math.inf, mesh, dims)
-        nonfinite[places] = _reduced(torch.where(mine, nonfinite, 0)[places], 1.0, mesh, dims)
+        places = index_on(norms.device, group.members)
+        mine = torch.zeros(len(local), dtype=torch.bool, device=norms.device).index_fill_(0, index_on(norms.device, group.counted), True)
+        values[places] = _reduced(torch.where(mine, values, 0)[places], norm_type, group)
+        max_abs[places] = _reduced(max_abs[places], math.inf, group)
+        nonfinite[places] = _reduced(torch.where(mine, nonfinite, 0)[places], 1.0, group)
     total = values.amax() if norm_type == math.inf else values.sum()
     if norm_type == 2:
         values, total = values.sqrt(), total.sqrt()
@@ -141,49 +170,29 @@ def _local_tensor(grad: Tensor) -> Tensor:
     return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
 
 
-def _by_mesh(grads: list[Tensor]) -> list[tuple[Any, list[int], list[int]]]:
-    """(mesh, its dimensions to sum over, places of the gradients that this rank counts in the sum), in the gradients' order.
-
-    The mesh of plain tensors is None. A gradient that is replicated along a dimension counts on the first of its ranks alone.
-    """
-    places: dict[Any, list[int]] = {}
-    for i, grad in enumerate(grads):
-        places.setdefault(_dtensor(grad).device_mesh if _is_dtensor(grad) else None, []).append(i)
-    groups = []
-    for mesh, members in places.items():
-        dims: list[int] = []
-        if mesh is not None:
-            dims = [dim for dim in range(mesh.ndim) if any(_placements(grads[i])[dim].is_shard() for i in members)]
-        coordinate = mesh.get_coordinate() if dims else None
-        if coordinate is not None:
-            members = [i for i in members if all(_placements(grads[i])[dim].is_shard() or coordinate[dim] == 0 for dim in dims)]
-        groups.append((mesh, dims, members))
-    return groups
-
-
-def _reduced(values: Tensor, norm_type: float, mesh: Any, dims: list[int]) -> Tensor:
-    """Summed over the ranks of a mesh, or their maximum for inf, where nan wins as it does in torch."""
-    if not dims or mesh.get_coordinate() is None:
+def _reduced(values: Tensor, norm_type: float, group: Group) -> Tensor:
+    """The sum over the ranks of a mesh; for inf the maximum, which is nan if any is nan, as in torch."""
+    if not group.dims or group.mesh.get_coordinate() is None:
         return values
     from torch import distributed
 
-    # Whether a maximum of nan and a number is nan is left open by the libraries that reduce.
+    # The libraries that reduce do not say whether a maximum of nan and a number is nan.
     sent = (
         torch.stack([values.nan_to_num(math.inf, math.inf), values.isnan().to(values.dtype)]) if norm_type == math.inf else values.clone()
     )
-    for dim in dims:
+    for dim in group.dims:
         operation = distributed.ReduceOp.MAX if norm_type == math.inf else distributed.ReduceOp.SUM
-        distributed.all_reduce(sent, operation, group=mesh.get_group(dim))
+        distributed.all_reduce(sent, operation, group=group.mesh.get_group(dim))
     return torch.where(sent[1] > 0, math.nan, sent[0]) if norm_type == math.inf else sent
 
 
-def _common_exponent(grads: list[Tensor], norms: list[Tensor]) -> int:
-    """What every rank divides its norms by, as a power of two, before they are squared: 0 unless the squares may leave float64."""
-    if not any(grad.dtype == torch.float64 for grad in grads):
+def _common_exponent(local: list[Tensor], groups: list[Group], norms: list[Tensor]) -> int:
+    """The power of two by which every rank divides its norms before they are squared: 0 unless the squares may leave float64."""
+    if not any(each.dtype == torch.float64 for each in local):
         return 0
     largest = torch.stack(norms).amax()
-    for mesh, dims, _ in _by_mesh(grads):
-        largest = _reduced(largest, math.inf, mesh, dims)
+    for group in groups:
+        largest = _reduced(largest, math.inf, group)
     value = largest.item()
     return math.frexp(value)[1] if math.isfinite(value) else 0
 

@@ -22,7 +22,7 @@ from torch.testing._internal.common_utils import DeterministicGuard
 
 import gradkernels as gk
 from accuracy import ULP_BOUND, assert_accurate, assert_bitwise_equal, assert_same_outcome, extended, outcome
-from gradkernels import _native, clip_grad, reference, sharded
+from gradkernels import _native, reference, sharded
 from memory import skip_unless_free
 
 OPS = torch.ops.gradkernels
@@ -631,8 +631,7 @@ def test_a_norm_that_lies_with_the_gradients_is_not_copied(monkeypatch):
     """meta stands for a GPU, whose numbers nobody can read without waiting for it."""
     passed = []
     kernels = types.SimpleNamespace(clip_grads_with_norm_=lambda *arguments: passed.append(arguments))
-    monkeypatch.setattr(clip_grad, "native_library", lambda: kernels)
-    monkeypatch.setattr(clip_grad, "applies", lambda grads: True)
+    monkeypatch.setattr("gradkernels.gradients._kernels_for", lambda tensors: kernels)
     grads, total_norm = [torch.empty(3, device="meta")], torch.empty((), device="meta")
     gk.clip_grads_with_norm_(parameters_with(grads), 1.0, total_norm)
     assert len(passed) == 1 and passed[0][2] is total_norm

@@ -24,8 +24,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from gradkernels import clip_grad, text
+from gradkernels import text
 from gradkernels.diagnosis import plots
+from gradkernels.gradients import tensor_norms
 from gradkernels.layers import by_first_call, layer_name, learns, unit_dim, unwrapped
 
 # Results wait on their device for this many steps: 3 numbers to a parameter, 200 KB for a network of 100 layers.
@@ -289,7 +290,7 @@ class GradientMonitor:
     @torch.no_grad()
     def _read_gradients(self) -> None:
         places, grads = self._given(self._learning_of(range(len(self._parameters))))
-        self._gradients = self._step, places, clip_grad.tensor_norms(grads)[0]
+        self._gradients = self._step, places, tensor_norms(grads)[0]
 
     def _places(self, optimizer: Optimizer) -> list[int]:
         """Which of the model's parameters an optimizer holds that learn now."""
@@ -367,7 +368,7 @@ class GradientMonitor:
             step.receive(_UPDATE, places, norms[count : 2 * count])
             step.receive(_GRADIENT, graded, norms[2 * count :] * scale)
 
-        self._unread.add(clip_grad.tensor_norms(weights + updates + grads)[0], receive)
+        self._unread.add(tensor_norms(weights + updates + grads)[0], receive)
 
     def _given(self, places: Iterable[int]) -> tuple[list[int], list[Tensor]]:
         """The places that have a gradient, and the gradients."""

@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from gradkernels import clip_grad
 from gradkernels.acts import ACTS
 from gradkernels.diagnosis.backward_graph import BackwardGraph
+from gradkernels.gradients import tensor_norms
 from gradkernels.layers import NORMS, WEIGHTS, by_first_call, layer_name, learns, unit_dim, unwrapped
 from gradkernels.preserved import preserved
 
@@ -430,7 +430,7 @@ def _read_norms(layers: list[Layer], parameters: dict[str, nn.Parameter], grads:
     """Norms of weights and gradients, in one pass over both; returns that of all gradients together."""
     given = {name: grad for name, grad in zip(parameters, grads, strict=True) if grad is not None}
     weights = [parameter.detach() for parameter in parameters.values()]
-    norms, _, nonfinite, _ = clip_grad.tensor_norms([*weights, *given.values()])
+    norms, _, nonfinite, _ = tensor_norms([*weights, *given.values()])
     weight = dict(zip(parameters, norms.tolist(), strict=False))
     gradient = dict(zip(given, norms[len(weights) :].tolist(), strict=True))
     counts = dict(zip(given, nonfinite[len(weights) :].tolist(), strict=True))
