@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.command == "selftest":
         from gradkernels import selftest
 
-        return selftest.main()
+        return selftest.main(gradkernels)
     print(info())
     return 0
 

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from gradkernels import _native, reference, sharded
+from gradkernels import _native, sharded
 
 Norms: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -70,7 +70,7 @@ class Gradients:
             # gradients' device is passed as it is, and the host does not wait for it.
             native.clip_grads_with_norm_(self.local, max_norm, total_norm.to(self.local[0].device))
         else:
-            reference.scale_grads_(self.local, max_norm, total_norm)
+            _scale_with_torch_(self.local, max_norm, total_norm)
         self._count_versions()
 
     def clamp_(self, clip_value: float) -> None:
@@ -106,5 +106,29 @@ def _kernels_for(tensors: list[Tensor]) -> ModuleType | None:
 
 def _norms(tensors: list[Tensor], norm_type: float) -> Norms:
     native = _kernels_for(tensors) if norm_type in NORM_TYPES else None
-    norms: Norms = reference.grad_norms(tensors, norm_type) if native is None else native.grad_norms(tensors, norm_type)
+    norms: Norms = norms_by_torch(tensors, norm_type) if native is None else native.grad_norms(tensors, norm_type)
     return norms
+
+
+def _scale_with_torch_(grads: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
+    """torch's clip_grads_with_norm_, which takes parameters, for gradients; the host waits for no device."""
+    coefficient = torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
+    for grad in grads:
+        grad.mul_(coefficient.to(grad.device))
+
+
+def norms_by_torch(grads: list[Tensor], norm_type: float = 2.0) -> Norms:
+    """The norm, the largest magnitude and the number of non-finite elements of each gradient, and the norm of all, by torch's operators."""
+    if not grads:
+        zero = torch.zeros(0, dtype=torch.float64, device="cpu")
+        return zero, zero.clone(), zero.to(torch.int64), zero.sum()
+    device = grads[0].device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    norms, max_abs, nonfinite = [], [], []
+    for grad in grads:
+        magnitude = grad.abs().to(dtype)
+        zero = magnitude.new_zeros(())
+        norms.append((torch.linalg.vector_norm(magnitude, norm_type) if magnitude.numel() else zero).to(device))
+        max_abs.append((magnitude.amax() if magnitude.numel() else zero).to(device))
+        nonfinite.append((~magnitude.isfinite()).sum().to(device))
+    return torch.stack(norms), torch.stack(max_abs), torch.stack(nonfinite), torch.linalg.vector_norm(torch.stack(norms), norm_type)

@@ -194,27 +194,3 @@ def clip_grads_with_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float
 
 def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None) -> None:
     torch.nn.utils.clip_grad_value_(parameters, clip_value, foreach)
-
-
-def scale_grads_(grads: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
-    """clip_grads_with_norm_ of the gradients themselves, and without waiting for a device that holds them."""
-    coefficient = torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
-    for grad in grads:
-        grad.mul_(coefficient.to(grad.device))
-
-
-def grad_norms(grads: list[Tensor], norm_type: float = 2.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of each gradient norm, largest magnitude and number of elements that are not finite, and the norm of all."""
-    if not grads:
-        nothing = torch.zeros(0, dtype=torch.float64, device="cpu")
-        return nothing, nothing.clone(), nothing.to(torch.int64), nothing.sum()
-    device = grads[0].device
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    norms, max_abs, nonfinite = [], [], []
-    for grad in grads:
-        magnitude = grad.abs().to(dtype)
-        nothing = magnitude.new_zeros(())
-        norms.append((torch.linalg.vector_norm(magnitude, norm_type) if magnitude.numel() else nothing).to(device))
-        max_abs.append((magnitude.amax() if magnitude.numel() else nothing).to(device))
-        nonfinite.append((~magnitude.isfinite()).sum().to(device))
-    return torch.stack(norms), torch.stack(max_abs), torch.stack(nonfinite), torch.linalg.vector_norm(torch.stack(norms), norm_type)

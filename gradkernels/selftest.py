@@ -16,9 +16,9 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-import gradkernels as gk
 from gradkernels import _native, reference
 from gradkernels.acts import ACTS
+from gradkernels.gradients import norms_by_torch
 
 try:
     from rich.box import SIMPLE
@@ -98,16 +98,16 @@ def clip_grad_value_(library: ModuleType, given: Tensors) -> Tensors:
 
 
 def grad_norms(library: ModuleType, given: Tensors) -> Tensors:
-    if library is gk:
-        report = gk.grad_report(gradients(given))
+    if library is not reference:
+        report = library.grad_report(gradients(given))
         return {"norms": report.norms, "max_abs": report.max_abs}
-    norms, max_abs, *_ = reference.grad_norms([given["grad_y"], given["weight"]])
+    norms, max_abs, *_ = norms_by_torch([given["grad_y"], given["weight"]])
     return {"norms": norms, "max_abs": max_abs}
 
 
 def rmsprop(library: ModuleType, given: Tensors) -> Tensors:
     parameters = gradients(given)
-    optimizer = (gk.optim if library is gk else torch.optim).RMSprop(parameters, lr=0.1, eps=1e-3, momentum=0.9)
+    optimizer = (torch if library is reference else library).optim.RMSprop(parameters, lr=0.1, eps=1e-3, momentum=0.9)
     for _ in range(2):
         optimizer.step()
     return {f"parameter {i}": each.detach() for i, each in enumerate(parameters)}
@@ -131,15 +131,15 @@ OPERATORS: dict[str, Compute] = {
     "optim.RMSprop": rmsprop,
 }
 DIFFERENTIATED: dict[str, Callable[..., Tensor]] = {
-    "leaky_relu": lambda x, weight, bias: gk.leaky_relu(x, 0.1),
-    "prelu": lambda x, weight, bias: gk.prelu(x, weight),
-    "rrelu": lambda x, weight, bias: gk.rrelu(x),
-    "elu": lambda x, weight, bias: gk.elu(x),
-    "swish": lambda x, weight, bias: gk.swish(x),
-    "swish, beta learnt": lambda x, weight, bias: gk.swish(x, weight),
+    "leaky_relu": lambda library, x, weight, bias: library.leaky_relu(x, 0.1),
+    "prelu": lambda library, x, weight, bias: library.prelu(x, weight),
+    "rrelu": lambda library, x, weight, bias: library.rrelu(x),
+    "elu": lambda library, x, weight, bias: library.elu(x),
+    "swish": lambda library, x, weight, bias: library.swish(x),
+    "swish, beta learnt": lambda library, x, weight, bias: library.swish(x, weight),
     **{
         f"batch_norm_act {act}": partial(
-            lambda x, weight, bias, act: gk.batch_norm_act(x, None, None, weight, bias, True, act=act), act=act
+            lambda library, x, weight, bias, act: library.batch_norm_act(x, None, None, weight, bias, True, act=act), act=act
         )
         for act, record in ACTS.items()
         if record.saves != "mask"
@@ -182,28 +182,28 @@ def error_of(results: Tensors, exact: Tensors, dtype: torch.dtype) -> float:
     return worst
 
 
-def run(check: Check) -> None:
-    """Fills in a check."""
+def run(check: Check, library: ModuleType) -> None:
+    """Compares a library's operator with the reference, and fills in the check."""
     compute = OPERATORS[check.operator]
     # What all three start from is what the dtype can hold.
     given = {name: tensor.to(check.dtype).to(check.device) for name, tensor in draw(SHAPE).items()}
     exact = compute(reference, {name: tensor.double().cpu() for name, tensor in given.items()})
-    ours = compute(gk, given)
+    ours = compute(library, given)
     check.error, check.torchs = error_of(ours, exact, check.dtype), error_of(compute(reference, given), exact, check.dtype)
     bound = BOUND_OF_FLOAT64 if check.dtype == torch.float64 else BOUND
     failed = [] if check.error <= max(check.torchs, bound) else [f"an error of {check.error:.3g}, torch's is {check.torchs:.3g}"]
     if check.device == "cpu":
         with threads(1):
-            alone = compute(gk, given)
+            alone = compute(library, given)
         with threads(max(torch.get_num_threads(), 2)):
-            together = compute(gk, given)
+            together = compute(library, given)
         same = all(torch.equal(alone[name], together[name]) for name in alone)
         check.threads = "same" if same else "differ"
         failed += [] if same else ["bits that depend on the number of threads"]
     if check.dtype == torch.float64 and check.operator in DIFFERENTIATED:
         small = draw(SMALL_SHAPE)
         leaves = [small[name].to(check.device).requires_grad_() for name in ("x", "weight", "bias")]
-        right = torch.autograd.gradcheck(DIFFERENTIATED[check.operator], leaves, raise_exception=False)
+        right = torch.autograd.gradcheck(partial(DIFFERENTIATED[check.operator], library), leaves, raise_exception=False)
         check.gradient = "right" if right else "wrong"
         failed += [] if right else ["a gradient that is not that of finite differences"]
     check.failed = "; ".join(failed)
@@ -249,8 +249,8 @@ def table_of(device: str, done: list[Check]) -> Table:
     return table
 
 
-def main() -> int:
-    """Runs every check; 0 where all of them passed."""
+def main(library: ModuleType) -> int:
+    """Runs every check of a library with the functions of gradkernels; returns 0 if all of them passed, else 1."""
     if _native.C is None:
         print(f"gradkernels runs on operators composed of torch's own, there is nothing to test: {_native.reason}.")
         print(f"To mend it: {_native.remedy}")
@@ -266,12 +266,12 @@ def main() -> int:
         for check in done:
             progress.update(task, description=f"{check.operator} {check.dtype}")
             try:
-                run(check)
+                run(check, library)
             except Exception as error:
                 check.failed = f"{type(error).__name__}: {error}".partition("\n")[0]
             progress.advance(task)
     console.print(
-        f"gradkernels {gk.__version__}, torch {torch.__version__}, {_native.C.instruction_set()}, {torch.get_num_threads()} threads"
+        f"gradkernels {library.__version__}, torch {torch.__version__}, {_native.C.instruction_set()}, {torch.get_num_threads()} threads"
     )
     for device in devices():
         console.print(table_of(device, done))

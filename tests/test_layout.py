@@ -101,6 +101,17 @@ LAYOUT_OF_A_STEM = (
     *("csrc/math/{}.h", "csrc/ops/{}.h", "csrc/ops/{}.cpp", "csrc/autograd/{}.cpp", "csrc/cpu/{}.cpp"),
     *("gradkernels/{}.py", "tests/test_{}.py", "bench/bench_{}.py"),
 )
+# The files and packages of gradkernels/ from the ground up: each may import what stands in a row before its own, and nothing else. So the
+# operators know nothing of conversion and diagnosis, and those nothing of each other.
+PACKAGE = (
+    ("_native", "acts", "layers", "preserved", "sharded", "text"),
+    ("gradients", "recompute", "reference"),
+    ("activation", "batch_norm_act", "clip_grad", "selftest"),
+    ("init", "optim", "sync_batch_norm_act"),
+    ("conversion", "diagnosis"),
+    ("__init__",),
+    ("__main__",),
+)
 # The only file of cpu/ that knows torch, and of it the C functions of its thread pool alone.
 POOL = "cpu/parallel.h"
 MOST_TORCH_UNITS = 8
@@ -276,6 +287,38 @@ def test_stub_is_the_module():
         [field.target.id for field in node.body] for node in stub.body if isinstance(node, ast.ClassDef) and node.name == "_BuildInfo"
     ]
     assert sorted(keys) == sorted(native.build_info())
+
+
+def room_of(path):
+    """The file or the package of gradkernels/ that a path lies in."""
+    return path.relative_to(ROOT / "gradkernels").parts[0].removesuffix(".py")
+
+
+def imports_of(path):
+    """The rooms of gradkernels/ that a file imports, also inside functions."""
+    rooms = {room for row in PACKAGE for room in row}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path.name}: relative imports are not used"
+            names = [[*node.module.split("."), alias.name] for alias in node.names]
+        else:
+            continue
+        yield from (name[1] if name[1:] and name[1] in rooms else "__init__" for name in names if name[0] == "gradkernels")
+
+
+def test_imports_of_the_package_go_downwards():
+    row_of = {room: number for number, row in enumerate(PACKAGE) for room in row}
+    files = sorted((ROOT / "gradkernels").rglob("*.py"))
+    assert {room_of(path) for path in files} == row_of.keys()
+    upwards = [
+        f"{path.relative_to(ROOT)} imports {room}"
+        for path in files
+        for room in imports_of(path)
+        if room != room_of(path) and row_of[room] >= row_of[room_of(path)]
+    ]
+    assert not upwards, "\n".join(upwards)
 
 
 def test_no_line_is_longer_than_140_columns():
