@@ -22,6 +22,7 @@ from torch.nn import functional as F
 import gradkernels as gk
 from gradkernels.diagnosis import command, cures, verdicts
 from gradkernels.diagnosis.probe import Layer, Probe
+from gradkernels.init.fill import expected_std
 
 WIDTH, CLASSES = 16, 4
 
@@ -559,7 +560,7 @@ def scaled(linear, std, *, act="relu", head=False, around=False, normalised=Fals
 @pytest.mark.parametrize("act", ["relu", "swish", "tanh", None])
 def test_threshold_of_the_scale_of_weights(scale, ill, act):
     linear = nn.Linear(400, 400)
-    std = scale * gk.init.expected_std(linear, act)
+    std = scale * expected_std(linear, act)
     assert scaled(linear, std, act=act) == (("badly initialised",) if ill else ("healthy",))
     assert scaled(linear, std, act=act, normalised=True) == ("healthy",)
     assert scaled(linear, std, act=act, head=True) == (("badly initialised",) if scale > 2.5 else ("healthy",)), "nothing follows a head"

@@ -14,6 +14,7 @@ from torch.nn.utils.prune import l1_unstructured
 
 import gradkernels as gk
 from examples import cures
+from gradkernels.init.following import activation_of
 
 ALPHA, BETA = 0.7, 1.7
 
@@ -288,7 +289,7 @@ def test_an_activation_is_known_as_module_function_and_method(place):
     for act in (module, function):
         (found,) = gk.init.apply_(Applied(act)).layers
         assert (found.activation, found.reason) == (name, "by tracing")
-        assert found.gain in (1, pytest.approx(gk.init.calculate_gain(*gk.init.activation_of(module))))
+        assert found.gain in (1, pytest.approx(gk.init.calculate_gain(*activation_of(module))))
 
 
 def test_slopes_of_a_function_are_read_from_the_parameter():
@@ -340,9 +341,9 @@ def test_order_of_modules_serves_where_tracing_cannot_and_that_is_said():
     }
     reasons = {each.name: each.reason for each in report.layers}
     assert reasons["block.0"] == reasons["block.2"] == "by tracing"
-    because = "since Branching cannot be traced (symbolically traced variables cannot be used as inputs to control flow)"
+    because = "because Branching cannot be traced (symbolically traced variables cannot be used as inputs to control flow)"
     assert reasons["first"] == reasons["last"] == f"by the order of modules, {because}"
-    assert str(report).endswith(f"? by the order of modules, {because}: first, last\nleft as they are, LayerNorm: norm")
+    assert str(report).endswith(f"? by the order of modules, {because}: first, last\nnot changed, LayerNorm: norm")
     assert any(line.split()[0] == "first" and line.endswith("swish(1) ?") for line in str(report).splitlines())
     assert any(line.split()[0] == "block.0" and line.endswith("elu(1)") for line in str(report).splitlines())
 
@@ -396,7 +397,7 @@ def test_a_layer_that_the_forward_does_not_reach_is_a_guess():
 
     found = {each.name: (each.activation, each.reason) for each in gk.init.apply_(Spare()).layers}
     assert found["layer"] == ("tanh", "by tracing")
-    assert found["spare"] == ("elu(1)", "by the order of modules, since the forward does not reach it")
+    assert found["spare"] == ("elu(1)", "by the order of modules, because the forward does not reach it")
 
 
 def test_blocks_of_our_own_are_looked_into():
@@ -458,7 +459,7 @@ def test_what_is_not_its_own_to_set_is_kept_with_a_reason():
     assert dict(report.kept)["own"] == "Linear, tied to twin"
     changed = {name.partition(".")[0] for name, value in before.items() if not torch.equal(value, model.state_dict()[name])}
     assert changed == {"twin", "own"}
-    assert dict(report.kept)["pruned"] == "Linear whose weight is no parameter"
+    assert dict(report.kept)["pruned"] == "Linear whose weight is not a parameter"
     for word in ("tied to an embedding", "frozen", "parametrization", "no shape before its first batch", "MultiheadAttention: attention"):
         assert word in str(report)
 
@@ -484,14 +485,14 @@ def test_a_frozen_bias_is_left_alone_and_said():
     assert not model[0].bias.any()
     assert (model[2].bias == 0.5).all()
     assert report.kept == [("2.bias", "frozen")]
-    assert str(report).endswith("left as they are, frozen: 2.bias")
+    assert str(report).endswith("not changed, frozen: 2.bias")
     alone = nn.Linear(4, 4)
     alone.bias.requires_grad_(False)
     assert gk.init.apply_(alone).kept == [("bias", "frozen")]
 
 
 def test_refusals_are_said_in_words():
-    with pytest.raises(ValueError, match=r"scheme is one of 'auto', 'xavier_uniform'.*not 'best'"):
+    with pytest.raises(ValueError, match=r"scheme must be one of 'auto', 'xavier_uniform'.*not 'best'"):
         gk.init.apply_(nn.Linear(2, 2), scheme="best")
     with pytest.raises(ValueError, match=r"ReLU has no linear or convolutional layer to initialise"):
         gk.init.apply_(nn.ReLU())

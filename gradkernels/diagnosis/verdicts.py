@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gradkernels import init
 from gradkernels.diagnosis.probe import SATURATED_SLOPE, Layer, Probe
+from gradkernels.init.fill import expected_std
 from gradkernels.layers import NORMS, WEIGHTS
 
 # A gradient below this share of the largest one that it came through: with one learning rate for all, this layer takes 1,000 steps for one.
@@ -190,7 +190,7 @@ def _scale(layer: Layer, closed: bool) -> dict[str, str]:
     if layer.normalised:
         return {}
     # Each product that an output sums is one that an input enters.
-    forward = std / init.expected_std(module, layer.act)
+    forward = std / expected_std(module, layer.act)
     backward = forward * math.sqrt(layer.growth)
     if not layer.behind:
         # Nothing comes after an output layer that small outputs would be too small for; large ones are a large loss, whatever goes back.
