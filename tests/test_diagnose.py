@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import threading
+from fractions import Fraction
 
 import numpy
 import pytest
@@ -20,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradkernels as gk
-from gradkernels.diagnosis import command, cures, verdicts
+from gradkernels.diagnosis import command, cures, thresholds, verdicts
 from gradkernels.diagnosis.probe import Layer, Probe
 from gradkernels.init.fill import expected_std
 
@@ -89,7 +90,7 @@ def test_vanishing():
     assert [cure.name for cure in diagnosis.cures] == ["activation", "initialisation", "batch norm", "residual connections"]
     text = str(diagnosis)
     assert "vanishing" in text and "exploding" not in text
-    assert "the gradient of the first layer, linear0, is" in text and "0.25 at most" in text
+    assert "the gradient of the first layer, linear0, is" in text and "at most 0.25" in text
 
 
 @pytest.mark.parametrize("model", [mlp(nn.LeakyReLU, std=6), Recurrent(4.0)], ids=["depth", "time"])
@@ -129,7 +130,7 @@ def test_dead(relu):
         nn.init.constant_(model.body.bias, -20.0)
     diagnosis = diagnosed(model)
     sick = next(each for each in diagnosis.layers if "dead" in each.verdicts)
-    assert sick.layer.dead == 1 and "100% of the units behind relu" in sick.why
+    assert sick.layer.dead == 1 and "100% of the units after relu" in sick.why
     assert "activation" in [cure.name for cure in diagnosis.cures]
     few = diagnosed(model, count=8)
     assert all("dead" not in each.verdicts for each in few.layers), "eight samples are too few to call a unit dead"
@@ -233,7 +234,7 @@ def test_what_is_shut_for_good_or_before_a_branch_is_not():
 def test_what_all_units_being_off_makes_vanish_is_said():
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
     nn.init.constant_(model[1].bias, -50.0)
-    assert diagnosed(model).layers[0].why == "gradient exactly 0, as all units of 1 are off"
+    assert diagnosed(model).layers[0].why == "gradient exactly 0, because all units of 1 are off"
 
 
 @pytest.mark.parametrize(("count", "ill"), [(3, True), (8, True), (16, False)])
@@ -256,15 +257,15 @@ def poisoned_weight():
 @pytest.mark.parametrize(
     ("model", "origin", "line"),
     [
-        (Net(torch.log), "in or behind layer body: log made them", "torch.log(x.clamp_min(1e-12))"),
+        (Net(torch.log), "log produced the first nan or inf, in or after layer body", "torch.log(x.clamp_min(1e-12))"),
         (
             Net(lambda z: torch.sqrt((z - z).square())),
-            "in the backward pass, at layer head or just before it: SqrtBackward",
+            "SqrtBackward produced the first nan or inf, in the backward pass, at layer head or just before it",
             "torch.sqrt(x.clamp_min(1e-12))",
         ),
-        (Net(lambda z: z / F.relu(z)), "in or behind layer body: div made them", "x / y.clamp_min(1e-12)"),
-        (mlp(nn.ReLU, 40, std=100.0), "addmm made them", "gk.init.apply_(model)"),
-        (poisoned_weight(), "parameter body.weight holds nan or inf already", "model.load_state_dict"),
+        (Net(lambda z: z / F.relu(z)), "div produced the first nan or inf, in or after layer body", "x / y.clamp_min(1e-12)"),
+        (mlp(nn.ReLU, 40, std=100.0), "addmm produced the first nan or inf", "gk.init.apply_(model)"),
+        (poisoned_weight(), "parameter body.weight already holds nan or inf", "model.load_state_dict"),
     ],
     ids=["log", "sqrt backward", "div", "growth", "weight"],
 )
@@ -284,11 +285,19 @@ def plus(value):
 @pytest.mark.parametrize(
     ("loss_fn", "origin", "line"),
     [
-        (plus(math.nan), "the code itself brings in nan or inf in the loss: add was given it", "torch.finfo(x.dtype).min"),
-        (lambda *_: plus(torch.tensor(math.inf))(*_), "the code itself brings in nan or inf in the loss: tensor was", "torch.finfo("),
-        (lambda *_: plus(-torch.zeros(()).log())(*_), "began in the loss: log made them", "torch.log(x.clamp_min"),
-        (lambda y, target: F.cross_entropy(y, target * 0 - 100), "in the loss: nll_loss_forward made them", "F.cross_entropy(y, tar"),
-        (lambda y, target: F.mse_loss(y[:0], y[:0]), "in the loss: mse_loss of an empty tensor made them", "loss_fn(y, targets) if len("),
+        (plus(math.nan), "the code itself passes nan or inf to add, in the loss", "torch.finfo(x.dtype).min"),
+        (lambda *_: plus(torch.tensor(math.inf))(*_), "the code itself passes nan or inf to tensor, in the", "torch.finfo("),
+        (lambda *_: plus(-torch.zeros(()).log())(*_), "log produced the first nan or inf, in the loss", "torch.log(x.clamp_min"),
+        (
+            lambda y, target: F.cross_entropy(y, target * 0 - 100),
+            "nll_loss_forward produced the first nan or inf, in the loss",
+            "F.cross_entropy(y, tar",
+        ),
+        (
+            lambda y, target: F.mse_loss(y[:0], y[:0]),
+            "mse_loss of an empty tensor produced the first nan or inf, in the loss",
+            "loss_fn(y, targets) if len(",
+        ),
     ],
     ids=["number", "tensor", "log", "all targets ignored", "nothing selected"],
 )
@@ -303,7 +312,7 @@ def test_a_loss_that_is_not_finite_is_said_first_and_has_a_cure(loss_fn, origin,
 
 def test_nan_that_is_made_in_the_loss_and_spreads():
     diagnosis = gk.diagnose(mlp(nn.ELU, 1), batch(), lambda y, target: F.cross_entropy(y, target) + y.sum().mul(0).log().mul(0))
-    assert str(diagnosis).startswith("Sequential: the loss is nan; non-finite 2 of 2 layers\nnon-finite values began in the loss: log made")
+    assert str(diagnosis).startswith("Sequential: the loss is nan; non-finite 2 of 2 layers\nlog produced the first nan")
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
@@ -349,18 +358,24 @@ def test_infinities_that_reach_neither_loss_nor_gradients_are_not_mentioned(name
 @pytest.mark.parametrize("name", HARMLESS)
 def test_the_origin_is_what_reaches_the_loss_not_what_came_before_it(name):
     diagnosis = diagnosed(Masked(lambda model, z: torch.sqrt(HARMLESS[name](model, z) - 99)))
-    assert diagnosis.origin == "non-finite values began in or behind layer body: sqrt made them"
+    assert diagnosis.origin == "sqrt produced the first nan or inf, in or after layer body"
 
 
 @pytest.mark.parametrize(
     ("function", "made"),
     [
-        (lambda model, z: torch.softmax(z.masked_fill(z < 99, -math.inf), 1), "began in or behind layer body: _softmax made them"),
-        (lambda model, z: torch.softmax(z + torch.zeros(WIDTH).log(), 1), "began in or behind layer body: log made them"),
-        (lambda model, z: torch.softmax(z + model.mask[:, :1], 1), "buffer mask holds nan or inf already"),
-        (lambda model, z: z.log_().sqrt_(), "began in or behind layer body: log made them"),
-        (lambda model, z: gk.elu(z.log(), inplace=True).exp(), "began in or behind layer body: log made them"),
-        (lambda model, z: (z * (z > 0)).log().nan_to_num(neginf=0), "in the backward pass, at layer head or just before it: LogBackward"),
+        (
+            lambda model, z: torch.softmax(z.masked_fill(z < 99, -math.inf), 1),
+            "_softmax produced the first nan or inf, in or after layer body",
+        ),
+        (lambda model, z: torch.softmax(z + torch.zeros(WIDTH).log(), 1), "log produced the first nan or inf, in or after layer body"),
+        (lambda model, z: torch.softmax(z + model.mask[:, :1], 1), "buffer mask already holds nan or inf"),
+        (lambda model, z: z.log_().sqrt_(), "log produced the first nan or inf, in or after layer body"),
+        (lambda model, z: gk.elu(z.log(), inplace=True).exp(), "log produced the first nan or inf, in or after layer body"),
+        (
+            lambda model, z: (z * (z > 0)).log().nan_to_num(neginf=0),
+            "LogBackward produced the first nan or inf, in the backward pass, at layer head",
+        ),
     ],
     ids=["all masked", "all masked by log", "all masked by a buffer", "in place", "our own in place", "backward"],
 )
@@ -384,7 +399,7 @@ def test_a_head_of_zeros_is_said_to_be_why_nothing_before_it_learns():
     nn.init.zeros_(model.head.weight)
     diagnosis = diagnosed(model)
     assert words(diagnosis) == {"linear0": ("vanishing",), "linear1": ("vanishing",), "head": ("badly initialised",)}
-    assert diagnosis.layers[0].why == "gradient exactly 0, as the weights of head, until its first step"
+    assert diagnosis.layers[0].why == "gradient exactly 0 until the first step, because all weights of head are 0"
     assert [cure.name for cure in diagnosis.cures] == ["initialisation"]
     for layer in (model.linear0, model.linear1):
         layer.requires_grad_(False)
@@ -411,7 +426,9 @@ def test_a_model_that_computes_with_copies_of_its_parameters_is_refused_in_words
         def forward(self, x):
             return F.linear(x, self.body.weight.detach().requires_grad_())
 
-    with pytest.raises(RuntimeError, match=r"does not depend on any parameter of the model itself: .* diagnosed before it is wrapped"):
+    with pytest.raises(
+        RuntimeError, match=r"does not depend on any parameter of the model itself\. .* has to be diagnosed before it is wrapped"
+    ):
         diagnosed(Copies(None))
 
 
@@ -438,7 +455,7 @@ def test_an_auxiliary_head_is_no_measure_for_the_others(last, share):
 
     diagnosis = gk.diagnose(TwoHeads(last), batch(), loss_fn)
     assert set(words(diagnosis).values()) == {("healthy",)}, str(diagnosis)
-    behind = {each.name: [layer.name for layer in each.layer.behind] for each in diagnosis.layers}
+    behind = {each.name: [layer.name for layer in each.layer.layers_after] for each in diagnosis.layers}
     assert behind["deep"] == ["main"] and behind["main"] == behind["auxiliary"] == []
     assert sorted(behind["body"]) == ["auxiliary", "deep", "main"]
     if share < 1:
@@ -456,7 +473,7 @@ def test_what_vanishes_on_one_of_two_ways_is_seen_on_that_one():
 
 def around(model, *shape):
     x = torch.randn(8, *(shape or (WIDTH,)))
-    return [each.name for each in gk.diagnose(model, (x, None), lambda y, _: y.square().mean()).layers if each.layer.around]
+    return [each.name for each in gk.diagnose(model, (x, None), lambda y, _: y.square().mean()).layers if each.layer.has_skip]
 
 
 class Ways(nn.Module):
@@ -507,7 +524,7 @@ def test_the_graph_of_a_layer_called_often_of_a_tied_weight_and_of_a_functional_
             return self.head(h)
 
     diagnosis = gk.diagnose(Model(), (torch.randint(8, (64, 5)), torch.randint(8, (64,))), F.cross_entropy)
-    behind = {each.name: [layer.name for layer in each.layer.behind] for each in diagnosis.layers}
+    behind = {each.name: [layer.name for layer in each.layer.layers_after] for each in diagnosis.layers}
     # The scale is behind the first word only; the module that holds the others is nobody's.
     assert behind == {"(model)": ["recur", "head"], "words": ["recur", "head"], "recur": ["head"], "head": []}
     assert diagnosis.layers[0].layer.output_std is None
@@ -517,7 +534,7 @@ def judged(**figures):
     """The verdicts of the first of two layers with the figures given; the last has a gradient and a weight of 1."""
     module = nn.Module()
     last = Layer("last", module, called=1, gradient=1.0, weight=1.0)
-    first = Layer("first", module, called=1, gradient=1.0, weight=1.0, behind=[last])
+    first = Layer("first", module, called=1, gradient=1.0, weight=1.0, layers_after=[last])
     loss = figures.pop("loss", 1.0)
     for name, value in figures.items():
         setattr(first, name, value)
@@ -546,13 +563,13 @@ def test_thresholds(below, above, verdict):
     assert judged(**above) == (verdict,)
 
 
-def scaled(linear, std, *, act="relu", head=False, around=False, normalised=False):
+def scaled(linear, std, *, act="relu", head=False, has_skip=False, normalised=False):
     """The verdicts of a linear layer with weights of that deviation."""
     nn.init.normal_(linear.weight, std=std)
     last = Layer("last", nn.Module(), called=1, gradient=1.0, weight=1.0)
     layer = Layer("layer", linear, called=1, gradient=1.0, weight=1.0, act=act, normalised=normalised)
-    layer.growth, layer.behind = linear.out_features / linear.in_features, [] if head else [last]
-    layer.around = around
+    layer.growth, layer.layers_after = linear.out_features / linear.in_features, [] if head else [last]
+    layer.has_skip = has_skip
     return verdicts.verdicts(Probe([layer, last], 1.0, 1.0))[0].verdicts
 
 
@@ -564,7 +581,9 @@ def test_threshold_of_the_scale_of_weights(scale, ill, act):
     assert scaled(linear, std, act=act) == (("badly initialised",) if ill else ("healthy",))
     assert scaled(linear, std, act=act, normalised=True) == ("healthy",)
     assert scaled(linear, std, act=act, head=True) == (("badly initialised",) if scale > 2.5 else ("healthy",)), "nothing follows a head"
-    assert scaled(linear, std, act=act, around=True) == (("badly initialised",) if scale > 2.5 else ("healthy",)), "the signal goes around"
+    assert scaled(linear, std, act=act, has_skip=True) == (("badly initialised",) if scale > 2.5 else ("healthy",)), (
+        "the signal goes around"
+    )
 
 
 @pytest.mark.parametrize("sizes", [(64, 1024), (1024, 64), (256, 256)])
@@ -661,7 +680,7 @@ def test_a_numbered_module_is_named_as_python_has_it():
     ],
 )
 def test_every_cure_of_arithmetic_is_python(operator):
-    line = cures.mend(operator)
+    line = cures.fix_line(operator)
     names = {"torch": torch, "F": F, "x": torch.tensor([-1.0, 0.0, 2.0]), "p": 0.5, "gk": gk, "model": nn.Linear(2, 2)}
     names |= {"y": torch.zeros(2, 3), "targets": torch.full((2,), -100), "mask": torch.ones(3).bool(), "loss_fn": F.cross_entropy}
     if operator == "mse_loss":
@@ -681,7 +700,7 @@ def normalisation(diagnosis):
 
 def test_batch_norm_is_not_recommended_behind_the_output_layer():
     cure = normalisation(gk.diagnose(mlp(nn.LeakyReLU, 2), batch(), enormous))
-    assert cure.name == "batch norm" and "behind linear0" in cure.line
+    assert cure.name == "batch norm" and "after linear0" in cure.line
     only_the_head = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
     diagnosis = gk.diagnose(only_the_head, batch(), enormous)
     assert "exploding" in diagnosis.counts() and diagnosis.cures and normalisation(diagnosis) is None
@@ -785,7 +804,7 @@ def test_dropout_makes_no_gate_of_a_sigmoid():
 )
 def test_the_gradient_of_a_normalisation_is_not_measured_by_those_of_weights(module, gradient, verdict):
     last = Layer("last", nn.Identity(), called=1, gradient=1.0, weight=1.0)
-    layer = Layer("layer", module, called=1, gradient=gradient, weight=1.0, behind=[last])
+    layer = Layer("layer", module, called=1, gradient=gradient, weight=1.0, layers_after=[last])
     assert verdicts.verdicts(Probe([layer, last], 1.0, 1.0))[0].verdicts == (verdict,)
 
 
@@ -834,7 +853,7 @@ def test_a_model_that_cannot_be_copied_is_diagnosed_all_the_same(attribute, said
     diagnosis = diagnosed(model, apply=True)
     assert diagnosis.after is None and "exploding" in diagnosis.counts()
     last = str(diagnosis).splitlines()[-1]
-    assert last.startswith(f"the safe cures were not tried, since Sequential cannot be copied: {said}") and len(last) < 250
+    assert last.startswith(f"the safe cures were not tried, because Sequential cannot be copied: {said}") and len(last) < 250
 
 
 def test_apply_shows_before_and_after_and_leaves_the_model():
@@ -1097,21 +1116,21 @@ def test_picture_and_dict(tmp_path):
     [
         (nn.ReLU(), (batch(), F.cross_entropy), ValueError, "ReLU has no parameters that require a gradient: there is nothing to diagnose"),
         (nn.LazyLinear(3), (batch(), F.cross_entropy), ValueError, "LazyLinear has parameters without a shape: run it on a batch first"),
-        (nn.Linear, (batch(), F.cross_entropy), TypeError, "model is a torch.nn.Module, not the class Linear"),
-        ([mlp(nn.ReLU, 1)], (batch(), F.cross_entropy), TypeError, "model is a torch.nn.Module, not list"),
+        (nn.Linear, (batch(), F.cross_entropy), TypeError, "model must be a torch.nn.Module, not the class Linear"),
+        ([mlp(nn.ReLU, 1)], (batch(), F.cross_entropy), TypeError, "model must be a torch.nn.Module, not list"),
         (mlp(nn.ReLU, 1).to("meta"), (batch(), F.cross_entropy), ValueError, "has parameters without values, on the meta device"),
-        (mlp(nn.ReLU, 1), (torch.randn(2, 3), F.cross_entropy), TypeError, r"batch is the pair \(inputs, targets\), .*, not Tensor"),
-        (mlp(nn.ReLU, 1), (3, F.cross_entropy), TypeError, "batch is the pair .*, not int"),
-        (mlp(nn.ReLU, 1), ((*batch(), 1), F.cross_entropy), ValueError, "batch is the pair .*, not a tuple of 3"),
+        (mlp(nn.ReLU, 1), (torch.randn(2, 3), F.cross_entropy), TypeError, r"batch must be a pair \(inputs, targets\), .*, not Tensor"),
+        (mlp(nn.ReLU, 1), (3, F.cross_entropy), TypeError, "batch must be a pair .*, not int"),
+        (mlp(nn.ReLU, 1), ((*batch(), 1), F.cross_entropy), ValueError, "batch must be a pair .*, not a tuple of 3"),
         (
             mlp(nn.ReLU, 1),
             ((1.5, 2), F.cross_entropy),
             TypeError,
-            "the inputs of batch are a tensor, or something that holds tensors, not float",
+            "the inputs in batch must be a tensor, or something that holds tensors, not float",
         ),
         (mlp(nn.ReLU, 1), ((None, 2), F.cross_entropy), TypeError, "not NoneType"),
         (mlp(nn.ReLU, 1), (batch(0), F.cross_entropy), ValueError, r"batch is empty: its inputs have the shape \(0, 16\)"),
-        (mlp(nn.ReLU, 1), (batch(), 1.5), TypeError, "loss_fn is a function of the model's outputs and the targets, not float"),
+        (mlp(nn.ReLU, 1), (batch(), 1.5), TypeError, "loss_fn must be a function of the model's outputs and the targets, not float"),
         (mlp(nn.ReLU, 1), (batch(), nn.CrossEntropyLoss), TypeError, "not the class CrossEntropyLoss"),
         (mlp(nn.ReLU, 1), (batch(), lambda y, target: y.sum().item()), TypeError, "loss_fn returned float, not a tensor"),
         (mlp(nn.ReLU, 1), (batch(), lambda y, target: (y.sum(), y)), TypeError, "loss_fn returned tuple, not a tensor"),
@@ -1129,11 +1148,11 @@ def test_bad_input_is_said_in_words(model, arguments, error, said):
 @pytest.mark.parametrize("look", [lambda model: gk.diagnose(model, batch(), F.cross_entropy), gk.GradientMonitor, gk.init.apply_])
 def test_modules_that_are_scripted_or_none_are_refused_in_words(look):
     scripted = torch.jit.script(nn.Sequential(nn.Linear(WIDTH, CLASSES)))
-    with pytest.raises(TypeError, match=r"^model is a torch.jit.ScriptModule, .* give the module it was made from"):
+    with pytest.raises(TypeError, match=r"^model is a torch.jit.ScriptModule, .* pass the module it was made from"):
         look(scripted)
     with pytest.raises(TypeError, match=r"^1 is a torch.jit.ScriptModule"):
         look(nn.Sequential(nn.Linear(WIDTH, WIDTH), scripted))
-    with pytest.raises(TypeError, match=r"model is a torch.nn.Module, not the class Linear"):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, not the class Linear"):
         look(nn.Linear)
 
 
@@ -1153,6 +1172,13 @@ def test_an_empty_batch_runs_nothing_and_empty_parts_of_one_are_no_matter():
 def test_the_docstring_has_every_verdict():
     table = [line[8:27].strip() for line in gk.diagnose.__doc__.splitlines() if re.match(" {8}[a-zB]", line)]
     assert set(verdicts.VERDICTS) <= set(table)
+
+
+def test_the_docstring_has_the_figure_of_every_threshold():
+    numbers = {float(Fraction(number)) for number in re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?(?:/\d+)?", gk.diagnose.__doc__)}
+    figures = {name: value for name, value in vars(thresholds).items() if name.isupper()}
+    assert len(figures) == 13
+    assert {name for name, value in figures.items() if value not in numbers} == set()
 
 
 USERS_MODULE = """
@@ -1242,10 +1268,10 @@ def test_command_line_batches_and_losses(users_folder, capsys, wanted, loss):
     ("arguments", "said"),
     [
         (["users_module", "--batch", "2,16"], "'users_module' is not of the form MODULE:NAME"),
-        (["users_module:absent", "--batch", "2,16"], "users_module:absent cannot be had"),
-        (["no_such_module:model", "--batch", "2,16"], "no_such_module:model cannot be had: No module named 'no_such_module'"),
+        (["users_module:absent", "--batch", "2,16"], "users_module:absent was not found"),
+        (["no_such_module:model", "--batch", "2,16"], "no_such_module:model was not found: No module named 'no_such_module'"),
         (["users_module:not_a_model", "--batch", "2,16"], "returned list, not a torch.nn.Module"),
-        (["users_module:vanishing", "--batch", "users_module:vanishing"], "holds no pair"),
+        (["users_module:vanishing", "--batch", "users_module:vanishing"], "does not hold a pair"),
         (["users_module:vanishing", "--batch", "2,16", "--loss", "no_loss"], "torch.nn.functional has no no_loss"),
         (["users_module:vanishing", "--batch", "2,16", "--output", "missing/x.png"], "there is no folder missing"),
         (["users_module:vanishing"], "--batch"),
@@ -1255,19 +1281,19 @@ def test_command_line_batches_and_losses(users_folder, capsys, wanted, loss):
             "users_module:wants() failed: TypeError: wants() missing 1 required positional argument",
         ),
         (["users_module:no_parameters", "--batch", "2,16"], "ReLU has no parameters that require a gradient"),
-        (["importing:model", "--batch", "2,16"], "importing:model cannot be had: No module named 'absent'"),
+        (["importing:model", "--batch", "2,16"], "importing:model was not found: No module named 'absent'"),
         (["broken:model", "--batch", "2,16"], "broken cannot be imported: SyntaxError: "),
         (["users_module:vanishing:x", "--batch", "2,16"], "'users_module:vanishing:x' is not of the form MODULE:NAME"),
         (
             ["users_module:vanishing", "--batch", "absent.pt"],
-            "--batch absent.pt is no size such as 32,3,224,224, no file that is there, and not",
+            "--batch absent.pt is not a size such as 32,3,224,224, not an existing file, and not",
         ),
-        (["users_module:vanishing", "--batch", "2,,16"], "--batch 2,,16 is no size"),
-        (["users_module:vanishing", "--batch", "2,-16"], "--batch 2,-16 is no size"),
+        (["users_module:vanishing", "--batch", "2,,16"], "--batch 2,,16 is not a size"),
+        (["users_module:vanishing", "--batch", "2,-16"], "--batch 2,-16 is not a size"),
         (["users_module:vanishing", "--batch", "0,16"], "batch is empty: its inputs have the shape (0, 16)"),
         (
             ["users_module:vanishing", "--batch", "users_module.py"],
-            "users_module.py is no file of tensors that torch.load(weights_only=True)",
+            "torch.load(weights_only=True) cannot read tensors from users_module.py",
         ),
         (
             ["users_module:vanishing", "--batch", "2,17"],
@@ -1282,7 +1308,7 @@ def test_command_line_batches_and_losses(users_folder, capsys, wanted, loss):
             "loss_fn returned a tensor of shape (2, 4), not one number",
         ),
         (["users_module:vanishing", "--batch", "2,16", "--output", "x.doc"], "--output x.doc does not end in .png, .pdf, .svg"),
-        (["users_module:one_output", "--batch", "2,16"], "cross_entropy needs the scores of two classes or more, not outputs of the shape"),
+        (["users_module:one_output", "--batch", "2,16"], "cross_entropy needs scores of two or more classes, not outputs of the shape"),
         (["users_module:two_outputs", "--batch", "2,16"], "the model returned tuple"),
     ],
 )

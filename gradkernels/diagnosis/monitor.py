@@ -493,14 +493,14 @@ class GradientMonitor:
         remarks.append(text.first_to_last(gradients))
         without = [name for name in rows if name not in gradients]
         if without:
-            remarks.append(f"without a gradient: {text.some(without)}")
+            remarks.append(f"without a gradient: {text.first_five(without)}")
         nonfinite = [name for name, gradient in gradients.items() if not math.isfinite(gradient)]
         if nonfinite:
-            remarks.append(f"gradient not finite: {text.some(nonfinite)}")
+            remarks.append(f"gradient not finite: {text.first_five(nonfinite)}")
         called = {name for modules in self._activations.values() for name in modules}
         silent = [name for module, name in self._modules.items() if name not in called and any(True for _ in module.parameters())]
         if looked_at is not None and silent:
-            remarks.append(f"never called in training mode, or without an output to look at: {text.some(silent)}")
+            remarks.append(f"never called in training mode, or without an output to look at: {text.first_five(silent)}")
         elif looked_at is None and self.activations_every is not None:
             remarks.append("no activation seen: no forward pass in training mode outside torch.compile")
         counts = {"gradients and weights": len(self._steps), "activations": len(self._activations)}
