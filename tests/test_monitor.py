@@ -22,8 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradkernels as gk
 from gradkernels import text
-from gradkernels.diagnosis import monitor as monitor_module
-from gradkernels.diagnosis import plots
+from gradkernels.diagnosis import plots, recorder
 
 OPTIMIZERS = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
@@ -143,7 +142,7 @@ def test_layers_are_in_the_order_in_which_they_run(activations_every, monkeypatc
     ]
     assert "the gradient of the first layer, (model), is" in monitor.table()
     drawn = []
-    monkeypatch.setattr(monitor_module.plots, "gradient_flow", lambda *arguments: drawn.append(arguments))
+    monkeypatch.setattr(plots, "gradient_flow", lambda *arguments: drawn.append(arguments))
     monitor.plot("flow.png")
     assert drawn[0][1:3] == (IN_ORDER, [False, True, True, True])
 
@@ -212,7 +211,7 @@ def test_every_and_activations_every():
     assert [*found["activations"]] == [0, 4, 8]
     assert gk.GradientMonitor(model, activations_every=None).remove() is None
     assert "activations of step 0" in monitor.table(3)
-    with pytest.raises(RuntimeError, match="step 4 was not recorded; those from 0 to 6 are, every 3"):
+    with pytest.raises(RuntimeError, match="step 4 was not recorded; recorded are steps 0 to 6 with every=3"):
         monitor.table(4)
 
 
@@ -520,7 +519,7 @@ def test_copies_and_pickles_of_the_model_are_not_watched():
     with gk.GradientMonitor(model) as monitor:
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             step(twin, torch.optim.SGD(twin.parameters(), lr=0.1))
-        assert len(monitor._unread) == 0
+        assert len(monitor._recorder.unread) == 0
         step(model, torch.optim.SGD(model.parameters(), lr=0.1))
     assert monitor.to_dict()["steps"] == [0]
 
@@ -545,16 +544,16 @@ def reads(model, optimizer, steps):
 
 
 def test_a_step_waits_for_nothing_and_reads_come_in_batches(monkeypatch):
-    monkeypatch.setattr(monitor_module, "_STEPS_PER_READ", 6)
+    monkeypatch.setattr(recorder, "_STEPS_PER_READ", 6)
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     without = reads(model, optimizer, 5)
     with gk.GradientMonitor(model, activations_every=2) as monitor:
         assert reads(model, optimizer, 5) == without
-        assert len(monitor._unread) > 5
+        assert len(monitor._recorder.unread) > 5
         step(model, optimizer)
         step(model, optimizer)
-        assert len(monitor._unread) == 1, "the first six steps have been read together, and the seventh has not"
+        assert len(monitor._recorder.unread) == 1, "the first six steps have been read together, and the seventh has not"
     assert len(monitor.to_dict()["steps"]) == 7
 
 
@@ -591,7 +590,7 @@ def test_under_compile_gradients_are_recorded_and_activations_left_out(monitored
     assert found["layers"] == ["0", "1", "3", "5"]
     assert found["gradient_norm"][1] == pytest.approx(norms_of(model, lambda _, parameter: parameter.grad), rel=1e-7)
     assert found["activations"] == {}
-    assert "no activation seen: no forward pass in training mode outside torch.compile" in monitor.table()
+    assert "no activations: there was no forward pass in training mode outside torch.compile" in monitor.table()
 
 
 # What a person gets
@@ -772,7 +771,7 @@ def test_tensorboard_of_torch(tmp_path):
 def test_no_step_yet():
     monitor = gk.GradientMonitor(network())
     for read in (monitor.table, monitor.to_dict, lambda: monitor.plot("never.png"), lambda: monitor.to_tensorboard(Scalars())):
-        with pytest.raises(RuntimeError, match="has recorded no step yet: it does so whenever an optimizer"):
+        with pytest.raises(RuntimeError, match="has not recorded a step yet: it records when an optimizer"):
             read()
     monitor.remove()
 
@@ -787,7 +786,7 @@ def test_nothing_to_monitor(model):
 @pytest.mark.parametrize("name", ["every", "activations_every"])
 def test_steps_are_counted_in_whole_numbers_from_one_on(name, count):
     before = hooks_of(network())
-    with pytest.raises(ValueError, match=f"every and activations_every count steps from 1 on, not .*{count!r}"):
+    with pytest.raises(ValueError, match=f"every and activations_every must be whole numbers from 1 on, not .*{count!r}"):
         gk.GradientMonitor(network(), **{name: count})
     assert hooks_of(network()) == before
     with pytest.raises(ValueError, match="not None and 10"):
@@ -802,4 +801,4 @@ def test_a_module_that_is_never_called_is_named():
         loss_of(model, *batch()).backward()
         optimizer.step()
     assert "without a gradient: unused" in monitor.table()
-    assert "never called in training mode, or without an output to look at: unused" in monitor.table()
+    assert "no activations, because never called in training mode or without a suitable output: unused" in monitor.table()

@@ -2,6 +2,9 @@
 
 diagnose.py is the public call and its report, and command.py its command line. probe.py observes one step:
 nonfinite.py follows nan and inf in it, and backward_graph.py says which layers a gradient passes. verdicts.py
-judges the layers with the thresholds of thresholds.py, and cures.py says what to change. monitor.py records a
-training. plots.py draws for both.
+judges the layers with the thresholds of thresholds.py, and cures.py says what to change.
+
+monitor.py (GradientMonitor) reports a training. recorder.py records it in hooks of optimizers,
+forward_hooks.py in hooks of modules, and deferred.py keeps the numbers on their device. plots.py draws for
+both.
 """
