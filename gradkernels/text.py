@@ -35,7 +35,7 @@ def first_to_last(gradients: Mapping[str, float]) -> str:
         return "no layer has a gradient"
     first, last = next(iter(gradients)), next(reversed([*gradients]))
     if first == last:
-        return f"the gradient of the only layer with one, {first}, is {three_digits(gradients[first])}"
+        return f"only layer {first} has a gradient: {three_digits(gradients[first])}"
     if not all(map(math.isfinite, (gradients[first], gradients[last]))) or not gradients[last]:
         return (
             f"the gradient of the first layer, {first}, is {three_digits(gradients[first])}, "

@@ -92,7 +92,7 @@ class ActivationRecorder:
     Args:
         model: the model, whose mode counts.
         modules: module -> its name.
-        every: one in so many steps is recorded; None for no step.
+        every: the interval between recorded steps; None records none.
         unread: where the numbers wait.
 
     Attributes:

@@ -58,9 +58,9 @@ class GradientMonitor:
 
     Args:
         model: a model with parameters that require a gradient.
-        every: one in so many steps is recorded.
-        activations_every: activations are recorded in one in so many steps, in the first forward pass in
-            training mode; None for no step.
+        every: the interval between recorded steps. 1 records each step.
+        activations_every: the interval between steps with activations, which are recorded in the first
+            forward pass in training mode. None records none.
 
     Raises:
         TypeError: model is not a torch.nn.Module, or holds a torch.jit.ScriptModule.

@@ -69,8 +69,8 @@ class Recorder:
 
     Args:
         model: the model.
-        every: one in so many steps is recorded.
-        activations_every: the same for activations; None for no step.
+        every: the interval between recorded steps.
+        activations_every: the interval between steps with activations; None records none.
 
     Attributes:
         parameters: the parameters of the model.
