@@ -1,6 +1,7 @@
-"""preserved: run a model, or trace it, and leave no trace in it.
+"""preserved: run or trace a model, and put everything back that this may have written.
 
-Everything a run may write is copied before and compared behind it: a model and its batch are needed twice for as long as that takes.
+Tensors are copied before the run and compared after it, so memory holds the model and the batch twice during
+the run.
 """
 
 import random
@@ -16,10 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 @contextmanager
 def preserved(model: nn.Module, *others: object) -> Iterator[None]:
-    """Puts a model, the tensors in `others` and the random numbers of torch, Python and numpy back, whatever happens inside.
+    """Put back a model, the tensors in `others` and the random numbers, even after an error.
 
-    That is: parameters (an Embedding with max_norm writes its weight in forward) and their gradients, buffers, training flags and every
-    other attribute of the modules. What an attribute refers to, such as a list, is not copied.
+    Random numbers are those of torch, Python and numpy. Of the model, put back are parameters (an Embedding
+    with max_norm writes its weight in forward) and their gradients, buffers, training flags and every other
+    attribute of the modules. An object that an attribute refers to, such as a list, is not copied.
     """
     attributes = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
     grads = [(parameter, parameter.grad) for parameter in model.parameters()]
@@ -27,17 +29,17 @@ def preserved(model: nn.Module, *others: object) -> Iterator[None]:
     copies = [(tensor, tensor.detach().clone()) for tensor in tensors if _has_values(tensor)]
     devices = {tensor.device for tensor in tensors if tensor.device.type in ("cuda", "xpu")}
     with ExitStack() as stack:
-        # Without a device it is the CPU's alone.
+        # fork_rng always saves the CPU's generator. With "cuda" and no index it saves no other.
         for kind in {device.type for device in devices} or {"cuda"}:
             indices = sorted(device.index for device in devices if device.type == kind)
             stack.enter_context(torch.random.fork_rng(indices, device_type=kind))
         stack.callback(random.setstate, random.getstate())
-        # numpy has random numbers to lose only where something has imported it.
+        # Only a program that has imported numpy can have used its random numbers.
         numpy = sys.modules.get("numpy")
         if numpy is not None:
             stack.callback(numpy.random.set_state, numpy.random.get_state())
         try:
-            # What runs backward inside then accumulates apart.
+            # A backward pass inside must not add to the gradients.
             for parameter, _ in grads:
                 parameter.grad = None
             yield
@@ -51,7 +53,7 @@ def preserved(model: nn.Module, *others: object) -> Iterator[None]:
                 parameter.grad = grad
             with torch.no_grad():
                 for tensor, copy in copies:
-                    # Not written in vain: that would count as a change.
+                    # Copy only if the values differ: a write bumps the version counter.
                     if not _are_equal(tensor, copy):
                         tensor.copy_(copy)
 
@@ -62,5 +64,5 @@ def _has_values(tensor: Tensor) -> bool:
 
 
 def _are_equal(x: Tensor, y: Tensor) -> bool:
-    """torch.equal, for which nan is not nan."""
+    """torch.equal, except that nan equals nan."""
     return torch.equal(x, y) or bool(((x == y) | (x.isnan() & y.isnan())).all())

@@ -1,11 +1,11 @@
-"""Text that several reports share: tables in columns, figures of three digits, lists of names, the gradient of first and last layer."""
+"""Text that several reports share: tables, figures, lists of names, the first and the last gradient."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
 
 
 def columns(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
-    """The lines of a table. Cells of the columns in `left` stand on the left of their column, all others on the right."""
+    """Return the lines of a table. Columns in `left` are aligned on the left, all others on the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -16,22 +16,26 @@ def columns(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list
 
 
 def three_digits(value: float | None) -> str:
-    """Three digits of a figure, a dash where there is none."""
+    """Return a figure with three digits; a dash for None."""
     return "-" if value is None else f"{value:.3g}"
 
 
-def some(names: Sequence[str]) -> str:
-    """The first five names, and how many more there are."""
+def first_five(names: Sequence[str]) -> str:
+    """Return the first five names, and the number of names that follow."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def first_to_last(gradients: Mapping[str, float]) -> str:
-    """The sentence that tells vanishing from exploding, of gradient norms in the order in which layers run."""
+    """Return the sentence that compares the gradient of the first layer with that of the last.
+
+    Args:
+        gradients: layer -> gradient norm, in the order in which layers run.
+    """
     if not gradients:
         return "no layer has a gradient"
     first, last = next(iter(gradients)), next(reversed([*gradients]))
     if first == last:
-        return f"the gradient of the only layer with one, {first}, is {three_digits(gradients[first])}"
+        return f"only layer {first} has a gradient: {three_digits(gradients[first])}"
     if not all(map(math.isfinite, (gradients[first], gradients[last]))) or not gradients[last]:
         return (
             f"the gradient of the first layer, {first}, is {three_digits(gradients[first])}, "

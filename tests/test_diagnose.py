@@ -1,6 +1,7 @@
-"""Every verdict on a model that has just this illness and on one that has not, the cures carried out, and that the model stays as it was.
+"""diagnose: each verdict on a model with this fault and on one without it, the cures, and an unchanged model.
 
-Thresholds are tested at both sides on figures made by hand; models are small and their illness is put in on purpose.
+Thresholds are tested on both sides with figures made by hand. Models are small, and their faults are put in
+on purpose.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import re
 import subprocess
 import sys
 import threading
+from fractions import Fraction
 
 import numpy
 import pytest
@@ -20,8 +22,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradkernels as gk
-from gradkernels.diagnosis import command, cures, verdicts
+from gradkernels.diagnosis import command, cures, thresholds, verdicts
 from gradkernels.diagnosis.probe import Layer, Probe
+from gradkernels.init.fill import expected_std
 
 WIDTH, CLASSES = 16, 4
 
@@ -88,7 +91,7 @@ def test_vanishing():
     assert [cure.name for cure in diagnosis.cures] == ["activation", "initialisation", "batch norm", "residual connections"]
     text = str(diagnosis)
     assert "vanishing" in text and "exploding" not in text
-    assert "the gradient of the first layer, linear0, is" in text and "0.25 at most" in text
+    assert "the gradient of the first layer, linear0, is" in text and "at most 0.25" in text
 
 
 @pytest.mark.parametrize("model", [mlp(nn.LeakyReLU, std=6), Recurrent(4.0)], ids=["depth", "time"])
@@ -128,7 +131,7 @@ def test_dead(relu):
         nn.init.constant_(model.body.bias, -20.0)
     diagnosis = diagnosed(model)
     sick = next(each for each in diagnosis.layers if "dead" in each.verdicts)
-    assert sick.layer.dead == 1 and "100% of the units behind relu" in sick.why
+    assert sick.layer.dead == 1 and "100% of the units after relu" in sick.why
     assert "activation" in [cure.name for cure in diagnosis.cures]
     few = diagnosed(model, count=8)
     assert all("dead" not in each.verdicts for each in few.layers), "eight samples are too few to call a unit dead"
@@ -156,7 +159,7 @@ def test_badly_initialised():
     assert "all weights are 0" in str(diagnosed(model))
 
 
-def test_zeros_at_the_end_of_a_residual_branch_are_meant():
+def test_zeros_at_the_end_of_a_residual_branch_are_healthy():
     class Branch(Net):
         def forward(self, x):
             return self.head(x + self.last(F.relu(self.body(x))))
@@ -212,7 +215,7 @@ class Branch(nn.Module):
     ],
     ids=["norm of 0", "linear of 0", "scale of 0", "scale of 1e-6", "scale of 1e-4", "factor of 0", "factor of 1e-6"],
 )
-def test_a_residual_branch_that_begins_as_next_to_nothing_is_healthy(end):
+def test_a_residual_branch_that_starts_near_zero_is_healthy(end):
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), *(Branch(end()) for _ in range(3)), nn.Linear(WIDTH, CLASSES))
     diagnosis = diagnosed(model)
     assert set(words(diagnosis).values()) == {("healthy",)}
@@ -220,26 +223,26 @@ def test_a_residual_branch_that_begins_as_next_to_nothing_is_healthy(end):
     assert cures.learning_rate(diagnosis.layers) > 1e-4
 
 
-def test_what_is_shut_for_good_or_before_a_branch_is_not():
+def test_factors_near_zero_do_not_make_a_dead_layer_or_a_branch_without_a_skip_healthy():
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), Branch(Scale(0.0)), nn.Linear(WIDTH, CLASSES))
     nn.init.constant_(model[0].bias, -50.0)
     found = words(diagnosed(model))
-    assert found["0"] == ("dead", "vanishing"), "what is dead lies before the branch"
+    assert found["0"] == ("dead", "vanishing"), "the dead layer is before the branch"
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Branch(Scale(1e-6), around=False), nn.Linear(WIDTH, CLASSES))
-    assert words(diagnosed(model))["0"] == ("vanishing",), "nothing goes around"
+    assert words(diagnosed(model))["0"] == ("vanishing",), "there is no skip connection"
 
 
-def test_what_all_units_being_off_makes_vanish_is_said():
+def test_the_reason_names_the_layer_whose_units_are_all_off():
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
     nn.init.constant_(model[1].bias, -50.0)
-    assert diagnosed(model).layers[0].why == "gradient exactly 0, as all units of 1 are off"
+    assert diagnosed(model).layers[0].why == "gradient exactly 0, because all units of 1 are off"
 
 
-@pytest.mark.parametrize(("count", "ill"), [(3, True), (8, True), (16, False)])
-def test_batch_norm_of_a_tiny_batch(count, ill):
+@pytest.mark.parametrize(("count", "bad"), [(3, True), (8, True), (16, False)])
+def test_batch_norm_of_a_tiny_batch(count, bad):
     diagnosis = diagnosed(mlp(nn.ReLU, 2, norm=True), count)
-    assert (words(diagnosis)["bn0"] == ("BN with tiny batch",)) == ill
-    assert ("convert_sync_batch_norm" in str(diagnosis)) == ill
+    assert (words(diagnosis)["bn0"] == ("BN with tiny batch",)) == bad
+    assert ("convert_sync_batch_norm" in str(diagnosis)) == bad
     frozen = mlp(nn.ReLU, 2, norm=True)
     frozen.bn0.eval()
     assert words(diagnosed(frozen, count))["bn0"] == ("healthy",)
@@ -255,19 +258,19 @@ def poisoned_weight():
 @pytest.mark.parametrize(
     ("model", "origin", "line"),
     [
-        (Net(torch.log), "in or behind layer body: log made them", "torch.log(x.clamp_min(1e-12))"),
+        (Net(torch.log), "log produced the first nan or inf, in or after layer body", "torch.log(x.clamp_min(1e-12))"),
         (
             Net(lambda z: torch.sqrt((z - z).square())),
-            "in the backward pass, at layer head or just before it: SqrtBackward",
+            "SqrtBackward produced the first nan or inf, in the backward pass, at layer head or just before it",
             "torch.sqrt(x.clamp_min(1e-12))",
         ),
-        (Net(lambda z: z / F.relu(z)), "in or behind layer body: div made them", "x / y.clamp_min(1e-12)"),
-        (mlp(nn.ReLU, 40, std=100.0), "addmm made them", "gk.init.apply_(model)"),
-        (poisoned_weight(), "parameter body.weight holds nan or inf already", "model.load_state_dict"),
+        (Net(lambda z: z / F.relu(z)), "div produced the first nan or inf, in or after layer body", "x / y.clamp_min(1e-12)"),
+        (mlp(nn.ReLU, 40, std=100.0), "addmm produced the first nan or inf", "gk.init.apply_(model)"),
+        (poisoned_weight(), "parameter body.weight already holds nan or inf", "model.load_state_dict"),
     ],
     ids=["log", "sqrt backward", "div", "growth", "weight"],
 )
-def test_non_finite_and_where_it_began(model, origin, line):
+def test_non_finite_and_its_origin(model, origin, line):
     diagnosis = diagnosed(model)
     assert origin in diagnosis.origin
     assert diagnosis.cures[0].line.startswith(line)
@@ -283,15 +286,23 @@ def plus(value):
 @pytest.mark.parametrize(
     ("loss_fn", "origin", "line"),
     [
-        (plus(math.nan), "the code itself brings in nan or inf in the loss: add was given it", "torch.finfo(x.dtype).min"),
-        (lambda *_: plus(torch.tensor(math.inf))(*_), "the code itself brings in nan or inf in the loss: tensor was", "torch.finfo("),
-        (lambda *_: plus(-torch.zeros(()).log())(*_), "began in the loss: log made them", "torch.log(x.clamp_min"),
-        (lambda y, target: F.cross_entropy(y, target * 0 - 100), "in the loss: nll_loss_forward made them", "F.cross_entropy(y, tar"),
-        (lambda y, target: F.mse_loss(y[:0], y[:0]), "in the loss: mse_loss of an empty tensor made them", "loss_fn(y, targets) if len("),
+        (plus(math.nan), "the code itself passes nan or inf to add, in the loss", "torch.finfo(x.dtype).min"),
+        (lambda *_: plus(torch.tensor(math.inf))(*_), "the code itself passes nan or inf to tensor, in the", "torch.finfo("),
+        (lambda *_: plus(-torch.zeros(()).log())(*_), "log produced the first nan or inf, in the loss", "torch.log(x.clamp_min"),
+        (
+            lambda y, target: F.cross_entropy(y, target * 0 - 100),
+            "nll_loss_forward produced the first nan or inf, in the loss",
+            "F.cross_entropy(y, tar",
+        ),
+        (
+            lambda y, target: F.mse_loss(y[:0], y[:0]),
+            "mse_loss of an empty tensor produced the first nan or inf, in the loss",
+            "loss_fn(y, targets) if len(",
+        ),
     ],
     ids=["number", "tensor", "log", "all targets ignored", "nothing selected"],
 )
-def test_a_loss_that_is_not_finite_is_said_first_and_has_a_cure(loss_fn, origin, line):
+def test_a_loss_that_is_not_finite_comes_first_and_has_a_cure(loss_fn, origin, line):
     diagnosis = gk.diagnose(mlp(nn.ELU, 1), batch(), loss_fn)
     assert not math.isfinite(diagnosis.loss) and math.isfinite(diagnosis.total_norm)
     first, second, *_ = str(diagnosis).splitlines()
@@ -300,9 +311,9 @@ def test_a_loss_that_is_not_finite_is_said_first_and_has_a_cure(loss_fn, origin,
     assert [cure.name for cure in diagnosis.cures] == ["arithmetic"] and diagnosis.cures[0].line.startswith(line)
 
 
-def test_nan_that_is_made_in_the_loss_and_spreads():
+def test_nan_from_the_loss_that_spreads():
     diagnosis = gk.diagnose(mlp(nn.ELU, 1), batch(), lambda y, target: F.cross_entropy(y, target) + y.sum().mul(0).log().mul(0))
-    assert str(diagnosis).startswith("Sequential: the loss is nan; non-finite 2 of 2 layers\nnon-finite values began in the loss: log made")
+    assert str(diagnosis).startswith("Sequential: the loss is nan; non-finite 2 of 2 layers\nlog produced the first nan")
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
@@ -318,7 +329,7 @@ MINUS_INFINITY = torch.eye(WIDTH).log()
 
 
 class Masked(Net):
-    """A buffer with -inf; the function is given the model."""
+    """A buffer with -inf. The function gets the model."""
 
     def __init__(self, function):
         super().__init__(function)
@@ -346,20 +357,26 @@ def test_infinities_that_reach_neither_loss_nor_gradients_are_not_mentioned(name
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_the_origin_is_what_reaches_the_loss_not_what_came_before_it(name):
+def test_the_origin_is_that_of_values_which_reach_the_loss(name):
     diagnosis = diagnosed(Masked(lambda model, z: torch.sqrt(HARMLESS[name](model, z) - 99)))
-    assert diagnosis.origin == "non-finite values began in or behind layer body: sqrt made them"
+    assert diagnosis.origin == "sqrt produced the first nan or inf, in or after layer body"
 
 
 @pytest.mark.parametrize(
     ("function", "made"),
     [
-        (lambda model, z: torch.softmax(z.masked_fill(z < 99, -math.inf), 1), "began in or behind layer body: _softmax made them"),
-        (lambda model, z: torch.softmax(z + torch.zeros(WIDTH).log(), 1), "began in or behind layer body: log made them"),
-        (lambda model, z: torch.softmax(z + model.mask[:, :1], 1), "buffer mask holds nan or inf already"),
-        (lambda model, z: z.log_().sqrt_(), "began in or behind layer body: log made them"),
-        (lambda model, z: gk.elu(z.log(), inplace=True).exp(), "began in or behind layer body: log made them"),
-        (lambda model, z: (z * (z > 0)).log().nan_to_num(neginf=0), "in the backward pass, at layer head or just before it: LogBackward"),
+        (
+            lambda model, z: torch.softmax(z.masked_fill(z < 99, -math.inf), 1),
+            "_softmax produced the first nan or inf, in or after layer body",
+        ),
+        (lambda model, z: torch.softmax(z + torch.zeros(WIDTH).log(), 1), "log produced the first nan or inf, in or after layer body"),
+        (lambda model, z: torch.softmax(z + model.mask[:, :1], 1), "buffer mask already holds nan or inf"),
+        (lambda model, z: z.log_().sqrt_(), "log produced the first nan or inf, in or after layer body"),
+        (lambda model, z: gk.elu(z.log(), inplace=True).exp(), "log produced the first nan or inf, in or after layer body"),
+        (
+            lambda model, z: (z * (z > 0)).log().nan_to_num(neginf=0),
+            "LogBackward produced the first nan or inf, in the backward pass, at layer head",
+        ),
     ],
     ids=["all masked", "all masked by log", "all masked by a buffer", "in place", "our own in place", "backward"],
 )
@@ -378,19 +395,19 @@ def test_never_called_and_without_influence():
     assert reasons["idle"] == "never called" and reasons["cut"] == "the loss does not depend on it"
 
 
-def test_a_head_of_zeros_is_said_to_be_why_nothing_before_it_learns():
+def test_a_head_of_zeros_is_the_reason_why_no_layer_before_it_learns():
     model = mlp(nn.ReLU, 2)
     nn.init.zeros_(model.head.weight)
     diagnosis = diagnosed(model)
     assert words(diagnosis) == {"linear0": ("vanishing",), "linear1": ("vanishing",), "head": ("badly initialised",)}
-    assert diagnosis.layers[0].why == "gradient exactly 0, as the weights of head, until its first step"
+    assert diagnosis.layers[0].why == "gradient exactly 0 until the first step, because all weights of head are 0"
     assert [cure.name for cure in diagnosis.cures] == ["initialisation"]
     for layer in (model.linear0, model.linear1):
         layer.requires_grad_(False)
-    assert words(diagnosed(model)) == {"head": ("healthy",)}, "nothing before it is to learn"
+    assert words(diagnosed(model)) == {"head": ("healthy",)}, "no layer before it learns"
 
 
-def test_initialisation_is_no_cure_for_what_it_leaves_as_it_is():
+def test_initialisation_is_not_a_cure_for_layers_that_it_does_not_change():
     class Recurrent(nn.Module):
         def __init__(self):
             super().__init__()
@@ -405,17 +422,19 @@ def test_initialisation_is_no_cure_for_what_it_leaves_as_it_is():
     assert diagnosis.cures[0].name == "clipping"
 
 
-def test_a_model_that_computes_with_copies_of_its_parameters_is_refused_in_words():
+def test_a_model_that_computes_with_copies_of_its_parameters_is_refused():
     class Copies(Net):
         def forward(self, x):
             return F.linear(x, self.body.weight.detach().requires_grad_())
 
-    with pytest.raises(RuntimeError, match=r"does not depend on any parameter of the model itself: .* diagnosed before it is wrapped"):
+    with pytest.raises(
+        RuntimeError, match=r"does not depend on any parameter of the model itself\. .* has to be diagnosed before it is wrapped"
+    ):
         diagnosed(Copies(None))
 
 
 class TwoHeads(nn.Module):
-    """An auxiliary head that runs before or after the layers it goes past."""
+    """An auxiliary head that runs before or after the layers that it skips."""
 
     def __init__(self, last):
         super().__init__()
@@ -431,20 +450,20 @@ class TwoHeads(nn.Module):
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("share", [1e-6, 1.0])
-def test_an_auxiliary_head_is_no_measure_for_the_others(last, share):
+def test_an_auxiliary_head_does_not_change_the_verdicts_on_other_layers(last, share):
     def loss_fn(y, target):
         return F.cross_entropy(y[0], target) + share * F.cross_entropy(y[1], target)
 
     diagnosis = gk.diagnose(TwoHeads(last), batch(), loss_fn)
     assert set(words(diagnosis).values()) == {("healthy",)}, str(diagnosis)
-    behind = {each.name: [layer.name for layer in each.layer.behind] for each in diagnosis.layers}
+    behind = {each.name: [layer.name for layer in each.layer.layers_after] for each in diagnosis.layers}
     assert behind["deep"] == ["main"] and behind["main"] == behind["auxiliary"] == []
     assert sorted(behind["body"]) == ["auxiliary", "deep", "main"]
     if share < 1:
         assert f"is {diagnosis.first_to_last():.3g} times that of the last, main" in str(diagnosis)
 
 
-def test_what_vanishes_on_one_of_two_ways_is_seen_on_that_one():
+def test_a_gradient_that_vanishes_on_one_of_two_paths():
     model = TwoHeads(True)
     nn.init.constant_(model.main.weight, 1e-6)
     nn.init.normal_(model.main.weight, std=1e-6)
@@ -453,13 +472,13 @@ def test_what_vanishes_on_one_of_two_ways_is_seen_on_that_one():
     assert [name for name, each in words(diagnosis).items() if each == ("healthy",)] == ["body", "main", "auxiliary"]
 
 
-def around(model, *shape):
+def layers_with_skip(model, *shape):
     x = torch.randn(8, *(shape or (WIDTH,)))
-    return [each.name for each in gk.diagnose(model, (x, None), lambda y, _: y.square().mean()).layers if each.layer.around]
+    return [each.name for each in gk.diagnose(model, (x, None), lambda y, _: y.square().mean()).layers if each.layer.has_skip]
 
 
-class Ways(nn.Module):
-    """Four layers, put together by a function."""
+class Paths(nn.Module):
+    """Four layers that a function connects."""
 
     def __init__(self, function):
         super().__init__()
@@ -487,11 +506,11 @@ class Ways(nn.Module):
         (lambda m, x: m.d(m.a(x)[:, :8] @ m.b(m.a(x))[:8, :8].mT @ m.c.weight[:8]), "b"),
     ],
 )
-def test_which_layers_a_gradient_goes_around(function, found):
-    assert "".join(around(Ways(function))) == found
+def test_which_layers_a_gradient_skips(function, found):
+    assert "".join(layers_with_skip(Paths(function))) == found
 
 
-def test_the_graph_of_a_layer_called_often_of_a_tied_weight_and_of_a_functional_one():
+def test_the_graph_with_repeated_calls_a_tied_weight_and_a_parameter_of_the_model():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -506,17 +525,17 @@ def test_the_graph_of_a_layer_called_often_of_a_tied_weight_and_of_a_functional_
             return self.head(h)
 
     diagnosis = gk.diagnose(Model(), (torch.randint(8, (64, 5)), torch.randint(8, (64,))), F.cross_entropy)
-    behind = {each.name: [layer.name for layer in each.layer.behind] for each in diagnosis.layers}
-    # The scale is behind the first word only; the module that holds the others is nobody's.
+    behind = {each.name: [layer.name for layer in each.layer.layers_after] for each in diagnosis.layers}
+    # The scale comes after the first word only.
     assert behind == {"(model)": ["recur", "head"], "words": ["recur", "head"], "recur": ["head"], "head": []}
     assert diagnosis.layers[0].layer.output_std is None
 
 
 def judged(**figures):
-    """The verdicts of the first of two layers with the figures given; the last has a gradient and a weight of 1."""
+    """The verdicts on a layer with these figures, before a last layer with a gradient and a weight of 1."""
     module = nn.Module()
     last = Layer("last", module, called=1, gradient=1.0, weight=1.0)
-    first = Layer("first", module, called=1, gradient=1.0, weight=1.0, behind=[last])
+    first = Layer("first", module, called=1, gradient=1.0, weight=1.0, layers_after=[last])
     loss = figures.pop("loss", 1.0)
     for name, value in figures.items():
         setattr(first, name, value)
@@ -545,29 +564,31 @@ def test_thresholds(below, above, verdict):
     assert judged(**above) == (verdict,)
 
 
-def scaled(linear, std, *, act="relu", head=False, around=False, normalised=False):
-    """The verdicts of a linear layer with weights of that deviation."""
+def scaled(linear, std, *, act="relu", head=False, has_skip=False, normalised=False):
+    """The verdicts on a linear layer with weights of this standard deviation."""
     nn.init.normal_(linear.weight, std=std)
     last = Layer("last", nn.Module(), called=1, gradient=1.0, weight=1.0)
     layer = Layer("layer", linear, called=1, gradient=1.0, weight=1.0, act=act, normalised=normalised)
-    layer.growth, layer.behind = linear.out_features / linear.in_features, [] if head else [last]
-    layer.around = around
+    layer.growth, layer.layers_after = linear.out_features / linear.in_features, [] if head else [last]
+    layer.has_skip = has_skip
     return verdicts.verdicts(Probe([layer, last], 1.0, 1.0))[0].verdicts
 
 
-@pytest.mark.parametrize(("scale", "ill"), [(0.2, True), (0.26, False), (2.4, False), (2.6, True)])
+@pytest.mark.parametrize(("scale", "bad"), [(0.2, True), (0.26, False), (2.4, False), (2.6, True)])
 @pytest.mark.parametrize("act", ["relu", "swish", "tanh", None])
-def test_threshold_of_the_scale_of_weights(scale, ill, act):
+def test_threshold_of_the_scale_of_weights(scale, bad, act):
     linear = nn.Linear(400, 400)
-    std = scale * gk.init.expected_std(linear, act)
-    assert scaled(linear, std, act=act) == (("badly initialised",) if ill else ("healthy",))
+    std = scale * expected_std(linear, act)
+    assert scaled(linear, std, act=act) == (("badly initialised",) if bad else ("healthy",))
     assert scaled(linear, std, act=act, normalised=True) == ("healthy",)
-    assert scaled(linear, std, act=act, head=True) == (("badly initialised",) if scale > 2.5 else ("healthy",)), "nothing follows a head"
-    assert scaled(linear, std, act=act, around=True) == (("badly initialised",) if scale > 2.5 else ("healthy",)), "the signal goes around"
+    assert scaled(linear, std, act=act, head=True) == (("badly initialised",) if scale > 2.5 else ("healthy",)), "no layer follows a head"
+    assert scaled(linear, std, act=act, has_skip=True) == (("badly initialised",) if scale > 2.5 else ("healthy",)), (
+        "the signal takes the skip connection"
+    )
 
 
 @pytest.mark.parametrize("sizes", [(64, 1024), (1024, 64), (256, 256)])
-def test_a_weight_is_ill_only_if_neither_the_signal_nor_its_gradient_keeps_its_size(sizes):
+def test_a_weight_is_bad_only_if_neither_the_signal_nor_its_gradient_keeps_its_size(sizes):
     linear = nn.Linear(*sizes)
     for fan in sizes:
         keeps = math.sqrt(2 / fan)
@@ -576,7 +597,7 @@ def test_a_weight_is_ill_only_if_neither_the_signal_nor_its_gradient_keeps_its_s
     assert scaled(linear, 2.7 * math.sqrt(2 / min(sizes))) == ("badly initialised",)
 
 
-def test_a_scale_that_a_later_normalisation_takes_away_is_not_bad():
+def test_a_scale_that_a_later_normalisation_cancels_is_not_bad():
     def build(act):
         model = nn.Sequential(
             nn.Linear(WIDTH, WIDTH), act, nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Tanh(), nn.Linear(WIDTH, CLASSES)
@@ -590,7 +611,7 @@ def test_a_scale_that_a_later_normalisation_takes_away_is_not_bad():
 
 
 @pytest.mark.parametrize("around", [True, False])
-def test_small_weights_are_at_home_where_the_signal_goes_around_them(around):
+def test_small_weights_are_healthy_if_the_signal_skips_them(around):
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
@@ -617,7 +638,7 @@ SCHEMES = {
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("act", [nn.ReLU, nn.Tanh, nn.GELU])
-def test_no_known_scheme_is_called_bad_whatever_the_shape(scheme, act):
+def test_known_schemes_are_healthy_in_every_shape(scheme, act):
     weights = [nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 16, 3, stride=2), nn.ConvTranspose2d(16, 8, 4, 2)]
     weights += [nn.Linear(8 * 8 * 8, 16), nn.Linear(16, 200)]
     model = nn.Sequential(*[layer for weight in weights for layer in (weight, act())], nn.Linear(200, 10))
@@ -644,7 +665,7 @@ def test_the_line_of_code_runs_and_cures():
     assert set(words(diagnosed(model)).values()) == {("healthy",)}
 
 
-def test_a_numbered_module_is_named_as_python_has_it():
+def test_a_numbered_module_is_written_with_an_index():
     model = nn.Sequential(*[layer for _ in range(12) for layer in (nn.Linear(WIDTH, WIDTH), nn.Sigmoid())], nn.Linear(WIDTH, CLASSES))
     line = diagnosed(model).cures[0].line
     assert line.startswith("model[1] = gk.ELU()")
@@ -659,8 +680,8 @@ def test_a_numbered_module_is_named_as_python_has_it():
         *("_softmax", "nll_loss_forward", "mse_loss", "mean", "StdBackward", "var"),
     ],
 )
-def test_every_cure_of_arithmetic_is_python(operator):
-    line = cures.mend(operator)
+def test_every_line_that_fixes_an_operator_runs(operator):
+    line = cures.fix_line(operator)
     names = {"torch": torch, "F": F, "x": torch.tensor([-1.0, 0.0, 2.0]), "p": 0.5, "gk": gk, "model": nn.Linear(2, 2)}
     names |= {"y": torch.zeros(2, 3), "targets": torch.full((2,), -100), "mask": torch.ones(3).bool(), "loss_fn": F.cross_entropy}
     if operator == "mse_loss":
@@ -670,7 +691,7 @@ def test_every_cure_of_arithmetic_is_python(operator):
 
 
 def enormous(y, _):
-    """A loss with which everything explodes."""
+    """A loss with which every gradient explodes."""
     return 1e9 * y.square().mean()
 
 
@@ -678,9 +699,9 @@ def normalisation(diagnosis):
     return next((cure for cure in diagnosis.cures if cure.name.endswith(" norm")), None)
 
 
-def test_batch_norm_is_not_recommended_behind_the_output_layer():
+def test_batch_norm_is_not_recommended_after_the_output_layer():
     cure = normalisation(gk.diagnose(mlp(nn.LeakyReLU, 2), batch(), enormous))
-    assert cure.name == "batch norm" and "behind linear0" in cure.line
+    assert cure.name == "batch norm" and "after linear0" in cure.line
     only_the_head = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
     diagnosis = gk.diagnose(only_the_head, batch(), enormous)
     assert "exploding" in diagnosis.counts() and diagnosis.cures and normalisation(diagnosis) is None
@@ -705,7 +726,7 @@ def test_batch_norm_is_not_recommended_for_a_tiny_batch_nor_for_sequences(count)
         assert eval(cure.line, {"nn": nn, "gk": gk})(y).shape == y.shape
 
 
-def test_residual_connections_are_not_recommended_to_who_has_them():
+def test_residual_connections_are_not_recommended_to_a_model_that_has_them():
     class Residual(nn.Module):
         def __init__(self, skip):
             super().__init__()
@@ -722,7 +743,7 @@ def test_residual_connections_are_not_recommended_to_who_has_them():
     assert "residual connections" in names[False] and names[True] and "residual connections" not in names[True]
 
 
-def test_an_activation_behind_the_output_layer_belongs_to_the_loss():
+def test_an_activation_after_the_output_layer_belongs_to_the_loss():
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LeakyReLU(), nn.Linear(WIDTH, 1), nn.Sigmoid())
     nn.init.constant_(model[2].bias, -20.0)
     data = torch.randn(64, WIDTH), torch.ones(64, 1)
@@ -735,7 +756,7 @@ def test_an_activation_behind_the_output_layer_belongs_to_the_loss():
 
 
 @pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.LSTMCell])
-def test_gates_are_no_activations(cell):
+def test_gates_are_not_activations(cell):
     class Gated(nn.Module):
         def __init__(self):
             super().__init__()
@@ -754,7 +775,7 @@ def test_gates_are_no_activations(cell):
 
 
 class Gate(Net):
-    """Squeeze and excitation: what a sigmoid makes is multiplied by what it is made of."""
+    """Squeeze and excitation: a sigmoid is multiplied by the value that it was computed from."""
 
     def __init__(self, gate):
         super().__init__(None)
@@ -767,13 +788,13 @@ class Gate(Net):
 
 
 @pytest.mark.parametrize("gate", [torch.sigmoid, F.hardsigmoid, nn.Sigmoid()])
-def test_a_shut_gate_is_no_saturated_activation(gate):
+def test_a_shut_gate_is_not_a_saturated_activation(gate):
     diagnosis = diagnosed(Gate(gate))
     assert "saturated" not in words(diagnosis)["squeeze"]
     assert "vanishing" in words(diagnosis)["squeeze"] and "activation" not in [cure.name for cure in diagnosis.cures]
 
 
-def test_dropout_makes_no_gate_of_a_sigmoid():
+def test_a_sigmoid_before_dropout_is_not_a_gate():
     model = Net(lambda z: F.dropout(torch.sigmoid(20 * z), 0.1))
     assert words(diagnosed(model))["body"] == ("saturated",)
 
@@ -782,13 +803,13 @@ def test_dropout_makes_no_gate_of_a_sigmoid():
     ("module", "gradient", "verdict"),
     [(nn.BatchNorm1d(4), 1.01e-7, "healthy"), (nn.BatchNorm1d(4), 0.99e-7, "vanishing"), (nn.Embedding(4, 4), 0.99e-3, "vanishing")],
 )
-def test_the_gradient_of_a_normalisation_is_not_measured_by_those_of_weights(module, gradient, verdict):
+def test_the_gradient_of_a_normalisation_is_not_compared_with_those_of_weights(module, gradient, verdict):
     last = Layer("last", nn.Identity(), called=1, gradient=1.0, weight=1.0)
-    layer = Layer("layer", module, called=1, gradient=gradient, weight=1.0, behind=[last])
+    layer = Layer("layer", module, called=1, gradient=gradient, weight=1.0, layers_after=[last])
     assert verdicts.verdicts(Probe([layer, last], 1.0, 1.0))[0].verdicts == (verdict,)
 
 
-def test_gates_written_out_are_no_activations():
+def test_gates_written_out_are_not_activations():
     class Cell(Net):
         def forward(self, x):
             opened, value = self.body(x).chunk(2, dim=1)
@@ -827,13 +848,13 @@ def test_the_learning_rate_shown_is_the_one_that_was_tried():
     ],
     ids=["lock", "tensor with a graph", "generator"],
 )
-def test_a_model_that_cannot_be_copied_is_diagnosed_all_the_same(attribute, said):
+def test_a_model_that_cannot_be_copied_is_still_diagnosed(attribute, said):
     model = mlp(nn.LeakyReLU, std=6)
     model.extra = attribute(model)
     diagnosis = diagnosed(model, apply=True)
     assert diagnosis.after is None and "exploding" in diagnosis.counts()
     last = str(diagnosis).splitlines()[-1]
-    assert last.startswith(f"the safe cures were not tried, since Sequential cannot be copied: {said}") and len(last) < 250
+    assert last.startswith(f"the safe cures were not tried, because Sequential cannot be copied: {said}") and len(last) < 250
 
 
 def test_apply_shows_before_and_after_and_leaves_the_model():
@@ -872,7 +893,7 @@ def test_an_activation_that_is_flat_on_one_side_is_replaced_by_another():
     assert line.startswith("model[1] = gk.LeakyReLU()")
 
 
-def test_apply_where_nothing_is_safe_says_so():
+def test_apply_without_a_safe_cure_says_so():
     diagnosis = diagnosed(Net(torch.log), apply=True)
     assert diagnosis.after is None
     assert "none of the cures is safe to try" in str(diagnosis)
@@ -883,7 +904,7 @@ def test_apply_where_nothing_is_safe_says_so():
 
 
 class Noisy(nn.Module):
-    """Batch norm, dropout, a buffer replaced and one written in forward; raises where it is told to."""
+    """Batch norm, dropout, and buffers that forward replaces and writes. It raises where `fail` says."""
 
     def __init__(self, fail):
         super().__init__()
@@ -905,7 +926,7 @@ class Noisy(nn.Module):
 
 
 def snapshot(model):
-    """Everything that is to stay; gradients and buffers by identity as well as by value."""
+    """Everything that must not change. Gradients and buffers are compared by identity and by value."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     hook_kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -957,7 +978,7 @@ def test_everything_is_as_it_was(fail, training, apply):
 
 
 class Writing(nn.Module):
-    """Whose forward writes what a forward may write: weights, the batch, every generator of random numbers."""
+    """Its forward writes all that a forward may write: weights, the batch, generators of random numbers."""
 
     def __init__(self, fail):
         super().__init__()
@@ -994,7 +1015,7 @@ def test_what_a_forward_writes_is_as_it_was(fail, apply):
     assert str(after["values"]) == str(before["values"])
     assert torch.equal(x, kept)
     assert (random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist()) == generators
-    assert model.lost._version == 0, "nan is written by nobody"
+    assert model.lost._version == 0, "a nan that stays nan is not written"
 
 
 def test_numpy_is_not_imported_to_keep_its_random_numbers():
@@ -1008,7 +1029,7 @@ print(gk.diagnose(torch.nn.Linear(2, 2), (torch.ones(4, 2), torch.zeros(4).long(
     assert process.stdout == "healthy 1 of 1 layers\n"
 
 
-def test_a_model_in_evaluation_is_looked_at_in_training_mode_and_frozen_parts_stay_frozen():
+def test_a_model_in_evaluation_is_observed_in_training_mode_and_frozen_parts_stay_frozen():
     model = Noisy("nowhere")
     model.frozen.eval()
     seen = {}
@@ -1074,7 +1095,7 @@ def test_sparse_and_16_bit_gradients():
     assert gk.diagnose(mlp(nn.ELU, 2).bfloat16(), (x.bfloat16(), target), F.cross_entropy).counts() == {"healthy": 3}
 
 
-# What a person gets
+# The report
 
 
 def test_picture_and_dict(tmp_path):
@@ -1096,21 +1117,21 @@ def test_picture_and_dict(tmp_path):
     [
         (nn.ReLU(), (batch(), F.cross_entropy), ValueError, "ReLU has no parameters that require a gradient: there is nothing to diagnose"),
         (nn.LazyLinear(3), (batch(), F.cross_entropy), ValueError, "LazyLinear has parameters without a shape: run it on a batch first"),
-        (nn.Linear, (batch(), F.cross_entropy), TypeError, "model is a torch.nn.Module, not the class Linear"),
-        ([mlp(nn.ReLU, 1)], (batch(), F.cross_entropy), TypeError, "model is a torch.nn.Module, not list"),
+        (nn.Linear, (batch(), F.cross_entropy), TypeError, "model must be a torch.nn.Module, not the class Linear"),
+        ([mlp(nn.ReLU, 1)], (batch(), F.cross_entropy), TypeError, "model must be a torch.nn.Module, not list"),
         (mlp(nn.ReLU, 1).to("meta"), (batch(), F.cross_entropy), ValueError, "has parameters without values, on the meta device"),
-        (mlp(nn.ReLU, 1), (torch.randn(2, 3), F.cross_entropy), TypeError, r"batch is the pair \(inputs, targets\), .*, not Tensor"),
-        (mlp(nn.ReLU, 1), (3, F.cross_entropy), TypeError, "batch is the pair .*, not int"),
-        (mlp(nn.ReLU, 1), ((*batch(), 1), F.cross_entropy), ValueError, "batch is the pair .*, not a tuple of 3"),
+        (mlp(nn.ReLU, 1), (torch.randn(2, 3), F.cross_entropy), TypeError, r"batch must be a pair \(inputs, targets\), .*, not Tensor"),
+        (mlp(nn.ReLU, 1), (3, F.cross_entropy), TypeError, "batch must be a pair .*, not int"),
+        (mlp(nn.ReLU, 1), ((*batch(), 1), F.cross_entropy), ValueError, "batch must be a pair .*, not a tuple of 3"),
         (
             mlp(nn.ReLU, 1),
             ((1.5, 2), F.cross_entropy),
             TypeError,
-            "the inputs of batch are a tensor, or something that holds tensors, not float",
+            "the inputs in batch must be a tensor, or something that holds tensors, not float",
         ),
         (mlp(nn.ReLU, 1), ((None, 2), F.cross_entropy), TypeError, "not NoneType"),
         (mlp(nn.ReLU, 1), (batch(0), F.cross_entropy), ValueError, r"batch is empty: its inputs have the shape \(0, 16\)"),
-        (mlp(nn.ReLU, 1), (batch(), 1.5), TypeError, "loss_fn is a function of the model's outputs and the targets, not float"),
+        (mlp(nn.ReLU, 1), (batch(), 1.5), TypeError, "loss_fn must be a function of the model's outputs and the targets, not float"),
         (mlp(nn.ReLU, 1), (batch(), nn.CrossEntropyLoss), TypeError, "not the class CrossEntropyLoss"),
         (mlp(nn.ReLU, 1), (batch(), lambda y, target: y.sum().item()), TypeError, "loss_fn returned float, not a tensor"),
         (mlp(nn.ReLU, 1), (batch(), lambda y, target: (y.sum(), y)), TypeError, "loss_fn returned tuple, not a tensor"),
@@ -1120,23 +1141,23 @@ def test_picture_and_dict(tmp_path):
         (mlp(nn.ReLU, 1), (batch(), lambda y, target: y.sum().detach()), RuntimeError, "does not depend on any parameter"),
     ],
 )
-def test_bad_input_is_said_in_words(model, arguments, error, said):
+def test_wrong_arguments_are_explained(model, arguments, error, said):
     with pytest.raises(error, match=said):
         gk.diagnose(model, *arguments)
 
 
 @pytest.mark.parametrize("look", [lambda model: gk.diagnose(model, batch(), F.cross_entropy), gk.GradientMonitor, gk.init.apply_])
-def test_modules_that_are_scripted_or_none_are_refused_in_words(look):
+def test_scripted_modules_and_other_objects_are_refused(look):
     scripted = torch.jit.script(nn.Sequential(nn.Linear(WIDTH, CLASSES)))
-    with pytest.raises(TypeError, match=r"^model is a torch.jit.ScriptModule, .* give the module it was made from"):
+    with pytest.raises(TypeError, match=r"^model is a torch.jit.ScriptModule, .* pass the module it was made from"):
         look(scripted)
     with pytest.raises(TypeError, match=r"^1 is a torch.jit.ScriptModule"):
         look(nn.Sequential(nn.Linear(WIDTH, WIDTH), scripted))
-    with pytest.raises(TypeError, match=r"model is a torch.nn.Module, not the class Linear"):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, not the class Linear"):
         look(nn.Linear)
 
 
-def test_an_empty_batch_runs_nothing_and_empty_parts_of_one_are_no_matter():
+def test_an_empty_batch_is_refused_before_the_model_runs_and_an_empty_part_is_accepted():
     model, ran = mlp(nn.ReLU, 1), []
     model.register_forward_pre_hook(lambda *_: ran.append(1))
     with pytest.raises(ValueError, match="batch is empty"):
@@ -1152,6 +1173,13 @@ def test_an_empty_batch_runs_nothing_and_empty_parts_of_one_are_no_matter():
 def test_the_docstring_has_every_verdict():
     table = [line[8:27].strip() for line in gk.diagnose.__doc__.splitlines() if re.match(" {8}[a-zB]", line)]
     assert set(verdicts.VERDICTS) <= set(table)
+
+
+def test_the_docstring_has_the_figure_of_every_threshold():
+    numbers = {float(Fraction(number)) for number in re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?(?:/\d+)?", gk.diagnose.__doc__)}
+    figures = {name: value for name, value in vars(thresholds).items() if name.isupper()}
+    assert len(figures) == 13
+    assert {name for name, value in figures.items() if value not in numbers} == set()
 
 
 USERS_MODULE = """
@@ -1241,10 +1269,10 @@ def test_command_line_batches_and_losses(users_folder, capsys, wanted, loss):
     ("arguments", "said"),
     [
         (["users_module", "--batch", "2,16"], "'users_module' is not of the form MODULE:NAME"),
-        (["users_module:absent", "--batch", "2,16"], "users_module:absent cannot be had"),
-        (["no_such_module:model", "--batch", "2,16"], "no_such_module:model cannot be had: No module named 'no_such_module'"),
+        (["users_module:absent", "--batch", "2,16"], "users_module:absent was not found"),
+        (["no_such_module:model", "--batch", "2,16"], "no_such_module:model was not found: No module named 'no_such_module'"),
         (["users_module:not_a_model", "--batch", "2,16"], "returned list, not a torch.nn.Module"),
-        (["users_module:vanishing", "--batch", "users_module:vanishing"], "holds no pair"),
+        (["users_module:vanishing", "--batch", "users_module:vanishing"], "does not hold a pair"),
         (["users_module:vanishing", "--batch", "2,16", "--loss", "no_loss"], "torch.nn.functional has no no_loss"),
         (["users_module:vanishing", "--batch", "2,16", "--output", "missing/x.png"], "there is no folder missing"),
         (["users_module:vanishing"], "--batch"),
@@ -1254,19 +1282,19 @@ def test_command_line_batches_and_losses(users_folder, capsys, wanted, loss):
             "users_module:wants() failed: TypeError: wants() missing 1 required positional argument",
         ),
         (["users_module:no_parameters", "--batch", "2,16"], "ReLU has no parameters that require a gradient"),
-        (["importing:model", "--batch", "2,16"], "importing:model cannot be had: No module named 'absent'"),
+        (["importing:model", "--batch", "2,16"], "importing:model was not found: No module named 'absent'"),
         (["broken:model", "--batch", "2,16"], "broken cannot be imported: SyntaxError: "),
         (["users_module:vanishing:x", "--batch", "2,16"], "'users_module:vanishing:x' is not of the form MODULE:NAME"),
         (
             ["users_module:vanishing", "--batch", "absent.pt"],
-            "--batch absent.pt is no size such as 32,3,224,224, no file that is there, and not",
+            "--batch absent.pt is not a size such as 32,3,224,224, not an existing file, and not",
         ),
-        (["users_module:vanishing", "--batch", "2,,16"], "--batch 2,,16 is no size"),
-        (["users_module:vanishing", "--batch", "2,-16"], "--batch 2,-16 is no size"),
+        (["users_module:vanishing", "--batch", "2,,16"], "--batch 2,,16 is not a size"),
+        (["users_module:vanishing", "--batch", "2,-16"], "--batch 2,-16 is not a size"),
         (["users_module:vanishing", "--batch", "0,16"], "batch is empty: its inputs have the shape (0, 16)"),
         (
             ["users_module:vanishing", "--batch", "users_module.py"],
-            "users_module.py is no file of tensors that torch.load(weights_only=True)",
+            "torch.load(weights_only=True) cannot read tensors from users_module.py",
         ),
         (
             ["users_module:vanishing", "--batch", "2,17"],
@@ -1281,11 +1309,11 @@ def test_command_line_batches_and_losses(users_folder, capsys, wanted, loss):
             "loss_fn returned a tensor of shape (2, 4), not one number",
         ),
         (["users_module:vanishing", "--batch", "2,16", "--output", "x.doc"], "--output x.doc does not end in .png, .pdf, .svg"),
-        (["users_module:one_output", "--batch", "2,16"], "cross_entropy needs the scores of two classes or more, not outputs of the shape"),
+        (["users_module:one_output", "--batch", "2,16"], "cross_entropy needs scores of two or more classes, not outputs of the shape"),
         (["users_module:two_outputs", "--batch", "2,16"], "the model returned tuple"),
     ],
 )
-def test_command_line_refuses_in_words(users_folder, capsys, arguments, said):
+def test_command_line_explains_wrong_arguments(users_folder, capsys, arguments, said):
     with pytest.raises(SystemExit) as exit:
         command.main(arguments)
     assert exit.value.code == 2
@@ -1302,7 +1330,7 @@ def test_command_line_refuses_in_words(users_folder, capsys, arguments, said):
         (["users_module:Deep", "--batch", "2,16"], "users_module:Deep does not run on the batch 2,16 with", "return self.layer(x)"),
     ],
 )
-def test_command_line_shows_where_a_users_code_fails_after_words_and_nobody_elses(users_folder, capsys, arguments, words, line):
+def test_command_line_shows_the_users_code_alone_in_a_traceback(users_folder, capsys, arguments, words, line):
     with pytest.raises(SystemExit) as exit:
         command.main(arguments)
     assert exit.value.code == 2
@@ -1313,7 +1341,7 @@ def test_command_line_shows_where_a_users_code_fails_after_words_and_nobody_else
     assert len(files) == 1 and str(users_folder) in files.pop()
 
 
-def test_command_line_draws_numbers_as_the_model_has_them(users_folder, capsys):
+def test_command_line_draws_numbers_in_the_dtype_of_the_model(users_folder, capsys):
     assert command.main(["users_module:double", "--batch", "64,16"]) == 0
 
 
@@ -1324,7 +1352,7 @@ def test_command_line_without_matplotlib(users_folder, capsys, monkeypatch):
     assert "vanishing" in out and "no picture: a picture needs matplotlib: pip install matplotlib" in out
 
 
-def test_progress_is_one_line_for_a_person_and_nothing_in_a_log(users_folder, capsys, monkeypatch):
+def test_progress_is_one_line_in_a_terminal_and_nothing_in_a_log(users_folder, capsys, monkeypatch):
     command.main(["users_module:vanishing", "--batch", "64,16"])
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)

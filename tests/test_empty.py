@@ -227,4 +227,4 @@ def test_a_weight_that_takes_no_random_numbers_is_left():
     model[2].weight = nn.Parameter(model[2].weight.detach().to(torch.float8_e4m3fn))
     report = gk.init.apply_(model)
     assert [layer.name for layer in report.layers] == ["0"]
-    assert dict(report.kept)["2"] == "Linear of torch.float8_e4m3fn, which torch draws no random numbers in"
+    assert dict(report.kept)["2"] == "Linear of torch.float8_e4m3fn, in which torch cannot draw random numbers"

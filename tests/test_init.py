@@ -1,7 +1,7 @@
-"""Gains against closed forms, torch's and 50 layers of random weights; fills against torch's; and which layers of a model get which.
+"""Gains against closed forms, torch and 50 random layers; fills against torch; which layer gets which.
 
-The second moment behind finitely many random weights wanders: over 50 layers of 512 relu units by a factor of 2 (one deviation), where a
-gain wrong by 3 % makes a factor of 19.
+After random weights the second moment varies: over 50 layers of 512 relu units by a factor of 2 (one standard
+deviation). A gain that is wrong by 3 % makes a factor of 19.
 """
 
 import math
@@ -14,6 +14,7 @@ from torch.nn.utils.prune import l1_unstructured
 
 import gradkernels as gk
 from examples import cures
+from gradkernels.init.following import activation_of
 
 ALPHA, BETA = 0.7, 1.7
 
@@ -43,7 +44,7 @@ FUNCTIONS = {
     "hardshrink": (0.3, lambda z: F.hardshrink(z, 0.3)),
     "glu": (None, lambda z: z * torch.sigmoid(torch.randn_like(z))),
 }
-# Behind these a small deviation from 1 grows of itself.
+# After these a small deviation from 1 grows from layer to layer.
 UNSTABLE = ("swish", "gelu", "mish", "hardswish", "tanhshrink", "softshrink", "hardshrink")
 
 
@@ -63,7 +64,7 @@ def test_gain_keeps_the_second_moment_through_50_layers(name, fifty_layers):
     z, grown = torch.randn(32, 512), 0.0
     for weight in fifty_layers:
         z = f(z) @ (gain * weight)
-        # Each layer starts from 1.
+        # The signal is scaled back to 1 after each layer.
         if name in UNSTABLE:
             moment = z.square().mean(1, keepdim=True)
             grown += moment.log().mean().item()
@@ -72,7 +73,7 @@ def test_gain_keeps_the_second_moment_through_50_layers(name, fifty_layers):
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d", "conv_transpose3d", "relu", "leaky_relu"])
-def test_gain_is_torchs_where_the_definition_is(name):
+def test_gain_equals_torchs(name):
     assert gk.init.calculate_gain(name) == pytest.approx(nn.init.calculate_gain(name), rel=1e-15)
     assert gk.init.calculate_gain("leaky_relu", 0.3) == pytest.approx(nn.init.calculate_gain("leaky_relu", 0.3), rel=1e-15)
 
@@ -84,7 +85,7 @@ def test_gain_of_elu_in_closed_form(alpha):
 
 
 @pytest.mark.parametrize(("beta", "gain"), [(0.0, 2.0), (1e9, math.sqrt(2)), (-1e9, math.sqrt(2))])
-def test_gain_of_swish_at_its_ends(beta, gain):
+def test_gain_of_swish_at_the_ends_of_beta(beta, gain):
     assert gk.init.calculate_gain("swish", beta) == pytest.approx(gain, rel=1e-9)
 
 
@@ -101,8 +102,8 @@ def test_gain_of_the_rest_by_sampling():
 
 
 @pytest.mark.parametrize("low", [0.01, 1.0, 3.0])
-def test_gain_of_what_has_corners_in_closed_form(low):
-    """hardtanh: the square up to the corner, and the tails."""
+def test_gain_of_hardtanh_in_closed_form(low):
+    """E[f(z)^2] is the part between the corners plus the tails."""
     density = math.exp(-low * low / 2) / math.sqrt(2 * math.pi)
     moment = 2 * (normal_cdf(low) - 0.5 - low * density) + 2 * low * low * normal_cdf(-low)
     assert gk.init.calculate_gain("hardtanh", (-low, low)) == pytest.approx(moment**-0.5, rel=1e-5)
@@ -154,7 +155,7 @@ def test_xavier_is_torchs(name):
 
 
 @pytest.mark.parametrize("function", [gk.init.he_normal_, gk.init.he_uniform_, gk.init.lecun_normal_, gk.init.lecun_uniform_])
-def test_fills_refuse_vectors_in_torchs_words_and_leave_what_is_empty(function):
+def test_fills_refuse_vectors_as_torch_does_and_accept_empty_weights(function):
     with pytest.raises(ValueError, match="fewer than 2 dimensions"):
         function(torch.zeros(3))
     assert function(torch.zeros(0, 3)).shape == (0, 3)
@@ -168,7 +169,7 @@ def schemes(report):
 
 
 class Mixed(nn.Module):
-    """Activations as modules, as functions, in place, shared, behind batch norm and an addition, fused, and written out."""
+    """Activations as modules and functions, in place, shared, after batch norm and additions, and fused."""
 
     def __init__(self):
         super().__init__()
@@ -218,7 +219,7 @@ def test_auto_follows_the_data():
 
 
 @pytest.mark.parametrize("scheme", ["auto", "xavier_uniform", "xavier_normal", "he_uniform", "he_normal", "lecun_uniform", "lecun_normal"])
-def test_what_is_reported_is_what_was_written(scheme):
+def test_the_report_matches_the_weights(scheme):
     model = nn.Sequential(nn.Linear(600, 400), nn.Tanh(), nn.Linear(400, 500), gk.PReLU(init=0.5), nn.Conv2d(500, 200, 1, bias=False))
     for each in gk.init.apply_(model, scheme).layers:
         weight = model.get_submodule(each.name).weight
@@ -228,7 +229,7 @@ def test_what_is_reported_is_what_was_written(scheme):
             assert weight.abs().max() <= math.sqrt(3) * each.std * (1 + 1e-6)
 
 
-def test_generator_makes_it_repeatable_and_leaves_torchs_own_alone():
+def test_a_generator_makes_it_repeatable_and_keeps_torchs_default_generator():
     state = torch.get_rng_state()
     models = [nn.Linear(5, 5), nn.Linear(5, 5)]
     torch.set_rng_state(state)
@@ -247,7 +248,7 @@ def test_a_transposed_convolution_keeps_the_second_moment(kernel, stride, groups
 
 
 class Applied(nn.Module):
-    """A layer, and behind it what is given."""
+    """A layer, and an activation after it."""
 
     def __init__(self, act):
         super().__init__()
@@ -283,12 +284,12 @@ FORMS = [
 
 
 @pytest.mark.parametrize("place", range(len(FORMS)), ids=[f"{name} {place}" for place, (_, _, name) in enumerate(FORMS)])
-def test_an_activation_is_known_as_module_function_and_method(place):
+def test_an_activation_is_found_as_module_function_and_method(place):
     module, function, name = FORMS[place]
     for act in (module, function):
         (found,) = gk.init.apply_(Applied(act)).layers
         assert (found.activation, found.reason) == (name, "by tracing")
-        assert found.gain in (1, pytest.approx(gk.init.calculate_gain(*gk.init.activation_of(module))))
+        assert found.gain in (1, pytest.approx(gk.init.calculate_gain(*activation_of(module))))
 
 
 def test_slopes_of_a_function_are_read_from_the_parameter():
@@ -303,11 +304,11 @@ def test_slopes_of_a_function_are_read_from_the_parameter():
     assert schemes(gk.init.apply_(Learnt())) == {"layer": ("he_normal_", "prelu(0.5)")}
 
 
-def test_other_uses_of_clamp_are_no_activation():
+def test_other_uses_of_clamp_are_not_activations():
     assert schemes(gk.init.apply_(Applied(lambda x: x.clamp(max=1.0)))) == {"layer": ("lecun_normal_", "nothing")}
 
 
-def test_modules_of_others_that_only_have_the_name_are_looked_into():
+def test_a_module_that_only_has_the_name_of_an_activation_is_traced():
     class Tanh(nn.Module):
         def forward(self, x):
             return F.relu(x)
@@ -316,7 +317,7 @@ def test_modules_of_others_that_only_have_the_name_are_looked_into():
 
 
 class Branching(nn.Module):
-    """Python that no tracer follows, around a block that can be traced."""
+    """A forward that cannot be traced, around a block that can."""
 
     def __init__(self):
         super().__init__()
@@ -330,7 +331,7 @@ class Branching(nn.Module):
         return self.last(self.act(self.norm(self.first(self.block(x))))) if x.sum() > 0 else x
 
 
-def test_order_of_modules_serves_where_tracing_cannot_and_that_is_said():
+def test_the_order_of_modules_decides_where_tracing_fails_and_the_report_says_so():
     report = gk.init.apply_(Branching())
     assert {each.name: each.activation for each in report.layers} == {
         "block.0": "elu(1)",
@@ -340,15 +341,15 @@ def test_order_of_modules_serves_where_tracing_cannot_and_that_is_said():
     }
     reasons = {each.name: each.reason for each in report.layers}
     assert reasons["block.0"] == reasons["block.2"] == "by tracing"
-    because = "since Branching cannot be traced (symbolically traced variables cannot be used as inputs to control flow)"
+    because = "because Branching cannot be traced (symbolically traced variables cannot be used as inputs to control flow)"
     assert reasons["first"] == reasons["last"] == f"by the order of modules, {because}"
-    assert str(report).endswith(f"? by the order of modules, {because}: first, last\nleft as they are, LayerNorm: norm")
+    assert str(report).endswith(f"? by the order of modules, {because}: first, last\nnot changed, LayerNorm: norm")
     assert any(line.split()[0] == "first" and line.endswith("swish(1) ?") for line in str(report).splitlines())
     assert any(line.split()[0] == "block.0" and line.endswith("elu(1)") for line in str(report).splitlines())
 
 
 class Functional(nn.Module):
-    """Activations that no order of modules tells, behind a branch."""
+    """Activations that the order of modules does not show, after a branch."""
 
     def __init__(self):
         super().__init__()
@@ -361,7 +362,7 @@ class Functional(nn.Module):
         return self.head(F.relu(self.third(x)))
 
 
-def test_a_hidden_layer_of_which_nothing_is_known_is_taken_to_be_followed_by_relu():
+def test_a_hidden_layer_without_a_known_activation_is_assumed_to_be_followed_by_relu():
     model = Functional()
     report = gk.init.apply_(model)
     assert schemes(report) == {
@@ -374,7 +375,7 @@ def test_a_hidden_layer_of_which_nothing_is_known_is_taken_to_be_followed_by_rel
     assert model.second.weight.std().item() == pytest.approx(math.sqrt(2 / 300), rel=0.02)
 
 
-def test_what_cannot_be_traced_is_seen_whole_by_what_can():
+def test_an_untraceable_module_is_kept_whole_in_a_traceable_one():
     model = nn.Sequential(nn.Linear(4, 300), Functional(), nn.Linear(300, 4), nn.Sigmoid(), nn.Linear(4, 4))
     found = {each.name: (each.activation, each.reason.partition(",")[0]) for each in gk.init.apply_(model).layers}
     assert found == {
@@ -388,7 +389,7 @@ def test_what_cannot_be_traced_is_seen_whole_by_what_can():
     }
 
 
-def test_a_layer_that_the_forward_does_not_reach_is_a_guess():
+def test_the_activation_of_a_layer_that_the_forward_does_not_reach_is_guessed():
     class Spare(Applied):
         def __init__(self):
             super().__init__(nn.Tanh())
@@ -396,22 +397,22 @@ def test_a_layer_that_the_forward_does_not_reach_is_a_guess():
 
     found = {each.name: (each.activation, each.reason) for each in gk.init.apply_(Spare()).layers}
     assert found["layer"] == ("tanh", "by tracing")
-    assert found["spare"] == ("elu(1)", "by the order of modules, since the forward does not reach it")
+    assert found["spare"] == ("elu(1)", "by the order of modules, because the forward does not reach it")
 
 
-def test_blocks_of_our_own_are_looked_into():
+def test_modules_of_this_project_are_traced():
     model = nn.Sequential(cures.Residual(nn.Sequential(nn.Linear(4, 4), gk.BatchNormAct1d(4, act="identity"), gk.ELU())), nn.Linear(4, 4))
     assert schemes(gk.init.apply_(model)) == {"0.branch.0": ("he_normal_", "elu(1)"), "1": ("lecun_normal_", "nothing")}
 
 
 @pytest.mark.slow
-def test_a_compiled_model_is_the_model():
+def test_a_compiled_model_is_initialised_like_the_model():
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     found = gk.init.apply_(torch.compile(model, backend="eager")).layers
     assert [(each.name, each.activation, each.reason) for each in found] == [("0", "tanh", "by tracing"), ("2", "nothing", "by tracing")]
 
 
-def test_tracing_leaves_no_trace():
+def test_tracing_does_not_change_the_model():
     class Storing(nn.Module):
         def __init__(self):
             super().__init__()
@@ -433,7 +434,7 @@ def test_tracing_leaves_no_trace():
     assert all(value is before[1][name] and not value.any() for name, value in model.named_buffers())
 
 
-def test_what_is_not_its_own_to_set_is_kept_with_a_reason():
+def test_modules_that_must_not_be_initialised_are_kept_with_a_reason():
     model = nn.ModuleDict(
         {
             "embedding": nn.Embedding(5, 4),
@@ -458,7 +459,7 @@ def test_what_is_not_its_own_to_set_is_kept_with_a_reason():
     assert dict(report.kept)["own"] == "Linear, tied to twin"
     changed = {name.partition(".")[0] for name, value in before.items() if not torch.equal(value, model.state_dict()[name])}
     assert changed == {"twin", "own"}
-    assert dict(report.kept)["pruned"] == "Linear whose weight is no parameter"
+    assert dict(report.kept)["pruned"] == "Linear whose weight is not a parameter"
     for word in ("tied to an embedding", "frozen", "parametrization", "no shape before its first batch", "MultiheadAttention: attention"):
         assert word in str(report)
 
@@ -475,7 +476,7 @@ def test_weights_that_share_memory_are_written_once():
     assert {"2": "Linear, tied to 0", "5": "Linear, tied to an embedding"}.items() <= dict(report.kept).items()
 
 
-def test_a_frozen_bias_is_left_alone_and_said():
+def test_a_frozen_bias_is_kept_and_reported():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     for layer in (model[0], model[2]):
         nn.init.constant_(layer.bias, 0.5)
@@ -484,14 +485,14 @@ def test_a_frozen_bias_is_left_alone_and_said():
     assert not model[0].bias.any()
     assert (model[2].bias == 0.5).all()
     assert report.kept == [("2.bias", "frozen")]
-    assert str(report).endswith("left as they are, frozen: 2.bias")
+    assert str(report).endswith("not changed, frozen: 2.bias")
     alone = nn.Linear(4, 4)
     alone.bias.requires_grad_(False)
     assert gk.init.apply_(alone).kept == [("bias", "frozen")]
 
 
-def test_refusals_are_said_in_words():
-    with pytest.raises(ValueError, match=r"scheme is one of 'auto', 'xavier_uniform'.*not 'best'"):
+def test_errors_name_their_reason():
+    with pytest.raises(ValueError, match=r"scheme must be one of 'auto', 'xavier_uniform'.*not 'best'"):
         gk.init.apply_(nn.Linear(2, 2), scheme="best")
     with pytest.raises(ValueError, match=r"ReLU has no linear or convolutional layer to initialise"):
         gk.init.apply_(nn.ReLU())
@@ -499,7 +500,7 @@ def test_refusals_are_said_in_words():
         gk.init.apply_(nn.Sequential(nn.Linear(2, 2).requires_grad_(False)))
 
 
-def test_a_shared_layer_takes_the_activation_it_has_anywhere():
+def test_a_shared_layer_gets_the_activation_of_any_of_its_calls():
     class Shared(nn.Module):
         def __init__(self):
             super().__init__()

@@ -1,6 +1,6 @@
-"""The monitor's numbers against those computed by hand in float64, and that it changes nothing: no result, no random number, no hook left.
+"""GradientMonitor: its numbers against float64, and that it changes no result and leaves no hook.
 
-That a step waits for no device is counted as reads of a scalar, which is what waiting is on a device.
+A step must not wait for a device. Each wait is a read of a scalar, and these are counted.
 """
 
 import copy
@@ -22,8 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradkernels as gk
 from gradkernels import text
-from gradkernels.diagnosis import monitor as monitor_module
-from gradkernels.diagnosis import plots
+from gradkernels.diagnosis import plots, recorder
 
 OPTIMIZERS = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
@@ -64,7 +63,7 @@ def step(model, optimizer, clip=None):
 
 
 def norms_of(model, values):
-    """Of each layer with parameters, the norm of values(parameter) as one vector, in float64."""
+    """For each layer, the norm of values(parameter) of all its parameters as one vector, in float64."""
     norms = {}
     for name, parameter in model.named_parameters():
         norms.setdefault(name.rpartition(".")[0], []).append(values(name, parameter).detach().double().flatten())
@@ -82,7 +81,7 @@ def test_norms_are_those_of_the_step(name):
             step(model, optimizer)
             weights = norms_of(model, lambda _, parameter: parameter)
             updates = norms_of(model, lambda key, parameter, before=before: parameter - before[key])
-            # RMSprop clips gradients as it reads them, and leaves them as they were.
+            # RMSprop clips gradients as it reads them, and does not write them.
             scale = getattr(optimizer, "_folded_coefficient", 1.0)
             expected["gradient_norm"].append(norms_of(model, lambda _, parameter, scale=scale: parameter.grad * scale))
             expected["weight_norm"].append(weights)
@@ -107,7 +106,7 @@ def test_other_dtypes(dtype):
 
 
 class Reversed(nn.Module):
-    """Layers that are registered in another order than the one in which they run; a scale of the model's own, one never called."""
+    """Layers that run in another order than they are registered, one that never runs, and a parameter."""
 
     def __init__(self):
         super().__init__()
@@ -143,12 +142,12 @@ def test_layers_are_in_the_order_in_which_they_run(activations_every, monkeypatc
     ]
     assert "the gradient of the first layer, (model), is" in monitor.table()
     drawn = []
-    monkeypatch.setattr(monitor_module.plots, "gradient_flow", lambda *arguments: drawn.append(arguments))
+    monkeypatch.setattr(plots, "gradient_flow", lambda *arguments: drawn.append(arguments))
     monitor.plot("flow.png")
     assert drawn[0][1:3] == (IN_ORDER, [False, True, True, True])
 
 
-def test_layers_that_were_never_called_stay_where_they_are_registered():
+def test_layers_that_were_never_called_keep_the_order_of_registration():
     model = Reversed()
     with gk.GradientMonitor(model) as monitor:
         for parameter in model.parameters():
@@ -157,7 +156,7 @@ def test_layers_that_were_never_called_stay_where_they_are_registered():
     assert monitor.to_dict()["layers"] == ["(model)", "last", "spare", "first"]
 
 
-def test_a_hook_that_waits_for_a_first_call_goes_with_it():
+def test_a_hook_for_the_first_call_is_removed_by_it():
     model = network()
     with gk.GradientMonitor(model, activations_every=None):
         assert all(module._forward_pre_hooks for module in model)
@@ -212,12 +211,12 @@ def test_every_and_activations_every():
     assert [*found["activations"]] == [0, 4, 8]
     assert gk.GradientMonitor(model, activations_every=None).remove() is None
     assert "activations of step 0" in monitor.table(3)
-    with pytest.raises(RuntimeError, match="step 4 was not recorded; those from 0 to 6 are, every 3"):
+    with pytest.raises(RuntimeError, match="step 4 was not recorded; recorded are steps 0 to 6 with every=3"):
         monitor.table(4)
 
 
 class Watched(nn.Module):
-    """A convolution of whose channels one never fires, and rows of tokens whose units are last; an activation shared by both."""
+    """A convolution with one dead channel, and tokens whose units lie along the last dimension."""
 
     def __init__(self):
         super().__init__()
@@ -276,10 +275,10 @@ def test_gradients_before_clipping():
     first, clipped, third = monitor.to_dict()["gradient_norm"]
     assert first == pytest.approx(expected[0], rel=1e-7)
     assert third == pytest.approx(expected[1], rel=1e-7)
-    assert math.hypot(*clipped) == pytest.approx(1e-3, rel=1e-2), "what was recorded once does not serve again"
+    assert math.hypot(*clipped) == pytest.approx(1e-3, rel=1e-2), "an early record counts for one step only"
 
 
-@pytest.mark.parametrize("early", [False, True], ids=["behind step()", "by record_gradients()"])
+@pytest.mark.parametrize("early", [False, True], ids=["after step()", "by record_gradients()"])
 @pytest.mark.parametrize(
     "clipping",
     {
@@ -290,7 +289,7 @@ def test_gradients_before_clipping():
     }.items(),
     ids=lambda item: item[0],
 )
-def test_what_clips_inside_the_step_changes_nothing_of_what_is_shown(clipping, early):
+def test_gradients_are_recorded_as_they_are_clipped_inside_the_step(clipping, early):
     name, make = clipping
     model = network()
     optimizer = make(model.parameters())
@@ -323,7 +322,7 @@ def test_a_layer_that_is_unfrozen_later_is_recorded_from_then_on(held_from_the_s
         model.zero_grad()
         step(model, optimizer)
     found = monitor.to_dict()
-    assert found["layers"] == ["0", "1", "5"], "what stayed frozen has no figures"
+    assert found["layers"] == ["0", "1", "5"], "a layer that stayed frozen has no figures"
     for name in ("gradient_norm", "weight_norm", "update_ratio"):
         assert [row[0] is None for row in found[name]] == [True, False, False, True]
         assert all(None not in row[1:] for row in found[name])
@@ -331,7 +330,7 @@ def test_a_layer_that_is_unfrozen_later_is_recorded_from_then_on(held_from_the_s
     assert monitor.table(0).splitlines()[2].split()[:4] == ["0", "-", "-", "-"]
 
 
-def test_what_an_optimizer_holds_is_asked_at_every_step():
+def test_the_parameters_of_an_optimizer_are_read_at_every_step():
     model = network()
     optimizer = torch.optim.SGD([model[0].weight, model[3].weight], lr=0.1)
     with gk.GradientMonitor(model) as monitor:
@@ -445,7 +444,7 @@ def hooks_of(model):
     return [dict(each) for each in everywhere + on_modules], [parameter._backward_hooks for parameter in model.parameters()]
 
 
-def test_hooks_are_gone_afterwards_also_after_an_exception():
+def test_hooks_are_removed_also_after_an_exception():
     model = network()
     before = hooks_of(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -456,10 +455,10 @@ def test_hooks_are_gone_afterwards_also_after_an_exception():
     assert hooks_of(model) == before
     monitor.remove()
     step(model, optimizer)
-    assert monitor.to_dict()["steps"] == [0], "removed, it records nothing and keeps what it has"
+    assert monitor.to_dict()["steps"] == [0], "after remove() it records nothing and keeps its records"
 
 
-def test_entered_again_it_goes_on():
+def test_a_monitor_that_is_entered_again_goes_on():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = hooks_of(model)
@@ -472,12 +471,12 @@ def test_entered_again_it_goes_on():
         assert hooks_of(model) == before
         step(model, optimizer)
     found = monitor.to_dict()
-    assert found["steps"] == [0, 1, 2, 3], "what happens between is not seen"
+    assert found["steps"] == [0, 1, 2, 3], "steps in between are not recorded"
     assert [*found["activations"]] == [0, 2]
     assert found["gradient_norm"][3] != found["gradient_norm"][1]
 
 
-def test_hooks_do_not_stay_where_one_cannot_be_made():
+def test_no_hook_stays_if_one_cannot_be_registered():
     class Unhookable(nn.ReLU):
         def register_forward_hook(self, *arguments, **keywords):
             raise RuntimeError("no hooks here")
@@ -490,7 +489,7 @@ def test_hooks_do_not_stay_where_one_cannot_be_made():
 
 
 def test_reading_costs_the_same_for_each_parameter():
-    """Counted in lines of Python, of which there are some for each parameter and none for each pair of parameter and layer."""
+    """Counted in lines of Python, which grow with the parameters, not with parameters times layers."""
 
     def lines(layers):
         model = nn.Sequential(*[nn.Linear(1, 1) for _ in range(layers)])
@@ -515,12 +514,12 @@ def test_reading_costs_the_same_for_each_parameter():
     assert lines(200) < 12 * lines(20)
 
 
-def test_copies_and_pickles_of_the_model_are_not_watched():
+def test_copies_and_pickles_of_the_model_are_not_recorded():
     model = network()
     with gk.GradientMonitor(model) as monitor:
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             step(twin, torch.optim.SGD(twin.parameters(), lr=0.1))
-        assert len(monitor._unread) == 0
+        assert len(monitor._recorder.unread) == 0
         step(model, torch.optim.SGD(model.parameters(), lr=0.1))
     assert monitor.to_dict()["steps"] == [0]
 
@@ -544,17 +543,17 @@ def reads(model, optimizer, steps):
     return counted.count
 
 
-def test_a_step_waits_for_nothing_and_reads_come_in_batches(monkeypatch):
-    monkeypatch.setattr(monitor_module, "_STEPS_PER_READ", 6)
+def test_a_step_does_not_wait_and_norms_are_fetched_for_many_steps(monkeypatch):
+    monkeypatch.setattr(recorder, "_STEPS_PER_READ", 6)
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     without = reads(model, optimizer, 5)
     with gk.GradientMonitor(model, activations_every=2) as monitor:
         assert reads(model, optimizer, 5) == without
-        assert len(monitor._unread) > 5
+        assert len(monitor._recorder.unread) > 5
         step(model, optimizer)
         step(model, optimizer)
-        assert len(monitor._unread) == 1, "the first six steps have been read together, and the seventh has not"
+        assert len(monitor._recorder.unread) == 1, "the first six steps were fetched together, and the seventh was not"
     assert len(monitor.to_dict()["steps"]) == 7
 
 
@@ -577,7 +576,7 @@ def test_distributed_data_parallel_without_its_prefix():
 
 
 @pytest.mark.parametrize("monitored_first", [True, False])
-def test_under_compile_gradients_are_recorded_and_activations_left_out(monitored_first):
+def test_under_compile_gradients_are_recorded_without_activations(monitored_first):
     torch._dynamo.reset()
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -591,10 +590,10 @@ def test_under_compile_gradients_are_recorded_and_activations_left_out(monitored
     assert found["layers"] == ["0", "1", "3", "5"]
     assert found["gradient_norm"][1] == pytest.approx(norms_of(model, lambda _, parameter: parameter.grad), rel=1e-7)
     assert found["activations"] == {}
-    assert "no activation seen: no forward pass in training mode outside torch.compile" in monitor.table()
+    assert "no activations: there was no forward pass in training mode outside torch.compile" in monitor.table()
 
 
-# What a person gets
+# The reports
 
 
 @pytest.fixture(scope="module")
@@ -608,7 +607,7 @@ def vanishing():
     return monitor
 
 
-def test_table_tells_what_vanishes_and_what_it_cost(vanishing):
+def test_table_shows_what_vanishes_and_the_cost(vanishing):
     lines = str(vanishing).splitlines()
     assert lines[0] == "step 2, activations of step 0"
     first = next(line for line in lines if line.startswith("0 ")).split()
@@ -634,7 +633,7 @@ def test_plot_draws_both_panels(vanishing, tmp_path):
 
 
 def gradient_flow(path, norms):
-    """Drawn with every warning an error; what the picture has of scale, words and range."""
+    """Draw with every warning an error, and return the scale, the words and the range of the picture."""
     figures = []
 
     def keep(figure, *arguments, **keywords):
@@ -666,7 +665,7 @@ NAN, INF = math.nan, math.inf
         ([[1e-3, 0.5]], {"legend": ["step 0"], "steps": ["0"]}),
         (
             [[0.5], [0.4]],
-            {"legend": ["step 0", "step 10", "all steps"], "title": "step 10: the gradient of the only layer with one, layer0, is 0.4"},
+            {"legend": ["step 0", "step 10", "all steps"], "title": "step 10: only layer layer0 has a gradient: 0.4"},
         ),
         (
             [[NAN, NAN]],
@@ -689,13 +688,13 @@ NAN, INF = math.nan, math.inf
         ([[1e-320, 1e-99, 1e99, 1e300]] * 2, {"scale": True, "words": "9.99989e-321 1e+300"}),
     ],
 )
-def test_pictures_of_one_step_one_layer_and_what_no_axis_holds(norms, expected, tmp_path):
+def test_pictures_of_one_step_of_one_layer_and_of_norms_that_are_not_drawn(norms, expected, tmp_path):
     drawn = gradient_flow(tmp_path / "flow.png", norms)
     assert {key: drawn[key] for key in expected} == expected
 
 
 def test_points_keep_away_from_the_edges(tmp_path):
-    """The least range is wide beside a single point, which is not to lie half outside."""
+    """With a single point the axis gets its smallest range, and the point must not lie half outside."""
     figure = plots._figure(1, 6)
     axes = figure.subplots()
     plots._draw_flow(axes, [0.3], [True], plots.INK, "")
@@ -712,7 +711,7 @@ def test_what_vanishes_is_on_the_axis(tmp_path):
     assert highest > 3
 
 
-def test_plot_and_table_of_what_is_not_finite_zero_or_absent(tmp_path):
+def test_plot_and_table_of_gradients_that_are_not_finite_zero_or_absent(tmp_path):
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with gk.GradientMonitor(model) as monitor:
@@ -730,7 +729,7 @@ def test_plot_and_table_of_what_is_not_finite_zero_or_absent(tmp_path):
 
 
 class Scalars(list):
-    """A writer; lists take no weak references, so it is none of those that are kept by accident."""
+    """A writer. Lists have no weak references, but this subclass has."""
 
     __hash__ = object.__hash__
 
@@ -766,13 +765,13 @@ def test_tensorboard_of_torch(tmp_path):
     assert any(tmp_path.iterdir())
 
 
-# Bad input, in words
+# Wrong arguments
 
 
 def test_no_step_yet():
     monitor = gk.GradientMonitor(network())
     for read in (monitor.table, monitor.to_dict, lambda: monitor.plot("never.png"), lambda: monitor.to_tensorboard(Scalars())):
-        with pytest.raises(RuntimeError, match="has recorded no step yet: it does so whenever an optimizer"):
+        with pytest.raises(RuntimeError, match="has not recorded a step yet: it records when an optimizer"):
             read()
     monitor.remove()
 
@@ -785,9 +784,9 @@ def test_nothing_to_monitor(model):
 
 @pytest.mark.parametrize("count", [0, -1, 2.5, 1.0, "2", math.nan])
 @pytest.mark.parametrize("name", ["every", "activations_every"])
-def test_steps_are_counted_in_whole_numbers_from_one_on(name, count):
+def test_intervals_are_whole_numbers_from_one_on(name, count):
     before = hooks_of(network())
-    with pytest.raises(ValueError, match=f"every and activations_every count steps from 1 on, not .*{count!r}"):
+    with pytest.raises(ValueError, match=f"every and activations_every must be whole numbers from 1 on, not .*{count!r}"):
         gk.GradientMonitor(network(), **{name: count})
     assert hooks_of(network()) == before
     with pytest.raises(ValueError, match="not None and 10"):
@@ -802,4 +801,4 @@ def test_a_module_that_is_never_called_is_named():
         loss_of(model, *batch()).backward()
         optimizer.step()
     assert "without a gradient: unused" in monitor.table()
-    assert "never called in training mode, or without an output to look at: unused" in monitor.table()
+    assert "no activations, because never called in training mode or without a suitable output: unused" in monitor.table()

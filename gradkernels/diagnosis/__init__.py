@@ -1,5 +1,10 @@
-"""Which layer vanishes or explodes, and what to do: diagnose and GradientMonitor.
+"""diagnose and GradientMonitor: which layer vanishes or explodes, and what to do.
 
-probe.py looks at one step, with backward_graph.py for what a gradient passes; verdicts.py judges its layers; cures.py says what to change;
-diagnose.py is the public call and its report, command.py its command line. monitor.py records a training. plots.py draws for both.
+diagnose.py is the public call and its report, and command.py its command line. probe.py observes one step:
+nonfinite.py follows nan and inf in it, and backward_graph.py says which layers a gradient passes. verdicts.py
+judges the layers with the thresholds of thresholds.py, and cures.py says what to change.
+
+monitor.py (GradientMonitor) reports a training. recorder.py records it in hooks of optimizers,
+forward_hooks.py in hooks of modules, and deferred.py keeps the numbers on their device. plots.py draws for
+both.
 """

@@ -1,4 +1,4 @@
-"""python -m gradkernels diagnose: a user's own model from the command line, with a progress line and a picture."""
+"""python -m gradkernels diagnose: diagnose a model from the command line, and draw the picture."""
 
 from __future__ import annotations
 
@@ -16,34 +16,36 @@ import torch
 from torch import nn
 
 from gradkernels.diagnosis.diagnose import diagnose
-from gradkernels.diagnosis.probe import probe
 from gradkernels.layers import unwrapped
 
-# Of matplotlib's formats those that diagnose is tested with.
+# The formats of matplotlib that diagnose is tested with.
 _PICTURES = (".png", ".pdf", ".svg")
 
-_OURS = (*(function.__code__.co_filename for function in (diagnose, probe, unwrapped)), __file__)
-# What these raise says in words what is wrong.
-_CHECKS = ("_check", "_targets", "probe", "unwrapped")
+_OURS = (str(Path(__file__).parent), unwrapped.__code__.co_filename)
+# The exceptions of these functions explain a wrong argument, so their message is enough.
+_CHECKS = ("_check_arguments", "_check_loss", "_check_gradients", "_learning_parameters", "_targets", "unwrapped")
 
-# Not shown of a traceback, which is about a user's own code.
+# A traceback shows the user's own code only, without frames of these files.
 _NOT_THE_USERS = ("<frozen importlib", importlib.__file__, pkgutil.__file__, str(Path(torch.__file__).parent), *_OURS)
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m gradkernels diagnose", description="One step of your model: which layers do not learn, why, and what to do."
+        prog="python -m gradkernels diagnose",
+        description="Run one step of your model and report which layers do not learn, why, and what to do.",
     )
-    parser.add_argument("model", metavar="MODULE:FACTORY", help="called without arguments, returns the model")
+    parser.add_argument("model", metavar="MODULE:FACTORY", help="a function without arguments that returns the model")
     parser.add_argument(
         "--batch",
         required=True,
         metavar="SIZE | FILE | MODULE:FUNCTION",
-        help="random numbers of a size such as 32,3,224,224; a file of (inputs, targets) for torch.load; or a function that returns them",
+        help="a size such as 32,3,224,224 for random numbers; a file of (inputs, targets) for torch.load; or a function that returns them",
     )
-    parser.add_argument("--loss", default="cross_entropy", help="of torch.nn.functional, or MODULE:FUNCTION (default: cross_entropy)")
-    parser.add_argument("--apply", action="store_true", help="try the safe cures on a copy, show before and after")
-    parser.add_argument("--output", type=Path, default=Path("diagnosis.png"), help="where the picture goes (default: diagnosis.png)")
+    parser.add_argument(
+        "--loss", default="cross_entropy", help="a function of torch.nn.functional, or MODULE:FUNCTION (default: cross_entropy)"
+    )
+    parser.add_argument("--apply", action="store_true", help="try the safe cures on a copy, and show the figures before and after")
+    parser.add_argument("--output", type=Path, default=Path("diagnosis.png"), help="the file for the picture (default: diagnosis.png)")
     arguments = parser.parse_args(argv)
     if not arguments.output.parent.is_dir():
         parser.error(f"there is no folder {arguments.output.parent}")
@@ -55,12 +57,12 @@ def main(argv: list[str]) -> int:
     if not isinstance(model, nn.Module):
         parser.error(f"{arguments.model} returned {type(model).__name__}, not a torch.nn.Module")
     batch, loss_fn = _batch(parser, arguments.batch, model), _loss(parser, arguments.loss)
-    _progress("forward and backward" + (", and again with the cures" if arguments.apply else ""))
+    _progress("forward and backward" + (", then again with the cures" if arguments.apply else ""))
     try:
         diagnosis = diagnose(model, batch, loss_fn, apply=arguments.apply)
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        if last.filename in _OURS and last.name in _CHECKS:
+        if last.filename.startswith(_OURS) and last.name in _CHECKS:
             _progress("")
             parser.error(str(error))
         _refuse(parser, f"{arguments.model} does not run on the batch {arguments.batch} with the loss {arguments.loss}", error)
@@ -76,33 +78,33 @@ def main(argv: list[str]) -> int:
 
 
 def _progress(words: str) -> None:
-    """One line that is overwritten, for a person who waits; nothing in a log."""
+    """Overwrite the progress line in a terminal. Elsewhere, as in a log, nothing is written."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{words}", end="", file=sys.stderr, flush=True)
 
 
 def _refuse(parser: argparse.ArgumentParser, words: str, error: Exception) -> NoReturn:
-    """For what the user's own code raises: words first, then where."""
+    """Exit after an exception of the user's own code: first the message, then where it was raised."""
     _progress("")
     parser.print_usage(sys.stderr)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_NOT_THE_USERS)]
-    told = ["\n", *traceback.format_list(frames), *traceback.format_exception_only(error)] if frames else []
-    parser.exit(2, f"{parser.prog}: error: {words}: {type(error).__name__}: {error}\n{''.join(told)}")
+    details = ["\n", *traceback.format_list(frames), *traceback.format_exception_only(error)] if frames else []
+    parser.exit(2, f"{parser.prog}: error: {words}: {type(error).__name__}: {error}\n{''.join(details)}")
 
 
 def _resolve(parser: argparse.ArgumentParser, name: str) -> Any:
-    """What MODULE:NAME names; modules of the current folder too."""
+    """Return the function that MODULE:NAME names. Modules of the current folder can be named, too."""
     if not re.fullmatch(r"[\w.]+:[\w.]+", name):
         parser.error(f"{name!r} is not of the form MODULE:NAME")
     try:
-        found = pkgutil.resolve_name(name)
+        function = pkgutil.resolve_name(name)
     except (ModuleNotFoundError, AttributeError, ValueError) as error:
-        parser.error(f"{name} cannot be had: {error}")
+        parser.error(f"{name} was not found: {error}")
     except Exception as error:
         _refuse(parser, f"{name.partition(':')[0]} cannot be imported", error)
-    if not callable(found):
-        parser.error(f"{name} is {type(found).__name__}, which cannot be called")
-    return found
+    if not callable(function):
+        parser.error(f"{name} is {type(function).__name__}, which cannot be called")
+    return function
 
 
 def _call(parser: argparse.ArgumentParser, name: str) -> Any:
@@ -121,13 +123,13 @@ def _batch(parser: argparse.ArgumentParser, wanted: str, model: nn.Module) -> tu
         try:
             batch = torch.load(wanted, weights_only=True)
         except Exception as error:
-            parser.error(f"{wanted} is no file of tensors that torch.load(weights_only=True) takes: {type(error).__name__}")
+            parser.error(f"torch.load(weights_only=True) cannot read tensors from {wanted}: {type(error).__name__}")
     elif ":" in wanted:
         batch = _call(parser, wanted)
     else:
-        parser.error(f"--batch {wanted} is no size such as 32,3,224,224, no file that is there, and not of the form MODULE:FUNCTION")
+        parser.error(f"--batch {wanted} is not a size such as 32,3,224,224, not an existing file, and not of the form MODULE:FUNCTION")
     if not isinstance(batch, tuple | list) or len(batch) != 2:
-        parser.error(f"{wanted} holds no pair (inputs, targets)")
+        parser.error(f"{wanted} does not hold a pair (inputs, targets)")
     inputs, targets = batch
     return inputs, targets
 
@@ -146,14 +148,14 @@ def _loss(parser: argparse.ArgumentParser, wanted: str) -> Callable[[Any, Any], 
 
 
 def _targets(outputs: Any, loss: str) -> torch.Tensor:
-    """For a batch of a size, which has none: classes at random, or numbers."""
+    """Random targets for a batch of random numbers: classes, or numbers in the shape of the outputs."""
     if not isinstance(outputs, torch.Tensor):
         raise TypeError(
-            f"the model returned {type(outputs).__name__}: targets can be made up for one tensor only, so --batch has to have them"
+            f"the model returned {type(outputs).__name__}, and random targets exist for one tensor only: pass targets with --batch"
         )
     if loss not in ("cross_entropy", "nll_loss"):
         return torch.rand_like(outputs)
     if outputs.dim() < 2 or outputs.shape[1] < 2:
         shape = tuple(outputs.shape)
-        raise ValueError(f"{loss} needs the scores of two classes or more, not outputs of the shape {shape}: --loss names another loss")
+        raise ValueError(f"{loss} needs scores of two or more classes, not outputs of the shape {shape}: choose another one with --loss")
     return torch.randint(outputs.shape[1], (len(outputs), *outputs.shape[2:]), device=outputs.device)

@@ -1,7 +1,8 @@
-"""The cures: which verdict asks for which, and each in a sentence and a line of code for the model at hand.
+"""The cures: which verdict asks for which cure, and each as a sentence and a line of code for the model.
 
-They are ranked by how many layers ask for them and how much. Safe are those that change no architecture: initialisation, clipping, learning
-rate; diagnose may try these on a copy.
+Cures are ranked by the number of layers that ask for them and by how much each verdict asks. A cure is safe
+if it does not change the architecture: initialisation, clipping and learning rate. diagnose may try these on
+a copy.
 """
 
 import math
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from gradkernels.acts import ACTS
-from gradkernels.diagnosis.probe import Layer, Origin, Probe
+from gradkernels.diagnosis.nonfinite import Origin
+from gradkernels.diagnosis.probe import Layer, Probe
 from gradkernels.diagnosis.verdicts import (
     BADLY_INITIALISED,
     DEAD,
@@ -22,20 +24,20 @@ from gradkernels.diagnosis.verdicts import (
     TINY_BATCH,
     VANISHING,
     Verdict,
-    enough_for_statistics,
-    is_shut,
+    has_enough_statistics,
+    is_near_zero,
 )
 from gradkernels.layers import WEIGHTS
 
-# The update relative to the weight that a suggested learning rate is to make at most.
+# A suggested learning rate changes no weight by more than this share of it.
 LARGEST_UPDATE = 1e-2
-# What gradients are clipped to, as the notes on clipping have it and most recipes.
+# The suggested norm for clipping, which is that of most recipes.
 MAX_NORM = 1.0
 
 ACTIVATION, INITIALISATION, BATCH_NORM, RESIDUAL = "activation", "initialisation", "batch norm", "residual connections"
 CLIPPING, LEARNING_RATE, STATISTICS, ARITHMETIC, LOSS = "clipping", "learning rate", "batch statistics", "arithmetic", "loss"
 SAFE = (INITIALISATION, CLIPPING, LEARNING_RATE)
-# How much each verdict asks for each cure; cures are ranked by the sum over layers.
+# Verdict -> cure -> how much the verdict asks for it. The sum over all layers ranks the cures.
 _ASKS_FOR: dict[str, dict[str, float]] = {
     EXPLODING: {INITIALISATION: 3, CLIPPING: 2.5, BATCH_NORM: 2, LEARNING_RATE: 1},
     VANISHING: {INITIALISATION: 3, BATCH_NORM: 2.5, RESIDUAL: 2},
@@ -44,16 +46,24 @@ _ASKS_FOR: dict[str, dict[str, float]] = {
     BADLY_INITIALISED: {INITIALISATION: 4},
     TINY_BATCH: {STATISTICS: 3},
 }
-# Where one of these overflows, numbers have grown from layer to layer; elsewhere the operator itself is to be mended.
+# A gradient that vanishes because of one of these activations asks for another activation, too.
+_SATURATING = ("sigmoid", "tanh", "hardsigmoid", "hardtanh")
+_VANISHING_AND_SATURATING: dict[str, float] = {ACTIVATION: 4}
+# If one of these operators overflows, values have grown from layer to layer. Any other operator has to be
+# fixed itself.
 _GROWTH = ("addmm", "mm", "bmm", "baddbmm", "convolution", "add", "mul", "linear", "native_batch_norm", "batch_norm_act", "leaky_relu")
 _GREW: dict[str, float] = {INITIALISATION: 9, CLIPPING: 2, LEARNING_RATE: 1}
-_SATURATING = ("sigmoid", "tanh", "hardsigmoid", "hardtanh")
-# What vanishes behind one of these does so because of it.
-_VANISHING_AND_SATURATING: dict[str, float] = {ACTIVATION: 4}
 
 
 class Cure(NamedTuple):
-    """What to do, why, the line of code, and whether diagnose may try it on a copy."""
+    """One thing to do.
+
+    Attributes:
+        name: the cure.
+        why: what it does.
+        line: the line of code for this model.
+        safe: whether diagnose may try it on a copy, because it does not change the architecture.
+    """
 
     name: str
     why: str
@@ -61,139 +71,143 @@ class Cure(NamedTuple):
     safe: bool
 
 
-def cures(layers: list[Verdict], found: Probe) -> list[Cure]:
-    """Those that the verdicts ask for, the one asked for most first."""
+def cures(judged: list[Verdict], probed: Probe) -> list[Cure]:
+    """Return the cures that the verdicts ask for, the one asked for most first."""
     scores: dict[str, float] = defaultdict(float)
-    if not found.finite:
-        grew = found.origin is not None and found.origin.phase == "forward" and found.origin.operator in _GROWTH
-        scores.update(_GREW if grew else {ARITHMETIC: 9 * max(len(layers), 1)})
-    for each in layers:
-        # Gradients beside nan say nothing of how they flow.
-        for verdict in each.verdicts if found.finite else {*each.verdicts} - {VANISHING, EXPLODING}:
+    if not probed.finite:
+        has_grown = probed.origin is not None and probed.origin.phase == "forward" and probed.origin.operator in _GROWTH
+        scores.update(_GREW if has_grown else {ARITHMETIC: 9 * max(len(judged), 1)})
+    for layer_verdict in judged:
+        layer = layer_verdict.layer
+        # If some values are nan, the gradients of other layers do not show how gradients flow.
+        for verdict in layer_verdict.verdicts if probed.finite else {*layer_verdict.verdicts} - {VANISHING, EXPLODING}:
             asks_for: Mapping[str, float] = _ASKS_FOR.get(verdict, {})
-            if verdict == VANISHING and each.layer.closed_by is not None:
-                # That layer asks for what is needed.
+            if verdict == VANISHING and layer.blocked_by is not None:
+                # The layer that blocks the gradient asks for the cure.
                 asks_for = {}
-            elif verdict == VANISHING and _saturates(each.layer):
+            elif verdict == VANISHING and _saturates(layer):
                 asks_for = {**asks_for, **_VANISHING_AND_SATURATING}
             for cure, weight in asks_for.items():
-                if cure == INITIALISATION and not isinstance(each.layer.module, WEIGHTS):
-                    # What init.apply_ leaves as it is.
+                if cure == INITIALISATION and not isinstance(layer.module, WEIGHTS):
+                    # init.apply_ does not change this layer.
                     continue
-                # What follows the last layer belongs to the loss.
-                scores[LOSS if cure == ACTIVATION and not each.layer.behind else cure] += weight
+                # The activation after an output layer belongs to the loss.
+                scores[LOSS if cure == ACTIVATION and not layer.layers_after else cure] += weight
     ranked = sorted(scores, key=lambda name: -scores[name])
-    shortened = clipped(found.total_norm) if CLIPPING in scores else 1.0
-    return [cure for cure in (_describe(name, layers, found, shortened) for name in ranked) if cure is not None]
+    coefficient = clip_coefficient(probed.total_norm) if CLIPPING in scores else 1.0
+    return [cure for cure in (_describe(name, judged, probed, coefficient) for name in ranked) if cure is not None]
 
 
-def _describe(name: str, layers: list[Verdict], found: Probe, shortened: float) -> Cure | None:
-    """A cure in words and code for this model; None where there is no place for it."""
-    weights = [each for each in layers if isinstance(each.layer.module, WEIGHTS)]
+def _describe(name: str, judged: list[Verdict], probed: Probe, coefficient: float) -> Cure | None:
+    """Describe a cure in words and code for this model; None if the model has no place for it."""
+    weighted = [layer_verdict.layer for layer_verdict in judged if isinstance(layer_verdict.layer.module, WEIGHTS)]
     described: tuple[str, str] | None
     if name == ACTIVATION:
-        described = _activation(layers)
+        described = _activation(judged)
     elif name == LOSS:
-        described = _loss(layers)
+        described = _loss(judged)
     elif name == BATCH_NORM:
-        return _normalisation(weights)
+        return _normalisation(weighted)
     elif name == INITIALISATION:
-        why = "weights of the scale that each activation keeps (He, LeCun, Xavier); begins anew"
-        described = (why, "gk.init.apply_(model)") if weights else None
+        why = "gives weights the size with which each activation keeps the signal (He, LeCun, Xavier); training starts over"
+        described = (why, "gk.init.apply_(model)") if weighted else None
     elif name == RESIDUAL:
-        lacking = len(weights) > 5 and not any(each.layer.around for each in weights)
-        described = ("the gradient then reaches every layer undiminished", "x = x + block(x)") if lacking else None
+        lacks_skips = len(weighted) > 5 and not any(layer.has_skip for layer in weighted)
+        described = ("the gradient then reaches every layer undiminished", "x = x + block(x)") if lacks_skips else None
     elif name == CLIPPING:
-        length = f"; the gradient is {found.total_norm:.3g} long" if math.isfinite(found.total_norm) else ""
-        described = f"bounds every step{length}", f"gk.clip_grad_norm_(model, max_norm={MAX_NORM})    # between backward() and step()"
+        norm = f"; the total gradient norm is {probed.total_norm:.3g}" if math.isfinite(probed.total_norm) else ""
+        described = f"bounds every step{norm}", f"gk.clip_grad_norm_(model, max_norm={MAX_NORM})    # between backward() and step()"
     elif name == LEARNING_RATE:
-        rate = learning_rate(layers, shortened)
-        described = "smaller steps, if it was healthy before some step", "lr = lr / 10"
+        rate = learning_rate(judged, coefficient)
+        described = "makes smaller steps, if the model was healthy before some step", "lr = lr / 10"
         if rate is not None:
-            why = f"SGD {'with clipping ' if shortened < 1 else ''}then changes no weight by more than {LARGEST_UPDATE:.0%}"
+            why = f"SGD {'with clipping ' if coefficient < 1 else ''}then changes no weight by more than {LARGEST_UPDATE:.0%}"
             described = why, f"torch.optim.SGD(model.parameters(), lr={rate:g})"
     elif name == STATISTICS:
-        at = next(each for each in layers if TINY_BATCH in each.verdicts)
+        first = next(layer_verdict for layer_verdict in judged if TINY_BATCH in layer_verdict.verdicts)
         line = "model = gk.convert_sync_batch_norm(model)    # or, on one machine, nn.GroupNorm or a larger batch"
-        described = f"layer {at.name} has {at.why}", line
+        described = f"layer {first.name} has {first.why}", line
     else:
-        described = _arithmetic(found.origin)
+        described = _arithmetic(probed.origin)
     return None if described is None else Cure(name, *described, safe=name in SAFE)
 
 
-def _activation(layers: list[Verdict]) -> tuple[str, str]:
-    """For the first layer whose activation is at fault; the rest follow its example."""
-    at = next(each for each in layers if each.layer.behind and _is_at_fault(each))
-    act = at.layer.act
+def _activation(judged: list[Verdict]) -> tuple[str, str]:
+    """The cure for the first layer whose activation is at fault, as an example for the other layers."""
+    first = next(layer_verdict for layer_verdict in judged if layer_verdict.layer.layers_after and _is_at_fault(layer_verdict))
+    act = first.layer.act
     if act == "sigmoid":
-        why = "the slope of sigmoid is 0.25 at most, and every layer multiplies by it"
+        why = "the slope of sigmoid is at most 0.25, and every layer multiplies the gradient by it"
     else:
-        why = f"{act} lets no gradient through where it is {'off' if DEAD in at.verdicts else 'flat'}"
+        why = f"{act} passes no gradient where it is {'off' if DEAD in first.verdicts else 'flat'}"
     module, function = ("ELU", "elu") if act in _SATURATING else ("LeakyReLU", "leaky_relu")
-    if at.layer.act_module is None:
-        return why, f"gk.{function}(x)    # instead of {act}(x) behind {at.name}"
-    return why, f"{_assign(at.layer.act_module)} = gk.{module}()    # and so behind all other layers"
+    if first.layer.act_module is None:
+        return why, f"gk.{function}(x)    # instead of {act}(x) after {first.name}"
+    return why, f"{_submodule(first.layer.act_module)} = gk.{module}()    # and likewise after all other layers"
 
 
-def _is_at_fault(each: Verdict) -> bool:
-    return bool({DEAD, SATURATED} & {*each.verdicts}) or (VANISHING in each.verdicts and _saturates(each.layer))
+def _is_at_fault(layer_verdict: Verdict) -> bool:
+    """Whether the activation after the layer is the reason for a verdict."""
+    verdicts = layer_verdict.verdicts
+    return bool({DEAD, SATURATED} & {*verdicts}) or (VANISHING in verdicts and _saturates(layer_verdict.layer))
 
 
 def _saturates(layer: Layer) -> bool:
     return layer.act in _SATURATING and not layer.gated
 
 
-def _loss(layers: list[Verdict]) -> tuple[str, str]:
-    """For an activation behind an output layer: no other one can stand for it, but the loss may contain it."""
-    at = next(each for each in layers if not each.layer.behind and _is_at_fault(each))
-    why = f"{at.layer.act} behind the output layer {at.name} lets no gradient through where it is flat"
-    if at.layer.act == "sigmoid":
+def _loss(judged: list[Verdict]) -> tuple[str, str]:
+    """The cure for an activation after an output layer, which only the loss can replace."""
+    first = next(layer_verdict for layer_verdict in judged if not layer_verdict.layer.layers_after and _is_at_fault(layer_verdict))
+    act = first.layer.act
+    why = f"{act} after the output layer {first.name} passes no gradient where it is flat"
+    if act == "sigmoid":
         line = "F.binary_cross_entropy_with_logits(logits, targets)    # and no sigmoid in the model"
-        return f"{why}; a loss that contains it does", line
-    return why, f"return {at.name.rpartition('.')[2]}(x)    # without {at.layer.act}, or its outputs scaled down"
+        return f"{why}; a loss that includes the sigmoid passes it", line
+    return why, f"return {first.name.rpartition('.')[2]}(x)    # without {act}, or with smaller outputs"
 
 
-def _normalisation(weights: list[Verdict]) -> Cure | None:
-    """Behind the first weight that is followed by none and by another layer: outputs are not to be normalised."""
-    layer = next((each.layer for each in weights if not each.layer.normalised and each.layer.behind), None)
+def _normalisation(weighted: list[Layer]) -> Cure | None:
+    """A normalisation after the first layer that lacks one. Outputs of the model are not to be normalised."""
+    layer = next((layer for layer in weighted if not layer.normalised and layer.layers_after), None)
     if layer is None:
         return None
     module = layer.module
     units: Any = module.out_features if isinstance(module, nn.Linear) else module.out_channels
-    name, line = BATCH_NORM, ""
+    before, instead = (f"after {layer.name}, {place} its activation, and likewise for other layers" for place in ("before", "instead of"))
+    name = BATCH_NORM
     if isinstance(module, nn.Linear) and (layer.dims > 2 or layer.called > 1):
-        # Batch norm takes a sequence's channels as dimension 1, and has one mean for all calls.
-        name, line = "layer norm", f"nn.LayerNorm({units})    # behind {layer.name}, before its activation, and so on"
-    elif layer.batch is not None and not enough_for_statistics(layer.batch):
-        line = f"nn.GroupNorm({math.gcd(units, 32)}, {units})    # behind {layer.name}, before its activation, and so on"
-        name = "group norm"
+        # Batch norm takes dimension 1 of a sequence for its channels, and has one mean for all calls.
+        name, line = "layer norm", f"nn.LayerNorm({units})    # {before}"
+    elif layer.batch is not None and not has_enough_statistics(layer.batch):
+        name, line = "group norm", f"nn.GroupNorm({math.gcd(units, 32)}, {units})    # {before}"
     else:
         dimension = next((digit for digit in "23" if f"{digit}d" in type(module).__name__), "1")
         act = layer.act if layer.act in ACTS else "elu"
-        line = f'gk.BatchNormAct{dimension}d({units}, act="{act}")    # behind {layer.name}, in place of its activation, and so on'
-    return Cure(name, "every layer then gets inputs of deviation 1, whatever came before", line, safe=False)
+        line = f'gk.BatchNormAct{dimension}d({units}, act="{act}")    # {instead}'
+    return Cure(name, "every layer then gets inputs of standard deviation 1", line, safe=False)
 
 
 def _arithmetic(origin: Origin | None) -> tuple[str, str]:
     if origin is None or origin.phase in ("parameter", "buffer"):
-        return "what is lost stays lost", "model.load_state_dict(...)    # of a checkpoint before it happened"
+        return "training does not remove nan or inf from a model", "model.load_state_dict(...)    # of an earlier checkpoint"
     if origin.phase == "batch":
-        return "nothing is learnt from nan", "inputs = torch.nan_to_num(inputs)    # better: find out where the data get it from"
+        return "a model cannot learn from nan or inf", "inputs = torch.nan_to_num(inputs)    # better: find where the data get it from"
     if origin.phase == "constant":
-        return "what is not finite is written in the code", "torch.finfo(x.dtype).min    # for a mask, in place of -inf; nan is of no use"
-    return f"{origin.operator} leaves what the numbers can hold", mend(origin.operator)
+        return "the code itself writes nan or inf", "torch.finfo(x.dtype).min    # for a mask, instead of -inf; nan has no use"
+    return f"{origin.operator} has no finite result for its inputs", fix_line(origin.operator)
 
 
-def mend(operator: str) -> str:
-    """The line of code for the operator that made nan or inf."""
+def fix_line(operator: str) -> str:
+    """Return the line of code that fixes an operator which produced nan or inf."""
     word = operator.lower()
     for name, line in {
-        "empty": "loss_fn(y, targets) if len(targets) else y.sum() * 0    # of nothing the mean is 0 / 0",
-        "softmax": "x.masked_fill(mask, torch.finfo(x.dtype).min).softmax(-1)    # in place of -inf: where all is masked that is 0 / 0",
-        "nll_loss": "F.cross_entropy(y, targets, reduction='sum') / (targets != -100).sum().clamp_min(1)    # no target, no mean",
-        "var": "x.var(correction=0)    # of one number the deviation with a correction is 0 / 0",
-        "std": "x.std(correction=0)    # of one number the deviation with a correction is 0 / 0",
-        "log": "torch.log(x.clamp_min(1e-12))    # log_softmax, logsigmoid and cross_entropy need no log of yours",
+        "empty": "loss_fn(y, targets) if len(targets) else y.sum() * 0    # the mean of no elements is 0 / 0",
+        "softmax": "x.masked_fill(mask, torch.finfo(x.dtype).min).softmax(-1)    # a row that is all -inf gives 0 / 0",
+        "nll_loss": "F.cross_entropy(y, targets, reduction='sum') / (targets != -100).sum().clamp_min(1)    # without targets: 0 / 0",
+        "var": "x.var(correction=0)    # with a correction, the variance of one number is 0 / 0",
+        "std": "x.std(correction=0)    # with a correction, the deviation of one number is 0 / 0",
+        "log": "torch.log(x.clamp_min(1e-12))    # or log_softmax, logsigmoid, cross_entropy instead of a log",
         "sqrt": "torch.sqrt(x.clamp_min(1e-12))    # the slope of sqrt at 0 is infinite",
         "norm": "torch.sqrt(x.square().sum() + 1e-12)    # the slope of a norm at 0 is not defined",
         "div": "x / y.clamp_min(1e-12)",
@@ -203,25 +217,28 @@ def mend(operator: str) -> str:
     }.items():
         if name in word:
             return line
-    return "gk.init.apply_(model)    # if it grew until it overflowed; in 16 bits bfloat16, or torch.amp.GradScaler"
+    return "gk.init.apply_(model)    # if values grew until they overflowed; in 16 bits: bfloat16, or torch.amp.GradScaler"
 
 
-def _assign(module: str) -> str:
-    """Python for a submodule, where a name may be the number of an entry."""
-    parts = module.split(".")
-    return "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in parts)
+def _submodule(name: str) -> str:
+    """Python for a submodule of model. A part of its name may be the number of an entry."""
+    return "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split("."))
 
 
-def learning_rate(layers: list[Verdict], shortened: float = 1.0) -> float | None:
-    """What keeps the largest relative update of plain SGD at LARGEST_UPDATE, of gradients times `shortened`; rounded down to one digit."""
-    judged = [each.layer for each in layers if each.layer.weight and not is_shut(each.layer)]
-    ratios = [layer.gradient / layer.weight for layer in judged if layer.gradient is not None]
-    largest = max(ratios, default=0.0) * shortened
+def learning_rate(judged: list[Verdict], coefficient: float = 1.0) -> float | None:
+    """Return the learning rate with which SGD changes no weight by more than LARGEST_UPDATE of its norm.
+
+    Gradients are multiplied by coefficient first. The rate is rounded down to one digit; None if there is
+    none.
+    """
+    layers = [layer_verdict.layer for layer_verdict in judged]
+    ratios = [layer.gradient / layer.weight for layer in layers if layer.weight and layer.gradient is not None and not is_near_zero(layer)]
+    largest = max(ratios, default=0.0) * coefficient
     if not 0 < largest < math.inf:
         return None
     return float(Context(prec=1, rounding=ROUND_DOWN).create_decimal_from_float(LARGEST_UPDATE / largest))
 
 
-def clipped(total_norm: float) -> float:
-    """What clipping to MAX_NORM multiplies a gradient by."""
+def clip_coefficient(total_norm: float) -> float:
+    """The factor by which clipping to MAX_NORM multiplies gradients of this norm."""
     return MAX_NORM / max(total_norm, MAX_NORM)

@@ -1,7 +1,7 @@
-"""diagnose: a verdict for every layer of a model after one step, what it rests on, and the cures in the order in which to try them.
+"""diagnose: verdicts on every layer of a model after one step, their reasons, and the cures, ranked.
 
-The figures come from probe.py, the verdicts from verdicts.py and the cures from cures.py; here they are put together for a person, and the
-safe cures are tried on a copy.
+The figures come from probe.py, the verdicts from verdicts.py and the cures from cures.py. This file puts them
+together in a report and tries the safe cures on a copy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from gradkernels import init, text
 from gradkernels.diagnosis import plots
-from gradkernels.diagnosis.cures import CLIPPING, INITIALISATION, LEARNING_RATE, MAX_NORM, clipped, cures, learning_rate
+from gradkernels.diagnosis.cures import CLIPPING, INITIALISATION, LEARNING_RATE, MAX_NORM, clip_coefficient, cures, learning_rate
 from gradkernels.diagnosis.probe import Layer, Probe, probe
 from gradkernels.diagnosis.verdicts import HEALTHY, NON_FINITE, VERDICTS, Verdict, origin_sentence, output_layers, verdicts
 from gradkernels.layers import kind_of, unwrapped
@@ -28,17 +28,19 @@ from gradkernels.preserved import preserved
 
 
 class Diagnosis:
-    """What diagnose found; str() is for a person.
+    """What diagnose found; str() gives the report.
 
     Attributes:
-        layers: a Verdict for each module with parameters of its own that require a gradient and have elements, in the order in
-            which they ran.
-        cures: the Cures, the one to try first at the top.
-        loss: of the batch.
-        total_norm: of all gradients as one vector.
-        origin: the sentence on where nan or inf in the loss or the gradients began; None where both are finite.
-        after: with apply=True, the Diagnosis of the copy with the safe cures; else None.
-        applied: with apply=True, what was done to the copy.
+        layers: a Verdict for each module with parameters of its own that require a gradient and have
+            elements, in the order in which the modules ran.
+        cures: the Cures, in the order to try them. loss: the loss of the batch. total_norm: the norm of all
+            gradients as one vector.
+        origin: the sentence on where nan or inf in the loss or the gradients came from; None if both are
+            finite.
+        after: with apply=True, the Diagnosis of the copy after the safe cures; else None.
+        applied: with apply=True, one line for each cure that was applied to the copy, or the reason why none
+            was.
+        loss_after_step: in `after`, the loss after one step of SGD; None if no step was made.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -50,30 +52,30 @@ class Diagnosis:
         [('0', ('healthy',)), ('2', ('healthy',))]
     """
 
-    def __init__(self, title: str, found: Probe) -> None:
+    def __init__(self, title: str, probed: Probe) -> None:
         self.title = title
-        self.loss, self.total_norm = found.loss, found.total_norm
-        self.origin = origin_sentence(found)
-        self.layers = verdicts(found)
-        self.cures = cures(self.layers, found)
+        self.loss, self.total_norm = probed.loss, probed.total_norm
+        self.origin = origin_sentence(probed)
+        self.layers = verdicts(probed)
+        self.cures = cures(self.layers, probed)
         self.after: Diagnosis | None = None
         self.applied: list[str] = []
         self.loss_after_step: float | None = None
         self._first, self._last = _ends(self.layers)
 
     def counts(self) -> dict[str, int]:
-        """Verdict -> number of layers, the worst first."""
+        """Return verdict -> number of layers, the worst verdict first."""
         counts = Counter(verdict for layer in self.layers for verdict in layer.verdicts)
         return {verdict: counts[verdict] for verdict in VERDICTS if counts[verdict]}
 
     def first_to_last(self) -> float:
-        """The gradient norm of the first layer over that of the output layer it came through; nan where there are no two."""
+        """Return the gradient norm of the first layer divided by that of the output layer, or nan."""
         if self._first is None or self._last is None or not self._last.gradient:
             return math.nan
         return (self._first.gradient or 0.0) / self._last.gradient
 
     def headline(self) -> str:
-        """What is to be known first: a loss that is not finite, then how many layers have which verdict."""
+        """Return the first line of the report: the loss if it is not finite, then the layers per verdict."""
         counts = self.counts()
         layers = ", ".join(f"{verdict} {count}" for verdict, count in counts.items()) + f" of {len(self.layers)} layers"
         if math.isfinite(self.loss):
@@ -82,20 +84,20 @@ class Diagnosis:
         return f"the loss is {self.loss:g}; {finite}{layers}"
 
     def table(self) -> str:
-        """A line for each layer: gradient, weight, output, activation, verdict."""
+        """Return a table with a line for each layer: norms, output, activation and verdicts."""
         lines = [["layer", "|g|", "|w|", "output std", "activation", "units off", "flat", "verdict"]]
-        for each in self.layers:
-            layer = each.layer
+        for judged in self.layers:
+            layer = judged.layer
             figures = [text.three_digits(value) for value in (layer.gradient, layer.weight, layer.output_std)]
             shares = ["-" if share is None else f"{share:.0%}" for share in (layer.dead, layer.saturated)]
-            lines.append([each.name, *figures, layer.act or "-", *shares, ", ".join(each.verdicts)])
+            lines.append([judged.name, *figures, layer.act or "-", *shares, ", ".join(judged.verdicts)])
         return "\n".join(text.columns(lines, left=(0, 4, 7)))
 
     def __str__(self) -> str:
         lines = [f"{self.title}: {self.headline()}"]
         if self.origin is not None:
             lines.append(self.origin)
-        lines.append(f"loss {self.loss:.4g}, gradient of all layers together {self.total_norm:.4g}")
+        lines.append(f"loss {self.loss:.4g}, total gradient norm {self.total_norm:.4g}")
         if self._first is not None and self._last is not None:
             ends = (self._first, self._last)
             lines.append(text.first_to_last({layer.name: layer.gradient for layer in ends if layer.gradient is not None}))
@@ -104,7 +106,7 @@ class Diagnosis:
         if reasons:
             lines += ["", "why", *reasons]
         if self.cures:
-            lines += ["", "cures, the first to try at the top"]
+            lines += ["", "cures, in the order to try them"]
             for number, cure in enumerate(self.cures, start=1):
                 lines += [f"{number:>3}. {cure.name}{' (safe)' if cure.safe else ''}: {cure.why}", f"         {cure.line}"]
         if self.after is not None:
@@ -114,21 +116,22 @@ class Diagnosis:
         return "\n".join(lines)
 
     def _reasons(self) -> list[str]:
-        """One line for all layers with the same verdict: the reason of the first of them."""
-        alike: dict[tuple[str, ...], list[Verdict]] = {}
-        for each in self.layers:
-            if each.verdicts != (HEALTHY,):
-                alike.setdefault(each.verdicts, []).append(each)
+        """One line for all layers with the same verdicts, with the reason of the first of them."""
+        groups: dict[tuple[str, ...], list[Verdict]] = {}
+        for judged in self.layers:
+            if judged.verdicts != (HEALTHY,):
+                groups.setdefault(judged.verdicts, []).append(judged)
         return [
-            f"  {text.some([each.name for each in group])}: {group[0].why}{f' (that is {group[0].name})' if len(group) > 1 else ''}"
-            for group in alike.values()
+            f"  {text.first_five([judged.name for judged in group])}: {group[0].why}"
+            + (f" (figures of {group[0].name})" if len(group) > 1 else "")
+            for group in groups.values()
         ]
 
     def _before_and_after(self, after: Diagnosis) -> list[str]:
         rows = [
             ("", "before", "after"),
             ("first / last layer", f"{self.first_to_last():.2g}", f"{after.first_to_last():.2g}"),
-            ("gradient of all layers", f"{self.total_norm:.3g}", f"{after.total_norm:.3g}"),
+            ("total gradient norm", f"{self.total_norm:.3g}", f"{after.total_norm:.3g}"),
             (
                 "healthy layers",
                 f"{self.counts().get(HEALTHY, 0)} of {len(self.layers)}",
@@ -141,14 +144,14 @@ class Diagnosis:
         return [f"  {line}" for line in text.columns(rows)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as lists and numbers that json takes."""
+        """Return everything as dicts, lists, strings and numbers, as json takes them."""
         return {
             "loss": self.loss,
             "total_norm": self.total_norm,
             "origin": self.origin,
             "layers": [
-                {"name": each.name, "kind": each.kind, "verdicts": list(each.verdicts), "why": each.why, **each.figures()}
-                for each in self.layers
+                {"name": judged.name, "kind": judged.kind, "verdicts": list(judged.verdicts), "why": judged.why, **judged.figures()}
+                for judged in self.layers
             ],
             "cures": [cure._asdict() for cure in self.cures],
             "applied": list(self.applied),
@@ -156,36 +159,39 @@ class Diagnosis:
         }
 
     def plot(self, path: str | PathLike[str]) -> None:
-        """Draw the gradient norm of every layer over depth, in the colour of its verdict, beside the cures.
+        """Draw the gradient norm of every layer over depth, in the colour of its verdict, next to the cures.
 
         Args:
-            path: the file to write, .png, .pdf or .svg.
+            path: the file to write: .png, .pdf or .svg.
 
         Raises:
             ImportError: matplotlib is not installed.
         """
         after = None
         if self.after is not None:
-            norms = {each.name: each.layer.gradient for each in self.after.layers}
-            after = [norms[each.name] for each in self.layers]
+            norms = {judged.name: judged.layer.gradient for judged in self.after.layers}
+            after = [norms[judged.name] for judged in self.layers]
         remarks = [self.headline(), f"loss {self.loss:.4g}", *([self.origin] if self.origin else [])]
         for number, cure in enumerate(self.cures, start=1):
             remarks += ["", f"{number}. {cure.name}{' (safe)' if cure.safe else ''}: {cure.why}", f"    {cure.line.partition('    #')[0]}"]
         plots.verdicts(
             path,
             f"{self.title}: gradient of every layer, first layer at the top",
-            [(each.name, each.verdicts[0]) for each in self.layers],
-            [any(parameter.dim() > 1 for parameter in each.layer.module.parameters(recurse=False)) for each in self.layers],
-            [each.layer.gradient for each in self.layers],
+            [(judged.name, judged.verdicts[0]) for judged in self.layers],
+            [any(parameter.dim() > 1 for parameter in judged.layer.module.parameters(recurse=False)) for judged in self.layers],
+            [judged.layer.gradient for judged in self.layers],
             after,
             remarks,
         )
 
 
 def _ends(layers: list[Verdict]) -> tuple[Layer | None, Layer | None]:
-    """The first layer with a gradient, and of the output layers that this came through the one with the largest."""
-    first = next((each.layer for each in layers if each.layer.gradient is not None), None)
-    if first is None or not first.behind:
+    """The first layer with a gradient, and the output layer that this gradient came through.
+
+    If it came through several output layers, the one with the largest gradient counts.
+    """
+    first = next((judged.layer for judged in layers if judged.layer.gradient is not None), None)
+    if first is None or not first.layers_after:
         return first, None
     return first, max(output_layers(first), key=lambda layer: layer.gradient or 0.0, default=None)
 
@@ -193,47 +199,58 @@ def _ends(layers: list[Verdict]) -> tuple[Layer | None, Layer | None]:
 def diagnose(model: nn.Module, batch: tuple[Any, Any], loss_fn: Callable[[Any, Any], Any], *, apply: bool = False) -> Diagnosis:
     """Find out from one forward and one backward pass which layers do not learn, why, and what to do.
 
-        non-finite          the loss or a gradient holds nan or inf, and so does this layer's output or gradient; what made it is named
-        dead                more than two thirds of the units of a relu pass nothing on, whatever the sample
-        saturated           more than half of the outputs of an activation lie where its slope is below a tenth of its steepest
+        non-finite          nan or inf in the loss or a gradient, and in the output or gradient of this layer
+        dead                more than 2/3 of the units of a relu are 0 for every one of at least 16 values
+        saturated           more than 1/2 of the outputs of an activation lie where its slope is below 0.1
+                            times its steepest slope
         exploding           |g| > 100 |w|, or |g| > 1e3 times that of the output layer
-        vanishing           |g| < 1e-3 of the largest |g| nearer the loss (no normalisation), or |g| < 1e-7 |w|
-        badly initialised   all weights equal, or of a deviation that multiplies both the signal and its gradient by less than 1/4 or by
-                            more than 5/2; an output layer the signal by more than 5/2
-        BN with tiny batch  statistics of fewer than 4 samples, or fewer than 16 values to a channel
+        vanishing           |g| < 1e-3 times the largest |g| closer to the loss (except for a normalisation),
+                            or |g| < 1e-7 |w|
+        badly initialised   all weights are equal, or the weight multiplies both the signal and its gradient
+                            by less than 0.25, or both by more than 2.5
+        BN with tiny batch  batch statistics of fewer than 4 samples, or fewer than 16 values per channel
         no gradient         never called, or the loss does not depend on it
         healthy             none of these
 
-    g and w are the gradient and the weights of a layer. Nearer the loss are those that g came through on its way back, wherever they
-    run; of several heads the output layer is the one with the largest gradient. A weight keeps the signal at gain / sqrt(inputs summed)
-    and its gradient at gain / sqrt(outputs entered), so that He's, Xavier's, LeCun's and torch's initialisation are all healthy
-    whatever the shape; a weight that is too small is healthy too where a residual connection goes around it, and so is any before a
-    normalisation. So are all layers of a residual branch whose last factors are 0 or next to it (up to 1e-3), as zero gammas and
-    LayerScale begin: it opens as it learns. nan and inf that reach neither the loss nor a gradient, such as the -inf of an attention
-    mask, are not mentioned. A recurrent layer is one layer: what vanishes between its steps is not seen.
+    g is the gradient of a layer and w its weight. The layers closer to the loss are those that g came through
+    on its way back, in whatever order they ran. If it came through several output layers, the one with the
+    largest gradient counts.
 
-    The model, its gradients, running statistics, buffers, training flags and hooks, the batch, and the random numbers of torch,
-    Python and numpy are afterwards as they were, also where this raises. A model in evaluation is looked at in training mode.
+    A weight keeps the size of the signal at a standard deviation of gain / sqrt(inputs summed), and the size
+    of the gradient at gain / sqrt(outputs entered). So the initialisations of He, Xavier, LeCun and torch are
+    healthy in every shape. Weights before a normalisation are not judged by their size, nor are small weights
+    that a residual connection skips. An output layer is badly initialised only if it multiplies the signal by
+    more than 2.5.
+
+    Layers of a residual branch that ends in factors up to 1e-3, as zero gammas and LayerScale do, are not
+    vanishing: the branch opens as it learns. nan and inf that reach neither the loss nor a gradient, such as
+    the -inf of an attention mask, are ignored. A recurrent layer is one layer: what vanishes between its time
+    steps is not observed.
+
+    Afterwards the model, its gradients, running statistics, buffers, training flags and hooks, the batch, and
+    the random numbers of torch, Python and numpy are as before, also after an exception. A model in
+    evaluation mode is observed in training mode.
 
     Args:
-        model: with parameters that require a gradient; on any device.
-        batch: (inputs, targets), for loss_fn(model(inputs), targets); where the model is.
-        loss_fn: returns one number as a tensor, such as torch.nn.functional.cross_entropy.
-        apply: apply the cures that are safe (initialisation, clipping, learning rate) to a copy, and show before and after.
+        model: a model with parameters that require a gradient, on any device.
+        batch: (inputs, targets), for loss_fn(model(inputs), targets), on the device of the model.
+        loss_fn: returns the loss as a tensor of one element, such as torch.nn.functional.cross_entropy.
+        apply: whether to apply the safe cures (initialisation, clipping, learning rate) to a copy and to show
+            the figures before and after.
 
     Returns:
         A Diagnosis.
 
     Raises:
-        TypeError: model is no torch.nn.Module or holds a torch.jit.ScriptModule; batch is no pair; loss_fn cannot be called; the loss is
-            no tensor of real numbers.
-        ValueError: batch is empty or has not two entries; no parameter requires a gradient, or one has no values; the loss is not one
-            number.
+        TypeError: model is not a torch.nn.Module, or holds a torch.jit.ScriptModule; batch is not a pair;
+            loss_fn cannot be called; or the loss is not a tensor of real numbers.
+        ValueError: batch is empty or does not have two entries; no parameter requires a gradient; a parameter
+            has no values; or the loss is not one number.
         RuntimeError: the loss does not depend on a parameter.
 
-    Source: Glorot, Bengio, "Understanding the difficulty of training deep feedforward neural networks", 2010; He, Zhang, Ren,
-    Sun, "Delving Deep into Rectifiers", 2015; Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural
-    networks", 2013.
+    Source: Glorot, Bengio, "Understanding the difficulty of training deep feedforward neural networks", 2010;
+    He, Zhang, Ren, Sun, "Delving Deep into Rectifiers", 2015; Pascanu, Mikolov, Bengio, "On the difficulty of
+    training recurrent neural networks", 2013.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -245,7 +262,7 @@ def diagnose(model: nn.Module, batch: tuple[Any, Any], loss_fn: Callable[[Any, A
         (('vanishing',), 'activation')
     """
     title = type(unwrapped(model)).__name__
-    _check(batch, loss_fn)
+    _check_arguments(batch, loss_fn)
     inputs, targets = batch
     diagnosis = Diagnosis(title, probe(model, inputs, targets, loss_fn))
     if apply:
@@ -253,23 +270,23 @@ def diagnose(model: nn.Module, batch: tuple[Any, Any], loss_fn: Callable[[Any, A
     return diagnosis
 
 
-def _check(batch: object, loss_fn: object) -> None:
-    pair = "batch is the pair (inputs, targets), for loss_fn(model(inputs), targets), not"
+def _check_arguments(batch: object, loss_fn: object) -> None:
+    pair = "batch must be a pair (inputs, targets), for loss_fn(model(inputs), targets), not"
     if not isinstance(batch, tuple | list):
         raise TypeError(f"{pair} {kind_of(batch)}")
     if len(batch) != 2:
         raise ValueError(f"{pair} a {type(batch).__name__} of {len(batch)}")
     if isinstance(loss_fn, type) or not callable(loss_fn):
-        raise TypeError(f"loss_fn is a function of the model's outputs and the targets, not {kind_of(loss_fn)}")
+        raise TypeError(f"loss_fn must be a function of the model's outputs and the targets, not {kind_of(loss_fn)}")
     if batch[0] is None or isinstance(batch[0], bool | int | float | complex):
-        raise TypeError(f"the inputs of batch are a tensor, or something that holds tensors, not {kind_of(batch[0])}")
+        raise TypeError(f"the inputs in batch must be a tensor, or something that holds tensors, not {kind_of(batch[0])}")
     tensors = [leaf for leaf in tree_leaves(batch[0]) if isinstance(leaf, Tensor)]
     if tensors and not any(leaf.numel() for leaf in tensors):
         raise ValueError(f"batch is empty: its inputs have the shape {tuple(tensors[0].shape)}")
 
 
 def _apply(before: Diagnosis, model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[[Any, Any], Any]) -> None:
-    """Puts into `before` what was done to a copy and what came of it."""
+    """Apply the safe cures to a copy, and add to `before` what was done and the diagnosis of the copy."""
     safe = [cure.name for cure in before.cures if cure.safe]
     if not safe:
         before.applied += ["none of the cures is safe to try"] if before.cures else []
@@ -278,20 +295,20 @@ def _apply(before: Diagnosis, model: nn.Module, inputs: Any, targets: Any, loss_
         try:
             trial = copy.deepcopy(unwrapped(model))
         except Exception as error:
-            # A tensor computed from others, a lock, an open file: whatever an attribute may hold.
+            # An attribute may hold anything: a tensor computed from others, a lock, an open file.
             reason = textwrap.shorten(f"{type(error).__name__}, {error}", 150, placeholder=" ...")
-            before.applied.append(f"the safe cures were not tried, since {before.title} cannot be copied: {reason}")
+            before.applied.append(f"the safe cures were not tried, because {before.title} cannot be copied: {reason}")
             return
         if INITIALISATION in safe:
             before.applied.append(f"gk.init.apply_(model): {_initialise_(trial)}")
-        found = probe(trial, inputs, targets, loss_fn)
-        before.after = Diagnosis(before.title, found)
-        shortened = clipped(found.total_norm) if CLIPPING in safe else 1.0
+        probed = probe(trial, inputs, targets, loss_fn)
+        before.after = Diagnosis(before.title, probed)
+        coefficient = clip_coefficient(probed.total_norm) if CLIPPING in safe else 1.0
         if CLIPPING in safe:
-            words = f"{found.total_norm:.3g} becomes {found.total_norm * shortened:.3g}"
-            before.applied.append(f"gk.clip_grad_norm_(model, max_norm={MAX_NORM}): {words}")
-        rate = learning_rate(before.after.layers, shortened)
-        if LEARNING_RATE in safe and rate is not None and math.isfinite(found.total_norm):
+            norms = f"{probed.total_norm:.3g} becomes {probed.total_norm * coefficient:.3g}"
+            before.applied.append(f"gk.clip_grad_norm_(model, max_norm={MAX_NORM}): {norms}")
+        rate = learning_rate(before.after.layers, coefficient)
+        if LEARNING_RATE in safe and rate is not None and math.isfinite(probed.total_norm):
             before.applied.append(f"torch.optim.SGD(model.parameters(), lr={rate:g})")
             if not trial.training:
                 trial.train()
@@ -300,13 +317,14 @@ def _apply(before: Diagnosis, model: nn.Module, inputs: Any, targets: Any, loss_
             with torch.no_grad():
                 for parameter, grad in zip(parameters, grads, strict=True):
                     if grad is not None:
-                        parameter.sub_(grad, alpha=rate * shortened)
+                        parameter.sub_(grad, alpha=rate * coefficient)
             before.after.loss_after_step = probe(trial, inputs, targets, loss_fn).loss
 
 
 def _initialise_(trial: nn.Module) -> str:
+    """Initialise the copy, and return which scheme was used for how many layers."""
     try:
-        counts = Counter(each.scheme for each in init.apply_(trial).layers)
+        counts = Counter(layer.scheme for layer in init.apply_(trial).layers)
     except ValueError as error:
         return str(error)
     return ", ".join(f"{scheme} for {count}" for scheme, count in counts.items()) + " layers"

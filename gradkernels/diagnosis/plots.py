@@ -1,6 +1,6 @@
-"""The pictures of GradientMonitor and diagnose: layers from top to bottom, gradient norms on a logarithmic axis; colours of all pictures.
+"""The pictures of GradientMonitor and diagnose: layers from top to bottom, gradient norms on a log axis.
 
-matplotlib is imported when something is drawn: importing gradkernels does not need it.
+matplotlib is imported when a picture is drawn, so importing gradkernels does not need it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# The colours of all pictures, also those of the examples.
 BAD, FAIR, GOOD, INK, PALE = "#c0392b", "#c8860a", "#1f7a4d", "#444444", "#8a8a8a"
 _INCHES_PER_LAYER = 0.21
-# Axes and colours span four decades at least: less than that is no news, and is not to look like any.
-_LEAST_RANGE = 1e4
-# What lies outside has no place on a logarithmic axis: float64 has no room for the margins of 1e-320 and 1e300.
-_LEAST, _MOST = 1e-100, 1e100
+# Axes and colours span at least four decades. A smaller difference is normal and must not look like a large
+# one.
+_MIN_RANGE = 1e4
+# Norms outside of this range are not drawn: matplotlib's margins around 1e-320 or 1e300 would leave float64.
+_SMALLEST_DRAWN, _LARGEST_DRAWN = 1e-100, 1e100
 
 
 def _figure(layers: int, width: float) -> Figure:
-    """A figure high enough for a line of text to each of so many layers, up to a page."""
+    """A figure that is high enough for one line of text per layer, up to a page."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -36,6 +38,7 @@ def _figure(layers: int, width: float) -> Figure:
 
 
 def dress(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+    """Give axes a title, labels and no frame on the right and at the top."""
     axes.set_title(title, loc="left", fontsize=12)
     axes.set_xlabel(x_label, color=INK)
     axes.set_ylabel(y_label, color=INK)
@@ -43,7 +46,7 @@ def dress(axes: Axes, title: str, x_label: str, y_label: str) -> None:
 
 
 def _name_layers(axes: Axes, names: Sequence[str]) -> None:
-    """The first layer at the top, each named while there is room for the names."""
+    """Name the layers along the axis, the first one at the top, and as many of them as there is room for."""
     height = axes.get_window_extent().height / axes.figure.dpi
     shown = range(0, len(names), math.ceil(len(names) * _INCHES_PER_LAYER * 0.8 / height))
     axes.set_yticks([*shown], [names[place] for place in shown], fontsize=8)
@@ -51,7 +54,10 @@ def _name_layers(axes: Axes, names: Sequence[str]) -> None:
 
 
 def _draw_flow(axes: Axes, norms: Sequence[float | None], joined: Sequence[bool], colour: str, label: str) -> None:
-    """Points down the layers, and a line through those that are joined: normalisations have gradients of another scale than weights."""
+    """Draw a point for each layer, and a line through the layers that are `joined`.
+
+    Normalisations are not joined, because their gradients are of another size than those of weights.
+    """
     axes.set_xscale("log")
     points = [(norm, place) for place, norm in enumerate(norms) if _is_drawn(norm)]
     line = [(norm, place) for norm, place in points if joined[place]]
@@ -61,24 +67,24 @@ def _draw_flow(axes: Axes, norms: Sequence[float | None], joined: Sequence[bool]
 
 
 def _is_drawn(norm: float | None) -> TypeGuard[float]:
-    return norm is not None and _LEAST <= norm <= _MOST
+    return norm is not None and _SMALLEST_DRAWN <= norm <= _LARGEST_DRAWN
 
 
 def _is_zero(norm: float | None) -> bool:
-    return norm is not None and norm < _LEAST
+    return norm is not None and norm < _SMALLEST_DRAWN
 
 
 def _is_nonfinite(norm: float | None) -> bool:
-    """nan too."""
-    return norm is not None and not norm <= _MOST
+    """Whether a norm is nan or too large to draw."""
+    return norm is not None and not norm <= _LARGEST_DRAWN
 
 
 def _mark_edges(axes: Axes, norms: Sequence[float | None], colours: Sequence[str]) -> None:
-    """Widens the axis to its least range, and writes at its edges what has no place on a logarithmic one: 0 and what is not finite."""
+    """Widen the axis to its smallest range, and write norms that are not drawn, such as 0, at its edges."""
     zeros, nonfinite = [_is_zero(norm) for norm in norms], [_is_nonfinite(norm) for norm in norms]
     if math.isfinite(axes.dataLim.minposx):
         lowest, highest = axes.get_xlim()
-        lowest = min(lowest, highest / _LEAST_RANGE)
+        lowest = min(lowest, highest / _MIN_RANGE)
         width = highest / lowest
         axes.set_xlim(lowest / width ** (0.1 if any(zeros) else 0.02), highest * width ** (0.1 if any(nonfinite) else 0.02))
     else:
@@ -100,9 +106,15 @@ def gradient_flow(
     norms: Sequence[Sequence[float | None]],
     remark: str,
 ) -> None:
-    """norms[i][j] is that of layer j at steps[i], None where there was none; joined: whether a line goes through a layer.
+    """Draw the gradient norms of a training: over depth, and as a heat map of layers and steps.
 
-    remark: what stands above, a sentence on the last step.
+    Args:
+        path: the file to write.
+        layers: their names, in the order in which they run.
+        joined: for each layer, whether the line over depth goes through it.
+        steps: the numbers of the steps.
+        norms: norms[i][j] is the norm of layer j in steps[i], or None.
+        remark: the sentence on the last step for the title.
     """
     from matplotlib.colors import ListedColormap, LogNorm
     from matplotlib.patches import Patch
@@ -116,7 +128,8 @@ def gradient_flow(
         places = [place for place, values in enumerate(drawn) if values]
         least, most = [min(drawn[place]) for place in places], [max(drawn[place]) for place in places]
         widths = [high - low for low, high in zip(least, most, strict=True)]
-        # The edges of bars hold an axis to multiples of its whole range, which hides all that is 1e-5 of it.
+        # Sticky edges of bars would round the axis to multiples of its range, which hides norms of 1e-5 times
+        # the range.
         flow.use_sticky_edges = False
         flow.barh(places, widths, left=least, height=0.9, color="#b8c4d6", alpha=0.5, linewidth=0, label="all steps")
     if len(steps) > 1:
@@ -132,7 +145,7 @@ def gradient_flow(
     image = [[norm if _is_drawn(norm) else math.nan for norm in column] for column in zip(*norms, strict=True)]
     highest = max((norm for column in drawn for norm in column), default=1.0)
     lowest = min((norm for column in drawn for norm in column), default=1.0)
-    scale = LogNorm(min(lowest, highest / _LEAST_RANGE), highest)
+    scale = LogNorm(min(lowest, highest / _MIN_RANGE), highest)
     edges = (-0.5, len(steps) - 0.5, len(layers) - 0.5, -0.5)
     shown = heat.imshow(image, aspect="auto", interpolation="nearest", extent=edges, cmap="viridis", norm=scale)
     if any(drawn):
@@ -155,7 +168,7 @@ def gradient_flow(
     figure.savefig(path, dpi=110)
 
 
-# Verdicts that stand for a gradient too small are blue, too large red, blocked ones brown, the rest apart from these.
+# Blue is a gradient that is too small, red one that is too large, and brown one that is blocked.
 _COLOURS = {
     "non-finite": "#000000",
     "exploding": BAD,
@@ -178,10 +191,16 @@ def verdicts(
     after: Sequence[float | None] | None,
     remarks: Sequence[str],
 ) -> None:
-    """The gradient norm of each layer in the colour of its verdict.
+    """Draw the gradient norm of each layer in the colour of its verdict.
 
-    layers: name and worst verdict of each; joined: whether a line goes through it; norms: of their gradients; after: those with the cures
-    applied; remarks: written beside.
+    Args:
+        path: the file to write.
+        title: the title.
+        layers: (name, worst verdict) of each layer, in the order in which they run.
+        joined: for each layer, whether the line over depth goes through it.
+        norms: the gradient norm of each layer, or None.
+        after: the same after the safe cures; None if they were not applied.
+        remarks: the lines next to the picture.
     """
     figure = _figure(len(layers), 13)
     flow, words = figure.subplots(1, 2, width_ratios=(1.25, 1))
@@ -189,7 +208,7 @@ def verdicts(
         _draw_flow(flow, after, joined, "#8cc5a6", "with the safe cures")
     _draw_flow(flow, norms, joined, "#cccccc", "")
     for verdict, colour in _COLOURS.items():
-        places = [place for place, (_, each) in enumerate(layers) if each == verdict]
+        places = [place for place, (_, worst) in enumerate(layers) if worst == verdict]
         finite = [place for place in places if _is_drawn(norms[place])]
         if places:
             flow.plot([norms[place] for place in finite], finite, "o", color=colour, markersize=7, label=f"{verdict} ({len(places)})")

@@ -1,0 +1,248 @@
+"""What GradientMonitor records of a training, through hooks of optimizers and modules. monitor.py reports it.
+
+Gradients, weights and updates are read in one pass after every optimizer step, through torch's hooks for all
+optimizers, so the training loop does not change. The norms stay on their device and are fetched for many
+steps at a time, so no step waits for them. Activations have to be read once more, in forward hooks, which is
+why that happens only in some steps.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from gradkernels.diagnosis.deferred import Stopwatch, Unread
+from gradkernels.diagnosis.forward_hooks import ActivationRecorder, CallOrder
+from gradkernels.gradients import tensor_norms
+from gradkernels.layers import layer_name, learns
+
+# Norms wait on their device for this many steps: 3 numbers per parameter and step, 200 KB for a network of
+# 100 layers.
+_STEPS_PER_READ = 128
+
+GRADIENT, WEIGHT, UPDATE = range(3)
+
+
+class StepNorms:
+    """The norms of one step for P parameters.
+
+    Attributes:
+        norms: [3, P], float64: of gradients, weights and updates.
+        known: [3, P], bool: whether there is a norm. There is none without a gradient, or without a step.
+    """
+
+    def __init__(self, parameters: int) -> None:
+        self.norms = torch.zeros(3, parameters, dtype=torch.float64, device="cpu")
+        self.known = torch.zeros(3, parameters, dtype=torch.bool, device="cpu")
+
+    def receive(self, kind: int, places: list[int], norms: Tensor) -> None:
+        self.norms[kind, places] = norms
+        self.known[kind, places] = True
+
+
+class _EarlyGradients(NamedTuple):
+    """Gradients that were read before the step.
+
+    Attributes:
+        step: the last step before.
+        places: the places of the parameters with a gradient.
+        norms: their norms.
+    """
+
+    step: int
+    places: list[int]
+    norms: Tensor
+
+
+class Recorder:
+    """Records the norms of gradients, weights and updates in every optimizer step.
+
+    A parameter is known by its place in the order of registration.
+
+    Args:
+        model: the model.
+        every: the interval between recorded steps.
+        activations_every: the interval between steps with activations; None records none.
+
+    Attributes:
+        parameters: the parameters of the model.
+        layers: the layer of each parameter.
+        learning: the places of parameters with norms. There are more of them when layers are unfrozen.
+        order: the order in which layers and modules run.
+        activations: the recorder of activations.
+        unread: norms that were not fetched yet.
+        steps: step -> its norms, once they are fetched.
+        stopwatch: the time that recording took, without activations.
+    """
+
+    def __init__(self, model: nn.Module, every: int, activations_every: int | None) -> None:
+        named = [*model.named_parameters()]
+        self.parameters = [parameter for _, parameter in named]
+        self.layers = [layer_name(name) for name, _ in named]
+        self.learning = {place for place, parameter in enumerate(self.parameters) if learns(parameter)}
+        if not self.learning:
+            raise ValueError(f"{type(model).__name__} has no parameters that require a gradient: there is nothing to monitor")
+        modules = {module: name for name, module in model.named_modules() if name and not any(True for _ in module.children())}
+        named_modules = {name or "(model)": module for name, module in model.named_modules()}
+        self.order = CallOrder({module: name for name, module in named_modules.items() if module in modules or name in self.layers})
+        self.unread = Unread()
+        self.activations = ActivationRecorder(model, modules, activations_every, self.unread)
+        self.steps: dict[int, StepNorms] = {}
+        self.stopwatch = Stopwatch()
+        self._every = every
+        self._place_of = {parameter: place for place, parameter in enumerate(self.parameters)}
+        self._step = -1
+        # The places that optimizers have stepped in this step.
+        self._stepped: set[int] = set()
+        # The optimizer whose step is running.
+        self._running: weakref.ref[Optimizer] | None = None
+        self._early: _EarlyGradients | None = None
+        # Place -> its weight before the step.
+        self._snapshots: dict[int, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Register all hooks, or after an error none. Does nothing if they are registered."""
+        if not self._handles:
+            try:
+                for handle in self._hooks():
+                    self._handles.append(handle)
+            except BaseException:
+                self.detach()
+                raise
+
+    def _hooks(self) -> Iterator[RemovableHandle]:
+        yield register_optimizer_step_pre_hook(self._before_step)
+        yield register_optimizer_step_post_hook(self._after_step)
+        yield from self.order.hooks()
+        yield from self.activations.hooks()
+
+    def detach(self) -> None:
+        """Remove all hooks. What was recorded stays."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._snapshots.clear()
+        self._running = None
+
+    def fetch(self) -> None:
+        """Fetch all norms.
+
+        Raises:
+            RuntimeError: no step was recorded.
+        """
+        self.unread.fetch()
+        if not self.steps:
+            raise RuntimeError(
+                "GradientMonitor has not recorded a step yet: it records when an optimizer that holds parameters of the model steps"
+            )
+
+    def record_gradients(self) -> None:
+        """Read the gradients now instead of after the next step."""
+        if (self._step + 1) % self._every == 0:
+            self.stopwatch.time(self._device_of(self.learning), self._read_gradients)
+
+    def _device_of(self, places: Iterable[int]) -> torch.device:
+        return self.parameters[next(iter(places))].device
+
+    @torch.no_grad()
+    def _read_gradients(self) -> None:
+        places, grads = self._gradients_of(self._learning_of(range(len(self.parameters))))
+        self._early = _EarlyGradients(self._step, places, tensor_norms(grads)[0])
+
+    def _gradients_of(self, places: Iterable[int]) -> tuple[list[int], list[Tensor]]:
+        """The places that have a gradient, and the gradients."""
+        pairs = [(place, grad) for place in places if (grad := self.parameters[place].grad) is not None]
+        return [place for place, _ in pairs], [grad for _, grad in pairs]
+
+    def _places_of(self, optimizer: Optimizer) -> list[int]:
+        """The places of the parameters that an optimizer holds and that learn now."""
+        held = (self._place_of.get(parameter) for group in optimizer.param_groups for parameter in group["params"])
+        return self._learning_of(place for place in held if place is not None)
+
+    def _learning_of(self, places: Iterable[int]) -> list[int]:
+        """The places of parameters that learn now. They have norms from now on."""
+        learning = [place for place in places if learns(self.parameters[place]) and not is_lazy(self.parameters[place])]
+        self.learning.update(learning)
+        return learning
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        places = self._places_of(optimizer)
+        if not places or torch.compiler.is_compiling():
+            return
+        running = None if self._running is None else self._running()
+        if running is not None and running is not optimizer and _is_running(running) and {*self._places_of(running)}.issuperset(places):
+            # An optimizer that steps inside another one's step, as in ZeroRedundancyOptimizer, is part of
+            # that step.
+            return
+        self._running = weakref.ref(optimizer)
+        if self._step < 0 or not self._stepped.isdisjoint(places):
+            self._begin_step()
+        self._stepped.update(places)
+        if self._step % self._every == 0:
+            self.stopwatch.time(self._device_of(places), lambda: self._take_snapshots(places))
+
+    def _begin_step(self) -> None:
+        self._step += 1
+        self._stepped.clear()
+        self.activations.begin_step(self._step + 1)
+        if self._step % _STEPS_PER_READ == 0:
+            self.unread.fetch()
+
+    def _take_snapshots(self, places: list[int]) -> None:
+        for place in places:
+            parameter, snapshot = self.parameters[place], self._snapshots.get(place)
+            # model.double() changes parameters in place.
+            if snapshot is None or any(getattr(snapshot, kind) != getattr(parameter, kind) for kind in ("shape", "dtype", "device")):
+                self._snapshots[place] = torch.empty_like(parameter)
+        torch._foreach_copy_([self._snapshots[place] for place in places], [self.parameters[place] for place in places])
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        if self._running is None or self._running() is not optimizer:
+            return
+        self._running = None
+        places = [place for place in self._places_of(optimizer) if place in self._snapshots]
+        if places and self._step >= 0 and self._step % self._every == 0 and not torch.compiler.is_compiling():
+            # An optimizer that clips scales the gradients as it reads them, and leaves .grad as it was.
+            scale = getattr(optimizer, "_folded_coefficient", 1.0)
+            self.stopwatch.time(self._device_of(places), lambda: self._record_step(places, scale))
+
+    def _record_step(self, places: list[int], scale: float) -> None:
+        step = self.steps.setdefault(self._step, StepNorms(len(self.parameters)))
+        weights = [self.parameters[place].detach() for place in places]
+        updates = [self._snapshots[place] for place in places]
+        torch._foreach_sub_(updates, weights)
+        if self._early is not None and self._early.step >= self._step - 1:
+            early = self._early
+            with_gradient, grads = self._gradients_of(())
+            self.unread.add(early.norms, lambda norms: step.receive(GRADIENT, early.places, norms))
+        else:
+            with_gradient, grads = self._gradients_of(places)
+
+        def receive(norms: Tensor) -> None:
+            count = len(places)
+            step.receive(WEIGHT, places, norms[:count])
+            step.receive(UPDATE, places, norms[count : 2 * count])
+            step.receive(GRADIENT, with_gradient, norms[2 * count :] * scale)
+
+        self.unread.add(tensor_norms(weights + updates + grads)[0], receive)
+
+
+def _is_running(optimizer: Optimizer) -> bool:
+    """Whether a step of the optimizer is on the stack. The hook after a step that raised does not run."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_locals.get("self") is optimizer:
+            return True
+    return False
