@@ -1,103 +1,79 @@
-"""Dead ReLU units: biases so far below zero that no digit makes them positive, as a step that was too long leaves them.
+"""Dead ReLU units: their biases are so negative that no digit makes them positive, as after a step too long.
 
-The same weights go on learning with each activation. ReLU passes no gradient to a unit that is negative for every digit, so that nothing
-ever changes; a slope on that side, fixed, learnt or random, brings the units back.
+Where a ReLU unit is negative, its gradient is 0. If it is negative for every digit, its weights never change
+again. Leaky ReLU, PReLU and RReLU have a slope there (constant, learned, random), and the same weights learn.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 
 import gradkernels as gk
-from examples.harness import Advance, Digits, Report, Setting, accuracy, fit, require
-from examples.telling import new_figure, new_table
-from gradkernels.diagnosis.plots import BAD, GOOD, dress
+from examples.experiment import Digits, Results, Setting, accuracy, check, new_figure, new_table, train
+from gradkernels.diagnosis.plots import BAD, GOOD
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"ReLU": nn.ReLU, "Leaky ReLU": gk.LeakyReLU, "PReLU": gk.PReLU, "RReLU": gk.RReLU}
 DEAD_BIAS = -2.0
 EPOCHS = 10
 
 
-@dataclass(frozen=True)
-class Revival:
-    """dead: the share of hidden units that no training digit makes positive, at the start and after each epoch."""
-
-    dead: list[float]
-    accuracy: float
-
-
 def build(act: Callable[[], nn.Module], seed: int) -> nn.Sequential:
-    """The weights are those for ReLU, whatever the activation."""
+    """Every activation starts from the same weights, which suit ReLU."""
     model = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10))
     gk.init.apply_(model, generator=torch.Generator().manual_seed(seed))
-    for place in (0, 2):
-        nn.init.constant_(model.get_parameter(f"{place}.bias"), DEAD_BIAS)
-        model[place + 1] = act()
+    for layer in (0, 2):
+        nn.init.constant_(model.get_parameter(f"{layer}.bias"), DEAD_BIAS)
+        model[layer + 1] = act()
     return model
 
 
 def dead_share(model: nn.Sequential, data: Digits) -> float:
+    """The share of the hidden units that no training digit makes positive."""
     x, dead = data.x_train, []
     with torch.no_grad():
-        *hidden, _ = model
-        for module in hidden:
-            x = module(x)
-            if isinstance(module, nn.Linear):
-                dead.append((x <= 0).all(dim=0))
+        for layer in (0, 2):
+            x = model[layer](x)
+            dead.append((x <= 0).all(dim=0))
+            x = model[layer + 1](x)
     return torch.cat(dead).float().mean().item()
 
 
-def revive(act: Callable[[], nn.Module], data: Digits, seed: int, epochs: int, advance: Advance) -> Revival:
-    # RReLU draws from torch's own generator.
-    torch.manual_seed(seed)
-    model = build(act, seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    dead = [dead_share(model, data)]
-    batches = data.batches(seed, epochs)
-    for _ in range(epochs):
-        fit(model, (next(batches) for _ in range(data.batches_per_epoch)), optimizer, advance)
-        dead.append(dead_share(model, data))
-    return Revival(dead, accuracy(model, data))
-
-
-def run(setting: Setting) -> Report:
-    data = setting.data
-    advance = setting.begin("dying ReLU", len(ACTIVATIONS) * EPOCHS * data.batches_per_epoch)
-    found = {name: revive(act, data, setting.seed, EPOCHS, advance) for name, act in ACTIVATIONS.items()}
+def run(setting: Setting) -> Results:
+    data, seed, dead, accuracies = setting.data, setting.seed, {}, {}
+    for name in setting.track([*ACTIVATIONS]):
+        torch.manual_seed(seed)  # RReLU draws from torch's default generator
+        model = build(ACTIVATIONS[name], seed)
+        at_start, optimizer = dead_share(model, data), torch.optim.Adam(model.parameters(), lr=0.01)
+        dead[name] = [at_start, *train(model, data.epochs(seed, range(EPOCHS)), optimizer, partial(dead_share, model, data)).measures]
+        accuracies[name] = accuracy(model, data)
     yield new_table(
-        f"Dying ReLU: 64-100-100-10, biases {DEAD_BIAS:g}, Adam",
+        f"Dead units: 64-100-100-10, biases {DEAD_BIAS:g}, Adam",
         ("", "dead units\nat the start", "\nepoch 1", f"\nepoch {EPOCHS}", "test\naccuracy"),
-        ([name, *(f"{revival.dead[epoch]:.0%}" for epoch in (0, 1, EPOCHS)), f"{revival.accuracy:.1%}"] for name, revival in found.items()),
+        ([name, *(f"{dead[name][epoch]:.0%}" for epoch in (0, 1, EPOCHS)), f"{accuracies[name]:.1%}"] for name in dead),
     )
-    for name, revival in found.items():
-        started, ended = revival.dead[0], revival.dead[-1]
-        require(started > 0.9, f"nearly all units of {name} were to be dead at the start, and {started:.0%} are")
+    for name, learned in accuracies.items():
+        start, end = dead[name][0], dead[name][-1]
+        check(start > 0.9, f"expected nearly all {name} units to be dead at the start; {start:.0%} are")
         if name == "ReLU":
-            require(ended >= started, f"dead units of ReLU were to stay dead, and of {started:.0%} there are {ended:.0%} left")
-            require(revival.accuracy < 0.2, f"a dead network of ReLU was to learn nothing, and has {revival.accuracy:.1%} right")
+            check(end >= start, f"expected dead ReLU units to stay dead; their share went from {start:.0%} to {end:.0%}")
+            check(learned < 0.2, f"expected the dead ReLU network to learn nothing; its accuracy is {learned:.1%}")
         else:
-            require(ended < 0.1, f"{name} was to revive the dead units, and {ended:.0%} are dead still")
-            require(revival.accuracy > 0.85, f"the network revived by {name} was to learn, and has {revival.accuracy:.1%} right")
-    yield draw(found)
+            check(end < 0.1, f"expected {name} to revive the dead units; {end:.0%} are still dead")
+            check(learned > 0.85, f"expected the network with {name} to learn; its accuracy is {learned:.1%}")
 
-
-def draw(found: dict[str, Revival]) -> Figure:
-    figure = new_figure(12, 4.8)
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    for (name, revival), style in zip(found.items(), ("-", "-", "--", "-."), strict=True):
-        colour = BAD if name == "ReLU" else GOOD
-        left.plot([100 * share for share in revival.dead], color=colour, linestyle=style, linewidth=2, label=name)
+    figure, (left, right) = new_figure(
+        ("Dead ReLU units stay dead.\nA slope for x < 0 revives them", "epoch", "dead hidden units, %"),
+        ("A revived network learns", "test accuracy, %", ""),
+    )
+    colours = [BAD if name == "ReLU" else GOOD for name in dead]
+    for (name, shares), colour, style in zip(dead.items(), colours, ("-", "-", "--", "-."), strict=True):
+        left.plot([100 * share for share in shares], color=colour, linestyle=style, linewidth=2, label=name)
     left.legend(frameon=False, loc="center right")
     left.set_ylim(-2, 105)
-    dress(left, "Dead ReLU units stay dead;\na slope below zero brings them back", "epoch", "dead hidden units, %")
-
-    names = list(found)
-    bars = right.barh(names, [100 * found[name].accuracy for name in names], color=[BAD if name == "ReLU" else GOOD for name in names])
-    right.bar_label(bars, fmt="%.0f %%", padding=3)
+    bars = right.barh([*accuracies], [100 * share for share in accuracies.values()], color=colours)
+    right.bar_label(bars, fmt="%.0f", padding=3)
     right.invert_yaxis()
     right.set_xlim(0, 115)
-    dress(right, "and the network learns", "test digits right, %", "")
-    return figure
+    yield figure
