@@ -114,6 +114,16 @@ def test_without_the_native_library_the_program_says_what_to_do(monkeypatch):
         demo.main(["--quick"])
 
 
+def test_the_page_of_the_documentation_describes_every_experiment():
+    page = (ROOT / "docs" / "examples.md").read_text()
+    headings = "".join(re.findall("^### .*", page, re.M))
+    assert sorted(re.findall("`(.+?)`", headings)) == sorted(EXPERIMENTS)
+    pictures = {ROOT / "docs" / picture for picture in re.findall(r"!\[.+?\]\((.+?)\)", page)}
+    assert pictures == {*(ROOT / "docs" / "examples").iterdir()}
+    assert all(picture.stat().st_size < 150_000 for picture in pictures)
+    assert all(row(page, name)[0] == f"{reported:.4f}" for name, (reported, _) in simple_net.ROWS.items())
+
+
 # The experiments
 
 
