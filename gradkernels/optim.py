@@ -189,7 +189,7 @@ class RMSprop(torch.optim.RMSprop):
         if self.max_norm is None:
             return 1.0
         params = [param for group in self.param_groups for param in group["params"]]
-        sharded.refuse_pieces(params)
+        sharded.refuse_fsdp1_pieces(params)
         gradients = Gradients([param.grad for param in params if param.grad is not None])
         # The step takes a number of the host: not to wait for a GPU, gradients there are scaled in place.
         if not folds or not gradients.tensors or not gradients.tensors[0].is_cpu:
@@ -277,7 +277,7 @@ class ClippingHandle:
     @torch.no_grad()
     def _clip(self, optimizer: torch.optim.Optimizer) -> None:
         params = [param for group in optimizer.param_groups for param in group["params"]]
-        sharded.refuse_pieces(params)
+        sharded.refuse_fsdp1_pieces(params)
         gradients = Gradients([param.grad for param in params if param.grad is not None])
         if not _reads_grad_scale(optimizer, gradients):
             self.last_norm = clip_grad_norm_(params, self.max_norm, self.norm_type)
@@ -392,5 +392,5 @@ def attach_clipping(optimizer: torch.optim.Optimizer, max_norm: float, norm_type
             f"attach_clipping does not take {type(optimizer).__name__} with overlap_with_ddp=True: its step() does nothing, since "
             "parameters are updated within backward, before the norm of all gradients is known"
         )
-    sharded.refuse_pieces(param for group in optimizer.param_groups for param in group["params"])
+    sharded.refuse_fsdp1_pieces(param for group in optimizer.param_groups for param in group["params"])
     return ClippingHandle(optimizer, max_norm, norm_type)
