@@ -83,7 +83,7 @@ remedy = _remedy()
 
 
 def is_exported() -> bool:
-    """Whether torch.export records this call (not with strict=True), maybe to run without gradkernels."""
+    """Whether torch.export (not strict=True) records this call; its program may run without gradkernels."""
     # is_exporting() of torch 2.11 is True under torch.compile too.
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 

@@ -338,10 +338,10 @@ def grad_report(parameters: Parameters, norm_type: float = 2.0) -> GradReport:
     with torch.no_grad():
         norms = tensor_norms(grads, float(norm_type))
         if len(grads) != len(tensors):
-            *of_gradients, total_norm = norms
-            positions = sharded.index_on(of_gradients[0].device, [i for i, tensor in enumerate(tensors) if tensor.grad is not None])
-            of_each, max_abs, nonfinite = (_scattered(values, positions, len(tensors)) for values in of_gradients)
-            norms = of_each, max_abs, nonfinite, total_norm
+            *per_gradient, total_norm = norms
+            positions = sharded.index_on(per_gradient[0].device, [i for i, tensor in enumerate(tensors) if tensor.grad is not None])
+            gradient_norms, max_abs, nonfinite = (_scattered(values, positions, len(tensors)) for values in per_gradient)
+            norms = gradient_norms, max_abs, nonfinite, total_norm
     return GradReport(names, tensors, norms)
 
 

@@ -82,7 +82,7 @@ def increment_versions(grads: list[Tensor]) -> None:
 
 
 def index_on(device: torch.device, indices: list[int]) -> Tensor:
-    """Indices as a tensor on a device. For a GPU they are pinned: other copies wait for its kernels."""
+    """Indices as a tensor on a device. Pinned for a GPU, because another copy waits for its kernels."""
     pinned = device.type == "cuda"
     return torch.tensor(indices, dtype=torch.int64, device="cpu", pin_memory=pinned).to(device, non_blocking=pinned)
 
@@ -196,7 +196,7 @@ def _reduced(values: Tensor, norm_type: float, group: Group) -> Tensor:
 
 
 def _common_exponent(local: list[Tensor], groups: list[Group], norms: list[Tensor]) -> int:
-    """Every rank divides its norms by 2**exponent to square them; 0 if no square can leave float64."""
+    """Ranks divide norms by 2**exponent before squaring; 0 unless a square may overflow or underflow."""
     if not any(grad.dtype == torch.float64 for grad in local):
         return 0
     largest = torch.stack(norms).amax()
