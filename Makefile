@@ -1,5 +1,6 @@
-# One target per duty, for people, hooks and CI alike. Each does its own set-up: .venv, torch, the tools, the native library; a second run
-# finds them done. TORCH picks the version of torch (make test TORCH=2.12.0), PYTHON (3.11 or newer) what .venv is made from.
+# One target per task, for people, hooks and CI. The first run of a target sets up what it needs (.venv,
+# torch, tools, the compiled library); later runs reuse it. TORCH is the version of torch (make test
+# TORCH=2.12.0), PYTHON (3.11 or newer) the interpreter for .venv.
 
 TORCH ?= 2.13.0
 PYTHON ?= python3
@@ -7,9 +8,11 @@ PYTHON ?= python3
 export MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# The stamp's name carries torch's version: asking for another one installs it and, through the stamp's age, builds again.
+# The file's name contains torch's version. Another version is installed and creates a new file, and the
+# library is built again because it is older.
 REQUIREMENTS := .venv/.requirements-$(TORCH)
-# For cuda-check: a torch with CUDA beside the other, and the toolkit's root, since the nvcc in PATH may be a wrapper that stands elsewhere.
+# For cuda-check: a second torch, with CUDA, and the root of the CUDA toolkit. The nvcc in PATH may be a
+# wrapper outside of the toolkit.
 CUDA_TORCH ?= 2.11.0
 CUDA_ARCHITECTURES ?= 8.0;9.0;10.0+PTX
 CUDA_REQUIREMENTS := .venv-cuda/.requirements-$(CUDA_TORCH)
@@ -17,20 +20,21 @@ CUDA_HOME ?= $(shell nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^\#\$$ TOP=/
 LIBRARY := build/.library
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-# The oldest release that serves, the one chosen above and the newest of which pip knows; with them goes the newest that pip admits.
+# The oldest supported torch, TORCH, and the newest that pip lists. `make versions` adds the newest that pip
+# can install.
 VERSIONS = 2.11.0 $(TORCH) $(shell .venv/bin/pip index versions torch 2> /dev/null | sed -n 's/^torch (\([^+)]*\).*/\1/p')
 TRY_INSTALL := .venv/bin/pip install --quiet --dry-run --no-deps --ignore-installed
-# The tests of the operators themselves, without processes of their own.
+# The tests of the operators that start no processes.
 SANITIZED := $(addprefix tests/test_,activation.py batch_norm_act.py clip_grad.py optim.py fuzz.py)
 OF_VALUES := $(addprefix tests/test_,activation.py batch_norm_act.py clip_grad.py optim.py) \
   -k "test_value_and_gradient or test_far_from_zero or test_channels_last or test_clips or test_rmsprop_steps or whole_range"
-# Python leaks on purpose; what cannot be allocated is an error of ours, and a signal is what a test may wait for.
+# Python leaks on purpose, our code raises an error if memory cannot be allocated, and tests expect signals.
 ASAN_OPTIONS := detect_leaks=0:allocator_may_return_null=1:handle_segv=0
-# The checks left out are those of every access to a vector: with them, and with -O2, a kernel's file compiles for ten minutes. A null
-# pointer and an access beyond an object are found by AddressSanitizer when they happen.
+# Checks of each access to a vector are left out: with them, and with -O2, a file of kernels compiles for ten
+# minutes. AddressSanitizer finds null pointers and accesses beyond an object when they happen.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr,null,object-size,pointer-overflow -fno-sanitize-address-use-after-scope
 AARCH64_CXX ?= aarch64-linux-gnu-g++
-# torch's headers are needed for the name of its thread pool alone.
+# torch's headers are needed only for its thread pool.
 KERNELS_FLAGS = -std=c++17 -pthread -ffp-contract=off -fno-math-errno -fno-trapping-math -Icsrc \
   $(shell .venv/bin/python -c "import torch.utils.cpp_extension as e; print(*('-isystem' + path for path in e.include_paths()))")
 
@@ -50,7 +54,8 @@ print(json.load(sys.stdin)["install"][0]["metadata"]["version"].partition("+")[0
 endef
 export PRINT_ADMITTED
 
-# torch's names of what this processor has besides the set that make test runs. Asked for a set that is not there, torch uses it all the same.
+# torch's names of this processor's other instruction sets. Only those: torch uses whatever set is requested,
+# also one that the processor does not have.
 define PRINT_OTHER_SETS
 from gradkernels import _native
 built = _native.C.build_info()["instruction_sets"]
@@ -60,7 +65,7 @@ export PRINT_OTHER_SETS
 
 .PHONY: help build demo test test-all test-sets fuzz coverage sanitize emulate versions lint format bench cuda-check clean
 
-help:  ## this list
+help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 
 build: $(LIBRARY)  ## compile csrc/ into gradkernels/_C
@@ -71,17 +76,17 @@ demo: $(LIBRARY)  ## experiments on vanishing and exploding gradients; writes de
 test: $(LIBRARY)  ## pytest without the slow tests
 	.venv/bin/python -m pytest
 
-test-all: $(LIBRARY)  ## pytest with them: builds an sdist and a wheel too
+test-all: $(LIBRARY)  ## pytest with the slow tests, which also build an sdist and a wheel
 	.venv/bin/python -m pytest -m ""
 
-test-sets: $(LIBRARY)  ## the operators' values by the kernels for processors with less than this one, beside torch's own of that kind
+test-sets: $(LIBRARY)  ## test the operators with the kernels for older processors, compared with torch's for the same processors
 	set -e; sets=$$(env -u ATEN_CPU_CAPABILITY .venv/bin/python -c "$$PRINT_OTHER_SETS"); for set in $$sets; do \
 	  (set -x; ATEN_CPU_CAPABILITY=$$set .venv/bin/python -m pytest $(OF_VALUES)); done
 
-fuzz: $(LIBRARY)  ## 10,000 new examples for each test of tests/test_fuzz.py, where make test has the same 200
+fuzz: $(LIBRARY)  ## each test of tests/test_fuzz.py with 10,000 new examples (make test: the same 200 every time)
 	.venv/bin/python -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
 
-coverage: $(LIBRARY)  ## what make test does not reach: lines and branches of Python, lines of C++, from a build of its own
+coverage: $(LIBRARY)  ## list the lines and branches of Python and the lines of C++ that make test does not reach
 	CFLAGS="--coverage -fprofile-update=atomic -O1" LDFLAGS=--coverage .venv/bin/python setup.py build --build-lib build/coverage/lib --build-temp build/coverage/temp
 	rm -f build/coverage/python*; find build/coverage -name '*.gcda' -delete
 	.venv/bin/python -m coverage run -m pytest -o pythonpath="build/coverage/lib bench"
@@ -90,7 +95,7 @@ coverage: $(LIBRARY)  ## what make test does not reach: lines and branches of Py
 	.venv/bin/python -m coverage report
 	.venv/bin/python -m gcovr --merge-lines --filter csrc/ --object-directory build/coverage/temp
 
-sanitize: $(REQUIREMENTS)  ## the operators' tests under ASan and UBSan, the kernels' threads under TSan
+sanitize: $(REQUIREMENTS)  ## run the operators' tests under ASan and UBSan, and the kernels' threads under TSan
 	CFLAGS="$(SANITIZE) -fno-sanitize-recover=all -fno-omit-frame-pointer -O1" \
 	  .venv/bin/python setup.py build --build-lib build/sanitize/lib --build-temp build/sanitize/temp
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=$(ASAN_OPTIONS) \
@@ -98,31 +103,32 @@ sanitize: $(REQUIREMENTS)  ## the operators' tests under ASan and UBSan, the ker
 	$(CXX) $(KERNELS_FLAGS) -O1 -g1 -fsanitize=thread csrc/cpu/*.cpp tests/threads/kernels.cpp -o build/sanitize/threads
 	setarch -R build/sanitize/threads
 
-# ATEN_CPU_CAPABILITY asks for what none of them has. The kernels for every processor have to give the same bits on x86-64 and on aarch64.
-emulate: $(LIBRARY)  ## the kernels on processors without AVX2, without AVX-512, and on aarch64; needs qemu-user and a compiler for aarch64
+# ATEN_CPU_CAPABILITY requests a set that none of these processors has. The base kernels must give the same
+# bits on x86-64 and on aarch64.
+emulate: $(LIBRARY)  ## run the kernels on emulated processors: without AVX2, without AVX-512, aarch64; needs qemu-user and g++ for aarch64
 	@for tool in qemu-x86_64 qemu-aarch64 $(AARCH64_CXX); do command -v $$tool > /dev/null || \
-	  { echo "emulate: there is no $$tool, and nothing was run (apt-get install qemu-user g++-aarch64-linux-gnu)"; exit 1; }; done
+	  { echo "emulate: $$tool was not found, and nothing was run (apt-get install qemu-user g++-aarch64-linux-gnu)"; exit 1; }; done
 	$(CXX) $(KERNELS_FLAGS) -O1 tests/threads/kernels.cpp build/temp.*/csrc/cpu/*.o -o build/kernels
 	$(AARCH64_CXX) $(KERNELS_FLAGS) -O1 -static tests/threads/kernels.cpp csrc/cpu/*.cpp -o build/kernels-aarch64
 	set -ex; export ATEN_CPU_CAPABILITY=avx512; qemu-x86_64 -cpu Haswell,check=off build/kernels | grep ^avx2; \
 	  qemu-x86_64 -cpu Nehalem build/kernels > build/kernels.log; grep ^base build/kernels.log; \
 	  qemu-aarch64 build/kernels-aarch64 | diff build/kernels.log -
 
-versions: $(REQUIREMENTS)  ## make test and the self-test under each of VERSIONS, in a clone and a .venv of its own; downloads gigabytes
+versions: $(REQUIREMENTS)  ## run make test and the self-test under several versions of torch, each in its own clone; downloads gigabytes
 	@set -e; tried=; left_out=; admitted=$$($(TRY_INSTALL) --report - torch | .venv/bin/python -c "$$PRINT_ADMITTED"); \
 	  for torch in $$(printf '%s\n' $(VERSIONS) $$admitted | sort -uV); do \
 	  if ! $(TRY_INSTALL) torch==$$torch; then left_out="$$left_out $$torch"; continue; fi; \
 	  rm -rf build/torch-$$torch; git clone --quiet . build/torch-$$torch; $(MAKE) -C build/torch-$$torch test TORCH=$$torch; \
 	  (cd build/torch-$$torch; .venv/bin/python -m gradkernels selftest); tried="$$tried $$torch"; done; \
-	  echo "versions:$$tried; left out, since pip refuses them here:$${left_out:- none}"; test -n "$$tried"
+	  echo "versions tested:$$tried; left out, because pip cannot install them here:$${left_out:- none}"; test -n "$$tried"
 
-lint: $(REQUIREMENTS)  ## ruff, mypy and clang-format, changing nothing
+lint: $(REQUIREMENTS)  ## check with ruff, mypy and clang-format
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
-format: $(REQUIREMENTS)  ## ruff and clang-format, rewriting files
+format: $(REQUIREMENTS)  ## rewrite files with ruff and clang-format
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 	.venv/bin/clang-format -i $(CXX_FILES)
@@ -130,7 +136,7 @@ format: $(REQUIREMENTS)  ## ruff and clang-format, rewriting files
 bench: $(LIBRARY)  ## every bench/bench_*.py but the build in turn, into bench/results
 	.venv/bin/python -m gradkernels bench
 
-cuda-check: $(CUDA_REQUIREMENTS)  ## compile for CUDA, load it, look at the machine code; needs nvcc and no GPU
+cuda-check: $(CUDA_REQUIREMENTS)  ## compile for CUDA, load the library, inspect its machine code; needs nvcc but no GPU
 	rm -rf build/cuda/lib
 	CUDA_HOME="$(CUDA_HOME)" FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" \
 	  .venv-cuda/bin/python setup.py -q build --build-base build/cuda --build-lib build/cuda/lib
@@ -141,7 +147,7 @@ cuda-check: $(CUDA_REQUIREMENTS)  ## compile for CUDA, load it, look at the mach
 clean:  ## what the build left; .venv and .venv-cuda stay
 	rm -rf build dist gradkernels.egg-info gradkernels/_C.*.so
 
-# Folders are prerequisites too: their age tells of a file removed.
+# Folders are prerequisites too, because removing a file changes their age.
 $(LIBRARY): $(REQUIREMENTS) setup.py $(shell find csrc)
 	.venv/bin/python setup.py build_ext --inplace
 	touch $@

@@ -1,5 +1,5 @@
-# The compiled module, csrc/module.cpp: thin entries that call the dispatcher, positional throughout. Importing it also registers
-# torch.ops.gradkernels.
+# The compiled module (csrc/module.cpp): thin functions that call the dispatcher, with positional arguments. Its
+# import also registers torch.ops.gradkernels.
 
 from typing import TypedDict
 

@@ -1,7 +1,7 @@
-"""The cures for vanishing and exploding gradients as fused kernels: activations, batch normalisation, clipping.
+"""Cures for vanishing and exploding gradients as fused kernels: activations, batch normalisation, clipping.
 
-Everything public is flat in this namespace. Importing always works: where the compiled library cannot serve, operators
-composed of torch's own stand in under the same names, and one warning says why and which command mends it.
+All public names are in this namespace. Importing it always works: if the compiled library cannot be used,
+torch's operators compute the same functions, and a warning says why and which command fixes it.
 """
 
 import warnings
@@ -60,12 +60,13 @@ __all__ = [
     "swish",
 ]
 
-# As torch does for its own modules. Here sizes are compared to find mistakes, and a trace need not do that again.
+# As torch does for its own modules. Our comparisons of sizes only check arguments, and a trace may leave them
+# out.
 warnings.filterwarnings("ignore", category=torch.jit._trace.TracerWarning, module=__name__)
 
 if _native.reason is not None:
     warnings.warn(
-        f"gradkernels runs on operators composed of torch's own, without its kernels: {_native.reason}. To mend it: {_native.remedy}",
+        f"gradkernels runs without its kernels, on torch's operators: {_native.reason}. To fix this, run: {_native.remedy}",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -1,8 +1,8 @@
 """python -m gradkernels info | selftest | diagnose | bench, or --version.
 
-info prints what is native on this machine, and why the rest is not; selftest checks what it computes (selftest.py); diagnose looks at a
-user's own model (diagnosis/command.py); bench runs bench/suite.py of the checkout that this package stands in, since an installed package
-has none.
+info prints which operators have kernels on this machine, and why the others do not. selftest checks their
+results (selftest.py). diagnose examines a user's model (diagnosis/command.py). bench runs bench/suite.py of
+the checkout; an installed package does not contain it.
 """
 
 import argparse
@@ -17,10 +17,10 @@ import gradkernels
 from gradkernels import _native, text
 from gradkernels.diagnosis import command
 
-# What every kernel serves, on the devices that it was built for; the rest goes to torch's own operators.
+# The kernels support these on the devices that they were built for. torch's operators do the rest.
 _DTYPES = "float32, float64, bfloat16 and float16"
-# operator -> what its kernels ask for besides
-_SERVED = {
+# operator -> further conditions of its kernels
+_CONDITIONS = {
     "leaky_relu": "",
     "prelu": "",
     "rrelu": "",
@@ -35,7 +35,7 @@ _SERVED = {
 
 
 def info() -> str:
-    """The whole state: versions, instruction set, threads, CUDA, and per operator who serves it and why."""
+    """Versions, instruction set, threads, CUDA, and for each operator what computes it and why."""
     native = _native.C
     build = {} if native is None else native.build_info()
     built_for = f"built for torch {build['torch']}" if build else "no native library in use"
@@ -48,15 +48,16 @@ def info() -> str:
         rows += [("instruction set", f"{native.instruction_set()} in use, built: {' '.join(build['instruction_sets'])}")]
     rows += [("threads", str(torch.get_num_threads()))]
     rows += [("CUDA", f"built: {' '.join(build.get('cuda_architectures', [])) or 'none'}; {cuda}")]
-    table = [("operator", "served by", "why")]
+    table = [("operator", "computed by", "why")]
     devices = "the CPU and CUDA" if build.get("cuda_architectures") else "the CPU"
-    for operator, besides in _SERVED.items():
-        served = f"{_DTYPES} on {devices}{besides}"
-        served_by, why = ("native", f"{served}; else torch") if native is not None else ("reference", str(_native.reason))
-        table += [(operator, served_by, why)]
+    for operator, conditions in _CONDITIONS.items():
+        if native is not None:
+            table += [(operator, "native", f"{_DTYPES} on {devices}{conditions}; else torch")]
+        else:
+            table += [(operator, "reference", str(_native.reason))]
     lines = [*text.columns(rows, left=range(2)), "", *text.columns(table, left=range(3))]
     if native is None:
-        lines += ["", f"To mend it: {_native.remedy}"]
+        lines += ["", f"To fix this, run: {_native.remedy}"]
     return "\n".join(lines)
 
 
@@ -77,10 +78,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gradkernels")
     parser.add_argument("--version", action="version", version=f"gradkernels {gradkernels.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="what is native here, and why the rest is not")
-    commands.add_parser("selftest", help="whether every operator computes here what torch does: a table, and status 0 if so")
+    commands.add_parser("info", help="which operators have kernels here, and why the others do not")
+    commands.add_parser("selftest", help="compare every operator with torch's: a table, and exit status 0 if all are right")
     commands.add_parser("diagnose", help="which layers of your model do not learn, why, and what to do", add_help=False)
-    commands.add_parser("bench", help="every operator beside torch's, on this machine", add_help=False)
+    commands.add_parser("bench", help="measure every operator against torch's on this machine", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "bench":
         return bench(rest)

@@ -1,8 +1,8 @@
-"""Finds and loads gradkernels._C, and decides which calls it serves. torch.jit.script, which cannot compile that decision, is refused here.
+"""Finds and loads gradkernels._C, decides which calls it computes, and raises the error for torch.jit.script.
 
-A library built for another torch fails in the loader with a mangled symbol, or crashes later, so the version stamped
-into the file is read before anything is loaded. That raises nothing: what is wrong becomes `reason`, and `remedy` is the
-command that mends it.
+A library built for another torch fails to load with a mangled symbol, or crashes later. So the torch version
+in the file is read before the file is loaded. Without a usable library nothing is raised: `reason` is what is
+wrong, and `remedy` the command that fixes it.
 """
 
 import importlib
@@ -24,13 +24,13 @@ from torch.nn import Parameter
 _STAMP = b"gradkernels-built-for-torch="
 _FOLDER = Path(__file__).resolve().parent
 
-# _C enters the dispatcher, which knows fake tensors, functorch and autograd. Any other subclass (DTensor, a user's) may not
-# know our operators, but it knows torch's, of which the reference is composed.
+# torch's dispatcher handles fake tensors, functorch and autograd for our operators. Other subclasses
+# (DTensor, a user's) may not support our operators, so they get the reference, which calls torch's.
 _SUPPORTED = frozenset((Tensor, Parameter, FakeTensor, type(None)))
 
 
 def _is_whole(image: mmap) -> bool:
-    """Whether every segment of an ELF file lies inside it: the loader maps one that was cut short, and then the process dies of SIGBUS."""
+    """Whether an ELF file contains all of its segments. Loading a truncated file can end in SIGBUS."""
     if image[:5] != b"\x7fELF\x02":
         return True
     (offset,) = struct.unpack_from("<Q", image, 32)
@@ -40,7 +40,7 @@ def _is_whole(image: mmap) -> bool:
 
 
 def _built_for(library: Path) -> str | None:
-    """The torch version stamped into the file; None where there is no stamp or the file is cut short."""
+    """The torch version stamped into the file; None without a stamp or if the file is truncated."""
     try:
         with library.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as image:
             start = image.find(_STAMP)
@@ -53,25 +53,25 @@ def _built_for(library: Path) -> str | None:
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
-    """gradkernels._C and None, or None and the reason why not."""
+    """gradkernels._C and None; or None and the reason."""
     names = [f"_C{suffix}" for suffix in EXTENSION_SUFFIXES]
     library = next((_FOLDER / name for name in names if (_FOLDER / name).exists()), None)
     if library is None:
-        return None, f"the library has not been built, there is no {names[0]} beside the package"
+        return None, f"the library has not been built ({names[0]} is missing in the folder of the package)"
     built_for = _built_for(library)
     if built_for is None:
-        return None, f"{library.name} is damaged, the torch version it was built for cannot be read from it"
+        return None, f"{library.name} is damaged (it does not say which torch it was built for)"
     if built_for != torch.__version__:
-        return None, f"{library.name} was built for torch {built_for}, and this is torch {torch.__version__}"
+        return None, f"{library.name} was built for torch {built_for}, but this is torch {torch.__version__}"
     try:
         return importlib.import_module(f"{__package__}._C"), None
     except Exception as error:
         first_line = str(error).partition("\n")[0]
-        return None, f"{library.name} does not load, {type(error).__name__}: {first_line}"
+        return None, f"{library.name} does not load ({type(error).__name__}: {first_line})"
 
 
 def _remedy() -> str:
-    """One command line, for the interpreter that is running. An installation would not mend a checkout that is imported in place."""
+    """One command line for the running interpreter. A checkout is imported in place, so it is built there."""
     python = shlex.quote(sys.executable)
     if (_FOLDER.parent / "setup.py").exists():
         return f"cd {shlex.quote(str(_FOLDER.parent))} && {python} setup.py build_ext --inplace --force"
@@ -83,26 +83,26 @@ remedy = _remedy()
 
 
 def is_exported() -> bool:
-    """Whether torch.export records this call, but for strict=True: the program may go where there is no gradkernels."""
-    # Under torch.compile torch 2.11 answers the first with True.
+    """Whether torch.export (not strict=True) records this call; its program may run without gradkernels."""
+    # is_exporting() of torch 2.11 is True under torch.compile too.
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def is_for_onnx() -> bool:
-    """Whether torch.onnx records this call: through torch.jit.trace or through torch.export, depending on the exporter."""
-    # torch.onnx takes a microsecond to answer, so it is asked last. torch.compile cannot trace _is_tracing.
+    """Whether torch.onnx records this call, through torch.jit.trace or torch.export."""
+    # is_in_onnx_export() takes a microsecond, so it comes last. torch.compile cannot trace _is_tracing().
     return (torch.compiler.is_compiling() or torch._C._is_tracing()) and torch.onnx.is_in_onnx_export()
 
 
 def library(*tensors: Tensor | None) -> ModuleType | None:
-    """gradkernels._C if it computes an eager call with these tensors, else None."""
+    """gradkernels._C if this is an eager call and it supports the types of these tensors, else None."""
     if C is None or torch.compiler.is_compiling() or not _SUPPORTED.issuperset(map(type, tensors)):
         return None
     return None if torch._C._is_tracing() and is_for_onnx() else C
 
 
 def uses_custom_operator(*tensors: Tensor | None) -> bool:
-    """Whether torch.compile or torch.export records torch.ops.gradkernels for a call with these tensors: it cannot trace _C."""
+    """Whether torch.compile or torch.export must record torch.ops.gradkernels, as they cannot trace _C."""
     if C is None or not torch.compiler.is_compiling() or is_for_onnx():
         return False
     return _SUPPORTED.issuperset(map(type, tensors))
@@ -110,17 +110,17 @@ def uses_custom_operator(*tensors: Tensor | None) -> bool:
 
 _UNSCRIPTABLE = (
     "is computed by gradkernels, which torch.jit.script cannot compile: use torch.export or torch.jit.trace, or script the model before "
-    "gradkernels.convert (gradkernels.revert undoes it)"
+    "gradkernels.convert (gradkernels.revert undoes the conversion)"
 )
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def refuse_script(module: nn.Module) -> NoReturn:
-    """For __prepare_scriptable__, which torch.jit.script calls of every module before it compiles any."""
+    """For __prepare_scriptable__, which torch.jit.script calls on every module before it compiles any."""
     raise RuntimeError(f"{type(module).__name__} {_UNSCRIPTABLE}")
 
 
 def unscriptable(function: _Function) -> _Function:
-    """The function, marked as torch marks its own that torch.jit.script must refuse (torch.autocast)."""
+    """Marks a function as torch marks torch.autocast, so that torch.jit.script raises our error."""
     cast(Any, function).__script_unsupported = f"{function.__name__} {_UNSCRIPTABLE}"
     return function

@@ -1,8 +1,9 @@
-"""leaky_relu, prelu, rrelu, elu and swish, each with its module.
+"""leaky_relu, prelu, rrelu, elu and swish, as functions and as modules.
 
-The kernels keep for backward a bit per element (leaky_relu; rrelu with a seed beside it), the output (elu with alpha >= 0, but
-for 16-bit types) or the input (swish, prelu). 16-bit types are computed in float32 and rounded once. torch.compile sees torch's
-own operators instead: it fuses those into their neighbours, which it cannot do with ours.
+For backward the kernels keep one bit per element (leaky_relu, and rrelu together with a seed), the output
+(elu with alpha >= 0 and more than 16 bits) or the input (elu otherwise, swish, prelu). 16-bit types are
+computed in float32 and rounded once. torch.compile gets torch's operators instead, because it can fuse them
+with their neighbours.
 """
 
 import math
@@ -21,19 +22,19 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
         y = x                   where x > 0
         y = negative_slope x    elsewhere
 
-    Backward needs the sign of x only, one bit per element, so x is not kept alive. In place a negative slope is allowed
-    too, where torch's backward refuses it.
+    Backward keeps only the sign of x, one bit per element, and not x itself. A negative slope works in place
+    too, which torch's backward does not support.
 
     Args:
         input: x; any shape, floating point.
-        negative_slope: slope where x is not positive, without unit.
+        negative_slope: the slope where x is not positive; no unit.
         inplace: write y into input.
 
     Returns:
-        y, of the shape and dtype of x; input itself with inplace=True.
+        y, with the shape and dtype of x; with inplace=True, input itself.
 
     Raises:
-        NotImplementedError: x is of an integer or complex dtype.
+        NotImplementedError: x has an integer or complex dtype.
 
     Source: Maas, Hannun, Ng, "Rectifier Nonlinearities Improve Neural Network Acoustic Models", 2013.
 
@@ -43,13 +44,13 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
         tensor([-1.,  0.,  3.])
     """
     native = _native.library(input)
-    # Of a tensor the number would be taken, and its gradient lost.
+    # The binding would turn a tensor into a number and lose its gradient.
     if native is not None and (type(negative_slope) is float or not isinstance(negative_slope, Tensor)):
         try:
             y: Tensor = native.leaky_relu(input, negative_slope, inplace)
             return y
         except TypeError:
-            # An argument of another type, which torch refuses in its words.
+            # torch's function below raises its own error for a wrong type.
             pass
     return reference.leaky_relu(input, negative_slope, inplace)
 
@@ -61,22 +62,24 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
         y = x                   where x > 0
         y = alpha (e^x - 1)     elsewhere
 
-    For float32 and alpha=1, y is within 1 ulp of the exact value, and the gradient, which is read off the output, within 1 ulp
-    of alpha: below x = -17 it is 0 where the exact one is less than 5e-8 alpha (batch_norm_act and torch.nn.functional.elu keep
-    their inputs and are exact there). The output is what is kept for backward, so y may not be modified in place before it.
+    For float32 and alpha=1, y is within 1 ulp of the exact value. The gradient is computed from y and is
+    within 1 ulp of alpha: below x = -17 it is 0, where the exact gradient is less than 5e-8 alpha.
+    (batch_norm_act and torch.nn.functional.elu keep their inputs and are exact there.) Backward needs y, so
+    modifying y in place before backward is an error.
 
     Args:
         input: x; any shape, floating point.
-        alpha: minus the value reached far left of zero, in units of y.
+        alpha: y approaches -alpha for large negative x; in units of y.
         inplace: write y into input; backward then needs alpha >= 0, as in torch.
 
     Returns:
-        y, of the shape and dtype of x; input itself with inplace=True.
+        y, with the shape and dtype of x; with inplace=True, input itself.
 
     Raises:
-        NotImplementedError: x is of an integer or complex dtype.
+        NotImplementedError: x has an integer or complex dtype.
 
-    Source: Clevert, Unterthiner, Hochreiter, "Fast and Accurate Deep Network Learning by Exponential Linear Units (ELUs)", 2015.
+    Source: Clevert, Unterthiner, Hochreiter, "Fast and Accurate Deep Network Learning by Exponential Linear
+    Units (ELUs)", 2015.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -84,13 +87,13 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
         tensor([-0.5000,  0.0000,  3.0000])
     """
     native = _native.library(input)
-    # Of a tensor the number would be taken, and its gradient lost.
+    # The binding would turn a tensor into a number and lose its gradient.
     if native is not None and (type(alpha) is float or not isinstance(alpha, Tensor)):
         try:
             y: Tensor = native.elu(input, alpha, inplace)
             return y
         except TypeError:
-            # An argument of another type, which torch refuses in its words.
+            # torch's function below raises its own error for a wrong type.
             pass
     return reference.elu(input, alpha, inplace)
 
@@ -101,22 +104,22 @@ def swish(input: Tensor, beta: float | Tensor = 1.0) -> Tensor:
 
         y = x sigmoid(beta x)
 
-    For float32 and beta=1, y is within 2.2 ulp of the exact value, and the gradient within 2.6 ulp of the size of its terms;
-    within 4 where the kernels have no fused multiply-add: on x86-64 without AVX2, and on aarch64.
-    The gradient of a tensor beta is reduced in the pass that computes that of x, in float64 and in an order that the number of
-    threads does not change.
+    For float32 and beta=1, y is within 2.2 ulp of the exact value, and the gradient within 2.6 ulp of its
+    largest term. Both bounds are 4 ulp where the kernels have no fused multiply-add: on x86-64 without AVX2,
+    and on aarch64. One pass computes the gradients of x and of a tensor beta. The gradient of beta is summed
+    in float64, and the number of threads does not change its bits.
 
     Args:
         input: x; any shape, floating point.
-        beta: how sharp the gate is, in units of 1/x: 0 gives x / 2, large values approach relu. A number, or a tensor with
-            one element or with one for each channel of x (dimension 1).
+        beta: sharpness of the gate, in units of 1/x: 0 gives x / 2, large values approach relu. A number, or
+            a tensor with 1 element or C, the number of channels (dimension 1 of x).
 
     Returns:
-        y, of the shape and dtype of x (of the promoted dtype, where beta is a tensor of another one).
+        y, with the shape and dtype of x; if beta is a tensor of another dtype, y has the promoted dtype.
 
     Raises:
-        NotImplementedError: x is of an integer dtype.
-        RuntimeError: the length of beta is neither 1 nor the number of channels.
+        NotImplementedError: x has an integer dtype.
+        RuntimeError: beta has neither 1 element nor C.
 
     Source: Elfwing, Uchibe, Doya, "Sigmoid-Weighted Linear Units for Neural Network Function Approximation in
     Reinforcement Learning", 2017; Ramachandran, Zoph, Le, "Searching for Activation Functions", 2017.
@@ -127,7 +130,7 @@ def swish(input: Tensor, beta: float | Tensor = 1.0) -> Tensor:
         tensor([-0.5379,  0.0000,  3.5232])
     """
     y: Tensor
-    # isinstance asks Tensor's metaclass, in Python.
+    # The first comparison is for speed: isinstance(beta, Tensor) runs Python code of Tensor's metaclass.
     if type(beta) is not float and isinstance(beta, Tensor):
         native = _native.library(input, beta)
         if native is None:
@@ -147,24 +150,25 @@ def swish(input: Tensor, beta: float | Tensor = 1.0) -> Tensor:
 
 @_native.unscriptable
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
-    """Leaky rectified linear unit whose slope is learnt, as torch.nn.functional.prelu.
+    """Leaky rectified linear unit with a learnable slope, as torch.nn.functional.prelu.
 
         y = x             where x > 0
         y = weight x      elsewhere
 
-    The gradient of weight is reduced in the pass that computes that of x, in float64 and in an order that the number of threads
-    does not change.
+    One pass computes the gradients of x and of weight. The gradient of weight is summed in float64, and the
+    number of threads does not change its bits.
 
     Args:
         input: x; any shape, floating point.
-        weight: slope where x is not positive, without unit; one element, or one for each channel of x (dimension 1).
+        weight: the slope where x is not positive; no unit. 1 element, or C, the number of channels (dimension
+            1 of x).
 
     Returns:
-        y, of the shape and dtype of x.
+        y, with the shape and dtype of x.
 
     Raises:
-        RuntimeError: the length of weight is neither 1 nor the number of channels, or its dtype is not that of x.
-        NotImplementedError: x is of an integer or complex dtype.
+        RuntimeError: weight has neither 1 element nor C, or another dtype than x.
+        NotImplementedError: x has an integer or complex dtype.
 
     Source: He, Zhang, Ren, Sun, "Delving Deep into Rectifiers", 2015.
 
@@ -179,7 +183,7 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
             y: Tensor = native.prelu(input, weight)
             return y
         except TypeError:
-            # An argument of another type, which torch refuses in its words.
+            # torch's function below raises its own error for a wrong type.
             pass
     return reference.prelu(input, weight)
 
@@ -191,50 +195,54 @@ def rrelu(input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: b
         y = x       where x > 0
         y = a x     elsewhere; a is uniform in [lower, upper] for each element in training, else (lower + upper) / 2
 
-    In training one seed is drawn from torch's generator and every slope follows from it, so that backward keeps no tensor of
-    slopes. Under one torch.manual_seed the slopes are not those that torch draws.
+    In training, one seed is drawn from torch's generator, and all slopes are computed from the seed. So
+    backward keeps no tensor of slopes. The slopes differ from those that torch draws after the same
+    torch.manual_seed.
 
     Args:
         input: x; any shape, floating point.
-        lower: least slope, without unit.
-        upper: largest slope.
-        training: draw the slopes.
+        lower: the smallest slope; no unit.
+        upper: the largest slope; no unit.
+        training: draw random slopes.
         inplace: write y into input.
 
     Returns:
-        y, of the shape and dtype of x; input itself with inplace=True.
+        y, with the shape and dtype of x; with inplace=True, input itself.
 
     Raises:
-        RuntimeError: lower is above upper.
-        NotImplementedError: x is of an integer or complex dtype.
+        RuntimeError: lower is greater than upper.
+        NotImplementedError: x has an integer or complex dtype.
 
-    Source: Xu, Wang, Chen, Li, "Empirical Evaluation of Rectified Activations in Convolution Network", 2015; the slopes: Salmon,
-    Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", 2011.
+    Source: Xu, Wang, Chen, Li, "Empirical Evaluation of Rectified Activations in Convolution Network", 2015;
+    random numbers: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", 2011.
 
     Example:
         >>> import torch, gradkernels as gk
         >>> gk.rrelu(torch.tensor([-2.0, 3.0]), lower=0.25, upper=0.75)
         tensor([-1.,  3.])
     """
-    # Other bounds are torch's error.
+    # torch's function raises the error for other bounds.
     has_slopes = -math.inf < lower <= upper < math.inf
     if has_slopes and not training:
         return leaky_relu(input, (lower + upper) / 2, inplace)
     native = _native.library(input) if has_slopes else None
     if native is None:
         return reference.rrelu(input, lower, upper, training, inplace)
-    # Not random_(), which vmap refuses where each slice is to have slopes of its own.
+    # Not random_(): vmap(randomness="different") does not support it.
     seed = torch.randint(2**63 - 1, (), device=input.device)
     y: Tensor = native.rrelu(input, seed, lower, upper, inplace)
     return y
 
 
 class LeakyReLU(nn.LeakyReLU):
-    """Module of leaky_relu, as torch.nn.LeakyReLU.
+    """The module of leaky_relu, as torch.nn.LeakyReLU.
+
+        y = x                   where x > 0
+        y = negative_slope x    elsewhere
 
     Args:
-        negative_slope: slope where x is not positive, without unit.
-        inplace: write the output into the input.
+        negative_slope: the slope where x is not positive; no unit.
+        inplace: write y into the input.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -249,11 +257,14 @@ class LeakyReLU(nn.LeakyReLU):
 
 
 class ELU(nn.ELU):
-    """Module of elu, as torch.nn.ELU.
+    """The module of elu, as torch.nn.ELU.
+
+        y = x                   where x > 0
+        y = alpha (e^x - 1)     elsewhere
 
     Args:
-        alpha: minus the value reached far left of zero.
-        inplace: write the output into the input.
+        alpha: y approaches -alpha for large negative x; in units of y.
+        inplace: write y into the input; backward then needs alpha >= 0, as in torch.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -268,13 +279,16 @@ class ELU(nn.ELU):
 
 
 class PReLU(nn.PReLU):
-    """Module of prelu, as torch.nn.PReLU.
+    """The module of prelu, as torch.nn.PReLU.
+
+        y = x             where x > 0
+        y = weight x      elsewhere
 
     Args:
-        num_parameters: 1, or the number of channels of the input.
-        init: what every slope starts from.
-        device: where weight is made.
-        dtype: of weight.
+        num_parameters: the number of slopes: 1, or the number of channels of the input.
+        init: the initial value of every slope; no unit.
+        device: the device of weight.
+        dtype: the dtype of weight.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -289,12 +303,15 @@ class PReLU(nn.PReLU):
 
 
 class RReLU(nn.RReLU):
-    """Module of rrelu, as torch.nn.RReLU.
+    """The module of rrelu, as torch.nn.RReLU.
+
+        y = x       where x > 0
+        y = a x     elsewhere; a is uniform in [lower, upper] for each element in training, else (lower + upper) / 2
 
     Args:
-        lower: least slope.
-        upper: largest slope.
-        inplace: write the output into the input.
+        lower: the smallest slope; no unit.
+        upper: the largest slope; no unit.
+        inplace: write y into the input.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -309,18 +326,21 @@ class RReLU(nn.RReLU):
 
 
 class Swish(nn.Module):
-    """Module of swish, with beta=1 as torch.nn.SiLU.
+    """The module of swish; with beta=1 as torch.nn.SiLU.
+
+        y = x sigmoid(beta x)
 
     Args:
-        beta: how sharp the gate is.
-        learnable: make beta a Parameter of shape (num_parameters,), in state_dict; else it is a number and leaves no entry.
+        beta: sharpness of the gate, in units of 1/x.
+        learnable: make beta a Parameter of shape (num_parameters,). Otherwise beta is a number and not in
+            state_dict.
         num_parameters: 1, or the number of channels of the input.
-        device: where the Parameter is made.
-        dtype: of the Parameter.
+        device: the device of the Parameter.
+        dtype: the dtype of the Parameter.
 
     Raises:
         TypeError: beta is a tensor.
-        ValueError: num_parameters other than 1 without learnable.
+        ValueError: num_parameters is not 1, and learnable is False.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -342,7 +362,7 @@ class Swish(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(beta, Tensor):
-            raise TypeError("Swish takes beta as a number, not as a tensor; learnable=True makes it a Parameter")
+            raise TypeError("Swish takes beta as a number, not as a tensor; use learnable=True to make it a Parameter")
         if not learnable and num_parameters != 1:
             raise ValueError(f"num_parameters={num_parameters} needs learnable=True")
         self.init = beta
@@ -367,7 +387,7 @@ class Swish(nn.Module):
 
 
 class SiLU(nn.SiLU):
-    """torch.nn.SiLU computed by swish, which convert makes of it; not for inplace=True, which swish does not have."""
+    """torch.nn.SiLU computed by swish, for convert; not for inplace=True, which swish does not have."""
 
     __prepare_scriptable__ = _native.refuse_script
 

@@ -1,7 +1,7 @@
-"""The activations that a batch norm applies, one record for each. Their formulas and gradients are in csrc/math/activation.h.
+"""The activations that batch norm can apply, one record each. csrc/math/activation.h has their formulas.
 
-Everything that lists these activations reads ACTS: the operators, convert and fold, init, diagnose and the tables of the tests.
-activation.py adds the functions and modules of this package where it defines them.
+The operators, convert, fold, init, diagnose and the tests all read ACTS. activation.py adds the functions and
+modules of this package to the records.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 
 def swish(x: Tensor, beta: float | Tensor) -> Tensor:
-    """x sigmoid(beta x), composed of torch's operators."""
-    # Integers go to F.silu for its error: the product would promote them in silence.
+    """x sigmoid(beta x), computed with torch's operators."""
+    # F.silu raises an error for integers. The product below would silently convert them to floats.
     if (not isinstance(beta, Tensor) and beta == 1) or not (x.is_floating_point() or x.is_complex()):
         return F.silu(x)
     return x * torch.sigmoid(beta * x)
@@ -27,13 +27,15 @@ class Act:
 
     Attributes:
         name: the value of the argument `act`.
-        function: the activation of (x, act_param), composed of torch's operators.
-        saves: what backward needs to know of the activation's input, besides a gradient: "nothing", a bit for each element ("mask"), or
-            the "value" itself.
-        param: the name of the parameter that act_param stands for; None without one.
-        default: the value of act_param=None; None without a parameter.
-        modules: class -> the attribute that holds the parameter, or None. A subclass may compute something else, so it is not listed.
-        spellings: a function, or the name of a method, that computes the activation -> its argument that is the parameter, or None.
+        function: computes the activation from (x, act_param) with torch's operators.
+        saves: what backward needs of the activation's input: "nothing", one bit per element ("mask"), or the
+            "value".
+        param: the name of the parameter that act_param sets; None without a parameter.
+        default: the parameter's value for act_param=None; None without a parameter.
+        modules: classes that compute the activation -> the attribute that holds the parameter, or None.
+            Subclasses are not listed, because they may compute something else.
+        spellings: functions and names of methods that compute the activation -> their argument for the
+            parameter, or None.
     """
 
     name: str
@@ -46,14 +48,15 @@ class Act:
 
     @property
     def operators(self) -> set[str]:
-        """The names of the operators that compute it, without the underscore of the version in place."""
-        names = {each if isinstance(each, str) else each.__name__ for each in self.spellings}
+        """The operators that compute the activation, without the underscore of in-place versions."""
+        names = {spelling if isinstance(spelling, str) else spelling.__name__ for spelling in self.spellings}
         return {self.name, *(name.rstrip("_") for name in names)}
 
     def module(self, act_param: float) -> nn.Module:
-        """A module that computes it: ours if this package has one, else torch's."""
-        kind, attribute = [*self.modules.items()][-1]
-        return kind() if attribute is None else kind(**{attribute: act_param})
+        """A module that computes the activation: this package's if there is one, else torch's."""
+        # activation.py adds the class of this package last.
+        module_class, attribute = [*self.modules.items()][-1]
+        return module_class() if attribute is None else module_class(**{attribute: act_param})
 
 
 ACTS = {
@@ -84,12 +87,12 @@ ACTS = {
 
 
 def act_of_module(module: nn.Module) -> Act | None:
-    """The activation that a module is an instance of."""
+    """The activation that a module computes, by the module's exact class; None for other classes."""
     return next((act for act in ACTS.values() if type(module) in act.modules), None)
 
 
 def act_of_spelling(target: Any) -> Act | None:
-    """The activation that a function, or a method of that name, computes."""
+    """The activation that a function, or a method of this name, computes; None for any other."""
     return next((act for act in ACTS.values() if target in act.spellings), None)
 
 
@@ -98,34 +101,34 @@ def has_param(act: str) -> bool:
 
 
 def check_act(act: str, act_param: float | None) -> float:
-    """act_param, or its default; 0.0 if `act` takes none. ValueError for an unknown name and for a parameter that `act` does not take."""
+    """Checks both; returns the parameter: act_param, its default, or 0.0 if `act` has no parameter."""
     if act not in ACTS:
-        raise ValueError(f"unknown act {act!r}, known are {', '.join(map(repr, ACTS))}")
+        raise ValueError(f"unknown act {act!r}; act must be one of {', '.join(map(repr, ACTS))}")
     if isinstance(act_param, Tensor):
-        raise TypeError(f"act_param must be a float, not {type(act_param).__name__}: it is not learnt")
-    # float() would read the number in a string.
+        raise TypeError(f"act_param must be a float, not {type(act_param).__name__}: it cannot be learned")
+    # float() would parse the string.
     if isinstance(act_param, str):
         raise TypeError("act_param must be a float, not str")
     default = ACTS[act].default
-    # Modules hold 0.0 for an activation without a parameter.
+    # 0.0 is allowed: modules store it for an activation without a parameter.
     if default is None and act_param:
-        raise ValueError(f"act_param={act_param} is given for act {act!r}, which has no parameter")
+        raise ValueError(f"act_param={act_param} does not apply to act {act!r}, which has no parameter")
     return (default or 0.0) if act_param is None else float(act_param)
 
 
 def resolve_act(act: str | nn.Module, act_param: float | None) -> tuple[str, float]:
-    """The name and the parameter of an activation that is given by name or as a module."""
+    """The name and the parameter of an activation, from its name or from a module that computes it."""
     if isinstance(act, str):
         return act, check_act(act, act_param)
-    found = act_of_module(act)
-    if found is None or any(True for _ in act.parameters()):
-        modules = ", ".join(sorted({kind.__name__ for each in ACTS.values() for kind in each.modules}))
-        kind = act.__name__ + " itself" if isinstance(act, type) else str(act)
+    record = act_of_module(act)
+    if record is None or any(True for _ in act.parameters()):
+        modules = ", ".join(sorted({module_class.__name__ for known in ACTS.values() for module_class in known.modules}))
+        wrong = f"the class {act.__name__}" if isinstance(act, type) else str(act)
         raise TypeError(
-            f"act is one of {', '.join(map(repr, ACTS))}, or an instance of {modules}, not {kind}. "
-            "An activation with learnable parameters, such as PReLU or a learnable Swish, stays a module of its own after act='identity'"
+            f"act must be one of {', '.join(map(repr, ACTS))}, or an instance of {modules}, not {wrong}. "
+            "For an activation with learnable parameters (PReLU, a learnable Swish), use act='identity' and a module after the batch norm"
         )
     if act_param is not None:
-        raise ValueError(f"act_param is read from the module given as act, {act}; pass one or the other")
-    attribute = found.modules[type(act)]
-    return found.name, check_act(found.name, None if attribute is None else getattr(act, attribute))
+        raise ValueError(f"act_param must be None, because act is a module that holds its own parameters: {act}")
+    attribute = record.modules[type(act)]
+    return record.name, check_act(record.name, None if attribute is None else getattr(act, attribute))

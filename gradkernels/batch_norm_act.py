@@ -1,8 +1,8 @@
 """batch_norm_act and its modules: act(batch_norm(x) + residual) as one operator.
 
-The modules are torch's BatchNorm in everything but forward: the same fields, state_dict and signed weight. Errors come
-before anything is written: the running statistics and the count of batches stay as they were. Under torch.compile it is one
-opaque operator, which reads x fewer times than the kernels the compiler makes of torch's.
+The modules are torch's BatchNorm with another forward: the same fields, state_dict and signed weight. An
+error leaves the running statistics and the count of batches unchanged. Under torch.compile the call is one
+custom operator: it reads x fewer times than the kernels that the compiler generates from torch's operators.
 """
 
 import torch
@@ -28,39 +28,41 @@ def batch_norm_act(
     act_param: float | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Batch normalisation, an optional residual and an activation in one; arguments as torch.nn.functional.batch_norm.
+    """Batch norm, an optional residual and an activation; arguments as torch.nn.functional.batch_norm.
 
         y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)
 
-    mean and var are those of each channel over the batch with training=True, else running_mean and running_var. Training
-    moves the running statistics: running = (1 - momentum) running + momentum batch, var then being the unbiased estimate.
+    With training=True, mean and var are computed from the batch, per channel. Then the running statistics are
+    updated, with the unbiased estimate of var: running = (1 - momentum) running + momentum batch. With
+    training=False, mean and var are running_mean and running_var.
 
     Args:
         input: x; (N, C) or (N, C, ...), floating point.
-        running_mean: (C,), written with training=True; None keeps none, which training allows.
-        running_var: (C,), as running_mean.
-        weight: (C,) or None for 1.
-        bias: (C,) or None for 0.
+        running_mean: (C,), written with training=True; may be None in training.
+        running_var: (C,), written with training=True; may be None in training.
+        weight: (C,); None is 1.
+        bias: (C,); None is 0.
         training: normalise with the statistics of this batch.
-        momentum: weight of this batch in the running statistics, without unit.
+        momentum: the weight of this batch in the running statistics; no unit.
         eps: added to the variance, in units of x squared.
-        act: the name of an activation: a key of gradkernels.acts.ACTS, for example "identity", "relu", "leaky_relu" or "swish".
+        act: the name of an activation: a key of gradkernels.acts.ACTS, such as "identity", "relu" or "swish".
         act_param: the parameter of act (negative_slope, alpha or beta). None is its default (0.01, 1 and 1).
-        residual: of the shape, dtype and device of x, added before the activation. Under autocast another dtype promotes, as in
-            the sum of the two.
+        residual: added before the activation; has the shape, dtype and device of x. Under autocast another
+            dtype is allowed, and x and residual are promoted as in their sum.
 
     Returns:
-        y, of the shape and dtype of x.
+        y, with the shape and dtype of x.
 
     Raises:
-        ValueError: unknown act, or act_param for one that has none; one value per channel in training; eps that torch refuses.
+        ValueError: act is unknown; act_param is set and act has no parameter; training with one value per
+            channel; torch rejects eps.
         TypeError: act_param is a tensor or a string, or momentum is None.
-        RuntimeError: residual of another shape, dtype or device; a per-channel tensor whose size is not C; no running
-            statistics with training=False.
-        NotImplementedError: x is of an integer or complex dtype.
+        RuntimeError: residual has another shape, dtype or device than x; a per-channel tensor does not have C
+            elements; training=False without running statistics.
+        NotImplementedError: x has an integer or complex dtype.
 
-    Source: Ioffe, Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
-    Shift", 2015.
+    Source: Ioffe, Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
+    Covariate Shift", 2015.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -70,7 +72,7 @@ def batch_norm_act(
                 [3., 2.]])
     """
     if momentum is None:
-        # Only the modules count batches, of which None is the average.
+        # None means the average over all counted batches, and only the modules count them.
         raise TypeError("batch_norm_act(): argument 'momentum' (position 7) must be float, not NoneType")
     return _batch_norm_act(input, running_mean, running_var, weight, bias, residual, None, training, momentum, eps, act, act_param)
 
@@ -90,14 +92,13 @@ def _batch_norm_act(
     act_param: float | None,
 ) -> Tensor:
     if isinstance(residual, Tensor) and residual.dtype != x.dtype and torch.is_autocast_enabled(x.device.type):
-        # As the sum of the two would promote.
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
     tensors = (x, running_mean, running_var, weight, bias, residual, num_batches_tracked)
     native = _native.library(*tensors)
     if native is not None or (_native.uses_custom_operator(*tensors) and (training or not _native.is_exported())):
         act_param = reference.check_batch_norm_act(x, residual, training, eps, act, act_param)
-        # None is the average over the batches counted so far; without a count nn.BatchNorm does not move its statistics.
+        # None averages over all counted batches. Without a count nn.BatchNorm does not update its statistics.
         if momentum is None and num_batches_tracked is None:
             momentum = 0.0
         y: Tensor
@@ -108,7 +109,7 @@ def _batch_norm_act(
             y = native.batch_norm_act(*tensors, training, momentum, eps, act, act_param)
             return y
         except TypeError:
-            # An argument of another type, which torch refuses below in its words.
+            # torch's function below raises its own error for a wrong type.
             pass
     return reference.batch_norm_act(
         x,
@@ -127,7 +128,7 @@ def _batch_norm_act(
 
 
 def forward_of(bn: _BatchNorm, x: Tensor, residual: Tensor | None, act: str, act_param: float) -> Tensor:
-    """act(bn(x) + residual) from the fields of any of torch's batch normalisations, in whatever mode it is."""
+    """act(bn(x) + residual), from the fields and the mode of any of torch's batch normalisations."""
     bn._check_input_dim(x)
     running_mean, running_var = bn.running_mean, bn.running_var
     training = bn.training or (running_mean is None and running_var is None)
@@ -142,7 +143,7 @@ def forward_of(bn: _BatchNorm, x: Tensor, residual: Tensor | None, act: str, act
 
 
 class _BatchNormAct(_BatchNorm):
-    """What BatchNormAct1d, 2d and 3d share; the torch class beside it in their bases brings the check of the input's dimensions."""
+    """The base of BatchNormAct1d, 2d and 3d. Their other base, torch's class, checks the dimensions of x."""
 
     act: str
     act_param: float
@@ -162,7 +163,7 @@ class _BatchNormAct(_BatchNorm):
         act_param: float | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        # Not handed to torch: nn.BatchNorm of torch 2.11 does not take it.
+        # nn.BatchNorm of torch 2.11 has no argument `bias`.
         if not bias:
             self.register_parameter("bias", None)
         self.act, self.act_param = resolve_act(act, act_param)
@@ -171,7 +172,7 @@ class _BatchNormAct(_BatchNorm):
         self.reset_running_stats()
         if self.weight is not None:
             nn.init.ones_(self.weight)
-        # That of torch 2.11 takes affine to mean that there is a bias.
+        # torch 2.11 assumes that every affine layer has a bias.
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -181,13 +182,13 @@ class _BatchNormAct(_BatchNorm):
         if isinstance(input, torch.fx.Proxy):
             path = input.tracer.path_of_module(self)
             if path:
-                # A leaf for torch.fx.symbolic_trace as torch's own are, which it knows by the name of their file.
+                # torch.fx.symbolic_trace records only torch's modules as one call; this one is a call too.
                 call: Tensor = input.tracer.create_proxy("call_module", path, (input,) if residual is None else (input, residual), {})
                 return call
         return forward_of(self, input, residual, self.act, self._param())
 
     def _param(self) -> float:
-        # `act` may have been assigned: what belongs to another one is nothing to it then.
+        # After `bn.act = "relu"`, act_param still belongs to the activation before it.
         return self.act_param if has_param(self.act) else 0.0
 
     def extra_repr(self) -> str:
@@ -199,9 +200,11 @@ class _BatchNormAct(_BatchNorm):
 
 
 class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
-    """Batch normalisation, an optional residual and an activation over (N, C) or (N, C, L): torch.nn.BatchNorm1d, then `act`.
+    """torch.nn.BatchNorm1d, an optional residual and an activation; x is (N, C) or (N, C, L).
 
-    The formula is that of batch_norm_act; arguments, errors and source are those of BatchNormAct2d.
+        y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)
+
+    Arguments, errors and source are those of BatchNormAct2d.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -212,35 +215,37 @@ class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
 
 
 class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
-    """Batch normalisation, an optional residual and an activation over (N, C, H, W): torch.nn.BatchNorm2d, then `act`.
+    """torch.nn.BatchNorm2d, an optional residual and an activation; x is (N, C, H, W).
 
         y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)
 
-    Called as bn(x) or bn(x, residual). The state_dict is that of torch.nn.BatchNorm2d, in both directions. Tools that
-    rebuild a BatchNorm from its fields, such as torch.nn.SyncBatchNorm.convert_sync_batchnorm and
-    torch.nn.utils.fusion.fuse_conv_bn_eval, drop the activation without a word.
+    Call it as bn(x) or bn(x, residual). Its state_dict and that of torch.nn.BatchNorm2d load into each other.
+    Tools that rebuild a BatchNorm from its fields, such as torch.nn.SyncBatchNorm.convert_sync_batchnorm and
+    torch.nn.utils.fusion.fuse_conv_bn_eval, silently drop the activation.
 
     Args:
         num_features: C, the number of channels.
         eps: added to the variance, in units of x squared.
-        momentum: weight of a batch in the running statistics; None averages over all batches equally.
+        momentum: the weight of a batch in the running statistics; no unit. None gives all batches the same
+            weight.
         affine: learn weight and bias, (C,) each.
         track_running_stats: keep running statistics and use them in evaluation.
-        device: where parameters and buffers are made.
-        dtype: of parameters and buffers.
+        device: the device of parameters and buffers.
+        dtype: the dtype of parameters and buffers.
         bias: False leaves out the bias of an affine layer.
-        act: the name of an activation, a key of gradkernels.acts.ACTS, or a module that computes one: torch's, or LeakyReLU, ELU
-            or Swish of this package. With act="identity" the module computes the same as torch.nn.BatchNorm2d.
-        act_param: the parameter of act (negative_slope, alpha or beta). None is its default (0.01, 1 and 1); if `act` is a
-            module, the parameter is read from it.
+        act: the name of an activation (a key of gradkernels.acts.ACTS), or a module that computes one:
+            torch's, or LeakyReLU, ELU or Swish of this package. act="identity" computes torch.nn.BatchNorm2d.
+        act_param: the parameter of act (negative_slope, alpha or beta). None is its default (0.01, 1 and 1),
+            or the parameter of the module that is passed as act.
 
     Raises:
-        ValueError: unknown act, or act_param for one that has none or beside a module; in forward, what torch.nn.BatchNorm2d raises.
-        TypeError: a module that is none of the above, or act_param that is a tensor or a string.
-        RuntimeError: in forward, a residual of another shape, dtype or device than x.
+        ValueError: act is unknown; act_param is set and act has no parameter or is a module; in forward, the
+            errors of torch.nn.BatchNorm2d.
+        TypeError: act is another module, or act_param is a tensor or a string.
+        RuntimeError: in forward, residual has another shape, dtype or device than x.
 
-    Source: Ioffe, Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
-    Shift", 2015.
+    Source: Ioffe, Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
+    Covariate Shift", 2015.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -253,9 +258,11 @@ class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
 
 
 class BatchNormAct3d(_BatchNormAct, nn.BatchNorm3d):
-    """Batch normalisation, an optional residual and an activation over (N, C, D, H, W): torch.nn.BatchNorm3d, then `act`.
+    """torch.nn.BatchNorm3d, an optional residual and an activation; x is (N, C, D, H, W).
 
-    The formula is that of batch_norm_act; arguments, errors and source are those of BatchNormAct2d.
+        y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)
+
+    Arguments, errors and source are those of BatchNormAct2d.
 
     Example:
         >>> import torch, gradkernels as gk

@@ -1,7 +1,8 @@
-"""Gradients as one vector: its norm, clipping by norm and by value, and a report of which parameter is large or not finite.
+"""Gradients as one vector: its norm, clipping by norm and by value, and a report on each parameter.
 
-One pass reads every gradient once and sums in float64; gradients that are short enough are not written. What the kernels do not serve
-(other norms, dtypes, layouts, devices) goes to torch's functions whole; DTensors go by their local shards (sharded.py).
+One pass reads every gradient once and sums in float64. Gradients that need no clipping are not written.
+torch's functions do the whole call if the kernels do not support it (other norms, dtypes, layouts, devices).
+For DTensors the kernels compute on the local shards (sharded.py).
 """
 
 import math
@@ -27,33 +28,37 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    """Scale gradients in place so that their total norm is at most max_norm, as torch.nn.utils.clip_grad_norm_.
+    """Scale gradients in place to a total norm of at most max_norm, as torch.nn.utils.clip_grad_norm_.
 
         total_norm = (sum of |g|^p over every element of every gradient)^(1/p)
         g = g min(1, max_norm / (total_norm + 1e-6))
 
-    A total norm that is not finite spreads as in torch: nan makes every gradient nan, inf makes them 0 or nan. Norm and
-    coefficient are float64 until they are used, so that gradients are clipped where torch's norm overflows or vanishes:
-    float32 from about 1e19 on, float16 where the norm passes 65504. What is returned is rounded to the gradients' dtype, inf
-    where that has no such number, and error_if_nonfinite asks the unrounded one.
+    A total norm of nan makes every gradient nan, and inf makes gradients 0 or nan, as in torch. Norm and
+    coefficient are computed in float64. So gradients are clipped correctly where torch's norm overflows or
+    vanishes: float32 gradients from about 1e19 on, and float16 gradients with a norm above 65504. The
+    returned norm is rounded to the dtype of the gradients, and may be inf there. error_if_nonfinite checks
+    the norm before rounding.
 
     Args:
-        parameters: a tensor, an iterable of tensors, a module, or (name, parameter) pairs; those without a gradient are
-            skipped. DTensors may stand beside plain tensors, which are taken to be the same on every rank.
+        parameters: a tensor, an iterable of tensors, a module, or (name, parameter) pairs. Parameters without
+            a gradient are skipped. DTensors and plain tensors may be mixed; plain tensors must be the same on
+            every rank.
         max_norm: the largest total norm allowed, in units of the gradients.
         norm_type: p; 1, 2 and inf have kernels.
-        error_if_nonfinite: raise, before anything is scaled, where the total norm is nan or inf.
-        foreach: which of its implementations torch is to use where the kernels do not serve.
+        error_if_nonfinite: raise an error if the total norm is nan or inf, before anything is scaled.
+        foreach: passed to torch's function if the kernels do not support the call.
 
     Returns:
-        The total norm before clipping: 0-d, of the promoted dtype of the gradients, on the device of the first one. A
-        replicated DTensor where all gradients are DTensors on one mesh.
+        The total norm before clipping: 0-d, with the promoted dtype of the gradients, on the device of the
+        first one. A replicated DTensor if all gradients are DTensors on one mesh.
 
     Raises:
-        RuntimeError: the total norm is not finite and error_if_nonfinite is set; it names the first parameter at fault, by
-            its place among the parameters where names are not known. Or parameters are those of a FullyShardedDataParallel
-            model (FSDP1), of which each rank holds a piece: call model.clip_grad_norm_(max_norm).
-        TypeError: what is among parameters is no tensor and no pair of a name and a tensor, or max_norm is no number.
+        RuntimeError: error_if_nonfinite is set and the total norm is not finite; the message contains the
+            name, or else the position, of the first parameter with a non-finite gradient. Or parameters
+            belong to a FullyShardedDataParallel model (FSDP1), whose ranks hold pieces of them: call
+            model.clip_grad_norm_(max_norm).
+        TypeError: parameters contains something other than tensors and (name, tensor) pairs, or max_norm is
+            not a number.
 
     Source: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", 2013.
 
@@ -69,20 +74,20 @@ def clip_grad_norm_(
     entries = _entries(parameters)
     if not entries and isinstance(parameters, types.GeneratorType):
         warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2)
-    sharded.refuse_pieces(_tensors(entries))
+    sharded.refuse_fsdp1_pieces(_tensors(entries))
     norm_type = float(norm_type)
     max_norm = float(max_norm)
     error_if_nonfinite = bool(error_if_nonfinite)
 
     native = _native.library()
     if native is not None and norm_type in NORM_TYPES:
-        # The whole call in one, which walks over the parameters in C++; None if a gradient is not for the kernels.
+        # One call that loops over the parameters in C++; None if the kernels do not support a gradient.
         result = native.clip_grad_norm_(entries, max_norm, norm_type, error_if_nonfinite)
         if result is not None:
             total_norm: Tensor
             total_norm, is_refused = result
             if is_refused:
-                raise RuntimeError(_nonfinite_message(norm_type) + _first_nonfinite(entries))
+                raise RuntimeError(_nonfinite_message(norm_type) + _first_nonfinite_sentence(entries))
             return total_norm
 
     tensors = _tensors(entries)
@@ -91,7 +96,7 @@ def clip_grad_norm_(
         if gradients.supports(norm_type):
             total_norm = gradients.total_norm(norm_type)
             if error_if_nonfinite and not total_norm.isfinite():
-                raise RuntimeError(_nonfinite_message(norm_type) + _first_nonfinite(entries))
+                raise RuntimeError(_nonfinite_message(norm_type) + _first_nonfinite_sentence(entries))
             gradients.scale_(max_norm, total_norm)
             return gradients.as_torch_returns(total_norm)
     try:
@@ -99,7 +104,7 @@ def clip_grad_norm_(
     except RuntimeError as error:
         if str(error) != _nonfinite_message(norm_type):
             raise
-        raise RuntimeError(str(error) + _first_nonfinite(entries)) from None
+        raise RuntimeError(str(error) + _first_nonfinite_sentence(entries)) from None
 
 
 def get_total_norm(
@@ -110,21 +115,21 @@ def get_total_norm(
         total_norm = (sum of |x|^p over every element of every tensor)^(1/p)
 
     Args:
-        tensors: a tensor or an iterable of tensors, which are gradients themselves and not parameters. Of a
-            FullyShardedDataParallel model (FSDP1) they are this rank's pieces, which nothing marks, and so is the norm:
-            model.clip_grad_norm_(max_norm) returns that of all.
+        tensors: a tensor or an iterable of tensors: the gradients, not the parameters. With
+            FullyShardedDataParallel (FSDP1) they are pieces, and the result is the norm of this rank's
+            pieces; model.clip_grad_norm_(max_norm) returns the norm of the whole gradients.
         norm_type: p; 1, 2 and inf have kernels.
-        error_if_nonfinite: raise where the total norm is nan or inf.
-        foreach: which of its implementations torch is to use where the kernels do not serve.
+        error_if_nonfinite: raise an error if the total norm is nan or inf.
+        foreach: passed to torch's function if the kernels do not support the call.
 
     Returns:
-        The total norm: 0-d, of the promoted dtype of the tensors, on the device of the first one; 0 of no tensors. A
-        replicated DTensor where all are DTensors on one mesh. Of float16 it is inf past 65504, as torch's:
-        grad_report(...).total_norm is float64.
+        The total norm: 0-d, with the promoted dtype of the tensors, on the device of the first one; 0 without
+        tensors. A replicated DTensor if all tensors are DTensors on one mesh. In float16 a norm above 65504
+        is inf, as in torch; grad_report(...).total_norm is float64.
 
     Raises:
-        RuntimeError: the total norm is not finite and error_if_nonfinite is set.
-        TypeError: what is among tensors is none, as the None of a parameter without a gradient.
+        RuntimeError: error_if_nonfinite is set and the total norm is not finite.
+        TypeError: tensors contains something else, such as the None of a parameter without a gradient.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -133,8 +138,8 @@ def get_total_norm(
     """
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     norm_type = float(norm_type)
-    if not all(isinstance(each, Tensor) for each in tensors):
-        raise _wrong_kind("tensors must be tensors", tensors)
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+        raise _type_error("tensors must be tensors", tensors)
     gradients = Gradients(tensors)
     with torch.no_grad():
         if not gradients.supports(norm_type):
@@ -146,25 +151,22 @@ def get_total_norm(
 
 
 def clip_grads_with_norm_(parameters: Parameters, max_norm: float, total_norm: Tensor, foreach: bool | None = None) -> None:
-    """Scale gradients in place by what a total norm asks for, as torch.nn.utils.clip_grads_with_norm_.
+    """Scale gradients in place with a known total norm, as torch.nn.utils.clip_grads_with_norm_.
 
         g = g min(1, max_norm / (total_norm + 1e-6))
 
-    The coefficient is computed in float64; nothing is written where it is at least 1.
+    The coefficient is computed in float64. Nothing is written if it is at least 1.
 
     Args:
-        parameters: as those of clip_grad_norm_.
+        parameters: as for clip_grad_norm_.
         max_norm: the largest total norm allowed, in units of the gradients.
-        total_norm: 0-d; from get_total_norm, or of float16 from grad_report, reduced over whatever ranks hold other
-            parameters.
-        foreach: which of its implementations torch is to use where the kernels do not serve.
-
-    Returns:
-        Nothing.
+        total_norm: 0-d; from get_total_norm, or for float16 gradients from grad_report. If other ranks hold
+            other parameters, it must be reduced over these ranks.
+        foreach: passed to torch's function if the kernels do not support the call.
 
     Raises:
         RuntimeError: elements of a gradient share memory.
-        TypeError: total_norm is no tensor; as clip_grad_norm_.
+        TypeError: total_norm is not a tensor; else as for clip_grad_norm_.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -190,20 +192,18 @@ def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | 
 
         g = min(max(g, -clip_value), clip_value)
 
-    nan stays nan. What lies within the bounds is read and not written. Where no parameter has a gradient, which is an error in
-    torch, nothing happens.
+    nan stays nan. Values within the bounds are read and not written. If no parameter has a gradient, torch
+    raises an error, and this function does nothing.
 
     Args:
-        parameters: as those of clip_grad_norm_.
+        parameters: as for clip_grad_norm_.
         clip_value: the largest magnitude allowed, in units of the gradients.
-        foreach: which of its implementations torch is to use where the kernels do not serve.
-
-    Returns:
-        Nothing.
+        foreach: passed to torch's function if the kernels do not support the call.
 
     Raises:
         RuntimeError: elements of a gradient share memory.
-        TypeError: what is among parameters is no tensor and no pair of a name and a tensor, or clip_value is no number.
+        TypeError: parameters contains something other than tensors and (name, tensor) pairs, or clip_value is
+            not a number.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -224,14 +224,17 @@ def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | 
 
 
 class GradReport:
-    """What grad_report found: norm, largest magnitude and non-finite elements of each parameter's gradient.
+    """The result of grad_report: norm, largest magnitude and non-finite elements of each gradient.
 
     Attributes:
-        names: of the parameters, in their order; its place as a number where a parameter came without a name.
-        norms: float64 [len(names)], of each gradient, nan where there is none; in units of the gradients.
-        max_abs: float64 [len(names)], the largest magnitude, likewise.
-        nonfinite: int64 [len(names)], how many elements are nan or inf.
-        total_norm: float64, 0-d, the norm of all gradients as one vector.
+        names: the names of the parameters, in their order; the position ("0", "1", ...) of a parameter
+            without a name.
+        norms: float64, (len(names),): the norm of each gradient, nan without a gradient; in units of the
+            gradients.
+        max_abs: float64, (len(names),): the largest magnitude of each gradient, nan without a gradient; in
+            units of the gradients.
+        nonfinite: int64, (len(names),): the number of elements that are nan or inf.
+        total_norm: float64, 0-d: the norm of all gradients as one vector; in units of the gradients.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -251,23 +254,23 @@ class GradReport:
         self.names = names
         self.norms, self.max_abs, self.nonfinite, self.total_norm = norms
         self._parameters = parameters
-        self._versions = _versions(parameters)
+        self._versions = _gradient_versions(parameters)
 
     def first_nonfinite(self) -> str | None:
-        """The name of the first parameter whose gradient holds nan or inf; None where there is none."""
-        places = self.nonfinite.nonzero()
-        return self.names[int(places[0])] if len(places) else None
+        """The name of the first parameter whose gradient has nan or inf; None if all gradients are finite."""
+        positions = self.nonfinite.nonzero()
+        return self.names[int(positions[0])] if len(positions) else None
 
     def table(self) -> str:
-        """The report for a person: a line for each parameter, the total below."""
+        """The report as text: one line per parameter, and the total in the last line."""
         has_gradient = ~self.norms.isnan() | (self.nonfinite > 0)
         norms, max_abs, nonfinite = self.norms.tolist(), self.max_abs.tolist(), self.nonfinite.tolist()
         rows = [
-            (name, f"{norm:.4g}", f"{largest:.4g}", str(count)) if given else (name, "-", "-", "no gradient")
-            for name, norm, largest, count, given in zip(self.names, norms, max_abs, nonfinite, has_gradient.tolist(), strict=True)
+            (name, f"{norm:.4g}", f"{largest:.4g}", str(count)) if has_one else (name, "-", "-", "no gradient")
+            for name, norm, largest, count, has_one in zip(self.names, norms, max_abs, nonfinite, has_gradient.tolist(), strict=True)
         ]
-        given = self.max_abs[has_gradient]
-        largest = given.max().item() if len(given) else 0.0
+        magnitudes = self.max_abs[has_gradient]
+        largest = magnitudes.max().item() if len(magnitudes) else 0.0
         rows.append(("total", f"{self.total_norm.item():.4g}", f"{largest:.4g}", str(sum(nonfinite))))
         return "\n".join(text.columns([("parameter", "norm", "max |g|", "non-finite"), *rows]))
 
@@ -281,10 +284,11 @@ class GradReport:
             The total norm before clipping, float64.
 
         Raises:
-            RuntimeError: gradients have been replaced or written since the report, by clip_ itself too; nothing is scaled.
+            RuntimeError: gradients were replaced or written after the report, also by clip_ itself. Nothing
+                is scaled.
         """
-        if _versions(self._parameters) != self._versions:
-            raise RuntimeError("the gradients have changed since the report was made, which its norm is no longer that of; make another")
+        if _gradient_versions(self._parameters) != self._versions:
+            raise RuntimeError("the gradients have changed since the report was made, so its norm is out of date; call grad_report again")
         clip_grads_with_norm_(self._parameters, max_norm, self.total_norm)
         return self.total_norm
 
@@ -293,26 +297,28 @@ class GradReport:
 
 
 def grad_report(parameters: Parameters, norm_type: float = 2.0) -> GradReport:
-    """Find out in one pass how large each parameter's gradient is and whether it is finite.
+    """Measure each parameter's gradient in one pass: norm, largest magnitude and non-finite elements.
 
         norms[i] = (sum of |g|^p over the elements of gradient i)^(1/p)
 
-    Everything stays on the gradients' device; nothing waits for it until a result is read. Of DTensors the report is
-    about the whole tensor, the same on every rank, all of which must call it; float64 ones are waited for once, lest
-    a square leave float64. A sparse gradient counts as the dense one would, for which a GPU is waited for.
+    The results stay on the gradients' device, and the call does not wait for the device, with two exceptions:
+    sparse gradients, which count as if they were dense, and DTensors of float64, whose squares may overflow.
+    For DTensors all ranks must call grad_report. The report then describes whole tensors and is the same on
+    every rank.
 
     Args:
-        parameters: as those of clip_grad_norm_, best a module or (name, parameter) pairs; those without a gradient are
-            listed with norm nan.
+        parameters: as for clip_grad_norm_, preferably a module or (name, parameter) pairs. The norm of a
+            parameter without a gradient is nan.
         norm_type: p; 1, 2 and inf have kernels.
 
     Returns:
         A GradReport.
 
     Raises:
-        RuntimeError: parameters are pieces of a FullyShardedDataParallel model (FSDP1); with use_orig_params=True they are
-            whole in `with FullyShardedDataParallel.summon_full_params(model, with_grads=True)`.
-        TypeError: what is among parameters is no tensor and no pair of a name and a tensor.
+        RuntimeError: parameters are pieces of a FullyShardedDataParallel model (FSDP1). With
+            use_orig_params=True, `FullyShardedDataParallel.summon_full_params(model, with_grads=True)` is a
+            context in which they are whole.
+        TypeError: parameters contains something other than tensors and (name, tensor) pairs.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -325,22 +331,22 @@ def grad_report(parameters: Parameters, norm_type: float = 2.0) -> GradReport:
         tensor(5.0990, dtype=torch.float64)
     """
     entries = _entries(parameters)
-    names = [_named(entry)[0] or str(i) for i, entry in enumerate(entries)]
+    names = [_name_and_tensor(entry)[0] or str(i) for i, entry in enumerate(entries)]
     tensors = _tensors(entries)
-    sharded.refuse_pieces(tensors)
+    sharded.refuse_fsdp1_pieces(tensors)
     grads = _grads(tensors)
     with torch.no_grad():
         norms = tensor_norms(grads, float(norm_type))
         if len(grads) != len(tensors):
-            each, max_abs, nonfinite, total_norm = norms
-            places = sharded.index_on(each.device, [i for i, tensor in enumerate(tensors) if tensor.grad is not None])
-            each, max_abs, nonfinite = (_spread(values, places, len(tensors)) for values in (each, max_abs, nonfinite))
-            norms = each, max_abs, nonfinite, total_norm
+            *per_gradient, total_norm = norms
+            positions = sharded.index_on(per_gradient[0].device, [i for i, tensor in enumerate(tensors) if tensor.grad is not None])
+            gradient_norms, max_abs, nonfinite = (_scattered(values, positions, len(tensors)) for values in per_gradient)
+            norms = gradient_norms, max_abs, nonfinite, total_norm
     return GradReport(names, tensors, norms)
 
 
-def _versions(parameters: list[Tensor]) -> list[tuple[int, int] | None]:
-    """What tells whether gradients are the same and have not been written."""
+def _gradient_versions(parameters: list[Tensor]) -> list[tuple[int, int] | None]:
+    """The identity and the version of each gradient: replacing or writing a gradient changes one of them."""
     grads = [parameter.grad for parameter in parameters]
     return [None if grad is None else (id(grad), 0 if grad.is_inference() else grad._version) for grad in grads]
 
@@ -350,18 +356,18 @@ def _entries(parameters: Parameters) -> _Entries:
         return [parameters]
     if isinstance(parameters, nn.Module):
         return [*parameters.named_parameters()]
-    # list() refuses what cannot be iterated in the words that torch's loop has.
+    # If parameters cannot be iterated, list() raises the same error as torch's loop.
     return list(parameters)
 
 
-def _named(entry: Tensor | tuple[str, Tensor]) -> tuple[str | None, Tensor]:
-    """The name, where it has one; a tuple of anything else counts as a tensor, which it is not."""
-    named = isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)
-    return cast("tuple[str, Tensor]", entry) if named else (None, cast(Tensor, entry))
+def _name_and_tensor(entry: Tensor | tuple[str, Tensor]) -> tuple[str | None, Tensor]:
+    """The name, or None, and the tensor. Any other tuple counts as a tensor; _grads reports its type."""
+    is_pair = isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)
+    return cast("tuple[str, Tensor]", entry) if is_pair else (None, cast(Tensor, entry))
 
 
 def _tensors(entries: _Entries) -> list[Tensor]:
-    return [_named(entry)[1] if isinstance(entry, tuple) else entry for entry in entries]
+    return [_name_and_tensor(entry)[1] if isinstance(entry, tuple) else entry for entry in entries]
 
 
 def _grads(tensors: list[Tensor]) -> list[Tensor]:
@@ -370,33 +376,33 @@ def _grads(tensors: list[Tensor]) -> list[Tensor]:
     except AttributeError:
         if all(isinstance(tensor, Tensor) for tensor in tensors):
             raise
-        raise _wrong_kind("parameters must be tensors or (name, tensor) pairs", tensors) from None
+        raise _type_error("parameters must be tensors or (name, tensor) pairs", tensors) from None
 
 
-def _wrong_kind(expected: str, tensors: list[Tensor]) -> TypeError:
-    kind = next(type(each).__name__ for each in tensors if not isinstance(each, Tensor))
-    return TypeError(f"{expected}, not {kind}{'; of a dict take its items() or values()' if kind == 'str' else ''}")
+def _type_error(expected: str, tensors: list[Tensor]) -> TypeError:
+    kind = next(type(tensor).__name__ for tensor in tensors if not isinstance(tensor, Tensor))
+    return TypeError(f"{expected}, not {kind}{'; for a dict, pass its items() or values()' if kind == 'str' else ''}")
 
 
-def _spread(values: Tensor, places: Tensor, count: int) -> Tensor:
-    """values[i] at places[i] of `count`, nan (0 of integers) elsewhere."""
-    spread = values.new_full((count,), math.nan if values.is_floating_point() else 0)
-    return spread.index_copy_(0, places, values)
+def _scattered(values: Tensor, positions: Tensor, count: int) -> Tensor:
+    """A vector of length count with values[i] at positions[i], and nan elsewhere (0 for integers)."""
+    scattered = values.new_full((count,), math.nan if values.is_floating_point() else 0)
+    return scattered.index_copy_(0, positions, values)
 
 
 def _nonfinite_message(norm_type: float) -> str:
-    """torch's words."""
+    """torch's message."""
     return (
         f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be clipped. "
         "To disable this error and scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
     )
 
 
-def _first_nonfinite(entries: _Entries) -> str:
-    """What an error adds; nothing where every gradient is finite and only their norm is not."""
+def _first_nonfinite_sentence(entries: _Entries) -> str:
+    """For the end of an error message; empty if all gradients are finite and only their norm is not."""
     report = grad_report(entries)
     name = report.first_nonfinite()
     if name is None:
         return ""
-    named = _named(entries[report.names.index(name)])[0] is not None
-    return f". The first gradient that is not finite is that of {name if named else f'parameter {name}'}"
+    has_name = _name_and_tensor(entries[report.names.index(name)])[0] is not None
+    return f". The first non-finite gradient is that of {name if has_name else f'parameter {name}'}"

@@ -1,7 +1,7 @@
-"""Clipping folded into optimizers: into torch's own through the hooks they have, and into RMSprop, which torch has in no fused form.
+"""Clipping inside optimizers: attach_clipping for torch's, and a fused RMSprop, which torch does not have.
 
-torch's fused optimizers divide gradients by `grad_scale` as they read them. attach_clipping drives them through it, so that a gradient is
-read once for its norm and once for the step.
+torch's fused optimizers divide gradients by the attribute `grad_scale` while they read them. attach_clipping
+sets it, so gradients are read once for the norm and once for the step.
 """
 
 import functools
@@ -21,21 +21,21 @@ from gradkernels.gradients import Gradients
 
 _Closure: TypeAlias = Callable[[], Any]
 
-# They read grad_scale where all of their groups are fused.
-_FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
+# These read grad_scale if all of their groups are fused.
+_WITH_GRAD_SCALE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
 
-# What GradScaler and ClippingHandle lay down on an optimizer for the time of a step.
+# GradScaler and ClippingHandle set these on an optimizer for the duration of a step.
 _AMP_ATTRIBUTES = ("grad_scale", "found_inf")
 
 
 def _is_normal_float32(value: float) -> bool:
-    """Whether float32 holds it with all its digits."""
+    """Whether float32 represents the value with full precision."""
     limits = torch.finfo(torch.float32)
     return limits.tiny <= abs(value) <= limits.max
 
 
 class RMSprop(torch.optim.RMSprop):
-    """torch.optim.RMSprop with each step in one pass over parameters, gradients and state, and clipping folded into it.
+    """torch.optim.RMSprop, and clipping, in one pass over parameters, gradients and state.
 
         g = c grad + weight_decay param                         c = min(1, max_norm / (total_norm + 1e-6)), -c with maximize
         square_avg = alpha square_avg + (1 - alpha) g^2
@@ -43,27 +43,40 @@ class RMSprop(torch.optim.RMSprop):
         buffer = momentum buffer + g / (sqrt(v) + eps)          with momentum
         param = param - lr buffer                               without momentum param - lr g / (sqrt(v) + eps)
 
-    The state_dict is torch's; either loads the other's. A step equals torch's foreach step to 2 ulp of the largest term, and
-    to 8 where a momentum or the difference in v cancels; bfloat16 and float16 are computed in float32 and rounded once,
-    where torch rounds each intermediate result. Groups with capturable, differentiable or foreach set, complex parameters and
-    other devices take torch's step.
+    The state_dict and torch's load into each other. A step is within 2 ulp of torch's foreach step, in ulp of
+    the largest term, and within 8 ulp if the momentum or the difference in v cancels. bfloat16 and float16
+    are computed in float32 and rounded once, whereas torch rounds every intermediate result. torch's step
+    runs for groups with capturable, differentiable or foreach set, for complex parameters, and on devices
+    without kernels.
 
     Args:
-        params, lr, alpha, eps, weight_decay, momentum, centered, capturable, foreach, maximize, differentiable: torch's.
-        max_norm: the largest total norm of the gradients of all groups, in their units; None does not clip. Gradients are
-            scaled as they are read and stay in memory as they were, except where torch's step is taken.
-        norm_type: that of the total norm.
+        params: as in torch: parameters, named parameters or groups.
+        lr: learning rate.
+        alpha: weight of the old square_avg and grad_avg; no unit.
+        eps: added to sqrt(v), in units of the gradients.
+        weight_decay: weight of param in g.
+        momentum: weight of the old buffer; no unit. 0 has no buffer.
+        centered: subtract grad_avg^2 in v.
+        capturable: as in torch, with torch's step.
+        foreach: as in torch, with torch's step unless it is None.
+        maximize: maximize the loss.
+        differentiable: as in torch, with torch's step.
+        max_norm: the largest total norm of the gradients of all groups, in units of the gradients; None does
+            not clip. On the CPU, gradients are scaled as they are read and do not change in memory, unless
+            torch's step runs.
+        norm_type: p of the total norm; 1, 2 and inf have kernels.
 
     Attributes:
-        last_norm: the total norm before clipping in the last step, as clip_grad_norm_ returns it; None without max_norm.
+        last_norm: the total norm before clipping in the last step, as clip_grad_norm_ returns it; None
+            without max_norm.
 
     Raises:
-        ValueError: one of torch's options is negative, in torch's words. max_norm is taken as clip_grad_norm_ takes it.
-        RuntimeError: a gradient is sparse; or, with max_norm, parameters are pieces of a FullyShardedDataParallel model
-            (FSDP1): call model.clip_grad_norm_(max_norm).
+        ValueError: an option of torch's is negative. max_norm is not checked, as in clip_grad_norm_.
+        RuntimeError: a gradient is sparse; or max_norm is set and parameters are pieces of a
+            FullyShardedDataParallel model (FSDP1): call model.clip_grad_norm_(max_norm).
 
-    Source: Hinton, "Neural Networks for Machine Learning", lecture 6e, 2012; centered: Graves, "Generating Sequences With
-    Recurrent Neural Networks", 2013.
+    Source: Hinton, "Neural Networks for Machine Learning", lecture 6e, 2012; centered: Graves, "Generating
+    Sequences With Recurrent Neural Networks", 2013.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -75,7 +88,8 @@ class RMSprop(torch.optim.RMSprop):
         (tensor([0.5000, 1.5000]), tensor(5.))
     """
 
-    # What the last step multiplied gradients with as it read them, which they do not show: GradientMonitor asks.
+    # The last step multiplied gradients by this factor as it read them. GradientMonitor reads the factor,
+    # because the gradients in memory are unscaled.
     _folded_coefficient = 1.0
 
     def __init__(
@@ -101,17 +115,17 @@ class RMSprop(torch.optim.RMSprop):
         self.last_norm: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """torch's copies and pickles carry nothing else."""
+        """Adds our attributes, which torch's copies and pickles leave out."""
         return {**super().__getstate__(), "max_norm": self.max_norm, "norm_type": self.norm_type, "last_norm": self.last_norm}
 
     def step(self, closure: _Closure | None = None) -> Any:
         """One step of every parameter that has a gradient.
 
         Args:
-            closure: computes the loss and the gradients anew.
+            closure: computes the gradients again and returns the loss.
 
         Returns:
-            What the closure returned; None without one.
+            The result of the closure; None without a closure.
         """
         self._accelerator_graph_capture_health_check()
         loss = None
@@ -121,13 +135,13 @@ class RMSprop(torch.optim.RMSprop):
                     loss = closure()
             native = _native.library()
             groups = [(group, *self._state_of(group)) for group in self.param_groups]
-            served = [self._is_served(*each[:-1]) for each in groups]
-            coefficient = self._folded_coefficient = self._clip(all(served))
-            for (group, has_complex, params, grads, square_avgs, momentum_buffers, grad_avgs, steps), is_served in zip(
-                groups, served, strict=True
+            supported = [self._supports(*group_and_state[:-1]) for group_and_state in groups]
+            coefficient = self._folded_coefficient = self._clip(all(supported))
+            for (group, has_complex, params, grads, square_avgs, momentum_buffers, grad_avgs, steps), is_supported in zip(
+                groups, supported, strict=True
             ):
                 options = {name: group[name] for name in ("alpha", "eps", "weight_decay", "momentum")}
-                if native is None or not is_served:
+                if native is None or not is_supported:
                     rmsprop(
                         params,
                         grads,
@@ -146,7 +160,7 @@ class RMSprop(torch.optim.RMSprop):
                     )
                 elif params:
                     if all(step.is_cpu for step in steps):
-                        # A tensor: of a number torch would make one for each parameter.
+                        # A tensor, because torch would convert a number to one tensor per parameter.
                         torch._foreach_add_(steps, torch.tensor(1.0, device="cpu"), alpha=1.0)
                     else:
                         torch._foreach_add_(steps, 1)
@@ -160,14 +174,14 @@ class RMSprop(torch.optim.RMSprop):
     def _state_of(
         self, group: dict[str, Any]
     ) -> tuple[bool, list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        """Whether there are complex parameters; parameters with a gradient, gradients, square_avg, momentum_buffer, grad_avg, step."""
+        """Whether parameters are complex; the parameters with a gradient, and their gradients and states."""
         lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
         init_group: Callable[..., bool] = self._init_group
         has_complex = init_group(group, *lists)
         params, grads, square_avgs, momentum_buffers, grad_avgs, steps = lists
         return has_complex, params, grads, square_avgs, momentum_buffers, grad_avgs, steps
 
-    def _is_served(
+    def _supports(
         self,
         group: dict[str, Any],
         has_complex: bool,
@@ -177,21 +191,23 @@ class RMSprop(torch.optim.RMSprop):
         momentum_buffers: list[Tensor],
         grad_avgs: list[Tensor],
     ) -> bool:
+        """Whether the kernel supports a group."""
         native = _native.library()
-        takes_torchs = group["capturable"] or group["differentiable"] or group["foreach"] is not None or has_complex
-        if native is None or takes_torchs:
+        needs_torch = group["capturable"] or group["differentiable"] or group["foreach"] is not None or has_complex
+        if native is None or needs_torch:
             return False
-        served: bool = native.rmsprop_applies(params, [grads, square_avgs, momentum_buffers, grad_avgs])
-        return served
+        supported: bool = native.rmsprop_applies(params, [grads, square_avgs, momentum_buffers, grad_avgs])
+        return supported
 
     def _clip(self, folds: bool) -> float:
-        """What the step is to multiply gradients with; where it cannot, they are scaled here."""
+        """The factor for gradients as the step reads them; 1 if they are scaled in place, or not at all."""
         if self.max_norm is None:
             return 1.0
         params = [param for group in self.param_groups for param in group["params"]]
-        sharded.refuse_pieces(params)
+        sharded.refuse_fsdp1_pieces(params)
         gradients = Gradients([param.grad for param in params if param.grad is not None])
-        # The step takes a number of the host: not to wait for a GPU, gradients there are scaled in place.
+        # The kernel takes the factor from the host. Reading it from a GPU would wait, so a GPU scales in
+        # place.
         if not folds or not gradients.tensors or not gradients.tensors[0].is_cpu:
             self.last_norm = clip_grad_norm_(params, self.max_norm, self.norm_type)
             return 1.0
@@ -207,13 +223,15 @@ class RMSprop(torch.optim.RMSprop):
 
 
 class ClippingHandle:
-    """What attach_clipping returns; `remove()` ends it.
+    """The result of attach_clipping; `remove()` stops the clipping.
 
     Attributes:
-        max_norm, norm_type: as given; may be changed between steps.
-        last_norm: the total norm before clipping in the last step, without GradScaler's scale, as clip_grad_norm_ returns
-            it; None before the first step. A step that GradScaler leaves out is none: the optimizer is not called, unless it is
-            one of torch's fused ones, which find out by themselves; their last_norm is then not finite.
+        max_norm: the largest total norm allowed, in units of the gradients; may be changed between steps.
+        norm_type: p; may be changed between steps.
+        last_norm: the total norm before clipping in the last step, without GradScaler's scale, as
+            clip_grad_norm_ returns it; None before the first step. If GradScaler skips a step, the optimizer
+            does not run and last_norm stays the same. torch's fused optimizers run, skip the update
+            themselves, and last_norm is then not finite.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -229,7 +247,8 @@ class ClippingHandle:
         self.norm_type = float(norm_type)
         self.last_norm: Tensor | None = None
         self._optimizer = optimizer
-        # A pre-hook, to come after what others have hooked in before; a step around the step, to clean up whatever happens.
+        # The pre-hook runs after all earlier pre-hooks. The wrapper of step() cleans up, also after an
+        # exception.
         self._hook = optimizer.register_step_pre_hook(self._before_step)
         self._outer_step = optimizer.__dict__.get("step")
         inner_step = optimizer.step
@@ -240,20 +259,21 @@ class ClippingHandle:
             try:
                 result = inner_step(*args, **kwargs)
             except BaseException:
-                # GradScaler, which alone sets found_inf, would not come to take its two away.
-                _lay_down(optimizer, {} if "found_inf" in before else before)
+                # Only GradScaler sets found_inf, and it does not remove its two attributes after an
+                # exception.
+                _set_amp_attributes(optimizer, {} if "found_inf" in before else before)
                 raise
-            _lay_down(optimizer, before)
+            _set_amp_attributes(optimizer, before)
             return result
 
-        # A method, since torch's learning-rate schedulers look for its function.
+        # A method, because torch's learning-rate schedulers read its __func__.
         self._step = types.MethodType(step, optimizer)
         optimizer.__dict__["step"] = self._step
 
     def remove(self) -> None:
-        """The optimizer no longer clips; a second call does nothing."""
+        """Stop the clipping; a second call does nothing."""
         self._hook.remove()
-        # Who has wrapped the step since keeps what is then an empty shell.
+        # A later wrapper of step() keeps calling ours, which now does nothing.
         if self._optimizer.__dict__.get("step") is self._step:
             del self._optimizer.__dict__["step"]
             if self._outer_step is not None:
@@ -266,18 +286,18 @@ class ClippingHandle:
             self._clip(optimizer)
             return None
 
-        # Its gradients are there only when it has run.
-        def clipped() -> Any:
+        # The gradients exist only after the closure.
+        def clipping_closure() -> Any:
             loss = closure()
             self._clip(optimizer)
             return loss
 
-        return ((args[0], clipped, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": clipped})
+        return ((args[0], clipping_closure, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": clipping_closure})
 
     @torch.no_grad()
     def _clip(self, optimizer: torch.optim.Optimizer) -> None:
         params = [param for group in optimizer.param_groups for param in group["params"]]
-        sharded.refuse_pieces(params)
+        sharded.refuse_fsdp1_pieces(params)
         gradients = Gradients([param.grad for param in params if param.grad is not None])
         if not _reads_grad_scale(optimizer, gradients):
             self.last_norm = clip_grad_norm_(params, self.max_norm, self.norm_type)
@@ -293,22 +313,22 @@ class ClippingHandle:
             value = coefficient.item()
             if value == 1:
                 return
-            # Of 0 and nan the divisor is inf and nan, which do what they have to.
+            # A coefficient of 0 or nan gives a divisor of inf or nan, with the right gradients.
             if value != 0 and not math.isnan(value) and not _is_normal_float32(divisor.item()):
                 gradients.scale_(self.max_norm, total_norm)
                 return
         optimizer.__dict__["grad_scale"] = divisor.float()
 
 
-def _lay_down(optimizer: torch.optim.Optimizer, attributes: dict[str, Any]) -> None:
+def _set_amp_attributes(optimizer: torch.optim.Optimizer, attributes: dict[str, Any]) -> None:
     for name in _AMP_ATTRIBUTES:
         optimizer.__dict__.pop(name, None)
     optimizer.__dict__.update(attributes)
 
 
 def _reads_grad_scale(optimizer: torch.optim.Optimizer, gradients: Gradients) -> bool:
-    # A subclass may bring a step of its own, which does not.
-    inherited = next((each for each in _FUSED if isinstance(optimizer, each)), None)
+    # A subclass may have a step of its own, which need not read it.
+    inherited = next((kind for kind in _WITH_GRAD_SCALE if isinstance(optimizer, kind)), None)
     return (
         inherited is not None
         and inspect.unwrap(type(optimizer).step) is inspect.unwrap(inherited.step)
@@ -320,44 +340,45 @@ def _reads_grad_scale(optimizer: torch.optim.Optimizer, gradients: Gradients) ->
     )
 
 
-def _stepping(optimizer: torch.optim.Optimizer, wrappers: tuple[torch.optim.Optimizer, ...] = ()) -> torch.optim.Optimizer:
-    """The optimizer whose step() takes hooks: the one given, or the one inside of wrappers that never called Optimizer.__init__."""
+def _optimizer_with_hooks(optimizer: torch.optim.Optimizer, wrappers: tuple[torch.optim.Optimizer, ...] = ()) -> torch.optim.Optimizer:
+    """The optimizer whose step() runs hooks: this one, or the one inside wrappers without hooks."""
     name = type(optimizer).__name__
-    inner = [each for each in _held(optimizer) if not any(each is wrapper for wrapper in wrappers)]
+    inner = [candidate for candidate in _inner_optimizers(optimizer) if not any(candidate is wrapper for wrapper in wrappers)]
     if not isinstance(optimizer, torch.optim.Optimizer):
-        held = "".join(f"; the {type(each).__name__} in it is one, for gradients that are whole on this rank" for each in inner[:1])
-        raise TypeError(f"{name} is not an Optimizer{held}")
+        advice = f"; pass the {type(inner[0]).__name__} in it, if this rank has whole gradients" if inner else ""
+        raise TypeError(f"{name} is not an Optimizer{advice}")
     if getattr(type(optimizer).step, "hooked", False):
         return optimizer
     if len(inner) != 1:
         holds = "no optimizer of torch" if not inner else f"{len(inner)} optimizers"
         raise TypeError(
-            f"{name} cannot clip: it never called Optimizer.__init__, so that its step() takes no hooks, and it holds {holds}. "
-            "attach_clipping takes the optimizer that computes the step; DeepSpeed clips by its own gradient_clipping"
+            f"attach_clipping cannot use {name}: it never called Optimizer.__init__, so its step() runs no hooks, and it holds {holds}. "
+            "Pass the optimizer that computes the step; with DeepSpeed, set its gradient_clipping"
         )
-    return _stepping(inner[0], (*wrappers, optimizer))
+    return _optimizer_with_hooks(inner[0], (*wrappers, optimizer))
 
 
-def _held(wrapper: object) -> list[torch.optim.Optimizer]:
-    """The optimizers among the attributes of an object, each once."""
-    held = {id(each): each for each in getattr(wrapper, "__dict__", {}).values() if isinstance(each, torch.optim.Optimizer)}
-    return [each for each in held.values() if each is not wrapper]
+def _inner_optimizers(wrapper: object) -> list[torch.optim.Optimizer]:
+    attributes = getattr(wrapper, "__dict__", {}).values()
+    unique = {id(attribute): attribute for attribute in attributes if isinstance(attribute, torch.optim.Optimizer)}
+    return [attribute for attribute in unique.values() if attribute is not wrapper]
 
 
 def attach_clipping(optimizer: torch.optim.Optimizer, max_norm: float, norm_type: float = 2.0) -> ClippingHandle:
-    """Make every optimizer.step() clip the gradients of all its parameters, as clip_grad_norm_ before it would.
+    """Make optimizer.step() clip the gradients of all its parameters, as clip_grad_norm_ before the step.
 
         g = g min(1, max_norm / (total_norm + 1e-6))
 
-    torch's fused SGD, Adam, AdamW and Adagrad are told to scale gradients as they read them, which saves the pass that would
-    write them first; other optimizers find them scaled. With torch.amp.GradScaler the norm is that of the unscaled
-    gradients, and unscaling, clipping and skipping a step on inf are one. Nothing is left on the optimizer after a step,
-    whether it returned or raised; its state_dict is as before. A copy or a pickle of the optimizer does not clip, as it
-    has none of its hooks.
+    torch's fused SGD, Adam, AdamW and Adagrad scale gradients as they read them, which saves the pass that
+    writes clipped gradients. For other optimizers the gradients are scaled in place. With
+    torch.amp.GradScaler the norm is that of the unscaled gradients, and the same step unscales, clips, and
+    skips on inf. A step leaves nothing on the optimizer, also if it raises an error. The state_dict does not
+    change. A copy or a pickle of the optimizer does not clip, because it has no hooks.
 
     Args:
-        optimizer: any but LBFGS; a closure is clipped after it has run. Of one that wraps another (accelerate's, Lightning's,
-            torch.distributed.optim.PostLocalSGDOptimizer) the inner one gets the clipping.
+        optimizer: any optimizer except LBFGS. Gradients of a closure are clipped after each call of the
+            closure. If the optimizer wraps another one (accelerate's, Lightning's,
+            torch.distributed.optim.PostLocalSGDOptimizer), the inner optimizer clips.
         max_norm: the largest total norm allowed, in units of the gradients.
         norm_type: p; 1, 2 and inf have kernels.
 
@@ -365,9 +386,10 @@ def attach_clipping(optimizer: torch.optim.Optimizer, max_norm: float, norm_type
         A handle with `.remove()` and `.last_norm`.
 
     Raises:
-        ValueError: the optimizer is LBFGS, or a ZeroRedundancyOptimizer with overlap_with_ddp=True.
-        TypeError: what is given is no optimizer, or its step() takes no hooks and it holds no single optimizer of torch.
-        RuntimeError: its parameters are pieces of a FullyShardedDataParallel model (FSDP1): call
+        ValueError: optimizer is LBFGS, or a ZeroRedundancyOptimizer with overlap_with_ddp=True.
+        TypeError: optimizer is not an Optimizer, or it is a wrapper without hooks that does not hold exactly
+            one optimizer.
+        RuntimeError: the parameters are pieces of a FullyShardedDataParallel model (FSDP1): call
             model.clip_grad_norm_(max_norm).
 
     Example:
@@ -381,16 +403,16 @@ def attach_clipping(optimizer: torch.optim.Optimizer, max_norm: float, norm_type
         (tensor([-0.6000, -0.8000]), tensor(5.))
         >>> handle.remove()
     """
-    optimizer = _stepping(optimizer)
+    optimizer = _optimizer_with_hooks(optimizer)
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(
-            "attach_clipping does not take LBFGS: it evaluates the closure several times in a step and models the curvature from "
-            "differences of gradients, which clipping would falsify"
+            "attach_clipping does not support LBFGS: it evaluates the closure several times in a step and estimates the curvature "
+            "from differences of gradients, which clipping would falsify"
         )
     if getattr(optimizer, "_overlap_with_ddp", False):
         raise ValueError(
-            f"attach_clipping does not take {type(optimizer).__name__} with overlap_with_ddp=True: its step() does nothing, since "
-            "parameters are updated within backward, before the norm of all gradients is known"
+            f"attach_clipping does not support {type(optimizer).__name__} with overlap_with_ddp=True: its step() does nothing, because "
+            "backward updates the parameters before the norm of all gradients is known"
         )
-    sharded.refuse_pieces(param for group in optimizer.param_groups for param in group["params"])
+    sharded.refuse_fsdp1_pieces(param for group in optimizer.param_groups for param in group["params"])
     return ClippingHandle(optimizer, max_norm, norm_type)

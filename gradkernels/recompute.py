@@ -1,7 +1,7 @@
-"""recompute: outputs of batch_norm_act that backward computes again, so that the graph need not keep them.
+"""recompute: backward computes outputs of batch_norm_act again, so that the graph does not keep them.
 
-The hooks are C++ (csrc/autograd/recompute.h): they run for every tensor that an operation saves. Nothing is stored on modules; what is
-recomputed was decided when the graph was recorded.
+The hooks are C++ (csrc/autograd/recompute.h), because they run for every tensor that an operation saves.
+Nothing is stored on modules: the forward pass decides which outputs backward recomputes.
 """
 
 from torch.autograd.graph import saved_tensors_hooks
@@ -10,28 +10,30 @@ from gradkernels import _native
 
 
 class recompute(saved_tensors_hooks):
-    """Context in which the outputs of batch_norm_act and BatchNormAct are not kept for backward but computed again when it needs them.
+    """Context in which backward computes outputs of batch_norm_act and BatchNormAct again, to save memory.
 
         y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)
 
-    Batch norm keeps x and the statistics for its own gradient. The operation that takes y, mostly the next convolution, would keep y
-    as well; in this context it keeps a reference from which y is computed bit for bit as it was, by one pass over x and the residual.
-    Running statistics do not move again, and loss and gradients are those without the context. In a chain of residual blocks every
-    third output is kept, so that no output takes more than two passes.
+    Batch norm keeps x and the statistics for its own gradient. The next operation, usually a convolution,
+    would keep y too. In this context it keeps a reference, from which backward computes y again, with the
+    same bits, in one pass over x and the residual. Running statistics are updated once, and loss and
+    gradients are the same as without the context. In a chain of residual blocks every third output is kept,
+    so that recomputing an output takes at most two passes.
 
-    Of use where models are converted (`convert`) or built of BatchNormAct. It is one of torch's contexts for saved tensors, as
-    torch.autograd.graph.save_on_cpu: enter it around forward, in the thread that runs forward; backward may run outside. Of nested ones the
-    innermost counts, torch.utils.checkpoint among them. What torch.compile has compiled, and SyncBatchNormAct, keep what they keep without
-    it. Compiled autograd leaves its graph for each output that it computes again, as for save_on_cpu: it needs fullgraph=False, and
-    compiles for long. Without the compiled library it does nothing.
+    Use it with converted models (`convert`) and with models built from BatchNormAct. It is a context for
+    saved tensors, like torch.autograd.graph.save_on_cpu: enter it around forward, in the thread that runs
+    forward; backward may run outside. If such contexts are nested, the innermost one counts;
+    torch.utils.checkpoint is one of them. The context has no effect on code compiled by torch.compile, on
+    SyncBatchNormAct, or without the compiled library. Compiled autograd needs fullgraph=False and long
+    compilations, because it leaves its graph for each recomputed output, as for save_on_cpu.
 
     Raises:
-        RuntimeError: in backward, in torch's words: what is needed was modified in place since, x and the residual now among it. A write
-            to y itself is no error, and gradients are right, unless it goes past autograd (`y.data.add_(1)`) and before y is used, which
-            is not seen.
+        RuntimeError: in backward, torch's error if a tensor that backward needs was modified in place. x and
+            the residual are such tensors now. Modifying y is not an error, and gradients stay right, with one
+            exception that is not detected: a write without autograd (`y.data.add_(1)`) before y is used.
 
-    Source: Chen, Xu, Zhang, Guestrin, "Training Deep Nets with Sublinear Memory Cost", 2016; Rota Bulo, Porzi, Kontschieder, "In-Place
-    Activated BatchNorm for Memory-Optimized Training of DNNs", 2018.
+    Source: Chen, Xu, Zhang, Guestrin, "Training Deep Nets with Sublinear Memory Cost", 2016; Rota Bulo,
+    Porzi, Kontschieder, "In-Place Activated BatchNorm for Memory-Optimized Training of DNNs", 2018.
 
     Example:
         >>> import torch, gradkernels as gk

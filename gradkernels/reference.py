@@ -1,7 +1,7 @@
-"""Every operator composed of torch's own.
+"""Every operator, composed of torch's operators.
 
-It serves where nothing native loads, it is what torch.compile sees of the pointwise functions and torch.onnx of all, and in float64
-it is what tests and bench compare with. The checks that both sides share stand here once.
+They are used without the compiled library, for torch.onnx, and for torch.compile if pointwise. Tests and
+bench compare with them in float64. Checks of arguments that the kernels need too are here once.
 """
 
 import math
@@ -16,7 +16,8 @@ from gradkernels import acts
 
 def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     if inplace and negative_slope < 0:
-        # torch takes this gradient from the output, whose sign no longer tells that of x; the clone is what its backward may keep instead.
+        # In place, torch computes the gradient from the sign of y, which is wrong here. Its backward keeps
+        # the clone instead.
         return x.copy_(F.leaky_relu(x.clone(), negative_slope))
     return F.leaky_relu(x, negative_slope, inplace)
 
@@ -29,13 +30,13 @@ def check_beta(x: Tensor, beta: Tensor) -> None:
     """RuntimeError unless beta has one element or one for each channel of x."""
     channels = x.shape[1] if x.dim() > 1 else 1
     if beta.dim() > 1 or beta.numel() not in (1, channels):
-        raise RuntimeError(f"swish: beta must have 1 element or {channels}, one for each channel of x, got shape {tuple(beta.shape)}")
+        raise RuntimeError(f"swish: beta must have 1 element or {channels}, one per channel of x, but has shape {tuple(beta.shape)}")
 
 
 def swish(x: Tensor, beta: float | Tensor = 1.0) -> Tensor:
     if isinstance(beta, Tensor) and (x.is_floating_point() or x.is_complex()):
         check_beta(x, beta)
-        # One element keeps its dimension, which decides what it promotes x to.
+        # A single element keeps its dimension: torch promotes dtypes differently with a 0-d tensor.
         if x.dim() == 0:
             beta = beta.reshape(())
         elif beta.numel() != 1:
@@ -49,7 +50,7 @@ def prelu(x: Tensor, weight: Tensor) -> Tensor:
 
 def rrelu(x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False) -> Tensor:
     if training and x.dtype == torch.float16 and x.is_cpu:
-        # For which torch draws no slopes.
+        # torch cannot draw slopes for float16 on the CPU.
         y = F.rrelu(x.float(), lower, upper, True).to(x.dtype)
         return x.copy_(y) if inplace else y
     return F.rrelu(x, lower, upper, training, inplace)
@@ -58,15 +59,15 @@ def rrelu(x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool 
 def check_batch_norm_act(
     x: Tensor, residual: Tensor | None, training: bool, eps: float, act: str, act_param: float | None, *, is_share: bool = False
 ) -> float:
-    """Refuses wrong arguments, in F.batch_norm's words where it has them; returns act_param as check_act does.
+    """Raises for wrong arguments, with F.batch_norm's messages if it has them; returns check_act's result.
 
-    is_share: x is a part of the batch, other processes have the rest; how many values there are per channel is not known yet.
+    is_share: x is one process's share of the batch, so the number of values per channel is not known yet.
     """
     act_param = acts.check_act(act, act_param)
     if residual is not None and not isinstance(residual, Tensor):
         raise TypeError(f"residual must be Tensor, not {type(residual).__name__}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device):
-        x_is, residual_is = (f"{tuple(each.shape)} {each.dtype} on {each.device}" for each in (x, residual))
+        x_is, residual_is = (f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}" for tensor in (x, residual))
         raise RuntimeError(f"residual must have the shape, dtype and device of x: residual is {residual_is}, x is {x_is}")
     if training and not is_share and math.prod(x.shape[:1] + x.shape[2:]) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
@@ -101,18 +102,18 @@ def batch_norm_act(
         num_batches_tracked = None
     if momentum is None:
         momentum = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked + 1)
-    parameters = [each for each in (running_mean, running_var, weight, bias) if each is not None]
-    if training and any(each.dtype != parameters[0].dtype or each.device != x.device for each in parameters):
-        # torch writes the running statistics before it finds that one of the others is of another dtype or elsewhere.
-        copied_mean, copied_var = (None if each is None else each.clone() for each in (running_mean, running_var))
+    operands = [operand for operand in (running_mean, running_var, weight, bias) if operand is not None]
+    if training and any(operand.dtype != operands[0].dtype or operand.device != x.device for operand in operands):
+        # torch writes the running statistics before it checks dtypes and devices, so it gets copies first.
+        copied_mean, copied_var = (None if running is None else running.clone() for running in (running_mean, running_var))
         F.batch_norm(x, copied_mean, copied_var, weight, bias, True, momentum, eps)
-    # Of an (N, C) input torch's backward on the CPU reads them past their end where they are not contiguous. In training the statistics
-    # are written.
+    # For an (N, C) input, torch's backward on the CPU reads beyond the end of tensors that are not
+    # contiguous. Running statistics that are written must not be copied.
     weight = contiguous(weight)
     if not training:
         running_mean, running_var = contiguous(running_mean), contiguous(running_var)
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    # nn.BatchNorm counts first; here a batch that was refused is not counted.
+    # Counted here, and not before as in nn.BatchNorm, so that a batch that raised an error is not counted.
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if residual is not None:
@@ -135,9 +136,10 @@ def sync_batch_norm_act(
     num_batches_tracked: Tensor | None,
     all_gather: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """batch_norm_act in training where x is one share of the batch. all_gather, to be differentiable, stacks a vector of every process.
+    """batch_norm_act in training, where x is one process's share of the batch.
 
-    Statistics and normalisation are float64: this is also what double backward differentiates.
+    all_gather stacks one vector of each process, and is differentiable. Statistics and normalisation are
+    float64, because double backward differentiates this function.
     """
     channels, elements = x.shape[1], math.prod(x.shape[:1] + x.shape[2:])
     dims, per_channel = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
@@ -157,10 +159,10 @@ def sync_batch_norm_act(
             num_batches_tracked.add_(1)
             if momentum is None:
                 factor = num_batches_tracked.double().reciprocal()
-        # Of one value, or none, there is no variance.
-        for running, observed in ((running_mean, mean), (running_var, m2 / (count - 1))):
+        # Fewer than two values have no variance: the running statistics stay as they are.
+        for running, batch in ((running_mean, mean), (running_var, m2 / (count - 1))):
             if running is not None:
-                running.copy_(torch.where(count > 1, running * (1 - factor) + observed * factor, running))
+                running.copy_(torch.where(count > 1, running * (1 - factor) + batch * factor, running))
     y = (wide - mean.view(per_channel)) * (m2 / divisor + eps).rsqrt().view(per_channel)
     if weight is not None:
         y = y * weight.view(per_channel)

@@ -1,8 +1,10 @@
-"""The self-test: whether this build computes on this machine what torch computes, for every operator, dtype and device there is.
+"""The self-test compares this build on this machine with torch, for every operator, dtype and device.
 
-A result is right if it is at most as far from torch's float64 result as torch's own in that dtype, or within BOUND units (float64 itself
-within BOUND_OF_FLOAT64, as both round there); a unit is the dtype's epsilon times the largest element. Gradients are held against finite
-differences, and on the CPU every bit must be the same with any number of threads. A check that raises has failed, and the others go on.
+An error is the distance from torch's float64 result, in units of the dtype's epsilon times the largest
+element. An operator passes if its error is at most torch's error in the same dtype, or at most BOUND. In
+float64 the bound is BOUND_OF_FLOAT64, because both sides round there. Gradients are compared with finite
+differences. On the CPU, every bit must be the same with any number of threads. A check that raises an
+exception has failed, and the other checks go on.
 """
 
 import math
@@ -26,24 +28,24 @@ try:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.table import Table
 except ImportError as error:
-    raise SystemExit(f"gradkernels selftest needs one more package than gradkernels ({error}): pip install rich") from error
+    raise SystemExit(f"gradkernels selftest needs rich ({error}): pip install rich") from error
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BOUND = 4.0
 BOUND_OF_FLOAT64 = 256.0
-# Enough elements for several threads, in a shape whose rows end in the middle of a register.
+# Enough elements for several threads, and rows that do not fill whole registers.
 SHAPE = (4, 16, 31, 33)
 SMALL_SHAPE = (3, 2, 2, 3)
 
-# Columns of text where there is no terminal to ask.
-NARROWEST = 120
+# In characters, if the output is not a terminal.
+WIDTH = 120
 
 Tensors = dict[str, Tensor]
 Compute = Callable[[ModuleType, Tensors], Tensors]
 
 
 def draw(shape: tuple[int, ...]) -> Tensors:
-    """Operands of every check, in float64; x stays away from the kinks of the activations, where no finite difference is right."""
+    """The operands of every check, in float64. x avoids kinks, where finite differences are wrong."""
     torch.manual_seed(0)
     x, grad_y, residual = torch.randn(3, *shape, dtype=torch.float64, device="cpu")
     weight, bias, mean, var = torch.rand(4, shape[1], dtype=torch.float64, device="cpu") + 0.5
@@ -52,68 +54,72 @@ def draw(shape: tuple[int, ...]) -> Tensors:
 
 
 def differentiate(function: Callable[..., Tensor], *names: str) -> Compute:
-    """y and the gradient of each named operand of function(library, *operands)."""
+    """Computes y = function(library, *operands) and the gradient of each named operand."""
 
-    def compute(library: ModuleType, given: Tensors) -> Tensors:
-        leaves = [given[name].detach().requires_grad_() for name in names]
+    def compute(library: ModuleType, operands: Tensors) -> Tensors:
+        leaves = [operands[name].detach().requires_grad_() for name in names]
         y = function(library, *leaves)
-        grads = torch.autograd.grad(y, leaves, given["grad_y"])
+        grads = torch.autograd.grad(y, leaves, operands["grad_y"])
         return {"y": y.detach(), **{f"grad_{name}": grad for name, grad in zip(names, grads, strict=True)}}
 
     return compute
 
 
-def batch_norm_act(library: ModuleType, given: Tensors, act: str, training: bool) -> Tensors:
+def batch_norm_act(library: ModuleType, operands: Tensors, act: str, training: bool) -> Tensors:
     names = ("x", "weight", "bias", "residual")
-    stats = given["running_mean"].clone(), given["running_var"].clone()
+    stats = operands["running_mean"].clone(), operands["running_var"].clone()
 
     def function(library: ModuleType, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
         y: Tensor = library.batch_norm_act(x, *stats, weight, bias, training, act=act, residual=residual)
         return y
 
-    result = differentiate(function, *names)(library, given)
+    result = differentiate(function, *names)(library, operands)
     return result | {"running_mean": stats[0], "running_var": stats[1]}
 
 
-def gradients(given: Tensors) -> list[nn.Parameter]:
-    """A parameter for each of two gradients."""
+def gradients(operands: Tensors) -> list[nn.Parameter]:
+    """Two parameters with gradients."""
     parameters = []
     for name in ("grad_y", "weight"):
-        parameter = nn.Parameter(torch.zeros_like(given[name]))
-        parameter.grad = given[name].clone()
+        parameter = nn.Parameter(torch.zeros_like(operands[name]))
+        parameter.grad = operands[name].clone()
         parameters.append(parameter)
     return parameters
 
 
-def clip_grad_norm_(library: ModuleType, given: Tensors) -> Tensors:
-    parameters = gradients(given)
+def grads_of(parameters: list[nn.Parameter]) -> Tensors:
+    return {f"grad {i}": parameter.grad for i, parameter in enumerate(parameters) if parameter.grad is not None}
+
+
+def clip_grad_norm_(library: ModuleType, operands: Tensors) -> Tensors:
+    parameters = gradients(operands)
     total_norm = library.clip_grad_norm_(parameters, 1.0)
-    return {"total_norm": total_norm, **{f"grad {i}": each.grad for i, each in enumerate(parameters) if each.grad is not None}}
+    return {"total_norm": total_norm, **grads_of(parameters)}
 
 
-def clip_grad_value_(library: ModuleType, given: Tensors) -> Tensors:
-    parameters = gradients(given)
+def clip_grad_value_(library: ModuleType, operands: Tensors) -> Tensors:
+    parameters = gradients(operands)
     library.clip_grad_value_(parameters, 0.5)
-    return {f"grad {i}": each.grad for i, each in enumerate(parameters) if each.grad is not None}
+    return grads_of(parameters)
 
 
-def grad_norms(library: ModuleType, given: Tensors) -> Tensors:
+def grad_norms(library: ModuleType, operands: Tensors) -> Tensors:
     if library is not reference:
-        report = library.grad_report(gradients(given))
+        report = library.grad_report(gradients(operands))
         return {"norms": report.norms, "max_abs": report.max_abs}
-    norms, max_abs, *_ = norms_by_torch([given["grad_y"], given["weight"]])
+    norms, max_abs, *_ = norms_by_torch([operands["grad_y"], operands["weight"]])
     return {"norms": norms, "max_abs": max_abs}
 
 
-def rmsprop(library: ModuleType, given: Tensors) -> Tensors:
-    parameters = gradients(given)
+def rmsprop(library: ModuleType, operands: Tensors) -> Tensors:
+    parameters = gradients(operands)
     optimizer = (torch if library is reference else library).optim.RMSprop(parameters, lr=0.1, eps=1e-3, momentum=0.9)
     for _ in range(2):
         optimizer.step()
-    return {f"parameter {i}": each.detach() for i, each in enumerate(parameters)}
+    return {f"parameter {i}": parameter.detach() for i, parameter in enumerate(parameters)}
 
 
-# operator -> what computes it, and the operands by which gradcheck differentiates it
+# operator -> a function of a library and the operands, which returns results and gradients
 OPERATORS: dict[str, Compute] = {
     "leaky_relu": differentiate(lambda library, x: library.leaky_relu(x, 0.1), "x"),
     "leaky_relu in place": differentiate(lambda library, x: library.leaky_relu(x * 1, 0.1, inplace=True), "x"),
@@ -122,7 +128,7 @@ OPERATORS: dict[str, Compute] = {
     "elu": differentiate(lambda library, x: library.elu(x), "x"),
     "elu in place": differentiate(lambda library, x: library.elu(x * 1, inplace=True), "x"),
     "swish": differentiate(lambda library, x: library.swish(x), "x"),
-    "swish, beta learnt": differentiate(lambda library, x, weight: library.swish(x, weight), "x", "weight"),
+    "swish, learnable beta": differentiate(lambda library, x, weight: library.swish(x, weight), "x", "weight"),
     **{f"batch_norm_act {act}": partial(batch_norm_act, act=act, training=True) for act in ACTS},
     "batch_norm_act, eval": partial(batch_norm_act, act="leaky_relu", training=False),
     "clip_grad_norm_": clip_grad_norm_,
@@ -130,13 +136,14 @@ OPERATORS: dict[str, Compute] = {
     "grad_report": grad_norms,
     "optim.RMSprop": rmsprop,
 }
+# operator -> the function that gradcheck differentiates by x, weight and bias
 DIFFERENTIATED: dict[str, Callable[..., Tensor]] = {
     "leaky_relu": lambda library, x, weight, bias: library.leaky_relu(x, 0.1),
     "prelu": lambda library, x, weight, bias: library.prelu(x, weight),
     "rrelu": lambda library, x, weight, bias: library.rrelu(x),
     "elu": lambda library, x, weight, bias: library.elu(x),
     "swish": lambda library, x, weight, bias: library.swish(x),
-    "swish, beta learnt": lambda library, x, weight, bias: library.swish(x, weight),
+    "swish, learnable beta": lambda library, x, weight, bias: library.swish(x, weight),
     **{
         f"batch_norm_act {act}": partial(
             lambda library, x, weight, bias, act: library.batch_norm_act(x, None, None, weight, bias, True, act=act), act=act
@@ -149,7 +156,7 @@ DIFFERENTIATED: dict[str, Callable[..., Tensor]] = {
 
 @dataclass
 class Check:
-    """One operator in one dtype on one device; `failed` says in words what did not hold."""
+    """One operator in one dtype on one device; `failed` holds the reasons of a failure."""
 
     operator: str
     dtype: torch.dtype
@@ -172,50 +179,50 @@ def threads(count: int) -> Iterator[None]:
 
 
 def error_of(results: Tensors, exact: Tensors, dtype: torch.dtype) -> float:
-    """The largest distance from the exact results, in units of the dtype's epsilon times the largest element."""
+    """The largest error of the results, in units of the dtype's epsilon times the largest element."""
     worst = 0.0
     for name, expected in exact.items():
         unit = torch.finfo(dtype).eps * max(expected.abs().max().item(), torch.finfo(dtype).tiny)
         error = (results[name].double().cpu() - expected).abs().max().item() / unit
-        # nan is larger than everything.
+        # nan counts as the largest error.
         worst = error if math.isnan(error) else max(worst, error)
     return worst
 
 
 def run(check: Check, library: ModuleType) -> None:
-    """Compares a library's operator with the reference, and fills in the check."""
+    """Compares an operator of the library with the reference, and completes the check."""
     compute = OPERATORS[check.operator]
-    # What all three start from is what the dtype can hold.
-    given = {name: tensor.to(check.dtype).to(check.device) for name, tensor in draw(SHAPE).items()}
-    exact = compute(reference, {name: tensor.double().cpu() for name, tensor in given.items()})
-    ours = compute(library, given)
-    check.error, check.torchs = error_of(ours, exact, check.dtype), error_of(compute(reference, given), exact, check.dtype)
+    # Rounded to the dtype first, so that all three computations have the same operands.
+    operands = {name: tensor.to(check.dtype).to(check.device) for name, tensor in draw(SHAPE).items()}
+    exact = compute(reference, {name: tensor.double().cpu() for name, tensor in operands.items()})
+    ours = compute(library, operands)
+    check.error, check.torchs = error_of(ours, exact, check.dtype), error_of(compute(reference, operands), exact, check.dtype)
     bound = BOUND_OF_FLOAT64 if check.dtype == torch.float64 else BOUND
-    failed = [] if check.error <= max(check.torchs, bound) else [f"an error of {check.error:.3g}, torch's is {check.torchs:.3g}"]
+    failed = [] if check.error <= max(check.torchs, bound) else [f"its error is {check.error:.3g}, and torch's is {check.torchs:.3g}"]
     if check.device == "cpu":
         with threads(1):
-            alone = compute(library, given)
+            alone = compute(library, operands)
         with threads(max(torch.get_num_threads(), 2)):
-            together = compute(library, given)
+            together = compute(library, operands)
         same = all(torch.equal(alone[name], together[name]) for name in alone)
         check.threads = "same" if same else "differ"
-        failed += [] if same else ["bits that depend on the number of threads"]
+        failed += [] if same else ["its bits depend on the number of threads"]
     if check.dtype == torch.float64 and check.operator in DIFFERENTIATED:
         small = draw(SMALL_SHAPE)
         leaves = [small[name].to(check.device).requires_grad_() for name in ("x", "weight", "bias")]
         right = torch.autograd.gradcheck(partial(DIFFERENTIATED[check.operator], library), leaves, raise_exception=False)
         check.gradient = "right" if right else "wrong"
-        failed += [] if right else ["a gradient that is not that of finite differences"]
+        failed += [] if right else ["its gradient differs from finite differences"]
     check.failed = "; ".join(failed)
 
 
 def devices() -> list[str]:
-    """The CPU, and what accelerator torch finds."""
+    """The CPU, and the accelerator if there is one."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
 
 
-def checks() -> list[Check]:
+def all_checks() -> list[Check]:
     return [
         Check(operator, dtype, device)
         for device in devices()
@@ -225,16 +232,16 @@ def checks() -> list[Check]:
     ]
 
 
-def table_of(device: str, done: list[Check]) -> Table:
-    """A line for each operator."""
-    table = Table(title=f"{device}: error, and torch's", box=SIMPLE, pad_edge=False)
+def table_of(device: str, checks: list[Check]) -> Table:
+    """The results on a device, one line per operator."""
+    table = Table(title=f"{device}: our error, torch's error", box=SIMPLE, pad_edge=False)
     table.add_column("operator", no_wrap=True)
     for dtype in DTYPES:
         table.add_column(str(dtype).removeprefix("torch."), justify="right", no_wrap=True)
-    for heading in ("gradient", "bits under threads"):
+    for heading in ("gradient", "bits with 1 and more threads"):
         table.add_column(heading)
     for operator in OPERATORS:
-        of_operator = {check.dtype: check for check in done if (check.operator, check.device) == (operator, device)}
+        of_operator = {check.dtype: check for check in checks if (check.operator, check.device) == (operator, device)}
         cells = [
             ""
             if dtype not in of_operator
@@ -243,27 +250,27 @@ def table_of(device: str, done: list[Check]) -> Table:
             else f"{of_operator[dtype].error:.2f}"
             for dtype in DTYPES
         ]
-        gradient, bits = (sorted({getattr(each, name) for each in of_operator.values()} - {""}) for name in ("gradient", "threads"))
-        failed = any(each.failed for each in of_operator.values())
+        gradient, bits = (sorted({getattr(check, name) for check in of_operator.values()} - {""}) for name in ("gradient", "threads"))
+        failed = any(check.failed for check in of_operator.values())
         table.add_row(operator, *cells, " ".join(gradient), " ".join(bits), style="red" if failed else None)
     return table
 
 
 def main(library: ModuleType) -> int:
-    """Runs every check of a library with the functions of gradkernels; returns 0 if all of them passed, else 1."""
+    """Runs every check on a module with the functions of gradkernels; returns 0 if all passed, else 1."""
     if _native.C is None:
-        print(f"gradkernels runs on operators composed of torch's own, there is nothing to test: {_native.reason}.")
-        print(f"To mend it: {_native.remedy}")
+        print(f"gradkernels runs without its kernels, on torch's operators, so there is nothing to test: {_native.reason}.")
+        print(f"To fix this, run: {_native.remedy}")
         return 1
     console = Console()
     if not console.is_terminal:
-        console = Console(width=NARROWEST)
+        console = Console(width=WIDTH)
     started = time.monotonic()
-    done = checks()
+    checks = all_checks()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("checking", total=len(done))
-        for check in done:
+        task = progress.add_task("checking", total=len(checks))
+        for check in checks:
             progress.update(task, description=f"{check.operator} {check.dtype}")
             try:
                 run(check, library)
@@ -274,13 +281,13 @@ def main(library: ModuleType) -> int:
         f"gradkernels {library.__version__}, torch {torch.__version__}, {_native.C.instruction_set()}, {torch.get_num_threads()} threads"
     )
     for device in devices():
-        console.print(table_of(device, done))
+        console.print(table_of(device, checks))
     console.print(
-        "Errors are in units of the dtype's epsilon times the largest element, float64 beside torch's. "
-        f"Right is what is no worse than torch or within {BOUND:g}, float64 within {BOUND_OF_FLOAT64:g}."
+        "Errors are distances from torch's float64 result, in units of the dtype's epsilon times the largest element. "
+        f"An error passes if it is at most torch's or at most {BOUND:g} (float64: {BOUND_OF_FLOAT64:g})."
     )
-    failures = [check for check in done if check.failed]
+    failures = [check for check in checks if check.failed]
     for check in failures:
         console.print(f"FAILED {check.operator}, {check.dtype}, {check.device}: {check.failed}", style="red", markup=False)
-    console.print(f"{len(done) - len(failures)} of {len(done)} checks passed in {time.monotonic() - started:.0f} s")
+    console.print(f"{len(checks) - len(failures)} of {len(checks)} checks passed in {time.monotonic() - started:.0f} s")
     return 1 if failures else 0

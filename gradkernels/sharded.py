@@ -1,7 +1,8 @@
-"""Gradients that are DTensors: what this rank holds, and norms reduced over all ranks. The plain pieces of FSDP1 are refused.
+"""Gradients that are DTensors: this rank's shards, and norms reduced over all ranks; an error for FSDP1.
 
-No gradient is gathered. The norms of what ranks hold are summed in float64, in one all-reduce for each mesh and each of its dimensions
-along which a gradient is sharded; along the other dimensions every rank holds the same.
+No gradient is gathered. The norms of the shards are summed in float64, with one all-reduce for each mesh and
+each of its dimensions along which a gradient is sharded. Along the other dimensions every rank has the same
+values.
 """
 
 import math
@@ -14,38 +15,38 @@ from torch import Tensor
 
 
 def _is_dtensor(x: object) -> bool:
-    # There is none before somebody has imported the module, which takes a second.
+    # Importing the module takes a second, and before that there are no DTensors.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
 
 
-def refuse_pieces(parameters: Iterable[Tensor]) -> None:
-    """Raises for parameters of torch's FullyShardedDataParallel (FSDP1) of which each rank holds a piece, as plain tensors.
+def refuse_fsdp1_pieces(parameters: Iterable[Tensor]) -> None:
+    """Raises if the parameters are pieces that FullyShardedDataParallel (FSDP1) keeps on this rank.
 
-    FSDP1 marks what it flattens. Pieces are one-dimensional; parameters that it keeps whole, or has put together for now, have their
-    shapes, but for a flat parameter that is not sharded at all, which cannot be told from a piece.
+    FSDP1 marks the parameters that it flattens. Pieces are one-dimensional. Whole parameters have their own
+    shapes, except for a flat parameter that is not sharded, which looks like a piece.
     """
-    # There is none before somebody has imported the module.
     if torch.compiler.is_compiling() or "torch.distributed.fsdp" not in sys.modules:
         return
-    flattened = [each for each in parameters if getattr(each, "_fsdp_flattened", False)]
-    if not flattened or any(each.dim() > 1 for each in flattened):
+    flattened = [parameter for parameter in parameters if getattr(parameter, "_fsdp_flattened", False)]
+    if not flattened or any(parameter.dim() > 1 for parameter in flattened):
         return
     from torch import distributed
 
     if distributed.is_initialized() and distributed.get_world_size() > 1:
         raise RuntimeError(
-            "these are parameters of a FullyShardedDataParallel model, of which each rank holds a piece, and their norm would be that of "
-            "this rank's alone: call model.clip_grad_norm_(max_norm) before the step, on every rank. Models sharded by "
-            "torch.distributed.fsdp.fully_shard are clipped here. For a report, with use_orig_params=True: "
-            "with FullyShardedDataParallel.summon_full_params(model, with_grads=True): grad_report(model)"
+            "the parameters belong to a FullyShardedDataParallel model. This rank holds only a piece of each, so their norm would be "
+            "wrong: call model.clip_grad_norm_(max_norm) before the step, on every rank. For a report, set use_orig_params=True and write "
+            "`with FullyShardedDataParallel.summon_full_params(model, with_grads=True): grad_report(model)`. "
+            "Models sharded by torch.distributed.fsdp.fully_shard have no such limit"
         )
 
 
 def supports(grads: list[Tensor]) -> bool:
-    """Whether there are DTensors among these and each is sharded or replicated; a partial one is a sum that torch has to make first.
+    """Whether some gradients are DTensors, which are all sharded or replicated, and no gradient is complex.
 
-    Of complex gradients torch's norm is real, and nothing here knows them.
+    torch must first compute the sum that a partial DTensor stands for. The functions here do not support
+    complex numbers.
     """
     if any(grad.is_complex() for grad in grads):
         return False
@@ -55,7 +56,7 @@ def supports(grads: list[Tensor]) -> bool:
 
 
 def local_tensors(grads: list[Tensor]) -> list[Tensor]:
-    """This rank's shards; plain tensors as they are."""
+    """This rank's shards of DTensors; plain tensors unchanged."""
     return [_local_tensor(grad) if _is_dtensor(grad) else grad for grad in grads]
 
 
@@ -66,7 +67,7 @@ def full(total_norm: Tensor) -> Tensor:
 
 
 def as_torch_returns(total_norm: Tensor, grads: list[Tensor]) -> Tensor:
-    """A replicated DTensor where all gradients are DTensors on one mesh."""
+    """total_norm; as a replicated DTensor if all gradients are DTensors on one mesh."""
     if not all(map(_is_dtensor, grads)) or len({_dtensor(grad).device_mesh for grad in grads}) != 1:
         return total_norm
     from torch.distributed.tensor import DTensor, Replicate
@@ -75,22 +76,26 @@ def as_torch_returns(total_norm: Tensor, grads: list[Tensor]) -> Tensor:
     return DTensor.from_local(total_norm, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
-def count_versions(grads: list[Tensor]) -> None:
-    """A DTensor counts its own versions beside those of its local tensor, which was written."""
+def increment_versions(grads: list[Tensor]) -> None:
+    """A DTensor has a version of its own, which writing its local tensor does not increment."""
     torch.autograd.graph.increment_version([grad for grad in grads if _is_dtensor(grad) and not grad.is_inference()])
 
 
-def index_on(device: torch.device, places: list[int]) -> Tensor:
-    """Places as a tensor there. For a GPU they are pinned first: a copy out of other memory waits for all that was launched before."""
+def index_on(device: torch.device, indices: list[int]) -> Tensor:
+    """Indices as a tensor on a device. Pinned for a GPU, because another copy waits for its kernels."""
     pinned = device.type == "cuda"
-    return torch.tensor(places, dtype=torch.int64, device="cpu", pin_memory=pinned).to(device, non_blocking=pinned)
+    return torch.tensor(indices, dtype=torch.int64, device="cpu", pin_memory=pinned).to(device, non_blocking=pinned)
 
 
 class Group(NamedTuple):
     """The gradients on one mesh.
 
-    mesh: None for plain tensors. dims: the mesh's dimensions to sum over. members: places of the gradients. counted: places of those that
-    this rank counts in the sum. A gradient that is replicated along a dimension counts on the first of its ranks alone.
+    Attributes:
+        mesh: the mesh; None for plain tensors.
+        dims: the dimensions of the mesh to sum over.
+        members: the indices of the gradients.
+        counted: the indices of the gradients that this rank adds to the sum. Along a dimension on which a
+            gradient is replicated, only the first rank adds it.
     """
 
     mesh: Any
@@ -100,11 +105,11 @@ class Group(NamedTuple):
 
 
 def groups_of(grads: list[Tensor]) -> list[Group]:
-    """The gradients by mesh, in their order. Plain tensors are taken to be the same on every rank."""
+    """The gradients by mesh, in their order. Plain tensors must be the same on every rank."""
     members: dict[Any, list[int]] = {}
     for i, grad in enumerate(grads):
         members.setdefault(_dtensor(grad).device_mesh if _is_dtensor(grad) else None, []).append(i)
-    return [_group(grads, mesh, places) for mesh, places in members.items()]
+    return [_group(grads, mesh, indices) for mesh, indices in members.items()]
 
 
 def _group(grads: list[Tensor], mesh: Any, members: list[int]) -> Group:
@@ -119,7 +124,10 @@ def _group(grads: list[Tensor], mesh: Any, members: list[int]) -> Group:
 
 
 def reduce_total_norm(local: list[Tensor], groups: list[Group], norm_type: float, norms: list[Tensor]) -> Tensor:
-    """The norm of all gradients as one vector, float64, the same on every rank, from the norms of what this rank counts of each group."""
+    """The norm of all gradients as one vector: float64, the same on every rank.
+
+    norms: for each group, the norm of the parts that this rank counts.
+    """
     norms = [norm.to(local[0].device) for norm in norms]
     exponent = _common_exponent(local, groups, norms)
     parts = []
@@ -135,7 +143,7 @@ def reduce_total_norm(local: list[Tensor], groups: list[Group], norm_type: float
 def reduce_norms(
     local: list[Tensor], groups: list[Group], norm_type: float, local_norms: tuple[Tensor, Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Norm, largest magnitude and number of non-finite elements of each whole gradient, and the norm of all, from those of the shards."""
+    """gradients.Norms of the whole gradients from those of this rank's parts."""
     norms, max_abs, nonfinite, _ = local_norms
     exponent = _common_exponent(local, groups, [*norms])
     values = _ldexp(norms, -exponent)
@@ -143,11 +151,11 @@ def reduce_norms(
     for group in groups:
         if group.mesh is None:
             continue
-        places = index_on(norms.device, group.members)
-        mine = torch.zeros(len(local), dtype=torch.bool, device=norms.device).index_fill_(0, index_on(norms.device, group.counted), True)
-        values[places] = _reduced(torch.where(mine, values, 0)[places], norm_type, group)
-        max_abs[places] = _reduced(max_abs[places], math.inf, group)
-        nonfinite[places] = _reduced(torch.where(mine, nonfinite, 0)[places], 1.0, group)
+        members, counted = index_on(norms.device, group.members), index_on(norms.device, group.counted)
+        is_counted = torch.zeros(len(local), dtype=torch.bool, device=norms.device).index_fill_(0, counted, True)
+        values[members] = _reduced(torch.where(is_counted, values, 0)[members], norm_type, group)
+        max_abs[members] = _reduced(max_abs[members], math.inf, group)
+        nonfinite[members] = _reduced(torch.where(is_counted, nonfinite, 0)[members], 1.0, group)
     total = values.amax() if norm_type == math.inf else values.sum()
     if norm_type == 2:
         values, total = values.sqrt(), total.sqrt()
@@ -171,24 +179,25 @@ def _local_tensor(grad: Tensor) -> Tensor:
 
 
 def _reduced(values: Tensor, norm_type: float, group: Group) -> Tensor:
-    """The sum over the ranks of a mesh; for inf the maximum, which is nan if any is nan, as in torch."""
+    """The sum over the ranks of a mesh; for norm_type inf the maximum, which is nan if any value is nan."""
     if not group.dims or group.mesh.get_coordinate() is None:
         return values
     from torch import distributed
 
-    # The libraries that reduce do not say whether a maximum of nan and a number is nan.
-    sent = (
+    # The communication libraries do not specify the maximum of nan and a number, so is-nan is reduced
+    # separately.
+    reduced = (
         torch.stack([values.nan_to_num(math.inf, math.inf), values.isnan().to(values.dtype)]) if norm_type == math.inf else values.clone()
     )
     for dim in group.dims:
         operation = distributed.ReduceOp.MAX if norm_type == math.inf else distributed.ReduceOp.SUM
-        distributed.all_reduce(sent, operation, group=group.mesh.get_group(dim))
-    return torch.where(sent[1] > 0, math.nan, sent[0]) if norm_type == math.inf else sent
+        distributed.all_reduce(reduced, operation, group=group.mesh.get_group(dim))
+    return torch.where(reduced[1] > 0, math.nan, reduced[0]) if norm_type == math.inf else reduced
 
 
 def _common_exponent(local: list[Tensor], groups: list[Group], norms: list[Tensor]) -> int:
-    """The power of two by which every rank divides its norms before they are squared: 0 unless the squares may leave float64."""
-    if not any(each.dtype == torch.float64 for each in local):
+    """Ranks divide norms by 2**exponent before squaring; 0 unless a square may overflow or underflow."""
+    if not any(grad.dtype == torch.float64 for grad in local):
         return 0
     largest = torch.stack(norms).amax()
     for group in groups:
@@ -198,6 +207,6 @@ def _common_exponent(local: list[Tensor], groups: list[Group], norms: list[Tenso
 
 
 def _ldexp(values: Tensor, exponent: int) -> Tensor:
-    # In two halves: a power of two may itself leave float64 where the product does not.
+    # Two factors: 2.0**exponent alone may overflow although the product does not.
     half = exponent // 2
     return values * 2.0**half * 2.0 ** (exponent - half) if exponent else values

@@ -1,8 +1,9 @@
-"""SyncBatchNormAct: batch normalisation over the batches of all processes of a group, an optional residual, an activation.
+"""SyncBatchNormAct: batch_norm_act with the statistics of the batches of all processes of a group.
 
-Each process sends what it knows of its share, count, mean and M2 of every channel in float64, in one all_gather, and merges
-what it gets in the order of ranks: all of them have the same bits. Backward is one all_reduce of two sums a channel. Nothing
-waits for the device but the first call, which compares the number of channels.
+In one all_gather each process sends the count, mean and M2 (the sum of squared deviations) of each channel of
+its share, in float64. Every process merges them in the order of ranks, so all get the same bits. Backward is
+one all_reduce of two sums per channel. Only the first call waits for the device: it compares the number of
+channels.
 """
 
 from __future__ import annotations
@@ -19,27 +20,27 @@ from gradkernels import _native, reference
 from gradkernels.acts import check_act
 from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, _BatchNormAct
 
-_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_FUSED = (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d)
+_TORCH_CLASSES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_BATCH_NORM_ACTS = (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d)
 
 
 def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The vectors of all ranks as rows, in the order of ranks."""
-    # torch 2.13 gave it a new name and warns of the old one.
+    # torch 2.13 deprecates the name all_gather_into_tensor.
     gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    # Gloo takes the concatenation of all, and not the stack.
+    # Gloo writes into a concatenated tensor, not into a stacked one.
     gathered = x.new_empty(dist.get_world_size(group) * x.numel())
     gather_into(gathered, x, group)
     return gathered.view(-1, x.numel())
 
 
 def _apply(function: Any, *arguments: Any) -> Tensor:
-    """Function.apply, which torch leaves without types."""
+    """Function.apply with a type, which torch does not declare."""
     return cast(Tensor, function.apply(*arguments))
 
 
 class _AllReduce(torch.autograd.Function):
-    """The sum over all ranks. Every rank's loss depends on every rank's x, so the gradient is the sum of all gradients."""
+    """The sum over all ranks. Each rank's loss depends on x of all ranks, so backward sums gradients too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -54,7 +55,7 @@ class _AllReduce(torch.autograd.Function):
 
 
 class _AllGather(torch.autograd.Function):
-    """_all_gather, differentiable as often as wanted."""
+    """_all_gather that can be differentiated any number of times."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -67,7 +68,7 @@ class _AllGather(torch.autograd.Function):
 
 
 class _Normalise(torch.autograd.Function):
-    """From the statistics of all processes to y; its gradient goes through the statistics too, and to x on every process."""
+    """y from the statistics of all processes, through which its gradient reaches x of every process."""
 
     @staticmethod
     def forward(
@@ -86,7 +87,8 @@ class _Normalise(torch.autograd.Function):
     ) -> Tensor:
         operands = (x, mean, invstd, weight, bias, residual)
         y, mask = torch.ops.gradkernels.batch_norm_act_elemt.default(*operands, act, act_param)
-        # What is kept is what batch_norm_act keeps: of the residual, one bit an element where the activation has two slopes.
+        # As in batch_norm_act, an activation with two slopes keeps one bit per element instead of the
+        # residual.
         keeps_mask = mask.numel() > 0
         keeps_residual = act != "identity" and not keeps_mask
         ctx.save_for_backward(x, mean, invstd, weight, bias, residual if keeps_residual else None, mask if keeps_mask else None, count)
@@ -105,7 +107,7 @@ def _gradients(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
     needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
     statistics = (x, mean, invstd, weight, bias)
     act, act_param = ctx.act, ctx.act_param
-    # Of the identity, the gradient of the residual is grad_y as it stands.
+    # With the identity, the gradient of the residual is grad_y.
     computes_residual = needs_residual and act != "identity"
     if not (needs_x or needs_weight or needs_bias or computes_residual):
         return [None, None, None, grad_y]
@@ -114,7 +116,7 @@ def _gradients(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
     )
     channels = x.shape[1]
     grad_weight = (sums[channels:] * invstd).to(weight.dtype) if needs_weight else None
-    # A copy, since the sums are about to become those of all processes.
+    # A copy, because all_reduce overwrites the sums below.
     grad_bias = sums[:channels].to(bias.dtype, copy=True) if needs_bias else None
     grad_x = None
     if needs_x:
@@ -128,15 +130,15 @@ def _gradients(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
 
 
 def _differentiable_gradients(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
-    """Under create_graph: the forward composed again of torch's operators and collectives, and differentiated."""
+    """For create_graph: repeats forward with differentiable operators, and differentiates it."""
     x, mean, invstd, weight, bias, residual, mask, _ = ctx.saved_tensors
-    # Differentiated by these aliases: the originals may be one tensor, or depend on each other, and each would be given the gradient of
-    # both.
+    # Differentiate by aliases: if two inputs are the same tensor, or one depends on the other, each would get
+    # the gradients of both.
     x = x.view_as(x)
-    weight, bias, residual = (None if each is None else each.view_as(each) for each in (weight, bias, residual))
+    weight, bias, residual = (None if operand is None else operand.view_as(operand) for operand in (weight, bias, residual))
     act, act_param = ctx.act, ctx.act_param
     if mask is not None:
-        # act' takes two values and is constant around x: the factor on grad_y is the gradient that the mask makes of ones.
+        # act' is piecewise constant, so it is a factor without a gradient: what backward returns for ones.
         with torch.no_grad():
             statistics = (x, mean, invstd, None, None)
             ones = torch.ones_like(grad_y)
@@ -158,53 +160,57 @@ def _differentiable_gradients(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
         all_gather=lambda moments: _apply(_AllGather, moments, ctx.group),
     )
     gradients: list[Tensor | None] = [None] * 4
-    wanted = {i: each for i, each in enumerate((x, weight, bias, residual)) if each is not None and ctx.needs_input_grad[i]}
-    if wanted:
-        found = torch.autograd.grad(y, list(wanted.values()), grad_y, create_graph=True)
-        for i, gradient in zip(wanted, found, strict=True):
+    operands = {i: operand for i, operand in enumerate((x, weight, bias, residual)) if operand is not None and ctx.needs_input_grad[i]}
+    if operands:
+        computed = torch.autograd.grad(y, list(operands.values()), grad_y, create_graph=True)
+        for i, gradient in zip(operands, computed, strict=True):
             gradients[i] = gradient
-    # Where the residual was not kept, it meets nothing but the identity.
+    # A residual that was not kept is only added; the factor of a mask is in grad_y already.
     if ctx.needs_input_grad[3] and residual is None:
         gradients[3] = grad_y
     return gradients
 
 
 class SyncBatchNormAct(_BatchNormAct):
-    """Batch normalisation over the batches of all processes, an optional residual and an activation: torch.nn.SyncBatchNorm, then `act`.
+    """torch.nn.SyncBatchNorm, an optional residual and an activation.
 
         y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)
 
-    mean and var are those of each channel over the batches of all processes of the group, which may be of different sizes, or
-    empty. In evaluation, without torch.distributed and in a group of one process it is BatchNormAct1d, 2d or 3d. Works on the
-    CPU (Gloo) too, which torch.nn.SyncBatchNorm refuses, and can be differentiated twice. Called as bn(x) or
-    bn(x, residual), by all processes of the group alike; x has the same C on all of them. The gradients of weight and bias are those of
-    this process's share, as torch's: DistributedDataParallel averages them. The state_dict is that of
-    torch.nn.BatchNorm2d, in both directions.
+    In training, mean and var are computed per channel over the batches of all processes of the group. The
+    batches may have different sizes or be empty. In evaluation, without torch.distributed, and in a group of
+    one process the module computes the same as BatchNormAct1d, 2d or 3d. Unlike torch.nn.SyncBatchNorm it
+    works on the CPU (Gloo) too, and can be differentiated twice.
+
+    Call it as bn(x) or bn(x, residual), on all processes of the group and with the same C. As in torch, the
+    gradients of weight and bias are those of this process's batch, and DistributedDataParallel averages them.
+    The state_dict and that of torch.nn.BatchNorm2d load into each other.
 
     Args:
         num_features: C, the number of channels; x is (N, C) or (N, C, ...).
         eps: added to the variance, in units of x squared.
-        momentum: weight of a batch in the running statistics; None averages over all batches equally.
+        momentum: the weight of a batch in the running statistics; no unit. None gives all batches the same
+            weight.
         affine: learn weight and bias, (C,) each.
         track_running_stats: keep running statistics and use them in evaluation.
-        process_group: whose batches are one batch; None is all processes.
-        device: where parameters and buffers are made.
-        dtype: of parameters and buffers.
+        process_group: the processes that share statistics; None is all processes.
+        device: the device of parameters and buffers.
+        dtype: the dtype of parameters and buffers.
         bias: False leaves out the bias of an affine layer.
-        act: as of BatchNormAct2d.
-        act_param: as of BatchNormAct2d.
+        act: as for BatchNormAct2d.
+        act_param: as for BatchNormAct2d.
 
     Raises:
-        ValueError: unknown act, or act_param for one that has none or beside a module; in forward, x of less than two dimensions or
-            without channels, and on the CPU one value per channel in the batches of all processes together.
-        TypeError: `act` is a module of another kind, or act_param a tensor or a string.
-        RuntimeError: in forward, a residual of another shape, dtype or device than x; C that differs between processes,
-            found by all of them in the first training step that is not compiled; what torch.distributed raises when a process is
-            gone, or refuses something that the others did not.
+        ValueError: act is unknown; act_param is set and act has no parameter or is a module. In forward: x
+            has fewer than two dimensions or no channels; on the CPU, all batches together have one value per
+            channel.
+        TypeError: act is another module, or act_param is a tensor or a string.
+        RuntimeError: in forward, residual has another shape, dtype or device than x; C differs between
+            processes (every process raises this, in the first training step that is not compiled); the errors
+            of torch.distributed, for example after an error on another process alone.
 
-    Source: Ioffe, Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
-    Shift", 2015. Merging: Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
-    Variances", 1979.
+    Source: Ioffe, Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
+    Covariate Shift", 2015. Merging: Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for
+    Computing Sample Variances", 1979.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -243,20 +249,20 @@ class SyncBatchNormAct(_BatchNormAct):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
         group = self._group() if self.training else None
-        return super().forward(input, residual) if group is None else self._forward_with(group, input, residual)
+        return super().forward(input, residual) if group is None else self._synchronised_forward(group, input, residual)
 
     def _group(self) -> dist.ProcessGroup | None:
-        """The processes to share statistics with, None where there are no others."""
+        """The processes that share statistics; None if this process is alone."""
         if not (dist.is_available() and dist.is_initialized()):
             return None
         group = dist.group.WORLD if self.process_group is None else self.process_group
         return group if dist.get_world_size(group) > 1 else None
 
-    def _forward_with(self, group: dist.ProcessGroup, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _synchronised_forward(self, group: dist.ProcessGroup, x: Tensor, residual: Tensor | None) -> Tensor:
         tracked = self.track_running_stats
         running_mean, running_var = (self.running_mean, self.running_var) if tracked else (None, None)
         num_batches_tracked = self.num_batches_tracked if tracked else None
-        # What one process refuses alone leaves the others waiting, so what they may disagree on comes first.
+        # An error on one process alone leaves the others waiting, so the check that fails on all is first.
         if not (self._channels_agree or torch.compiler.is_compiling()):
             self._compare_channels(group, x)
         act_param = reference.check_batch_norm_act(x, residual, True, self.eps, self.act, self._param(), is_share=True)
@@ -299,27 +305,27 @@ class SyncBatchNormAct(_BatchNormAct):
                 )
 
     def _compare_channels(self, group: dist.ProcessGroup, x: Tensor) -> None:
-        """An error on every process where channels differ; else the collectives to come would hang, or mix them up."""
-        has_channels = any(each is not None for each in (self.running_mean, self.running_var, self.weight, self.bias))
-        own = [x.shape[1], self.num_features if has_channels else x.shape[1]]
-        of_ranks = _all_gather(torch.tensor(own, device=x.device), group).tolist()
-        if any(of_rank != [of_ranks[0][0]] * 2 for of_rank in of_ranks):
-            first_with = {tuple(of_rank): rank for rank, of_rank in reversed(list(enumerate(of_ranks)))}
-            found = ", ".join(
-                f"{x_has} in x and {module_has} in the module on rank {rank}"
-                for (x_has, module_has), rank in sorted(first_with.items(), key=lambda item: item[1])
+        """Raises on every process if channels differ; the next collectives would hang or mix channels up."""
+        has_channels = any(values is not None for values in (self.running_mean, self.running_var, self.weight, self.bias))
+        counts = [x.shape[1], self.num_features if has_channels else x.shape[1]]
+        counts_of_ranks = _all_gather(torch.tensor(counts, device=x.device), group).tolist()
+        if any(pair != [counts_of_ranks[0][0]] * 2 for pair in counts_of_ranks):
+            first_rank_with = {tuple(pair): rank for rank, pair in reversed(list(enumerate(counts_of_ranks)))}
+            differences = ", ".join(
+                f"{of_x} in x and {of_module} in the module on rank {rank}"
+                for (of_x, of_module), rank in sorted(first_rank_with.items(), key=lambda item: item[1])
             )
-            raise RuntimeError(f"SyncBatchNormAct: the number of channels must be the same on every process, found {found}")
+            raise RuntimeError(f"SyncBatchNormAct: the number of channels must be the same on every process, but is {differences}")
         self._channels_agree = True
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy may meet other processes, so it compares again.
+        # A copy may run with other processes, so it must compare channels again.
         state = self.__dict__.copy()
         state.pop("_channels_agree", None)
         return state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNormAct:
-        # A process group cannot be copied, and a copy of the module belongs to the same.
+        # A process group cannot be copied. The copied module uses the same group.
         memo[id(self.process_group)] = self.process_group
         result = type(self).__new__(type(self))
         memo[id(self)] = result
@@ -328,23 +334,23 @@ class SyncBatchNormAct(_BatchNormAct):
 
 
 def convert_sync_batch_norm(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
-    """Makes every batch normalisation in a model a SyncBatchNormAct, in place; as torch.nn.SyncBatchNorm.convert_sync_batchnorm.
+    """Turn batch norms of a model into SyncBatchNormAct, as torch.nn.SyncBatchNorm.convert_sync_batchnorm.
 
-    BatchNormAct1d, 2d and 3d keep their activation; torch.nn.BatchNorm1d, 2d, 3d and SyncBatchNorm get "identity". The
-    modules stay the same objects and change their class only, so parameters, buffers, hooks and their handles, mode and
-    whatever else refers to them hold on.
+    BatchNormAct1d, 2d and 3d keep their activation; torch.nn.BatchNorm1d, 2d, 3d and SyncBatchNorm get
+    act="identity". Only the class of a module changes, in place: parameters, buffers, hooks and the mode stay
+    the same, and so do all references to the module.
 
     Args:
-        model: any module; a batch normalisation itself too.
-        process_group: whose batches are one batch; None is all processes. A torch.nn.SyncBatchNorm or a SyncBatchNormAct keeps the group
-            it has unless one is given.
+        model: any module, also a batch norm itself.
+        process_group: the processes that share statistics. None is all processes, but a
+            torch.nn.SyncBatchNorm or a SyncBatchNormAct keeps its group.
 
     Returns:
         model.
 
     Warns:
-        UserWarning: names batch normalisations of other classes, which are left as they are: a subclass may compute
-            something else.
+        UserWarning: the model has batch norms of other classes. They are not converted, because a subclass
+            may compute something else.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -352,19 +358,19 @@ def convert_sync_batch_norm(model: nn.Module, process_group: dist.ProcessGroup |
         >>> gk.convert_sync_batch_norm(model)[1]
         SyncBatchNormAct(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True, act='elu', act_param=1.0)
     """
-    left = []
+    unconverted = []
     for name, module in model.named_modules():
-        if type(module) in _PLAIN:
+        if type(module) in _TORCH_CLASSES:
             module.act, module.act_param = "identity", check_act("identity", None)
-        elif type(module) not in _FUSED and not isinstance(module, SyncBatchNormAct):
+        elif type(module) not in _BATCH_NORM_ACTS and not isinstance(module, SyncBatchNormAct):
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                left.append(f"{name or 'the model itself'} ({type(module).__name__})")
+                unconverted.append(f"{name or 'the model itself'} ({type(module).__name__})")
             continue
         group = getattr(module, "process_group", None) if process_group is None else process_group
         if not isinstance(module, SyncBatchNormAct):
             module.__class__ = SyncBatchNormAct
         module.process_group = group
         module._channels_agree = False
-    if left:
-        warnings.warn(f"convert_sync_batch_norm left subclasses of batch normalisation as they are: {', '.join(left)}", stacklevel=2)
+    if unconverted:
+        warnings.warn(f"convert_sync_batch_norm does not convert these subclasses of batch norm: {', '.join(unconverted)}", stacklevel=2)
     return model

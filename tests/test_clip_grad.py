@@ -480,7 +480,7 @@ def test_error_if_nonfinite(value, norm_type, dtype):
     expected = outcome(torch_clip_grad_norm_, parameters_with(grads), 1.0, norm_type, error_if_nonfinite=True)
     assert expected[0] is RuntimeError
     kind, text = outcome(gk.clip_grad_norm_, parameters_with(grads), 1.0, norm_type, error_if_nonfinite=True)
-    assert (kind, text) == (RuntimeError, f"{expected[1]}. The first gradient that is not finite is that of parameter 1")
+    assert (kind, text) == (RuntimeError, f"{expected[1]}. The first non-finite gradient is that of parameter 1")
     assert_close(grads, before, rtol=0, atol=0, equal_nan=True)
     names = ["first.weight", "second.weight", "third.weight"]
     named = list(zip(names, parameters_with(grads), strict=True))
@@ -495,7 +495,7 @@ def test_error_if_nonfinite_through_torch():
     grads[0][0] = math.inf
     expected = outcome(torch_clip_grad_norm_, parameters_with(grads), 1.0, 3.0, error_if_nonfinite=True)
     kind, text = outcome(gk.clip_grad_norm_, parameters_with(grads), 1.0, 3.0, error_if_nonfinite=True)
-    assert (kind, text) == (RuntimeError, f"{expected[1]}. The first gradient that is not finite is that of parameter 0")
+    assert (kind, text) == (RuntimeError, f"{expected[1]}. The first non-finite gradient is that of parameter 0")
     kind, text = outcome(gk.clip_grad_norm_, {"a.b": parameters_with(grads)[0]}.items(), 1.0, 3.0, error_if_nonfinite=True)
     assert kind is expected[0] and text.startswith(expected[1]) and "a.b" in text
 
@@ -944,7 +944,7 @@ def test_a_norm_that_overflows_names_no_gradient():
     parameters = parameters_with([torch.full((3,), 1e30)])
     with pytest.raises(RuntimeError, match="is non-finite") as raised:
         gk.clip_grad_norm_(parameters, 1.0, 3.0, error_if_nonfinite=True)
-    assert "The first gradient" not in str(raised.value)
+    assert "The first non-finite gradient" not in str(raised.value)
     assert_bitwise_equal("the gradient", parameters[0].grad, torch.full((3,), 1e30))
 
 
@@ -1013,7 +1013,7 @@ TAKING_PARAMETERS = {
     "grad_report": gk.grad_report,
 }
 WRONG_PARAMETERS = {
-    "a dict": ({"weight": PARAMETER}, "not str; of a dict take its items"),
+    "a dict": ({"weight": PARAMETER}, "not str; for a dict, pass its items"),
     "a list of None": ([PARAMETER, None], "not NoneType"),
     "numbers": ([1.0], "not float"),
     "lists": ([[PARAMETER]], "not list"),

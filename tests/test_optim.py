@@ -740,12 +740,12 @@ def test_a_wrapper_that_holds_no_one_optimizer_is_refused_in_words():
             super().__init__(optimizer)
             self.other = other
 
-    with pytest.raises(TypeError, match="Engine is not an Optimizer; the SGD in it is one, for gradients that are whole on this rank"):
+    with pytest.raises(TypeError, match="Engine is not an Optimizer; pass the SGD in it, if this rank has whole gradients"):
         gk.attach_clipping(Engine(one), 1.0)
     deepspeeds = Accelerated(one)
     deepspeeds.optimizer = Engine(one)
     for wrapper, holds in ((Two(one, other), "2 optimizers"), (deepspeeds, "no optimizer of torch")):
-        with pytest.raises(TypeError, match=rf"{type(wrapper).__name__} cannot clip: .* it holds {holds}\. .*gradient_clipping"):
+        with pytest.raises(TypeError, match=rf"cannot use {type(wrapper).__name__}: .* it holds {holds}\. .*gradient_clipping"):
             gk.attach_clipping(wrapper, 1.0)
     with pytest.raises(ValueError, match="LBFGS"):
         gk.attach_clipping(Accelerated(torch.optim.LBFGS(parameters([(3,)]))), 1.0)

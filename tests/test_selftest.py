@@ -48,10 +48,10 @@ def refused(x):
 @pytest.mark.parametrize(
     "elu,words",
     [
-        (lambda x: F.elu(x) * (1 + 1e-3), "an error of"),
-        (lambda x: F.elu(x) * float("nan"), "an error of nan"),
-        (WithoutGradient.apply, "a gradient that is not that of finite differences"),
-        (lambda x: F.elu(x) * (1 + torch.finfo(x.dtype).eps * torch.get_num_threads()), "bits that depend on the number of threads"),
+        (lambda x: F.elu(x) * (1 + 1e-3), "its error is"),
+        (lambda x: F.elu(x) * float("nan"), "its error is nan"),
+        (WithoutGradient.apply, "its gradient differs from finite differences"),
+        (lambda x: F.elu(x) * (1 + torch.finfo(x.dtype).eps * torch.get_num_threads()), "its bits depend on the number of threads"),
         (refused, "RuntimeError: no such luck"),
     ],
     ids=["error", "nan", "gradient", "threads", "exception"],

@@ -379,7 +379,7 @@ def check_channel_counts_that_differ(group):
         before = statistics_of(bn)
         error, message = outcome(bn, torch.randn(4, x_has, 2))
         assert error is RuntimeError
-        assert message == f"SyncBatchNormAct: the number of channels must be the same on every process, found {words}"
+        assert message == f"SyncBatchNormAct: the number of channels must be the same on every process, but is {words}"
         assert_close(statistics_of(bn), before, rtol=0, atol=0)
     # The group goes on.
     assert gk.SyncBatchNormAct(3, process_group=group)(torch.randn(4, 3)).shape == (4, 3)
@@ -954,6 +954,6 @@ def test_convert_of_the_model_itself_and_of_what_it_leaves():
 
     assert type(gk.convert_sync_batch_norm(nn.BatchNorm1d(3))) is gk.SyncBatchNormAct
     model = nn.Sequential(Own(3), nn.BatchNorm2d(3))
-    with pytest.warns(UserWarning, match=r"as they are: 0 \(Own\)$"):
+    with pytest.warns(UserWarning, match=r"does not convert .*: 0 \(Own\)$"):
         gk.convert_sync_batch_norm(model)
     assert [type(each) for each in model] == [Own, gk.SyncBatchNormAct]
