@@ -1,10 +1,12 @@
-"""How near a result must be, in one place: its error is at most torch's own error or 2 ulp, whichever is larger.
+"""The bounds of the tests: the error of a result is at most torch's own error or 2 ulp, whichever is larger.
 
-Float64 has no wider type to compute in, and gets half an ulp more. Bfloat16 and float16 are computed in float32 and rounded once: half an
-ulp for the rounding, 0.01 for what float32 missed before it, whatever torch's own error is.
+float64 is allowed half an ulp more, because there is no wider type to compute in. bfloat16 and float16 are
+computed in float32 and rounded once. They are allowed 0.51 ulp, whatever torch's own error is: half an ulp
+for the rounding and 0.01 ulp for the error of float32 before it.
 
-Exact means more digits than the result has: below float64 gradkernels.reference run in float64, for float64 the same formulas in numpy's
-long double (64 bits of mantissa on x86), which stand here and are held against gradkernels.reference by the tests that use them.
+"Exact" results have more digits than the result under test. Below float64 they come from
+gradkernels.reference run in float64. For float64 they come from the formulas in this file, in numpy's long
+double (64 bits of mantissa on x86); the tests compare these formulas with gradkernels.reference.
 """
 
 import numpy as np
@@ -12,32 +14,40 @@ import torch
 
 from gradkernels import _native
 
-# Without an instruction that multiplies and adds in one rounding, as csrc/math/exp.h has it.
+# 4 ulp on processors that cannot multiply and add with one rounding: csrc/math/exp.h states this bound.
 ULP_BOUND = 2.0 if _native.C is None or _native.C.instruction_set() != "base" else 4.0
-# In ulp of the terms, under any grad_y.
+# The bound of swish's gradient for any grad_y, in ulp of its terms.
 SWISH_GRADIENT = 3.4
-SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 ROUNDED_ONCE = 0.51
+
+WIDE_DTYPES = (torch.float32, torch.float64)
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+DTYPES = (*WIDE_DTYPES, *SIXTEEN_BITS)
+# Dtypes without a kernel of ours: torch's own functions compute them.
+ROUTED_DTYPES = (torch.int64, torch.bool, torch.complex64)
 
 
 def extended(tensor):
-    """The tensor's values as numpy long doubles; numbers and None pass through, as they do through torch's functions."""
+    """The values of a tensor or a number as numpy long doubles; None stays None."""
     if isinstance(tensor, torch.Tensor):
-        # numpy has no bfloat16.
+        # numpy has no bfloat16, whose values float64 holds exactly.
         return (tensor.double() if tensor.dtype in SIXTEEN_BITS else tensor).detach().cpu().numpy().astype(np.longdouble)
     return tensor if tensor is None else np.asarray(tensor, np.longdouble)
 
 
 def spacing(magnitude, dtype):
-    """The distance of neighbouring numbers of dtype at a magnitude, which may lie between two of them; that of the largest beyond it."""
+    """The distance between neighbouring numbers of dtype at this magnitude."""
     info = torch.finfo(dtype)
-    # Each of the four types has its spacings in float64, whose frexp is ten times that of long double.
+    # float64 holds the spacings of all four dtypes, and its frexp is ten times faster than long double's.
     clamped = np.clip(magnitude, info.smallest_normal, info.max).astype(np.float64)
     return np.ldexp(info.eps, np.frexp(clamped)[1] - 1)
 
 
 def ulps(actual, exact, dtype, unit):
-    """|actual - exact| in units in the last place of dtype; 0 where both are the same inf or nan, inf where only one of them is."""
+    """|actual - exact| / unit; 0 where both are the same inf or both are nan, inf where only one of them is.
+
+    An exact number that dtype would round to inf counts as inf.
+    """
     with np.errstate(all="ignore"):
         largest = np.longdouble(torch.finfo(dtype).max)
         rounded = np.where(np.abs(exact) >= largest + spacing(largest, dtype) / 2, np.copysign(np.inf, exact), exact)
@@ -47,7 +57,7 @@ def ulps(actual, exact, dtype, unit):
 
 
 def errors_in_ulps(actual, torchs, exact, *, per="element", scale=0.0, bound=ULP_BOUND):
-    """The errors of `actual` and of `torchs`, element by element, and the bound on ours, as assert_accurate says."""
+    """The errors of `actual` and of `torchs` for each element, and the bound; see assert_accurate."""
     dtype = actual.dtype
     exact = extended(exact)
     magnitude = np.abs(exact)
@@ -61,7 +71,7 @@ def errors_in_ulps(actual, torchs, exact, *, per="element", scale=0.0, bound=ULP
     else:
         unit = spacing(magnitude, dtype)
     if dtype in SIXTEEN_BITS:
-        # Where bound float32 ulp of the terms are more than 0.01 ulp of the result, so much more is allowed.
+        # 0.51 ulp of the result, or 0.5 ulp plus `bound` float32 ulp of the terms if that is more.
         own = spacing(np.where(np.isfinite(exact), np.abs(exact), 1), dtype)
         unit = own / ROUNDED_ONCE * np.maximum(ROUNDED_ONCE, 0.5 + bound * spacing(magnitude, torch.float32) / own)
         bound = ROUNDED_ONCE
@@ -71,14 +81,18 @@ def errors_in_ulps(actual, torchs, exact, *, per="element", scale=0.0, bound=ULP
 
 
 def assert_accurate(name, actual, torchs, exact, *, per="element", scale=0.0, bound=ULP_BOUND, most=np.inf):
-    """Fails, saying where and by how much, unless the largest error of `actual` is at most max(largest error of `torchs`, `bound`).
+    """Fails unless the largest error of `actual` is at most max(largest error of `torchs`, `bound`).
 
-    An ulp is that of the exact element, or with per="tensor" the largest exact element times the dtype's epsilon: what a sum of terms that
-    cancel can be held to.
-    `scale` (a number, or one per element) is the size of the terms where they are larger than the result they cancel to. Where torch is
-    lost (inf or nan instead of a number) its error counts for nothing; `most` bounds ours where torch's is known to be large.
+    per: "element" counts in ulp of the exact element, "tensor" in the largest exact element times the dtype's
+    epsilon, because a sum of terms that cancel cannot be more accurate than that.
+    scale: the size of the terms (a number, or one for each element), where the terms are larger than the
+    result that they cancel to.
+    most: limits the bound, where torch's error is known to be large.
 
-    16 bits: `bound` float32 ulp of the larger of result and scale, at least 0.01 ulp of the result, and half an ulp of it to round.
+    An element that is inf or nan only in `torchs` does not widen the bound.
+
+    In 16 bits the bound is half an ulp of the result for the rounding, plus `bound` float32 ulp of the larger
+    of result and scale, but at least 0.01 ulp of the result.
     """
     assert actual.shape == torchs.shape and actual.dtype == torchs.dtype, (
         f"{name}: {actual.shape} {actual.dtype}, torch has {torchs.shape} {torchs.dtype}"
@@ -103,7 +117,7 @@ def assert_accurate(name, actual, torchs, exact, *, per="element", scale=0.0, bo
 
 
 def assert_bitwise_equal(name, actual, expected):
-    """Fails, saying where, unless both hold the same bits; any nan equals any nan, +0 does not equal -0."""
+    """Fails, with the first difference, unless both hold the same bits. nan equals nan, +0 does not equal -0."""
     assert actual.shape == expected.shape and actual.dtype == expected.dtype, (
         f"{name}: {actual.shape} {actual.dtype}, not {expected.shape} {expected.dtype}"
     )
@@ -120,7 +134,7 @@ def assert_bitwise_equal(name, actual, expected):
 
 
 def outcome(function, *args, **kwargs):
-    """What a call comes to: its result, or the type and the words of its exception."""
+    """The result of a call, or the type of its exception and the first line of the message."""
     try:
         return function(*args, **kwargs)
     except Exception as error:
@@ -128,7 +142,7 @@ def outcome(function, *args, **kwargs):
 
 
 def assert_same_outcome(name, actual, expected):
-    """Fails unless both calls returned equal tensors of one dtype, or raised the same exception with the same first line."""
+    """Fails unless both calls returned equal tensors of one dtype, or raised the same exception."""
     if isinstance(expected, tuple) and isinstance(expected[0], type):
         assert actual == expected, f"{name}: {actual}, where torch raises {expected}"
     else:
@@ -161,10 +175,10 @@ def exact_activation(x, grad_y, act, param):
 
 
 def activation_scales(x, grad_y, act, param, *, reads_output=False):
-    """The size of what y and grad_x of an activation are computed from, where rounding it costs more than 2 ulp of the result.
+    """The size of the terms of y and grad_x where rounding them costs more than 2 ulp of the result, else 0.
 
-    elu's gradient may be read off the output, grad_y * (y + alpha); swish rounds beta * x (not for beta = 1), which exp magnifies by
-    |beta x|, and its gradient is the sum of two terms of either sign.
+    elu's gradient may be computed from the output, as grad_y * (y + alpha). swish rounds beta * x unless beta
+    is 1, and exp multiplies this error by |beta x|. Its gradient is a sum of two terms of either sign.
     """
     x, grad_y, param = extended(x), abs(extended(grad_y)), extended(param)
     if act == "elu":
@@ -179,7 +193,7 @@ def activation_scales(x, grad_y, act, param, *, reads_output=False):
 
 
 def exact_batch_norm_act(x, running_mean, running_var, weight, bias, training, momentum, eps, *, act, act_param, residual, grad_y):
-    """y, every gradient and the running statistics afterwards, by name; None where there is no such thing."""
+    """y, the gradients and the running statistics after the call, by name; None for operands left out."""
     x, grad_y = extended(x), extended(grad_y)
     axes = (0, *range(2, x.ndim))
     per_channel = (1, -1, *([1] * (x.ndim - 2)))

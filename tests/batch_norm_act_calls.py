@@ -1,6 +1,6 @@
-"""Calls of batch_norm_act to be judged: operands, results by name, how large the terms behind a result are, and the hard inputs.
+"""Calls of batch_norm_act for tests of accuracy: operands, hard inputs, results, the size of their terms.
 
-For tests/test_batch_norm_act.py and for bench/bench_accuracy.py, which prints what that asserts.
+Also used by bench/bench_accuracy.py, which prints the errors that tests/test_batch_norm_act.py bounds.
 """
 
 import numpy as np
@@ -10,13 +10,14 @@ import gradkernels as gk
 from accuracy import exact_batch_norm_act, extended
 from gradkernels import acts, reference
 
-# Parameters that are not the default; name -> the parameter of a test.
+# act -> a parameter that is not the default
 PARAMS = {"leaky_relu": 0.2, "elu": 1.3, "swish": 1.7}
 ACTS = {name: PARAMS.get(name, act.default) for name, act in acts.ACTS.items()}
 TWO_SLOPES = tuple(name for name, act in acts.ACTS.items() if act.saves == "mask")
 KINKS = {"relu": (0,), "leaky_relu": (0,), "relu6": (0, 6)}
+MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
-# The classes of input that statistics must survive: name -> x made of normal values.
+# Inputs that are hard for the statistics: name -> x, made from normally distributed values.
 HARD_INPUTS = {
     "N(0,1)": lambda normal: normal,
     "1e4 +- 1": lambda normal: 1e4 + normal,
@@ -37,7 +38,7 @@ def with_element(normal, index, value):
 
 
 def laid_out(x, channels_last):
-    """x in one of the two layouts that the kernels have."""
+    """x in one of the two layouts that have kernels."""
     if not channels_last:
         return x
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.t().contiguous().t()
@@ -49,7 +50,7 @@ def hard_input(name, shape, dtype=torch.float32, channels_last=False):
 
 
 def arguments(shape, dtype=torch.float32, *, x=None, residual=False, seed=0):
-    """Everything a call needs, of which nothing is constant: x, the four vectors per channel, a residual or None, grad_y."""
+    """The operands of a call, none of them constant: x, four vectors per channel, a residual or None, grad_y."""
     torch.manual_seed(seed)
     channels = shape[1]
     if x is None:
@@ -70,7 +71,7 @@ def cast(given, dtype):
 
 
 def call(function, given, training, act, momentum=0.1, eps=1e-5, act_param="of the table"):
-    """y, the gradients and the running statistics after the call, by name; the given tensors stay as they are."""
+    """y, the gradients and the running statistics after the call, by name. `given` does not change."""
     param = ACTS[act] if act_param == "of the table" else act_param
     names = [name for name in ("x", "weight", "bias", "residual") if given[name] is not None]
     leaves = {name: given[name].detach().requires_grad_() for name in names}
@@ -93,7 +94,7 @@ def call(function, given, training, act, momentum=0.1, eps=1e-5, act_param="of t
 
 
 def without_kinks(given, training, act, eps=1e-5):
-    """grad_y set to 0 where rounding decides on which side of a kink an element lies: there no implementation is right or wrong."""
+    """`given` with a grad_y of 0 near the kinks, where rounding decides about the slope."""
     kinks = KINKS.get(act, ())
     wide = cast(given, torch.float64)
     u = reference.batch_norm_act(
@@ -109,9 +110,10 @@ def without_kinks(given, training, act, eps=1e-5):
 
 
 def scales_of(given, training, momentum, eps):
-    """How large the terms are whose sums results are: of a sum over a channel their norm, of y and grad_x the largest of them.
+    """The size of the terms of each result: for sums over a channel their norm, for y and grad_x the largest.
 
-    A mean in float64 is at most half an ulp off, for want of a wider type, and then mean * invstd is a term of all that x - mean is in.
+    A mean in float64 has an error of half an ulp, because there is no wider type. In every result that
+    contains x - mean, mean * invstd is therefore one of the terms.
     """
     x, grad_y = extended(given["x"]), extended(given["grad_y"])
     axes = (0, *range(2, x.ndim))
@@ -132,7 +134,7 @@ def scales_of(given, training, momentum, eps):
 
 
 def judged(given, training, act, momentum=0.1, eps=1e-5):
-    """name -> (ours, torch's, exact, size of the terms) of y, the gradients and the running statistics."""
+    """name -> (ours, torch's, exact, size of the terms), for y, the gradients and the running statistics."""
     given = without_kinks(given, training, act, eps)
     ours = call(gk.batch_norm_act, given, training, act, momentum, eps)
     theirs = call(reference.batch_norm_act, given, training, act, momentum, eps)

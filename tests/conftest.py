@@ -1,8 +1,10 @@
-"""What every test gets: a native library (missing, a test fails rather than passing on the reference), seeded data, threads put back; and
-how many examples hypothesis tries: the same 200 each time, 10,000 new ones with --hypothesis-profile=fuzz.
+"""Fixtures of every test: the native library, seeded data, the number of threads.
 
-test_native.py is about the library's absence and test_layout.py about the sources, so these two go without. Where torch has a GPU, the
-operators' tests run once more with it as the default device: what they make, they make there.
+Without the native library a test fails, because it would pass on the reference. test_native.py, which is
+about a missing library, and test_layout.py, which is about the sources, run without it. If torch has a GPU,
+the tests of the operators run a second time with the GPU as the default device.
+
+hypothesis tries the same 200 examples each time, and 10,000 new ones with --hypothesis-profile=fuzz.
 """
 
 import sys
@@ -16,8 +18,8 @@ from hypothesis import HealthCheck, settings
 
 from gradkernels import _native
 
-# torch's tables of samples come with its test classes, which derive from expecttest's. No test here uses more of it than its names, so that
-# a machine without it (one with a GPU and no network) runs them too.
+# The modules of torch's samples define test classes that derive from expecttest's. The tests here use nothing
+# else of expecttest, so these stand-ins are enough on a machine without it.
 if find_spec("expecttest") is None:
     expecttest = module_from_spec(ModuleSpec("expecttest", loader=None))
     expecttest.TestCase, expecttest.ACCEPT = unittest.TestCase, False
@@ -25,8 +27,8 @@ if find_spec("expecttest") is None:
 
 import torch.testing._internal.common_utils
 
-# torch's test module above chooses a profile of its own, of ten examples, when it is first imported: before this and not by a test.
-# Seeded data and native() are the same for every example.
+# The import above loads a hypothesis profile of torch's, with ten examples: it has to come before these
+# lines. Fixtures of function scope are allowed, because seed() and native() do the same for every example.
 ALWAYS = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
 settings.register_profile("test", max_examples=200, derandomize=True, **ALWAYS)
 settings.register_profile("fuzz", max_examples=10_000, print_blob=True, **ALWAYS)
@@ -66,7 +68,7 @@ def seed():
 def each_thread_count(device):
     """Calls a function under 1 and under 2 threads and returns both results."""
     if device != "cpu":
-        pytest.skip("threads are the CPU's")
+        pytest.skip("only the CPU's kernels use threads")
     before = torch.get_num_threads()
 
     def run(function):

@@ -1,7 +1,9 @@
-"""Calls every operator on operands that touch a page that may be neither read nor written: python tests/guard_pages.py
+"""Calls every operator on operands next to a page that must not be read or written.
 
-An operand ends where the page begins, or begins where it ends. To be run in a process of its own: a kernel that reads or writes one byte
-too far ends it. Each call is printed before it is made.
+    python tests/guard_pages.py
+
+An operand ends where the page begins, or begins where the page ends. A kernel that reads or writes one byte
+too far ends the process, so this runs in a process of its own. Each call is printed before it is made.
 """
 
 import ctypes
@@ -12,20 +14,20 @@ import mmap
 import torch
 
 import gradkernels as gk
+from accuracy import DTYPES
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = (
     *((size,) for size in (*range(1, 36), 63, 64, 65, 127, 129, 1025)),
     *((4, 3), (3, 17), (5, 65), (2, 3, 5), (2, 1, 63), (2, 3, 64), (1, 2, 67), (3, 5, 7, 7), (2, 17, 3, 3), (2, 3, 9, 8)),
 )
 FORBIDDEN = 0
-SIZE_OF_GUARD = 1 << 16  # more than a page has on any processor
+SIZE_OF_GUARD = 1 << 16  # bytes: whole pages on every processor
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 def guarded(tensor, at_end):
-    """A copy of the tensor, storage order kept, that touches a forbidden page."""
+    """A copy of the tensor in the same storage order, next to a page that must not be accessed."""
     nbytes = tensor.numel() * tensor.element_size()
     room = -(-nbytes // SIZE_OF_GUARD) * SIZE_OF_GUARD
     memory = mmap.mmap(-1, room + 2 * SIZE_OF_GUARD)
@@ -39,7 +41,7 @@ def guarded(tensor, at_end):
 
 
 def calls(shape, dtype, at_end):
-    """name -> a call, on operands of its own."""
+    """Names and calls; each call has operands of its own."""
 
     def operand(*of_shape, memory_format=torch.contiguous_format):
         return guarded(torch.randn(of_shape).to(dtype).contiguous(memory_format=memory_format), at_end)

@@ -1,4 +1,4 @@
-"""What tests ask of memory: the tensors that a call keeps for backward, their bytes, and whether there is room for a large one."""
+"""Measures of memory: the tensors that a call saves for backward, the bytes that it keeps, and free memory."""
 
 import gc
 
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def saved_by(function):
-    """What the function returns, and the tensors that autograd has saved meanwhile."""
+    """The result of the function, and the tensors that autograd saved during the call."""
     saved = []
 
     def pack(tensor):
@@ -24,7 +24,7 @@ def saved_by(function):
 
 
 class _Storages(TorchDispatchMode):
-    """Weak references to the memory of what operators return, which none of their arguments has brought along, and its bytes."""
+    """Weak references to memory that operators allocate, and its bytes; not the memory of their arguments."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ class _Storages(TorchDispatchMode):
 
 
 def bytes_kept_by(function):
-    """Of the memory made in a call, the bytes that live on with what it returns: those of the graph, whatever hooks there are."""
+    """The bytes allocated in a call that its result and its graph keep alive, under any saved-tensor hooks."""
     with _Storages() as storages:
         y = function()
     gc.collect()
@@ -56,7 +56,7 @@ def bytes_kept_by(function):
 
 
 def skip_unless_free(size):
-    """Skips the test where the machine has fewer bytes than `size` to give."""
+    """Skips the test on a machine with less than `size` bytes of free memory."""
     with open("/proc/meminfo") as lines:
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     if free < size:

@@ -1,7 +1,10 @@
-"""Calls torch.ops.gradkernels.* with arguments that fit and arguments that do not: python tests/schema_calls.py SEED CALLS_PER_OPERATOR.
+"""Calls torch.ops.gradkernels.* with right and wrong arguments.
 
-To be run in a process of its own, which a crash ends: each call is printed before it is made. Whatever comes of it, a call may write only
-what its schema says, and nothing at all if it raises. Arguments are made by name, so that a new operator is called as soon as there is one.
+    python tests/schema_calls.py SEED CALLS_PER_OPERATOR
+
+A crash ends the process, so this runs in a process of its own, and each call is printed before it is made. A
+call may write only what its schema says, and nothing if it raises. Arguments are made by their names, so a
+new operator is called as soon as it exists.
 """
 
 import faulthandler
@@ -13,16 +16,16 @@ import warnings
 import torch
 
 import gradkernels
+from accuracy import DTYPES
 from gradkernels.acts import ACTS
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 STRANGE_DTYPES = (torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn)
 SHAPES = ((5, 3), (2, 3, 4), (2, 0, 3, 3), (2, 3, 5, 4), (1, 1), (4, 1, 3), (0, 3), (3, 0, 2), (2, 3, 2, 2, 3), (64, 65), (7,), ())
 HUGE = 2**45
 
 
 class Case:
-    """The shape and dtype that the tensors of one call have where they fit each other."""
+    """The shape and dtype of the tensors of one right call."""
 
     def __init__(self, draw):
         self.draw = draw
@@ -51,7 +54,7 @@ class Case:
         return torch.randint(256, ((elements + 7) // 8,), dtype=torch.uint8)
 
     def fitting(self, operator, argument):
-        """What the argument of this name is in a call that is right."""
+        """The argument of this name in a right call."""
         draw, channels = self.draw, self.channels
         made = {
             **dict.fromkeys(("x", "grad_y", "self_or_result"), self.of_shape),
@@ -87,8 +90,8 @@ class Case:
 
 
 def strange_tensor(draw, tensor):
-    """The tensor, changed in one respect."""
-    # torch's own functions of the negated view of a quantized tensor end the process.
+    """The tensor with one property changed."""
+    # torch's own functions crash on the negated view of a quantized tensor.
     if tensor.is_quantized or tensor.numel() >= HUGE:
         return tensor
     changes = [
@@ -120,12 +123,12 @@ def strange_tensor(draw, tensor):
     try:
         return draw.choice(changes)()
     except (RuntimeError, TypeError, IndexError, NotImplementedError, ValueError):
-        # Not every tensor can be changed so.
+        # Not every tensor allows every change.
         return torch.zeros(())
 
 
 def strange(draw, value):
-    """Anything but what the argument is to be."""
+    """A value that the argument should not have."""
     if draw.random() < 0.1:
         return draw.choice([None, "", "relu\0", b"x", object(), [], [None], 1j, HUGE, -1, torch.empty(0), torch.float32, {}])
     if isinstance(value, torch.Tensor):
@@ -149,14 +152,14 @@ def tensors_in(arguments):
 
 
 def bits(tensor):
-    """What is in the whole storage of a tensor, beyond its own elements too; None where it has no memory to look at."""
+    """The bytes of the whole storage of a tensor, also those outside the tensor; None if they cannot be read."""
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_nested or tensor.is_quantized:
         return None
     return bytes(tensor.untyped_storage())
 
 
 def written_by(schema, arguments):
-    """Addresses of the storages that the schema allows to be written."""
+    """The addresses of the storages that the schema allows the call to write."""
     allowed = set()
     for argument, value in zip(schema.arguments, arguments, strict=False):
         if argument.alias_info is not None and argument.alias_info.is_write:
@@ -207,7 +210,7 @@ def main(seed, calls):
         overload = getattr(getattr(torch.ops.gradkernels, schema.name.split("::")[1]), schema.overload_name or "default")
         outcomes = [make_call(draw, schema, overload) for _ in range(calls)]
         served = sum(outcome is None for outcome in outcomes)
-        assert 0 < served < calls, f"{schema.name}: {served} of {calls} calls were served"
+        assert 0 < served < calls, f"{schema.name}: {served} of {calls} calls returned a result"
     print(f"{len(schemas)} operators, gradkernels {gradkernels.__version__}")
 
 

@@ -1,7 +1,7 @@
-"""leaky_relu, prelu, rrelu, elu, swish, their modules: values, gradients, layouts, memory kept, and every way torch can call an operator.
+"""leaky_relu, prelu, rrelu, elu, swish and their modules: values, gradients, memory, and torch's machinery.
 
-torch's own means gradkernels.reference in the tensor's dtype; exact means more digits (accuracy.py). Each later dtype or layout is one more
-entry of the tables below. What a table entry cannot say, the gradient of a weight and slopes that are drawn, has its sections at the end.
+"torch's" result is that of gradkernels.reference in the tensor's dtype, the "exact" one has more digits
+(accuracy.py). Gradients of parameters and random slopes have sections of their own at the end.
 """
 
 import contextlib
@@ -34,6 +34,9 @@ from torch.utils.checkpoint import checkpoint
 
 import gradkernels as gk
 from accuracy import (
+    DTYPES,
+    ROUTED_DTYPES,
+    SIXTEEN_BITS,
     SWISH_GRADIENT,
     ULP_BOUND,
     activation_scales,
@@ -52,7 +55,7 @@ OPS = torch.ops.gradkernels
 
 @dataclass(frozen=True)
 class Activation:
-    """function(x, param), what torch has for it, and the modules of both; formula is its name in accuracy.py."""
+    """function(x, param), its reference, torch's function, and the modules. formula: the name in accuracy.py."""
 
     name: str
     formula: str
@@ -70,7 +73,7 @@ class Activation:
 
 
 def with_weight(function):
-    """function(x, weight) with the weight as a number, which each dtype holds exactly."""
+    """function(x, weight) with the weight as a number, which every dtype has to hold exactly."""
     return lambda x, weight=0.25: function(x, torch.full((1,), weight, dtype=x.dtype, device=x.device))
 
 
@@ -79,22 +82,25 @@ def with_beta(function):
 
 
 def around(function):
-    """rrelu in eval, whose slope is the middle of its bounds."""
+    """rrelu in evaluation: its slope is the middle of its bounds."""
     return lambda x, slope=0.25, inplace=False: function(x, slope - 0.125, slope + 0.125, False, inplace)
 
 
 def drawn(function):
-    """rrelu in training between bounds that leave one slope to draw."""
+    """rrelu in training with equal bounds, which leave one slope to draw."""
     return lambda x, slope=0.25, inplace=False: function(x, slope, slope, True, inplace)
 
 
 def sloped(x, slope=0.25, inplace=False):
-    """What rrelu comes to there. torch's own loses the strides, knows no vmap, and draws no float16."""
+    """rrelu for around() and drawn().
+
+    torch's rrelu loses the strides and has no vmap and no float16 training.
+    """
     return F.leaky_relu(x, slope, inplace)
 
 
 def in_float32(param):
-    """What the kernels make of a parameter: that they round it is no error of theirs."""
+    """The parameter as the kernels round it, so that this rounding does not count as an error."""
     return torch.tensor(param, dtype=torch.float32).item()
 
 
@@ -129,10 +135,7 @@ ACTIVATIONS = [
 ]
 BY_NAME = {act.name: act for act in ACTIVATIONS}
 INPLACE = [act for act in ACTIVATIONS if act.has_inplace]
-SIXTEEN_BITS = [torch.bfloat16, torch.float16]
-DTYPES = [torch.float32, torch.float64, *SIXTEEN_BITS]
-ROUTED_DTYPES = [torch.int64, torch.bool, torch.complex64]
-# The last ones lie about the chunk that a thread takes.
+# The last two are next to the chunk of a thread.
 SIZES = [0, 1, 7, 8, 9, 15, 16, 17, 63, 64, 65, 1009, 32767, 32769]
 LAYOUTS = {
     "0-d": lambda make: make(()),
@@ -168,19 +171,19 @@ def value_and_grad(function, x, grad_y, *args):
 
 
 def away_from_kink(*size, dtype=torch.float64):
-    """Values no finite difference carries over the kink at 0."""
+    """Values so far from the kink at 0 that finite differences do not cross it."""
     x = torch.randn(*size, dtype=dtype)
     return x + x.sign() * 0.1
 
 
 def scales(act, x, grad_y, param):
-    """Elu's gradient is read off the output, as in torch's elu_, unless that has 16 bits."""
+    """elu computes its gradient from the output, except in 16 bits and for a negative alpha."""
     return activation_scales(x, grad_y, act.formula, param, reads_output=x.dtype not in SIXTEEN_BITS and param >= 0)
 
 
 # values
 
-# In ulp of the terms, where a gradient is held to another bound than all results are.
+# Bounds of gradients that are not ULP_BOUND, in ulp of the terms.
 GRADIENT_BOUNDS = {"swish": SWISH_GRADIENT}
 
 
@@ -222,8 +225,8 @@ def test_every_value_of_16_bits_is_rounded_once(act, param, dtype):
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
-def test_the_judge_of_16_bits(dtype):
-    """It passes what is rounded once from float64, and neither its neighbour nor what was a quarter ulp off before it was rounded."""
+def test_assert_accurate_in_16_bits(dtype):
+    """It accepts exact values rounded once, but not their neighbours or an error of 1/4 ulp before rounding."""
     exact = torch.randn(4099, dtype=torch.float64) * torch.logspace(-9, 4, 4099, dtype=torch.float64)
     rounded = exact.to(dtype)
     assert_accurate("rounded", rounded, rounded, exact)
@@ -248,7 +251,7 @@ def test_reference_in_float64_is_exact(act):
 @each_dtype
 @each_param
 def test_far_from_zero(act, param, dtype):
-    """Where exp overflows or vanishes: finite, and right to 2 ulp of 1 or of the result."""
+    """Where exp overflows or underflows, results are right to 2 ulp of 1 or of the result."""
     x = torch.linspace(-1100, 1100, 4001, dtype=torch.float64).to(dtype)
     grad_y = torch.ones_like(x)
     y, grad_x = value_and_grad(act.function, x, grad_y, param)
@@ -262,7 +265,7 @@ def test_far_from_zero(act, param, dtype):
 @each_act
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 def test_nan_and_inf_stay_where_they_are(act, dtype, value):
-    """What they come to is in test_special_values.py."""
+    """test_special_values.py tests the results at these elements."""
     for size in SIZES[1:-2]:
         x, grad_y = torch.randn(size, dtype=dtype), torch.randn(size, dtype=dtype)
         clean_y, clean_grad_x = value_and_grad(act.function, x, grad_y)
@@ -285,7 +288,7 @@ def test_same_bits_for_any_number_of_threads(act, dtype, each_thread_count):
 
 @pytest.mark.parametrize("act", [act for act in ACTIVATIONS if act.name != "rrelu in training"], ids=repr)
 @pytest.mark.parametrize("dtype", ROUTED_DTYPES, ids=str)
-def test_other_dtypes_are_torchs(act, dtype):
+def test_other_dtypes_equal_torchs(act, dtype):
     x = (torch.randn(65) * 4).to(dtype)
     assert_same_outcome("y", outcome(act.function, x), outcome(act.torchs, x))
     if act.has_inplace:
@@ -301,7 +304,7 @@ def test_other_dtypes_are_torchs(act, dtype):
     [gk.leaky_relu, gk.elu, gk.swish, gk.rrelu, lambda x: gk.prelu(x, torch.ones(1))],
 )
 @pytest.mark.parametrize("wrong", [[1.0], 1.0, None], ids=str)
-def test_what_is_no_tensor_is_a_type_error(function, wrong):
+def test_x_that_is_not_a_tensor_is_a_type_error(function, wrong):
     with pytest.raises(TypeError):
         function(wrong)
 
@@ -340,7 +343,7 @@ def test_layout_of_grad_y(act, layout):
 
 
 @each_act
-def test_grad_y_that_is_zero_or_absent(act):
+def test_grad_y_of_zeros_and_of_a_sum(act):
     x = torch.randn(65, requires_grad=True)
     y = act.function(x)
     (zero,) = torch.autograd.grad(y, x, torch.zeros(65))
@@ -399,7 +402,7 @@ def test_inplace_through_a_view(act):
 
 
 @each_inplace
-def test_inplace_on_a_leaf_is_refused_unwritten(act):
+def test_inplace_on_a_leaf_is_refused_before_writing(act):
     x = torch.randn(17, requires_grad=True)
     before = x.detach().clone()
     expected = outcome(act.torchs, x, act.default, True)
@@ -410,7 +413,7 @@ def test_inplace_on_a_leaf_is_refused_unwritten(act):
 
 
 @each_inplace
-def test_inplace_on_overlapping_memory_is_refused_unwritten(act):
+def test_inplace_on_overlapping_memory_is_refused_before_writing(act):
     x = torch.randn(1, 5)
     before = x.clone()
     expected = outcome(act.torchs, x.expand(3, 5), act.default, True)
@@ -441,7 +444,7 @@ def test_inplace_elu_with_a_negative_alpha_is_torchs_error():
 
 @each_inplace
 def test_y_written_after_an_inplace_call(act):
-    """The leaky family keeps the mask only, which nothing that happens to y can harm; elu keeps y, and says that it was modified."""
+    """The leaky family saves the mask, so this is allowed; elu saves y, and its backward reports the write."""
     root = torch.randn(9, requires_grad=True)
     y = act.function(root * 1, inplace=True)
     with torch.no_grad():
@@ -484,7 +487,7 @@ def test_rrelu_keeps_one_bit_per_element_and_a_seed(dtype, inplace):
     assert sorted(((each.dtype, each.numel()) for each in saved), key=str) == [(torch.int64, 1), (torch.uint8, 127)]
 
 
-# what is kept -> ours, torch's, and the bytes that ours keeps of n elements of `size` bytes
+# name -> ours, torch's, and the bytes that ours saves for n elements of `size` bytes
 KEPT = {
     "leaky_relu": (gk.leaky_relu, F.leaky_relu, lambda n, size: n / 8),
     "leaky_relu in place": (lambda x: gk.leaky_relu(x, inplace=True), lambda x: F.leaky_relu(x, inplace=True), lambda n, size: n / 8),
@@ -513,7 +516,7 @@ def slopes_for(x):
 
 
 def bytes_kept(function, dtype):
-    """Of 8192 elements; what is kept twice counts once."""
+    """The bytes saved for 8192 elements; memory that is saved twice counts once."""
     x = torch.randn(2, 8, 512, dtype=dtype, requires_grad=True) * 1
     return sum({each.data_ptr(): each.numel() * each.element_size() for each in saved_by(lambda: function(x))[1]}.values())
 
@@ -537,7 +540,7 @@ def test_nothing_is_kept_without_grad(act):
 
 
 @pytest.mark.parametrize("act", [act for act in ACTIVATIONS if act.formula != "leaky_relu" or act.name == "prelu"], ids=repr)
-def test_what_is_kept_is_no_copy(act):
+def test_saved_tensors_are_not_copies(act):
     x = torch.randn(65, requires_grad=True) * 1
     y, saved = saved_by(lambda: act.function(x))
     assert [each.data_ptr() in (x.data_ptr(), y.data_ptr()) for each in saved if each.numel() > 1] == [True]
@@ -578,7 +581,7 @@ def test_second_derivatives_are_torchs(act):
 
 
 @each_act
-def test_backward_again_and_after_it_was_freed(act):
+def test_backward_again_and_after_the_graph_is_freed(act):
     x = torch.randn(9, requires_grad=True)
     y = act.function(x * 1)
     y.sum().backward(retain_graph=True)
@@ -600,9 +603,10 @@ OPCHECKED = [
 
 
 def opcheck_samples():
-    """Arguments of every operator, by its name."""
+    """operator -> a list of its arguments"""
     forward, samples = [], {}
-    for layout in ("0-d", "empty", "contiguous", "transposed", "channels_last", "expanded", "every second"):
+    layouts = ("0-d", "empty", "contiguous", "transposed", "channels_last", "expanded", "every second")
+    for layout in layouts:
         for requires_grad in (False, True):
             forward.append(LAYOUTS[layout](torch.randn).detach().requires_grad_(requires_grad))
     samples["leaky_relu"] = [(x, 0.1) for x in forward]
@@ -628,7 +632,7 @@ def opcheck_samples():
                 parameter = torch.rand(shape, dtype=dtype, requires_grad=requires_grad)
                 for name in ("prelu_backward", "swish_backward.Tensor"):
                     samples[name].append((grad_y, x, parameter, wanted))
-    for layout in ("0-d", "empty", "contiguous", "transposed", "channels_last", "expanded", "every second"):
+    for layout in layouts:
         for requires_grad in (False, True):
             x = LAYOUTS[layout](torch.randn).detach().requires_grad_(requires_grad)
             for channels in {1, x.shape[1] if x.dim() > 1 else 1}:
@@ -674,7 +678,7 @@ def test_operators_compute_what_their_schema_says():
     assert_bitwise_equal("mask in place", OPS.rrelu_with_mask_(inplace, seed, 0.1, 0.3), mask)
     assert_bitwise_equal("y in place", inplace, y)
     assert_bitwise_equal("rrelu_backward", OPS.rrelu_backward(x, mask, x.stride(), seed, 0.1, 0.3), y)
-    assert not torch.equal(OPS.rrelu_with_mask(x, torch.tensor(-5 + 2**32), 0.1, 0.3)[0], y), "the upper half of the seed"
+    assert not torch.equal(OPS.rrelu_with_mask(x, torch.tensor(-5 + 2**32), 0.1, 0.3)[0], y), "the upper half of the seed has no effect"
 
 
 @each_act
@@ -732,7 +736,7 @@ def test_compile_of_the_operator_itself(op):
 
 
 def test_compiled_autograd():
-    """Behind other nodes, whose gradients torch traces as placeholders without a true shape; the compiled graph is the eager one."""
+    """After other nodes, because torch traces their gradients as placeholders without a true shape."""
     parameter, channel = torch.tensor([0.3]).requires_grad_(), torch.tensor([0.3, -0.2, 1.5]).requires_grad_()
 
     def through_views(x):
@@ -762,7 +766,7 @@ def test_compiled_autograd():
                 assert_bitwise_equal("gradient", compiled, eager)
 
 
-def test_compiled_autograd_of_another_slope_and_after_the_graph_was_freed():
+def test_compiled_autograd_of_another_slope_and_after_the_graph_is_freed():
     torch._dynamo.reset()
     x = torch.randn(9).requires_grad_()
     for slope in (0.1, 0.2, 0.1):
@@ -798,7 +802,7 @@ def test_functorch(act):
         assert_close(transform(act.function), transform(act.torchs), msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_the_fused_path_is_there_after_functorch():
+def test_fused_path_after_functorch():
     torch.func.grad(lambda x: gk.leaky_relu(x).sum())(torch.randn(9))
     assert [each.dtype for each in saved_by(lambda: gk.leaky_relu(torch.randn(9, requires_grad=True)))[1]] == [torch.uint8]
 
@@ -848,7 +852,7 @@ def test_inference_mode(act):
 
 
 @each_act
-def test_tensor_made_in_inference_mode_is_not_written_outside(act):
+def test_inference_tensor_is_not_written_outside_inference_mode(act):
     if not act.has_inplace:
         return
     with torch.inference_mode():
@@ -861,8 +865,8 @@ def test_tensor_made_in_inference_mode_is_not_written_outside(act):
 
 @pytest.mark.parametrize("function,torchs", [(gk.leaky_relu, F.leaky_relu), (gk.elu, F.elu)], ids=["leaky_relu", "elu"])
 @pytest.mark.parametrize("number", ["a", None, [0.1], 1j, torch.tensor([0.1, 0.2]), torch.tensor(0.1, requires_grad=True)], ids=str)
-def test_number_that_is_none(function, torchs, number):
-    """Of a parameter the number would be taken and its gradient lost."""
+def test_parameter_that_is_not_a_number(function, torchs, number):
+    """The binding would turn a tensor that requires grad into a number and lose its gradient."""
     x = torch.randn(3)
     came = outcome(function, x, number)
     assert came == outcome(torchs, x, number) and came[0] in (TypeError, RuntimeError)
@@ -876,7 +880,7 @@ def test_swish_of_integers(beta):
 
 @each_act
 def test_autocast_has_torchs_dtypes(act, device):
-    """That of the input, but for prelu, which torch runs in the lower precision."""
+    """The dtype of the input, except for prelu, which torch runs in the lower precision."""
     x, grad_y = torch.randn(65), torch.randn(65)
     with torch.autocast(device, dtype=torch.bfloat16):
         for each in (x, x.bfloat16()):
@@ -902,7 +906,7 @@ def test_checkpoint(act, use_reentrant):
 
 
 @each_act
-def test_what_is_kept_may_be_moved_elsewhere(act, device):
+def test_saved_tensors_may_be_moved_by_hooks(act, device):
     x, grad_y = torch.randn(65), torch.randn(65)
     expected = value_and_grad(act.function, x, grad_y)
     with saved_tensors_hooks(lambda tensor: tensor.cpu().numpy().copy(), lambda kept: torch.from_numpy(kept).to(device)):
@@ -911,7 +915,7 @@ def test_what_is_kept_may_be_moved_elsewhere(act, device):
 
 @each_act
 def test_deterministic_mode(act):
-    """The same bits in this mode, in which fresh memory is nan: what a kernel leaves unwritten would show."""
+    """Fresh memory is nan in this mode, so elements that a kernel does not write would change the bits."""
     for size in (65, 70_001):
         x, grad_y = torch.randn(size), torch.randn(size)
         expected = value_and_grad(act.function, x, grad_y)
@@ -945,14 +949,14 @@ def samples_of(op, device, dtype, requires_grad):
         samples += op.reference_inputs(device, dtype, requires_grad=requires_grad)
     for sample in samples:
         yield sample
-        # An operator has three samples of a million elements, which bring no layout of their own.
+        # Each operator has three samples of a million elements: too slow to run in a second layout.
         if sample.input.numel() < 100_000:
             yield sample.noncontiguous()
 
 
 def value_and_grads(function, args, kwargs, grad_y):
     """The value, and a gradient for each tensor among the arguments."""
-    # Not the samples themselves: views among them were made without a graph, and are no leaves.
+    # Detached, because some samples are views, which are no leaves.
     args, kwargs = (
         [leaf(each) if torch.is_tensor(each) else each for each in args],
         kwargs | {key: leaf(each) for key, each in kwargs.items() if torch.is_tensor(each)},
@@ -963,17 +967,17 @@ def value_and_grads(function, args, kwargs, grad_y):
 
 
 def assert_sum_is_accurate(name, actual, exact, terms):
-    """Of a sum in float64 whose terms are off by 2 ulp of float32 (of their own type, in float64) in either direction."""
+    """For a sum in float64 of terms that have errors of 2 ulp of float32 (or of float64) in either direction."""
     scale = float(terms.double().square().sum().sqrt())
     assert_accurate(name, actual, actual, exact, scale=scale if math.isfinite(scale) else 0.0)
 
 
 def assert_drew_slopes(x, y, grad_x, lower, upper):
-    """One slope for y and for the gradient of a grad_y of ones, 1 where x > 0 and else in [lower, upper]."""
+    """y and its gradient for a grad_y of ones have the same slopes: 1 where x > 0, else in [lower, upper]."""
     lower, upper = (torch.tensor(each).to(x.dtype).item() for each in (lower, upper))
     assert torch.equal(grad_x[x > 0], torch.ones_like(grad_x[x > 0]))
     assert ((grad_x >= lower) & (grad_x <= upper) | (x > 0)).all()
-    # x may be as large as the type holds, and a nan.
+    # x may be nan, or the largest number of its dtype.
     assert_close(y, grad_x * x, equal_nan=True)
 
 
@@ -998,14 +1002,14 @@ def test_op_db_samples(name, dtype, device):
         torch_y, torch_grad_x, *_ = value_and_grads(torchs, args, kwargs, grad_y)
         assert_close(y, torch_y, equal_nan=True)
         if name == "rrelu":
-            # torch's is contiguous.
+            # torch's rrelu returns contiguous tensors.
             torch_y = F.leaky_relu(sample.input.detach())
         assert y.stride() == torch_y.stride() or y.numel() == 0
-        # torch's gradient of elu at a nan is nan in vectors and grad_y in what is left over.
+        # At a nan torch's gradient of elu is nan in whole vectors, and grad_y in the elements left over.
         told = ~sample.input.isnan()
         assert_close(grad_x[told], torch_grad_x[told], equal_nan=True)
         for actual in grad_weight:
-            # Not torch's sum, which adds what was rounded to 16 bits.
+            # Not compared with torch's sum, whose terms are rounded to 16 bits.
             in_double = [each.double() if torch.is_tensor(each) else each for each in (*args, *kwargs.values())]
             exact = value_and_grads(torchs, in_double, {}, grad_y.double())[2]
             assert_sum_is_accurate("grad_weight", actual, exact, sample.input.detach() * grad_y)
@@ -1021,7 +1025,7 @@ def test_op_db_samples_of_complex_silu(dtype, device):
 @each_sampled
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool, torch.complex128], ids=str)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
-def test_dtypes_that_torch_tests_for_an_error(name, dtype, training, device):
+def test_dtypes_that_torch_does_not_support(name, dtype, training, device):
     ours, torchs = SAMPLED[name][:2]
     assert dtype not in op_of(name).supported_dtypes(device)
     x = make_tensor((20,), dtype=dtype, device=device)
@@ -1034,7 +1038,7 @@ def test_dtypes_that_torch_tests_for_an_error(name, dtype, training, device):
 def test_op_db_error_inputs(name, device):
     ours, torchs = SAMPLED[name][:2]
     op = op_of(name)
-    # When torch writes some for the others, this fails and they are run here.
+    # This fails once torch adds error inputs for the others: then add their names.
     assert (op.error_inputs_func is not None) == (name in ("prelu", "rrelu"))
     for error in op.error_inputs(device) if op.error_inputs_func is not None else ():
         sample = error.sample_input
@@ -1139,7 +1143,7 @@ def test_swish_module_with_a_parameter():
     assert loaded.beta.tolist() == [1.5, 0.5, 1.5]
 
 
-def test_swish_module_made_and_made_again():
+def test_swish_module_refuses_a_tensor_and_resets_its_parameter():
     with pytest.raises(TypeError, match="takes beta as a number"):
         gk.Swish(torch.tensor(1.0))
     module = gk.Swish(1.5, learnable=True, num_parameters=3)
@@ -1150,7 +1154,7 @@ def test_swish_module_made_and_made_again():
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["out of place", "in place"])
-def test_rrelu_without_the_library_draws_for_float16_too(inplace):
+def test_rrelu_of_float16_without_the_library(inplace):
     x = torch.randn(1009).half()
     given = x.clone()
     y = reference.rrelu(given, 0.25, 0.5, True, inplace)
@@ -1160,8 +1164,8 @@ def test_rrelu_without_the_library_draws_for_float16_too(inplace):
     assert 0.249 < slopes.min() < 0.3 < 0.45 < slopes.max() < 0.501
 
 
-def test_swish_learns_the_beta_it_is_shown():
-    """Gradient descent on beta alone finds the beta of each channel."""
+def test_swish_learns_beta():
+    """Gradient descent finds the beta of each channel that made the targets."""
     target = torch.tensor([0.5, 1.0, 2.0])
     x = torch.randn(256, 3)
     module = gk.Swish(1.0, learnable=True, num_parameters=3)
@@ -1173,8 +1177,8 @@ def test_swish_learns_the_beta_it_is_shown():
     assert_close(module.beta.detach(), target, rtol=0.01, atol=0)
 
 
-def test_tensors_with_the_negative_bit_are_torchs():
-    """The imaginary part of a conjugate: torch holds it negated, without having written it."""
+def test_tensors_with_the_negative_bit():
+    """The imaginary part of a conjugate is such a tensor: torch marks it as negated and does not write it."""
     for ours, theirs in ((gk.leaky_relu, F.leaky_relu), (gk.elu, F.elu)):
         for inplace, inference in itertools.product((False, True), repeat=2):
             with torch.inference_mode(inference):
@@ -1199,8 +1203,11 @@ def test_rrelu_of_a_seed_with_the_negative_bit():
 
 @dataclass(frozen=True)
 class Parametric:
-    """function(x, parameter), the same composed of torch's operators, and each element's share of the parameter's gradient with the size of
-    what it is computed from, of whose ulp it is off by share_error; grad_x is off by grad_x_error."""
+    """function(x, parameter), and composed, which is the same function made of torch's operators.
+
+    shares(x, grad_y, parameter): what each element adds to the gradient of the parameter, and the size of its
+    terms. share_error, grad_x_error: the bounds of the two gradients, in ulp of their terms.
+    """
 
     name: str
     function: Any
@@ -1214,7 +1221,7 @@ class Parametric:
 
 
 def across(parameter, x):
-    """The parameter as it meets x: along dimension 1."""
+    """The parameter in a shape that broadcasts along dimension 1 of x."""
     return parameter.reshape(()) if parameter.size == 1 else parameter.reshape(1, -1, *[1] * (x.ndim - 2))
 
 
@@ -1226,7 +1233,7 @@ def composed_swish(x, beta):
 def swish_shares(x, grad_y, beta):
     z = across(beta, x) * x
     share = grad_y * x * x / (1 + np.exp(-z)) / (1 + np.exp(z))
-    # exp magnifies the rounding of z.
+    # exp amplifies the rounding error of z.
     return share, share * (1 + abs(z))
 
 
@@ -1235,7 +1242,7 @@ PARAMETRICS = [
     Parametric("swish", gk.swish, composed_swish, swish_shares, 5.0, SWISH_GRADIENT),
 ]
 each_parametric = pytest.mark.parametrize("act", PARAMETRICS, ids=repr)
-# Runs of one channel's elements, and channels in a row, at the seams of a register and of what is summed at once.
+# Runs of a channel's elements, and rows of channels, around the size of a register and of one partial sum.
 CHANNEL_SHAPES = [
     *((1, 1), (5, 1), (3, 2), (4, 7), (3, 8), (2, 9), (67, 17), (300, 65), (1, 3, 1), (2, 3, 7), (3, 5, 8), (2, 2, 63), (2, 3, 64)),
     *((1, 2, 65), (2, 3, 1009), (1, 2, 40009), (70, 3, 129), (2, 7, 3, 5), (2, 16, 5, 5), (2, 3, 4, 3, 2), (0, 3, 2), (2, 3, 0), (2, 0, 3)),
@@ -1336,7 +1343,7 @@ def test_parameter_same_bits_for_any_number_of_threads(act, dtype, shape, each_t
 
 @each_parametric
 def test_gradient_of_the_parameter_is_summed_in_float64(act):
-    """Terms of one sign, so many that a float32 sum in order misses them by hundreds of ulp, and terms that cancel."""
+    """Terms of one sign, so many that a float32 sum would be wrong by hundreds of ulp; and terms that cancel."""
     x, grad_y = torch.full((2, 100_003), -1.0), torch.rand(2, 100_003)
     assert_parametric(act, x, torch.tensor([0.3]), grad_y)
     assert_parametric(act, torch.cat([x, x]), torch.tensor([0.3]), torch.cat([grad_y * 1e4 + 1, grad_y * -1e4]))
@@ -1373,7 +1380,8 @@ def test_nan_and_inf_stay_in_their_channel(act, dtype, value):
                 actual[2].roll(-position - 1)[:-1] if position else actual[2][1:],
                 clean[2].roll(-position - 1)[:-1] if position else clean[2][1:],
             )
-            # Where the composed gradient is the product of an inf and a 0 that stands for less than the least number, ours may be finite.
+            # The composed gradient is nan where it multiplies an inf by a factor that underflowed to 0.
+            # Ours may be finite there.
             told = expected[1].isfinite() | (act.name == "prelu")
             assert_close(actual[1][told], expected[1][told], equal_nan=True)
             if act.name == "prelu" or math.isnan(value):
@@ -1421,7 +1429,8 @@ def test_parametric_functorch(act):
         assert_close(transform(act.function), transform(act.composed), msg=lambda text, name=name: f"{name}: {text}")
 
 
-# torch's rule takes one batch dimension of prelu's gradient for another where there are as many outputs as samples, and raises elsewhere.
+# torch's own rule for vmap of prelu's gradient confuses the samples with the outputs if there are as many of
+# both, and raises if not.
 @each_parametric
 @pytest.mark.parametrize(("batch", "outputs"), [(3, 3), (3, 5), (4, 2), (4, 4), (1, 1)])
 @pytest.mark.parametrize("channels", [1, 3])
@@ -1510,7 +1519,7 @@ def test_prelu_with_a_weight_of_the_wrong_shape_is_torchs_error(shape, weight_sh
 
 @pytest.mark.parametrize("weight_dtype", [torch.float64, torch.bfloat16, torch.int64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_prelu_with_a_weight_of_another_dtype_is_torchs(dtype, weight_dtype):
+def test_prelu_with_a_weight_of_another_dtype_equals_torchs(dtype, weight_dtype):
     x, weight = torch.randn(4, 3, dtype=dtype), torch.ones(3).to(weight_dtype) / 4
     assert_same_outcome("y", outcome(gk.prelu, x, weight), outcome(F.prelu, x, weight))
 
@@ -1541,7 +1550,7 @@ def test_beta_of_another_dtype_is_promoted(dtype, beta_dtype, beta_shape):
     expected = x * torch.sigmoid(beta * x)
     y = gk.swish(x, beta)
     assert y.dtype == expected.dtype
-    # The composed one rounds twice more in 16 bits.
+    # In 16 bits the composed function rounds twice more.
     tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 1e-3} if dtype in SIXTEEN_BITS else {}
     assert_close(y, expected, **tolerance)
     if beta_dtype.is_floating_point:
@@ -1565,7 +1574,7 @@ def test_swish_with_a_tensor_of_ones_is_silu(dtype):
         assert_bitwise_equal("y", gk.swish(x, beta), gk.swish(x))
 
 
-def test_prelu_takes_the_gradient_of_a_weight_as_torchs_module_does():
+def test_prelu_module_gradient_equals_torchs():
     x = torch.randn(4, 3, 5)
     grads = []
     for cls in (gk.PReLU, nn.PReLU):
@@ -1583,19 +1592,19 @@ def drawn_slopes(count, lower=1 / 8, upper=1 / 3, dtype=torch.float32):
 
 
 def test_slopes_are_uniform():
-    """Kolmogorov-Smirnov: the largest distance of 10^6 slopes from a uniform distribution passes 1.95 / sqrt(n) in 1 of 1000 draws."""
+    """Kolmogorov-Smirnov test: the largest distance exceeds 1.95 / sqrt(n) in 1 of 1000 uniform samples."""
     count = 1_000_000
     for lower, upper in ((1 / 8, 1 / 3), (0.0, 1.0), (-2.0, 5.0)):
         slopes = drawn_slopes(count, lower, upper, torch.float64)
         assert lower <= slopes.min() and slopes.max() <= upper
         expected = lower + (upper - lower) * (torch.arange(count) + 0.5) / count
         assert ((slopes.sort().values - expected).abs().max() / (upper - lower)).item() < 1.95 / math.sqrt(count)
-        # Both ends are reached: 20 of a million slopes are expected in each.
+        # Both ends are reached: about 20 of a million slopes are expected in each interval.
         assert (slopes < lower + 2e-5 * (upper - lower)).any() and (slopes > upper - 2e-5 * (upper - lower)).any()
 
 
 def test_slopes_are_uniform_in_each_place_of_a_packet():
-    """Chi-square over 64 places modulo 64 times 16 bins: 1 in 1000 passes 1168 with 1023 degrees of freedom, less than mean + 3.3 sigma."""
+    """Chi-square test of 64 places and 16 bins: with 1023 degrees of freedom 1 of 1000 samples exceeds 1168."""
     slopes = drawn_slopes(1 << 20, 0.0, 1.0)
     bins = torch.bincount(torch.arange(1 << 20) % 64 * 16 + (slopes * 16).long(), minlength=1024).double()
     assert (((bins - 1024) ** 2) / 1024).sum() < 1168
@@ -1610,7 +1619,7 @@ def test_slopes_do_not_depend_on_their_neighbours_nor_on_the_last_draw():
     assert first.unique().numel() > 0.95 * count
 
 
-def test_one_slope_that_is_both_bounds():
+def test_slopes_between_equal_and_close_bounds():
     assert_bitwise_equal("slopes", drawn_slopes(65, 0.3, 0.3), torch.full((65,), 0.3))
     for dtype in SIXTEEN_BITS:
         slopes = drawn_slopes(100_003, 0.1, 0.1004, dtype)
@@ -1618,8 +1627,8 @@ def test_one_slope_that_is_both_bounds():
 
 
 @each_dtype
-def test_slopes_follow_from_the_seed_and_the_place_alone(dtype, each_thread_count):
-    """Whatever the dtype, the layout, in place or not, with a gradient or without, and the number of threads."""
+def test_slopes_depend_only_on_the_seed_and_the_place(dtype, each_thread_count):
+    """Not on the dtype, the layout, the number of threads, on in place or not, or on a gradient."""
     x = torch.randn(3, 8, 50, 50, dtype=dtype)
 
     def run(x, **kwargs):
@@ -1635,7 +1644,7 @@ def test_slopes_follow_from_the_seed_and_the_place_alone(dtype, each_thread_coun
         assert_bitwise_equal("rounded from float32", run(x.float()).to(dtype), expected)
     transposed = x.permute(3, 1, 0, 2)
     assert_bitwise_equal("in storage order", run(transposed).permute(2, 1, 3, 0), expected)
-    assert_bitwise_equal("the beginning of it", run(x.view(-1)[:1009]), expected.view(-1)[:1009])
+    assert_bitwise_equal("the first elements", run(x.view(-1)[:1009]), expected.view(-1)[:1009])
     assert not torch.equal(gk.rrelu(x, training=True), expected)
 
 
@@ -1668,7 +1677,7 @@ def test_gradient_has_the_slopes_of_its_own_output(dtype, layout, inplace):
         start = leaf(x)
         y = gk.rrelu(start * 1 if inplace else start, 0.25, 0.75, training=True, inplace=inplace)
         (grad_x,) = torch.autograd.grad(y, start, grad_y)
-        # grad_y in the storage order of x, as it would be were it the input.
+        # The same seed draws the same slopes again, in the storage order of y.
         torch.manual_seed(3)
         slopes = -gk.rrelu(torch.full_like(y.detach(), -1.0, dtype=torch.float64), 0.25, 0.75, training=True)
         assert_close(y.detach(), torch.where(x > 0, x, slopes * x).to(dtype))
@@ -1694,7 +1703,7 @@ def test_rrelu_checkpoint_draws_the_same_slopes_again(use_reentrant):
 
 
 def test_rrelu_second_derivatives():
-    """Linear in grad_y, with the slopes of the output."""
+    """The gradient is linear in grad_y, with the slopes of the output."""
     x, grad_y = torch.randn(65, dtype=torch.float64, requires_grad=True), torch.randn(65, dtype=torch.float64, requires_grad=True)
     y = gk.rrelu(x, training=True)
     (grad_x,) = torch.autograd.grad(y, x, grad_y, create_graph=True)
@@ -1703,7 +1712,7 @@ def test_rrelu_second_derivatives():
 
 
 def test_rrelu_functorch():
-    """The slopes are drawn one by one there; each gradient has those of its output."""
+    """Each gradient has the slopes of its output."""
     x = torch.full((4, 65), -1.0)
 
     def slopes_and_gradient(x):
@@ -1733,7 +1742,7 @@ def test_rrelu_compiled():
     assert y.unique().numel() > 900
 
 
-def test_rrelu_in_eval_is_torchs_in_every_bit():
+def test_rrelu_in_eval_equals_torchs_in_every_bit():
     for dtype in DTYPES:
         x, grad_y = torch.randn(1009, dtype=dtype), torch.randn(1009, dtype=dtype)
         for bounds in ((), (0.1, 0.7), (-0.3, 0.1)):
@@ -1759,7 +1768,8 @@ def test_rrelu_with_bounds_that_torch_refuses(bounds, inplace, training):
 # the whole range
 
 
-# name, parameter -> largest error of y and of the gradient, in ulp of the terms that each is made of; the docstrings state them
+# (name, parameter) -> largest errors of y and of the gradient, in ulp of their terms, as the docstrings state
+# them
 SWEPT = {
     ("leaky_relu", 0.01): (0.5, 0.5),
     ("elu", 1.0): (1.0, 1.0),
@@ -1769,7 +1779,7 @@ SWEPT = {
 
 
 def swept():
-    """64 float32 on either side of each 2^k, denormals among them, random ones of every size, where exp saturates, and what has no size."""
+    """float32 numbers of every size, denormals too, and many where exp saturates; then inf, 0 and nan."""
     bits = (2.0 ** torch.arange(-149, 128, dtype=torch.float64)).float().view(torch.int32)
     neighbours = (bits[:, None] + torch.arange(-64, 65)).clamp(0, 0x7F7FFFFF).to(torch.int32).view(torch.float32).flatten()
     random_bits = torch.randint(0, 0x7F800000, (200_000,), dtype=torch.int32).view(torch.float32)
@@ -1777,7 +1787,7 @@ def swept():
     ends = torch.cat([torch.linspace(start, start + 3, 20_001) for start in (15.0, 16.5, 86.5, 87.0, 88.0, 102.0, 103.5)])
     largest = torch.tensor([torch.finfo(torch.float32).max, math.inf, 0.0])
     positive = torch.cat([neighbours, random_bits, dense, ends, largest])
-    # Not last: the gradient that torch gives at a nan differs in what its vectors leave over.
+    # nan is not last, because torch's gradient at a nan differs in the elements left over from whole vectors.
     return torch.cat([torch.tensor([math.nan]), positive, -positive])
 
 
@@ -1803,11 +1813,11 @@ def test_accuracy_over_the_whole_range(name, param):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name,param", [("elu", 1.0), ("elu", -1.0), ("swish", 1.0)])
 def test_an_element_does_not_depend_on_its_neighbours(name, param, dtype):
-    """A vector with an x far from zero in any lane takes another way through exp than one without."""
+    """A vector with an x far from zero in any lane takes another path through exp."""
     act = BY_NAME[name]
     x, grad_y = torch.randn(4099, dtype=dtype) * 8, torch.randn(4099, dtype=dtype)
     if name == "elu":
-        # The ends of the range of float32, where the order of factors tells.
+        # At the ends of the range of float32 the order of the factors changes the result.
         x[1:3], grad_y[1:3] = -0.5, torch.tensor([3e38, 1e-38], dtype=dtype)
     beside = x.clone()
     beside[::7] = torch.tensor([-math.inf, -300.0, -90.0, -50.0, 50.0, 300.0, math.nan], dtype=dtype).repeat(84)[: len(beside[::7])]
@@ -1823,7 +1833,7 @@ def test_an_element_does_not_depend_on_its_neighbours(name, param, dtype):
 
 @pytest.mark.slow
 def test_more_than_2_to_the_31_elements():
-    """A bit of the mask, and an element, whose index no int32 holds."""
+    """The index of an element and of its bit in the mask does not fit into int32."""
     count = 2**31 + 77
     skip_unless_free(8 * count)
     root = torch.ones((), dtype=torch.bfloat16, requires_grad=True)

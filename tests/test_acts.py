@@ -1,4 +1,4 @@
-"""The record of activations agrees with the kernels, and what lists activations reads it."""
+"""The record of activations agrees with the kernels, and everything that lists activations reads it."""
 
 import ast
 import re
@@ -14,7 +14,7 @@ from memory import saved_by
 from test_layout import CSRC, ROOT
 
 each_act = pytest.mark.parametrize("act", acts.ACTS.values(), ids=lambda act: act.name)
-# Files that know an activation by its name. What diagnose says of relu6, an activation that saturates, is its own.
+# Files that may name an activation. diagnose has a rule of its own for relu6, because relu6 saturates.
 KNOW_RELU6 = {"gradkernels/acts.py", "gradkernels/diagnosis/probe.py", "csrc/math/activation.h", "csrc/ops/batch_norm_act.cpp"}
 
 
@@ -27,8 +27,8 @@ def test_the_kernels_have_the_same_activations():
 
 
 @each_act
-def test_what_backward_keeps_is_what_the_record_says(act):
-    """The residual itself for "value", a bit for each element for "mask"."""
+def test_backward_keeps_what_the_record_says(act):
+    """For "value" the residual, for "mask" one bit for each element."""
     given = arguments((4, 8, 6, 6), residual=True)
     x, residual = (given[name].requires_grad_() for name in ("x", "residual"))
     _, kept = saved_by(lambda: gk.batch_norm_act(x, None, None, training=True, act=act.name, act_param=ACTS[act.name], residual=residual))
@@ -51,8 +51,8 @@ def test_module_and_spellings_compute_the_function(act):
 
 
 @each_act
-def test_each_reader_of_the_record_knows_it(act):
-    """convert, fold, init and diagnose, on a model with this activation behind a batch norm."""
+def test_readers_of_the_record_know_the_activation(act):
+    """init, convert and fold, on a model with this activation after a batch norm."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), next(iter(act.modules))(), nn.Conv2d(4, 2, 3))
     x = torch.randn(8, 3, 9, 9)
     if act.name != "identity":
@@ -65,7 +65,7 @@ def test_each_reader_of_the_record_knows_it(act):
 
 
 def strings_of(path):
-    """Every string of a file that is not a docstring, and every name."""
+    """Every string of a file except docstrings, and every name after a dot."""
     tree = ast.parse(path.read_text())
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
     docstrings = {id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, documented) and isinstance(node.body[0], ast.Expr)}
@@ -77,7 +77,11 @@ def strings_of(path):
 
 
 def test_an_activation_is_known_in_few_files():
-    """relu6 stands for all: it has no function and no module of its own, so that whatever names it would have to name the next one too."""
+    """relu6 stands for all activations.
+
+    gradkernels has no function or module of that name, so a file that names relu6 would also have to name the
+    next activation.
+    """
     found = {
         *(path for path in (ROOT / "gradkernels").rglob("*.py") if any(re.search("relu6", text, re.I) for text in strings_of(path))),
         *(path for path in CSRC.rglob("*.*") if re.search("relu6", re.sub("//.*", "", path.read_text()), re.I)),

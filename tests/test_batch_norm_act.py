@@ -1,8 +1,8 @@
-"""batch_norm_act and BatchNormAct1d/2d/3d: values, gradients, running statistics, errors that change nothing, every way torch can call.
+"""batch_norm_act and BatchNormAct1d/2d/3d: values, gradients, running statistics, errors, torch's machinery.
 
-Errors are counted in ulp of the largest element of a tensor, since elements of y and of the gradients are differences of larger terms, and
-where all of them cancel, in ulp of the terms. torch's own is gradkernels.reference in x's dtype, and exact
-means more digits (accuracy.py). Each later dtype or layout is one more entry of the tables below.
+Errors are counted in ulp of the largest element of a tensor, because elements of y and of the gradients are
+differences of larger terms; where all elements cancel, they are counted in ulp of the terms. "torch's" result
+is that of gradkernels.reference in x's dtype, the "exact" one has more digits (accuracy.py).
 """
 
 import contextlib
@@ -26,29 +26,49 @@ from torch.testing._internal.common_utils import DeterministicGuard
 from torch.utils.checkpoint import checkpoint
 
 import gradkernels as gk
-from accuracy import SIXTEEN_BITS, ULP_BOUND, assert_accurate, assert_bitwise_equal, exact_batch_norm_act, outcome
-from batch_norm_act_calls import ACTS, HARD_INPUTS, TWO_SLOPES, arguments, call, cast, hard_input, judged, laid_out, without_kinks
+from accuracy import (
+    DTYPES,
+    SIXTEEN_BITS,
+    ULP_BOUND,
+    WIDE_DTYPES,
+    assert_accurate,
+    assert_bitwise_equal,
+    exact_batch_norm_act,
+    outcome,
+)
+from batch_norm_act_calls import (
+    ACTS,
+    HARD_INPUTS,
+    MEMORY_FORMATS,
+    TWO_SLOPES,
+    arguments,
+    call,
+    cast,
+    hard_input,
+    judged,
+    laid_out,
+    without_kinks,
+)
 from gradkernels import acts, reference
 from memory import saved_by
 from models.resnet import BasicBlock, ResNet
 
 OPS = torch.ops.gradkernels
 
-DTYPES = [torch.float32, torch.float64]
 OPERANDS = ("x", "running_mean", "running_var", "weight", "bias", "residual")
 MODULES = {2: (gk.BatchNormAct1d, nn.BatchNorm1d), 3: (gk.BatchNormAct1d, nn.BatchNorm1d)}
 MODULES |= {4: (gk.BatchNormAct2d, nn.BatchNorm2d), 5: (gk.BatchNormAct3d, nn.BatchNorm3d)}
 
-# Rows of 1, 5 x 5 and 7 x 7 elements, and long ones; channels of 1, 3, 64, 65; elements per channel around the tiles of 4096 and 8192.
+# Runs of 1, 5 x 5 and 7 x 7 elements and long ones; 1, 3, 64 and 65 channels; elements of a channel around
+# the tiles of 4096 and 8192.
 SHAPES = [
     *[(2, 1), (7, 3), (64, 65), (129, 100), (4097, 3)],
     *[(4, 3, 1), (8, 5, 7), (3, 65, 15), (2, 64, 129), (1, 3, 4095), (1, 2, 4096), (1, 3, 4097), (3, 2, 2731), (1, 1, 16385)],
     *[(5, 3, 1, 1), (4, 65, 5, 5), (8, 64, 7, 7), (2, 3, 56, 56), (3, 1, 64, 43), (2, 2, 64, 65), (167, 3, 7, 7)],
     *[(2, 3, 4, 5, 6), (1, 65, 2, 3, 3), (2, 1, 9, 16, 29)],
 ]
-MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_dtype = pytest.mark.parametrize("dtype", WIDE_DTYPES, ids=str)
 each_act = pytest.mark.parametrize("act", ACTS)
 each_training = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 each_residual = pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
@@ -105,22 +125,22 @@ def test_channels_last(shape, act, residual, training, dtype):
 
 
 @pytest.mark.parametrize("inputs", HARD_INPUTS)
-@pytest.mark.parametrize("dtype", [*DTYPES, *SIXTEEN_BITS], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(8, 2, 90, 91), (65_521, 2)], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_statistics_of_hard_inputs(inputs, shape, channels_last, dtype):
-    """16 ulp at most, however far off torch is: its channels_last statistics of 1e4 +- 1e-2 have no right digit."""
+    """At most 16 ulp, even where torch has no right digit: in its channels_last statistics of 1e4 +- 1e-2."""
     x = hard_input(inputs, shape, dtype, channels_last)
     if not x.isfinite().all():
-        pytest.skip(f"{inputs} is beyond {dtype}")
-    parameters = dtype if dtype in DTYPES else torch.float32
+        pytest.skip(f"{inputs} overflows in {dtype}")
+    parameters = dtype if dtype in WIDE_DTYPES else torch.float32
     given = arguments(shape, parameters, x=x)
     assert_all_accurate(given | {"grad_y": given["grad_y"].to(dtype)}, True, "leaky_relu", most=16.0)
 
 
 @pytest.mark.parametrize("inputs", HARD_INPUTS)
-def test_statistics_of_runs_that_are_all_remainder(inputs):
-    """Runs of less than eight vectors of AVX-512, in which float32 sums of as many would be off by 4 ulp of the variance."""
+def test_statistics_of_short_runs(inputs):
+    """Runs shorter than eight AVX-512 vectors: float32 sums over a run would make the variance wrong by 4 ulp."""
     x = hard_input(inputs, (32, 4, 9, 13), torch.float32, False)
     assert_all_accurate(arguments(x.shape, torch.float32, x=x), True, "leaky_relu", most=16.0)
 
@@ -128,7 +148,7 @@ def test_statistics_of_runs_that_are_all_remainder(inputs):
 @each_dtype
 @each_residual
 def test_reference_in_float64_is_exact(dtype, residual):
-    """accuracy.py's formulas and gradkernels.reference hold each other, to what float64 sums of this many terms leave."""
+    """accuracy.py's formulas and gradkernels.reference agree within the rounding errors of float64 sums."""
     for act in ACTS:
         for training in (True, False):
             given = without_kinks(cast(arguments((6, 5, 4, 7), dtype, residual=residual), torch.float64), training, act)
@@ -193,7 +213,10 @@ def test_eps(eps):
 
 
 def on_the_cpu(tensors):
-    """torch's mean of an inf is inf there; on a GPU it is nan, since each element moves the mean of those before it by a difference."""
+    """On the CPU torch's mean of an inf is inf.
+
+    On a GPU it is nan, because torch updates the mean by differences.
+    """
     return {name: None if tensor is None else tensor.cpu() for name, tensor in tensors.items()}
 
 
@@ -201,7 +224,7 @@ def on_the_cpu(tensors):
 @each_training
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 def test_nan_and_inf(value, training, act):
-    """They spread over their channel as in torch, and over no other."""
+    """They spread over their channel as in torch, and to no other channel."""
     for shape in ((9, 5), (4, 5, 7, 7), (2, 3, 56, 56)):
         given = arguments(shape, residual=True)
         clean = call(gk.batch_norm_act, given, training, act)
@@ -214,7 +237,8 @@ def test_nan_and_inf(value, training, act):
         for name in bits_of(ours):
             channel = 1 if ours[name].dim() > 1 else 0
             assert_bitwise_equal(name, ours[name].select(channel, 1), clean[name].select(channel, 1))
-            # Of a nan, torch's vector loop takes 0 as the gradient of relu6 and nan as elu's, its loop over the rest grad_y for both.
+            # At a nan torch's gradient is 0 for relu6 and nan for elu in whole vectors, and grad_y in the
+            # elements left over.
             if name.startswith("grad") and act in ("relu6", "elu") and (training or math.isnan(value)):
                 continue
             for touched in (0, 2):
@@ -222,18 +246,18 @@ def test_nan_and_inf(value, training, act):
                 assert_close(our, their, rtol=1e-4, atol=1e-4, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
 
 
-# The values that one channel has beside finite ones, from its first element on or to its last.
+# Values that one channel has among finite ones.
 MET = {"inf": [math.inf], "-inf": [-math.inf], "both": [math.inf, -math.inf], "twice": [math.inf] * 2, "nan": [math.inf, math.nan]}
 
 
 @pytest.mark.parametrize("met", MET.values(), ids=MET)
-@pytest.mark.parametrize("dtype", [*DTYPES, *SIXTEEN_BITS], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_running_statistics_of_infinities(channels_last, dtype, met):
-    """A mean is inf or nan as torch's is, whichever tile, slab or column they meet in; torch's is that of both layouts."""
-    # The last is cut into slabs.
+    """A mean is inf or nan as in torch, whichever tile, slab or column the values are in."""
+    # The last shape is cut into slabs.
     for shape in ((9, 5), (4, 5, 7, 7), (2, 3, 56, 56), *([(2, 2, 364, 365)] if dtype == torch.float32 else [])):
-        parameters = dtype if dtype in DTYPES else torch.float32
+        parameters = dtype if dtype in WIDE_DTYPES else torch.float32
         given = arguments(shape, parameters)
         given |= {name: given[name].to(dtype) for name in ("x", "grad_y")}
         clean = call(gk.batch_norm_act, given | {"x": laid_out(given["x"], channels_last)}, True, "identity")
@@ -254,7 +278,7 @@ def test_running_statistics_of_infinities(channels_last, dtype, met):
                     assert not tensor.select(channel, 1).isfinite().any() or name == "grad_bias", name
 
 
-# What x, grad_y and weight are multiplied by.
+# Factors of x, grad_y and weight.
 SCALES = [
     *[(1e-40, 1, 1), (1e-25, 1, 1), (1e20, 1, 1), (1e25, 1, 1), (1e30, 1, 1), (1e36, 1, 1)],
     *[(1, 1e-30, 1), (1, 1e-25, 1), (1, 1e25, 1), (1, 1e30, 1), (1, 1, 1e-30), (1, 1, 1e-25), (1, 1, 1e25), (1, 1, 1e30)],
@@ -266,10 +290,13 @@ SCALES = [
 @pytest.mark.parametrize("shape", [(8, 2, 90, 91), (64, 16, 7, 7)], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_gradients_at_the_ends_of_the_range(channels_last, shape, scales, device):
-    """Where everything returned is a normal float32. torch loses x beyond 1e17, and counts for nothing here."""
+    """Results that are normal float32 numbers.
+
+    torch loses x beyond 1e17, so its error does not widen the bound.
+    """
     of_x, of_grad_y, of_weight = scales
     if device != "cpu" and of_x >= 1e19:
-        pytest.skip("on a GPU squares of float32 are float32: the variance is inf")
+        pytest.skip("a GPU squares float32 in float32: the variance is inf")
     given = arguments(shape)
     given["x"] = (given["x"].double() * of_x).float()
     given["grad_y"] = (given["grad_y"].double() * of_grad_y).float()
@@ -296,10 +323,11 @@ def test_same_bits_for_any_number_of_threads(shape, act, each_thread_count):
 
 
 @pytest.mark.parametrize("act,residual", [("leaky_relu", False), ("relu", True)])
-@pytest.mark.parametrize("dtype", [*DTYPES, *SIXTEEN_BITS], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("height", [195, 196], ids="rows of {} elements".format)
 def test_outputs_past_the_caches(height, dtype, act, residual):
-    # From 16 MiB on outputs are written past the caches, each line from where it is aligned: few lines of 195 elements begin there.
+    # Outputs of 16 MiB and more are written past the caches, from the first aligned element of each line. Few
+    # lines of 195 elements begin with it.
     images = -(-(16 << 20) // (97 * height * dtype.itemsize))
     x, grad_y, added = (torch.randn(images, 97, 1, height).to(dtype) for _ in range(3))
     of_channel = torch.float64 if dtype == torch.float64 else torch.float32
@@ -358,7 +386,7 @@ def test_x_and_residual_of_different_layouts(training):
 @pytest.mark.parametrize("shape", [(6, 129), (4, 5, 6, 7)], ids=str)
 @pytest.mark.parametrize("function", [gk.batch_norm_act, reference.batch_norm_act], ids=["native", "reference"])
 def test_layout_of_parameters_and_statistics(function, shape, training):
-    """Of (N, C) torch's backward takes them for contiguous, and reads past their end: here into nan."""
+    """For (N, C) torch's backward takes them for contiguous and reads past their end, which is nan here."""
 
     def every_third(values):
         return torch.stack([values, *[torch.full_like(values, math.nan)] * 2], 1)[:, 0]
@@ -392,10 +420,10 @@ UNCOUNTABLE = {
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("kind", UNCOUNTABLE)
-def test_statistics_stay_where_batches_cannot_be_counted(kind, momentum):
-    """By the kernels, by torch's operators, and where processes merge: the count is the last that is written."""
+def test_statistics_do_not_change_if_batches_cannot_be_counted(kind, momentum):
+    """In the kernels, in torch's operators and in the merge of processes."""
     moments = torch.rand(2, 7, dtype=torch.float64) + 2
-    # Of the merge autograd knows nothing, and there a gradient does no harm.
+    # The merge is not recorded by autograd, so a count that requires grad does no harm there.
     for shape in ((4, 3), (2, 3, 2, 2, 2, 2), *([] if kind == "a gradient" else [None])):
         running = [torch.zeros(3), torch.ones(3)]
         with pytest.raises(RuntimeError):
@@ -410,7 +438,10 @@ def test_statistics_stay_where_batches_cannot_be_counted(kind, momentum):
 @each_training
 @pytest.mark.parametrize("inference", [False, True], ids=["recorded", "inference mode"])
 def test_operands_with_the_negative_bit(inference, training):
-    """The imaginary part of a conjugate, which torch holds negated. Its own batch norm loses what it would write to such statistics."""
+    """The imaginary part of a conjugate has this bit.
+
+    torch's own batch norm loses its writes to such statistics.
+    """
     given = arguments((4, 3, 5), residual=True)
 
     def results(negated):
@@ -441,7 +472,7 @@ def test_empty_batch(shape, training):
 
 
 def refusals():
-    """What is refused: how the call differs from a right one, and the exception, None for torch's own type and words."""
+    """name -> the changes to a right call, and the exception; None for torch's own type and message."""
     given = arguments((4, 3, 5))
     x = given["x"]
     return {
@@ -463,7 +494,7 @@ def refusals():
         "bias on meta": ({"bias": torch.zeros(3, device="meta")}, None),
         "running_var on meta": ({"running_var": torch.ones(3, device="meta")}, None),
         "float64 running statistics": ({"running_mean": torch.zeros(3).double(), "running_var": torch.ones(3).double()}, None),
-        # torch 2.11 does not say when.
+        # Not compared with torch, because torch 2.11 has another message.
         "eps of 0": ({"eps": 0.0}, (ValueError, "batch_norm eps must be positive")),
         "negative eps": ({"eps": -1.0}, (ValueError, "batch_norm eps must be positive")),
         "unknown act": ({"act": "gelu"}, (ValueError, "gelu")),
@@ -480,7 +511,7 @@ def assert_refused(function, stats, torch_function, expected):
     came = outcome(function)
     if expected is None:
         expected = outcome(torch_function)
-        assert isinstance(expected, tuple) and isinstance(expected[0], type), "torch accepts this"
+        assert isinstance(expected, tuple) and isinstance(expected[0], type), "torch accepts this call"
         assert came == expected
     else:
         assert isinstance(came, tuple) and came[0] is expected[0] and expected[1] in came[1], f"{came}, not {expected}"
@@ -490,7 +521,7 @@ def assert_refused(function, stats, torch_function, expected):
 
 
 def test_running_statistics_after_an_error_that_torch_finds_late():
-    """torch writes them before it reads the bias."""
+    """torch writes the running statistics before it reads the bias."""
     given = arguments((4, 3, 5), torch.bfloat16)
     given["bias"] = given["bias"].half()
     before = {name: given[name].clone() for name in ("running_mean", "running_var")}
@@ -523,7 +554,7 @@ def test_errors_of_the_function(refused):
     assert_refused(lambda: run(gk.batch_norm_act), stats, run_torch, expected)
 
 
-def test_momentum_that_only_modules_have():
+def test_momentum_of_none_is_refused():
     x, running = torch.randn(4, 3), (torch.zeros(3), torch.ones(3))
     for function in (F.batch_norm, gk.batch_norm_act):
         with pytest.raises(TypeError, match=r"argument 'momentum' \(position 7\) must be float, not NoneType"):
@@ -538,7 +569,7 @@ def test_momentum_of_another_type():
 
 
 @pytest.mark.parametrize("act", [name for name, act in acts.ACTS.items() if not act.param])
-def test_act_param_for_what_has_none_is_refused(act):
+def test_act_param_of_an_act_without_one_is_refused(act):
     x, mean, var = torch.randn(4, 3), torch.zeros(3), torch.ones(3)
     for given, kind, words in (
         (0.3, ValueError, f"{act!r}, which has no parameter"),
@@ -551,7 +582,7 @@ def test_act_param_for_what_has_none_is_refused(act):
         with pytest.raises(kind, match=words):
             gk.batch_norm_act(x, mean, var, training=True, act=act, act_param=given)
     assert torch.equal(mean, torch.zeros(3)) and torch.equal(var, torch.ones(3))
-    # What a module holds where it has none is given back.
+    # A module's own act_param is accepted.
     bn = gk.BatchNormAct1d(3, act=act)
     assert gk.BatchNormAct1d(3, act=bn.act, act_param=bn.act_param)(x).shape == x.shape
 
@@ -608,7 +639,7 @@ def test_running_statistics_made_in_inference_mode():
 def test_variance_of_zero_in_evaluation_without_eps():
     x, stats = torch.tensor([[1.0, 0.0]]), [torch.zeros(2), torch.zeros(2)]
     y = gk.batch_norm_act(x, *stats, eps=0.0, act="identity")
-    # F.batch_norm of torch 2.11 refuses it.
+    # Not F.batch_norm, which refuses this in torch 2.11.
     assert not y.isfinite().any() and not torch.batch_norm(x, None, None, *stats, False, 0.1, 0.0, False).isfinite().any()
 
 
@@ -642,7 +673,7 @@ def test_errors_of_the_module_for_dtypes_and_devices():
         assert_refused(lambda x=x: module(x), dict(module.named_buffers()), lambda x=x: torch_module(x), None)
 
 
-def test_what_act_may_not_be():
+def test_acts_that_are_refused():
     for wrong in (nn.PReLU(), nn.GELU(), nn.ReLU, None):
         with pytest.raises(TypeError, match="act"):
             gk.BatchNormAct2d(3, act=wrong)
@@ -679,7 +710,7 @@ def test_16_bits_are_rounded_once(shape, channels_last, act, residual, training,
 
 
 def test_version_counters():
-    """torch's own batch_norm does not count these writes; ours does, so that autograd can complain where somebody kept a statistic."""
+    """Unlike torch we count these writes, so that autograd reports a write to a statistic that was saved."""
     module = gk.BatchNormAct2d(3)
     buffers = dict(module.named_buffers())
     assert buffers.keys() == {"running_mean", "running_var", "num_batches_tracked"}
@@ -710,7 +741,7 @@ def test_running_statistics_over_steps(momentum):
 
 
 def test_evaluation_then_training_then_backward():
-    """A gradient is that of the statistics its output was computed with, whatever became of the running ones since."""
+    """A gradient uses the statistics of its own forward, even if the running statistics have changed since."""
     x1, x2 = torch.randn(4, 3, 5, 5, requires_grad=True), torch.randn(4, 3, 5, 5) * 3 + 1
     module = gk.BatchNormAct2d(3)
     module.running_var.fill_(0.3)
@@ -724,7 +755,7 @@ def test_evaluation_then_training_then_backward():
 
 
 def test_two_training_steps_before_backward():
-    """As in GANs: both graphs are whole although the running statistics were written twice."""
+    """As in GANs: both backwards are right although the running statistics were written twice."""
     module, torch_module = gk.BatchNormAct2d(3, act="relu"), nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
     x = torch.randn(4, 3, 5, 5)
     for each in (module, torch_module):
@@ -741,7 +772,10 @@ def test_two_training_steps_before_backward():
 @each_act
 @pytest.mark.parametrize("shape", [(4, 8, 6, 4), (4, 8, 16, 24), (8, 5, 7)], ids=str)
 def test_bytes_kept_for_backward(shape, act, residual, training):
-    """x, mean, invstd; with a residual, the mask of an activation of two slopes (a bit an element, in whole bytes) or the residual."""
+    """x, mean and invstd.
+
+    With a residual also the residual or, for two slopes, a mask: a bit for each element.
+    """
     module = MODULES[len(shape)][0](shape[1], act=act).train(training)
     x = torch.randn(shape, requires_grad=True)
     z = torch.randn(shape, requires_grad=True) if residual else None
@@ -774,14 +808,14 @@ class ResidualBlock(nn.Module):
 
 @pytest.mark.parametrize("act,tensors,torchs_tensors", [("relu", 4, 4), ("leaky_relu", 4, 6), ("swish", 4, 6)])
 def test_bytes_kept_by_twenty_residual_blocks(act, tensors, torchs_tensors):
-    """Tensors of the size of an activation that a block keeps; README states them. With relu a mask of a bit an element is beside them."""
+    """The number of tensors of the size of x that a block keeps, as README states; ours may also keep a mask."""
     x = torch.randn(4, 16, 12, 12)
     kept = []
     for native in (True, False):
         model = nn.Sequential(*(ResidualBlock(16, act, native) for _ in range(20)))
         y, saved = saved_by(lambda model=model: model(x))
         parameters = {parameter.data_ptr() for parameter in model.parameters()}
-        # The output is saved by the last block or is the loss's to save.
+        # The output counts too: the last block or the loss saves it.
         storages = {tensor.data_ptr(): tensor.nbytes for tensor in [*saved, y] if tensor.data_ptr() not in parameters}
         kept.append(sum(storages.values()) / x.nbytes)
     ours, torchs = kept
@@ -839,7 +873,7 @@ def test_x_written_after_forward_is_noticed():
 
 
 def differentiable(act, training, *, shape=(4, 3, 5), residual=True, stats=True):
-    """A function of x, weight, bias, residual and inputs whose elements stay off the kinks."""
+    """A function of x, weight, bias and residual, and inputs for it that stay off the kinks."""
     torch.manual_seed(5)
     channels = shape[1]
     mean, var = (torch.randn(channels).double(), torch.rand(channels).double() + 0.5) if stats else (None, None)
@@ -933,7 +967,7 @@ def test_second_derivatives_where_x_and_residual_depend_on_each_other(relation, 
 
 
 def opcheck_samples():
-    for dtype in DTYPES:
+    for dtype in WIDE_DTYPES:
         for requires_grad in (False, True):
             for shape, training, act, residual in (
                 ((4, 3, 5, 5), True, "leaky_relu", False),
@@ -980,14 +1014,14 @@ def test_opcheck_of_backward(memory_format, act, training):
         rest = [given["weight"], given["bias"], given["residual"], mask if mask.numel() else None]
         args = (*operands, mean.detach(), invstd.detach(), *rest, training, act, ACTS[act] or 0.0, [True, True, True, residual])
         opcheck(OPS.batch_norm_act_backward.default, args)
-        # create_graph=True goes another way; who calls the operator itself is told.
+        # create_graph=True takes another path; differentiating this operator by itself is an error.
         with pytest.raises(RuntimeError, match="not implemented"):
             grad_x = OPS.batch_norm_act_backward(operands[0].requires_grad_(), *args[1:])[0]
             grad_x.sum().backward()
 
 
 class Block(nn.Module):
-    """Two of them in a row with the input added, as networks have them."""
+    """Two modules in a row with the input added, as in residual networks."""
 
     def __init__(self, momentum=0.1):
         super().__init__()
@@ -1036,10 +1070,10 @@ def compiled_backward():
     return compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True))
 
 
-# Else cuDNN's convolutions give other bits each time.
+# Otherwise cuDNN's convolutions return other bits each time.
 @torch.backends.cudnn.flags(enabled=True, deterministic=True)
 def test_compiled_autograd_of_a_residual_network():
-    """Behind other nodes, whose gradients torch traces as placeholders without a true shape; over steps and sizes of the batch."""
+    """After other nodes, because torch traces their gradients as placeholders without a true shape."""
     model = nn.Sequential(ResNet(BasicBlock, (1, 1, 1, 1), width=4, classes=6), nn.BatchNorm1d(6), nn.ELU(), nn.Linear(6, 4))
     gk.convert(model)
     compiled = copy.deepcopy(model)
@@ -1203,7 +1237,7 @@ def test_autocast_promotes_a_residual_of_another_dtype(device):
 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_checkpoint(use_reentrant):
-    """Forward runs twice, so the running statistics move twice, as with torch's module."""
+    """Forward runs twice, so the running statistics are updated twice, as with torch's module."""
     module, torch_module = gk.BatchNormAct2d(3, act="relu"), nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
     start = torch.randn(4, 3, 5, 5)
     grads = []
@@ -1216,7 +1250,7 @@ def test_checkpoint(use_reentrant):
     assert_close(dict(module.named_buffers()), dict(torch_module[0].named_buffers()))
 
 
-def test_what_is_kept_may_be_moved_elsewhere(device):
+def test_saved_tensors_may_be_moved_by_hooks(device):
     given = arguments((4, 3, 5, 5), residual=True)
     expected = call(gk.batch_norm_act, given, True, "leaky_relu")
     with saved_tensors_hooks(lambda tensor: tensor.detach().cpu().numpy().copy(), lambda kept: torch.from_numpy(kept).to(device)):
@@ -1225,7 +1259,7 @@ def test_what_is_kept_may_be_moved_elsewhere(device):
 
 @each_act
 def test_deterministic_mode(act):
-    """The same bits in this mode, in which fresh memory is nan: what a kernel leaves unwritten would show."""
+    """Fresh memory is nan in this mode, so elements that a kernel does not write would change the bits."""
     for shape, residual in (((4, 3, 5), True), ((4, 3, 5), False), ((5, 17, 9, 9), True)):
         given = arguments(shape, residual=residual)
         for training in (True, False):
@@ -1234,7 +1268,7 @@ def test_deterministic_mode(act):
                 assert_same_bits(call(gk.batch_norm_act, given, training, act), expected)
 
 
-def test_backward_again_and_after_it_was_freed():
+def test_backward_again_and_after_the_graph_is_freed():
     x = torch.randn(4, 3, requires_grad=True)
     y = gk.BatchNormAct1d(3)(x).square().sum()
     y.backward(retain_graph=True)
@@ -1248,7 +1282,7 @@ def test_backward_again_and_after_it_was_freed():
 # torch's own samples
 
 
-# The operator as torch's own, and with all that it has beside.
+# The operator as in torch, and with everything that it adds.
 each_use = pytest.mark.parametrize("act,residual", [("identity", False), ("relu", True), ("swish", True)])
 
 
@@ -1292,7 +1326,7 @@ def test_op_db_samples(act, residual, dtype, device):
 
 
 def test_op_db_has_no_error_inputs():
-    """When torch writes some, this fails and they are to be run here."""
+    """This fails once torch adds error inputs, which then have to be run here."""
     assert all(op.error_inputs_func is None for op in op_db if op.name == "nn.functional.batch_norm")
 
 
@@ -1325,7 +1359,7 @@ def test_module_db_inputs(dim, act, residual, training, dtype, device):
                     y = acts.ACTS[act].function(cls(leaves[0]) + leaves[1] if residual else cls(leaves[0]), ACTS[act])
                 y.backward(grad_y)
                 results.append((y, [leaf.grad for leaf in leaves], [parameter.grad for parameter in cls.parameters()], cls.state_dict()))
-            # Of hundreds of terms that cancel, torch's float32 sums lose more than assert_close allows one of them.
+            # Where hundreds of terms cancel, torch's float32 sums are worse than assert_close allows.
             tolerance = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
             assert_close(results[0], results[1], **tolerance, msg=lambda text, each=each: f"{each.desc}: {text}")
 

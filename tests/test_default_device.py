@@ -1,7 +1,7 @@
-"""The default device is the user's: what the package computes with tensors on the CPU does not depend on it.
+"""Results of CPU tensors do not depend on the default device, which is the user's setting.
 
-Two default devices are tried, one that does not exist and one whose tensors have no values. A tensor that the package makes for itself
-without naming a device fails on the first and loses its numbers on the second.
+Two default devices are tried: one that does not exist, and one whose tensors have no values. A tensor that
+the package makes without naming a device fails on the first and loses its values on the second.
 """
 
 import pytest
@@ -16,7 +16,7 @@ from gradkernels import _native, selftest
 
 
 class Made:
-    """What the calls below work on, made before the default device is set."""
+    """The operands of the calls below, made before the default device is set."""
 
     def __init__(self):
         torch.manual_seed(0)
@@ -32,7 +32,7 @@ class Made:
         self.sgd = torch.optim.SGD(self.parameters, lr=0.1)
         self.fused = torch.optim.SGD(self.parameters, lr=0.1, fused=True)
         self.rmsprop = gk.optim.RMSprop(self.parameters, max_norm=0.1)
-        # The first step makes torch's state, on the default device.
+        # The first step makes the optimizer's state on the default device, so it is taken here.
         self.rmsprop.step()
         self.weight = torch.empty(6, 6)
         self.total_norm = torch.tensor(30.0)
@@ -143,7 +143,7 @@ CALLS = {
     "apply_": lambda made: (str(gk.init.apply_(made.model)), made.parameters),
     "the self-test's operands": lambda made: selftest.draw(selftest.SMALL_SHAPE),
 }
-# What these are comes out of the calls above.
+# Classes of results: the calls above return them.
 RESULTS = {"ClippingHandle", "ConversionReport", "Diagnosis", "GradReport", "InitReport", "Initialised"}
 
 
@@ -178,7 +178,7 @@ def test_results_do_not_depend_on_the_default_device(name, elsewhere, library, m
 
 
 class Net(nn.Module):
-    """Initialises itself, as large models do that are made without values."""
+    """Initialises itself in its constructor, like large models that are made on the meta device."""
 
     def __init__(self, initialise):
         super().__init__()
@@ -202,7 +202,7 @@ class Net(nn.Module):
     ],
     ids=["xavier", "he", "lecun", "gain", "apply_", "convert"],
 )
-def test_a_model_without_values_initialises_itself_as_one_with_them(initialise):
+def test_a_model_on_the_meta_device_initialises_itself(initialise):
     with torch.device("meta"):
         net = Net(initialise)
     assert all(each.is_meta for each in (*net.parameters(), *net.buffers()))

@@ -1,6 +1,6 @@
-"""What works on a model works where there is nothing: parameters without elements, without gradients, frozen ones, and none at all.
+"""Models whose parameters have no elements, have no gradient or are frozen, and models without parameters.
 
-What has no elements changes no figure of what has some. Where a model is refused, nothing of it is written.
+Parameters without elements change no result of the others. If a model is refused, nothing in it is written.
 """
 
 import math
@@ -14,12 +14,12 @@ from torch.testing import assert_close
 import gradkernels as gk
 from gradkernels import _native
 
-# torch's constructors say so of layers without elements.
+# torch's constructors warn about layers without elements.
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
 
 
 class LowRank(nn.Module):
-    """A layer with a low-rank update beside it, whose rank may be 0; None leaves the update out."""
+    """A layer with a low-rank update. The rank may be 0; None leaves the update out."""
 
     def __init__(self, rank, bias=False):
         super().__init__()
@@ -56,7 +56,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("library", ["native", "reference"])
-def test_clipping_of_a_rank_of_0_is_that_without_it(library, monkeypatch):
+def test_clipping_ignores_an_update_of_rank_0(library, monkeypatch):
     if library == "reference":
         monkeypatch.setattr(_native, "C", None)
     for clip in (
@@ -81,7 +81,7 @@ def test_clipping_of_a_rank_of_0_is_that_without_it(library, monkeypatch):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_training_with_a_rank_of_0_is_that_without_it(name):
+def test_training_ignores_an_update_of_rank_0(name):
     trained = []
     for rank in (0, None):
         model = LowRank(rank)
@@ -99,7 +99,7 @@ def test_training_with_a_rank_of_0_is_that_without_it(name):
     assert_close(trained[0], trained[1], rtol=0, atol=0)
 
 
-def test_a_monitor_draws_and_writes_a_rank_of_0(tmp_path):
+def test_monitor_of_an_update_of_rank_0(tmp_path):
     model = LowRank(0, bias=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with gk.GradientMonitor(model) as monitor:
@@ -111,7 +111,7 @@ def test_a_monitor_draws_and_writes_a_rank_of_0(tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["auto", "xavier_uniform", "he_normal", "lecun_normal"])
-def test_initialisation_leaves_what_is_empty_and_says_so(scheme):
+def test_initialisation_keeps_and_reports_empty_layers(scheme):
     model = LowRank(0, bias=True)
     report = gk.init.apply_(model, scheme)
     assert [layer.name for layer in report.layers] == ["body", "head"]
@@ -125,13 +125,13 @@ def test_initialisation_leaves_what_is_empty_and_says_so(scheme):
 @pytest.mark.parametrize(
     "conv", [lambda: nn.Conv2d(0, 3, 3), lambda: nn.ConvTranspose2d(3, 0, 2, stride=2), lambda: nn.ConvTranspose1d(0, 4, 1)]
 )
-def test_convolutions_without_channels_are_left(conv):
+def test_initialisation_skips_convolutions_without_channels(conv):
     model = nn.ModuleList([nn.Linear(3, 3), conv()])
     assert [layer.name for layer in gk.init.apply_(model).layers] == ["0"]
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_diagnosis_is_about_what_has_elements(bias):
+def test_diagnosis_ignores_layers_without_elements(bias):
     model = LowRank(0, bias)
     diagnosis = gk.diagnose(model, batch(), F.cross_entropy, apply=True)
     found = {layer.name: layer.verdicts for layer in diagnosis.layers}
@@ -145,7 +145,7 @@ def test_diagnosis_is_about_what_has_elements(bias):
             gk.diagnose(module, batch(), F.cross_entropy)
 
 
-def test_conversion_of_a_rank_of_0():
+def test_conversion_with_an_update_of_rank_0():
     model, x = LowRank(0), batch()[0]
     expected = model(x)
     report = gk.convert(model, check=x)
@@ -185,7 +185,7 @@ def test_nothing_to_clip(name, library, monkeypatch):
     assert report.table().splitlines()[-1].split() == ["total", "0", "0", "0"]
 
 
-def test_clip_grad_value_of_nothing_still_looks_at_what_it_is_given():
+def test_clip_grad_value_checks_its_arguments_without_gradients():
     for wrong in (lambda: gk.clip_grad_value_([], "much"), lambda: gk.clip_grad_value_([3], 1.0)):
         with pytest.raises((TypeError, ValueError)):
             wrong()
@@ -209,7 +209,7 @@ def test_a_step_without_gradients_and_then_with_one(name):
     assert "no layer has a gradient" in monitor.table(0)
 
 
-# Nothing is half written
+# A refused model is unchanged
 
 
 @pytest.mark.parametrize("scheme", ["auto", "xavier_normal"])
@@ -222,7 +222,7 @@ def test_an_activation_without_a_gain_leaves_the_model_as_it_was(last, scheme):
     assert_close([*model.parameters()], before, rtol=0, atol=0)
 
 
-def test_a_weight_that_takes_no_random_numbers_is_left():
+def test_initialisation_skips_a_dtype_without_random_numbers():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     model[2].weight = nn.Parameter(model[2].weight.detach().to(torch.float8_e4m3fn))
     report = gk.init.apply_(model)

@@ -1,7 +1,8 @@
-"""What happens when things go wrong around the operators: the words, and that parameters, running statistics and gradients are as before.
+"""Failures around the operators: parameters, running statistics and gradients do not change.
 
-Where a failure may end a process, and where it is preloaded, it happens in a process of its own. A torch of another version, a library cut
-short and processes of a group that die have their tests in test_native.py and test_sync_batch_norm_act.py.
+A failure that may end a process, or that needs a preloaded library, happens in a process of its own.
+test_native.py tests a library for another torch and half a library, test_sync_batch_norm_act.py a process
+that dies.
 """
 
 import ast
@@ -26,7 +27,7 @@ from test_native import USE_EVERYTHING, copy_of_the_package, library, run
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Each operation is tried again and again, with the first, second, third ... large allocation refused, until it comes through.
+# Repeats each operation with its first, second, third ... large allocation refused, until it succeeds.
 OUT_OF_MEMORY = """
 import ctypes
 import torch
@@ -41,7 +42,7 @@ torch.set_num_threads(2)
 torch.manual_seed(0)
 
 def operation(name):
-    '''A call, and what it must leave as it is if it fails.'''
+    '''A call, and the tensors that it must not change if it fails.'''
     x = torch.randn(48, CHANNELS, requires_grad=True)
     residual = torch.randn(CHANNELS, 48).t().requires_grad_()
     parameter = nn.Parameter(torch.randn(CHANNELS))
@@ -80,7 +81,7 @@ def bits(tensors):
 names = [*operation("")]
 names += ["backward of batch_norm_act", "backward of leaky_relu", "backward of prelu"]
 for name in names:
-    operation(name)[0]()  # imports what it needs while there is memory
+    operation(name)[0]()  # imports modules while there is memory
     failures = 0
     while True:
         call, kept = operation(name)
@@ -95,7 +96,7 @@ for name in names:
         if error is None:
             break
         assert isinstance(error, MemoryError) or "alloc" in str(error), f"{name}: {error!r}"
-        assert all(torch.equal(a, b) for a, b in zip(before, bits(kept))), f"{name} has written something before it failed: {error}"
+        assert all(torch.equal(a, b) for a, b in zip(before, bits(kept))), f"{name} wrote something before it failed: {error}"
         failures += 1
         assert failures < 60, name
     assert failures > 0, f"{name} allocates nothing"
@@ -123,8 +124,8 @@ def network():
 
 
 def test_interrupt_in_a_backward():
-    """The layers that the gradient has not reached have none, nothing else has changed, and the next backward is whole."""
-    # A shell that runs pytest in the background has it ignored.
+    """Layers that the gradient has not reached have no gradient, and the next backward gives all gradients."""
+    # A shell that runs pytest in the background makes it ignore SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     model, expected = network(), network()
     x = torch.randn(16, 6)
@@ -157,7 +158,7 @@ class Activated(Dataset):
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_of_a_data_loader(method):
-    """After the threads of this process have run, which a forked worker has lost."""
+    """This process has started threads, which a forked worker does not have."""
     expected = [Activated()[i] for i in range(4)]
     loader = DataLoader(Activated(), batch_size=None, num_workers=2, multiprocessing_context=method, timeout=60)
     for got, want in zip(loader, expected, strict=True):
@@ -166,7 +167,7 @@ def test_workers_of_a_data_loader(method):
 
 
 def test_threads_calling_at_once():
-    """Each computes on its own operands; modules in evaluation are shared."""
+    """Each thread has its own operands; a module in evaluation is shared."""
     shared = gk.BatchNormAct2d(8, act="leaky_relu").eval()
 
     def compute(seed):
@@ -206,7 +207,7 @@ FORBIDDEN = {
 
 
 def test_the_library_needs_no_openmp_of_its_own():
-    """torch brings its own libgomp; one that is missing, or another one, is no matter of ours."""
+    """It uses the libgomp that torch brings, so the system's may be missing or another one."""
     if shutil.which("readelf") is None:
         pytest.skip("binutils (readelf) are not installed")
     dynamic = subprocess.run(["readelf", "--dynamic", library()], check=True, capture_output=True, text=True).stdout
@@ -242,7 +243,7 @@ def changed(offset, replacement):
     ],
     ids=["a missing library", "processor", "segments", "entry point"],
 )
-def test_a_corrupted_library_is_as_none(image, tmp_path):
+def test_a_corrupted_library_is_not_loaded(image, tmp_path):
     folder = copy_of_the_package(tmp_path, image())
     result = json.loads(run("-c", USE_EVERYTHING, folder=folder))
     assert not result["native"] and result["different"] == []
@@ -251,7 +252,7 @@ def test_a_corrupted_library_is_as_none(image, tmp_path):
     assert category == "RuntimeWarning" and result["remedy"] in message
 
 
-# What Python itself reports of the process: files written, connections, programs, pickles.
+# Records the events that Python reports: files written, connections, programs, pickles.
 AUDITED = """
 import os, sys
 import torch
@@ -268,14 +269,14 @@ sys.addaudithook(audit)
 
 
 def test_no_file_no_network_no_program_no_pickle(tmp_path):
-    """So an installation that may not be written serves as well."""
+    """So the package works from a read-only installation too."""
     folder = copy_of_the_package(tmp_path, library().read_bytes())
     code = AUDITED + USE_EVERYTHING + "\nassert not seen, seen\n"
     run("-c", code, folder=folder, PYTHONDONTWRITEBYTECODE="1")
 
 
-def test_an_installation_that_may_not_be_written(tmp_path):
-    """As anyone but the superuser, who may write everywhere; there it is no more than the test above."""
+def test_a_read_only_installation(tmp_path):
+    """The superuser may write everywhere: then this test checks no more than the test above."""
     folder = copy_of_the_package(tmp_path, library().read_bytes())
     for path in (folder / "gradkernels", *(folder / "gradkernels").iterdir()):
         path.chmod(path.stat().st_mode & ~0o222)
@@ -283,8 +284,11 @@ def test_an_installation_that_may_not_be_written(tmp_path):
 
 
 def test_the_package_evaluates_no_text_and_reads_no_environment():
-    """But for the processor's capability, which is torch's variable, the benchmark, which
-    runs in a process of its own, and the code that torch.fx writes of a graph, which runs as torch.fx.GraphModule's does."""
+    """There are three exceptions.
+
+    ATEN_CPU_CAPABILITY is a variable of torch. The benchmark runs in a process of its own. The code that
+    torch.fx writes for a graph is executed as in torch.fx.GraphModule.
+    """
     found = set()
     for path in sorted((ROOT / "gradkernels").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -311,7 +315,7 @@ def test_no_compiler_at_install(tmp_path):
 
 
 def test_the_library_is_hardened():
-    """Its flags in setup.py reach the compiler and the linker."""
+    """The flags in setup.py reach the compiler and the linker."""
     if shutil.which("readelf") is None:
         pytest.skip("binutils (readelf) are not installed")
     printed = subprocess.run(

@@ -1,8 +1,9 @@
-"""Every function on operands that hypothesis lays out in memory: equal to torch's or a clean exception, and nothing written outside.
+"""Every function on operands that hypothesis lays out in memory: torch's result or a clean exception.
 
-An operand is a view into a larger buffer: any order of dimensions, gaps, an offset, expanded dimensions, elements that share memory. What
-is written in place may change the elements of the view and not its neighbours. Raw calls of the schemas run in a process of their own, as
-does what reads from the edge of a page that may not be read. `make fuzz` tries 10,000 examples of each where `make test` tries 200.
+An operand is a view into a larger buffer, with any order of dimensions, gaps, an offset, expanded dimensions,
+or elements that share memory. A function that writes in place may change the elements of the view and nothing
+else in the buffer. Raw calls of the schemas, and reads at the edge of a page that must not be read, run in
+processes of their own. `make fuzz` tries 10,000 examples of each test, `make test` 200.
 """
 
 import copy
@@ -22,22 +23,22 @@ from torch import nn
 from torch.testing import assert_close
 
 import gradkernels as gk
-from accuracy import assert_bitwise_equal, exact_batch_norm_act
+from accuracy import DTYPES, ROUTED_DTYPES, SIXTEEN_BITS, assert_bitwise_equal, exact_batch_norm_act
 from gradkernels import acts, reference
 
 OPS = torch.ops.gradkernels
 FOLDER = Path(__file__).parent
-# For processes of their own: this very package, and the files beside this one.
+# The path of other processes: this package, and the files in this folder.
 PATH = os.pathsep.join([str(Path(gk.__file__).parents[1]), str(FOLDER)])
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-ROUTED_DTYPES = [torch.int64, torch.bool, torch.complex64]
-# About packets, chunks of short runs and lines; most often small, or nothing would be non-contiguous in five dimensions.
+# Sizes around packets, chunks of short runs and lines. Most are small: five large dimensions would exceed
+# LARGEST.
 EXTENTS = st.one_of(st.integers(1, 5), st.sampled_from([0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 129]))
 NUMBERS = st.one_of(st.sampled_from([0.0, 1.0, -1.0, 0.25, -0.5, 3.0]), st.floats(-4, 4, width=32))
 SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40, -1e-40, 3e38, -3e38, 100.0, -100.0]
 LARGEST = 20_000
 KINDS = ("plain", "plain", "format", "strided", "strided", "expanded", "sharing")
-# torch writes to these; in place it refuses expanded dimensions, and does as it happens with other elements that share memory.
+# Operands that a function may write. In place torch refuses expanded dimensions, and its result for other
+# elements that share memory depends on the order of the writes.
 WRITABLE = ("plain", "format", "strided", "strided")
 IN_PLACE = (*WRITABLE, "expanded")
 
@@ -54,7 +55,7 @@ class Operand:
         return Operand(buffer, buffer.as_strided(self.view.shape, self.view.stride(), self.view.storage_offset()))
 
     def outside(self):
-        """The buffer with the view's own elements set to 0."""
+        """The buffer with the elements of the view set to 0."""
         copy = self.copy()
         copy.view.zero_()
         return copy.buffer
@@ -69,7 +70,7 @@ def shapes(draw, dims=(0, 5)):
 
 @st.composite
 def operands(draw, shape, dtype, *, kinds=KINDS, special=False):
-    """An operand of this shape: in one of torch's memory formats, or with any strides."""
+    """An operand of this shape, in one of torch's memory formats or with any strides."""
     order = draw(st.permutations(range(len(shape))))
     steps = draw(st.lists(st.sampled_from([1, 1, 1, 2, 3]), min_size=len(shape), max_size=len(shape)))
     kind = draw(st.sampled_from(kinds))
@@ -105,11 +106,14 @@ def outcome_of(function):
 
 
 def assert_like_torch(ours, theirs, wide=None, terms=1.0):
-    """Results equal torch's in wider type where torch has one; what torch refuses may have a meaning here, never the other way round."""
+    """Fails unless our results equal torch's or `wide`, torch's in a wider dtype.
+
+    We may accept a call that torch refuses, but not the other way round.
+    """
     (our, our_error), (their, their_error) = ours, theirs
     if our_error is not None:
-        assert their_error is not None, f"torch takes what gradkernels refuses: {our_error!r}"
-        # Which of two reasons comes first is nobody's promise.
+        assert their_error is not None, f"torch accepts a call that gradkernels refuses: {our_error!r}"
+        # If a call has two errors, either may be reported.
         kind = RuntimeError if isinstance(their_error, RuntimeError) else type(their_error)
         assert isinstance(our_error, kind), f"{our_error!r}, where torch raises {their_error!r}"
     elif their_error is None:
@@ -120,7 +124,10 @@ def assert_like_torch(ours, theirs, wide=None, terms=1.0):
 
 
 def assert_near(name, actual, torchs, exact, terms):
-    """Rounded once, from terms of at most this size that were rounded more often, 16 bits in float32; or what torch has, bit for bit."""
+    """Fails unless each element is `exact` within a few roundings, or equals torch's.
+
+    terms: the size of the largest terms of the result, which are rounded more often (for 16 bits in float32).
+    """
     if not actual.dtype.is_floating_point:
         return assert_close(actual, torchs, equal_nan=True)
     exact = exact.to(actual.dtype).double()
@@ -142,7 +149,7 @@ def largest_of(x):
 
 
 def value_and_grads(function, leaves, grad_y):
-    """The result and the gradients by its arguments, which are the very views that were drawn."""
+    """The result, and the gradients of `leaves`, which keep the strides that were drawn."""
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     y = function(*leaves)
     return [y.detach(), *torch.autograd.grad(y, leaves, grad_y.to(y.dtype))]
@@ -174,7 +181,7 @@ def test_activation(data):
     torchs = outcome_of(lambda: value_and_grads(lambda x: theirs(x, param), [x], grad_y))
     wide = value_and_grads(lambda x: theirs(x, param), in_float64([x]), grad_y)
     if ours is gk.elu:
-        # Where x is nan, torch has grad_y in what is left over from whole vectors.
+        # Where x is nan, torch's gradient is grad_y in the elements left over from whole vectors.
         for results in (torchs[0], wide):
             results[1] = torch.where(x.isnan(), math.nan, results[1])
     assert_like_torch(mine, torchs, wide, product_of(x, grad_y))
@@ -207,8 +214,9 @@ def test_activation_with_a_tensor(data):
     parameter = data.draw(operands(parameter_shape, dtype)).view
     grad_y = x if data.draw(st.booleans()) else data.draw(operands(shape, dtype)).view
     wide = outcome_of(lambda: value_and_grads(theirs, in_float64([x, parameter]), grad_y))
-    # Of float64 there is nothing wider, and what torch rounds in each term, 1 - sigmoid above all, adds up in the parameter's gradient: at
-    # most 4 eps a term, where assert_near allows 64 for the whole.
+    # There is no wider dtype than float64. There torch's roundings of the terms, mostly of 1 - sigmoid, add
+    # up in the gradient of the parameter: at most 4 eps for each term, while assert_near allows 64 eps for
+    # the sum.
     size = product_of(x, grad_y)
     added = max(x.numel() / 16, 1.0) if dtype == torch.float64 else 1.0
     assert_like_torch(
@@ -228,7 +236,7 @@ def test_other_dtypes(data):
 
 
 def per_channel(data, shape, dtype, **options):
-    """A vector of the channels, most often; None now and then, or one of another length."""
+    """Usually a vector with one element for each channel; sometimes None or a vector of another length."""
     channels = shape[1] if len(shape) > 1 else 1
     length = data.draw(st.sampled_from([channels] * 8 + [channels + 1, None]))
     return None if length is None else data.draw(operands((length,), dtype, **options))
@@ -243,16 +251,17 @@ def copy_of(operand):
 
 
 def without_kinks(grad_y, wide_z):
-    """grad_y set to 0 near a kink, where a step of the activation's slope cannot be told from rounding."""
+    """grad_y set to 0 near a kink, where rounding decides about the slope of the activation."""
     slack = 64 * torch.finfo(grad_y.dtype).eps * max(largest_of(wide_z), 1.0)
     return torch.where((wide_z.abs() < slack) | ((wide_z - 6).abs() < slack), 0, grad_y)
 
 
 def terms_of(x, mean, var, weight, bias, residual, act, param, grad_y):
-    """How large the terms are whose sums are y and the gradients of x, weight, bias and residual; of a sum over a channel their norm.
+    """The size of the terms of y and of the gradients: for sums over a channel their norm, else the largest.
 
-    Of values far from zero, close to each other or scaled by a large weight x - mean keeps few digits, and what it misses the curvature of
-    swish and elu carries into every gradient: no library has these digits. Without mean and var they are the batch's.
+    x - mean keeps few digits of values that are far from zero, close to each other or scaled by a large
+    weight. The curvature of swish and elu carries this error into every gradient; no library has these
+    digits. If mean and var are None, the batch's statistics are used.
     """
     x, grad_y = x.double(), grad_y.double().abs()
     dims, per_channel = [0, *range(2, x.dim())], (-1, *[1] * (x.dim() - 2))
@@ -277,7 +286,7 @@ def test_batch_norm_act(data):
     shape = data.draw(shapes(dims=(2, 5)))
     dtype = data.draw(st.sampled_from(DTYPES))
     of_parameters = data.draw(st.sampled_from([dtype, torch.float32]))
-    act = data.draw(st.sampled_from(sorted(reference.ACTIVATIONS)))
+    act = data.draw(st.sampled_from(sorted(acts.ACTS)))
     training = data.draw(st.booleans())
     x = data.draw(operands(shape, dtype)).view
     residual = data.draw(st.sampled_from([None, "x", "another"]))
@@ -322,7 +331,7 @@ def test_batch_norm_act(data):
     ours, running = call(gk.batch_norm_act, lambda tensor: tensor)
     theirs, _ = call(reference.batch_norm_act, lambda tensor: tensor)
     wide, _ = call(reference.batch_norm_act, lambda tensor: tensor.double())
-    if dtype in (torch.bfloat16, torch.float16) and ours[1] is None and theirs[1] is not None:
+    if dtype in SIXTEEN_BITS and ours[1] is None and theirs[1] is not None:
         theirs = None if wide[0] is None else [exact.to(mine.dtype) for exact, mine in zip(wide[0], ours[0], strict=True)], wide[1]
     terms = [1.0] * len(ours[0] or ())
     if ours[1] is None and x.numel():
@@ -330,7 +339,7 @@ def test_batch_norm_act(data):
         sizes = terms_of(x, *stats, weight, bias, residual, act, param, grad_y)
         terms[: len(sizes)] = sizes
         if dtype == torch.float64 and theirs[1] is None:
-            # Of thousands of values torch's own statistics are off by as many roundings.
+            # torch's own statistics of thousands of values have thousands of rounding errors.
             given = (x, view_of(mean), view_of(var), weight, bias, training, 0.1, 1e-5)
             exact = exact_batch_norm_act(*given, act=act, act_param=param, residual=residual, grad_y=grad_y)
             wide = [torch.from_numpy(each.astype(np.float64)) for each in exact.values() if each is not None], None
@@ -344,12 +353,12 @@ def test_batch_norm_act(data):
 
 @given(data=st.data())
 def test_batch_norm_act_of_many_processes(data):
-    """Its parts on shares of a batch, some of them empty, and what is merged of all, against the whole batch in float64."""
+    """The operators on parts of a batch, some of them empty, compared with the whole batch in float64."""
     shape = data.draw(shapes(dims=(2, 5)))
     assume(shape[1] > 0)
     dtype = data.draw(st.sampled_from(DTYPES))
     of_parameters = data.draw(st.sampled_from([dtype, torch.float32]))
-    act, param = data.draw(st.sampled_from(sorted(reference.ACTIVATIONS))), data.draw(st.floats(0, 2, width=32))
+    act, param = data.draw(st.sampled_from(sorted(acts.ACTS))), data.draw(st.floats(0, 2, width=32))
     ends = sorted(data.draw(st.lists(st.integers(0, shape[0]), max_size=5)))
     shares = [slice(begin, end) for begin, end in zip([0, *ends], [*ends, shape[0]], strict=True)]
 
@@ -422,7 +431,7 @@ def test_batch_norm_act_of_many_processes(data):
 
 @st.composite
 def gradients(draw):
-    """A list of gradients, some of which may be one tensor, or share memory."""
+    """A list of gradients. Some may be the same tensor or have elements that share memory."""
     dtype = draw(st.sampled_from([*DTYPES, None]))
     made = []
     for _ in range(draw(st.integers(1, 5))):
@@ -443,7 +452,7 @@ def parameters_with(grads):
 
 
 def copies_of(grads):
-    """Copies that share what the originals share."""
+    """Copies, with one copy for a gradient that is in the list twice."""
     copies = {id(grad): grad.copy() for grad in grads}
     return [copies[id(grad)] for grad in grads]
 
@@ -464,7 +473,7 @@ def test_clipping(data):
     bound = data.draw(st.sampled_from([1.0, 0.1, 1e6, 0.0, -1.0, math.inf]))
     norm_type = data.draw(st.sampled_from([2.0, 1.0, math.inf, 3.0]))
     if norm_type == math.inf:
-        # torch has no largest element of an empty gradient.
+        # torch refuses to take the largest element of an empty gradient.
         grads = [grad for grad in grads if grad.view.numel()] or [Operand(torch.ones(1), torch.ones(1))]
     mine, torchs = copies_of(grads), copies_of(grads)
 
@@ -473,8 +482,8 @@ def test_clipping(data):
         return [each.view for each in given] + ([] if total is None else [total])
 
     ours, theirs = outcome_of(lambda: run(gk, mine)), outcome_of(lambda: run(nn.utils, torchs))
-    # torch rounds the norms of a list and the coefficient to the precision of its members. The sums are float32, eight at a time, each off
-    # by half an eps a term.
+    # torch rounds the norms and the coefficient to the precision of the gradients. Its sums are float32,
+    # eight at a time, with an error of half an eps for each term.
     least_precise = max((each.view.dtype for each in grads), key=lambda dtype: torch.finfo(dtype).eps)
     if ours[1] is None and theirs[1] is None and least_precise != torch.float64:
         terms = max(each.view.numel() for each in grads) / 8
@@ -485,7 +494,7 @@ def test_clipping(data):
         assert_like_torch(ours, theirs)
     for before, after in zip(grads, mine, strict=True):
         assert_bitwise_equal("memory outside a gradient", after.outside(), before.outside())
-        # Of other norms torch scales one gradient after the other, up to one that it refuses.
+        # For other norms torch scales one gradient after the other, until it refuses one.
         if ours[1] is not None and norm_type != 3.0:
             assert_bitwise_equal("a gradient after an error", after.buffer, before.buffer)
 
@@ -515,7 +524,7 @@ def test_rmsprop(data):
     def steps(optimizer):
         mine = param.copy()
         parameter = nn.Parameter(mine.view)
-        # A gradient has the strides of its parameter, unless it was given others.
+        # backward makes gradients with the strides of their parameter; an assigned gradient may have others.
         parameter.grad = grad.view
         made = optimizer([parameter], lr=0.1, **options)
         for _ in range(2):
@@ -535,7 +544,7 @@ def run_alone(file, *arguments):
 
 
 def test_schema_calls():
-    """Wrong counts, dtypes, devices, layouts, shapes and sizes: an exception, before anything is written, or a result; never a crash."""
+    """Wrong arguments cause an exception before anything is written, or a result, but never a crash."""
     calls = settings().max_examples
     result = run_alone("schema_calls.py", 0 if calls <= 200 else torch.seed() % 2**32, calls // 4)
     last = result.stdout.splitlines()[-1:]
@@ -547,8 +556,8 @@ def test_nothing_is_touched_beyond_an_operand():
     assert result.returncode == 0, f"exit {result.returncode} after {result.stdout.splitlines()[-1:]}\n{result.stderr[-3000:]}"
 
 
-def test_the_guard_pages_guard():
-    """A byte beyond the operand does end the process."""
+def test_guard_pages_end_the_process():
+    """The process that reads one byte beyond an operand ends."""
     code = "import ctypes, torch, guard_pages; ctypes.string_at(guard_pages.guarded(torch.ones(3), True).data_ptr(), 13)"
     environment = {**os.environ, "PYTHONPATH": PATH}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == -signal.SIGSEGV

@@ -1,6 +1,6 @@
-"""How the package comes up: without a library, with one for another torch, with half of one, and under each instruction set.
+"""The package without its library, with one for another torch, with half of one, with each instruction set.
 
-Every case is a process of its own, since a process loads a library once.
+Every case runs in a process of its own, because a process loads a library only once.
 """
 
 import json
@@ -24,7 +24,7 @@ PACKAGE = Path(gk.__file__).parent
 ROOT = PACKAGE.parent
 STAMP = f"gradkernels-built-for-torch={torch.__version__}".encode() + b"\0"
 
-# Runs in the process under test: imports, calls everything, and prints what happened as JSON.
+# Runs in the process under test: imports the package, calls everything, and prints the results as JSON.
 USE_EVERYTHING = """
 import json, warnings
 import torch
@@ -74,12 +74,12 @@ print(json.dumps({
 
 def library():
     files = sorted(PACKAGE.glob("_C*.so"))
-    assert files, f"there is no library to try this with: {_native.reason}; {_native.remedy}"
+    assert files, f"this test needs the native library: {_native.reason}; {_native.remedy}"
     return files[0]
 
 
 def run(*arguments, folder, **environment):
-    """Runs Python with a copy of the package in `folder` on its path; returns what it printed."""
+    """Runs Python with the package in `folder`; returns what it printed."""
     process = subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
@@ -127,8 +127,8 @@ def test_import_without_a_usable_library(image, reason, tmp_path):
     ((category, message, where),) = result["warnings"]
     assert category == "RuntimeWarning"
     assert result["reason"] in message and result["remedy"] in message
-    assert where == "<string>", "the warning points at the line that imports gradkernels"
-    assert result["different"] == [], "the reference is composed of torch's own operators and equals them"
+    assert where == "<string>", "the warning has to name the line that imports gradkernels"
+    assert result["different"] == [], "the reference is made of torch's operators and has to equal them"
 
 
 @pytest.mark.parametrize("image", [lambda: None, image_for_another_torch], ids=["no library", "a library for another torch"])
@@ -168,7 +168,8 @@ def test_build_info():
     assert library().read_bytes().count(STAMP) == 1
 
 
-# Runs under each instruction set: saves results of every operator on the same data, numpy's, since torch.randn follows the set too.
+# Runs with each instruction set and saves the results of every operator on the same data. The data is made by
+# numpy, because the numbers of torch.randn depend on the instruction set.
 COMPUTE = """
 import sys
 import numpy as np
@@ -209,21 +210,25 @@ SET_IN_USE = "import gradkernels._native as n; print(n.C.instruction_set())"
 
 @pytest.fixture
 def best_set(monkeypatch):
-    """The largest instruction set that this processor has, whatever the environment of the tests asks for."""
+    """The largest instruction set of this processor, even if the environment of the tests asks for another."""
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
     return run("-c", SET_IN_USE, folder=ROOT).strip()
 
 
 def test_instruction_sets_agree(best_set, tmp_path):
-    """ATEN_CPU_CAPABILITY chooses as in torch. Values differ by 2 ulp at most; gradients by 4, each being within 2 ulp of the truth."""
+    """ATEN_CPU_CAPABILITY chooses the set, as in torch.
+
+    Values differ by at most 2 ulp. Gradients differ by at most 4, because each is within 2 ulp of the exact
+    one.
+    """
     built = _native.C.build_info()["instruction_sets"]
     saved = {}
-    # Asked for a set that the processor lacks, torch uses it all the same and ends on an illegal instruction.
+    # torch would also use a set that the processor lacks, and end with an illegal instruction.
     for name in built[: built.index(best_set) + 1]:
         file = tmp_path / name
         run("-c", COMPUTE, str(file), folder=ROOT, ATEN_CPU_CAPABILITY="default" if name == "base" else name)
         saved[name] = torch.load(file)
-        # Of other architectures torch has sets where we have none.
+        # On other architectures torch has sets of its own, and we have only base.
         torchs = {"AVX2": "avx2", "AVX512": "avx512"}.get(saved[name]["torch"], "base")
         assert saved[name]["used"] == torchs == name
     base = saved.pop("base")["results"]
@@ -236,5 +241,5 @@ def test_instruction_sets_agree(best_set, tmp_path):
 
 @pytest.mark.parametrize("capability", ["avx512", "sse9"])
 def test_the_processor_decides(capability, best_set):
-    """What it lacks is not chosen, and a value that names nothing is as none."""
+    """A set that the processor lacks is not chosen, and an unknown value is ignored."""
     assert run("-c", SET_IN_USE, folder=ROOT, ATEN_CPU_CAPABILITY=capability).strip() == best_set

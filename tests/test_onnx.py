@@ -1,6 +1,7 @@
-"""Both exporters of torch.onnx on converted models, on this package's modules and functions and on what fold makes, and torch.jit.script.
+"""Both exporters of torch.onnx and torch.jit.script, on converted and folded models and on our modules.
 
-In evaluation onnxruntime has to compute what the model computes; in training the nodes have to be those of the same model of torch's.
+In evaluation onnxruntime has to compute the same values as the model. In training the exported nodes have to
+be those of the same model made of torch's modules.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ CHANNELS = 3
 
 
 class Each(nn.Module):
-    """Modules side by side: the first of an input of one dimension, the second of one of three, the others of two."""
+    """Calls each module on x: the first with one spatial dimension, the second with three, all others with 2."""
 
     def __init__(self, modules):
         super().__init__()
@@ -48,7 +49,7 @@ class WithResidual(nn.Module):
 
 
 class Functions(nn.Module):
-    """Calls the functions of this package or torch's."""
+    """Calls this package's functions or torch's."""
 
     def __init__(self, leaky_relu, elu, swish, prelu):
         super().__init__()
@@ -61,7 +62,7 @@ class Functions(nn.Module):
 
 
 class Network(nn.Module):
-    """What people write: a residual block with a downsample, a Sequential, functions in place and not, a batch norm of (N, C)."""
+    """A residual block with a downsample, a Sequential, functions in place and not, a batch norm of (N, C)."""
 
     def __init__(self):
         super().__init__()
@@ -105,7 +106,7 @@ def folded():
 
 
 class OfEvaluation(nn.Module):
-    """What torch has nothing like, or what it cannot export in training."""
+    """Modules and functions that torch does not have, or that it cannot export in training."""
 
     def __init__(self):
         super().__init__()
@@ -116,13 +117,13 @@ class OfEvaluation(nn.Module):
         return self.swish(x), self.learnable(x), self.rrelu(x), self.momentless(x), gk.rrelu(x), gk.leaky_relu(x * 1.0, -0.5, True)
 
 
-# name -> a model of torch's and the same of this package's.
+# name -> a model of torch's modules, and the same model of this package's modules
 PAIRS = {"converted": converted, "modules": modules}
 MODELS = {**{name: lambda pair=pair: pair()[1] for name, pair in PAIRS.items()}, "folded": folded, "in evaluation alone": OfEvaluation}
 
 
 def of_training(model):
-    """The model with statistics and parameters that are not those it began with."""
+    """The model with statistics and parameters that are not the initial ones."""
     with torch.no_grad():
         for name, each in (*model.named_buffers(), *model.named_parameters()):
             if each.is_floating_point() and ("bn" in name or each.dim() == 1):
@@ -138,7 +139,7 @@ def export(model, x, dynamo, is_dynamic, training):
     else:
         keywords["training"] = torch.onnx.TrainingMode.TRAINING if training else torch.onnx.TrainingMode.EVAL
         keywords |= {"input_names": ["x"], "dynamic_axes": {"x": {0: "batch"}} if is_dynamic else None}
-    # The newer exporter prints its progress and logs what is not installed.
+    # The newer exporter prints its progress and logs which packages are missing.
     logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -160,11 +161,11 @@ def check_values(exported, model, x):
 
 each_exporter = pytest.mark.parametrize("dynamo", [False, True], ids=["older", "dynamo"])
 pytestmark = pytest.mark.filterwarnings(
-    # torch says that its older exporter and torch.jit are old.
+    # torch deprecates its older exporter and torch.jit.
     "ignore::DeprecationWarning",
     "ignore::FutureWarning",
     "ignore::UserWarning",
-    # What the package and torch set when they are imported, which pytest takes away.
+    # The package and torch set this filter when they are imported, and pytest removes it.
     "ignore::torch.jit.TracerWarning",
 )
 
@@ -187,7 +188,7 @@ def test_training(name, dynamo):
 
 
 def test_exported_program():
-    """Of torch.export, made without a word of ONNX."""
+    """torch.export makes the program without knowing about ONNX."""
     model = of_training(converted()[1]).eval()
     x = torch.randn(4, CHANNELS, 4, 4)
     program = torch.export.export(model, (x,))
@@ -244,7 +245,7 @@ def test_script_of_a_function_is_refused(function):
             torch.jit.script(each)
 
 
-def test_what_the_refusal_names_works():
+def test_alternatives_named_in_the_refusal_work():
     model, ours = (each.eval() for each in converted())
     x = torch.randn(4, CHANNELS, 4, 4)
     expected = model(x)
@@ -253,11 +254,11 @@ def test_what_the_refusal_names_works():
     assert_close(torch.jit.script(gk.revert(ours))(x), expected)
 
 
-def test_a_trace_warns_of_nothing_here():
+def test_trace_warns_about_no_line_of_gradkernels():
     x = torch.randn(2, CHANNELS, 4, 4)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        # Sets its filter once more, since pytest has taken the first away.
+        # The import sets its filter again, because pytest has removed the first.
         importlib.reload(gk)
         torch.jit.trace(gk.BatchNormAct2d(CHANNELS), (x, x))
         torch.jit.trace(gk.Swish(learnable=True), x)

@@ -1,7 +1,8 @@
-"""gradkernels.recompute: the same bits with less kept, of networks and of outputs; what was written meanwhile; every way torch can call.
+"""gradkernels.recompute: the same bits with less memory, writes before backward, torch's machinery.
 
-An output was recomputed if what its consumer unpacks is another tensor than the one forward made. Bytes are those of memory that lives
-on with the graph (memory.py), since hooks that counted would stand in front of these.
+An output was recomputed if its consumer unpacks another tensor than the one that forward made. Bytes are
+counted as the memory that the graph keeps alive (memory.py), because hooks that count would replace
+recompute's hooks.
 """
 
 import contextlib
@@ -24,8 +25,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 import gradkernels as gk
-from accuracy import SIXTEEN_BITS, assert_bitwise_equal
-from batch_norm_act_calls import ACTS, arguments
+from accuracy import DTYPES, assert_bitwise_equal
+from batch_norm_act_calls import ACTS, MEMORY_FORMATS, arguments
 from gradkernels import _native
 from memory import bytes_kept_by
 from models.darknet import DarkNet
@@ -37,7 +38,10 @@ checkpoint = utils.checkpoint.checkpoint
 
 
 class PreActivation(nn.Module):
-    """Batch norm and activation before each convolution: He, Zhang, Ren, Sun, "Identity Mappings in Deep Residual Networks", 2016."""
+    """Batch norm and activation before each convolution.
+
+    He, Zhang, Ren, Sun, "Identity Mappings in Deep Residual Networks", 2016.
+    """
 
     def __init__(self, channels):
         super().__init__()
@@ -68,7 +72,7 @@ def perceptron():
     )
 
 
-# name -> (network, shape of a batch, the most that may be kept of what is kept without the context)
+# name -> (network, shape of a batch, largest allowed share of the bytes that are kept without recompute)
 NETWORKS = {
     "ResNet": (lambda: ResNet(Bottleneck, (1, 3, 1, 1), width=4), (3, 3, 32, 32), 0.72),
     "pre-activation": (lambda: nn.Sequential(nn.Conv2d(3, 8, 1), *[PreActivation(8) for _ in range(3)]), (2, 3, 9, 7), 0.7),
@@ -81,7 +85,7 @@ NETWORKS = {
 
 
 def network(name):
-    """A converted network whose batch norms are not the identity, and a batch."""
+    """A converted network whose batch norms have random parameters, and a batch for it."""
     make, shape, _ = NETWORKS[name]
     model = make()
     for module in model.modules():
@@ -98,7 +102,7 @@ def loss_of(model, x):
 
 
 def loss_and_gradients():
-    """Of a network that recomputes: its loss, whose graph is retained, its parameters and their gradients."""
+    """The loss of a network that recomputes (its graph is retained), the parameters and their gradients."""
     model, x = network("ResNet")
     with gk.recompute():
         loss = loss_of(model, x)
@@ -107,7 +111,7 @@ def loss_and_gradients():
 
 
 def step(model, x, context):
-    """Everything that one training step gives."""
+    """The results of a training step by name: loss, gradients and buffers."""
     x = x.clone().requires_grad_()
     model.zero_grad()
     with context:
@@ -118,7 +122,7 @@ def step(model, x, context):
 
 
 def assert_same_step(model, other, x, context):
-    """The steps of a model and of its copy, without a context and in this one, to the bit."""
+    """Fails unless a step of a model, and a step of its copy in this context, give the same bits."""
     expected, actual = step(model, x, contextlib.nullcontext()), step(other, x, context)
     assert actual.keys() == expected.keys()
     for name, each in expected.items():
@@ -126,7 +130,7 @@ def assert_same_step(model, other, x, context):
 
 
 class Saves(torch.autograd.Function):
-    """The identity; its node's saved_tensors are its input, unpacked."""
+    """The identity function, whose node saves its input: saved_tensors unpacks it."""
 
     @staticmethod
     def forward(ctx, y):
@@ -140,7 +144,7 @@ class Saves(torch.autograd.Function):
 
 
 def unpacked(y):
-    # Up to torch 2.12 what is saved is freed with the output.
+    # Up to torch 2.12 saved tensors are freed with the output, so `saved` is kept.
     saved = Saves.apply(y)
     (found,) = saved.grad_fn.saved_tensors
     return found
@@ -186,18 +190,18 @@ def test_a_resnet_50_keeps_30_percent_less_than_torchs():
 
 
 @pytest.mark.parametrize("act", ACTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *SIXTEEN_BITS], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_recomputed_bits(dtype, act):
-    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
     for shape in ((7, 3), (8, 5, 7), (4, 65, 5, 5), (2, 3, 33, 17), (2, 3, 4, 5, 6)):
         given = arguments(shape, dtype, residual=True)
         given["residual"].view(-1)[:4] = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0])
         strided = given["x"].mT.contiguous().mT
-        for x in (given["x"], strided, *([given["x"].contiguous(memory_format=layouts[len(shape)])] if len(shape) in layouts else [])):
+        formats = [MEMORY_FORMATS[len(shape)]] if len(shape) in MEMORY_FORMATS else []
+        for x in (given["x"], strided, *(given["x"].contiguous(memory_format=each) for each in formats)):
             for residual in (None, given["residual"]):
                 for affine, training in ((True, True), (False, True), (True, False), (False, False)):
                     parameters = [given["weight"], given["bias"]] if affine else [None, None]
-                    # Statistics of a batch would be nan.
+                    # In training an inf would turn the statistics into nan.
                     some_infinite = x.detach().clone() if training else x.masked_fill(x > 2, torch.inf)
                     with gk.recompute():
                         y = gk.batch_norm_act(
@@ -265,12 +269,12 @@ def test_every_third_output_of_a_chain_is_kept():
         for _ in range(7):
             y = normalised(y * 1, residual=y)
             found.append(is_recomputed(y))
-        # Of x as of the residual.
+        # The same for outputs that are the next x.
         z = normalised()
         for _ in range(3):
             z = normalised(z)
             found.append(is_recomputed(z))
-        # Of both together: two that are recomputed are two passes.
+        # An output is kept if both of its operands are recomputed, which takes two passes already.
         assert is_recomputed(normalised(normalised(), torch.zeros(4, 3, 5, 5)))
         assert not is_recomputed(normalised(normalised(), normalised()))
     assert found == [True, True, False, True, True, False, True, True, False, True]
@@ -292,7 +296,7 @@ CHANGES = ["detach", "view", "write", "assign", "assign in another order", "assi
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_is_no_output_as_it_came_is_kept(change):
+def test_changed_outputs_are_kept(change):
     with gk.recompute():
         y = normalised()
         if change == "detach":
@@ -329,7 +333,7 @@ def test_writing_an_output_after_it_was_used_changes_no_gradient():
     assert torch.equal(*expected, *torch.autograd.grad(loss, bn.weight))
 
 
-# what was written or freed meanwhile
+# writes and frees between forward and backward
 
 
 def message_of(function):
@@ -339,7 +343,7 @@ def message_of(function):
 
 
 @pytest.mark.parametrize("written", ["x", "residual", "weight", "bias", "kept"])
-def test_writing_what_is_needed_is_torchs_error(written):
+def test_writing_an_operand_is_torchs_error(written):
     x, residual = (torch.randn(4, 3, 5, 5, requires_grad=True) for _ in range(2))
     operands = {"x": x * 1, "residual": residual * 1, "kept": x * 2}
     bn = gk.BatchNormAct2d(3, act="relu")
@@ -373,9 +377,9 @@ def test_one_of_two_consumers_after_the_other():
         squares = y.square().sum()
     assert torch.equal(torch.autograd.grad(first, y)[0], 2 * y)
     second.backward()
-    # That freed the batch norm's node, and not what y is computed from.
+    # backward freed the batch norm's node, but not the operands from which y is computed.
     assert torch.equal(torch.autograd.grad(squares, y, retain_graph=True)[0], 2 * y)
-    # As in torch it is the batch norm whose backward comes a second time.
+    # As in torch, the error is that the batch norm's backward runs a second time.
     assert "second time" in message_of(squares.backward)
 
 
@@ -397,7 +401,7 @@ def test_the_graph_is_freed_without_the_garbage_collector():
         gc.enable()
 
 
-def test_a_deep_network_is_taken_apart_without_recursion():
+def test_a_deep_graph_is_freed_without_recursion():
     with gk.recompute():
         y = torch.randn(4, 1, requires_grad=True)
         for _ in range(20_000):
@@ -464,13 +468,13 @@ def test_checkpoint(where, use_reentrant):
 
     plain, checkpointed = Plain(), Checkpointed()
     expected, actual = step(plain, x, contextlib.nullcontext()), step(checkpointed, x, contextlib.nullcontext())
-    # A checkpointed batch norm moves its statistics twice, in torch as well.
+    # A checkpointed batch norm updates its running statistics twice, also in torch.
     for name in (each for each in expected if "running" not in each and "num_batches" not in each):
         assert_bitwise_equal(name, actual[name], expected[name])
 
 
 def test_threads():
-    """Each thread has its own context, and one that waits for a node does not hold Python's lock."""
+    """Each thread has its own context, and a thread that waits for a node does not hold Python's lock."""
     model, x = network("ResNet")
     found, barrier = {}, threading.Barrier(3)
 
@@ -563,7 +567,7 @@ def test_fake_tensors():
         assert model[0].weight.grad.shape == model[0].weight.shape
 
 
-def test_torch_func_refuses_hooks_as_it_refuses_torchs():
+def test_torch_func_refuses_recompute_like_other_hooks():
     with gk.recompute():
         assert "saved tensor hooks" in message_of(lambda: torch.func.grad(lambda x: normalised(x).sum())(torch.randn(4, 3, 5, 5)))
 
@@ -589,7 +593,7 @@ def test_compiled(where):
 
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin")
 def test_compiled_autograd():
-    """Which frees every node before its graph runs."""
+    """Compiled autograd frees every node before its graph runs."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1), gk.BatchNormAct2d(4, act="relu"), nn.Conv2d(4, 2, 1))
     x = torch.randn(4, 3, 5, 5)
     expected = step(copy.deepcopy(model), x, gk.recompute())

@@ -1,7 +1,8 @@
-"""nan, inf, signed zeros, denormals and the largest numbers: every operator on every path has nan and inf exactly where torch has them.
+"""nan, inf, signed zeros, denormals and the largest numbers: nan and inf are exactly where torch has them.
 
-torch's is what its vector loops on the CPU have, hence tensors of whole vectors: its loops over what is left have grad_y as the gradient of
-elu and relu6 at a nan, where the vectors have nan and 0. What differs from torch stands in the tables, each with its reason.
+Results are compared with torch's vector loops on the CPU, so the tensors are whole vectors. At a nan torch's
+gradients of elu and relu6 are nan and 0 in a vector, but grad_y in the elements left over. The tables list
+the differences from torch with their reasons.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import gradkernels as gk
-from accuracy import SIXTEEN_BITS, assert_bitwise_equal, exact_activation, exact_batch_norm_act
+from accuracy import DTYPES, SIXTEEN_BITS, assert_bitwise_equal, exact_activation, exact_batch_norm_act
 from batch_norm_act_calls import ACTS, TWO_SLOPES, cast, laid_out, without_kinks
 from batch_norm_act_calls import call as call_batch_norm_act
 from gradkernels import reference
@@ -27,20 +28,18 @@ from simt_library import ROOT, Guarded, load
 from test_simt_activation import INPUT, KINDS, MASK, OUTPUT, PRELU, SWISH, exact_shares
 from test_simt_batch_norm_act import Kernels, become
 
-DTYPES = [torch.float32, torch.float64, *SIXTEEN_BITS]
-
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def special_values(dtype):
-    """Those of the title, then numbers about where e^x, and sigmoid before it, comes to nothing in float32 and float64."""
+    """The values above, then numbers around which e^x and sigmoid underflow in float32 and in float64."""
     info = torch.finfo(dtype)
     denormal = info.smallest_normal / 32
     return [math.nan, math.inf, -math.inf, 0.0, -0.0, denormal, -denormal, info.max, -info.max, 1.0, -1.0, 3.0, -20.0, -95.0, -150.0, -1e3]
 
 
 def grid(dtype):
-    """x and grad_y: each special value with each other, 256 elements."""
+    """x and grad_y: every pair of special values, 256 elements."""
     values = torch.tensor(special_values(dtype), dtype=dtype)
     return values.repeat(len(values)), values.repeat_interleave(len(values))
 
@@ -54,12 +53,12 @@ RELATIVE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 1.6e-2, t
 
 
 def is_like(actual, expected):
-    """Where actual is nan or inf as expected is, or a number near it."""
+    """Where actual is nan or inf like expected, or a number near it."""
     return torch.isclose(actual.double(), expected.double(), RELATIVE[actual.dtype], 1e-5, equal_nan=True)
 
 
 def assert_like_torch(name, actual, torchs, *operands, or_as=None):
-    """Fails, with the operands of the first element that is neither like torchs nor like or_as."""
+    """Fails, with the operands of the first wrong element, unless each element is like torchs or like or_as."""
     assert actual.shape == torchs.shape and actual.dtype == torchs.dtype, f"{name}: {actual.shape} {actual.dtype}, not {torchs.shape}"
     right = is_like(actual, torchs)
     if or_as is not None:
@@ -68,7 +67,8 @@ def assert_like_torch(name, actual, torchs, *operands, or_as=None):
         first = tuple((~right).nonzero()[0].tolist())
         given = [each[first].item() for each in operands]
         raise AssertionError(
-            f"{name} at {first} of {given}: {actual[first].item()} where torch has {torchs[first].item()}; {int((~right).sum())} are wrong"
+            f"{name} at {first}, operands {given}: {actual[first].item()}, torch has {torchs[first].item()}; "
+            f"{int((~right).sum())} are wrong"
         )
 
 
@@ -81,11 +81,13 @@ def full(value, x):
 
 @dataclass(frozen=True)
 class Row:
-    """ours(x, param) beside torchs(x, param).
+    """ours(x, param) is compared with torchs(x, param).
 
-    eager: gives y and grad_x, given x, grad_y, param and whether a graph of the gradient is wanted, where they are not torchs'.
-    as_gradient: the transforms whose derivative is held to the gradient, for want of torch's. exact: the formula in accuracy.py whose
-    result may stand where torch's intermediate results leave the range of the dtype; exact_numbers: only where that is a number.
+    eager: computes the expected y and grad_x from x, grad_y, param and create_graph, if torchs does not.
+    as_gradient: transforms whose derivative is compared with the gradient, because torch's cannot be used.
+    exact: the formula in accuracy.py. Its result is right too, because torch's intermediate results may
+    overflow or underflow.
+    exact_numbers: the formula's result counts only where it is finite.
     """
 
     name: str
@@ -110,7 +112,7 @@ def value_and_grad(function, x, grad_y, *, create_graph=False):
 
 
 def elu_in_place(x, grad_y, alpha, create_graph):
-    """torch's elu_: kept is the output, which is -alpha below x = -17 (-37 in float64), where the gradient then is 0 times grad_y."""
+    """torch's elu_ saves y, which is -alpha below x = -17 (-37 in float64): there the gradient is 0 * grad_y."""
     if x.dtype in SIXTEEN_BITS or not alpha >= 0:
         return value_and_grad(lambda x: F.elu(x, alpha), x, grad_y, create_graph=create_graph)
     return value_and_grad(lambda x: F.elu(x * 1, alpha, inplace=True), x, grad_y)
@@ -125,11 +127,13 @@ def in_opmath(tensor):
 
 
 def silu_of_beta(x, grad_y, beta, create_graph):
-    """torch's formula of silu with z = beta x. torch has no operator of it, and the product rule over x * sigmoid(beta * x) makes inf - inf
-    of every gradient that is inf."""
+    """torch's formula of silu with z = beta x, for which torch has no operator.
+
+    The product rule for x * sigmoid(beta * x) would compute inf - inf for every gradient that is inf.
+    """
     if beta == 1.0:
         return value_and_grad(F.silu, x, grad_y, create_graph=create_graph)
-    # What torch differentiates again it computes in x's dtype.
+    # With create_graph torch computes in x's dtype.
     wide, grad_y = (each if create_graph else in_opmath(each) for each in (x, grad_y))
     z = wide * beta
     gate = torch.sigmoid(z)
@@ -138,10 +142,11 @@ def silu_of_beta(x, grad_y, beta, create_graph):
 
 SLOPES = (0.25, 0.0, -0.5)
 PARAMETERS = (*SLOPES, math.inf, math.nan, 1e38)
-# torch's exp and sigmoid come to nothing before the derivative does (swish), and beta x or alpha grad_y is beyond the largest number.
+# Rows with `exact`: torch's exp and sigmoid underflow before the derivative of swish does, and beta x or
+# alpha grad_y may overflow.
 ROWS = [
     Row("leaky_relu", gk.leaky_relu, F.leaky_relu, PARAMETERS, has_inplace=True),
-    # torch's jvp of prelu has a slope of 1 at 0, where its gradient has the weight.
+    # At 0 the slope of torch's jvp of prelu is 1, but that of its gradient is the weight.
     Row(
         *("prelu", lambda x, weight: gk.prelu(x, full(weight, x)), lambda x, weight: F.prelu(x, full(weight, x)), PARAMETERS),
         as_gradient=("jvp",),
@@ -176,7 +181,7 @@ def rounded(exact, dtype):
 
 
 def assert_row(name, row, param, x, grad_y, actual, torchs):
-    """actual and torchs are y and its gradient by x, or by a tangent the derivative."""
+    """actual and torchs: y and the gradient of x, or y and its tangent."""
     exact = [None, None]
     if row.exact is not None:
         with np.errstate(all="ignore"):
@@ -193,7 +198,7 @@ def expected(row, param, x, grad_y, *, create_graph=False):
     return value_and_grad(lambda x: row.torchs(x, param), x, grad_y, create_graph=create_graph)
 
 
-# The grid in other shapes and strides; the same function rearranges what is expected.
+# The grid in other shapes and strides. The expected results are rearranged by the same function.
 LAYOUTS = {
     "contiguous": lambda grid: grid.clone(),
     "channels_last": lambda grid: grid.view(4, 4, 4, 4).contiguous(memory_format=torch.channels_last),
@@ -214,10 +219,10 @@ def test_gradients(row, dtype):
             ours = value_and_grad(lambda x, param=param: row.ours(x, param), *mine)
             assert_row(f"{layout}", row, param, *mine, ours, theirs)
             at_zero = (mine[0] == 0) & ~theirs[0].isnan()
-            assert (ours[0].signbit() == theirs[0].signbit())[at_zero].all(), f"{layout}: the sign of zero with {param}"
+            assert (ours[0].signbit() == theirs[0].signbit())[at_zero].all(), f"{layout}: a 0 of the wrong sign with {param}"
             with torch.no_grad():
                 assert_row(f"{layout}, no grad", row, param, *mine, (row.ours(mine[0], param), ours[1]), theirs)
-            # Of a nan alpha torch's elu_ is an error.
+            # torch's elu_ refuses an alpha of nan.
             if row.has_inplace and not math.isnan(param) and not (row.name == "elu" and param < 0):
                 written = value_and_grad(lambda x, param=param: row.ours(x * 1, param, True), *mine)
                 inplace = expected_in_place(row, param, x, grad_y, torchs)
@@ -225,7 +230,7 @@ def test_gradients(row, dtype):
 
 
 def expected_in_place(row, param, x, grad_y, torchs):
-    """elu_ keeps its output in 16 bits too."""
+    """In place torch's elu saves its output in 16 bits too."""
     return value_and_grad(lambda x: F.elu(x * 1, param, inplace=True), x, grad_y) if row.name == "elu" else torchs
 
 
@@ -263,13 +268,13 @@ def test_transforms(row, dtype):
             assert_row(name, row, param, x, grad_y, ours, theirs)
 
 
-# act -> its row; exact terms whose sum is the gradient of the parameter; torch's.
+# Functions that learn a parameter -> their rows.
 PARAMETRIC = {"prelu": ROWS[1], "swish": ROWS[-1]}
 each_parametric = pytest.mark.parametrize("name", PARAMETRIC)
 
 
 def one_to_a_channel(inner, dtype):
-    """x and grad_y of shape (2, 256, inner): in each channel one pair of the grid among ordinary numbers."""
+    """x and grad_y of shape (2, 256, inner): each channel has one pair of the grid, and 0.5 elsewhere."""
     result = []
     for special in grid(dtype):
         spread = torch.full((2, len(special), inner), 0.5, dtype=dtype)
@@ -279,7 +284,7 @@ def one_to_a_channel(inner, dtype):
 
 
 def assert_parametric(place, name, x, grad_y, param, grad_x, grad_parameter):
-    """The gradients of a parameter that is one number in all channels."""
+    """Checks the gradients of x and of a parameter that is the same number in all channels."""
     row = PARAMETRIC[name]
     torchs = expected(row, param, x.flatten(), grad_y.flatten())[1].view(x.shape)
     assert_row(f"{name} {place}", row, param, x, grad_y, (x, grad_x), (x, torchs))
@@ -307,7 +312,7 @@ def test_gradients_of_learnt_parameters(name, dtype):
 
 @pytest.mark.parametrize("name", ["leaky_relu", "prelu", "elu", "swish"])
 def test_compiled(name):
-    """Beside torch's own function compiled alike, whose decompositions differ from its kernels."""
+    """torch's own function is compiled too, because its decompositions differ from its kernels."""
     row = next(each for each in ROWS if each.name == name)
     x, grad_y = grid(torch.float32)
     torch._dynamo.reset()
@@ -324,12 +329,12 @@ def test_compiled(name):
 
 PER_ELEMENT = ("x", "grad_y", "residual")
 PER_CHANNEL = ("running_mean", "running_var", "weight", "bias")
-# torch has no operator of another beta (silu_of_beta).
+# torch has no operator for another beta: see silu_of_beta.
 ACT_PARAMS = ACTS | {"swish": 1.0}
 
 
 def cells(dtype, names):
-    """What stands in each channel, by the operand's name: each special value in each operand, and each two infinities in each two."""
+    """operand -> value, for each channel: all special values in one operand, all infinities in two operands."""
     info = torch.finfo(dtype)
     alone = [math.nan, math.inf, -math.inf, 0.0, -0.0, info.smallest_normal / 32, info.max, -info.max]
     together = itertools.product(itertools.combinations(names, 2), itertools.product((math.inf, -math.inf), repeat=2))
@@ -337,7 +342,10 @@ def cells(dtype, names):
 
 
 def operands(shape, dtype, parameter_dtype, names):
-    """Arguments of a call with a cell in each channel: in one element of it, or in its parameter. shape lacks the channels."""
+    """Arguments of a call, and its cells: a cell goes to one element of a channel, or to its parameter.
+
+    shape: without the dimension of the channels.
+    """
     of_channels = cells(dtype, names)
     rows, inner = shape[0], shape[1:]
     channels = len(of_channels)
@@ -352,7 +360,7 @@ def operands(shape, dtype, parameter_dtype, names):
 
 
 def exact_result(given, training, act):
-    """By name, in the types of the results."""
+    """The exact results by name, in the dtypes of the results."""
     if given["x"].dtype == torch.float64:
         named = (given[name] for name in ("x", "running_mean", "running_var", "weight", "bias"))
         param = {"residual": given["residual"], "grad_y": given["grad_y"], "act": act, "act_param": ACT_PARAMS[act]}
@@ -371,11 +379,12 @@ def per_channel(values, like):
 
 
 def may_be_lost(name, given, training, opmath):
-    """The channels in which a gradient may be nan or inf although it need not be, or another of the two than torch's.
+    """The channels in which a gradient may be nan or inf, whatever torch's and the exact one are.
 
-    grad_x: weight / sqrt(var + eps) is one factor here, which may be beyond the largest number, and two in torch's gradient. What sums
-    enter: eight of the terms dz (x - mean) meet in the computing type (csrc/math/batch_norm_act.h), one in torch's; and where weight is
-    inf, x is taken for x - mean, whose sign counts if an inf is among the terms, or is the mean.
+    grad_x: weight / sqrt(var + eps) is one factor here, which may overflow, and two factors in torch.
+    Gradients made of sums: eight terms dz (x - mean) are added in the computing type here, which may overflow
+    (csrc/math/batch_norm_act.h); torch adds one. Where weight is inf, x stands for x - mean. The sign of x
+    may be another one, which matters if a term or the mean is inf.
     """
     wide = {each: None if tensor is None else tensor.double() for each, tensor in given.items()}
     x, grad_y = (wide[each].transpose(0, 1).flatten(1) for each in ("x", "grad_y"))
@@ -392,7 +401,7 @@ def may_be_lost(name, given, training, opmath):
 
 
 def assert_channels(name, actual, torchs, exact, of_channels, lost=None):
-    """Fails, with the cell of the first channel that is wrong, unless actual has nan and inf where torchs has or exact has."""
+    """Fails, with the cell of the first wrong channel, unless actual is nan or inf where torchs or exact is."""
     right = (kinds(actual) == kinds(torchs)) | (kinds(actual) == kinds(exact))
     if lost is not None:
         right |= per_channel(lost, actual) & ~actual.isfinite()
@@ -400,7 +409,7 @@ def assert_channels(name, actual, torchs, exact, of_channels, lost=None):
         first = tuple((~right).nonzero()[0].tolist())
         cell = of_channels[first[0] if actual.dim() == 1 else first[1]]
         raise AssertionError(
-            f"{name} at {first} of {cell}: {actual[first].item()} where torch has {torchs[first].item()}, exact {exact[first].item()}; "
+            f"{name} at {first}, operands {cell}: {actual[first].item()}, torch has {torchs[first].item()}, exact {exact[first].item()}; "
             f"{int((~right).sum())} are wrong"
         )
 
@@ -409,7 +418,7 @@ def names_of(training, residual):
     return ["x", "grad_y", "weight", "bias", *([] if training else ["running_mean", "running_var"]), *(["residual"] if residual else [])]
 
 
-# Whole vectors of torch's in each.
+# name -> the shape without channels, and channels_last. Each is made of whole vectors of torch's loops.
 SHAPES = {"long runs": ((2, 8, 8), False), "short runs": ((8, 4, 4), False), "channels_last": ((8, 4, 4), True)}
 each_training = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 each_residual = pytest.mark.parametrize("residual", [True, False], ids=["residual", "no residual"])
@@ -454,7 +463,8 @@ def tangents(function, leaves, grad_y):
 def test_transforms_of_batch_norm_act(act, transform, training):
     given, of_channels = operands((8, 4, 4), torch.float32, torch.float32, names_of(training, residual=True))
     if transform is gradients_of_gradients and not training:
-        # Differentiated again is (x - mean) / sqrt(var + eps) * weight + bias: a weight that is inf makes nan of other x than in torch.
+        # create_graph differentiates (x - mean) / sqrt(var + eps) * weight + bias. An inf weight makes other
+        # elements nan there than in torch.
         given["weight"] = torch.where(given["weight"].isinf(), 1.0, given["weight"])
     given = without_kinks(given, training, act)
 
@@ -501,16 +511,16 @@ def test_cuda_kernels_of_activations(guarded, dtype):
             torchs = expected(row, param, x, grad_y)
             call("activation_forward", dtype, number, float(param), size, x, y, None)
             call("activation_backward", dtype, number, float(param), INPUT, size, grad_y, x, grad_x)
-            # What torch keeps of elu is what the kernel is given here.
+            # The kernel reads x here, as torch's elu does out of place.
             from_input = expected(dataclasses.replace(row, eager=None), param, x, grad_y) if act == "elu" else torchs
             assert_row(f"{act} on CUDA", row, param, x, grad_y, (y, grad_x), from_input)
             if act == "elu" and param >= 0:
                 call("activation_backward", dtype, number, float(param), OUTPUT, size, grad_y, y, grad_x)
-                assert_row(f"{act} on CUDA, of y", row, param, x, grad_y, (y, grad_x), expected_in_place(row, param, x, grad_y, torchs))
+                assert_row(f"{act} on CUDA, from y", row, param, x, grad_y, (y, grad_x), expected_in_place(row, param, x, grad_y, torchs))
             if act in TWO_SLOPES:
                 call("activation_forward", dtype, number, float(param), size, x, y, mask)
                 call("activation_backward", dtype, number, float(param), MASK, size, grad_y, mask, grad_x)
-                assert_row(f"{act} on CUDA, of the mask", row, param, x, grad_y, (y, grad_x), torchs)
+                assert_row(f"{act} on CUDA, from the mask", row, param, x, grad_y, (y, grad_x), torchs)
     row = rows["rrelu in training"]
     for slope in row.params:
         call("rrelu_forward", dtype, 1, slope, slope, size, x, y, mask)
@@ -537,7 +547,10 @@ def test_cuda_kernels_of_learnt_parameters(guarded, name, dtype):
 @each_residual
 @pytest.mark.parametrize("gpu", ["clusters", "two passes"])
 def test_cuda_kernels_of_batch_norm_act(guarded, monkeypatch, gpu, residual, training):
-    """float32 and float64: 16 bits are computed in float32. The squares of float32 are float32 here: the largest x have no variance."""
+    """float32 and float64 only, because 16 bits are computed in float32.
+
+    These kernels square float32 in float32, so the variance of the largest x overflows.
+    """
     call = load("batch_norm_act")
     for dtype, shape, act in itertools.product((torch.float32, torch.float64), ((2, 64), (128, 1)), ACTS):
         given, of_channels = operands(shape, dtype, dtype, names_of(training, residual))
@@ -559,13 +572,16 @@ def test_cuda_kernels_of_batch_norm_act(guarded, monkeypatch, gpu, residual, tra
             assert_channels(f"{act}, {shape}: {what}", actual, theirs[what], exact[what], of_channels, lost)
 
 
-# ---- RMSprop (clipping has its own in test_clip_grad.py)
+# ---- RMSprop (clipping: test_clip_grad.py)
 
 
 @each_dtype
 @pytest.mark.parametrize("options", [{}, {"centered": True}, {"momentum": 0.9, "weight_decay": 0.1, "centered": True}], ids=str)
 def test_rmsprop(options, dtype):
-    """Two steps on each special gradient of each special parameter; torch computes 16 bits in 16 bits, and ours is then as in float64."""
+    """Two steps with each special gradient and each special parameter.
+
+    torch computes 16 bits in 16 bits, so our results may be those of float64 instead.
+    """
     param, grad = grid(dtype)
     found = []
     for kind, wide in ((gk.optim.RMSprop, dtype), (torch.optim.RMSprop, dtype), (torch.optim.RMSprop, torch.float64)):
@@ -588,7 +604,7 @@ def test_rmsprop(options, dtype):
 
 
 def test_other_instruction_sets():
-    """The tests of the kernels again, by those for processors that lack what this one has, beside torch's own of that kind."""
+    """Repeats the tests of the kernels with each smaller instruction set, which torch's kernels use then too."""
     capabilities = ["default", "avx2", torch.backends.cpu.get_cpu_capability().lower()]
     others = capabilities[: capabilities.index(capabilities[-1])]
     tests = [
