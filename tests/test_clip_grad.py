@@ -1,7 +1,7 @@
-"""Clipping and the gradient report beside torch.nn.utils and an exact norm: results, what spreads, what is refused, what is left alone.
+"""Clipping and the gradient report, compared with torch.nn.utils and with an exact norm.
 
-The norm is held to max(torch's error, 2 ulp) of the exact one, gradients likewise, elementwise; float64 gradients to 2 ulp of what follows
-from the norm that was returned.
+The error of the norm and of each gradient is at most max(torch's error, 2 ulp). float64 gradients have an
+error of at most 2 ulp of the value that follows from the returned norm.
 """
 
 import copy
@@ -21,16 +21,24 @@ from torch.testing import assert_close
 from torch.testing._internal.common_utils import DeterministicGuard
 
 import gradkernels as gk
-from accuracy import ULP_BOUND, assert_accurate, assert_bitwise_equal, assert_same_outcome, extended, outcome
+from accuracy import (
+    DTYPES,
+    SIXTEEN_BITS,
+    ULP_BOUND,
+    WIDE_DTYPES,
+    assert_accurate,
+    assert_bitwise_equal,
+    assert_same_outcome,
+    extended,
+    outcome,
+)
 from gradkernels import _native, sharded
 from gradkernels.gradients import norms_by_torch
 from memory import skip_unless_free
 
 OPS = torch.ops.gradkernels
 
-DTYPES = [torch.float32, torch.float64]
-HALVES = [torch.bfloat16, torch.float16]
-# Sizes of the tensors of one call.
+# The sizes of the tensors of one call.
 SIZES = {
     "one": [1009],
     "seams": [0, 1, 7, 8, 9, 15, 16, 17, 63, 64, 65, 0],
@@ -39,13 +47,13 @@ SIZES = {
     "one large": [3, 200_003, 1],
 }
 
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_dtype = pytest.mark.parametrize("dtype", WIDE_DTYPES, ids=str)
 each_sizes = pytest.mark.parametrize("sizes", SIZES)
 each_native_norm = pytest.mark.parametrize("norm_type", [2.0, math.inf, 1.0], ids=str)
 
 
 def parameters_with(grads):
-    """A parameter for each gradient, which is not copied; None for a parameter without one."""
+    """A parameter for each gradient, which is not copied. None makes a parameter without a gradient."""
     made = []
     for grad in grads:
         parameter = nn.Parameter(torch.empty(0) if grad is None else torch.empty_like(grad))
@@ -68,17 +76,17 @@ def exact_norm(grads, norm_type):
 
 
 def assert_clips(grads, max_norm, norm_type=2.0):
-    """Clips copies with torch and with gradkernels and holds ours against the exact result; returns ours."""
+    """Clips copies with torch and with gradkernels, compares ours with the exact result, and returns ours."""
     ours, theirs = clones(grads), clones(grads)
-    # An empty gradient has no largest element, and torch gives up where one is among others.
+    # torch refuses an empty gradient, because it has no largest element.
     torch_total = torch_clip_grad_norm_(parameters_with([grad for grad in theirs if grad.numel()]), max_norm, norm_type)
     total = gk.clip_grad_norm_(parameters_with(ours), max_norm, norm_type)
     norm = exact_norm(grads, norm_type)
-    # A norm that overflowed or vanished leaves torch no right digit, and excuses nothing.
+    # If torch's norm overflows or underflows, torch's error does not widen the bound.
     most = np.inf if 0 < torch_total < np.inf or norm == 0 else ULP_BOUND
     assert_accurate("total norm", total, torch_total, norm, most=most)
     if total.dtype == torch.float64:
-        # What is computed from the norm in the norm's own precision starts from what it was rounded to, torch's from another number.
+        # float64 gradients are computed from the rounded norm, and torch's norm is rounded to another number.
         norm, most = extended(total), ULP_BOUND
     coefficient = min(np.longdouble(max_norm) / (norm + np.longdouble(1e-6)), 1)
     for i, (grad, our, their) in enumerate(zip(grads, ours, theirs, strict=True)):
@@ -160,7 +168,7 @@ def test_nan_max_norm_spreads(norm_type, dtype):
 
 
 def test_gradients_whose_squares_overflow_float32():
-    """torch finds a norm of inf and turns every gradient into 0; the norm is representable, and clipping to 1 is what was asked for."""
+    """torch's norm is inf and all its gradients become 0, although float32 can hold the norm."""
     grads = [torch.full((1009,), 1e25), -torch.full((64,), 1e25)]
     theirs = clones(grads)
     assert torch_clip_grad_norm_(parameters_with(theirs), 1.0) == math.inf
@@ -171,7 +179,7 @@ def test_gradients_whose_squares_overflow_float32():
 
 
 def test_gradients_whose_squares_vanish_in_float32():
-    """torch finds a norm of 0."""
+    """torch's norm is 0."""
     grads = [torch.full((1009,), 1e-30), -torch.full((64,), 1e-30)]
     assert torch_clip_grad_norm_(parameters_with(clones(grads)), 1.0) == 0
     total, _ = assert_clips(grads, 1.0)
@@ -195,8 +203,8 @@ def test_one_huge_among_tiny_gradients():
         assert_clips(grads, 1.0, math.inf)
 
 
-def test_a_norm_beyond_float32_is_inf_as_torchs_and_clips_still():
-    """Returned in float32 it is inf; the coefficient is computed before that rounding."""
+def test_a_norm_beyond_float32_is_inf_and_still_clips():
+    """The returned norm is inf, as torch's, but the coefficient is computed before that rounding."""
     grads = [torch.full((1009,), 3e38)]
     total = gk.clip_grad_norm_(parameters_with(grads), 1.0)
     assert total == math.inf and total.dtype == torch.float32
@@ -219,7 +227,7 @@ def test_same_bits_for_any_number_of_threads(norm_type, dtype, each_thread_count
 
 @each_native_norm
 def test_the_norm_does_not_depend_on_how_the_elements_are_cut(norm_type):
-    """4 ulp of float64, as between the shards of one gradient on several ranks."""
+    """To 4 ulp of float64, the bound for a gradient that is sharded over ranks."""
     whole = torch.randn(300_007)
     norms = [OPS.grad_norms([*whole.split(size)], norm_type)[3] for size in (300_007, 100_000, 16_384, 4097, 1000)]
     assert all(norm.dtype == torch.float64 and norm.dim() == 0 for norm in norms)
@@ -227,7 +235,7 @@ def test_the_norm_does_not_depend_on_how_the_elements_are_cut(norm_type):
         assert abs(norm - norms[0]) <= 4 * np.spacing(norms[0].item())
 
 
-# bfloat16 and float16, held to one rounding of what float64 gives
+# bfloat16 and float16: one rounding of the result in float64
 
 
 def assert_clips_halves(grads, max_norm, norm_type=2.0):
@@ -245,7 +253,7 @@ def assert_clips_halves(grads, max_norm, norm_type=2.0):
     return ours
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
 @each_sizes
 @each_native_norm
 @pytest.mark.parametrize("max_norm", [1.0, 0.37, 1e9], ids=["clips", "clips more", "does not clip"])
@@ -257,7 +265,7 @@ def test_clips_halves(sizes, dtype, norm_type, max_norm):
 
 
 def test_float16_gradients_whose_norm_passes_65504():
-    """torch finds a norm of inf and turns every gradient into 0."""
+    """torch's norm is inf, and all its gradients become 0."""
     grads = [torch.full((1009,), 40000.0, dtype=torch.float16)]
     theirs = clones(grads)
     assert torch_clip_grad_norm_(parameters_with(theirs), 1.0) == math.inf
@@ -268,21 +276,21 @@ def test_float16_gradients_whose_norm_passes_65504():
 
 
 def test_the_coefficient_is_not_rounded_to_bfloat16():
-    """torch's clips a norm of 30 to 3.0176, and not to 3."""
+    """torch clips this norm of 30 to 3.0176, ours to 3."""
     grads = [torch.full((9,), 10.0, dtype=torch.bfloat16)]
     theirs = clones(grads)
     torch_clip_grad_norm_(parameters_with(theirs), 3.01)
     assert_clips_halves(grads, 3.01)
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
 def test_halves_by_a_coefficient_beyond_float32(dtype):
     grads = [torch.full((17,), 3e4, dtype=dtype), torch.randn(9).to(dtype)]
     ours = assert_clips_halves(grads, 1e-39 if dtype == torch.bfloat16 else 1e-3)
     assert all(our.abs().max() > 0 for our in ours[:1])
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
 @each_native_norm
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 def test_nan_and_inf_of_halves_spread_like_torchs(value, norm_type, dtype):
@@ -296,7 +304,7 @@ def test_nan_and_inf_of_halves_spread_like_torchs(value, norm_type, dtype):
             assert_close(ours, theirs, equal_nan=True)
 
 
-# what parameters may be
+# kinds of parameters
 
 
 def test_a_tensor_a_list_a_generator_a_module_and_names():
@@ -368,8 +376,8 @@ def test_a_parameter_given_twice_is_scaled_as_torch_scales_it():
     assert_close(grads, theirs)
 
 
-def test_a_parameter_given_twice_is_scaled_one_time_after_the_other():
-    """Also where two threads would each take one."""
+def test_a_large_parameter_given_twice_is_scaled_twice():
+    """So large that two threads would scale it at the same time."""
     (grad,) = gradients([300000])
     expected = grad.clone()
     (parameter,) = parameters_with([grad])
@@ -395,15 +403,15 @@ def test_a_parameter_given_twice_is_scaled_one_time_after_the_other():
     ids=str,
 )
 def test_dtypes(dtypes):
-    """The result's dtype and device are torch's; what has no kernel is torch's whole."""
+    """The result has torch's dtype and device; torch computes dtypes without a kernel."""
     for max_norm in (0.1, 1e9):
         grads = [torch.randn(size).to(dtype) for size, dtype in zip((64, 1009), itertools.cycle(dtypes), strict=False)]
         theirs = clones(grads)
         total = gk.clip_grad_norm_(parameters_with(grads), max_norm)
         torch_total = torch_clip_grad_norm_(parameters_with(theirs), max_norm)
         exactly = {"rtol": 0, "atol": 0} if dtypes == (torch.complex64,) else {}
-        # torch rounds norms and coefficient to the 16-bit type.
-        if {*dtypes} & {*HALVES}:
+        # torch rounds the norms and the coefficient to 16 bits.
+        if {*dtypes} & {*SIXTEEN_BITS}:
             exactly = {"rtol": 2e-2, "atol": 1e-4}
         assert_close(total, torch_total, **exactly)
         assert_close(grads, theirs, **exactly)
@@ -419,7 +427,7 @@ def test_the_result(dtype):
 @each_native_norm
 @pytest.mark.parametrize("offset", [0, 1, 3, 7])
 def test_unaligned_storage(offset, norm_type, dtype):
-    """What lies around a gradient that is a piece of a buffer is neither counted nor written."""
+    """The gradient is a piece of a buffer, whose other elements are neither counted nor written."""
     for size in (1, 17, 1009, 20_011):
         buffer = torch.randn(size + offset + 9, dtype=dtype) * 100
         piece = buffer[offset : offset + size]
@@ -428,8 +436,8 @@ def test_unaligned_storage(offset, norm_type, dtype):
         _, (expected,) = assert_clips([piece], 0.1, norm_type)
         gk.clip_grad_norm_(parameters_with([piece]), 0.1, norm_type)
         assert_bitwise_equal("gradient", piece, expected)
-        assert_bitwise_equal("before it", buffer[:offset], before[:offset])
-        assert_bitwise_equal("behind it", buffer[offset + size :], before[offset + size :])
+        assert_bitwise_equal("memory before the gradient", buffer[:offset], before[:offset])
+        assert_bitwise_equal("memory after the gradient", buffer[offset + size :], before[offset + size :])
 
 
 @each_native_norm
@@ -449,11 +457,11 @@ def test_strided_gradients(norm_type):
         assert_close(gk.clip_grad_norm_(parameters_with([view(base), other]), 0.1, norm_type), torch_total)
         assert_close(view(base), theirs[0])
         assert_close(other, theirs[1])
-        assert_bitwise_equal("what is not in the view", base[~mask], before[~mask])
+        assert_bitwise_equal("memory outside the view", base[~mask], before[~mask])
 
 
 def test_a_strided_gradient_is_scaled_as_a_dense_one():
-    """By a coefficient that float32 cannot hold."""
+    """With a coefficient that float32 cannot hold."""
     dense = torch.full((3, 4), 1e38)
     strided = torch.full((3, 8), 1e38)[:, ::2]
     gk.clip_grad_norm_(parameters_with([dense, strided]), 1e-6)
@@ -507,7 +515,7 @@ def test_error_if_nonfinite_of_finite_gradients():
 
 @pytest.mark.parametrize("sparse_first", [False, True])
 def test_sparse_gradients_are_torchs(sparse_first):
-    """Which refuses them, and writes nothing, before 2.14, and clips them since."""
+    """Before 2.14 torch refuses them and writes nothing; since then it clips them."""
     dense = torch.randn(64)
     sparse = torch.sparse_coo_tensor([[0, 2, 0]], [1.0, 4.0, 2.0], (5,), check_invariants=True)
     grads = [sparse, dense] if sparse_first else [dense, sparse]
@@ -524,7 +532,7 @@ def test_sparse_gradients_are_torchs(sparse_first):
 
 
 def test_report_on_sparse_gradients():
-    """As on the dense ones that they stand for."""
+    """The same report as for dense gradients with these values."""
     sparse = torch.sparse_coo_tensor([[0, 2, 0]], [1.0, math.nan, 2.0], (5,), check_invariants=True)
     grads = [torch.randn(64), sparse, torch.sparse_coo_tensor(torch.zeros(1, 0), [], (5,), check_invariants=True)]
     for norm_type in (2.0, math.inf, 3.0):
@@ -537,7 +545,7 @@ def test_report_on_sparse_gradients():
     assert report.clip_(0.5) == report.total_norm > 0.5
 
 
-def test_what_is_no_list_of_parameters_is_torchs_error():
+def test_a_number_for_parameters_is_torchs_error():
     assert outcome(gk.clip_grad_norm_, 3, 1.0)[0] is outcome(torch_clip_grad_norm_, 3, 1.0)[0] is TypeError
 
 
@@ -560,7 +568,7 @@ def test_without_the_library(monkeypatch):
 
 
 def sharing_memory():
-    """Lists of gradients that overlap, by name, made anew from one buffer."""
+    """name -> a buffer, and gradients that overlap in it; both are new in each call."""
     buffer = torch.arange(1.0, 200_001.0)
     table = buffer[:60].view(6, 10)
     return {
@@ -601,7 +609,7 @@ def test_get_total_norm_and_clip_grads_with_norm_are_clip_grad_norm_(sizes, norm
     assert_close(halves, whole)
 
 
-def test_get_total_norm_is_torchs_elsewhere():
+def test_get_total_norm_without_a_kernel_is_torchs():
     for tensors in ([], [torch.randn(3, dtype=torch.complex64)], torch.randn(3), (torch.randn(3) for _ in range(2))):
         given = list(tensors) if not isinstance(tensors, torch.Tensor) else tensors
         assert_close(gk.get_total_norm(given), torch.nn.utils.get_total_norm(given))
@@ -620,7 +628,7 @@ def test_get_total_norm_refuses_what_is_not_finite(norm_type):
     assert outcome(gk.get_total_norm, tensors, norm_type, error_if_nonfinite=True) == expected
 
 
-def test_clip_grads_with_norm_is_torchs_elsewhere():
+def test_clip_grads_with_norm_without_a_kernel_is_torchs():
     for grads in ([], [None], [torch.randn(3, dtype=torch.complex64)], [torch.randn(3), None]):
         ours, theirs = clones(grads), clones(grads)
         gk.clip_grads_with_norm_(parameters_with(ours), 0.1, torch.tensor(2.0))
@@ -628,8 +636,8 @@ def test_clip_grads_with_norm_is_torchs_elsewhere():
         assert_close([grad for grad in ours if grad is not None], [grad for grad in theirs if grad is not None])
 
 
-def test_a_norm_that_lies_with_the_gradients_is_not_copied(monkeypatch):
-    """meta stands for a GPU, whose numbers nobody can read without waiting for it."""
+def test_a_norm_on_the_device_of_the_gradients_is_not_copied(monkeypatch):
+    """meta stands for a GPU, whose numbers cannot be read without waiting for it."""
     passed = []
     kernels = types.SimpleNamespace(clip_grads_with_norm_=lambda *arguments: passed.append(arguments))
     monkeypatch.setattr("gradkernels.gradients._kernels_for", lambda tensors: kernels)
@@ -646,7 +654,7 @@ def test_a_norm_of_another_device_does_not_choose_the_kernels():
 
 
 class Copies(TorchFunctionMode):
-    """What memory tensors are made in and how they are copied from there, without pinning or copying: that takes a GPU."""
+    """Records pinned memory and copies without performing them, because both need a GPU."""
 
     def __init__(self):
         super().__init__()
@@ -662,7 +670,7 @@ class Copies(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def test_places_are_copied_to_a_gpu_without_waiting_for_it():
+def test_indices_are_copied_to_a_gpu_without_waiting_for_it():
     with Copies() as copies:
         index = sharded.index_on(torch.device("cuda:1"), [3, 1])
     assert copies.found == [("pinned", "cpu"), ("cuda:1", "does not wait")]
@@ -683,7 +691,7 @@ def test_clip_grads_with_norm_takes_a_norm_of_any_dtype():
 # clip_grad_value_
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, *HALVES], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_sizes
 @pytest.mark.parametrize("clip_value", [1.0, 0.37, 0.0, -0.5, math.inf, 1e9, math.nan], ids=str)
 def test_clip_grad_value_is_torchs(clip_value, sizes, dtype):
@@ -691,7 +699,7 @@ def test_clip_grad_value_is_torchs(clip_value, sizes, dtype):
     for place, value in ((0, math.nan), (-1, math.inf), (len(grads) // 2, -math.inf)):
         grads[place][-1] = value
     ours, theirs = clones(grads), clones(grads)
-    # float16 does not hold 1e9, which is an error.
+    # 1e9 is an error in float16, which cannot hold it.
     expected = outcome(torch.nn.utils.clip_grad_value_, parameters_with(theirs), clip_value)
     assert outcome(gk.clip_grad_value_, parameters_with(ours), clip_value) == expected
     for i, (our, their) in enumerate(zip(ours, theirs, strict=True)):
@@ -715,7 +723,7 @@ def test_clip_grad_value_of_strided_overlapping_and_other_gradients():
 
 
 def as_parameter(grad):
-    """Integer gradients have no parameter."""
+    """A tensor with this gradient: a parameter cannot have an integer gradient."""
     tensor = torch.empty_like(grad)
     tensor.grad = grad
     return tensor
@@ -734,7 +742,7 @@ def test_clip_grad_value_counts_versions_and_leaves_the_neighbours():
     version = piece._version
     gk.clip_grad_value_(parameters_with([piece]), 1.0)
     assert piece._version == version + 1
-    assert_bitwise_equal("around it", torch.cat([buffer[:3], buffer[4000:]]), torch.cat([before[:3], before[4000:]]))
+    assert_bitwise_equal("memory around the gradient", torch.cat([buffer[:3], buffer[4000:]]), torch.cat([before[:3], before[4000:]]))
 
 
 # the report
@@ -766,7 +774,7 @@ def test_report_of_each_gradient(sizes, norm_type, dtype):
 
 @pytest.mark.parametrize("scale", [1e300, 1e-300, 1e154, 1e-162], ids=str)
 def test_report_of_gradients_whose_squares_leave_float64(scale):
-    """Beside others whose squares do not."""
+    """Together with gradients whose squares do not."""
     grads = [torch.randn(1009, dtype=torch.float64) * scale, torch.randn(64, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)]
     report = gk.grad_report(parameters_with(grads))
     exact = torch.tensor([float(exact_norm([grad], 2.0)) for grad in grads], dtype=torch.float64)
@@ -818,7 +826,7 @@ def test_report_of_nothing():
         report.clip_(1.0)
 
 
-def test_report_of_what_has_no_kernel():
+def test_report_without_a_kernel():
     grads = [torch.randn(64, dtype=torch.complex64), torch.randn(3, dtype=torch.complex64)]
     report = gk.grad_report(parameters_with(grads))
     assert_close(report.norms, torch.stack([grad.to(torch.complex128).norm() for grad in grads]))
@@ -843,7 +851,10 @@ def test_version_counters():
 
 
 def test_gradients_with_a_graph():
-    """create_graph=True leaves gradients that require grad; clipping them is no part of the graph, as with torch's."""
+    """create_graph=True makes gradients that require grad.
+
+    Clipping is not recorded in the graph, as in torch.
+    """
     results = []
     for clip in (gk.clip_grad_norm_, torch_clip_grad_norm_):
         parameter = nn.Parameter(torch.arange(5.0))
@@ -857,7 +868,7 @@ def test_gradients_with_a_graph():
 
 
 def test_opcheck():
-    for dtype in DTYPES:
+    for dtype in WIDE_DTYPES:
         grads = [
             torch.randn(3, 5, dtype=dtype),
             torch.randn(0, dtype=dtype),
@@ -917,7 +928,7 @@ def test_gradients_made_in_inference_mode_are_not_written_outside(clip):
     assert_close(grad, torch.ones(64))
 
 
-def test_a_report_clips_the_gradients_it_is_about():
+def test_a_report_does_not_clip_other_gradients():
     parameters = parameters_with(gradients([64, 1009]))
     report = gk.grad_report(parameters)
     report.clip_(0.1)
@@ -931,8 +942,8 @@ def test_a_report_clips_the_gradients_it_is_about():
         assert_close([parameter.grad for parameter in parameters], clipped)
 
 
-def test_the_two_steps_in_float16_by_way_of_the_report():
-    """get_total_norm is inf, as torch's; the report's total is float64."""
+def test_clip_grads_with_norm_of_a_report_in_float16():
+    """get_total_norm is inf, as in torch; the report's total norm is float64."""
     parameters = parameters_with([torch.full((4096,), 2000.0, dtype=torch.float16)])
     assert gk.get_total_norm([parameters[0].grad]).isinf()
     gk.clip_grads_with_norm_(parameters, 1.0, gk.grad_report(parameters).total_norm)
@@ -940,7 +951,7 @@ def test_the_two_steps_in_float16_by_way_of_the_report():
 
 
 def test_a_norm_that_overflows_names_no_gradient():
-    """Of other norms than ours torch's is taken, which may be inf where every gradient is finite."""
+    """Norms without a kernel are torch's, which may be inf although every gradient is finite."""
     parameters = parameters_with([torch.full((3,), 1e30)])
     with pytest.raises(RuntimeError, match="is non-finite") as raised:
         gk.clip_grad_norm_(parameters, 1.0, 3.0, error_if_nonfinite=True)
@@ -949,7 +960,7 @@ def test_a_norm_that_overflows_names_no_gradient():
 
 
 def test_deterministic_mode():
-    """The same bits in this mode, in which fresh memory is nan: what a kernel leaves unwritten would show."""
+    """Fresh memory is nan in this mode, so elements that a kernel does not write would change the bits."""
     grads = gradients([64, 70_001])
     results = []
     for deterministic in (False, True):
@@ -962,7 +973,7 @@ def test_deterministic_mode():
         assert_bitwise_equal("a result", actual, expected)
 
 
-def test_training_a_step_equals_torchs():
+def test_training_steps_equal_torchs():
     results = []
     start = nn.Sequential(nn.Linear(5, 17), nn.Tanh(), nn.Linear(17, 3))
     x = torch.randn(8, 5)
@@ -995,7 +1006,7 @@ def test_more_than_2_to_the_31_elements():
     assert grad[-1] == 0.5
 
 
-# what is no parameter
+# wrong parameters
 
 
 def with_a_gradient():
@@ -1018,7 +1029,7 @@ WRONG_PARAMETERS = {
     "numbers": ([1.0], "not float"),
     "lists": ([[PARAMETER]], "not list"),
     "groups of an optimizer": (torch.optim.SGD([PARAMETER]).param_groups, "not dict"),
-    # The second of two tensors is no parameter called by the first.
+    # A pair of tensors is not a name and a parameter.
     "pairs of parameters": ([(PARAMETER, PARAMETER)], "not tuple"),
     "pairs the wrong way round": ([(PARAMETER, "weight")], "not tuple"),
     "triples": ([("weight", PARAMETER, 3)], "not tuple"),
@@ -1029,7 +1040,7 @@ WRONG_PARAMETERS = {
 
 @pytest.mark.parametrize("function", TAKING_PARAMETERS)
 @pytest.mark.parametrize("wrong", WRONG_PARAMETERS)
-def test_what_are_no_parameters_is_said_and_nothing_is_written(wrong, function):
+def test_wrong_parameters_are_refused_before_writing(wrong, function):
     parameters, words = WRONG_PARAMETERS[wrong]
     version = PARAMETER.grad._version
     with pytest.raises(TypeError, match=words):
@@ -1037,7 +1048,7 @@ def test_what_are_no_parameters_is_said_and_nothing_is_written(wrong, function):
     assert PARAMETER.grad._version == version
 
 
-def test_what_is_no_norm_is_said():
+def test_wrong_norms_are_refused():
     for wrong in (5.0, None, "5"):
         with pytest.raises(TypeError, match=f"total_norm must be Tensor, not {type(wrong).__name__}"):
             gk.clip_grads_with_norm_([PARAMETER], 1.0, wrong)
@@ -1045,7 +1056,7 @@ def test_what_is_no_norm_is_said():
         for norm_type in (2.0, 3.0):
             with pytest.raises(TypeError, match="tensors must be tensors, not"):
                 gk.get_total_norm(wrong, norm_type)
-    # In torch's words.
+    # These have torch's messages.
     for wrong, error in ((None, TypeError), ([1.0], TypeError), ("a", ValueError), (torch.ones(2), ValueError)):
         messages = []
         for clip in (gk.clip_grad_norm_, torch.nn.utils.clip_grad_norm_):

@@ -1,7 +1,7 @@
-"""Clipping of DTensors over real Gloo processes: FSDP2, tensor parallel, mixed meshes, plain tensors among them, the pipeline's route.
+"""Clipping of DTensors over real Gloo processes: FSDP2, tensor parallelism, several meshes, plain tensors.
 
-Each rank compares what it holds with the unsharded gradients, which every rank makes from the same seed, and counts the collectives. What
-a rank that dies, or does not come, leaves to the others has processes of its own.
+Each rank compares its part with the whole gradients, which every rank makes from the same seed, and counts
+the collectives. The tests of a rank that dies, or that does not take part, start processes of their own.
 """
 
 import datetime
@@ -24,7 +24,7 @@ from accuracy import assert_bitwise_equal
 from gradkernels import _native
 
 TIMEOUT_S = 120
-# Of a group whose last rank is about to fail: the longest that the others wait for it.
+# How long the other ranks of a group wait for a rank that fails.
 FAILING_TIMEOUT_S = 5
 
 
@@ -57,7 +57,7 @@ def spawn(world_size, tmp_path, *arguments, target=run):
 
 
 def sharded(full, mesh, placements):
-    """A parameter whose gradient is `full`, distributed."""
+    """A parameter whose gradient is `full`, distributed over the mesh."""
     parameter = nn.Parameter(distribute_tensor(torch.zeros_like(full), mesh, placements))
     parameter.grad = distribute_tensor(full, mesh, placements)
     return parameter
@@ -74,7 +74,11 @@ def whole(grad):
 
 
 def assert_clips(make, reduces, returns_dtensor):
-    """make() -> parameters and their whole gradients. reduces: all-reduces of one total norm."""
+    """Clips parameters and compares each with its whole gradient.
+
+    make: returns the parameters and their whole gradients.
+    reduces: the number of all-reduces of one total norm.
+    """
     for norm_type in (2.0, 1.0, math.inf):
         for max_norm in (0.37, 1e9):
             params, fulls = make()
@@ -89,7 +93,7 @@ def assert_clips(make, reduces, returns_dtensor):
             assert isinstance(total, DTensor) == returns_dtensor
             total = whole(total)
             assert total.dtype == expected.dtype and total.dim() == 0
-            # One rounding from float64.
+            # Both are rounded once from float64.
             assert_close(total, expected, rtol=2 * torch.finfo(total.dtype).eps, atol=0)
             for param, expected_param in zip(params, expected_params, strict=True):
                 assert_close(whole(param.grad), expected_param.grad)
@@ -98,7 +102,7 @@ def assert_clips(make, reduces, returns_dtensor):
 
 
 class NothingIndexedByLists(TorchFunctionMode):
-    """torch copies a list to a GPU in a way that waits."""
+    """Refuses lists as indices, because torch waits when it copies a list to a GPU."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
@@ -124,7 +128,7 @@ def scenario_one_mesh():
             placements = [Shard(0), Replicate(), Shard(1), Shard(0)]
             return [sharded(full, mesh, [placement]) for full, placement in zip(fulls, placements, strict=True)], fulls
 
-        # Of float64 the largest norm comes first, for squares that may leave it.
+        # In float64 the largest norm is reduced first, because squares may overflow or underflow.
         assert_clips(make, 2 if dtype == torch.float64 else 1, True)
 
 
@@ -139,7 +143,7 @@ def scenario_replicated():
     assert_clips(make, 0, True)
 
 
-def scenario_beside_plain_tensors():
+def scenario_with_plain_tensors():
     mesh = mesh_1d()
 
     def make():
@@ -240,7 +244,7 @@ def scenario_without_the_library():
 
 
 def scenario_pipeline():
-    """get_total_norm, reduced over stages, clip_grads_with_norm_; clip_grad_value_."""
+    """get_total_norm, reduced over the stages of a pipeline, then clip_grads_with_norm_; clip_grad_value_."""
     mesh = mesh_1d()
     torch.manual_seed(1)
     fulls = gradients()
@@ -256,7 +260,7 @@ def scenario_pipeline():
 
 
 def scenario_partial():
-    """torch reduces them."""
+    """torch reduces partial gradients."""
     mesh = mesh_1d()
     parameter = nn.Parameter(distribute_tensor(torch.zeros(3), mesh, [Replicate()]))
     parameter.grad = DTensor.from_local(torch.full((3,), 2.0), mesh, [Partial()])
@@ -265,7 +269,7 @@ def scenario_partial():
 
 
 def trained(model, clip, steps=3):
-    """The whole parameters after some steps."""
+    """The norm of each step, and the whole parameters after the last step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     x = torch.arange(40.0).view(8, 5) / 10
     norms = []
@@ -283,7 +287,7 @@ def a_model():
 
 
 def scenario_fsdp_ddp_and_tensor_parallel():
-    """The ranks see the same batch, so that each trains what one process would."""
+    """All ranks have the same batch, so each trains the same model as one process."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -319,7 +323,7 @@ def a_flattened_model(**options):
 
 
 def scenario_fsdp1_is_refused():
-    """Each rank holds a piece as a plain tensor: its norm is not that of the gradient."""
+    """Each rank has a piece of a gradient as a plain tensor, whose norm is not that of the gradient."""
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
     def backward(model):
@@ -346,7 +350,7 @@ def scenario_fsdp1_is_refused():
                 RuntimeError, match=r"FullyShardedDataParallel model.*call model\.clip_grad_norm_\(max_norm\) before the step"
             ):
                 refused()
-        # A group that is added later is found in the step.
+        # The step refuses a group that is added later.
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1, fused=True)
         gk.attach_clipping(optimizer, 0.5)
         optimizer.add_param_group({"params": params})
@@ -355,10 +359,11 @@ def scenario_fsdp1_is_refused():
         assert_close([param.grad for param in params], before, rtol=0, atol=0)
         gk.optim.RMSprop(params, lr=0.0).step()
         if use_orig_params:
-            # Put together for now, as the error says.
+            # Here the gradients are whole, as the error message advises.
             with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
                 assert_close(gk.grad_report(model).total_norm, expected.double())
-        # What it names is right, and by a norm that is right pieces are scaled as they have to be.
+        # The method that the message names computes the right norm, and with it the pieces are scaled
+        # correctly.
         total = model.clip_grad_norm_(1e9)
         assert_close(total, expected)
         gk.clip_grads_with_norm_(model, 0.5, total)
@@ -403,7 +408,7 @@ def scenario_default_device_elsewhere():
     with torch.device("cuda:99"):
         report = gk.grad_report([*params, without])
         gk.clip_grad_norm_(params, 1e9)
-        # A bound beyond float16 has no kernel.
+        # There is no kernel for a bound that float16 cannot hold.
         for bound in (1e30, 0.5):
             gk.clip_grad_value_(params, bound)
     assert_close(report.norms[:-1], expected.norms)
@@ -413,7 +418,7 @@ def scenario_default_device_elsewhere():
 SCENARIOS = [
     scenario_one_mesh,
     scenario_replicated,
-    scenario_beside_plain_tensors,
+    scenario_with_plain_tensors,
     scenario_what_is_not_finite,
     scenario_squares_that_leave_float64,
     scenario_report,
@@ -437,7 +442,7 @@ def test_on_four_ranks(tmp_path):
 
 
 def fail(rank, world_size, file, dtype, reduces, failure):
-    """The last rank dies, or sleeps, in place of its all-reduce number `reduces`."""
+    """The last rank dies or sleeps instead of its all-reduce number `reduces`."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world_size)
     distributed.barrier()
@@ -462,7 +467,7 @@ def fail(rank, world_size, file, dtype, reduces, failure):
     assert failing or time.monotonic() - begin < 2 * FAILING_TIMEOUT_S
     for param, was in zip(params, before, strict=True):
         assert_bitwise_equal("a gradient", param.grad.to_local(), was)
-    # Nobody is left to say goodbye to.
+    # Without the usual cleanup, which would wait for the dead rank.
     os._exit(0)
 
 
@@ -470,5 +475,5 @@ def fail(rank, world_size, file, dtype, reduces, failure):
 @pytest.mark.parametrize("failure", ["dies", "does not come"])
 @pytest.mark.parametrize(("dtype", "reduces"), [(torch.float32, 1), (torch.float64, 2)], ids=str)
 def test_a_rank_that_fails_while_norms_are_reduced(tmp_path, dtype, reduces, failure):
-    """The others get torch.distributed's error within the group's timeout, and gradients stay as they were."""
+    """The other ranks get torch.distributed's error within the group's timeout, and no gradient changes."""
     spawn(2, tmp_path, dtype, reduces, failure, target=fail)

@@ -1,16 +1,17 @@
-"""The operators on a GPU beside themselves on the CPU, at the kernels' seams; streams, graphs and what must not wait. Skipped without one.
+"""The operators on a GPU, compared with the CPU, at the seams of the kernels; streams and CUDA graphs.
 
-Short enough for compute-sanitizer (bench/on_gpu.sh). What the operators owe to torch is tested in the files of their stems, there too.
+Skipped without a GPU, and short enough for compute-sanitizer (bench/on_gpu.sh). The files of the operators
+test their agreement with torch, also on a GPU.
 """
 
 import pytest
 import torch
 
 import gradkernels as gk
+from accuracy import DTYPES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no GPU to use")
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIZES = [0, 1, 7, 8, 9, 255, 2047, 2049, 8193, 100_003]
 CHANNEL_SHAPES = [(1, 1, 1), (3, 3, 49), (2, 65, 64), (130, 64), (9, 520), (2, 3, 40_001)]
 ACTIVATIONS = {
@@ -23,7 +24,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def near(name, actual, expected):
-    """Within a few roundings: the CPU's instructions are not the GPU's."""
+    """Within a few roundings, because the CPU and the GPU have different instructions."""
     epsilon = torch.finfo(expected.dtype).eps
     torch.testing.assert_close(
         actual.cpu(), expected, rtol=4 * epsilon, atol=8 * epsilon, equal_nan=True, msg=lambda text: f"{name}: {text}"
@@ -45,7 +46,7 @@ def assert_same(name, function, *operands):
             room = torch.empty(each.numel() + offset, dtype=each.dtype, device="cuda")
             moved.append(room[offset:].view(each.shape).copy_(each))
         for i, (actual, wanted) in enumerate(zip(value_and_grads(function, *moved), expected, strict=True)):
-            near(f"{name}, result {i}, {offset} elements behind a packet", actual, wanted)
+            near(f"{name}, result {i}, offset {offset}", actual, wanted)
 
 
 @each_dtype
@@ -112,12 +113,13 @@ def batch_norm_act(x, statistics, weight, bias, residual=None, act="swish", trai
     return gk.batch_norm_act(x, *statistics, weight, bias, training, 0.1, 1e-5, act=act, residual=residual)
 
 
-# Rows of channels, groups of channels, a channel for each block, for each cluster of blocks, and too long for one.
+# One shape or more for each kernel: rows of channels, groups of channels, a channel for each block, a channel
+# for each cluster of blocks, and channels too long for a cluster.
 BATCH_NORM_SHAPES = [(130, 64), (1025, 65), (4, 3, 7, 7), (6, 65, 9, 7), (3, 2, 41, 43), (16, 5, 56, 56), (2, 1, 1100, 1100)]
 
 
 def close_statistics(name, actual, expected):
-    """Sums have another order than the CPU's."""
+    """The GPU sums in another order than the CPU."""
     epsilon = torch.finfo(expected.dtype).eps
     torch.testing.assert_close(actual.cpu(), expected, rtol=16 * epsilon, atol=32 * epsilon, msg=lambda text: f"{name}: {text}")
 
@@ -155,7 +157,7 @@ def test_batch_norm_act(shape, channels_last, dtype):
 
 @each_dtype
 def test_a_little_of_everything(dtype):
-    """Every kernel once, at sizes that leave something over: for compute-sanitizer, which makes each call slow."""
+    """Every kernel once, at sizes with a remainder, for compute-sanitizer, which makes each call slow."""
     x, weight = torch.randn(3, 9, 7, 7).to(dtype).cuda(), torch.rand(9).to(dtype).cuda()
     statistics = [torch.zeros_like(weight), torch.ones_like(weight)]
     for each in (x, x[:, :, 0, 0], torch.randn(2, 9, 71).to(dtype).cuda()):
@@ -191,7 +193,7 @@ def parameters_with(grads):
 
 def step(x, grads):
     y = gk.elu(gk.leaky_relu(x, 0.1), 0.7)
-    # Tensors of one memory would share a version counter, which the statistics raise.
+    # Four tensors, because views of one tensor share a version counter, which the statistics raise.
     weight, bias, mean, var = (torch.ones(10, device="cuda") for _ in range(4))
     y = batch_norm_act(y.view(-1, 10, 100), (mean, var), weight, bias).view_as(y) + batch_norm_act(
         y.view(-1, 10), (mean, var), weight, bias
@@ -246,7 +248,7 @@ def test_results_are_the_same_bit_for_bit():
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_work_on_another_stream_comes_after_what_it_reads():
+def test_work_on_another_stream_waits_for_its_operands():
     x, side = torch.randn(64, 33, 1000, device="cuda"), torch.cuda.Stream()
     expected = value_and_grads(gk.swish, x, torch.ones(33, device="cuda"))
     side.wait_stream(torch.cuda.current_stream())

@@ -1,6 +1,6 @@
-"""Clipping folded into optimizers: attach_clipping beside clip_grad_norm_ and a step, and RMSprop beside torch's, step by step.
+"""attach_clipping, compared with clip_grad_norm_ and a step; and RMSprop, compared with torch's.
 
-A parameter after one step is held to max(torch's error, 2 ulp) of the same step in float64.
+The error of a parameter after one step is at most max(torch's error, 2 ulp); the exact step is float64's.
 """
 
 import copy
@@ -17,12 +17,11 @@ from torch.library import opcheck
 from torch.testing import assert_close
 
 import gradkernels as gk
-from accuracy import assert_bitwise_equal
+from accuracy import DTYPES, assert_bitwise_equal
 from gradkernels import _native
 
 OPS = torch.ops.gradkernels
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIZES = [(0,), (1,), (7,), (8,), (9,), (15,), (16,), (17,), (65,), (3, 1009)]
 OPTIONS = {
     "plain": {},
@@ -30,7 +29,7 @@ OPTIONS = {
     "momentum": {"momentum": 0.9},
     "centered": {"centered": True},
     "maximize": {"maximize": True, "weight_decay": 0.1},
-    "a long way to go": {"alpha": 0.3, "centered": True},
+    "small alpha": {"alpha": 0.3, "centered": True},
     "everything": {"alpha": 0.9, "eps": 1e-3, "weight_decay": 0.1, "momentum": 0.9, "centered": True, "maximize": True},
 }
 
@@ -54,7 +53,7 @@ def copies(params, dtype=None):
 
 
 def ulps(actual, exact, before):
-    """The largest error in units in the last place of the largest of the terms that a step adds up; what is not finite does not count."""
+    """The largest error of the finite elements, in ulp of the largest term that a step adds."""
     exact, before = exact.detach().double(), before.detach().double()
     largest = torch.stack([exact.abs(), before.abs(), (exact - before).abs()]).amax(0)
     unit = (largest * torch.finfo(actual.dtype).eps).clamp(min=torch.finfo(actual.dtype).smallest_normal * torch.finfo(actual.dtype).eps)
@@ -68,8 +67,8 @@ def ulps(actual, exact, before):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_options
 def test_rmsprop_steps_like_torchs(options, dtype):
-    """From the same state, which is torch's, in each of three steps."""
-    # With 1e-8, which float16 does not hold, torch divides by 0.
+    """Each of three steps begins with torch's state."""
+    # The default of 1e-8 is 0 in float16, and torch would divide by it.
     options = {"eps": 1e-3, **OPTIONS[options]}
     theirs = parameters(dtype=dtype)
     exact, ours = copies(theirs, torch.float64), copies(theirs)
@@ -94,7 +93,8 @@ def test_rmsprop_steps_like_torchs(options, dtype):
             for name, our_value, their_value, exact_value in ((name, *(each[name] for each in all_of)) for name in all_of[1]):
                 assert our_value.dtype == their_value.dtype and our_value.shape == their_value.shape
                 start = before[i].get(name, torch.zeros_like(their_value))
-                # A variance or a momentum may cancel, and then magnifies the rounding of its terms, torch's as ours.
+                # The terms of a variance or of a momentum may cancel, which amplifies their rounding errors,
+                # in torch too.
                 bound = 8.0 if options.get("centered") or options.get("momentum") else 2.0
                 if dtype == torch.float64:
                     assert ulps(our_value, their_value, start) <= 4 * bound, (name, i, step)
@@ -104,7 +104,7 @@ def test_rmsprop_steps_like_torchs(options, dtype):
 
 
 def test_rmsprop_of_large_parameters():
-    """Whose chunks begin at an offset."""
+    """Parameters of several chunks, which begin at an offset."""
     ours = parameters([(65_535,), (65_537,), (3,), (200_003,)])
     theirs = copies(ours)
     for params, kind in ((ours, gk.optim.RMSprop), (theirs, torch.optim.RMSprop)):
@@ -140,7 +140,7 @@ def test_rmsprop_equals_torchs_over_a_training(options):
 
 
 def test_rmsprop_is_native(monkeypatch):
-    """And takes torch's step where it says so."""
+    """Except with foreach or differentiable, which take torch's step."""
     calls = []
     native = _native.C.rmsprop_
     monkeypatch.setattr(_native.C, "rmsprop_", lambda *args: calls.append(1) or native(*args))
@@ -166,7 +166,7 @@ def test_rmsprop_is_native(monkeypatch):
         assert_close([param.detach() for param in params], [their.detach() for their in theirs])
 
 
-def test_rmsprop_of_what_has_no_kernel():
+def test_rmsprop_without_a_kernel():
     wide = torch.randn(6, 8)
     for param, grad in (
         (torch.randn(5, dtype=torch.complex64), torch.randn(5, dtype=torch.complex64)),
@@ -197,7 +197,7 @@ def test_rmsprop_of_channels_last_parameters():
 
 
 def test_rmsprop_of_parameters_that_share_memory():
-    """One after the other, as torch's loop over them; large enough for threads to meet if they were not."""
+    """They are updated one after the other, as in torch's loop. They are so large that threads could collide."""
     memory, *grads = (torch.randn(size, dtype=torch.float64) for size in (100_003, *[70_003] * 3))
     found = []
     for optimizer, options in ((gk.optim.RMSprop, {}), (torch.optim.RMSprop, {"foreach": False})):
@@ -226,8 +226,8 @@ def test_rmsprop_loads_what_torchs_saved_and_the_other_way_round():
         assert_close([param.detach() for param in params], [param.detach() for param in other_params])
 
 
-def test_rmsprop_steps_by_the_kernel_wherever_its_count_lies(monkeypatch):
-    """torch makes the count on the default device, for which meta stands."""
+def test_rmsprop_uses_its_kernel_with_a_step_count_on_any_device(monkeypatch):
+    """torch makes the step count on the default device, which is meta here."""
     monkeypatch.setattr(gk.optim, "rmsprop", None)
     params = parameters()
     theirs = copies(params)
@@ -261,7 +261,7 @@ def test_rmsprop_copies_and_pickles():
         assert other.last_norm is not None
 
 
-def test_rmsprop_refuses_in_torchs_words():
+def test_rmsprop_refuses_with_torchs_messages():
     for options in ({"lr": -1.0}, {"alpha": -1.0}, {"eps": -1.0}, {"momentum": -1.0}, {"weight_decay": -1.0}):
         with pytest.raises(ValueError) as theirs:
             torch.optim.RMSprop(parameters([(3,)]), **options)
@@ -376,7 +376,7 @@ FUSED = {
     "SGD": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, fused=True),
     "Adam": lambda params: torch.optim.Adam(params, lr=0.1, fused=True),
     "AdamW": lambda params: torch.optim.AdamW(params, lr=0.1, fused=True),
-    # torch has a fused one on the CPU alone.
+    # torch's Adagrad is fused only on the CPU.
     "Adagrad": lambda params: torch.optim.Adagrad(params, lr=0.1, fused=params[0].device.type == "cpu"),
 }
 OPTIMIZERS = FUSED | {
@@ -413,7 +413,7 @@ def test_attached_clipping_is_clip_grad_norm_and_a_step(max_norm, norm_type, opt
         expected = gk.clip_grad_norm_(theirs, max_norm, norm_type)
         torchs.step()
         our_optimizer.step()
-        # torch's sum of cubes is float32.
+        # For norm_type 3 torch sums in float32.
         assert_close(handle.last_norm, expected, rtol=1e-5, atol=0)
         assert_close(details(ours), details(theirs), rtol=1e-5, atol=1e-6)
         assert not {"grad_scale", "found_inf"} & set(vars(our_optimizer))
@@ -425,7 +425,7 @@ def test_attached_clipping_is_clip_grad_norm_and_a_step(max_norm, norm_type, opt
 
 @each_fused
 def test_a_fused_optimizer_scales_gradients_itself(optimizer, monkeypatch):
-    """Nothing is written before its step."""
+    """clip_grad_norm_ would write the gradients before the step."""
     params = parameters([(5,)])
     grad = params[0].grad.clone()
     seen = []
@@ -488,7 +488,7 @@ def test_attached_clipping_waits_for_the_closure(as_keyword, optimizer):
 @each_optimizer
 @pytest.mark.parametrize("unscales", [False, True])
 def test_attached_clipping_with_grad_scaler(unscales, optimizer, device):
-    """Over a step on inf too, which is skipped."""
+    """One of the steps has an inf and is skipped."""
     start = parameters([(5,), (4,), (3,), (9,)])
     results = []
     for attached in (True, False):
@@ -546,7 +546,7 @@ def test_an_exception_in_a_step_leaves_nothing_behind(scaled, optimizer, device)
 
 
 @each_optimizer
-def test_state_dict_is_as_before(optimizer):
+def test_attached_clipping_does_not_change_the_state_dict(optimizer):
     params = parameters([(5,), (4,), (3,), (9,)])
     ours = OPTIMIZERS[optimizer](params)
     ours.step()
@@ -630,13 +630,13 @@ def test_nothing_to_clip():
 
 
 @pytest.mark.parametrize("given", [None, nn.Linear(2, 2)], ids=["None", "a model"])
-def test_what_is_no_optimizer(given):
+def test_an_object_that_is_no_optimizer_is_refused(given):
     with pytest.raises(TypeError, match="is not an Optimizer"):
         gk.attach_clipping(given, 1.0)
 
 
 class Accelerated(torch.optim.Optimizer):
-    """The shape of accelerate's wrapper: all it has is the optimizer, and with a scaler it puts the step it found at first back."""
+    """Like accelerate's wrapper: holds the optimizer, and with a scaler restores the step that it first found."""
 
     def __init__(self, optimizer, scaler=None):
         self.optimizer, self.scaler = optimizer, scaler
@@ -657,7 +657,7 @@ class Accelerated(torch.optim.Optimizer):
 
 
 class Lightened:
-    """The shape of Lightning's: a class made of it and the optimizer's, with the optimizer's attributes but for its step."""
+    """Like Lightning's wrapper: a subclass of the optimizer's class, with its attributes except step."""
 
     def __init__(self, optimizer):
         self.__dict__ = {name: value for name, value in optimizer.__dict__.items() if name != "step"}
@@ -669,7 +669,7 @@ class Lightened:
 
 
 class LookedAhead(torch.optim.Optimizer):
-    """The shape of timm's: another name for the optimizer, and hooks that its step does not call."""
+    """Like timm's Lookahead: the optimizer has another name in it, and its step does not call its hooks."""
 
     def __init__(self, optimizer):
         self._optimizer_step_pre_hooks = {}
@@ -681,7 +681,7 @@ class LookedAhead(torch.optim.Optimizer):
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("wrap", [Accelerated, Lightened, LookedAhead, lambda optimizer: Accelerated(LookedAhead(optimizer))])
-def test_an_optimizer_inside_of_another_gets_the_clipping(wrap, fused):
+def test_clipping_of_a_wrapper_is_attached_to_its_optimizer(wrap, fused):
     params = parameters([(5,), (3, 2)])
     expected = copies(params)
     total = gk.clip_grad_norm_(expected, 0.1)
@@ -728,7 +728,7 @@ def test_a_wrapper_with_a_grad_scaler(fused, attached_first, device):
         assert not {"grad_scale", "found_inf"} & {*inner.__dict__}
 
 
-def test_a_wrapper_that_holds_no_one_optimizer_is_refused_in_words():
+def test_a_wrapper_without_exactly_one_optimizer_is_refused():
     one, other = (torch.optim.SGD(parameters([(3,)]), lr=0.1) for _ in range(2))
 
     class Engine:
@@ -751,7 +751,7 @@ def test_a_wrapper_that_holds_no_one_optimizer_is_refused_in_words():
         gk.attach_clipping(Accelerated(torch.optim.LBFGS(parameters([(3,)]))), 1.0)
 
 
-def test_a_subclass_whose_step_knows_no_grad_scale():
+def test_a_subclass_whose_step_does_not_read_grad_scale():
     class Plain(torch.optim.SGD):
         def step(self, closure=None):
             with torch.no_grad():
@@ -766,7 +766,7 @@ def test_a_subclass_whose_step_knows_no_grad_scale():
     assert_close(weight.detach(), torch.tensor([-0.6, -0.8]))
 
 
-def test_lbfgs_is_refused_in_words():
+def test_lbfgs_is_refused():
     with pytest.raises(ValueError, match="LBFGS: it evaluates the closure several times"):
         gk.attach_clipping(torch.optim.LBFGS(parameters([(3,)])), 1.0)
 

@@ -1,7 +1,7 @@
-"""SyncBatchNormAct over real Gloo processes against one process that holds the whole batch, and its operators by themselves.
+"""SyncBatchNormAct over real Gloo processes, compared with one process on the whole batch; its operators.
 
-Worlds of 2 and 4 processes are started once each and run every check_* below, in order; a check's result is then a test here. Processes
-cost seconds to start. The exact result is that of accuracy.py on the whole batch, and how near it has to be too.
+Processes take seconds to start. Worlds of 2 and of 4 processes are therefore started once each and run every
+check_* function below; each check's result is a test here. accuracy.py has the exact results and the bounds.
 """
 
 import copy
@@ -24,36 +24,36 @@ from torch.library import opcheck
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
+import batch_norm_act_calls
 import gradkernels as gk
-from accuracy import assert_accurate, assert_bitwise_equal, exact_batch_norm_act, extended, outcome
+from accuracy import (
+    SIXTEEN_BITS,
+    WIDE_DTYPES,
+    assert_accurate,
+    assert_bitwise_equal,
+    exact_batch_norm_act,
+    extended,
+    outcome,
+)
 from batch_norm_act_calls import ACTS, KINKS
 from gradkernels import _native, reference
 
 OPS = torch.ops.gradkernels
 PARAMS = {act: param or 0.0 for act, param in ACTS.items()}
-# The whole batch. Runs of 1, 25, 64 and more elements; a row of channels that is not whole bytes.
+MODULES = {2: gk.BatchNormAct1d, 3: gk.BatchNormAct1d, 4: gk.BatchNormAct2d, 5: gk.BatchNormAct3d}
+# Of the whole batch: runs of 1, 25, 64 and more elements; rows of channels that do not fill whole bytes of
+# the mask.
 SHAPES = [(13, 3), (64, 65), (9, 5, 7), (11, 3, 5, 5), (8, 6, 9, 8), (10, 2, 3, 4, 5)]
 SPLITS = ("even", "uneven", "empty")
 SECONDS = 60
 
 
-def arguments(shape, dtype=torch.float32, *, seed=0):
-    """Everything a call needs on the whole batch, of which nothing is constant."""
-    torch.manual_seed(seed)
-    channels = shape[1]
-    return {
-        "x": torch.randn(shape, dtype=dtype) * 2 + torch.randn(channels, dtype=dtype).view(1, -1, *[1] * (len(shape) - 2)),
-        "running_mean": torch.randn(channels, dtype=dtype),
-        "running_var": torch.rand(channels, dtype=dtype) + 0.5,
-        "weight": (torch.rand(channels, dtype=dtype) * 2 + 0.5) * torch.randn(channels, dtype=dtype).sign(),
-        "bias": torch.randn(channels, dtype=dtype),
-        "residual": torch.randn(shape, dtype=dtype),
-        "grad_y": torch.randn(shape, dtype=dtype),
-    }
+# The operands of a call on the whole batch.
+arguments = functools.partial(batch_norm_act_calls.arguments, residual=True)
 
 
 def share_of(rank, world, count, split):
-    """The rows of the whole batch that a rank holds; "empty" leaves the last rank none, and of the others the first has one."""
+    """The rows of the whole batch on a rank. "empty": the last rank has none, the one before it has most."""
     if split == "even":
         ends = [count * (each + 1) // world for each in range(world)]
     elif split == "uneven":
@@ -64,7 +64,7 @@ def share_of(rank, world, count, split):
 
 
 def module_of(given, act, *, module=gk.SyncBatchNormAct, **options):
-    """A module with the parameters and the running statistics of `given`."""
+    """A module with the parameters and the running statistics in `given`."""
     bn = module(given["x"].shape[1], act=act, act_param=ACTS[act], dtype=given["weight"].dtype, **options)
     with torch.no_grad():
         for name in ("weight", "bias", "running_mean", "running_var"):
@@ -74,7 +74,7 @@ def module_of(given, act, *, module=gk.SyncBatchNormAct, **options):
 
 
 def gathered(tensor, group):
-    """The tensors of all ranks, in order; their shapes may differ."""
+    """The tensors of all ranks, in the order of the ranks; their shapes may differ."""
     found = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, tensor.detach(), group=group)
     return found
@@ -93,7 +93,7 @@ def call(bn, x, residual, grad_y):
 
 
 def without_kinks(given, act, with_residual):
-    """grad_y set to 0 where rounding decides on which side of a kink an element lies."""
+    """`given` with a grad_y of 0 near the kinks, where rounding decides about the slope."""
     wide = {name: each.double() for name, each in given.items()}
     residual = wide["residual"] if with_residual else None
     u = reference.batch_norm_act(wide["x"], None, None, wide["weight"], wide["bias"], True, act="identity", residual=residual)
@@ -104,13 +104,14 @@ def without_kinks(given, act, with_residual):
 
 
 def scales_of(given):
-    """How large the terms are whose sums results are."""
+    """The size of the terms of each result."""
     x, grad_y = extended(given["x"]), extended(given["grad_y"])
     axes = (0, *range(2, x.ndim))
     per_channel = (1, -1, *[1] * (x.ndim - 2))
     invstd = 1 / np.sqrt(x.var(axes) + 1e-5)
     normalised = (x - x.mean(axes).reshape(per_channel)) * invstd.reshape(per_channel)
-    # The means that processes exchange are float64, rounded by eps |mean|, and enter M2 times their differences.
+    # The means that processes exchange are float64 and have an error of eps |mean|. M2 contains this error
+    # times the differences of the means.
     exchanged = abs(x.mean(axes)) * x.std(axes) if given["x"].dtype == torch.float64 else 0.0
     norm, norm_of_weight = (np.sqrt(np.square(terms).sum(axes)) for terms in (grad_y, grad_y * normalised))
     return {
@@ -140,17 +141,16 @@ def assert_accurate_over(group, given, act, with_residual, split, *, channels_la
     exact = exact_batch_norm_act(
         *(given[name] for name in names), True, 0.1, 1e-5, act=act, act_param=param, residual=residual, grad_y=given["grad_y"]
     )
-    module = {2: gk.BatchNormAct1d, 3: gk.BatchNormAct1d, 4: gk.BatchNormAct2d, 5: gk.BatchNormAct3d}[given["x"].dim()]
-    whole = module_of(given, act, module=module)
+    whole = module_of(given, act, module=MODULES[given["x"].dim()])
     torchs = call_reference(whole, given["x"], residual, given["grad_y"])
     scales = scales_of(given)
     for name, actual in ours.items():
         expected, theirs = exact[name], torchs[name]
         if name in ("y", "grad_x", "grad_residual"):
-            # An ulp is that of the whole batch's largest element, so the whole batch is compared.
+            # An ulp is relative to the largest element of the whole batch, so the parts are joined.
             actual = torch.cat(gathered(actual, group))
         elif name in ("grad_weight", "grad_bias"):
-            # Those of the shares, as torch's; their sum is that of the whole batch.
+            # Each rank has the gradient of its part, as in torch. The sum is that of the whole batch.
             actual = sum(each.double() for each in gathered(actual, group)).to(actual.dtype)
         assert_accurate(
             f"{name} of {act}, {split}, {tuple(given['x'].shape)}", actual, theirs, expected, per="tensor", scale=scales.get(name, 0.0)
@@ -161,7 +161,7 @@ def assert_accurate_over(group, given, act, with_residual, split, *, channels_la
 
 
 def call_reference(bn, x, residual, grad_y):
-    """As call(), with the operators composed of torch's."""
+    """The same as call(), with the reference operators."""
     leaves = {"x": x, "residual": residual, "weight": bn.weight, "bias": bn.bias}
     leaves = {name: each.detach().requires_grad_() for name, each in leaves.items() if each is not None}
     mean, var = bn.running_mean.clone(), bn.running_var.clone()
@@ -186,7 +186,7 @@ def call_reference(bn, x, residual, grad_y):
     }
 
 
-# Checks: run by every rank of a world, each with a group of its own.
+# Checks. Every rank of a world runs each check, with a new group.
 
 
 def check_values_of_shapes(group):
@@ -198,7 +198,7 @@ def check_values_of_shapes(group):
 
 
 def check_values_of_acts(group):
-    for dtype in (torch.float32, torch.float64):
+    for dtype in WIDE_DTYPES:
         given = arguments((9, 5, 3, 4), dtype)
         for act in ACTS:
             for with_residual in (False, True):
@@ -208,8 +208,8 @@ def check_values_of_acts(group):
 
 
 def check_hard_inputs(group):
-    """Far from zero, and every rank elsewhere: the merge has to keep the digits."""
-    for dtype in (torch.float32, torch.float64):
+    """Values far from zero, and ranks with different means: the merge has to keep the digits."""
+    for dtype in WIDE_DTYPES:
         for offset, spread in ((1e4, 1e-2), (1e4, 1.0), (1e18, 1e18)):
             given = arguments((40, 3, 9, 8), dtype)
             given["x"] = (torch.randn(40, 3, 9, 8, dtype=torch.float64) * spread + offset).to(dtype)
@@ -230,7 +230,7 @@ def check_same_bits_from_run_to_run(group):
 
 
 def check_options_over_steps(group):
-    """Each option against BatchNormAct1d on the whole batch, three steps, then evaluation."""
+    """Each option, compared with BatchNormAct1d on the whole batch: three steps, then evaluation."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     for options in ({"momentum": None}, {"affine": False}, {"bias": False}, {"track_running_stats": False}, {"eps": 0.5, "momentum": 0.7}):
         whole = gk.BatchNormAct1d(5, act="elu", dtype=torch.float64, **options)
@@ -249,7 +249,7 @@ def check_options_over_steps(group):
 
 
 def counted(function):
-    """How often each collective was called meanwhile."""
+    """How often the function calls each collective."""
     counts = {}
     originals = {
         name: getattr(dist, name)
@@ -278,7 +278,7 @@ def check_number_of_collectives(group):
     given = arguments((8, 3, 4))
     bn = module_of(given, "leaky_relu", process_group=group)
     x, residual = (given[name][: dist.get_rank(group)].requires_grad_() for name in ("x", "residual"))
-    # The first compares the channels.
+    # The first call also compares the number of channels.
     assert counted(lambda: bn(x, residual)) == {"gather": 2}
     results = []
     assert counted(lambda: results.append(bn(x, residual))) == {"gather": 1}
@@ -315,7 +315,7 @@ def check_distributed_data_parallel(group):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x[rows]), target[rows]).backward()
             optimizer.step()
-        # A network multiplies roundings; 1e-9 is far below what one wrong term would do.
+        # A network amplifies rounding errors; one wrong term would change far more than 1e-9.
         for (name, expected), actual in zip(whole.named_parameters(), wrapped.module.parameters(), strict=True):
             assert_close(actual.grad, expected.grad, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
     assert_close(dict(wrapped.module.state_dict()), dict(whole.state_dict()), rtol=1e-9, atol=1e-9)
@@ -334,7 +334,8 @@ def check_double_backward(group):
                     inputs = [x, bn.weight, bn.bias, *([residual] if with_residual else [])]
                     y = bn(x, residual if with_residual else None)
                     first = torch.autograd.grad(y, inputs, grad_y, create_graph=True)
-                    # Of the gradients, those whose whole is the union of the shares: the sum over ranks is one number of the whole batch.
+                    # Only gradients of which each rank has its part: the losses of the ranks add up to that
+                    # of the whole batch.
                     loss = first[0].square().sum() + (first[3] * given["x"][rows]).pow(3).sum() if with_residual else first[0].pow(3).sum()
                     return first, torch.autograd.grad(loss, [x, bn.weight, grad_y], allow_unused=True)
 
@@ -368,7 +369,7 @@ def statistics_of(bn):
 
 
 def check_channel_counts_that_differ(group):
-    """Every rank is told at once, which is less than the group's timeout, and nothing is written."""
+    """Every rank raises at once, not after the group's timeout, and nothing is written."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     last = rank == world - 1
     for module_has, x_has, words in (
@@ -381,7 +382,7 @@ def check_channel_counts_that_differ(group):
         assert error is RuntimeError
         assert message == f"SyncBatchNormAct: the number of channels must be the same on every process, but is {words}"
         assert_close(statistics_of(bn), before, rtol=0, atol=0)
-    # The group goes on.
+    # The group still works.
     assert gk.SyncBatchNormAct(3, process_group=group)(torch.randn(4, 3)).shape == (4, 3)
 
 
@@ -399,7 +400,7 @@ def check_errors_on_every_rank_leave_the_statistics(group):
         before = statistics_of(bn)
         assert outcome(bn, *args)[0] is expected, (options, expected, outcome(bn, *args))
         assert_close(statistics_of(bn), before, rtol=0, atol=0)
-    # Channels are compared once, and later steps are checked by each rank alone.
+    # Ranks compare their channels once. In later steps each rank checks its own.
     bn = gk.SyncBatchNormAct(3, process_group=group)
     bn(x)
     before = statistics_of(bn)
@@ -412,7 +413,10 @@ def check_errors_on_every_rank_leave_the_statistics(group):
 
 
 def check_few_values(group):
-    """One value a rank is enough, one in all is an error everywhere, none in all leaves the running statistics as torch does."""
+    """One value on each rank is enough. One value in all is an error on every rank.
+
+    Without any value the running statistics do not change, as in torch.
+    """
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     given = arguments((world, 3), torch.float64)
     bn = module_of(given, "elu", process_group=group)
@@ -430,7 +434,7 @@ def check_few_values(group):
 
 
 def check_nan_and_inf(group):
-    """On one rank only, or on two; every rank's output of that channel is lost, its running mean torch's, the others untouched."""
+    """nan and inf on one rank or on two: the channel is nan on every rank, and other channels do not change."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     nan, inf = float("nan"), float("inf")
     for first, last in ((None, nan), (None, inf), (-inf, None), (-inf, -inf), (inf, -inf)):
@@ -452,9 +456,9 @@ def check_nan_and_inf(group):
 
 
 def check_half_types(group):
-    """Statistics and normalisation in float32 and more, rounded once: to half an ulp and a little of what float32 gives."""
+    """Statistics and normalisation are computed in float32 or more and rounded once."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in SIXTEEN_BITS:
         for act, with_residual, split in (("leaky_relu", True, "uneven"), ("swish", False, "empty"), ("elu", True, "empty")):
             for wide_parameters in (False, True):
                 given = {name: each.to(dtype) for name, each in arguments((12, 5, 4, 3)).items()}
@@ -479,7 +483,7 @@ def check_half_types(group):
 
 
 def check_without_the_library(group):
-    """The composite that serves then gives the same, and the same second derivatives."""
+    """The reference, which is used then, gives the same results."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     given = arguments((9, 3, 4), torch.float64)
     for split, with_residual in (("uneven", True), ("empty", False)):
@@ -516,7 +520,7 @@ def check_frozen_operands(group):
 
 
 def check_what_is_kept(group):
-    """x, the statistics, and of the residual one bit an element; never the running statistics."""
+    """x, the statistics, and one bit for each element of the residual; never the running statistics."""
     given = arguments((16, 8, 10, 10))
     bn = module_of(given, "leaky_relu", process_group=group)
     kept = []
@@ -528,7 +532,7 @@ def check_what_is_kept(group):
 
 
 def check_step_between_forward_and_backward(group):
-    """A second training step, as the discriminator of a GAN takes it, moves the running statistics; backward does not mind."""
+    """A second training step before backward, as in GANs, updates the running statistics but no gradient."""
     given = arguments((8, 3, 4))
     mine = share_of(dist.get_rank(group), dist.get_world_size(group), 8, "even")
     bn = module_of(given, "elu", process_group=group)
@@ -542,7 +546,10 @@ def check_step_between_forward_and_backward(group):
 
 
 def check_subgroups(group):
-    """Pairs of ranks share among themselves; a copy of the module stays in its group and compares channels again."""
+    """Pairs of ranks share statistics.
+
+    A copy of the module stays in its group and compares the channels again.
+    """
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     pairs = [dist.new_group([first, first + 1], timeout=datetime.timedelta(seconds=SECONDS)) for first in range(0, world, 2)]
     pair = pairs[rank // 2]
@@ -554,7 +561,7 @@ def check_subgroups(group):
     copied = copy.deepcopy(nn.Sequential(bn))[0]
     assert copied.process_group is pair and copied.weight is not bn.weight
     assert counted(lambda: copied(given["x"][rows])) == {"gather": 2}
-    # Who is in no group, or alone in one, has nobody to share with.
+    # A rank that is alone in its group calls no collective.
     alone = [dist.new_group([each]) for each in range(world)][rank]
     bn = module_of(given, "elu", process_group=alone)
     assert counted(lambda: bn(given["x"])) == {}
@@ -570,7 +577,7 @@ def check_pickle(group):
 
 
 def check_compile(group):
-    """In one graph, which torch's own does not do."""
+    """One graph, which torch's SyncBatchNorm does not allow."""
     given = arguments((8, 3, 4))
     mine = share_of(dist.get_rank(group), dist.get_world_size(group), 8, "uneven")
     operands = tuple(given[name][mine] for name in ("x", "residual", "grad_y"))
@@ -587,7 +594,7 @@ def check_compile(group):
 
 
 CHECKS = [value for name, value in globals().items() if name.startswith("check_")]
-# Compiling takes each process seconds, and two processes show what it can.
+# Compiling takes seconds in each process, and two processes are enough for this check.
 CHECKS_OF_WORLDS = {2: CHECKS, 4: [check for check in CHECKS if check is not check_compile]}
 
 
@@ -595,7 +602,7 @@ CHECKS_OF_WORLDS = {2: CHECKS, 4: [check for check in CHECKS if check is not che
 
 
 def run_checks(rank, world, folder):
-    """One process: every check, and at the end the last rank dies while the others wait for it."""
+    """One process: runs every check. At the end the last rank dies while the others wait for it."""
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=SECONDS)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timeout)
@@ -617,13 +624,13 @@ def run_checks(rank, world, folder):
     forward, backward = outcome(bn, x), outcome(y.sum().backward)
     results["dead rank"] = (forward, backward), time.monotonic() - begin
     Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(results))
-    # Nobody is left to say goodbye to.
+    # Without the usual cleanup, which would wait for the dead rank.
     os._exit(0)
 
 
 @functools.cache
 def results_of(world):
-    """What the checks came to, rank by rank; the first to ask waits for the world."""
+    """The results of the checks of each rank. The first call starts the processes and waits for them."""
     context = torch.multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         processes = [context.Process(target=run_checks, args=(rank, world, folder), daemon=True) for rank in range(world)]
@@ -642,14 +649,14 @@ def results_of(world):
 
 @pytest.mark.parametrize(("world", "check"), [(world, check.__name__) for world, checks in CHECKS_OF_WORLDS.items() for check in checks])
 def test_world(world, check):
-    outcomes = [results.get(check, "did not come to it") for results in results_of(world)]
+    outcomes = [results.get(check, "did not run") for results in results_of(world)]
     failed = [f"rank {rank}: {error}" for rank, error in enumerate(outcomes) if error is not None]
     assert not failed, "\n".join(failed)
 
 
 @pytest.mark.parametrize("world", CHECKS_OF_WORLDS)
 def test_dead_rank(world):
-    """The others get torch.distributed's error from forward and from backward, each within the group's timeout."""
+    """The other ranks get torch.distributed's error from forward and backward, within the group's timeout."""
     for results in results_of(world)[:-1]:
         outcomes, seconds = results["dead rank"]
         assert seconds < 2 * SECONDS
@@ -657,11 +664,11 @@ def test_dead_rank(world):
             assert issubclass(error, RuntimeError), (error, message)
 
 
-# The operators by themselves.
+# The operators without the module.
 
 
 def each_op_arguments(given, act, with_residual):
-    """The arguments of each operator, and the result of the one before in them."""
+    """The operators and their arguments, which contain the results of the operator before."""
     residual = given["residual"] if with_residual else None
     yield OPS.batch_norm_act_stats, (given["x"],)
     moments = torch.stack([OPS.batch_norm_act_stats(each) for each in given["x"].split([1, 0, given["x"].shape[0] - 1])])
@@ -680,7 +687,7 @@ def each_op_arguments(given, act, with_residual):
 
 
 def like(given, layout):
-    """given with its large tensors in another layout, of the same values."""
+    """`given` with its large tensors in another layout and with the same values."""
     changes = {
         "contiguous": lambda each: each,
         "channels_last": lambda each: each.contiguous(memory_format=torch.channels_last),
@@ -717,7 +724,7 @@ def test_opcheck_of_empty_shares_and_gradients():
         opcheck(OPS.batch_norm_act_backward_reduce.default, (*backward, True))
         opcheck(OPS.batch_norm_act_backward_elemt.default, (*backward, torch.zeros(6, dtype=torch.float64), zeros[:1] + 4))
         assert_bitwise_equal("moments", OPS.batch_norm_act_stats(x), torch.zeros(7, dtype=torch.float64))
-    # Who differentiates an operator by itself is told.
+    # Differentiating one of these operators by itself is an error.
     for op, args in each_op_arguments(arguments((4, 3, 5)), "elu", True):
         first, *others = args
         first = first.clone()
@@ -732,7 +739,7 @@ def test_opcheck_of_empty_shares_and_gradients():
 
 @pytest.mark.parametrize("shape", [*SHAPES, (5, 3, 300, 300), (100_003, 2)], ids=str)
 def test_parts_of_one_process_are_batch_norm_act(shape):
-    """To the bit where the sums of the one process need no rescaling, which is everywhere."""
+    """To the bit, because the sums of one process need no rescaling."""
     for act, with_residual, dtype in (("leaky_relu", True, torch.float32), ("swish", False, torch.float64), ("elu", True, torch.float32)):
         given = arguments(shape, dtype)
         residual = given["residual"] if with_residual else None
@@ -762,7 +769,7 @@ def test_parts_of_one_process_are_batch_norm_act(shape):
 @pytest.mark.parametrize("momentum", [None, 0.1, 0.0, 1.0])
 @pytest.mark.parametrize("ranks", [1, 2, 7, 64])
 def test_merge_of_many_ranks(ranks, momentum):
-    """On the CPU one after the other, elsewhere all at once; both against the moments of everything, in more digits."""
+    """The CPU merges rank after rank, other devices all ranks at once. Both are compared with exact moments."""
     torch.manual_seed(ranks)
     x = torch.randn(500, 5, dtype=torch.float64) + torch.arange(500, dtype=torch.float64).view(-1, 1) / 10 + 1e4
     sizes = torch.randint(0, 2 * 500 // ranks, (ranks - 1,)).clamp(max=500 // ranks).tolist()
@@ -770,7 +777,7 @@ def test_merge_of_many_ranks(ranks, momentum):
     wide = extended(x)
     exact_mean, exact_var = wide.mean(0), wide.var(0)
     factor = np.longdouble(1) / 4 if momentum is None else np.longdouble(momentum)
-    for dtype in (torch.float64, torch.float32):
+    for dtype in WIDE_DTYPES:
         for op in (OPS.batch_norm_act_gather_stats.default, elsewhere(OPS.batch_norm_act_gather_stats.default)):
             running = torch.full((5,), 0.5, dtype=dtype), torch.full((5,), 2.0, dtype=dtype)
             batches = torch.tensor(3)
@@ -783,7 +790,7 @@ def test_merge_of_many_ranks(ranks, momentum):
 
 
 def elsewhere(op):
-    """The kernel that devices without one of their own get, on the CPU's tensors."""
+    """The composite for devices without a kernel of their own, called with the CPU's tensors."""
     kernel = torch.library.get_kernel(op, "XPU")
     return lambda *args: kernel.call_boxed(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args)
 
@@ -801,7 +808,7 @@ def test_composite_of_the_merge_keeps_the_statistics_where_there_is_no_variance(
 
 @pytest.mark.parametrize("shape", [(12, 5), (12, 5, 7, 11), (12, 5, 1, 2, 1, 2)], ids=str)
 def test_moments_of_infinities(shape):
-    """By kernels and by composites: an infinity in one share, in two, two that differ in one share and in two, and none."""
+    """Kernels and composites: one infinity, two in two parts, two that differ in one part or in two, none."""
     x = torch.randn(shape)
     for sample, channel, value in ((0, 0, np.inf), (1, 1, -np.inf), (9, 1, -np.inf), (0, 2, np.inf), (1, 2, -np.inf), (1, 3, np.inf)):
         x[(sample, channel, *[-1] * (x.dim() - 2))] = value
@@ -831,9 +838,9 @@ def test_merge_counts_batches_in_any_dtype():
 
 
 def test_merge_of_operands_with_the_negative_bit():
-    """Running statistics in float64 too, which the merge writes without a copy in more digits."""
+    """Also running statistics in float64, which the merge writes without a wider copy."""
     moments = torch.stack([OPS.batch_norm_act_stats(torch.randn(count, 3)) for count in (7, 4)])
-    for dtype in (torch.float32, torch.float64):
+    for dtype in WIDE_DTYPES:
 
         def results(negated, dtype=dtype):
             operands = [moments, torch.ones(3, dtype=dtype), torch.ones(3, dtype=dtype), torch.tensor(3)]
@@ -849,7 +856,7 @@ def test_merge_of_operands_with_the_negative_bit():
 
 @pytest.mark.parametrize("act", ACTS)
 def test_composite_of_the_parts(act):
-    """What x without a kernel gets, here for six dimensions, against the kernels on the same values."""
+    """The composite for an x without a kernel, here of six dimensions, compared with the kernels."""
     for dtype, tolerance in ((torch.float32, 2e-6), (torch.float64, 1e-13)):
         given = arguments((6, 3, 5, 8), dtype)
         given["x"] = given["x"] + 100
@@ -892,10 +899,9 @@ def test_arguments_that_do_not_fit(op):
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_alone_it_is_batch_norm_act(training, shape):
     given = arguments(shape)
-    module = {2: gk.BatchNormAct1d, 3: gk.BatchNormAct1d, 4: gk.BatchNormAct2d, 5: gk.BatchNormAct3d}[len(shape)]
     operands = (given["x"], given["residual"], given["grad_y"])
     actual = call(module_of(given, "relu6").train(training), *operands)
-    for name, expected in call(module_of(given, "relu6", module=module).train(training), *operands).items():
+    for name, expected in call(module_of(given, "relu6", module=MODULES[len(shape)]).train(training), *operands).items():
         assert_bitwise_equal(name, actual[name], expected)
 
 
@@ -948,9 +954,9 @@ def test_convert():
     copy.deepcopy(model)
 
 
-def test_convert_of_the_model_itself_and_of_what_it_leaves():
+def test_convert_of_a_single_module_and_of_a_subclass():
     class Own(nn.BatchNorm2d):
-        """Somebody's."""
+        """A subclass of a user's."""
 
     assert type(gk.convert_sync_batch_norm(nn.BatchNorm1d(3))) is gk.SyncBatchNormAct
     model = nn.Sequential(Own(3), nn.BatchNorm2d(3))
