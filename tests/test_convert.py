@@ -828,6 +828,7 @@ LEFT = {
     "default dtype": (lambda self, x: self.act(self.bn(x).to(torch.get_default_dtype())), "calls torch.get_default_dtype"),
     "compiling": (lambda self, x: x if torch.compiler.is_compiling() else self.bn(x), "calls torch.compiler.is_compiling"),
     "NumPy's random": (lambda self, x: self.act(self.bn(x)) if np.random.rand() < 2 else x, "calls np.random.rand"),
+    "a method of a class in C": (lambda self, x: self.act(self.bn(x)) if str.lower("A") else x, "calls str.lower, which no graph"),
     "prints": (lambda self, x: print(end="") or self.act(self.bn(x)), "calls print"),
     "dict of the module's file": (lambda self, x: self.act(self.bn(x)) if SWITCHES["relu"] else x, "reads SWITCHES, a dict"),
     "number of the module's file": (lambda self, x: F.leaky_relu(self.bn(x), SLOPE), "reads SLOPE, a float"),
@@ -1877,6 +1878,7 @@ OTHER_USES = {
     "an object": lambda self, x, y=None: self.cell(x) + self.user.use(x),
     "a partial": lambda self, x, y=None: self.cell(x) + self.used(x),
     "a name made up": lambda self, x, y=None: self.cell(x) + operator.attrgetter("cell.b" + "n")(self)(x),
+    "a method of a class in C": lambda self, x, y=None: self.cell(x) if str.lower("A") else x,
     "none": lambda self, x, y=None: self.cell(x),
 }
 

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from gradkernels import _native, text
 from gradkernels.acts import act_of_module, check_act
 from gradkernels.conversion import rewrite, trace
+from gradkernels.conversion.attributes import restore
 from gradkernels.conversion.block import fused_class, why_not_derived
 from gradkernels.conversion.guard import ATTRIBUTE, ORIGINAL, FusedForward, base_class
 from gradkernels.conversion.purity import classes_asked
@@ -165,7 +166,7 @@ def convert(model: nn.Module, *, residual: bool = True, check: Any = None) -> Co
     except BaseException:
         for module, kind, state in before:
             object.__setattr__(module, "__class__", kind)
-            trace.restore(module, state)
+            restore(module, state)
         raise
     return ConversionReport(
         tuple(plan.rows),

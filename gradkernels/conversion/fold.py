@@ -17,6 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gradkernels.acts import ACTS
 from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from gradkernels.conversion import rewrite, trace
+from gradkernels.conversion.attributes import OF_EVERY_MODULE, held, is_comparable
+from gradkernels.conversion.bytecode import CLASS_ATTRIBUTES, CLASS_FUNCTION, CLASS_TESTS
 from gradkernels.conversion.convert import revert
 from gradkernels.conversion.guard import has_hooks
 from gradkernels.conversion.purity import goes_by_names, names_from_forward, own_classes
@@ -34,7 +36,7 @@ _BY_OTHER_NAMES = frozenset(
 # Methods that Python calls for a[b], iteration and names.
 _BY_PYTHON = frozenset(("__iter__", "__getitem__", "__getattr__"))
 # How a forward tells a batch norm from what stands in its place.
-_ASKING = frozenset(("isinstance", "issubclass", "__class__", "type"))
+_ASKING = CLASS_TESTS | CLASS_ATTRIBUTES | {CLASS_FUNCTION}
 
 
 class FoldedBatchNorm1d(nn.Identity):
@@ -128,7 +130,7 @@ def _walked(child: nn.Module) -> Iterator[nn.Module]:
 
 def _within_reach(block: nn.Module, names: set[str], is_first: bool = False) -> Iterator[nn.Module]:
     """What a forward that could not be read may use besides calling blocks: what it names, and what containers and lists hold."""
-    own = [value for name, value in block.__dict__.items() if name not in trace.OF_EVERY_MODULE]
+    own = [value for name, value in block.__dict__.items() if name not in OF_EVERY_MODULE]
     if is_first:
         is_seen = goes_by_names(type(block)) and all(map(_is_plain, own))
     else:
@@ -143,10 +145,9 @@ def _within_reach(block: nn.Module, names: set[str], is_first: bool = False) -> 
             yield child
             yield from _within_reach(child, names)
     for value in own:
-        for container in trace.containers([value], set()):
-            for each in container.values() if isinstance(container, dict) else container:
-                if isinstance(each, nn.Module):
-                    yield from each.modules()
+        for each in held(value):
+            if isinstance(each, nn.Module):
+                yield from each.modules()
 
 
 def _is_plain(value: Any) -> bool:
@@ -155,7 +156,7 @@ def _is_plain(value: Any) -> bool:
         return all(map(_is_plain, value))
     if isinstance(value, dict):
         return all(map(_is_plain, value.values()))
-    return isinstance(value, (nn.Module, Tensor)) or trace.is_guarded(value)
+    return isinstance(value, (nn.Module, Tensor)) or is_comparable(value)
 
 
 def _own_members(kind: type) -> set[str]:

@@ -20,7 +20,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from gradkernels import _native
 from gradkernels.acts import ACTS
 from gradkernels.batch_norm_act import forward_of
-from gradkernels.conversion.trace import Missing, Path
+from gradkernels.conversion.attributes import Path
+from gradkernels.conversion.bytecode import MISSING
 
 # Where the fused forward stands in a block's __dict__, and where in that of its class the class stands that the block had.
 ATTRIBUTE = "_fused_forward"
@@ -69,7 +70,7 @@ class Expected:
         module = child(block, self.path)
         if type(module) not in self.kinds or has_hooks(module):
             return False
-        return self.attribute is None or getattr(module, self.attribute, Missing) == self.value
+        return self.attribute is None or getattr(module, self.attribute, MISSING) == self.value
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class FusedForward:
             return False
         for path, name, value in self.attributes:
             module = child(block, path)
-            found = class_before(module) if name == "__class__" else getattr(module, name, Missing)
+            found = class_before(module) if name == "__class__" else getattr(module, name, MISSING)
             if isinstance(found, MethodType):
                 found = found.__func__
             if not _is_same(found, value):

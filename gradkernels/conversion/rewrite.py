@@ -22,9 +22,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gradkernels import activation
 from gradkernels.acts import ACTS, act_of_module, act_of_spelling, check_act, resolve_act
 from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+from gradkernels.conversion.attributes import OF_EVERY_MODULE, Path, held
+from gradkernels.conversion.bytecode import CLASS_TESTS
 from gradkernels.conversion.guard import Expected, FusedForward, children_of, has_hooks, normalize, shared_in
 from gradkernels.conversion.purity import is_of_library, names_from_forward
-from gradkernels.conversion.trace import IN_PLACE, OF_EVERY_MODULE, Path, Reading, containers, read
+from gradkernels.conversion.trace import IN_PLACE, Reading, read
 from gradkernels.sync_batch_norm_act import SyncBatchNormAct
 
 # torch's class -> ours, which computes the same on its own; with a call that tells of an activation it computes that too.
@@ -156,7 +158,7 @@ class _Fuser:
         self.residual = residual
         self.expected: dict[Path, Expected] = {}
         self.changed = False
-        self.asks_for_classes = not names_from_forward(type(block)).isdisjoint(("isinstance", "issubclass"))
+        self.asks_for_classes = not names_from_forward(type(block)).isdisjoint(CLASS_TESTS)
 
     def run(self) -> Fusion:
         children = self.children()
@@ -492,8 +494,7 @@ def _is_fresh_module(module: nn.Module) -> bool:
 def _keeps(module: nn.Module, bn: nn.Module | None) -> bool:
     """Whether a module has another in a list or a dict of its own."""
     values = [value for name, value in module.__dict__.items() if name not in OF_EVERY_MODULE]
-    held = [each for value in values for each in containers([value], set())]
-    return any(each is bn for own in held for each in (own.values() if isinstance(own, dict) else own))
+    return any(each is bn for value in values for each in held(value))
 
 
 def _is_scaled(node: Node) -> bool:

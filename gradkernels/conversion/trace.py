@@ -5,7 +5,6 @@ nothing read outside (purity.py), no attribute written, no mode switched, and th
 a forward does is a reason to leave it alone. Reading changes nothing: what it did change is put back.
 """
 
-import copy
 import dataclasses
 import inspect
 import math
@@ -13,9 +12,8 @@ import operator
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType, GetSetDescriptorType, MemberDescriptorType, MethodType
+from types import FunctionType, GetSetDescriptorType
 from typing import Any, cast
 
 import torch
@@ -24,46 +22,12 @@ from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.proxy import Attribute
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradkernels.conversion.purity import (
-    Unreadable,
-    is_attribute_written_out,
-    is_function_of_its_arguments,
-    is_torchs,
-    own_classes,
-    run_watched,
-    unpacked_count,
-    writes_into_containers,
-)
+from gradkernels.conversion.attributes import HOOKED, Path, Reads, containers, in_mode, recorded
+from gradkernels.conversion.bytecode import is_attribute_written_out, unpacked_count
+from gradkernels.conversion.purity import Unreadable, is_torchs, own_classes, run_watched, writes_into_containers
 
-Path = tuple[str, ...]
-# Stands among the modules called for a hook, which may write attributes of any.
-_HOOKED = 0
-# torch.fx patches nn.Module while it reads, and so does this file.
+# torch.fx patches nn.Module while it reads a forward, and attributes.py does too.
 _ONE_AT_A_TIME = threading.Lock()
-
-
-class Missing:
-    """Stands for the value of an attribute that a forward asked for and that was not there."""
-
-
-# What nn.Module keeps for itself; `training` is read by forwards, the rest is not theirs.
-OF_EVERY_MODULE = frozenset(nn.Module().__dict__) - {"training"}
-# What of it gives a forward tensors that are not proxies.
-_ALL_TENSORS = frozenset(
-    ("parameters", "named_parameters", "buffers", "named_buffers", "state_dict", "_parameters", "_buffers", "__dict__")
-)
-_GUARDED = (
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    type(None),
-    torch.dtype,
-    torch.device,
-    torch.Size,
-)
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift", "irshift")
 
 
@@ -204,7 +168,7 @@ class _Tracer(Tracer):
 
     def traced(self, module: nn.Module) -> Graph:
         # By identity: a graph has a copy of each at each place where it is used.
-        self.containers = {id(each) for part in module.modules() for value in part.__dict__.values() for each in containers(value, set())}
+        self.containers = {id(each) for part in module.modules() for value in part.__dict__.values() for each in containers(value)}
         no_tensors: Any = _NoTensors
         with no_tensors():
             graph = self.trace(module)
@@ -229,11 +193,11 @@ class _Tracer(Tracer):
             raise Unreadable(f"calls a {type(m).__name__}, whose class has a __call__ of its own")
         if any(map(own_classes, map(type, m.modules()))):
             self.called.update(map(id, m.modules()))
-            given = [each for value in (*args, *kwargs.values()) for each in containers(value, set()) if not isinstance(each, tuple)]
+            given = [each for value in (*args, *kwargs.values()) for each in containers(value) if not isinstance(each, tuple)]
             if given and any(writes_into_containers(type(part)) for part in m.modules()):
                 raise Unreadable(f"gives a {type(given[0]).__name__} to a {type(m).__name__}, which may write into it")
         if any(each._forward_hooks or each._forward_pre_hooks for each in m.modules()):
-            self.called.add(_HOOKED)
+            self.called.add(HOOKED)
         return super().call_module(m, forward, args, kwargs)
 
     def create_arg(self, a: Any) -> Any:
@@ -321,28 +285,16 @@ def _problem_of_class(module: nn.Module) -> str | None:
     return None
 
 
-def is_guarded(value: Any) -> bool:
-    """Whether == tells later if the value is still the same, in a copy of the module too. Functions may read state of their own."""
-    if type(value) in (list, tuple, set, frozenset):
-        return all(map(is_guarded, value))
-    if type(value) is dict:
-        return all(map(is_guarded, value)) and all(map(is_guarded, value.values()))
-    if isinstance(value, type):
-        # One of the user's own has attributes, which may change.
-        return not own_classes(value)
-    return isinstance(value, _GUARDED) or is_function_of_its_arguments(value)
-
-
-def _trace(module: nn.Module, training: bool) -> tuple[Graph, dict[tuple[Path, str], Any]]:
+def _trace(module: nn.Module, training: bool) -> tuple[Graph, Reads]:
     """The graph in one mode, and the attributes of the module and its submodules that were read on the way."""
-    reads: dict[tuple[Path, str], Any] = {}
+    reads: Reads = {}
     called: set[int] = set()
 
     def trace() -> Graph:
-        with _recorded(module, reads, called):
+        with recorded(module, reads, called):
             return _Tracer(called).traced(module)
 
-    with _ONE_AT_A_TIME, _undisturbed(module, training):
+    with _ONE_AT_A_TIME, in_mode(module, training):
         graph = run_watched(trace)
     for node in graph.nodes:
         node.type = None
@@ -357,182 +309,3 @@ def _resolves(module: nn.Module, target: str) -> bool:
     except AttributeError:
         return False
     return True
-
-
-@contextmanager
-def _recorded(module: nn.Module, reads: dict[tuple[Path, str], Any], called: set[int]) -> Iterator[None]:
-    """Notes which attributes of a module and its submodules are asked for; Unreadable where one is written.
-
-    Also refused: reading an attribute that an earlier call may have written, of a module in `called`, or of any where a hook ran.
-
-    nn.Module itself is patched, not the classes of the modules: a class of our own would be seen by registries of subclasses.
-    """
-    paths = {id(each): tuple(name.split(".")) if name else () for name, each in module.named_modules()}
-    thread = threading.get_ident()
-
-    def path_of(each: nn.Module) -> Path | None:
-        return paths.get(id(each)) if threading.get_ident() == thread else None
-
-    def __getattribute__(self: nn.Module, name: str) -> Any:
-        path = path_of(self)
-        if path is None:
-            return object.__getattribute__(self, name)
-        frame = sys._getframe(1)
-        if not is_torchs(frame):
-            if name in _ALL_TENSORS:
-                raise Unreadable(f"reads {_dotted(path, name)}, which gives tensors and no names")
-            if name == "__class__" and is_attribute_written_out(frame):
-                raise Unreadable(f"reads {_dotted(path, name)}, which conversion changes")
-            if issubclass(type(self), torch.jit.ScriptModule) and name != "__class__":
-                raise Unreadable(f"reads {_dotted(path, name)} of a scripted module")
-            if path:
-                # What its methods do, and what isinstance says of it.
-                reads[path, "__class__"] = type(self)
-        if issubclass(type(self), torch.jit.ScriptModule):
-            return object.__getattribute__(self, name)
-        own = object.__getattribute__(self, "__dict__")
-        try:
-            value = object.__getattribute__(self, name)
-        except AttributeError:
-            try:
-                value = type(self).__getattr__(self, name)
-            except AttributeError:
-                _note(path, reads, name, Missing)
-                raise
-            if value is None:
-                _note(path, reads, name, value)
-            return value
-        if (name in own or _is_of_class(type(self), path, name)) and name not in OF_EVERY_MODULE:
-            if name != "training" and (id(self) in called or _HOOKED in called):
-                raise Unreadable(f"reads {_dotted(path, name)} after a call that may write it")
-            _note(path, reads, name, value)
-        elif not is_torchs(frame) and isinstance(value, MethodType) and value.__self__ is self and own_classes(type(self)):
-            # One that is set on the instance later is another attribute.
-            reads[path, name] = value.__func__
-        return value
-
-    def refusing(original: Any) -> Callable[..., None]:
-        def write(self: nn.Module, name: str, *value: Any) -> None:
-            path = path_of(self)
-            if path is not None:
-                raise Unreadable(f"writes {_dotted(path, name)}")
-            original(self, name, *value)
-
-        return write
-
-    methods = {
-        "__getattribute__": __getattribute__,
-        "__setattr__": refusing(nn.Module.__setattr__),
-        "__delattr__": refusing(nn.Module.__delattr__),
-    }
-    before = {name: nn.Module.__dict__[name] for name in methods if name in nn.Module.__dict__}
-    for name, method in methods.items():
-        setattr(nn.Module, name, method)
-    try:
-        yield
-    finally:
-        for name in methods:
-            if name in before:
-                setattr(nn.Module, name, before[name])
-            else:
-                delattr(nn.Module, name)
-
-
-def _is_of_class(kind: type[nn.Module], path: Path, name: str) -> bool:
-    """Whether a class has a plain value of that name, the default of what an instance may set later."""
-    for each in kind.__mro__:
-        if name in each.__dict__:
-            value = each.__dict__[name]
-            if isinstance(value, MemberDescriptorType):
-                return True
-            if hasattr(type(value), "__get__"):
-                function = value.fget if isinstance(value, property) else value.__func__ if isinstance(value, staticmethod) else value
-                own = isinstance(value, GetSetDescriptorType) or each.__module__.startswith(("torch.", "builtins"))
-                if not own and not is_function_of_its_arguments(function):
-                    # A class method reads the class, and a cache would keep what is computed while reading.
-                    raise Unreadable(f"reads {_dotted(path, name)}, a {type(value).__name__}, which may change without notice")
-                return False
-            return each is not nn.Module
-    return False
-
-
-def _note(path: Path, reads: dict[tuple[Path, str], Any], name: str, value: Any) -> None:
-    # A proxy is what the forward itself has written there.
-    if (path, name) in reads or type(value) is _ReadingProxy:
-        return
-    if not is_guarded(value):
-        raise Unreadable(f"reads {_dotted(path, name)}, a {type(value).__name__}, which may change without notice")
-    if isinstance(value, (list, dict, set)) and not value:
-        raise Unreadable(f"reads {_dotted(path, name)}, an empty {type(value).__name__}, which something is to fill")
-    reads[path, name] = copy.deepcopy(value)
-
-
-def _dotted(path: Path, name: str) -> str:
-    return ".".join(("self", *path, name))
-
-
-@contextmanager
-def _undisturbed(module: nn.Module, training: bool) -> Iterator[None]:
-    """Sets a mode, and puts back modes and attributes; Unreadable where the forward wrote some."""
-    modules = [each for each in module.modules() if not isinstance(each, torch.jit.ScriptModule)]
-    before = [dict(each.__dict__) for each in modules]
-    for each in modules:
-        # Past a __setattr__ of the user's.
-        each.__dict__["training"] = training
-    of_mode = [dict(each.__dict__) for each in modules]
-    classes = {kind for each in modules for kind in own_classes(type(each))}
-    of_classes = {kind: _own_attributes(kind) for kind in classes}
-    kept = [(f"self.{name}", value) for state in before for name, value in state.items()]
-    kept += [(f"{kind.__name__}.{name}", value) for kind, state in of_classes.items() for name, value in state.items()]
-    contents = [(name, each, copy.copy(each)) for name, value in kept for each in containers(value, set())]
-    written: list[str] = []
-    try:
-        yield
-    finally:
-        for name, container, content in contents:
-            if _identities(container) != _identities(content):
-                written.append(name)
-                container.clear()
-                container.extend(content) if isinstance(container, list) else container.update(content)
-        for each, state, mine in zip(modules, of_mode, before, strict=True):
-            written += [f"self.{name}" for name in _changed(state, each.__dict__)]
-            restore(each, mine)
-        for kind, attributes in of_classes.items():
-            for name in _changed(attributes, _own_attributes(kind)):
-                written.append(f"{kind.__name__}.{name}")
-                setattr(kind, name, attributes[name]) if name in attributes else delattr(kind, name)
-    if written:
-        raise Unreadable(f"writes {written[0]}")
-
-
-def restore(module: nn.Module, attributes: dict[str, Any]) -> None:
-    """Gives a module the attributes that it had. New values first, so that an interrupt leaves no attribute missing."""
-    module.__dict__.update(attributes)
-    for name in module.__dict__.keys() - attributes.keys():
-        del module.__dict__[name]
-
-
-def _own_attributes(kind: type) -> dict[str, Any]:
-    """Without those that Python itself makes when it first needs them."""
-    return {name: value for name, value in kind.__dict__.items() if not name.startswith("__")}
-
-
-def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    return [name for name in {**after, **before} if after.get(name, Missing) is not before.get(name, Missing)]
-
-
-def containers(value: Any, seen: set[int]) -> Iterator[Any]:
-    """A plain container and those in it."""
-    if not isinstance(value, (list, dict, set, tuple)) or id(value) in seen:
-        return
-    seen.add(id(value))
-    yield value
-    for each in value.values() if isinstance(value, dict) else value:
-        yield from containers(each, seen)
-
-
-def _identities(container: Any) -> list[tuple[int, ...]]:
-    """Contents by identity: == of what they hold may be elementwise, or a proxy."""
-    return (
-        [(id(key), id(value)) for key, value in container.items()] if isinstance(container, dict) else [(id(each),) for each in container]
-    )
