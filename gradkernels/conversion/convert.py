@@ -5,116 +5,23 @@ BatchNormAct with act="identity"; a block whose forward calls it beside an activ
 Everything is read before anything is changed, and what was changed is put back if an exception follows.
 """
 
-from __future__ import annotations
-
-import dataclasses
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
 
-from gradkernels import _native, text
 from gradkernels.acts import act_of_module, check_act
 from gradkernels.conversion import rewrite, trace
 from gradkernels.conversion.attributes import restore
 from gradkernels.conversion.block import fused_class, why_not_derived
+from gradkernels.conversion.check import Observation, largest_difference
 from gradkernels.conversion.guard import ATTRIBUTE, ORIGINAL, FusedForward, base_class
 from gradkernels.conversion.purity import classes_asked
-from gradkernels.preserved import preserved
+from gradkernels.conversion.report import ConversionReport, Row
 
 _QUANTISED = ("torch.ao.", "torch.nn.quantized", "torch.nn.intrinsic", "torch.nn.qat", "torchao.")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One place where a batch norm or an activation is called.
-
-    name: of the module, for a function that of the block that calls it; "" is the model itself. found: what stands there.
-    becomes: what computes it now, None where it was left. why: the reason where it was left or more could not be done.
-    is_fused: that computes more than one of them in one pass.
-    """
-
-    name: str
-    found: str
-    becomes: str | None
-    why: str
-
-    @property
-    def is_fused(self) -> bool:
-        return self.becomes is not None and self.becomes.startswith("batch_norm_act(") and self.becomes != "batch_norm_act(identity)"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The largest difference that conversion made, beside the largest magnitude of what differs, and its name."""
-
-    difference: float
-    magnitude: float
-    name: str
-
-    def __str__(self) -> str:
-        if not self.name:
-            return "none, there is nothing to compare"
-        return f"{self.difference:.2g} where the largest value is {self.magnitude:.2g} ({self.name})"
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """What convert saw and did; print it.
-
-    Attributes:
-        rows: a Row for each place where a batch norm or an activation is called.
-        notes: what holds for the whole model.
-        saved_bytes_before: saved for backward by one call with `check`, in bytes, parameters not counted; None without `check`.
-        saved_bytes_after: the same after conversion.
-        output_difference: a Difference of the outputs; None without `check`.
-        gradient_difference: a Difference of the gradients of all parameters.
-
-    Example:
-        >>> import torch, gradkernels as gk
-        >>> report = gk.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ELU()))
-        >>> [(row.name, row.found, row.becomes) for row in report.rows]
-        [('1', 'BatchNorm2d, ELU', 'batch_norm_act(elu)')]
-    """
-
-    rows: tuple[Row, ...]
-    notes: tuple[str, ...] = ()
-    saved_bytes_before: int | None = None
-    saved_bytes_after: int | None = None
-    output_difference: Difference | None = None
-    gradient_difference: Difference | None = None
-
-    def __str__(self) -> str:
-        return "\n".join(self._lines())
-
-    def _lines(self) -> Iterator[str]:
-        fused = sum(row.is_fused for row in self.rows)
-        left = sum(row.becomes is None for row in self.rows)
-        alone = len(self.rows) - fused - left
-        yield f"convert: {fused} fused, {alone} replaced, {left} left of {len(self.rows)} batch norms and activations"
-        yield from (f"  {note}" for note in self.notes)
-        if self.saved_bytes_before is not None and self.saved_bytes_after is not None:
-            before, after = map(_size, (self.saved_bytes_before, self.saved_bytes_after))
-            change = f" ({self.saved_bytes_after / self.saved_bytes_before - 1:+.1%})" if self.saved_bytes_before else ""
-            yield f"  saved for backward: {before} before, {after} after{change}"
-            if fused and _native.C is not None and self.saved_bytes_after >= self.saved_bytes_before:
-                yield "  less in `with gradkernels.recompute():`, where backward computes outputs of batch_norm_act again"
-            yield f"  largest difference of outputs: {self.output_difference}"
-            yield f"  largest difference of gradients: {self.gradient_difference}"
-        cells = [("module", "found", "becomes", "why")]
-        cells += [(row.name or "(the model)", row.found, row.becomes or "left as it is", row.why) for row in self.rows]
-        if self.rows:
-            yield from (f"  {line}" for line in text.columns(cells, left=range(4)))
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count / 2**10:,.1f} KiB"
 
 
 def convert(model: nn.Module, *, residual: bool = True, check: Any = None) -> ConversionReport:
@@ -156,13 +63,13 @@ def convert(model: nn.Module, *, residual: bool = True, check: Any = None) -> Co
     try:
         _revert(model)
         plan = _Plan(model, residual)
-        seen = None if check is None else _Observation(model, check)
+        seen = None if check is None else Observation(model, check)
         plan.apply()
         if seen is None:
             return ConversionReport(tuple(plan.rows), tuple(plan.notes))
-        after = _Observation(model, check)
+        after = Observation(model, check)
         if not seen.outputs:
-            plan.notes.append(f"the model returned {seen.kind}, in which there is no tensor to compare")
+            plan.notes.append(f"the model returned {seen.output_type}, in which there is no tensor to compare")
     except BaseException:
         for module, kind, state in before:
             object.__setattr__(module, "__class__", kind)
@@ -173,8 +80,8 @@ def convert(model: nn.Module, *, residual: bool = True, check: Any = None) -> Co
         tuple(plan.notes),
         seen.saved_bytes,
         after.saved_bytes,
-        _difference(seen.outputs, after.outputs),
-        _difference(seen.grads, after.grads),
+        largest_difference(seen.outputs, after.outputs),
+        largest_difference(seen.grads, after.grads),
     )
 
 
@@ -297,7 +204,7 @@ class _Plan:
         if kept:
             return Row(name, site.found, None, kept)
         if site.fused is not None:
-            return Row(name, site.found, site.fused, site.why)
+            return Row(name, site.found, site.fused, site.why, site.is_fused)
         if module is None:
             return Row(name, site.found, None, site.why)
         if type(module) in rewrite.BATCH_NORMS:
@@ -354,66 +261,3 @@ def _activation_alone(module: nn.Module) -> tuple[str | None, str]:
     if act_of_module(module) is not None:
         return None, "torch's own is kept: alone there is nothing to fuse"
     return None, f"there is no kernel for {kind.__name__}"
-
-
-class _Observation:
-    """Outputs, gradients of the parameters and bytes saved for backward of one call of a model, which is as before afterwards."""
-
-    def __init__(self, model: nn.Module, batch: Any) -> None:
-        keywords = dict(batch) if isinstance(batch, Mapping) else {}
-        arguments = () if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-        parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
-        of_parameters = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
-        # Kept until the count is taken: memory that is freed and used again would be counted once.
-        saved: dict[int, torch.UntypedStorage] = {}
-
-        def keep(x: Tensor) -> Tensor:
-            saved[x.untyped_storage().data_ptr()] = x.untyped_storage()
-            return x
-
-        with preserved(model, batch), torch.enable_grad():
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-                output = model(*arguments, **keywords)
-            self.saved_bytes = sum(storage.nbytes() for address, storage in saved.items() if address not in of_parameters)
-            saved.clear()
-            self.kind = type(output).__name__
-            tensors = {f"output {place}": each for place, each in enumerate(_tensors_of(output))}
-            self.outputs = {name: each.detach().clone() for name, each in tensors.items()}
-            roots = [each for each in tensors.values() if each.requires_grad]
-            # Random weights: gradients of a plain sum vanish below a batch norm.
-            generator = torch.Generator("cpu").manual_seed(0)
-            weights = [torch.randn(each.shape, generator=generator, device="cpu").to(each) for each in roots]
-            grads = torch.autograd.grad(roots, list(parameters.values()), weights, allow_unused=True) if roots and parameters else ()
-            self.grads = {name: each for name, each in zip(parameters, grads, strict=False) if each is not None}
-
-
-def _tensors_of(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for each in output.values():
-            yield from _tensors_of(each)
-    elif dataclasses.is_dataclass(output):
-        for field in dataclasses.fields(output):
-            yield from _tensors_of(getattr(output, field.name))
-    else:
-        for leaf in pytree.tree_leaves(output):
-            if leaf is not output:
-                yield from _tensors_of(leaf)
-
-
-def _difference(before: dict[str, Tensor], after: dict[str, Tensor]) -> Difference:
-    """Over all of them: what is zero but for rounding, such as the gradient of a bias below a batch norm, is no measure for itself."""
-    floating = [name for name, each in (before | after).items() if each.numel() and (each.is_floating_point() or each.is_complex())]
-    magnitude = max((before[name].abs().max().item() for name in floating if name in before), default=0.0)
-    differences = [(_distance(before.get(name), after.get(name)), name) for name in floating]
-    # nan, which compares with nothing, is the largest.
-    difference, name = max(differences, key=lambda found: (math.isnan(found[0]), found[0]), default=(0.0, ""))
-    return Difference(difference, magnitude, name)
-
-
-def _distance(before: Tensor | None, after: Tensor | None) -> float:
-    """The largest difference; what is there once only is beside zeros, and of another shape infinitely far."""
-    if before is None or after is None:
-        return sum(each.abs().max().item() for each in (before, after) if each is not None)
-    return (after - before).abs().max().item() if before.shape == after.shape else math.inf

@@ -109,6 +109,7 @@ class Site:
     module: nn.Module | None
     found: str
     fused: str | None = None
+    is_fused: bool = False
     why: str = ""
     absorbed: tuple[nn.Module, ...] = ()
     keeps_output: bool = False
@@ -209,6 +210,7 @@ class _Fuser:
             return site, None
         site.found = ", ".join([site.found, *chain.names])
         site.fused = f"batch_norm_act({', '.join([chain.act] + ['residual'] * (chain.residual is not None))})"
+        site.is_fused = True
         site.absorbed = tuple(chain.absorbed)
         return site, chain
 
@@ -538,7 +540,7 @@ def _fuse_norm_act(block: nn.Module, reading: Reading, residual: bool) -> Fusion
     else:
         name, act_param = resolve_act(act, None)
         expected = [Expected((each,), (nn.Identity,), None, None) for each in path[:-1]] + [expected_act((path[-1],), act)]
-        site.fused, site.absorbed = f"batch_norm_act({name})", (act,)
+        site.fused, site.is_fused, site.absorbed = f"batch_norm_act({name})", name != "identity", (act,)
         result = f"normalize(self, x, None, {name!r}, {act_param!r})"
     source = f"def forward(self, x):\n    return {result}\n"
     children = (((), children_of(block, False)),)
