@@ -39,7 +39,8 @@ from torch.utils._pytree import tree_leaves
 
 import gradkernels as gk
 from gradkernels import conversion
-from gradkernels.conversion import check, guard, rewrite, trace
+from gradkernels.acts import resolve_act
+from gradkernels.conversion import check, guard, patterns, rewrite, trace
 from models import libraries
 from models.darknet import DarkNet
 from models.dcgan import discriminator
@@ -189,7 +190,7 @@ def test_conversion_keeps_all_but_classes_and_revert_gives_them_back(name):
     assert all(
         (isinstance(module, classes[key]) and type(module).__name__ == classes[key].__name__) or isinstance(module, _BatchNorm)
         for key, module in modules.items()
-        if type(module) not in rewrite.ACTIVATION_MODULES.values()
+        if type(module) not in patterns.ACTIVATION_MODULES.values()
     )
     assert gk.revert(model) is model
     assert {key: type(module) for key, module in model.named_modules()} == classes
@@ -432,7 +433,7 @@ def test_every_activation_module(module):
     expected, actual, _ = converted(nn.Sequential(nn.BatchNorm2d(3), nn.Identity(), module).double())
     x = X()
     (fused,) = operators(copy.deepcopy(actual), x).ours
-    assert fused == rewrite.resolve_act(module, None)[0]
+    assert fused == resolve_act(module, None)[0]
     assert_same(step(actual, x), step(expected, x))
 
 
@@ -859,20 +860,23 @@ LEFT = {
         lambda self, x: torch.utils.checkpoint.checkpoint(lambda x: self.act(self.bn(x)), x, use_reentrant=False),
         "calls torch.utils.checkpoint.checkpoint",
     ),
-    "read twice": (twice, "its output is read 2 times"),
-    "doubled": (lambda self, x: self.act((lambda y: y + y)(self.bn(x))), "its output is read 2 times"),
-    "written into the other": (into_the_other, "written over the other term"),
-    "input written between": (written_between, "add_, between it and its activation"),
-    "view of the input written between": (view_written_between, "view, between it and its activation"),
-    "residual written between": (residual_written_before_activation, "mul_, between it and its activation"),
-    "called again between": (called_between, "called again before its sum is complete"),
-    "fused again between": (fused_again_between, "called again before its sum is complete"),
-    "statistics read between": (statistics_read_between, "mul, between it and its activation, may read or write its statistics"),
-    "statistics written between": (statistics_written_between, "view, between it and its activation, may read or write its statistics"),
+    "read twice": (twice, "its output is used 2 times"),
+    "doubled": (lambda self, x: self.act((lambda y: y + y)(self.bn(x))), "its output is used 2 times"),
+    "written into the other": (into_the_other, "written into the other term"),
+    "input written between": (written_between, "add_, called between it and its activation"),
+    "view of the input written between": (view_written_between, "view, called between it and its activation"),
+    "residual written between": (residual_written_before_activation, "mul_, called between it and its activation"),
+    "called again between": (called_between, "called again before its output is added"),
+    "fused again between": (fused_again_between, "called again before its output is added"),
+    "statistics read between": (statistics_read_between, "mul, called between it and its activation, may read or write its statistics"),
+    "statistics written between": (
+        statistics_written_between,
+        "view, called between it and its activation, may read or write its statistics",
+    ),
     "scalar": (lambda self, x: self.act(self.bn(x) + 1.0), "add follows"),
     "weighted": (lambda self, x: self.act(torch.add(self.bn(x), x, alpha=2)), "add follows"),
     "gelu": (lambda self, x: F.gelu(self.bn(x)), "no kernel for gelu"),
-    "activation first": (lambda self, x: self.conv(self.bn(self.act(self.conv(x)))), "its activation, ReLU, stands before it"),
+    "activation first": (lambda self, x: self.conv(self.bn(self.act(self.conv(x)))), "its activation, ReLU, comes before it"),
 }
 
 
@@ -1290,7 +1294,7 @@ def test_what_is_finalized_meanwhile_is_no_part_of_the_forward():
     assert gc.isenabled()
 
 
-@pytest.mark.parametrize(("of", "why"), [("bn", "it is hooked: its hook"), ("act", "ReLU is hooked: its hook"), ("conv", "")])
+@pytest.mark.parametrize(("of", "why"), [("bn", "it has a hook"), ("act", "ReLU has a hook"), ("conv", "")])
 def test_hooks_that_were_there_before_see_what_they_saw(of, why):
     seen = [], []
     model = block(WRITTEN["module"][0])
@@ -1342,7 +1346,9 @@ def test_a_sum_written_in_place_keeps_dtype_and_shape(written):
 
 def test_elu_that_scales_besides_is_not_elu():
     expected, actual, report = converted(block(lambda self, x: F.elu_(self.bn(x), 0.5, 2.0) + F.elu_(x * 1, 0.5, 2.0)))
-    assert [row.why for row in report.rows][:3] == ["it scales besides"] * 2 + ["elu_ scales besides"], report
+    assert [row.why for row in report.rows][:3] == ["it is called with a scale, which the kernel does not have"] * 2 + [
+        "elu_ is called with a scale, which the kernel does not have"
+    ], report
     x = X()
     assert_same(step(actual, x), step(expected, x))
 
@@ -1613,7 +1619,7 @@ def test_an_exception_leaves_the_model_as_it_was(during, converted_before, monke
     # The package's attribute of that name is the function.
     module = importlib.import_module("gradkernels.conversion.convert")
     if during == "reading":
-        monkeypatch.setattr(rewrite, "fuse", interrupted(rewrite.fuse, 5))
+        monkeypatch.setattr(rewrite, "rewrite_forward", interrupted(rewrite.rewrite_forward, 5))
     elif during == "applying":
         monkeypatch.setattr(module, "check_act", interrupted(module.check_act, 5))
     with pytest.raises(RuntimeError if during == "check" else KeyboardInterrupt):
@@ -1742,9 +1748,9 @@ def test_the_report_of_what_is_no_batch_norm_of_its_own():
 
     report = gk.convert(block(forward, blocks=nn.ModuleList([nn.BatchNorm2d(3)]).double()), check=X())
     assert [(row.found, row.is_fused, row.why) for row in report.rows] == [
-        ("batch_norm", False, "it is a call of the function: only modules are joined with what follows"),
+        ("batch_norm", False, "it is a call of the function; only modules are fused"),
         ("BatchNorm2d, add, ReLU", True, ""),
-        ("BatchNorm2d", False, "its output is the residual of another"),
+        ("BatchNorm2d", False, "its output is the residual of another batch norm"),
     ]
     lines = str(report).splitlines()
     assert lines[0] == "convert: 1 fused, 1 replaced, 1 left of 3 batch norms and activations" and " KiB before" in lines[1]

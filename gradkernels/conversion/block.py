@@ -13,16 +13,16 @@ from typing import Any, Protocol, cast
 from torch import nn
 
 from gradkernels._native import refuse_script
-from gradkernels.conversion.guard import ATTRIBUTE, BASE, FusedForward
-from gradkernels.conversion.rewrite import fuse
+from gradkernels.conversion.guard import ATTRIBUTE, BASE, RewrittenForward
+from gradkernels.conversion.rewrite import rewrite_forward
 
 # What an object without a __reduce__ of its own is made again by.
 _NEW_OBJECT = object().__reduce_ex__(2)[0]
 
 
 def new_block(base: type[nn.Module], *args: Any) -> Any:
-    """An instance of fused_class(base) before its state is set."""
-    kind = fused_class(base)
+    """An instance of converted_class(base) before its state is set."""
+    kind = converted_class(base)
     return kind.__new__(kind, *args)
 
 
@@ -40,7 +40,7 @@ def why_not_derived(kind: type[nn.Module]) -> str | None:
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def fused_class(base: type[nn.Module]) -> type[nn.Module]:
+def converted_class(base: type[nn.Module]) -> type[nn.Module]:
     """A subclass of the same name whose instances run their fused forward where they have one that holds; the same for every call.
 
     It has no other base, which would change the layout of instances of classes whose own first base has no __dict__.
@@ -50,11 +50,11 @@ def fused_class(base: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        fused = self.__dict__.get(ATTRIBUTE)
+        rewritten = self.__dict__.get(ATTRIBUTE)
         # A forward may ask an argument whether it is None, which no graph records.
         nothing = any(each is None for each in (*args, *kwargs.values()))
-        if isinstance(fused, FusedForward) and base.forward is fused.of and not nothing and fused.holds(self):
-            return fused.function(self, *args, **kwargs)
+        if isinstance(rewritten, RewrittenForward) and base.forward is rewritten.of and not nothing and rewritten.holds(self):
+            return rewritten.function(self, *args, **kwargs)
         return base.forward(self, *args, **kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
@@ -72,7 +72,7 @@ def fused_class(base: type[nn.Module]) -> type[nn.Module]:
             self.__dict__.pop(ATTRIBUTE)
             kind = type(self)
             object.__setattr__(self, "__class__", base)
-            forward = fuse(self, residual).forward
+            forward = rewrite_forward(self, residual).forward
             object.__setattr__(self, "__class__", kind)
             if forward is not None:
                 self.__dict__[ATTRIBUTE] = forward

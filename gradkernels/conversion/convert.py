@@ -15,11 +15,13 @@ from torch.nn.parameter import is_lazy
 from gradkernels.acts import act_of_module, check_act
 from gradkernels.conversion import rewrite, trace
 from gradkernels.conversion.attributes import restore
-from gradkernels.conversion.block import fused_class, why_not_derived
+from gradkernels.conversion.block import converted_class, why_not_derived
 from gradkernels.conversion.check import Observation, largest_difference
-from gradkernels.conversion.guard import ATTRIBUTE, ORIGINAL, FusedForward, base_class
+from gradkernels.conversion.guard import ATTRIBUTE, ORIGINAL, RewrittenForward, base_class
+from gradkernels.conversion.patterns import ACTIVATION_MODULES, BATCH_NORMS, is_activation, keeps_output
 from gradkernels.conversion.purity import classes_asked
 from gradkernels.conversion.report import ConversionReport, Row
+from gradkernels.conversion.result import Site
 
 _QUANTISED = ("torch.ao.", "torch.nn.quantized", "torch.nn.intrinsic", "torch.nn.qat", "torchao.")
 
@@ -120,7 +122,7 @@ def _revert(model: nn.Module) -> None:
             object.__setattr__(module, "__class__", base)
             module.__dict__.pop(ATTRIBUTE, None)
         original = module.__dict__.get(ORIGINAL)
-        if original is not None and type(module) is (rewrite.BATCH_NORMS | rewrite.ACTIVATION_MODULES)[original]:
+        if original is not None and type(module) is (BATCH_NORMS | ACTIVATION_MODULES)[original]:
             object.__setattr__(module, "__class__", original)
             for name in (ORIGINAL, "act", "act_param") if issubclass(original, _BatchNorm) else (ORIGINAL,):
                 module.__dict__.pop(name)
@@ -146,20 +148,20 @@ class _Plan:
         self.model = model
         self.rows: list[Row] = []
         self.notes: list[str] = []
-        self.forwards: dict[nn.Module, FusedForward] = {}
+        self.forwards: dict[nn.Module, RewrittenForward] = {}
         self.names = {module: name for name, module in model.named_modules()}
         # What the forwards did not call that were read: module -> why.
         self.problems: dict[nn.Module, str] = {}
         # What is below code that would see another class -> why it keeps its own.
         self.kept: dict[nn.Module, str] = {}
         sites = [(block, site) for block in self.names for site in self.read(block, residual)]
-        changes = {*rewrite.BATCH_NORMS, *rewrite.ACTIVATION_MODULES, *map(type, self.forwards)}
+        changes = {*BATCH_NORMS, *ACTIVATION_MODULES, *map(type, self.forwards)}
         changes_or_names = changes | {each.__name__ for each in changes}
         for block in self.names:
             if any(not asked or asked & changes_or_names for asked in classes_asked(type(block))):
                 why = f"{type(block).__name__} asks for the class of a module, which conversion would change"
                 self.kept.update(dict.fromkeys(block.modules(), why))
-        self.alone = {site.module for _, site in sites if site.module is not None and site.fused is None}
+        self.alone = {site.module for _, site in sites if site.module is not None and site.label is None}
         self.alone -= {site.module for _, site in sites if site.keeps_output}
         called = {site.module for _, site in sites} | {each for _, site in sites for each in site.absorbed}
         for block, site in sites:
@@ -167,9 +169,9 @@ class _Plan:
             if site.module is None or site.module is block or site.module not in self.forwards:
                 self.rows.append(self.row(block, site))
         for module, name in self.names.items():
-            if module not in called and (isinstance(module, _BatchNorm) or rewrite.is_activation(module)):
-                site = rewrite.Site(module, type(module).__name__, why=self.why_uncalled(name))
-                if rewrite.keeps_output(module):
+            if module not in called and (isinstance(module, _BatchNorm) or is_activation(module)):
+                site = Site(module, type(module).__name__, why=self.why_uncalled(name))
+                if keeps_output(module):
                     site.why, site.keeps_output = rewrite.KEEPS_ITS_OUTPUT, True
                 else:
                     self.alone.add(module)
@@ -182,11 +184,11 @@ class _Plan:
             if isinstance(module, torch.jit.ScriptModule) and not isinstance(self.above(name), torch.jit.ScriptModule):
                 self.notes.append(f"{name} is scripted and left as it is")
 
-    def read(self, block: nn.Module, residual: bool) -> list[rewrite.Site]:
+    def read(self, block: nn.Module, residual: bool) -> list[Site]:
         """The sites in the forward of one module, and the reason where there are none to be read."""
         if not trace.has_own_forward(block):
             return []
-        found = rewrite.fuse(block, residual)
+        found = rewrite.rewrite_forward(block, residual)
         if found.problem is not None:
             self.problems[block] = found.problem
         if found.forward is not None:
@@ -197,18 +199,18 @@ class _Plan:
             self.forwards[block] = found.forward
         return found.sites
 
-    def row(self, block: nn.Module, site: rewrite.Site) -> Row:
+    def row(self, block: nn.Module, site: Site) -> Row:
         module = site.module
         name = self.names[block if module is None else module]
         kept = self.kept.get(block) or (module and self.kept.get(module))
         if kept:
             return Row(name, site.found, None, kept)
-        if site.fused is not None:
-            return Row(name, site.found, site.fused, site.why, site.is_fused)
+        if site.label is not None:
+            return Row(name, site.found, site.label, site.why, site.is_fused)
         if module is None:
             return Row(name, site.found, None, site.why)
-        if type(module) in rewrite.BATCH_NORMS:
-            return Row(name, site.found, rewrite.BATCH_NORMS[type(module)].__name__, site.why)
+        if type(module) in BATCH_NORMS:
+            return Row(name, site.found, BATCH_NORMS[type(module)].__name__, site.why)
         if site.keeps_output:
             return Row(name, site.found, None, site.why)
         ours, why = _activation_alone(module)
@@ -235,16 +237,16 @@ class _Plan:
             kind = type(module)
             if module in self.kept:
                 continue
-            if kind in rewrite.BATCH_NORMS:
+            if kind in BATCH_NORMS:
                 module.__dict__[ORIGINAL] = kind
                 module.__dict__["act"], module.__dict__["act_param"] = "identity", check_act("identity", None)
-                object.__setattr__(module, "__class__", rewrite.BATCH_NORMS[kind])
-            elif module in self.alone and kind in rewrite.ACTIVATION_MODULES and _activation_alone(module)[0] is not None:
+                object.__setattr__(module, "__class__", BATCH_NORMS[kind])
+            elif module in self.alone and kind in ACTIVATION_MODULES and _activation_alone(module)[0] is not None:
                 module.__dict__[ORIGINAL] = kind
-                object.__setattr__(module, "__class__", rewrite.ACTIVATION_MODULES[kind])
+                object.__setattr__(module, "__class__", ACTIVATION_MODULES[kind])
             elif module in self.forwards:
                 module.__dict__[ATTRIBUTE] = self.forwards[module]
-                object.__setattr__(module, "__class__", fused_class(kind))
+                object.__setattr__(module, "__class__", converted_class(kind))
 
 
 def _activation_alone(module: nn.Module) -> tuple[str | None, str]:
@@ -252,8 +254,8 @@ def _activation_alone(module: nn.Module) -> tuple[str | None, str]:
     kind: Any = type(module)
     if kind is nn.SiLU and getattr(module, "inplace", False):
         return None, "it is in place, which ours is not"
-    if kind in rewrite.ACTIVATION_MODULES:
-        return f"gradkernels.{rewrite.ACTIVATION_MODULES[kind].__name__}", ""
+    if kind in ACTIVATION_MODULES:
+        return f"gradkernels.{ACTIVATION_MODULES[kind].__name__}", ""
     if kind is nn.RReLU:
         return None, "gradkernels.RReLU draws other slopes from the same seed"
     if kind.__module__.startswith("gradkernels."):

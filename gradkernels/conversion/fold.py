@@ -16,11 +16,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradkernels.acts import ACTS
 from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
-from gradkernels.conversion import rewrite, trace
+from gradkernels.conversion import trace
 from gradkernels.conversion.attributes import OF_EVERY_MODULE, held, is_comparable
 from gradkernels.conversion.bytecode import CLASS_ATTRIBUTES, CLASS_FUNCTION, CLASS_TESTS
 from gradkernels.conversion.convert import revert
 from gradkernels.conversion.guard import has_hooks
+from gradkernels.conversion.norm_act_layers import layers_after
+from gradkernels.conversion.patterns import BATCH_NORMS, CONTAINERS
 from gradkernels.conversion.purity import goes_by_names, names_from_forward, own_classes
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -123,7 +125,7 @@ def fold(model: nn.Module) -> nn.Module:
 def _walked(child: nn.Module) -> Iterator[nn.Module]:
     """A submodule, and what it holds where it is a container that a forward goes through."""
     yield child
-    if isinstance(child, rewrite.CONTAINERS):
+    if isinstance(child, CONTAINERS):
         for each in child.children():
             yield from _walked(each)
 
@@ -139,7 +141,7 @@ def _within_reach(block: nn.Module, names: set[str], is_first: bool = False) -> 
     if not is_seen:
         yield from block.modules()
         return
-    all_of_them = is_first or isinstance(block, rewrite.CONTAINERS) or not names.isdisjoint(_BY_OTHER_NAMES)
+    all_of_them = is_first or isinstance(block, CONTAINERS) or not names.isdisjoint(_BY_OTHER_NAMES)
     for name, child in block.named_children():
         if all_of_them or name in names:
             yield child
@@ -194,11 +196,11 @@ def _replacement(layer: Any, bn: _BatchNorm) -> nn.Module | None:
     if bn.training or bn.running_mean is None or bn.running_var is None or bn.num_features != channels:
         return None
     place: nn.Module = FoldedBatchNorm1d() if isinstance(layer, nn.Linear) else nn.Identity()
-    if type(bn) in rewrite.BATCH_NORMS:
+    if type(bn) in BATCH_NORMS:
         return place
     if isinstance(bn, (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d)):
         return place if bn.act == "identity" else nn.Sequential(place, ACTS[bn.act].module(bn.act_param))
-    applied = rewrite.applied_after(bn)
+    applied = layers_after(bn)
     return None if applied is None else nn.Sequential(place, *applied)
 
 

@@ -74,7 +74,7 @@ class Expected:
 
 
 @dataclass(frozen=True)
-class FusedForward:
+class RewrittenForward:
     """source: of a function `forward`; names: the globals that it needs. residual: whether additions were to be fused.
 
     of: the forward that was read. asks_for_classes: it may ask for the class of a submodule, with isinstance. shared: names of one object,
@@ -106,7 +106,7 @@ class FusedForward:
     def __reduce__(self) -> tuple[Any, ...]:
         return bool, (self.residual,)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "FusedForward":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RewrittenForward":
         return self
 
     def holds(self, block: nn.Module) -> bool:
