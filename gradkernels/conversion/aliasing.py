@@ -1,7 +1,8 @@
 """Which values in a graph may share memory, and which calls may write into it.
 
-A batch norm with a residual is computed where its activation was called, later than its own call. This is right only if no call in
-between writes what it reads. Nothing is known of most calls: they may return a view of an argument, and write it.
+A batch norm with a residual is computed where its activation was called, later than its own call. This is
+right only if no call in between writes what the batch norm reads. Most calls are unknown code, which may
+write an argument and may return a view of it.
 """
 
 import operator
@@ -26,18 +27,21 @@ _FRESH_FUNCTIONS = (operator.add, operator.sub, operator.mul, operator.truediv, 
 
 
 class Aliasing:
-    """The values of one graph, which changes while it is rewritten."""
+    """Answers for one graph, as it is at the time of the question: rewriting changes it."""
 
     def __init__(self, block: nn.Module, graph: Graph) -> None:
         self.block = block
         self.graph = graph
 
     def may_be_written(self, node: Node) -> bool:
-        """Whether a value may be written after it was computed: it is returned, or used by a call that may write it or return a view."""
+        """Whether a value may be written after it was computed.
+
+        It may if it is returned, or if a call that uses it may write it or return a view of it.
+        """
         return not all(self._is_fresh(user) and not self._writes(user) for user in node.users)
 
     def why_it_cannot_move(self, chain: Chain, residual: Node, addition: Node) -> str:
-        """Why the batch norm cannot be computed, and the residual read, where the chain ends; "" if they can."""
+        """Why the kernel cannot be called where the chain ends; "" if it can."""
         order = {node: place for place, node in enumerate(self.graph.nodes)}
         first, last = chain.nodes[0], chain.nodes[-1]
         bn = called_module(self.block, first)
@@ -66,7 +70,7 @@ class Aliasing:
         return ""
 
     def _state_of(self, bn: nn.Module | None, chain: Chain) -> set[Node]:
-        """The nodes whose value is the batch norm itself, or may share memory with its parameters and buffers."""
+        """The nodes whose value is the batch norm, or may share memory with its parameters and buffers."""
         nodes: set[Node] = set()
         for node in self.graph.nodes:
             if node.op == "get_attr" and bn is not None:
@@ -95,7 +99,7 @@ class Aliasing:
         return aliases
 
     def _is_fresh(self, node: Node) -> bool:
-        """Whether a node writes none of its arguments and its value shares no memory with them."""
+        """Whether a node certainly writes no argument and shares no memory with one."""
         module = called_module(self.block, node)
         if module is not None:
             parts = [part for part in module.modules() if type(part) is not nn.Sequential]
@@ -106,7 +110,7 @@ class Aliasing:
         return node.target is torch.cat or not any(isinstance(argument, (list, tuple)) for argument in node.args)
 
     def _writes(self, node: Node) -> bool:
-        """Whether a node is known to write an argument, or is a module of unknown code."""
+        """Whether a node is known to write an argument, or calls a module of unknown code."""
         module = called_module(self.block, node)
         if module is not None:
             return any(getattr(part, "inplace", False) or not is_of_library(type(part)) for part in module.modules())
@@ -120,6 +124,6 @@ def _is_fresh_module(module: nn.Module) -> bool:
 
 
 def _holds(module: nn.Module, bn: nn.Module | None) -> bool:
-    """Whether a module has the batch norm in an attribute of its own, such as a list, where torch does not register it."""
+    """Whether a module holds the batch norm in a plain attribute, such as a list, unseen by torch."""
     values = [value for name, value in module.__dict__.items() if name not in OF_EVERY_MODULE]
     return any(other is bn for value in values for other in held(value))

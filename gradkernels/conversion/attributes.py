@@ -1,7 +1,8 @@
 """Which attributes of its modules a forward reads, and that it writes none.
 
-A converted block compares these attributes with the values they had, at every call (guard.py). An attribute whose value cannot be
-compared is a reason to leave the forward alone, and so is a write. After reading, every attribute is what it was before.
+At every call a converted block compares these attributes with the values that they had (guard.py). If a value
+cannot be compared, the forward is left alone. The same holds if the forward writes an attribute. After
+reading, every attribute is as it was before.
 """
 
 import copy
@@ -24,11 +25,11 @@ Path = tuple[str, ...]
 # (the module, the name of an attribute) -> its value.
 Reads = dict[tuple[Path, str], Any]
 
-# Stands in a set of id() of modules called for a hook, which may write the attributes of any module.
+# Stands for a hook in a set of id() of called modules. A hook may write the attributes of any module.
 HOOKED = 0
-# The attributes of nn.Module itself. Forwards read `training`; the others are not part of the block's own code.
+# The attributes that every nn.Module has, without `training`, which forwards may read.
 OF_EVERY_MODULE = frozenset(nn.Module().__dict__) - {"training"}
-# Those of them that give a forward tensors that are not proxies.
+# Names that give a forward tensors in the place of proxies.
 _ALL_TENSORS = frozenset(
     ("parameters", "named_parameters", "buffers", "named_buffers", "state_dict", "_parameters", "_buffers", "__dict__")
 )
@@ -36,30 +37,42 @@ _COMPARABLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, t
 
 
 def is_comparable(value: Any) -> bool:
-    """Whether == shows later if a value is still the same, in a copy of its module too. A function may read state of its own."""
+    """Whether == can show later that a value is still the same, in a copy of its module too.
+
+    A function counts only if it reads no state.
+    """
     if type(value) in (list, tuple, set, frozenset):
         return all(map(is_comparable, value))
     if type(value) is dict:
         return all(map(is_comparable, value)) and all(map(is_comparable, value.values()))
     if isinstance(value, type):
-        # A class of the user's has attributes, which may change.
+        # A class of the user's has attributes that may change.
         return not own_classes(value)
     return isinstance(value, _COMPARABLE) or is_function_of_its_arguments(value)
 
 
 @contextmanager
 def recorded(module: nn.Module, reads: Reads, called: set[int]) -> Iterator[None]:
-    """Adds to `reads` each attribute that is read of a module and its submodules. Raises Unreadable at a write.
+    """Records the attributes that are read of a module and its submodules.
 
-    It also raises at a read of an attribute that an earlier call may have written: of a module in `called`, or of any after a hook.
+    nn.Module itself is patched, not the classes of the modules: a registry of subclasses would see a new
+    class.
 
-    nn.Module itself is patched, not the classes of the modules: a registry of subclasses would see a class of ours.
+    Args:
+        module: the module whose forward is read.
+        reads: gets the attributes.
+        called: id() of modules that were called and may have written their attributes; HOOKED for all
+            modules.
+
+    Raises:
+        Unreadable: in the body, where an attribute is written, or is read after a call that may have written
+            it.
     """
-    paths = {id(each): tuple(name.split(".")) if name else () for name, each in module.named_modules()}
+    paths = {id(part): tuple(name.split(".")) if name else () for name, part in module.named_modules()}
     thread = threading.get_ident()
 
-    def path_of(each: nn.Module) -> Path | None:
-        return paths.get(id(each)) if threading.get_ident() == thread else None
+    def path_of(part: nn.Module) -> Path | None:
+        return paths.get(id(part)) if threading.get_ident() == thread else None
 
     def __getattribute__(self: nn.Module, name: str) -> Any:
         path = path_of(self)
@@ -68,7 +81,7 @@ def recorded(module: nn.Module, reads: Reads, called: set[int]) -> Iterator[None
         frame = sys._getframe(1)
         if not is_torchs(frame):
             if name in _ALL_TENSORS:
-                raise Unreadable(f"reads {_dotted(path, name)}, which gives tensors and no names")
+                raise Unreadable(f"reads {_dotted(path, name)}, whose tensors have no names in a graph")
             if name == "__class__" and is_attribute_written_out(frame):
                 raise Unreadable(f"reads {_dotted(path, name)}, which conversion changes")
             if issubclass(type(self), torch.jit.ScriptModule) and name != "__class__":
@@ -127,7 +140,7 @@ def recorded(module: nn.Module, reads: Reads, called: set[int]) -> Iterator[None
 
 
 def _is_default(kind: type[nn.Module], path: Path, name: str) -> bool:
-    """Whether a class has a plain value of that name: the default until an instance sets its own."""
+    """Whether a class has a plain value of that name, which is the default until an instance sets its own."""
     for base in kind.__mro__:
         if name in base.__dict__:
             value = base.__dict__[name]
@@ -151,7 +164,7 @@ def _note(path: Path, reads: Reads, name: str, value: Any) -> None:
     if not is_comparable(value):
         raise Unreadable(f"reads {_dotted(path, name)}, a {type(value).__name__}, which may change without notice")
     if isinstance(value, (list, dict, set)) and not value:
-        raise Unreadable(f"reads {_dotted(path, name)}, an empty {type(value).__name__}, which something is to fill")
+        raise Unreadable(f"reads {_dotted(path, name)}, an empty {type(value).__name__}, which may be filled later")
     reads[path, name] = copy.deepcopy(value)
 
 
@@ -161,18 +174,22 @@ def _dotted(path: Path, name: str) -> str:
 
 @contextmanager
 def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """Sets the mode of a module, and afterwards puts back modes and attributes. Raises Unreadable if an attribute was written meanwhile."""
-    modules = [each for each in module.modules() if not isinstance(each, torch.jit.ScriptModule)]
-    before = [dict(each.__dict__) for each in modules]
-    for each in modules:
-        # A __setattr__ of the user's might refuse.
-        each.__dict__["training"] = training
-    with_mode = [dict(each.__dict__) for each in modules]
-    classes = {kind for each in modules for kind in own_classes(type(each))}
+    """Sets the mode of a module, and puts back all modes and attributes afterwards.
+
+    Raises:
+        Unreadable: afterwards, if an attribute was written meanwhile.
+    """
+    parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
+    before = [dict(part.__dict__) for part in parts]
+    for part in parts:
+        # Not by an assignment, which a __setattr__ of the user's may refuse.
+        part.__dict__["training"] = training
+    with_mode = [dict(part.__dict__) for part in parts]
+    classes = {kind for part in parts for kind in own_classes(type(part))}
     of_classes = {kind: _attributes_of(kind) for kind in classes}
     named = [(f"self.{name}", value) for state in before for name, value in state.items()]
     named += [(f"{kind.__name__}.{name}", value) for kind, state in of_classes.items() for name, value in state.items()]
-    contents = [(name, each, copy.copy(each)) for name, value in named for each in containers(value)]
+    contents = [(name, container, copy.copy(container)) for name, value in named for container in containers(value)]
     written: list[str] = []
     try:
         yield
@@ -182,9 +199,9 @@ def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
                 written.append(name)
                 container.clear()
                 container.extend(content) if isinstance(container, list) else container.update(content)
-        for each, of_mode, original in zip(modules, with_mode, before, strict=True):
-            written += [f"self.{name}" for name in _changed(of_mode, each.__dict__)]
-            restore(each, original)
+        for part, of_mode, original in zip(parts, with_mode, before, strict=True):
+            written += [f"self.{name}" for name in _changed(of_mode, part.__dict__)]
+            restore(part, original)
         for kind, attributes in of_classes.items():
             for name in _changed(attributes, _attributes_of(kind)):
                 written.append(f"{kind.__name__}.{name}")
@@ -194,14 +211,17 @@ def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
 
 
 def restore(module: nn.Module, attributes: dict[str, Any]) -> None:
-    """Gives a module the attributes that it had. New values are set first, so that an interrupt leaves no attribute missing."""
+    """Gives a module the attributes that it had.
+
+    Values are set before others are deleted, so that an interrupt leaves no attribute missing.
+    """
     module.__dict__.update(attributes)
     for name in module.__dict__.keys() - attributes.keys():
         del module.__dict__[name]
 
 
 def _attributes_of(kind: type) -> dict[str, Any]:
-    """The attributes of a class without those that Python itself adds at first use."""
+    """The attributes of a class, without names with two underscores, which Python may add at first use."""
     return {name: value for name, value in kind.__dict__.items() if not name.startswith("__")}
 
 
@@ -210,7 +230,7 @@ def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def containers(value: Any) -> Iterator[Any]:
-    """A value that is a list, dict, set or tuple, and all of these inside it, each once."""
+    """The value itself if it is a list, dict, set or tuple, and all of these inside it, without repeats."""
     stack, seen = [value], set()
     while stack:
         container = stack.pop()
@@ -221,7 +241,7 @@ def containers(value: Any) -> Iterator[Any]:
 
 
 def held(value: Any) -> Iterator[Any]:
-    """A value, and everything in the containers that it consists of."""
+    """A value, and everything inside it if it is a container."""
     yield value
     for container in containers(value):
         yield from _items(container)
@@ -232,7 +252,7 @@ def _items(container: Any) -> list[Any]:
 
 
 def _identities(container: Any) -> list[tuple[int, ...]]:
-    """The contents by identity: == may be elementwise, or give a proxy."""
+    """The contents of a container by id(): == may be elementwise, or give a proxy."""
     if isinstance(container, dict):
         return [(id(key), id(value)) for key, value in container.items()]
-    return [(id(each),) for each in container]
+    return [(id(value),) for value in container]

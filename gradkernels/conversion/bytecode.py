@@ -1,6 +1,6 @@
-"""What the bytecode of a function says: which names it reads, calls, writes and compares. Nothing is run to find out.
+"""What the bytecode of a function does with names: it reads, calls, writes and compares. No code is run.
 
-The instructions of Python 3.10 to 3.13 differ. Their names are in this file alone.
+Python 3.10 to 3.13 have different instructions. Their names are only in this file.
 """
 
 import dis
@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 # Stands for the value of a name or an attribute that has none.
 MISSING: Any = object()
-# How code asks for a class. isinstance and issubclass answer for a subclass as they do for its base; the others give the class itself.
+# How code asks for the class of an object. isinstance and issubclass give the same answer for a subclass. The
+# other ways give the class itself.
 CLASS_TESTS = frozenset(("isinstance", "issubclass"))
 CLASS_ATTRIBUTES = frozenset(("__class__", "_get_name", "typename"))
 CLASS_FUNCTION = "type"
@@ -34,11 +35,14 @@ _METHODS_THAT_FILL = frozenset(
 
 
 class Read(NamedTuple):
-    """A global name, or a variable of an enclosing function, that a code reads, with the attributes that it reads through it.
+    """A global name or a variable of an enclosing function, as far as a code follows its attributes.
 
-    names: the name, then the attributes. value: what they stand for, MISSING for nothing. holder: the object that has the last
-    attribute, None without attributes. is_written: an attribute of the value is set or deleted. is_called: the value is called, or
-    it is an argument of isinstance or issubclass.
+    Attributes:
+        names: the name, then the attributes.
+        value: the value at the end; MISSING if there is none.
+        holder: the object that has the last attribute; None without attributes.
+        is_written: whether an attribute of the value is set or deleted.
+        is_called: whether the value is called, or is an argument of isinstance or issubclass.
     """
 
     names: list[str]
@@ -49,7 +53,7 @@ class Read(NamedTuple):
 
 
 def reads(code: CodeType, closure: Mapping[str, Any], global_names: Mapping[str, Any]) -> Iterator[Read]:
-    """What a code reads of its closure and of global names, followed through modules, classes and functions."""
+    """What a code reads of enclosing functions and global names, through modules, classes and functions."""
     instructions = _instructions(code)
     for place, instruction in enumerate(instructions):
         values: Mapping[str, Any] = {}
@@ -63,7 +67,7 @@ def reads(code: CodeType, closure: Mapping[str, Any], global_names: Mapping[str,
             if after.opname not in _ATTRIBUTES or not isinstance(value, (ModuleType, type, FunctionType)):
                 break
             names.append(after.argval)
-            # Neither a __getattr__ nor a property is run.
+            # getattr_static runs neither a __getattr__ nor a property.
             attribute = inspect.getattr_static(value, after.argval, MISSING)
             last, holder, value = after, value, attribute.__func__ if isinstance(attribute, staticmethod) else attribute
         if value is not MISSING or len(names) > 1:
@@ -74,9 +78,11 @@ def reads(code: CodeType, closure: Mapping[str, Any], global_names: Mapping[str,
 
 
 def refusal(code: CodeType, closure: Container[str]) -> str | None:
-    """Why no graph stands for a forward that runs this code, whatever its names stand for. None if nothing in the code is a reason.
+    """Why no graph stands for a forward with this code, whatever the values of its names; None if it may.
 
-    closure: the variables of enclosing functions.
+    Args:
+        code: the code of one function.
+        closure: the names of variables of enclosing functions.
     """
     instructions = _instructions(code)
     for place, (instruction, after) in enumerate(pairwise(instructions)):
@@ -103,7 +109,11 @@ def refusal(code: CodeType, closure: Container[str]) -> str | None:
 
 @functools.lru_cache(maxsize=4096)
 def locals_compared(code: CodeType) -> dict[int, tuple[list[str], bool]]:
-    """Where a code compares by `is`: the offset of the instruction -> the local names compared, and whether one side is None."""
+    """The comparisons by `is` between local names.
+
+    Returns:
+        For the offset of each such instruction: the names, and whether one side is None.
+    """
     instructions = _instructions(code)
     comparisons = {}
     for place, instruction in enumerate(instructions):
@@ -111,8 +121,8 @@ def locals_compared(code: CodeType) -> dict[int, tuple[list[str], bool]]:
             continue
         operands = _operands(instructions, place)
         with_none = instruction.opname != "IS_OP" or operands[-1].argval is None
-        locals_ = [each.argval for each in operands if "_FAST" in each.opname or each.opname in ("LOAD_DEREF", "STORE_DEREF")]
-        # An instruction that loads two names has both as a tuple.
+        locals_ = [last.argval for last in operands if "_FAST" in last.opname or last.opname in ("LOAD_DEREF", "STORE_DEREF")]
+        # An instruction that loads two names holds them as a tuple.
         names = [name for argval in locals_ for name in (argval if isinstance(argval, tuple) else (argval,))]
         if names:
             comparisons[instruction.offset] = names, with_none
@@ -120,7 +130,10 @@ def locals_compared(code: CodeType) -> dict[int, tuple[list[str], bool]]:
 
 
 def asks_for_class(code: CodeType) -> bool:
-    """Whether a code asks for the class itself of an object. `self.__class__.__name__` does not count: conversion keeps the name."""
+    """Whether a code asks for the class itself of an object.
+
+    `self.__class__.__name__` does not count: conversion keeps the name.
+    """
     instructions = _instructions(code)
     for place, instruction in enumerate(instructions):
         if instruction.opname in _GLOBALS and instruction.argval == CLASS_FUNCTION:
@@ -136,11 +149,13 @@ def asks_for_class(code: CodeType) -> bool:
 
 def writes_items(code: CodeType) -> bool:
     """Whether a code may write into a list, a dict or a set."""
-    return not _METHODS_THAT_FILL.isdisjoint(code.co_names) or any(each.opname in _WRITES_OF_ITEMS for each in _instructions(code))
+    if not _METHODS_THAT_FILL.isdisjoint(code.co_names):
+        return True
+    return any(instruction.opname in _WRITES_OF_ITEMS for instruction in _instructions(code))
 
 
 def attributes_of_self(code: CodeType, self: tuple[str, ...]) -> Iterator[str]:
-    """The attributes that the code of a method reads of its first argument, whose name is in `self`."""
+    """The attributes that a method's code reads of its first argument, whose name is the one in `self`."""
     for before, instruction in pairwise(_instructions(code)):
         # Python 3.13 has STORE_FAST_LOAD_FAST too.
         is_variable = "LOAD_FAST" in before.opname or before.opname == "LOAD_DEREF"
@@ -149,12 +164,12 @@ def attributes_of_self(code: CodeType, self: tuple[str, ...]) -> Iterator[str]:
 
 
 def names_in(code: CodeType) -> set[str]:
-    """Every global name, attribute and text of a code."""
-    return {*code.co_names, *(each for each in code.co_consts if isinstance(each, str))}
+    """Every global name, attribute and text in a code."""
+    return {*code.co_names, *(constant for constant in code.co_consts if isinstance(constant, str))}
 
 
 def with_nested(code: CodeType) -> Iterator[CodeType]:
-    """The code of a function, then that of the functions written inside it."""
+    """The code of a function, then the code of the functions that are written inside it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -162,25 +177,25 @@ def with_nested(code: CodeType) -> Iterator[CodeType]:
 
 
 def is_attribute_written_out(frame: FrameType) -> bool:
-    """Whether a frame is reading an attribute by `value.name`, and not by a call of getattr, hasattr or isinstance."""
+    """Whether a frame reads an attribute as `value.name` now, not by getattr, hasattr or isinstance."""
     return dis.opname[frame.f_code.co_code[frame.f_lasti]] in _ATTRIBUTES
 
 
 def unpacked_count(frame: FrameType) -> int | None:
-    """How many names a frame is about to unpack a value into; None if it does something else."""
+    """The number of names into which a frame unpacks a value now; None if it does something else."""
     opcode, argument = frame.f_code.co_code[frame.f_lasti : frame.f_lasti + 2]
     return argument if dis.opname[opcode] == "UNPACK_SEQUENCE" else None
 
 
 def is_generator_under_way(frame: FrameType) -> bool:
-    """Whether a frame is that of a generator that has run before, so that it is continued or closed now."""
+    """Whether a frame belongs to a generator that has run before, and is continued or closed now."""
     is_generator = bool(frame.f_code.co_flags & inspect.CO_GENERATOR)
     return is_generator and frame.f_lasti > 0 and frame.f_code.co_code[frame.f_lasti : frame.f_lasti + 2] != _START_OF_GENERATOR
 
 
 @functools.lru_cache(maxsize=4096)
 def _instructions(code: CodeType) -> list[dis.Instruction]:
-    return [each for each in dis.get_instructions(code) if each.opname not in _FILLERS]
+    return [instruction for instruction in dis.get_instructions(code) if instruction.opname not in _FILLERS]
 
 
 def _is_comparison_by_is(instruction: dis.Instruction) -> bool:
@@ -188,7 +203,10 @@ def _is_comparison_by_is(instruction: dis.Instruction) -> bool:
 
 
 def _operands(instructions: list[dis.Instruction], place: int) -> list[dis.Instruction]:
-    """The last instruction of each side of a comparison by `is`. A None that the comparison implies has no instruction."""
+    """The last instruction of each side of a comparison by `is`.
+
+    `x is None` may be one instruction for the comparison and None. Then there is only one side.
+    """
     if instructions[place].opname != "IS_OP":
         return instructions[place - 1 : place]
     right = place - 1
@@ -198,12 +216,15 @@ def _operands(instructions: list[dis.Instruction], place: int) -> list[dis.Instr
 
 
 def _last_name(instruction: dis.Instruction) -> Any:
-    """The name that an instruction loads; of an instruction that loads two, the one on top of the stack."""
+    """The name that an instruction loads; the second, if it loads two."""
     return instruction.argval[-1] if isinstance(instruction.argval, tuple) else instruction.argval
 
 
 def _is_for_call(instruction: dis.Instruction) -> bool:
-    """Whether an instruction loads something that is then called; False for a global name in Python 3.10, which does not record it."""
+    """Whether an instruction loads a value that is called next.
+
+    Python 3.10 does not record this for a global name. The answer is False then.
+    """
     if instruction.opname == "LOAD_METHOD":
         return True
     since = {"LOAD_GLOBAL": (3, 11), "LOAD_ATTR": (3, 12), "LOAD_SUPER_ATTR": (3, 12)}.get(instruction.opname)
@@ -211,16 +232,19 @@ def _is_for_call(instruction: dis.Instruction) -> bool:
 
 
 def _is_of_super(instructions: list[dis.Instruction], place: int) -> bool:
-    """Whether an instruction reads an attribute of super(): a call ends before it, and `super` is among the last two global names."""
+    """Whether an instruction reads an attribute of super().
+
+    It does if a call ends just before it, and `super` is among the last two global names.
+    """
     if instructions[place].opname == "LOAD_SUPER_ATTR":
         return True
     return instructions[place - 1].opname.startswith("CALL") and "super" in _globals_before(instructions, place)[-2:]
 
 
 def _is_getattr(instructions: list[dis.Instruction], place: int) -> bool:
-    """Whether an instruction ends a call of getattr: a call whose last global name is `getattr`."""
+    """Whether an instruction ends a call of getattr: it is a call, and the last global name is `getattr`."""
     return instructions[place].opname.startswith("CALL") and _globals_before(instructions, place)[-1:] == ["getattr"]
 
 
 def _globals_before(instructions: list[dis.Instruction], place: int) -> list[str]:
-    return [each.argval for each in instructions[:place] if each.opname in _GLOBALS]
+    return [before.argval for before in instructions[:place] if before.opname in _GLOBALS]

@@ -1,4 +1,4 @@
-"""What `check` compares: outputs, gradients and the bytes that are kept for backward, of one call before and one after conversion."""
+"""What convert(check=batch) compares: outputs, gradients and bytes kept for backward."""
 
 import dataclasses
 import math
@@ -34,10 +34,10 @@ class Difference:
 
 
 class Observation:
-    """One call of a model and its backward. The model is afterwards as it was before.
+    """One call of a model, forward and backward. The model is as before afterwards.
 
     Attributes:
-        saved_bytes: what the call kept for backward, without parameters and buffers.
+        saved_bytes: the bytes that the call kept for backward, without parameters and buffers.
         output_type: the name of the output's class.
         outputs: the tensors in the output, by "output 0", "output 1" and so on.
         grads: the gradients of the parameters, by name.
@@ -48,7 +48,7 @@ class Observation:
         arguments = () if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
         parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         of_model = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-        # Storages are held until they are counted: the address of a freed one may be used again.
+        # The storages are held until they are counted: a freed address may be used again.
         saved: dict[int, torch.UntypedStorage] = {}
 
         def keep(x: Tensor) -> Tensor:
@@ -89,7 +89,8 @@ def _tensors_of(output: Any) -> Iterator[Tensor]:
 def largest_difference(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Difference:
     """The largest difference of all tensors, and the largest value of all of them in `before`.
 
-    One magnitude for all: a tensor that would be zero without rounding, such as the gradient of a bias below a batch norm, has no scale.
+    There is one magnitude for all tensors. A tensor that is zero but for rounding, such as the gradient of a
+    bias below a batch norm, has no scale of its own.
     """
     tensors = {**before, **after}
     floating = [name for name, x in tensors.items() if x.numel() and (x.is_floating_point() or x.is_complex())]
@@ -101,7 +102,7 @@ def largest_difference(before: Mapping[str, Tensor], after: Mapping[str, Tensor]
 
 
 def _distance(before: Tensor | None, after: Tensor | None) -> float:
-    """The largest difference. A tensor that exists once only is compared with zeros; two of different shapes differ infinitely."""
+    """The largest difference of two tensors. A missing one counts as zeros. Two shapes differ infinitely."""
     if before is None or after is None:
         return sum(x.abs().max().item() for x in (before, after) if x is not None)
     return (after - before).abs().max().item() if before.shape == after.shape else math.inf

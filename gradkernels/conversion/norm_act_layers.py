@@ -1,7 +1,7 @@
 """Batch norms that apply an activation in their own forward, as timm's BatchNormAct2d does.
 
-Such a forward reads self.training, so it is read once in each mode. It is rewritten, or folded, if both readings are exactly a batch norm
-and submodules applied to its output one after another.
+Such a forward reads self.training, so it is traced once in each mode. convert and fold take it if both graphs
+are exactly a batch norm and submodules that are applied to its output one after another.
 """
 
 import inspect
@@ -24,13 +24,13 @@ _STATE = ["running_mean", "running_var", "weight", "bias"]
 
 
 def layers_after(bn: _BatchNorm) -> list[nn.Module] | None:
-    """The submodules that a batch norm applies to its output in its own forward; None if it does anything else."""
+    """The submodules that a batch norm applies in its own forward; None if the forward does anything else."""
     names = _names_after(bn, read(bn))
     return None if names is None else [bn.get_submodule(name) for name in names]
 
 
 def rewrite_norm_act(block: nn.Module, reading: Reading, residual: bool) -> RewriteResult:
-    """The rewritten forward of such a batch norm; of any other module, a result without sites."""
+    """The result for such a batch norm; without sites for any other module."""
     names = _names_after(block, reading)
     if not names:
         return RewriteResult()
@@ -60,7 +60,7 @@ def rewrite_norm_act(block: nn.Module, reading: Reading, residual: bool) -> Rewr
 
 
 def _names_after(block: nn.Module, reading: Reading) -> list[str] | None:
-    """The names of the submodules applied after the batch norm, if both modes are a batch norm and the same submodules."""
+    """The names of the submodules that are applied, if they are the same in both modes."""
     if not isinstance(block, _BatchNorm) or reading.by_mode is None:
         return None
     training, evaluation = (_names_in(block, graph, mode) for graph, mode in zip(reading.by_mode, (True, False), strict=True))

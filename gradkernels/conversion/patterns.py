@@ -1,4 +1,4 @@
-"""Which calls in a forward are recognised: batch norms, additions and activations, in every way to write them."""
+"""The calls that are recognised as batch norms, additions and activations, however they are written."""
 
 import operator
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNorm
 from gradkernels.conversion.attributes import Path
 from gradkernels.conversion.guard import Expected, has_hooks, normalize
 
-# torch's class -> ours, which computes the same unless a call names an activation or a residual.
+# torch's class -> ours, which computes the same as long as its `act` is "identity".
 BATCH_NORMS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNormAct1d,
     nn.BatchNorm2d: BatchNormAct2d,
@@ -25,21 +25,21 @@ BATCH_NORMS: dict[type[nn.Module], type[nn.Module]] = {
 }
 # The classes of batch norm that can be fused. A subclass may compute something else.
 FUSIBLE = {*BATCH_NORMS, *BATCH_NORMS.values()}
-# The same for activations without a batch norm.
+# Activations without a batch norm: torch's class -> ours.
 ACTIVATION_MODULES: dict[type[nn.Module], type[nn.Module]] = {
     nn.LeakyReLU: activation.LeakyReLU,
     nn.ELU: activation.ELU,
     nn.PReLU: activation.PReLU,
     nn.SiLU: activation.SiLU,
 }
-# torch's function -> ours. Ours is not in place for F.silu.
+# torch's function -> ours. Ours for F.silu has no version in place.
 ACTIVATION_FUNCTIONS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((F.leaky_relu, F.leaky_relu_), activation.leaky_relu),
     **dict.fromkeys((F.elu, F.elu_), activation.elu),
     F.silu: activation.swish,
     F.prelu: activation.prelu,
 }
-# Activations without a kernel.
+# Functions and methods that are activations without a kernel.
 OTHER_FUNCTIONS = {
     *(F.celu, F.gelu, F.glu, F.hardsigmoid, F.hardswish, F.hardtanh, F.logsigmoid, F.mish, F.rrelu, F.selu, F.softplus, F.softsign),
     *(F.sigmoid, torch.sigmoid, "sigmoid", F.tanh, torch.tanh, "tanh"),
@@ -51,9 +51,19 @@ WRITING_ADDITIONS = (operator.iadd, "add_")
 _ADDITIONS = (operator.add, torch.add, "add", *WRITING_ADDITIONS)
 
 
+HAS_SCALE = "is called with a scale, which the kernel does not have"
+
+
 @dataclass(frozen=True)
 class Activation:
-    """A call of an activation that a kernel computes after a batch norm. module: None if a function is called. name: for the report."""
+    """A call of an activation that the kernel computes after a batch norm.
+
+    Attributes:
+        act: a key of ACTS.
+        act_param: the parameter of the activation.
+        module: the module that is called; None for a function.
+        name: the name of the class or the function, for the report.
+    """
 
     act: str
     act_param: float
@@ -63,10 +73,17 @@ class Activation:
 
 @dataclass
 class Chain:
-    """The nodes from a batch norm to the last one that is fused with it. Each is used only by the next.
+    """A batch norm and the calls after it that are fused with it. Each uses the value of the one before it.
 
-    nodes: all of them. expected: those that call a module, which must not change. addition: the node that adds `residual`, if any.
-    names: what is fused with the batch norm, for the report. absorbed: the activation, if it is a module.
+    Attributes:
+        nodes: all of them, and any nn.Identity between them.
+        expected: those of the nodes that call modules.
+        act: a key of ACTS; "identity" without an activation.
+        act_param: the parameter of the activation.
+        residual: the value that is added; None without an addition.
+        addition: the node that adds it.
+        names: what is fused with the batch norm, for the report.
+        absorbed: the activation, if it is a module.
     """
 
     nodes: list[Node]
@@ -85,7 +102,7 @@ def called_module(block: nn.Module, node: Node) -> nn.Module | None:
 
 
 def name_of(node: Node) -> str:
-    """The name of what a node calls, for the report."""
+    """The name of the module, function or method that a node calls, for the report."""
     if node.op == "call_module":
         return str(node.target)
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
@@ -101,7 +118,7 @@ def is_activation(module: nn.Module) -> bool:
 
 
 def activation_name(node: Node, module: nn.Module | None) -> str | None:
-    """The name of the activation that a node calls, with a kernel or without; None if it calls something else."""
+    """The name of the activation that a node calls, with a kernel or without; None for another node."""
     if module is not None:
         return type(module).__name__ if is_activation(module) else None
     is_known = act_of_spelling(node.target) is not None or node.target in ACTIVATION_FUNCTIONS or node.target in OTHER_FUNCTIONS
@@ -109,7 +126,7 @@ def activation_name(node: Node, module: nn.Module | None) -> str | None:
 
 
 def activation_after(node: Node, module: nn.Module | None) -> Activation | str:
-    """The activation that a node calls, or the reason why it cannot be fused with the batch norm before it."""
+    """The activation that a node calls, or why it cannot be fused with the batch norm before it."""
     if module is not None:
         return _activation_module(node, module)
     if node.op == "output":
@@ -121,7 +138,7 @@ def activation_after(node: Node, module: nn.Module | None) -> Activation | str:
     if act is None:
         return f"there is no kernel for {name}" if node.target in OTHER_FUNCTIONS else f"{name} follows, which is not an activation"
     if has_scale(node):
-        return f"{name} is called with a scale, which the kernel does not have"
+        return f"{name} {HAS_SCALE}"
     parameter = act.spellings[node.target]
     value: Any = None
     if parameter is not None:
@@ -147,12 +164,12 @@ def _activation_module(node: Node, module: nn.Module) -> Activation | str:
 
 
 def has_scale(node: Node) -> bool:
-    """Whether a node calls torch.nn.functional.elu_ with one of the two factors that elu does not have."""
+    """Whether a node calls torch.nn.functional.elu_ with one of the two factors that elu does not take."""
     return node.target is F.elu_ and (len(node.args) > 2 or not node.kwargs.keys() <= {"input", "alpha"})
 
 
 def addend(node: Node, value: Node) -> Node | None:
-    """What a node adds to `value`; None if it does something else, or writes the sum into the other term."""
+    """The term that a node adds to `value`; None if it adds none, or writes the sum into that term."""
     if node.target not in _ADDITIONS or node.kwargs or len(node.args) != 2:
         return None
     left, right = node.args
@@ -164,7 +181,7 @@ def addend(node: Node, value: Node) -> Node | None:
 
 
 def keeps_output(module: nn.Module) -> bool:
-    """Whether our module keeps its output for the gradient where torch's keeps its input."""
+    """Whether our class for a module keeps its output for the gradient, where torch's keeps its input."""
     return isinstance(module, nn.ELU) and not module.inplace
 
 

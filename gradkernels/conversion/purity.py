@@ -1,9 +1,11 @@
-"""Which values and functions a forward may use besides its module and its input, and a thread that stops it at any other.
+"""Which values and functions a forward may use besides its module and its input.
 
-A forward is read by running it once. Whatever it took from elsewhere would then be a constant. So each Python function that a forward
-calls is judged by the names in its code before it runs. Functions and classes are taken to stay the same. Functions of torch, math and
-Python may be called if their results are known to depend on their arguments alone. Any other name is a reason to leave the forward
-alone. So is what a graph cannot hold: an except clause, a context manager of the user's, `is` between tensors (bytecode.py).
+A forward is read by running it once. A value that it took from elsewhere would be a constant from then on. So
+each Python function that the forward calls is judged by the names in its code before it runs. Functions and
+classes are taken to stay the same. Functions of torch, math and Python may be called if their results are
+known to depend on their arguments alone. Any other name is a reason to leave the forward alone. So is code
+that no graph can hold, such as an except clause, a context manager of the user's, or `is` between tensors
+(bytecode.py).
 """
 
 import builtins
@@ -31,13 +33,13 @@ _OF_PYTHON = frozenset(
         *("pow", "repr", "round", "sorted", "sum"),
     )
 )
-# Modules of which every function depends on its arguments alone.
+# Modules in which the result of every function depends on its arguments alone.
 _OF_THEIR_ARGUMENTS = (
     *("math", "_operator", "operator", "_functools", "functools", "typing", "torch.nn.functional"),
     *("gradkernels.activation", "gradkernels.batch_norm_act"),
 )
 _OF_TORCH = frozenset({torch._assert, torch._jit_internal.is_scripting})
-# Modules of Python's library whose classes hold only their arguments.
+# Modules of Python whose instances hold nothing but their arguments.
 _OF_VALUES = ("abc", "collections", "collections.abc", "dataclasses", "decimal", "enum", "fractions", "functools", "itertools", "numbers")
 # Py_TPFLAGS_HEAPTYPE, which classes written in Python have.
 _HEAP_TYPE = 1 << 9
@@ -59,7 +61,7 @@ _Result = TypeVar("_Result")
 
 
 class Unreadable(Exception):
-    """A graph would not stand for this forward. The message gives the reason, as a verb that follows "the forward of X"."""
+    """No graph stands for a forward. The message says why, as a verb that follows "the forward of X"."""
 
 
 def is_torchs(frame: FrameType) -> bool:
@@ -73,9 +75,12 @@ def _top(frame: FrameType) -> str:
 
 
 def run_watched(function: Callable[[], _Result]) -> _Result:
-    """Calls a function. Raises Unreadable at a call of code that reads or writes something that may change, before that code runs.
+    """Calls a function in a thread of its own, and judges all code that it calls before that code runs.
 
-    The function runs in a thread of its own, without the caller's profiler, tracer and torch modes, which are therefore not touched.
+    The thread has no profiler, tracer or torch mode; those of the caller are not touched.
+
+    Raises:
+        Unreadable: code may read or write something that changes.
     """
     judged: set[Any] = set()
     problems: list[Unreadable] = []
@@ -101,7 +106,7 @@ def run_watched(function: Callable[[], _Result]) -> _Result:
         if bytecode.locals_compared(frame.f_code):
             sys.settrace(lambda *_: None)
             frame.f_trace, frame.f_trace_opcodes = on_opcode, True
-            # Python 3.12 starts to trace opcodes when the function is set, Python 3.13 when the frame asks for them.
+            # Again: Python 3.12 starts to trace opcodes only here, Python 3.13 at f_trace_opcodes.
             sys.settrace(lambda *_: None)
 
     def on_opcode(frame: FrameType, event: str, argument: object) -> Callable[..., Any]:
@@ -133,7 +138,7 @@ def run_watched(function: Callable[[], _Result]) -> _Result:
 
 
 def _is_no_part_of_the_forward(frame: FrameType) -> bool:
-    """Whether a frame belongs to a finalizer, a callback of the collector, a closed generator or an import that happens meanwhile."""
+    """Whether a frame belongs to a finalizer, the garbage collector, a closed generator or an import."""
     of_collector = [getattr(callback, "__code__", None) for callback in gc.callbacks]
     caller: FrameType | None = frame
     while caller is not None:
@@ -152,7 +157,11 @@ def _is_no_part_of_the_forward(frame: FrameType) -> bool:
 
 
 def _judge_call(frame: FrameType) -> bool:
-    """Whether a frame runs code of the forward, and not torch's or Python's. Raises Unreadable if the frame must not run."""
+    """Whether a frame runs code of the forward, and not torch's or Python's.
+
+    Raises:
+        Unreadable: the frame must not run.
+    """
     name, caller = frame.f_code.co_name, frame.f_back
     if is_torchs(frame):
         if caller is None or is_torchs(caller):
@@ -166,12 +175,13 @@ def _judge_call(frame: FrameType) -> bool:
             raise Unreadable(f"makes or enters a {kind.__name__}, which no graph records")
         return False
     if _is_pythons(frame):
-        # Functions of Python are judged by name where they are used, and torch.fx calls them too. A decorator that warns has no name there.
+        # Functions of Python are judged by name where the forward uses them, and torch.fx calls them too. But
+        # the wrapper of warnings.deprecated has the name of the user's function.
         if _top(frame) == "warnings" and caller is not None and not (is_torchs(caller) or _is_pythons(caller)):
             raise Unreadable("warns")
         return False
     if name == "__exit__":
-        raise Unreadable("enters a context manager of its own")
+        raise Unreadable("enters a context manager that is not torch's")
     _judge(frame)
     return True
 
@@ -181,7 +191,11 @@ def _is_pythons(frame: FrameType) -> bool:
 
 
 def _judge(frame: FrameType) -> None:
-    """Raises Unreadable if the code of a frame, or of a function written in it, uses something that may change."""
+    """Judges the code of a frame and of the functions that are written inside it.
+
+    Raises:
+        Unreadable: the code uses something that may change.
+    """
     closure = {name: frame.f_locals[name] for name in frame.f_code.co_freevars if name in frame.f_locals}
     for code in with_nested(frame.f_code):
         reason = bytecode.refusal(code, closure)
@@ -198,17 +212,17 @@ def _judge(frame: FrameType) -> None:
             if callable(value):
                 raise Unreadable(f"calls {dotted}, which no graph records")
             if value is MISSING:
-                raise Unreadable(f"reads {dotted}, which is made when it is asked for")
+                raise Unreadable(f"reads {dotted}, which is made at its first use")
             raise Unreadable(f"reads {dotted}, a {type(value).__name__}, which may change without notice")
 
 
 def names_from_forward(kind: type) -> set[str]:
-    """Every name in the code of a class's forward and of the methods and functions that it leads to, without torch's code."""
+    """Every name in the code of a forward and of the methods and functions it leads to, except torch's."""
     return {name for code, _ in _code_from(kind, ["forward"]) for name in bytecode.names_in(code)}
 
 
 def goes_by_names(kind: type) -> bool:
-    """Whether the forward of a class reaches submodules only by names in its code, not through objects or names that it computes."""
+    """Whether a forward reaches submodules by names in its code alone, not by objects or computed names."""
     functions: list[FunctionType] = []
     for code, function in _code_from(kind, ["forward"]):
         functions.append(function)
@@ -222,9 +236,10 @@ def goes_by_names(kind: type) -> bool:
 
 
 def classes_asked(kind: type) -> Iterator[set[Any]]:
-    """For each code in which a forward, or a method that switches modes, asks for a class: the classes and the texts in that code.
+    """The classes and texts in each code that asks for the class of a module.
 
-    A set is empty if the code has nothing to compare the class with.
+    It is code of the forward or of a method that switches modes. A set is empty if its code has nothing with
+    which it may compare the class.
     """
     for code, function in _code_from(kind, ["forward", "__call__", "train", "eval"]):
         if bytecode.asks_for_class(code):
@@ -249,7 +264,10 @@ def writes_into_containers(kind: type) -> bool:
 
 
 def _code_from(kind: type, methods: list[str]) -> Iterator[tuple[CodeType, FunctionType]]:
-    """The code of methods of a class, and of the methods and functions that they lead to, each with the function that it is part of."""
+    """The code of methods of a class, and of the methods and functions that they lead to.
+
+    With each code comes the function of which it is a part.
+    """
     seen: set[CodeType] = set()
     stack: list[Any] = [base.__dict__.get(method) for method in methods for base in kind.__mro__]
     while stack:
@@ -279,14 +297,19 @@ def _closure_of(function: FunctionType) -> list[Any]:
 
 
 def _is_constant(value: object) -> bool:
-    """Whether a variable of an enclosing function with this value changes only if that function changes it."""
+    """Whether a value cannot change, so that only an assignment changes a variable that holds it."""
     if isinstance(value, (tuple, frozenset)):
         return all(map(_is_constant, value))
     return value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device))
 
 
 def _stays(value: Any, holder: Any) -> bool:
-    """Whether a value is the same at every call. holder: the object that has it as an attribute, or None."""
+    """Whether a global name stands for the same value at every call.
+
+    Args:
+        value: the value of the name, or of an attribute of it.
+        holder: the object that has the attribute; None for the name itself.
+    """
     if isinstance(value, type):
         return _is_class_of_values(value)
     if callable(value):
@@ -297,7 +320,10 @@ def _stays(value: Any, holder: Any) -> bool:
 
 
 def is_function_of_its_arguments(function: Any) -> bool:
-    """Whether the result of a function depends on its arguments alone, or the function is in Python and is judged at its call."""
+    """Whether the result of a function depends on its arguments alone.
+
+    The answer is True for the user's own function, which is judged when it is called.
+    """
     if not isinstance(function, (FunctionType, BuiltinFunctionType, MethodDescriptorType)):
         return False
     if function in (operator.is_, operator.is_not):
@@ -319,7 +345,7 @@ def is_function_of_its_arguments(function: Any) -> bool:
 
 
 def _is_class_of_values(kind: type) -> bool:
-    """Whether only the instances of a class have state. Methods written in Python are judged at their call."""
+    """Whether only the instances of a class have state. The user's methods are judged when called."""
     top = kind.__module__.partition(".")[0]
     if top == "builtins":
         # Conversion changes the result of type().

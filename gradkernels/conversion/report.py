@@ -12,11 +12,12 @@ class Row:
     """One place where a batch norm or an activation is called.
 
     Attributes:
-        name: the name of the module that is called, or of the block that calls a function; "" is the model itself.
+        name: the name of the module that is called; for a function, of the block that calls it. "" is the
+            model itself.
         found: the batch norm or the activation that is called there, and what is fused with it.
         becomes: what computes it now; None if it was left as it was.
         why: why it was left as it was, or why no more was fused with it.
-        is_fused: whether one pass computes more than one call.
+        is_fused: whether one kernel computes more than one call.
     """
 
     name: str
@@ -33,14 +34,16 @@ class ConversionReport:
     Attributes:
         rows: a Row for each place where a batch norm or an activation is called.
         notes: remarks on the whole model.
-        saved_bytes_before: what one call kept for backward before conversion, in bytes, without parameters; None without `check`.
+        saved_bytes_before: the bytes that one call kept for backward before conversion, without parameters
+            and buffers. This and the next three are None without `check`.
         saved_bytes_after: the same after conversion.
-        output_difference: the largest Difference between the outputs before and after; None without `check`.
-        gradient_difference: the largest Difference between the gradients of the parameters; None without `check`.
+        output_difference: the largest Difference of the outputs.
+        gradient_difference: the largest Difference of the gradients of the parameters.
 
     Example:
         >>> import torch, gradkernels as gk
-        >>> report = gk.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ELU()))
+        >>> from torch import nn
+        >>> report = gk.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ELU()))
         >>> [(row.name, row.found, row.becomes) for row in report.rows]
         [('1', 'BatchNorm2d, ELU', 'batch_norm_act(elu)')]
     """

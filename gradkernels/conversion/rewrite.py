@@ -1,14 +1,14 @@
-"""Finds batch norms, additions and activations in the graph of one forward, and writes the forward in which one kernel computes them.
+"""Rewrites a forward so that one kernel computes a batch norm, an addition and an activation.
 
-A value is fused away only if nothing else uses it. Without a residual the kernel is called where the batch norm was called. With a
-residual it is called where the activation was called; aliasing.py says whether that is right.
+They are fused only if nothing else uses the values between them. Without an addition, the kernel is called
+where the batch norm was called. With an addition, it is called where the activation was called, which is
+later. Then no call in between may write what the kernel reads (aliasing.py).
 """
 
 import keyword
 import re
 import unicodedata
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,12 +21,13 @@ from gradkernels.acts import act_of_spelling
 from gradkernels.conversion.aliasing import Aliasing
 from gradkernels.conversion.attributes import Path
 from gradkernels.conversion.bytecode import CLASS_TESTS
-from gradkernels.conversion.guard import Expected, RewrittenForward, children_of, has_hooks, normalize, shared_in
+from gradkernels.conversion.guard import Children, Expected, RewrittenForward, children_of, has_hooks, normalize, shared_in
 from gradkernels.conversion.norm_act_layers import rewrite_norm_act
 from gradkernels.conversion.patterns import (
     ACTIVATION_FUNCTIONS,
     CONTAINERS,
     FUSIBLE,
+    HAS_SCALE,
     OTHER_FUNCTIONS,
     WRITING_ADDITIONS,
     Chain,
@@ -41,18 +42,20 @@ from gradkernels.conversion.patterns import (
     name_of,
 )
 from gradkernels.conversion.purity import names_from_forward
-from gradkernels.conversion.result import RewriteResult, Site
+from gradkernels.conversion.result import IS_IN_PLACE, KEEPS_ITS_OUTPUT, NOTHING_TO_FUSE, RewriteResult, Site
 from gradkernels.conversion.trace import Reading, read
 from gradkernels.sync_batch_norm_act import SyncBatchNormAct
 
-KEEPS_ITS_OUTPUT = "gradkernels.ELU keeps its output for the gradient, and something may write into that output"
-_IN_PLACE = "it is in place, which the kernel is not"
-_HAS_SCALE = "it is called with a scale, which the kernel does not have"
-_Children = tuple[tuple[Path, tuple[tuple[str, Any], ...]], ...]
+_ChildrenOnTheWay = tuple[tuple[Path, Children], ...]
 
 
 def rewrite_forward(block: nn.Module, residual: bool) -> RewriteResult:
-    """What can be fused in the forward of one block. Nothing is changed. residual: whether additions may be fused."""
+    """Reads the forward of one block and rewrites it. The block is not changed.
+
+    Args:
+        block: any module.
+        residual: whether additions may be fused.
+    """
     reading = read(block)
     try:
         if reading.graph is None:
@@ -67,7 +70,7 @@ def rewrite_forward(block: nn.Module, residual: bool) -> RewriteResult:
 
 
 class Rewriter:
-    """Rewrites the graph of one block."""
+    """Finds the sites in the graph of one forward, and changes the graph where calls can be fused."""
 
     def __init__(self, block: nn.Module, graph: Graph, reading: Reading, residual: bool) -> None:
         self.block = block
@@ -80,7 +83,7 @@ class Rewriter:
         self.asks_for_classes = not names_from_forward(type(block)).isdisjoint(CLASS_TESTS)
 
     def run(self) -> RewriteResult:
-        children = _children(self.block, self.graph, self.asks_for_classes)
+        children = _children_on_the_way(self.block, self.graph, self.asks_for_classes)
         result = RewriteResult()
         fused: set[Node] = set()
         nodes = list(self.graph.nodes)
@@ -106,7 +109,7 @@ class Rewriter:
         return called_module(self.block, node)
 
     def pass_by_position(self, node: Node) -> None:
-        """Makes self.bn(input=x) self.bn(x)."""
+        """Turns self.bn(input=x) into self.bn(x)."""
         module = self.module(node)
         if module is None or node.kwargs.keys() != {"input"} or has_hooks(module):
             return
@@ -114,12 +117,12 @@ class Rewriter:
             node.args, node.kwargs = (node.kwargs["input"],), {}
 
     def at_batch_norm(self, node: Node, module: _BatchNorm) -> tuple[Site, Chain | None]:
-        """The site of a batch norm, and the calls that are fused with it; None if there are none."""
+        """The site of a call of a batch norm, and the chain that starts there; None if nothing is fused."""
         site = Site(module, type(module).__name__)
         if type(module) not in FUSIBLE:
             is_sync = isinstance(module, (nn.SyncBatchNorm, SyncBatchNormAct))
-            of_class = f"{type(module).__name__} may compute something else"
-            site.why = "its statistics are computed over several processes" if is_sync else of_class
+            unknown = f"{type(module).__name__} may compute something else"
+            site.why = "its statistics are computed over several processes" if is_sync else unknown
         elif has_hooks(module):
             site.why = "it has a hook, which would get another tensor"
         elif getattr(module, "act", "identity") != "identity" or len(node.args) != 1 or node.kwargs:
@@ -139,26 +142,34 @@ class Rewriter:
         return site, chain
 
     def chain_from(self, node: Node) -> tuple[Chain, str]:
-        """The chain from a batch norm through an addition to an activation, and why it ends; "" after an activation."""
-        alone = Chain([node], [node])
-        users, why = self.users_in_turn(node)
+        """A batch norm, the addition after it, if any, and the activation after that.
+
+        Returns:
+            The chain, and why it has no activation; "" if it has one.
+        """
+        bn_alone = Chain([node], [node])
+        users, why = self.only_users(node)
         if why:
-            return alone, why
+            return bn_alone, why
         residual = addend(users[-1], [node, *users][-2])
         if residual is None:
             if users[-1].target in WRITING_ADDITIONS:
-                return alone, "the sum is written into the other term"
-            return alone, self.add_activation(alone, users)
+                return bn_alone, "the sum is written into the other term"
+            return bn_alone, self.add_activation(bn_alone, users)
         if not self.residual:
-            return alone, "an addition follows, and residual=False"
+            return bn_alone, "an addition follows, and residual=False"
         chain = Chain([node, *users], [node, *users[:-1]], residual=residual, addition=users[-1], names=["add"])
-        users_of_sum, why = self.users_in_turn(users[-1])
+        users_of_sum, why = self.only_users(users[-1])
         why = why or self.add_activation(chain, users_of_sum)
         obstacle = self.aliasing.why_it_cannot_move(chain, residual, users[-1])
-        return (alone, obstacle) if obstacle else (chain, why)
+        return (bn_alone, obstacle) if obstacle else (chain, why)
 
-    def users_in_turn(self, node: Node) -> tuple[list[Node], str]:
-        """The only user of a value, after any nn.Identity between them; and why there is no such user, "" if there is."""
+    def only_users(self, node: Node) -> tuple[list[Node], str]:
+        """The only user of a node's value. If it is an nn.Identity, the only user of that, and so on.
+
+        Returns:
+            All these users, and why the last of them is an nn.Identity or missing; "" if it is not.
+        """
         users: list[Node] = []
         while True:
             if not node.users:
@@ -173,7 +184,11 @@ class Rewriter:
                 return users, ""
 
     def add_activation(self, chain: Chain, users: list[Node]) -> str:
-        """Lets a chain go on to an activation, the last of `users`. Returns why it does not, "" if it does."""
+        """Adds `users` to a chain if the last of them is an activation that the kernel computes.
+
+        Returns:
+            Why they were not added; "" if they were.
+        """
         last = activation_after(users[-1], self.module(users[-1]))
         if isinstance(last, str):
             return last
@@ -186,7 +201,7 @@ class Rewriter:
         return ""
 
     def fuse(self, chain: Chain) -> None:
-        """Puts one call of the kernel in the place of a chain."""
+        """Replaces a chain by one call of the kernel."""
         first, last = chain.nodes[0], chain.nodes[-1]
         with self.graph.inserting_before(first if chain.residual is None else last):
             bn = self.graph.get_attr(str(first.target))
@@ -206,7 +221,7 @@ class Rewriter:
         self.changed = True
 
     def at_activation(self, node: Node) -> Iterator[Site]:
-        """The site of an activation without a batch norm, if the node is one. A function of torch's becomes ours."""
+        """The site of an activation that is not fused. Yields nothing for any other node."""
         module = self.module(node)
         if module is not None:
             if is_activation(module):
@@ -221,16 +236,17 @@ class Rewriter:
         elif node.target in (F.batch_norm, torch.batch_norm):
             yield Site(None, name, why="it is a call of the function; only modules are fused")
         elif act_of_spelling(node.target) is not None and getattr(node.target, "__module__", "") != activation.__name__:
-            yield Site(None, name, why="torch's is kept: without a batch norm there is nothing to fuse")
+            yield Site(None, name, why=NOTHING_TO_FUSE)
         elif node.target in OTHER_FUNCTIONS:
             yield Site(None, name, why=f"there is no kernel for {name}")
 
     def at_function(self, node: Node, name: str) -> Site:
+        """The site of one of ACTIVATION_FUNCTIONS. If possible, the node calls our function from now on."""
         is_elu_out_of_place = node.target is F.elu and not (len(node.args) > 2 or node.kwargs.get("inplace"))
         if node.target is F.silu and (node.kwargs.get("inplace") or len(node.args) > 1):
-            return Site(None, name, why=_IN_PLACE)
+            return Site(None, name, why=IS_IN_PLACE)
         if has_scale(node):
-            return Site(None, name, why=_HAS_SCALE)
+            return Site(None, name, why=f"it {HAS_SCALE}")
         if is_elu_out_of_place and self.aliasing.may_be_written(node):
             return Site(None, name, why=KEEPS_ITS_OUTPUT)
         if node.target is F.silu:
@@ -242,9 +258,9 @@ class Rewriter:
         self.changed = True
         return Site(None, name, ours.__name__)
 
-    def forward(self, children: _Children) -> RewrittenForward:
+    def forward(self, children: _ChildrenOnTheWay) -> RewrittenForward:
         code = self.graph.python_code("self")
-        # torch.fx adds names to every graph that most do not use.
+        # Only the names that the code uses: torch.fx adds others to every graph.
         names = {name: value for name, value in code.globals.items() if re.search(rf"(?<![\w.]){name}(?!\w)", code.src)}
         return RewrittenForward(
             code.src,
@@ -259,8 +275,8 @@ class Rewriter:
         )
 
 
-def _children(block: nn.Module, graph: Graph, with_classes: bool) -> _Children:
-    """The names of the children of every module that a forward may have gone through to reach another."""
+def _children_on_the_way(block: nn.Module, graph: Graph, with_classes: bool) -> _ChildrenOnTheWay:
+    """The children of every module through which the forward may have reached another."""
     paths: set[Path] = {()}
     called: set[Path] = set()
     for node in graph.nodes:
@@ -278,7 +294,7 @@ def _children(block: nn.Module, graph: Graph, with_classes: bool) -> _Children:
 
 
 def _check_names(graph: Graph) -> None:
-    """Raises ValueError for a submodule whose name cannot be written after a dot in Python."""
+    """Raises ValueError for a name of a submodule that cannot be written as `self.name`."""
     targets = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
     for name in (name for target in targets for name in target.split(".")):
         if keyword.iskeyword(name) or unicodedata.normalize("NFKC", name) != name or any(character in name for character in '"\\\n\r'):

@@ -1,8 +1,9 @@
-"""Reads what a module's forward does with its submodules, as a torch.fx graph in which every submodule is a leaf.
+"""Reads the forward of one module as a torch.fx graph, in which every submodule is a leaf.
 
-A graph is a forward without its Python, so it stands for one only where nothing is lost: no branch over data or optional arguments,
-nothing read outside (purity.py), no attribute written, no mode switched, and the same graph in training and in evaluation. Whatever else
-a forward does is a reason to leave it alone. Reading changes nothing: what it did change is put back.
+A graph has the calls of a forward, but not its Python code. So it stands for the forward only if nothing is
+lost: the forward does not branch on data or on optional arguments, reads nothing from elsewhere (purity.py),
+writes no attribute (attributes.py), switches no mode, and has the same graph in training and in evaluation.
+Anything else is a reason to leave it alone. Reading leaves the module as it was.
 """
 
 import dataclasses
@@ -33,9 +34,14 @@ IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "im
 
 @dataclass(frozen=True)
 class Reading:
-    """graph: of forward, None where `problem` says why not. attributes: what it read, as (path of the module, name, value).
+    """What reading a forward gives.
 
-    by_mode: the graphs of training and evaluation of a forward that reads `training` and is readable but for that.
+    Attributes:
+        graph: the graph of the forward; None if there is a problem.
+        problem: why no graph stands for the forward, as a verb that follows "the forward of X".
+        attributes: (path of the module, name, value) of each attribute that the forward read.
+        by_mode: the graphs in training and in evaluation, if the only problem is that the forward reads
+            `training`.
     """
 
     graph: Graph | None
@@ -54,7 +60,7 @@ def _in_place(name: str) -> Callable[[Proxy, Any], Proxy]:
 
 
 class _Recorded(Proxy):
-    """A proxy that refuses what no node would stand for."""
+    """A proxy that raises Unreadable for uses of a value that no node stands for."""
 
     def __getattr__(self, name: str) -> Any:
         frame = sys._getframe(1)
@@ -62,12 +68,12 @@ class _Recorded(Proxy):
         if is_torchs(frame) or (kind is not None and not isinstance(kind, (GetSetDescriptorType, property))):
             return _ReadingAttribute(self, name)
         if kind is None and not is_attribute_written_out(frame):
-            raise Unreadable(f"asks a value whether it has {name}, which tensors do not have")
-        # Where it is read, and not where it is used: a method that writes may stand between.
-        return self._asked(getattr, name)
+            raise Unreadable(f"checks whether a value has {name}, which tensors do not have")
+        # The node stands where the attribute is read: before its use, a method may write the value.
+        return self._read(getattr, name)
 
     def __getitem__(self, key: Any) -> Proxy:
-        return self._asked(operator.getitem, key)
+        return self._read(operator.getitem, key)
 
     def __iter__(self) -> Iterator[Proxy]:
         count = unpacked_count(sys._getframe(1))
@@ -77,10 +83,10 @@ class _Recorded(Proxy):
         values = self.tracer.create_proxy("call_function", unpack, (self, count), {})
         return iter([self.tracer.create_proxy("call_function", operator.getitem, (values, place), {}) for place in range(count)])
 
-    def _asked(self, function: Callable[..., Any], name: Any) -> Proxy:
+    def _read(self, function: Callable[..., Any], name: Any) -> Proxy:
         proxy: Proxy = self.tracer.create_proxy("call_function", function, (self, name), {})
         if not is_torchs(sys._getframe(2)):
-            cast(_Tracer, self.tracer).asked.append(proxy.node)
+            cast(_Tracer, self.tracer).read_values.append(proxy.node)
         return proxy
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -98,36 +104,34 @@ class _Recorded(Proxy):
 
     def __repr__(self) -> str:
         if not is_torchs(sys._getframe(1)):
-            cast(_Tracer, self.tracer).written.append(self.node)
+            cast(_Tracer, self.tracer).printed.append(self.node)
         return super().__repr__()
 
 
 def unpack(values: Any, count: int) -> tuple[Any, ...]:
-    """What a graph has for `a, b = values`, which takes any iterable of that length."""
-    taken = tuple(values)
-    if len(taken) != count:
-        raise ValueError(
-            f"not enough values to unpack (expected {count}, got {len(taken)})"
-            if len(taken) < count
-            else f"too many values to unpack (expected {count})"
-        )
-    return taken
+    """`a, b = values` in a graph: the values of any iterable of that length, or Python's error."""
+    unpacked = tuple(values)
+    if len(unpacked) < count:
+        raise ValueError(f"not enough values to unpack (expected {count}, got {len(unpacked)})")
+    if len(unpacked) > count:
+        raise ValueError(f"too many values to unpack (expected {count})")
+    return unpacked
 
 
-def _asked_for_its_class(proxy: Proxy) -> type[Proxy]:
+def _refuse_class(proxy: Proxy) -> type[Proxy]:
     if not is_torchs(sys._getframe(1)):
-        raise Unreadable("asks for the type of its input")
+        raise Unreadable("checks the type of its input")
     return _ReadingProxy
 
 
-# In-place operators are recorded as such, which Proxy does not; and a forward is noticed that asks whether it was given a tensor.
-_RECORDED = {"__class__": property(_asked_for_its_class), **{f"__{name}__": _in_place(name) for name in IN_PLACE}}
+# Proxy records `a += b` as `a + b`, and answers isinstance with its own class.
+_RECORDED = {"__class__": property(_refuse_class), **{f"__{name}__": _in_place(name) for name in IN_PLACE}}
 _ReadingProxy: type[Proxy] = type("_ReadingProxy", (_Recorded,), _RECORDED)
 _ReadingAttribute: type[Attribute] = type("_ReadingAttribute", (_Recorded, Attribute), _RECORDED)
 
 
 def _modes() -> tuple[object, ...]:
-    """What a with statement or a decorator may switch and a graph does not record."""
+    """The modes that a with statement or a decorator may switch. No graph records them."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -138,7 +142,7 @@ def _modes() -> tuple[object, ...]:
 
 
 class _NoTensors(TorchDispatchMode):
-    """A forward that is read computes with proxies alone: a tensor of its own would be a constant, and may be a random one."""
+    """Refuses every operation on tensors. A forward that is read has proxies; other tensors may be random."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -150,36 +154,38 @@ class _NoTensors(TorchDispatchMode):
 
 
 class _Tracer(Tracer):
-    # Buffers written in place are then nodes; as plain tensors they would be written while reading.
+    # Buffers are nodes then. As plain tensors they would be written in place during reading.
     proxy_buffer_attributes = True
 
     def __init__(self, called: set[int]) -> None:
-        # This package's functions are nodes as torch's are; traced through, they would be the operators they are composed of.
+        # The functions of this package are nodes, like torch's. Else torch.fx would trace into them.
         modules: Any = (math, sys.modules["gradkernels"])
         super().__init__(autowrap_modules=modules)
         self.modes = _modes()
-        # What the forward asked for by name or number, and what it wrote as text.
-        self.asked: list[Node] = []
-        self.written: list[Node] = []
-        # Lists and dicts that its modules keep, and modules called that may write attributes: by id().
+        # Values that the forward read by an attribute or an index, and values that it turned into text.
+        self.read_values: list[Node] = []
+        self.printed: list[Node] = []
+        # id() of the lists and dicts that are attributes of the modules.
         self.containers: set[int] = set()
         self.called = called
         self.thread = threading.get_ident()
 
     def traced(self, module: nn.Module) -> Graph:
-        # By identity: a graph has a copy of each at each place where it is used.
-        self.containers = {id(each) for part in module.modules() for value in part.__dict__.values() for each in containers(value)}
+        # By id(): a graph has a copy of a list at each place where it is used.
+        values = [value for part in module.modules() for value in part.__dict__.values()]
+        self.containers = {id(container) for value in values for container in containers(value)}
         no_tensors: Any = _NoTensors
         with no_tensors():
             graph = self.trace(module)
-        # Of an assertion that holds nobody reads the text.
-        texts = [each for node in graph.nodes if node.target is torch._assert for each in node.args if isinstance(each, str)]
-        for node in self.written:
-            if not any(f"Proxy({node.name})" in each for each in texts):
-                raise Unreadable("writes a value as text")
-        for node in self.asked:
-            if not node.users and node not in self.written:
-                raise Unreadable(f"asks for {node.args[1]} of a value, and no graph records what for")
+        # The text of an assertion does not matter while the assertion holds.
+        asserts = [node for node in graph.nodes if node.target is torch._assert]
+        texts = [text for node in asserts for text in node.args if isinstance(text, str)]
+        for node in self.printed:
+            if not any(f"Proxy({node.name})" in text for text in texts):
+                raise Unreadable("turns a value into text")
+        for node in self.read_values:
+            if not node.users and node not in self.printed:
+                raise Unreadable(f"reads {node.args[1]} of a value for a use that no graph records")
         return graph
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -190,26 +196,27 @@ class _Tracer(Tracer):
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
         if any("__call__" in kind.__dict__ for kind in own_classes(type(m))):
-            raise Unreadable(f"calls a {type(m).__name__}, whose class has a __call__ of its own")
+            raise Unreadable(f"calls a {type(m).__name__}, whose class has its own __call__")
         if any(map(own_classes, map(type, m.modules()))):
             self.called.update(map(id, m.modules()))
-            given = [each for value in (*args, *kwargs.values()) for each in containers(value) if not isinstance(each, tuple)]
-            if given and any(writes_into_containers(type(part)) for part in m.modules()):
-                raise Unreadable(f"gives a {type(given[0]).__name__} to a {type(m).__name__}, which may write into it")
-        if any(each._forward_hooks or each._forward_pre_hooks for each in m.modules()):
+            arguments = [container for value in (*args, *kwargs.values()) for container in containers(value)]
+            passed = [container for container in arguments if not isinstance(container, tuple)]
+            if passed and any(writes_into_containers(type(part)) for part in m.modules()):
+                raise Unreadable(f"passes a {type(passed[0]).__name__} to a {type(m).__name__}, which may write into it")
+        if any(part._forward_hooks or part._forward_pre_hooks for part in m.modules()):
             self.called.add(HOOKED)
         return super().call_module(m, forward, args, kwargs)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, (list, dict, set, tuple)) and not isinstance(a, torch.Size):
             if type(a) not in (list, dict, set, tuple) and not hasattr(a, "_fields"):
-                raise Unreadable(f"makes a {type(a).__name__}, which a graph has as another class")
+                raise Unreadable(f"makes a {type(a).__name__}, which would have another class in a graph")
             if id(a) in self.containers and not isinstance(a, tuple):
-                raise Unreadable(f"passes on a {type(a).__name__} that its module keeps")
+                raise Unreadable(f"passes on a {type(a).__name__} that is an attribute of its module")
         elif isinstance(a, (int, float, complex, str, bytes)) and type(a) not in (bool, int, float, complex, str, bytes):
-            raise Unreadable(f"computes with a {type(a).__name__}, which a graph has as a number or text of Python")
-        elif dataclasses.is_dataclass(type(a)) and (hasattr(a, "__post_init__") or not all(each.init for each in dataclasses.fields(a))):
-            raise Unreadable(f"makes a {type(a).__name__}, which a graph would make again from its fields")
+            raise Unreadable(f"computes with a {type(a).__name__}, which would be a plain number or text in a graph")
+        elif dataclasses.is_dataclass(type(a)) and (hasattr(a, "__post_init__") or not all(field.init for field in dataclasses.fields(a))):
+            raise Unreadable(f"makes a {type(a).__name__}, which a graph would make from its fields alone")
         return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -226,17 +233,17 @@ class _Tracer(Tracer):
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether a module's forward is to be read: it is nn.Sequential's, or neither torch's nor compiled."""
+    """Whether a module has a forward to read: nn.Sequential's, or one neither torch's nor compiled."""
     if isinstance(module, torch.jit.ScriptModule):
         return False
     forward = type(module).forward
-    # The forward that torch.fx makes is of no module.
+    # A forward that torch.fx has made has no __module__.
     return forward is nn.Sequential.forward or not (getattr(forward, "__module__", None) or "").startswith("torch.")
 
 
 def read(module: nn.Module) -> Reading:
-    """The forward of one module as it stands now."""
-    problem = _problem_of_class(module)
+    """Reads the forward of one module as it is now."""
+    problem = _why_not_readable(module)
     if problem is not None:
         return Reading(None, problem)
     try:
@@ -245,22 +252,22 @@ def read(module: nn.Module) -> Reading:
         return Reading(None, str(reason))
     except Exception as error:
         first_line = str(error).partition("\n")[0]
-        return Reading(None, f"is no graph for torch.fx: {type(error).__name__}: {first_line}")
+        return Reading(None, f"cannot be traced by torch.fx: {type(error).__name__}: {first_line}")
     attributes = evaluation_reads | reads
     modes = sorted(path for path, name in attributes if name == "training")
     if modes:
         return Reading(None, f"reads {'.'.join(('self', *modes[0]))}.training", by_mode=(training, evaluation))
     if str(training) != str(evaluation):
-        return Reading(None, "does one thing in training and another in evaluation")
+        return Reading(None, "differs between training and evaluation")
     return Reading(training, None, tuple((*place, value) for place, value in sorted(attributes.items())))
 
 
 def read_evaluation(module: nn.Module) -> tuple[Graph, set[Path]] | None:
-    """The graph of evaluation alone and the submodules that it reads attributes of; None where there is none.
+    """The graph in evaluation and the submodules whose attributes it reads; None if it cannot be read.
 
-    The module's attributes are taken to stay as they are.
+    The graph is right only while these attributes stay the same.
     """
-    if _problem_of_class(module) is not None:
+    if _why_not_readable(module) is not None:
         return None
     try:
         graph, reads = _trace(module, training=False)
@@ -269,14 +276,15 @@ def read_evaluation(module: nn.Module) -> tuple[Graph, set[Path]] | None:
     return graph, {path for path, name in reads if path and name not in ("training", "__class__")}
 
 
-def _problem_of_class(module: nn.Module) -> str | None:
+def _why_not_readable(module: nn.Module) -> str | None:
+    """What the class of a module says against reading its forward; None if nothing."""
     if isinstance(module, torch.fx.GraphModule):
-        return "belongs to a torch.fx.GraphModule, whose class is its own"
+        return "belongs to a torch.fx.GraphModule"
     if "forward" in module.__dict__:
         return "is set on the instance"
     if not isinstance(inspect.getattr_static(type(module), "forward"), FunctionType):
-        return "is no plain function"
-    # What a decorator wraps is not what is called.
+        return "is not a plain function"
+    # The arguments of the decorator count, not those of the function that it wraps.
     for parameter in list(inspect.signature(type(module).forward, follow_wrapped=False).parameters.values())[1:]:
         if parameter.name == "self":
             return "has a second argument named self"
@@ -286,7 +294,7 @@ def _problem_of_class(module: nn.Module) -> str | None:
 
 
 def _trace(module: nn.Module, training: bool) -> tuple[Graph, Reads]:
-    """The graph in one mode, and the attributes of the module and its submodules that were read on the way."""
+    """The graph in one mode, and the attributes of the module and its submodules that the forward read."""
     reads: Reads = {}
     called: set[int] = set()
 
