@@ -1,5 +1,7 @@
-"""convert, revert and fold on whole networks: in float64, where a difference that is not rounding cannot hide, against the same network
-as torch computes it. What is fused is counted by the operators that run; what must be left alone is a table of forwards with the reason.
+"""convert, revert and fold, compared with the same network as torch computes it.
+
+The comparisons are in float64, in which rounding cannot hide another difference. Tests count the operators
+that run to see what is fused. LEFT is a table of forwards that must be left alone, with the reasons.
 """
 
 import abc
@@ -103,7 +105,7 @@ def flat(output):
 
 
 def step(model, x):
-    """Everything that one training step gives: output, gradients of x and the parameters, buffers."""
+    """The results of one training step: the output, gradients of x and of the parameters, and the buffers."""
     x = x.clone().requires_grad_()
     model.zero_grad()
     y = flat(model(x * 1))
@@ -114,7 +116,10 @@ def step(model, x):
 
 
 def assert_same(actual, expected, bound=1e-7):
-    """Up to rounding of float64 as deep networks enlarge it, in units of the largest value of all gradients or of the tensor itself."""
+    """Compares two steps up to rounding in float64, which deep networks enlarge.
+
+    The unit is the largest value of a tensor; for gradients, the largest value of all gradients.
+    """
     assert actual.keys() == expected.keys()
     largest = max((each.abs().max() for name, each in expected.items() if name.startswith("gradient") and each is not None), default=0)
     for name, each in expected.items():
@@ -126,7 +131,7 @@ def assert_same(actual, expected, bound=1e-7):
 
 
 class Operators(TorchDispatchMode):
-    """Counts batch norms and activations that run: ours by act and residual, torch's by name."""
+    """Counts the batch norms and activations that run: ours by act and residual, torch's by name."""
 
     TORCHS = ("batch_norm", "relu", "elu", "silu", "leaky_relu", "hardtanh")
 
@@ -156,7 +161,7 @@ def operators(model, x):
 def test_three_steps_of_a_converted_network_are_those_of_torch(name):
     expected, x = network(name)
     actual = copy.deepcopy(expected)
-    # Made before conversion: it holds the parameters that are trained after it.
+    # The optimizers are made before conversion, and train the parameters after it.
     optimizers = {model: torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9) for model in (expected, actual)}
     gk.convert(actual)
     for _ in range(3):
@@ -200,7 +205,7 @@ def test_conversion_keeps_all_but_classes_and_revert_gives_them_back(name):
 
 def through_pickle(model):
     data = pickle.dumps(model)
-    # As another process has it: the classes are made again.
+    # Another process makes the classes again.
     conversion.block._CLASSES.clear()
     return pickle.loads(data)
 
@@ -229,7 +234,7 @@ def test_a_pickle_names_nothing_internal():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), BasicBlock(8, 8, 1), nn.SiLU(), nn.LeakyReLU(), nn.Conv2d(8, 8, 1), nn.SiLU())
     gk.convert(model)
     strings = [argument for _, argument, _ in pickletools.genops(pickle.dumps(model)) if isinstance(argument, str)]
-    # What a later version has to keep.
+    # Later versions have to keep these names.
     assert {each for each in strings if "gradkernels" in each or "block" in each.lower()} == {
         "gradkernels.activation",
         "gradkernels.batch_norm_act",
@@ -346,7 +351,7 @@ def test_large_networks_at_their_own_width(name):
 
 
 class Block(nn.Module):
-    """Convolution, batch norm and an activation, to be called by a forward that a test gives it."""
+    """A convolution, a batch norm and an activation. Each test adds a forward."""
 
     def __init__(self, act):
         super().__init__()
@@ -368,7 +373,7 @@ def block(forward, act=None, **attributes):
 
 
 def converted(model, **arguments):
-    """The model before and after conversion, and the report."""
+    """The model before conversion, the model after conversion, and the report."""
     actual = copy.deepcopy(model)
     report = gk.convert(actual, **arguments)
     return model, actual, report
@@ -690,7 +695,7 @@ def in_an_item(self, x):
 
 
 class Child(nn.Module):
-    """What a submodule may do besides returning something."""
+    """A submodule that writes an attribute and a list."""
 
     def __init__(self):
         super().__init__()
@@ -745,7 +750,7 @@ class Halved:
         self.value = self.value * 0.5
 
 
-# forward -> what the report says of the first batch norm.
+# The forward, and the reason in the report for the first batch norm.
 LEFT = {
     "a closure beside its twin": (by_twins(times(3.0), times([2.0])), "reads factors, a list"),
     "a class in a closure": (of_a_class(Config), "reads kind, a class with attributes"),
@@ -764,9 +769,9 @@ LEFT = {
     "text for a node": (lambda self, x: torch.einsum(f"{x.ndim}".replace("4", "ij->ij"), self.bn(x)[0, 0]), "turns a value into text"),
     "a list that a submodule fills": (given_a_list, "passes a list to a Child, which may write into it"),
     "what a submodule writes": (lambda self, x: self.act(self.bn(self.child(x))) * self.child.choice, "reads self.child.choice after"),
-    "a submodule's own call": (lambda self, x: self.act(self.bn(self.doubled(x))), "its own __call__"),
+    "a submodule with its own __call__": (lambda self, x: self.act(self.bn(self.doubled(x))), "its own __call__"),
     "a dict of another class": (lambda self, x: collections.OrderedDict(out=self.act(self.bn(x))), "makes a OrderedDict"),
-    "made again from its fields": (lambda self, x: Halved(self.act(self.bn(x))), "makes a Halved"),
+    "a dataclass with code of its own": (lambda self, x: Halved(self.act(self.bn(x))), "makes a Halved"),
     "a list that it keeps": (lambda self, x: [self.act(self.bn(x)), self.notes], "passes on a list that is an attribute"),
     "mode of a batch norm": (lambda self, x: self.bn.eval() and self.act(self.bn(x)), "calls eval of a module"),
     "mode and back": (eval_and_train, "calls eval of a module"),
@@ -796,7 +801,7 @@ LEFT = {
     "caches": (lambda self, x: self.act(self.bn(x)) * self.cached(), "reads self.cached, a _lru_cache_wrapper"),
     "catches": (catches_what_a_tensor_lacks, "catches exceptions"),
     "suppresses": (suppresses, "calls contextlib.suppress"),
-    "a context of its own": (in_a_context_of_its_own, "enters a context manager that is not torch's"),
+    "a context manager of the user's": (in_a_context_of_its_own, "enters a context manager that is not torch's"),
     "a profiler's range": (recorded_by_a_profiler, "makes or enters a record_function"),
     "writes a file": (lambda self, x: pathlib.Path(os.devnull).touch() or self.act(self.bn(x)), "calls pathlib.Path"),
     "threads": (lambda self, x: torch.set_num_threads(1) or self.act(self.bn(x)), "calls torch.set_num_threads"),
@@ -880,7 +885,7 @@ LEFT = {
 }
 
 
-# Those where torch's own backward refuses, or has nothing to do.
+# Forwards whose backward torch refuses, or which have none.
 NO_BACKWARD = {"decorated", "input written between", "view of the input written between", "statistics written between"}
 
 
@@ -942,7 +947,7 @@ def scaled(y, scale=2.0, *, of=F.relu):
     return of(y) * scale
 
 
-# What a graph does stand for, beside the like that it does not.
+# Forwards that can be read, each similar to one in LEFT.
 READ = {
     "shape before it is written": shape_read_before_it_is_written,
     "unpacked": unpacked,
@@ -1134,7 +1139,7 @@ def test_a_mode_that_is_switched_by_the_class_of_a_module():
     assert_same(step(actual.train(), x), step(expected.train(), x))
 
 
-# Bases whose instances have no __dict__ of their own; a registry that does not take a class twice.
+# Bases whose instances have no __dict__ of their own, and a registry that refuses a class of the same name.
 class Empty:
     __slots__ = ()
 
@@ -1210,7 +1215,7 @@ def is_seen_after(work, profiler):
 def test_reading_under_a_profiler(profiler, of):
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()).eval()
     made = []
-    # torch 2.11 has no functions of Python among its events.
+    # The profiler of torch 2.11 does not record functions of Python.
     assert is_seen_after(lambda: made.append(of(copy.deepcopy(model))), profiler) == is_seen_after(lambda: None, profiler)
     assert str(made[0]) == str(of(copy.deepcopy(model)))
 
@@ -1344,7 +1349,7 @@ def test_a_sum_written_in_place_keeps_dtype_and_shape(written):
             torch.testing.assert_close(actual(x), expected(x))
 
 
-def test_elu_that_scales_besides_is_not_elu():
+def test_elu_with_a_scale_is_not_elu():
     expected, actual, report = converted(block(lambda self, x: F.elu_(self.bn(x), 0.5, 2.0) + F.elu_(x * 1, 0.5, 2.0)))
     assert [row.why for row in report.rows][:3] == ["it is called with a scale, which the kernel does not have"] * 2 + [
         "elu_ is called with a scale, which the kernel does not have"
@@ -1616,7 +1621,7 @@ def test_an_exception_leaves_the_model_as_it_was(during, converted_before, monke
         gk.convert(model)
     before = [(type(module), dict(module.__dict__)) for module in model.modules()]
     buffers = [each.clone() for each in model.buffers()]
-    # The package's attribute of that name is the function.
+    # gradkernels.convert is the function.
     module = importlib.import_module("gradkernels.conversion.convert")
     if during == "reading":
         monkeypatch.setattr(rewrite, "rewrite_forward", interrupted(rewrite.rewrite_forward, 5))
@@ -1651,9 +1656,9 @@ def test_saved_bytes_are_those_that_autograd_keeps():
     x = torch.randn(2, 3, 16, 16)
     report = gk.convert(model, check=x)
     image, statistics = 2 * 8 * 16 * 16 * 4, 2 * 8
-    # x; the inputs of batch norm, ELU and convolution, and in two more numbers a channel mean and invstd.
+    # x; the inputs of batch norm, ELU and convolution; and mean and invstd of each channel.
     assert report.saved_bytes_before == x.nbytes + 3 * image + statistics * 4
-    # Ours keeps these in float64.
+    # Our batch norm keeps mean and invstd in float64.
     assert report.saved_bytes_after == x.nbytes + 2 * image + statistics * 8
 
 
@@ -1712,7 +1717,8 @@ def test_a_gradient_that_is_there_once_only_is_a_difference():
     assert found.difference == torch.inf
 
 
-# What fusing keeps less of: every slope but that of ReLU, which torch reads off the output that the next convolution keeps anyway.
+# Fusing saves memory for every activation but ReLU: for its gradient torch needs only the output, which the
+# next convolution keeps too.
 @pytest.mark.parametrize(("name", "most"), [("DarkNet", 0.75), ("EfficientNet", 0.8), ("U-Net", 0.8), ("ResNet-50", 1.03)])
 def test_saved_bytes_of_whole_networks(name, most):
     model, x = network(name, torch.float32)
@@ -1773,7 +1779,7 @@ def test_fold_gives_the_outputs_of_evaluation(name, convert):
     with torch.no_grad():
         assert_same({"output": flat(folded(x))}, {"output": flat(model.eval()(x))})
     left = [type(module) for module in folded.modules() if isinstance(module, _BatchNorm)]
-    # Of these two some follow another batch norm, the others an activation.
+    # These batch norms follow another batch norm, or an activation.
     assert len(left) == {"timm": 3, "MLP, activation first": 3}.get(name, 0)
 
 
@@ -1867,7 +1873,7 @@ def method_after_assignment(self, x, y=None):
     return self.more(x) + self.cell(x)
 
 
-# Forwards that cannot be read, for their optional argument, and that use the batch norm of a cell besides calling the cell.
+# Forwards that cannot be read, because of the optional argument. They use a cell not only by calling it.
 OTHER_USES = {
     "by name": lambda self, x, y=None: self.cell(x) + self.cell.bn(x),
     "in a function": lambda self, x, y=None: self.cell(x) + use_of(self.cell, x),
@@ -1951,7 +1957,7 @@ def test_a_folded_linear_layer_refuses_what_it_cannot_know():
         gk.fold(model)(torch.randn(2, 4, 5))
 
 
-# the libraries themselves, where their compiled parts suit this torch
+# the libraries themselves, if their compiled parts work with this torch
 
 
 def library(name):
@@ -1979,7 +1985,7 @@ def test_models_of_libraries(package, name):
         model = importlib.import_module(f"{library('ultralytics').__name__}.nn.tasks").DetectionModel(name, verbose=False)
     model = model.double()
     for module in model.modules():
-        # Slopes of dropout are drawn anew for each call.
+        # Dropout draws new random numbers at each call.
         if "drop" in type(module).__name__.lower() or "StochasticDepth" in type(module).__name__:
             module.eval()
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)

@@ -1,9 +1,9 @@
 """The class of a converted block. Its instances run their rewritten forward.
 
-A pickle of a converted model names `new_block`, the user's own classes, and nothing else that is internal to
-this package. The rewritten forward is not in the pickle: it is made again from the forward of the block's
-class where the pickle is loaded. So a pickle works with later versions of this package and of the block, as
-it would without conversion.
+A pickle of a converted model names `new_block`, and nothing else that is internal to this package. The
+rewritten forward is not in the pickle: it is made again from the forward of the block's class where the
+pickle is loaded. So a pickle works with later versions of this package and of the block, as it would without
+conversion.
 """
 
 import abc
@@ -56,7 +56,7 @@ def converted_class(base: type[nn.Module]) -> type[nn.Module]:
         rewritten = self.__dict__.get(FORWARD)
         # A forward may compare an argument with None, which no graph records.
         has_none = any(argument is None for argument in (*args, *kwargs.values()))
-        if isinstance(rewritten, RewrittenForward) and base.forward is rewritten.of and not has_none and rewritten.holds(self):
+        if isinstance(rewritten, RewrittenForward) and base.forward is rewritten.original and not has_none and rewritten.holds(self):
             return rewritten.function(self, *args, **kwargs)
         return base.forward(self, *args, **kwargs)
 

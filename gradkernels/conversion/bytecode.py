@@ -78,7 +78,7 @@ def reads(code: CodeType, closure: Mapping[str, Any], global_names: Mapping[str,
 
 
 def refusal(code: CodeType, closure: Container[str]) -> str | None:
-    """Why no graph stands for a forward with this code, whatever the values of its names; None if it may.
+    """Why no graph stands for a forward with this code; None if the code alone is no reason.
 
     Args:
         code: the code of one function.

@@ -34,7 +34,7 @@ class Difference:
 
 
 class Observation:
-    """One call of a model, forward and backward. The model is as before afterwards.
+    """One call of a model, forward and backward, which leaves the model as it was.
 
     Attributes:
         saved_bytes: the bytes that the call kept for backward, without parameters and buffers.

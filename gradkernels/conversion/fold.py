@@ -142,7 +142,7 @@ def _with_contents(child: nn.Module) -> Iterator[nn.Module]:
 
 
 def _within_reach(block: nn.Module, names: set[str], is_first: bool = False) -> Iterator[nn.Module]:
-    """The modules that a forward which could not be read may use, besides calling blocks.
+    """The modules that a forward may use other than by calling blocks, if it could not be read.
 
     Args:
         block: the module whose forward it is, or a module below it that it reaches.

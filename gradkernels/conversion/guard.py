@@ -105,7 +105,7 @@ class RewrittenForward:
         children: for the path of each module on the way to another, its children at that time.
         expected: the conditions on submodules that are called differently.
         residual: whether additions were allowed to be fused.
-        of: the block's own forward.
+        original: the block's own forward.
         asks_for_classes: the block's own forward calls isinstance or issubclass, so the classes of children
             count.
         shared: paths that led to one object at that time. The code uses the first of them.
@@ -117,7 +117,7 @@ class RewrittenForward:
     children: tuple[tuple[Path, Children], ...]
     expected: tuple[Expected, ...]
     residual: bool
-    of: Callable[..., Any]
+    original: Callable[..., Any]
     asks_for_classes: bool
     shared: tuple[tuple[Path, ...], ...]
     function: Callable[..., Any] = field(init=False, compare=False, repr=False)

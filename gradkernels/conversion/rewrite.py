@@ -148,7 +148,7 @@ class Rewriter:
             The chain, and why it has no activation; "" if it has one.
         """
         bn_alone = Chain([node], [node])
-        users, why = self.only_users(node)
+        users, why = self.way_to_user(node)
         if why:
             return bn_alone, why
         residual = addend(users[-1], [node, *users][-2])
@@ -159,16 +159,16 @@ class Rewriter:
         if not self.residual:
             return bn_alone, "an addition follows, and residual=False"
         chain = Chain([node, *users], [node, *users[:-1]], residual=residual, addition=users[-1], names=["add"])
-        users_of_sum, why = self.only_users(users[-1])
+        users_of_sum, why = self.way_to_user(users[-1])
         why = why or self.add_activation(chain, users_of_sum)
         obstacle = self.aliasing.why_it_cannot_move(chain, residual, users[-1])
         return (bn_alone, obstacle) if obstacle else (chain, why)
 
-    def only_users(self, node: Node) -> tuple[list[Node], str]:
-        """The only user of a node's value. If it is an nn.Identity, the only user of that, and so on.
+    def way_to_user(self, node: Node) -> tuple[list[Node], str]:
+        """Follows the value of a node to its only user, past any nn.Identity.
 
         Returns:
-            All these users, and why the last of them is an nn.Identity or missing; "" if it is not.
+            The nodes on the way and the user, and why there is no such user; "" if there is.
         """
         users: list[Node] = []
         while True:
