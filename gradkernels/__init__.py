@@ -12,8 +12,9 @@ from gradkernels import _native, init, optim
 from gradkernels.activation import ELU, LeakyReLU, PReLU, RReLU, Swish, elu, leaky_relu, prelu, rrelu, swish
 from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, batch_norm_act
 from gradkernels.clip_grad import GradReport, clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm, grad_report
-from gradkernels.conversion.convert import ConversionReport, convert, revert
+from gradkernels.conversion.convert import convert, revert
 from gradkernels.conversion.fold import fold
+from gradkernels.conversion.report import ConversionReport
 from gradkernels.diagnosis.diagnose import Diagnosis, diagnose
 from gradkernels.diagnosis.monitor import GradientMonitor
 from gradkernels.optim import ClippingHandle, attach_clipping

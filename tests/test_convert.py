@@ -1,5 +1,7 @@
-"""convert, revert and fold on whole networks: in float64, where a difference that is not rounding cannot hide, against the same network
-as torch computes it. What is fused is counted by the operators that run; what must be left alone is a table of forwards with the reason.
+"""convert, revert and fold, compared with the same network as torch computes it.
+
+The comparisons are in float64, in which rounding cannot hide another difference. Tests count the operators
+that run to see what is fused. LEFT is a table of forwards that must be left alone, with the reasons.
 """
 
 import abc
@@ -39,7 +41,8 @@ from torch.utils._pytree import tree_leaves
 
 import gradkernels as gk
 from gradkernels import conversion
-from gradkernels.conversion import guard, rewrite, trace
+from gradkernels.acts import resolve_act
+from gradkernels.conversion import check, guard, patterns, rewrite, trace
 from models import libraries
 from models.darknet import DarkNet
 from models.dcgan import discriminator
@@ -102,7 +105,7 @@ def flat(output):
 
 
 def step(model, x):
-    """Everything that one training step gives: output, gradients of x and the parameters, buffers."""
+    """The results of one training step: the output, gradients of x and of the parameters, and the buffers."""
     x = x.clone().requires_grad_()
     model.zero_grad()
     y = flat(model(x * 1))
@@ -113,7 +116,10 @@ def step(model, x):
 
 
 def assert_same(actual, expected, bound=1e-7):
-    """Up to rounding of float64 as deep networks enlarge it, in units of the largest value of all gradients or of the tensor itself."""
+    """Compares two steps up to rounding in float64, which deep networks enlarge.
+
+    The unit is the largest value of a tensor; for gradients, the largest value of all gradients.
+    """
     assert actual.keys() == expected.keys()
     largest = max((each.abs().max() for name, each in expected.items() if name.startswith("gradient") and each is not None), default=0)
     for name, each in expected.items():
@@ -125,7 +131,7 @@ def assert_same(actual, expected, bound=1e-7):
 
 
 class Operators(TorchDispatchMode):
-    """Counts batch norms and activations that run: ours by act and residual, torch's by name."""
+    """Counts the batch norms and activations that run: ours by act and residual, torch's by name."""
 
     TORCHS = ("batch_norm", "relu", "elu", "silu", "leaky_relu", "hardtanh")
 
@@ -155,7 +161,7 @@ def operators(model, x):
 def test_three_steps_of_a_converted_network_are_those_of_torch(name):
     expected, x = network(name)
     actual = copy.deepcopy(expected)
-    # Made before conversion: it holds the parameters that are trained after it.
+    # The optimizers are made before conversion, and train the parameters after it.
     optimizers = {model: torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9) for model in (expected, actual)}
     gk.convert(actual)
     for _ in range(3):
@@ -189,7 +195,7 @@ def test_conversion_keeps_all_but_classes_and_revert_gives_them_back(name):
     assert all(
         (isinstance(module, classes[key]) and type(module).__name__ == classes[key].__name__) or isinstance(module, _BatchNorm)
         for key, module in modules.items()
-        if type(module) not in rewrite.ACTIVATION_MODULES.values()
+        if type(module) not in patterns.ACTIVATION_MODULES.values()
     )
     assert gk.revert(model) is model
     assert {key: type(module) for key, module in model.named_modules()} == classes
@@ -199,7 +205,7 @@ def test_conversion_keeps_all_but_classes_and_revert_gives_them_back(name):
 
 def through_pickle(model):
     data = pickle.dumps(model)
-    # As another process has it: the classes are made again.
+    # Another process makes the classes again.
     conversion.block._CLASSES.clear()
     return pickle.loads(data)
 
@@ -228,7 +234,7 @@ def test_a_pickle_names_nothing_internal():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), BasicBlock(8, 8, 1), nn.SiLU(), nn.LeakyReLU(), nn.Conv2d(8, 8, 1), nn.SiLU())
     gk.convert(model)
     strings = [argument for _, argument, _ in pickletools.genops(pickle.dumps(model)) if isinstance(argument, str)]
-    # What a later version has to keep.
+    # Later versions have to keep these names.
     assert {each for each in strings if "gradkernels" in each or "block" in each.lower()} == {
         "gradkernels.activation",
         "gradkernels.batch_norm_act",
@@ -345,7 +351,7 @@ def test_large_networks_at_their_own_width(name):
 
 
 class Block(nn.Module):
-    """Convolution, batch norm and an activation, to be called by a forward that a test gives it."""
+    """A convolution, a batch norm and an activation. Each test adds a forward."""
 
     def __init__(self, act):
         super().__init__()
@@ -367,7 +373,7 @@ def block(forward, act=None, **attributes):
 
 
 def converted(model, **arguments):
-    """The model before and after conversion, and the report."""
+    """The model before conversion, the model after conversion, and the report."""
     actual = copy.deepcopy(model)
     report = gk.convert(actual, **arguments)
     return model, actual, report
@@ -432,7 +438,7 @@ def test_every_activation_module(module):
     expected, actual, _ = converted(nn.Sequential(nn.BatchNorm2d(3), nn.Identity(), module).double())
     x = X()
     (fused,) = operators(copy.deepcopy(actual), x).ours
-    assert fused == rewrite.resolve_act(module, None)[0]
+    assert fused == resolve_act(module, None)[0]
     assert_same(step(actual, x), step(expected, x))
 
 
@@ -689,7 +695,7 @@ def in_an_item(self, x):
 
 
 class Child(nn.Module):
-    """What a submodule may do besides returning something."""
+    """A submodule that writes an attribute and a list."""
 
     def __init__(self):
         super().__init__()
@@ -744,7 +750,7 @@ class Halved:
         self.value = self.value * 0.5
 
 
-# forward -> what the report says of the first batch norm.
+# The forward, and the reason in the report for the first batch norm.
 LEFT = {
     "a closure beside its twin": (by_twins(times(3.0), times([2.0])), "reads factors, a list"),
     "a class in a closure": (of_a_class(Config), "reads kind, a class with attributes"),
@@ -760,13 +766,13 @@ LEFT = {
     "call is None": (lambda self, x: self.act(self.bn(x)) if self.conv(x) is not None else x, "compares a value by `is`"),
     "item of a dict is None": (in_an_item, "compares a value by `is`"),
     "operator.is_": (lambda self, x: x if operator.is_(self.conv(x), None) else self.act(self.bn(x)), "calls operator.is_"),
-    "text for a node": (lambda self, x: torch.einsum(f"{x.ndim}".replace("4", "ij->ij"), self.bn(x)[0, 0]), "writes a value as text"),
-    "a list that a submodule fills": (given_a_list, "gives a list to a Child, which may write into it"),
+    "text for a node": (lambda self, x: torch.einsum(f"{x.ndim}".replace("4", "ij->ij"), self.bn(x)[0, 0]), "turns a value into text"),
+    "a list that a submodule fills": (given_a_list, "passes a list to a Child, which may write into it"),
     "what a submodule writes": (lambda self, x: self.act(self.bn(self.child(x))) * self.child.choice, "reads self.child.choice after"),
-    "a submodule's own call": (lambda self, x: self.act(self.bn(self.doubled(x))), "a __call__ of its own"),
+    "a submodule with its own __call__": (lambda self, x: self.act(self.bn(self.doubled(x))), "its own __call__"),
     "a dict of another class": (lambda self, x: collections.OrderedDict(out=self.act(self.bn(x))), "makes a OrderedDict"),
-    "made again from its fields": (lambda self, x: Halved(self.act(self.bn(x))), "makes a Halved"),
-    "a list that it keeps": (lambda self, x: [self.act(self.bn(x)), self.notes], "passes on a list that its module keeps"),
+    "a dataclass with code of its own": (lambda self, x: Halved(self.act(self.bn(x))), "makes a Halved"),
+    "a list that it keeps": (lambda self, x: [self.act(self.bn(x)), self.notes], "passes on a list that is an attribute"),
     "mode of a batch norm": (lambda self, x: self.bn.eval() and self.act(self.bn(x)), "calls eval of a module"),
     "mode and back": (eval_and_train, "calls eval of a module"),
     "mode of all": (eval_of_all, "calls eval of a module"),
@@ -786,7 +792,7 @@ LEFT = {
     "forgets gradients": (lambda self, x: self.zero_grad() or self.act(self.bn(x)), "calls zero_grad of a module"),
     "data assigned": (data_assigned, "writes the attribute data of a tensor"),
     "a tag": (tagged, "writes the attribute tag of a tensor"),
-    "an item": (item_assigned, "is no graph for torch.fx: TypeError"),
+    "an item": (item_assigned, "cannot be traced by torch.fx: TypeError"),
     "counts on a class": (counts_on_a_class, "writes an attribute of Counting"),
     "counts in a class method": (lambda self, x: Counting.count() or self.act(self.bn(x)), "reads Counting.count, a classmethod"),
     "counts in its own class": (lambda self, x: self.count() or self.act(self.bn(x)), "reads self.count, a classmethod"),
@@ -795,25 +801,25 @@ LEFT = {
     "caches": (lambda self, x: self.act(self.bn(x)) * self.cached(), "reads self.cached, a _lru_cache_wrapper"),
     "catches": (catches_what_a_tensor_lacks, "catches exceptions"),
     "suppresses": (suppresses, "calls contextlib.suppress"),
-    "a context of its own": (in_a_context_of_its_own, "enters a context manager of its own"),
+    "a context manager of the user's": (in_a_context_of_its_own, "enters a context manager that is not torch's"),
     "a profiler's range": (recorded_by_a_profiler, "makes or enters a record_function"),
     "writes a file": (lambda self, x: pathlib.Path(os.devnull).touch() or self.act(self.bn(x)), "calls pathlib.Path"),
     "threads": (lambda self, x: torch.set_num_threads(1) or self.act(self.bn(x)), "calls torch.set_num_threads"),
     "is": (is_same, "compares a value by `is`"),
     "item is None": (item_is_none, "compares a value by `is`"),
-    "dtype is": (lambda self, x: self.bn(x * 2 if x.dtype is torch.float64 else x), "asks for dtype of a value"),
-    "gradient is None": (lambda self, x: self.act(self.bn(x)) if x.grad is None else x, "asks for grad of a value"),
-    "has an attribute": (lambda self, x: x if hasattr(x, "tag") else self.act(self.bn(x)), "asks a value whether it has tag"),
-    "text": (lambda self, x: self.act(self.bn(x)) if f"{x.shape[0]}" == "4" else x, "writes a value as text"),
+    "dtype is": (lambda self, x: self.bn(x * 2 if x.dtype is torch.float64 else x), "reads dtype of a value"),
+    "gradient is None": (lambda self, x: self.act(self.bn(x)) if x.grad is None else x, "reads grad of a value"),
+    "has an attribute": (lambda self, x: x if hasattr(x, "tag") else self.act(self.bn(x)), "checks whether a value has tag"),
+    "text": (lambda self, x: self.act(self.bn(x)) if f"{x.shape[0]}" == "4" else x, "turns a value into text"),
     "class by name": (lambda self, x: self.act(self.bn(x)) if self.bn.__class__ is nn.BatchNorm2d else x, "asks for the class"),
     "optional argument": (lambda self, x, y=None: self.act(self.bn(x if y is None else y)), "optional argument, y"),
     "var arguments": (lambda self, *x: self.act(self.bn(*x)), "optional argument, x"),
     "training": (lambda self, x: self.act(self.bn(x)) if self.training else self.bn(x), "reads self.training"),
     "mode of a child": (lambda self, x: self.act(self.bn(x)) if self.conv.training else self.bn(x), "reads self.conv.training"),
-    "type": (lambda self, x: self.act(self.bn(x)) if isinstance(x, torch.Tensor) else x, "asks for the type"),
+    "type": (lambda self, x: self.act(self.bn(x)) if isinstance(x, torch.Tensor) else x, "checks the type of its input"),
     "is_tensor": (lambda self, x: self.act(self.bn(x)) if torch.is_tensor(x) else x, "calls torch.is_tensor"),
-    "data": (lambda self, x: self.act(self.bn(x)) if x.sum() > -1e9 else x, "is no graph for torch.fx: TraceError"),
-    "shape": (lambda self, x: self.act(self.bn(x)) if x.shape[0] > 1 else x, "is no graph for torch.fx: TraceError"),
+    "data": (lambda self, x: self.act(self.bn(x)) if x.sum() > -1e9 else x, "cannot be traced by torch.fx: TraceError"),
+    "shape": (lambda self, x: self.act(self.bn(x)) if x.shape[0] > 1 else x, "cannot be traced by torch.fx: TraceError"),
     "random": (lambda self, x: self.act(self.bn(x)) if torch.rand(()) < 2 else x, "calls torch.rand, which no graph"),
     "makes a layer": (lambda self, x: self.act(self.bn(x)) if nn.Linear(1, 1).in_features else x, "makes or enters a Linear"),
     "Python's random": (lambda self, x: self.act(self.bn(x)) if random.random() < 2 else x, "calls random.random"),
@@ -828,6 +834,7 @@ LEFT = {
     "default dtype": (lambda self, x: self.act(self.bn(x).to(torch.get_default_dtype())), "calls torch.get_default_dtype"),
     "compiling": (lambda self, x: x if torch.compiler.is_compiling() else self.bn(x), "calls torch.compiler.is_compiling"),
     "NumPy's random": (lambda self, x: self.act(self.bn(x)) if np.random.rand() < 2 else x, "calls np.random.rand"),
+    "a method of a class in C": (lambda self, x: self.act(self.bn(x)) if str.lower("A") else x, "calls str.lower, which no graph"),
     "prints": (lambda self, x: print(end="") or self.act(self.bn(x)), "calls print"),
     "dict of the module's file": (lambda self, x: self.act(self.bn(x)) if SWITCHES["relu"] else x, "reads SWITCHES, a dict"),
     "number of the module's file": (lambda self, x: F.leaky_relu(self.bn(x), SLOPE), "reads SLOPE, a float"),
@@ -858,24 +865,27 @@ LEFT = {
         lambda self, x: torch.utils.checkpoint.checkpoint(lambda x: self.act(self.bn(x)), x, use_reentrant=False),
         "calls torch.utils.checkpoint.checkpoint",
     ),
-    "read twice": (twice, "its output is read 2 times"),
-    "doubled": (lambda self, x: self.act((lambda y: y + y)(self.bn(x))), "its output is read 2 times"),
-    "written into the other": (into_the_other, "written over the other term"),
-    "input written between": (written_between, "add_, between it and its activation"),
-    "view of the input written between": (view_written_between, "view, between it and its activation"),
-    "residual written between": (residual_written_before_activation, "mul_, between it and its activation"),
-    "called again between": (called_between, "called again before its sum is complete"),
-    "fused again between": (fused_again_between, "called again before its sum is complete"),
-    "statistics read between": (statistics_read_between, "mul, between it and its activation, may read or write its statistics"),
-    "statistics written between": (statistics_written_between, "view, between it and its activation, may read or write its statistics"),
+    "read twice": (twice, "its output is used 2 times"),
+    "doubled": (lambda self, x: self.act((lambda y: y + y)(self.bn(x))), "its output is used 2 times"),
+    "written into the other": (into_the_other, "written into the other term"),
+    "input written between": (written_between, "add_, called between it and its activation"),
+    "view of the input written between": (view_written_between, "view, called between it and its activation"),
+    "residual written between": (residual_written_before_activation, "mul_, called between it and its activation"),
+    "called again between": (called_between, "called again before its output is added"),
+    "fused again between": (fused_again_between, "called again before its output is added"),
+    "statistics read between": (statistics_read_between, "mul, called between it and its activation, may read or write its statistics"),
+    "statistics written between": (
+        statistics_written_between,
+        "view, called between it and its activation, may read or write its statistics",
+    ),
     "scalar": (lambda self, x: self.act(self.bn(x) + 1.0), "add follows"),
     "weighted": (lambda self, x: self.act(torch.add(self.bn(x), x, alpha=2)), "add follows"),
     "gelu": (lambda self, x: F.gelu(self.bn(x)), "no kernel for gelu"),
-    "activation first": (lambda self, x: self.conv(self.bn(self.act(self.conv(x)))), "its activation, ReLU, stands before it"),
+    "activation first": (lambda self, x: self.conv(self.bn(self.act(self.conv(x)))), "its activation, ReLU, comes before it"),
 }
 
 
-# Those where torch's own backward refuses, or has nothing to do.
+# Forwards whose backward torch refuses, or which have none.
 NO_BACKWARD = {"decorated", "input written between", "view of the input written between", "statistics written between"}
 
 
@@ -937,7 +947,7 @@ def scaled(y, scale=2.0, *, of=F.relu):
     return of(y) * scale
 
 
-# What a graph does stand for, beside the like that it does not.
+# Forwards that can be read, each similar to one in LEFT.
 READ = {
     "shape before it is written": shape_read_before_it_is_written,
     "unpacked": unpacked,
@@ -1129,7 +1139,7 @@ def test_a_mode_that_is_switched_by_the_class_of_a_module():
     assert_same(step(actual.train(), x), step(expected.train(), x))
 
 
-# Bases whose instances have no __dict__ of their own; a registry that does not take a class twice.
+# Bases whose instances have no __dict__ of their own, and a registry that refuses a class of the same name.
 class Empty:
     __slots__ = ()
 
@@ -1205,7 +1215,7 @@ def is_seen_after(work, profiler):
 def test_reading_under_a_profiler(profiler, of):
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()).eval()
     made = []
-    # torch 2.11 has no functions of Python among its events.
+    # The profiler of torch 2.11 does not record functions of Python.
     assert is_seen_after(lambda: made.append(of(copy.deepcopy(model))), profiler) == is_seen_after(lambda: None, profiler)
     assert str(made[0]) == str(of(copy.deepcopy(model)))
 
@@ -1289,7 +1299,7 @@ def test_what_is_finalized_meanwhile_is_no_part_of_the_forward():
     assert gc.isenabled()
 
 
-@pytest.mark.parametrize(("of", "why"), [("bn", "it is hooked: its hook"), ("act", "ReLU is hooked: its hook"), ("conv", "")])
+@pytest.mark.parametrize(("of", "why"), [("bn", "it has a hook"), ("act", "ReLU has a hook"), ("conv", "")])
 def test_hooks_that_were_there_before_see_what_they_saw(of, why):
     seen = [], []
     model = block(WRITTEN["module"][0])
@@ -1339,9 +1349,11 @@ def test_a_sum_written_in_place_keeps_dtype_and_shape(written):
             torch.testing.assert_close(actual(x), expected(x))
 
 
-def test_elu_that_scales_besides_is_not_elu():
+def test_elu_with_a_scale_is_not_elu():
     expected, actual, report = converted(block(lambda self, x: F.elu_(self.bn(x), 0.5, 2.0) + F.elu_(x * 1, 0.5, 2.0)))
-    assert [row.why for row in report.rows][:3] == ["it scales besides"] * 2 + ["elu_ scales besides"], report
+    assert [row.why for row in report.rows][:3] == ["it is called with a scale, which the kernel does not have"] * 2 + [
+        "elu_ is called with a scale, which the kernel does not have"
+    ], report
     x = X()
     assert_same(step(actual, x), step(expected, x))
 
@@ -1609,10 +1621,10 @@ def test_an_exception_leaves_the_model_as_it_was(during, converted_before, monke
         gk.convert(model)
     before = [(type(module), dict(module.__dict__)) for module in model.modules()]
     buffers = [each.clone() for each in model.buffers()]
-    # The package's attribute of that name is the function.
+    # gradkernels.convert is the function.
     module = importlib.import_module("gradkernels.conversion.convert")
     if during == "reading":
-        monkeypatch.setattr(rewrite, "fuse", interrupted(rewrite.fuse, 5))
+        monkeypatch.setattr(rewrite, "rewrite_forward", interrupted(rewrite.rewrite_forward, 5))
     elif during == "applying":
         monkeypatch.setattr(module, "check_act", interrupted(module.check_act, 5))
     with pytest.raises(RuntimeError if during == "check" else KeyboardInterrupt):
@@ -1644,9 +1656,9 @@ def test_saved_bytes_are_those_that_autograd_keeps():
     x = torch.randn(2, 3, 16, 16)
     report = gk.convert(model, check=x)
     image, statistics = 2 * 8 * 16 * 16 * 4, 2 * 8
-    # x; the inputs of batch norm, ELU and convolution, and in two more numbers a channel mean and invstd.
+    # x; the inputs of batch norm, ELU and convolution; and mean and invstd of each channel.
     assert report.saved_bytes_before == x.nbytes + 3 * image + statistics * 4
-    # Ours keeps these in float64.
+    # Our batch norm keeps mean and invstd in float64.
     assert report.saved_bytes_after == x.nbytes + 2 * image + statistics * 8
 
 
@@ -1699,13 +1711,14 @@ def test_check_puts_back_what_a_forward_assigns():
 
 
 def test_a_gradient_that_is_there_once_only_is_a_difference():
-    found = conversion.convert._difference({"a": torch.ones(2)}, {"a": torch.ones(2), "b": torch.full((2,), 3.0)})
+    found = check.largest_difference({"a": torch.ones(2)}, {"a": torch.ones(2), "b": torch.full((2,), 3.0)})
     assert (found.difference, found.name) == (3.0, "b")
-    found = conversion.convert._difference({"a": torch.ones(2)}, {"a": torch.ones(3)})
+    found = check.largest_difference({"a": torch.ones(2)}, {"a": torch.ones(3)})
     assert found.difference == torch.inf
 
 
-# What fusing keeps less of: every slope but that of ReLU, which torch reads off the output that the next convolution keeps anyway.
+# Fusing saves memory for every activation but ReLU: for its gradient torch needs only the output, which the
+# next convolution keeps too.
 @pytest.mark.parametrize(("name", "most"), [("DarkNet", 0.75), ("EfficientNet", 0.8), ("U-Net", 0.8), ("ResNet-50", 1.03)])
 def test_saved_bytes_of_whole_networks(name, most):
     model, x = network(name, torch.float32)
@@ -1741,9 +1754,9 @@ def test_the_report_of_what_is_no_batch_norm_of_its_own():
 
     report = gk.convert(block(forward, blocks=nn.ModuleList([nn.BatchNorm2d(3)]).double()), check=X())
     assert [(row.found, row.is_fused, row.why) for row in report.rows] == [
-        ("batch_norm", False, "it is a call of the function: only modules are joined with what follows"),
+        ("batch_norm", False, "it is a call of the function; only modules are fused"),
         ("BatchNorm2d, add, ReLU", True, ""),
-        ("BatchNorm2d", False, "its output is the residual of another"),
+        ("BatchNorm2d", False, "its output is the residual of another batch norm"),
     ]
     lines = str(report).splitlines()
     assert lines[0] == "convert: 1 fused, 1 replaced, 1 left of 3 batch norms and activations" and " KiB before" in lines[1]
@@ -1766,7 +1779,7 @@ def test_fold_gives_the_outputs_of_evaluation(name, convert):
     with torch.no_grad():
         assert_same({"output": flat(folded(x))}, {"output": flat(model.eval()(x))})
     left = [type(module) for module in folded.modules() if isinstance(module, _BatchNorm)]
-    # Of these two some follow another batch norm, the others an activation.
+    # These batch norms follow another batch norm, or an activation.
     assert len(left) == {"timm": 3, "MLP, activation first": 3}.get(name, 0)
 
 
@@ -1860,7 +1873,7 @@ def method_after_assignment(self, x, y=None):
     return self.more(x) + self.cell(x)
 
 
-# Forwards that cannot be read, for their optional argument, and that use the batch norm of a cell besides calling the cell.
+# Forwards that cannot be read, because of the optional argument. They use a cell not only by calling it.
 OTHER_USES = {
     "by name": lambda self, x, y=None: self.cell(x) + self.cell.bn(x),
     "in a function": lambda self, x, y=None: self.cell(x) + use_of(self.cell, x),
@@ -1877,6 +1890,7 @@ OTHER_USES = {
     "an object": lambda self, x, y=None: self.cell(x) + self.user.use(x),
     "a partial": lambda self, x, y=None: self.cell(x) + self.used(x),
     "a name made up": lambda self, x, y=None: self.cell(x) + operator.attrgetter("cell.b" + "n")(self)(x),
+    "a method of a class in C": lambda self, x, y=None: self.cell(x) if str.lower("A") else x,
     "none": lambda self, x, y=None: self.cell(x),
 }
 
@@ -1943,7 +1957,7 @@ def test_a_folded_linear_layer_refuses_what_it_cannot_know():
         gk.fold(model)(torch.randn(2, 4, 5))
 
 
-# the libraries themselves, where their compiled parts suit this torch
+# the libraries themselves, if their compiled parts work with this torch
 
 
 def library(name):
@@ -1971,7 +1985,7 @@ def test_models_of_libraries(package, name):
         model = importlib.import_module(f"{library('ultralytics').__name__}.nn.tasks").DetectionModel(name, verbose=False)
     model = model.double()
     for module in model.modules():
-        # Slopes of dropout are drawn anew for each call.
+        # Dropout draws new random numbers at each call.
         if "drop" in type(module).__name__.lower() or "StochasticDepth" in type(module).__name__:
             module.eval()
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
@@ -2034,5 +2048,5 @@ def test_what_revert_does_not_take():
 
 def test_a_difference_that_is_nan_is_the_largest():
     before = {"a": torch.ones(2), "b": torch.ones(2)}
-    found = conversion.convert._difference(before, {"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan])})
+    found = check.largest_difference(before, {"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan])})
     assert str(found) == "nan where the largest value is 1 (b)"

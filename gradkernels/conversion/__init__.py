@@ -1,5 +1,11 @@
 """Rewriting models: convert, revert and fold.
 
-From a forward to a fused block: trace.py reads the forward, purity.py finds what else it depends on, rewrite.py finds what can be
-fused, guard.py holds what has to be so at each call, block.py makes the class. convert.py walks over a model; fold.py is for inference.
+Each file imports only from those before it in this list:
+
+* Reading a forward: bytecode.py (what code does with names), purity.py (which names it may use),
+  attributes.py (which attributes it reads), trace.py (its graph).
+* Rewriting it: guard.py (the rewritten forward and its conditions), patterns.py (calls that are recognised),
+  aliasing.py (values that share memory), result.py, norm_act_layers.py (batch norms that apply an activation
+  themselves), rewrite.py, block.py (the class of a converted block).
+* Whole models: check.py, report.py, convert.py, fold.py (batch norms that go into weights, for inference).
 """

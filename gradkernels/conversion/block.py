@@ -1,8 +1,9 @@
-"""The class of a converted block, which gives it its fused forward.
+"""The class of a converted block. Its instances run their rewritten forward.
 
-A pickle of a converted model names nothing of this package but `new_block` here and modules that users may name themselves, and a fused
-forward is not in it: that is made anew from what the block's class does where the pickle is loaded. So a pickle serves later versions of
-this package and of the block, as one of the model before conversion does.
+A pickle of a converted model names `new_block`, and nothing else that is internal to this package. The
+rewritten forward is not in the pickle: it is made again from the forward of the block's class where the
+pickle is loaded. So a pickle works with later versions of this package and of the block, as it would without
+conversion.
 """
 
 import abc
@@ -13,52 +14,54 @@ from typing import Any, Protocol, cast
 from torch import nn
 
 from gradkernels._native import refuse_script
-from gradkernels.conversion.guard import ATTRIBUTE, BASE, FusedForward
-from gradkernels.conversion.rewrite import fuse
+from gradkernels.conversion.guard import BASE, FORWARD, RewrittenForward
+from gradkernels.conversion.rewrite import rewrite_forward
 
-# What an object without a __reduce__ of its own is made again by.
+# The function that pickle calls to make an object of a class without a __reduce__ of its own.
 _NEW_OBJECT = object().__reduce_ex__(2)[0]
 
 
 def new_block(base: type[nn.Module], *args: Any) -> Any:
-    """An instance of fused_class(base) before its state is set."""
-    kind = fused_class(base)
+    """A new instance of converted_class(base), whose state pickle sets next."""
+    kind = converted_class(base)
     return kind.__new__(kind, *args)
 
 
 def why_not_derived(kind: type[nn.Module]) -> str | None:
-    """Why a class can have no subclass that nobody but this package sees."""
-    if any("__init_subclass__" in each.__dict__ for each in kind.__mro__ if each.__module__ not in ("builtins", "typing")):
+    """Why a subclass would be seen by code other than this package's; None if it would not."""
+    bases = [base for base in kind.__mro__ if base.__module__ != "builtins"]
+    if any("__init_subclass__" in base.__dict__ for base in bases if base.__module__ != "typing"):
         return "has an __init_subclass__, which would see the class of a converted block"
-    if any("__reduce__" in each.__dict__ or "__reduce_ex__" in each.__dict__ for each in kind.__mro__ if each.__module__ != "builtins"):
-        return "is pickled by a method of its own, which would name the class of a converted block"
+    if any("__reduce__" in base.__dict__ or "__reduce_ex__" in base.__dict__ for base in bases):
+        return "has its own method for pickling, which would name the class of a converted block"
     if type(kind) not in (type, abc.ABCMeta, type(Protocol)):
-        return f"is made by {type(kind).__name__}, which would see the class of a converted block"
+        return f"has the metaclass {type(kind).__name__}, which would see the class of a converted block"
     return None
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def fused_class(base: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of the same name whose instances run their fused forward where they have one that holds; the same for every call.
+def converted_class(base: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of the same name, whose instances run their rewritten forward while its conditions hold.
 
-    It has no other base, which would change the layout of instances of classes whose own first base has no __dict__.
+    Every call with one base returns the same class. The class has no other base: for some classes of blocks a
+    second base would change the layout of instances, and Python refuses such a change of class.
     """
     if base in _CLASSES:
         return _CLASSES[base]
 
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        fused = self.__dict__.get(ATTRIBUTE)
-        # A forward may ask an argument whether it is None, which no graph records.
-        nothing = any(each is None for each in (*args, *kwargs.values()))
-        if isinstance(fused, FusedForward) and base.forward is fused.of and not nothing and fused.holds(self):
-            return fused.function(self, *args, **kwargs)
+        rewritten = self.__dict__.get(FORWARD)
+        # A forward may compare an argument with None, which no graph records.
+        has_none = any(argument is None for argument in (*args, *kwargs.values()))
+        if isinstance(rewritten, RewrittenForward) and base.forward is rewritten.original and not has_none and rewritten.holds(self):
+            return rewritten.function(self, *args, **kwargs)
         return base.forward(self, *args, **kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        # The class has no name to be found by; it is made again from the one below it.
+        # Pickle cannot find this class by its name, so new_block makes it from `base`.
         reduced: Any = base.__reduce_ex__(self, max(2, protocol))
         if isinstance(reduced, tuple) and reduced[0] is _NEW_OBJECT:
             (_, *args), *rest = reduced[1:]
@@ -67,15 +70,15 @@ def fused_class(base: type[nn.Module]) -> type[nn.Module]:
 
     def __setstate__(self: nn.Module, state: Any) -> None:
         base.__setstate__(self, state)
-        residual = self.__dict__.get(ATTRIBUTE)
+        residual = self.__dict__.get(FORWARD)
         if isinstance(residual, bool):
-            self.__dict__.pop(ATTRIBUTE)
+            self.__dict__.pop(FORWARD)
             kind = type(self)
             object.__setattr__(self, "__class__", base)
-            forward = fuse(self, residual).forward
+            rewritten = rewrite_forward(self, residual).forward
             object.__setattr__(self, "__class__", kind)
-            if forward is not None:
-                self.__dict__[ATTRIBUTE] = forward
+            if rewritten is not None:
+                self.__dict__[FORWARD] = rewritten
 
     own = {
         "forward": forward,

@@ -1,146 +1,62 @@
-"""convert(model): an existing model computed by this package's kernels, in place and exactly; revert(model); and a report of both.
+"""convert(model) makes this package's kernels compute a model, in place; revert(model) undoes it.
 
-Modules change their class and nothing else: parameters, buffers, hooks and names stay the same objects. A batch norm becomes
-BatchNormAct with act="identity"; a block whose forward calls it beside an activation gets a forward that joins them (guard.py).
-Everything is read before anything is changed, and what was changed is put back if an exception follows.
+Modules change their class and nothing else: parameters, buffers, hooks and names stay the same objects. A
+batch norm becomes BatchNormAct with act="identity". A block whose forward also calls an activation after it
+gets a forward that computes both in one kernel (guard.py). All forwards are read before any module is
+changed. After an exception the model is as it was.
 """
 
-from __future__ import annotations
-
-import dataclasses
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
 
-from gradkernels import _native, text
 from gradkernels.acts import act_of_module, check_act
 from gradkernels.conversion import rewrite, trace
-from gradkernels.conversion.block import fused_class, why_not_derived
-from gradkernels.conversion.guard import ATTRIBUTE, ORIGINAL, FusedForward, base_class
+from gradkernels.conversion.attributes import restore
+from gradkernels.conversion.block import converted_class, why_not_derived
+from gradkernels.conversion.check import Observation, largest_difference
+from gradkernels.conversion.guard import FORWARD, ORIGINAL, RewrittenForward, base_class
+from gradkernels.conversion.patterns import ACTIVATION_MODULES, BATCH_NORMS, is_activation, keeps_output
 from gradkernels.conversion.purity import classes_asked
-from gradkernels.preserved import preserved
+from gradkernels.conversion.report import ConversionReport, Row
+from gradkernels.conversion.result import IS_IN_PLACE, KEEPS_ITS_OUTPUT, NOTHING_TO_FUSE, Site
 
 _QUANTISED = ("torch.ao.", "torch.nn.quantized", "torch.nn.intrinsic", "torch.nn.qat", "torchao.")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One place where a batch norm or an activation is called.
-
-    name: of the module, for a function that of the block that calls it; "" is the model itself. found: what stands there.
-    becomes: what computes it now, None where it was left. why: the reason where it was left or more could not be done.
-    is_fused: that computes more than one of them in one pass.
-    """
-
-    name: str
-    found: str
-    becomes: str | None
-    why: str
-
-    @property
-    def is_fused(self) -> bool:
-        return self.becomes is not None and self.becomes.startswith("batch_norm_act(") and self.becomes != "batch_norm_act(identity)"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The largest difference that conversion made, beside the largest magnitude of what differs, and its name."""
-
-    difference: float
-    magnitude: float
-    name: str
-
-    def __str__(self) -> str:
-        if not self.name:
-            return "none, there is nothing to compare"
-        return f"{self.difference:.2g} where the largest value is {self.magnitude:.2g} ({self.name})"
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """What convert saw and did; print it.
-
-    Attributes:
-        rows: a Row for each place where a batch norm or an activation is called.
-        notes: what holds for the whole model.
-        saved_bytes_before: saved for backward by one call with `check`, in bytes, parameters not counted; None without `check`.
-        saved_bytes_after: the same after conversion.
-        output_difference: a Difference of the outputs; None without `check`.
-        gradient_difference: a Difference of the gradients of all parameters.
-
-    Example:
-        >>> import torch, gradkernels as gk
-        >>> report = gk.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ELU()))
-        >>> [(row.name, row.found, row.becomes) for row in report.rows]
-        [('1', 'BatchNorm2d, ELU', 'batch_norm_act(elu)')]
-    """
-
-    rows: tuple[Row, ...]
-    notes: tuple[str, ...] = ()
-    saved_bytes_before: int | None = None
-    saved_bytes_after: int | None = None
-    output_difference: Difference | None = None
-    gradient_difference: Difference | None = None
-
-    def __str__(self) -> str:
-        return "\n".join(self._lines())
-
-    def _lines(self) -> Iterator[str]:
-        fused = sum(row.is_fused for row in self.rows)
-        left = sum(row.becomes is None for row in self.rows)
-        alone = len(self.rows) - fused - left
-        yield f"convert: {fused} fused, {alone} replaced, {left} left of {len(self.rows)} batch norms and activations"
-        yield from (f"  {note}" for note in self.notes)
-        if self.saved_bytes_before is not None and self.saved_bytes_after is not None:
-            before, after = map(_size, (self.saved_bytes_before, self.saved_bytes_after))
-            change = f" ({self.saved_bytes_after / self.saved_bytes_before - 1:+.1%})" if self.saved_bytes_before else ""
-            yield f"  saved for backward: {before} before, {after} after{change}"
-            if fused and _native.C is not None and self.saved_bytes_after >= self.saved_bytes_before:
-                yield "  less in `with gradkernels.recompute():`, where backward computes outputs of batch_norm_act again"
-            yield f"  largest difference of outputs: {self.output_difference}"
-            yield f"  largest difference of gradients: {self.gradient_difference}"
-        cells = [("module", "found", "becomes", "why")]
-        cells += [(row.name or "(the model)", row.found, row.becomes or "left as it is", row.why) for row in self.rows]
-        if self.rows:
-            yield from (f"  {line}" for line in text.columns(cells, left=range(4)))
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count / 2**10:,.1f} KiB"
-
-
 def convert(model: nn.Module, *, residual: bool = True, check: Any = None) -> ConversionReport:
-    """Rewrites a model in place so that batch norm, a residual addition and the activation after them are one kernel.
+    """Rewrites a model in place: one kernel computes batch norm, residual addition and activation.
 
-    Parameters, buffers, hooks, names, state_dict and modes stay what they are, so optimizers built before stay valid; results differ by
-    rounding only. What cannot be read for certain is left as it is, and the report says why. `revert` undoes it.
+    Parameters, buffers, hooks, names, state_dict and modes stay the same objects, so an optimizer that was
+    built before stays valid. Results differ by rounding only. A forward that cannot be read for certain is
+    left as it is, and the report says why. `revert` undoes the conversion.
 
     Args:
-        model: any module; what it holds is found by reading the forward of each block with torch.fx.
-        residual: fuse the addition of a residual too.
-        check: a batch: the model's argument, a tuple of its positional arguments or a mapping of its arguments by name. The model is run
-            with it before and after, forward and backward, and the report says how outputs and gradients differ and how many bytes were
-            saved for backward. Tensors are found in outputs that are tuples, lists, mappings, dataclasses or registered with
-            torch.utils._pytree. Buffers, gradients and torch's generators are as before afterwards. A deep network enlarges differences
-            in rounding, more so in small batches; a model in float64 shows that there is nothing else.
+        model: any module. The forward of each block in it is read with torch.fx.
+        residual: whether the addition of a residual is fused too.
+        check: a batch to compare the model before and after conversion: the model's argument, a tuple of its
+            positional arguments, or a mapping of its arguments by name. The model runs forward and backward
+            with the batch before and after conversion. The report then says how far outputs and gradients
+            differ, and how many bytes are kept for backward. Outputs may be tensors, tuples, lists, mappings,
+            dataclasses, or classes that are registered with torch.utils._pytree. Buffers, gradients and
+            torch's random numbers are the same afterwards. A deep network enlarges differences in rounding,
+            more so with a small batch. A check of the model in float64 shows whether there is any other
+            difference.
 
     Returns:
         A ConversionReport.
 
     Raises:
         TypeError: model is not a module.
-        Exception: what model(check) raises; the model is then as it was.
+        Exception: any exception that model(check) raises. The model is then as it was.
 
     Example:
         >>> import torch, gradkernels as gk
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.LeakyReLU(0.1), torch.nn.Linear(8, 2))
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.LeakyReLU(0.1), nn.Linear(8, 2))
         >>> print(gk.convert(model))
         convert: 1 fused, 0 replaced, 0 left of 1 batch norms and activations
           module  found                   becomes                     why
@@ -148,42 +64,42 @@ def convert(model: nn.Module, *, residual: bool = True, check: Any = None) -> Co
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert takes a torch.nn.Module, not {type(model).__name__}")
-    problem = _problem_of(model)
+    problem = _why_not_convertible(model)
     if problem is not None:
         return ConversionReport((), (problem,))
-    before = [(module, type(module), dict(module.__dict__)) for module in model.modules()]
+    states = [(module, type(module), dict(module.__dict__)) for module in model.modules()]
     try:
         _revert(model)
         plan = _Plan(model, residual)
-        seen = None if check is None else _Observation(model, check)
+        before = None if check is None else Observation(model, check)
         plan.apply()
-        if seen is None:
+        if before is None:
             return ConversionReport(tuple(plan.rows), tuple(plan.notes))
-        after = _Observation(model, check)
-        if not seen.outputs:
-            plan.notes.append(f"the model returned {seen.kind}, in which there is no tensor to compare")
+        after = Observation(model, check)
+        if not before.outputs:
+            plan.notes.append(f"the model returned {before.output_type}, in which there is no tensor to compare")
     except BaseException:
-        for module, kind, state in before:
+        for module, kind, state in states:
             object.__setattr__(module, "__class__", kind)
-            trace.restore(module, state)
+            restore(module, state)
         raise
     return ConversionReport(
         tuple(plan.rows),
         tuple(plan.notes),
-        seen.saved_bytes,
+        before.saved_bytes,
         after.saved_bytes,
-        _difference(seen.outputs, after.outputs),
-        _difference(seen.grads, after.grads),
+        largest_difference(before.outputs, after.outputs),
+        largest_difference(before.grads, after.grads),
     )
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Undoes convert, in place: every module has the class it had.
+    """Undoes convert, in place: every module gets back the class that it had.
 
-    What has been made of a module since, by convert_sync_batch_norm for one, stays.
+    A module that has been replaced or changed since, by convert_sync_batch_norm for example, stays as it is.
 
     Args:
-        model: any module; one that was not converted stays as it is.
+        model: any module. One that was not converted stays as it is.
 
     Returns:
         model.
@@ -210,62 +126,54 @@ def _revert(model: nn.Module) -> None:
         base = base_class(type(module))
         if base is not None:
             object.__setattr__(module, "__class__", base)
-            module.__dict__.pop(ATTRIBUTE, None)
+            module.__dict__.pop(FORWARD, None)
         original = module.__dict__.get(ORIGINAL)
-        if original is not None and type(module) is (rewrite.BATCH_NORMS | rewrite.ACTIVATION_MODULES)[original]:
+        if original is not None and type(module) is (BATCH_NORMS | ACTIVATION_MODULES)[original]:
             object.__setattr__(module, "__class__", original)
             for name in (ORIGINAL, "act", "act_param") if issubclass(original, _BatchNorm) else (ORIGINAL,):
                 module.__dict__.pop(name)
 
 
-def _problem_of(model: nn.Module) -> str | None:
-    """Why nothing in a model is to be touched."""
+def _why_not_convertible(model: nn.Module) -> str | None:
+    """Why nothing in a model may be changed; None if it may."""
     if isinstance(model, torch.jit.ScriptModule):
-        return "the model is scripted: its code is compiled already. Convert the model that was scripted; what was converted can be traced"
+        remedy = "Convert the model that it was made from. torch.jit.trace takes a converted model, torch.jit.script does not"
+        return f"the model is scripted, so its code is compiled already. {remedy}"
     for name, module in model.named_modules():
+        place = f"{name or 'the model itself'}: {type(module).__name__}"
         if type(module).__module__.startswith(_QUANTISED):
-            return f"the model is quantised ({name or 'the model itself'}: {type(module).__name__}): the kernels take floating point"
+            return f"the model is quantised ({place}): the kernels take floating point"
         if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
-            place = name or "the model itself"
-            return f"the model has parameters without a shape ({place}: {type(module).__name__}): run a batch through it first"
+            return f"the model has parameters without a shape ({place}): run a batch through it first"
     return None
 
 
 class _Plan:
-    """Every change, before any of it is made."""
+    """Every change that convert makes, and the report on it. Only `apply` changes the model."""
 
     def __init__(self, model: nn.Module, residual: bool) -> None:
         self.model = model
         self.rows: list[Row] = []
         self.notes: list[str] = []
-        self.forwards: dict[nn.Module, FusedForward] = {}
+        self.forwards: dict[nn.Module, RewrittenForward] = {}
         self.names = {module: name for name, module in model.named_modules()}
-        # What the forwards did not call that were read: module -> why.
+        # Blocks whose forward could not be read or cannot be replaced -> why.
         self.problems: dict[nn.Module, str] = {}
-        # What is below code that would see another class -> why it keeps its own.
+        # Modules whose class must stay, because code above them asks for it -> why.
         self.kept: dict[nn.Module, str] = {}
         sites = [(block, site) for block in self.names for site in self.read(block, residual)]
-        changes = {*rewrite.BATCH_NORMS, *rewrite.ACTIVATION_MODULES, *map(type, self.forwards)}
-        changes_or_names = changes | {each.__name__ for each in changes}
-        for block in self.names:
-            if any(not asked or asked & changes_or_names for asked in classes_asked(type(block))):
-                why = f"{type(block).__name__} asks for the class of a module, which conversion would change"
-                self.kept.update(dict.fromkeys(block.modules(), why))
-        self.alone = {site.module for _, site in sites if site.module is not None and site.fused is None}
+        self.keep_classes_asked_for()
+        # Modules that are called somewhere without being fused, and may get our class.
+        self.alone = {site.module for _, site in sites if site.module is not None and site.label is None}
         self.alone -= {site.module for _, site in sites if site.keeps_output}
-        called = {site.module for _, site in sites} | {each for _, site in sites for each in site.absorbed}
+        called = {site.module for _, site in sites} | {module for _, site in sites for module in site.absorbed}
         for block, site in sites:
-            # A subclass of batch norm that is fused in itself is a leaf without a reading in the block that calls it.
+            # A batch norm with its own rewritten forward has a row for that forward, not for its call.
             if site.module is None or site.module is block or site.module not in self.forwards:
                 self.rows.append(self.row(block, site))
         for module, name in self.names.items():
-            if module not in called and (isinstance(module, _BatchNorm) or rewrite.is_activation(module)):
-                site = rewrite.Site(module, type(module).__name__, why=self.why_uncalled(name))
-                if rewrite.keeps_output(module):
-                    site.why, site.keeps_output = rewrite.KEEPS_ITS_OUTPUT, True
-                else:
-                    self.alone.add(module)
-                self.rows.append(self.row(module, site))
+            if module not in called and (isinstance(module, _BatchNorm) or is_activation(module)):
+                self.rows.append(self.row(module, self.site_without_call(module, name)))
         order = {name: place for place, name in enumerate(self.names.values())}
         self.rows.sort(key=lambda row: order[row.name])
         if not any(isinstance(module, _BatchNorm) for module in self.names):
@@ -274,45 +182,61 @@ class _Plan:
             if isinstance(module, torch.jit.ScriptModule) and not isinstance(self.above(name), torch.jit.ScriptModule):
                 self.notes.append(f"{name} is scripted and left as it is")
 
-    def read(self, block: nn.Module, residual: bool) -> list[rewrite.Site]:
-        """The sites in the forward of one module, and the reason where there are none to be read."""
+    def read(self, block: nn.Module, residual: bool) -> list[Site]:
+        """The sites in the forward of one module. Notes the rewritten forward, or why there is none."""
         if not trace.has_own_forward(block):
             return []
-        found = rewrite.fuse(block, residual)
-        if found.problem is not None:
-            self.problems[block] = found.problem
-        if found.forward is not None:
+        result = rewrite.rewrite_forward(block, residual)
+        if result.problem is not None:
+            self.problems[block] = result.problem
+        if result.forward is not None:
             why = why_not_derived(type(block))
             if why is not None:
                 self.problems[block] = f"stays: its class {why}"
                 return []
-            self.forwards[block] = found.forward
-        return found.sites
+            self.forwards[block] = result.forward
+        return result.sites
 
-    def row(self, block: nn.Module, site: rewrite.Site) -> Row:
+    def keep_classes_asked_for(self) -> None:
+        """Keeps the classes below code that asks for a class and may compare it with one that changes."""
+        changing = {*BATCH_NORMS, *ACTIVATION_MODULES, *map(type, self.forwards)}
+        classes_and_names = changing | {kind.__name__ for kind in changing}
+        for block in self.names:
+            if any(not asked or asked & classes_and_names for asked in classes_asked(type(block))):
+                why = f"{type(block).__name__} asks for the class of a module, which conversion would change"
+                self.kept.update(dict.fromkeys(block.modules(), why))
+
+    def site_without_call(self, module: nn.Module, name: str) -> Site:
+        """The site of a module that no forward calls, as far as forwards could be read."""
+        site = Site(module, type(module).__name__, why=self.why_uncalled(name))
+        if keeps_output(module):
+            site.why, site.keeps_output = KEEPS_ITS_OUTPUT, True
+        else:
+            self.alone.add(module)
+        return site
+
+    def row(self, block: nn.Module, site: Site) -> Row:
         module = site.module
         name = self.names[block if module is None else module]
         kept = self.kept.get(block) or (module and self.kept.get(module))
         if kept:
             return Row(name, site.found, None, kept)
-        if site.fused is not None:
-            return Row(name, site.found, site.fused, site.why)
-        if module is None:
+        if site.label is not None:
+            return Row(name, site.found, site.label, site.why, site.is_fused)
+        if module is None or site.keeps_output:
             return Row(name, site.found, None, site.why)
-        if type(module) in rewrite.BATCH_NORMS:
-            return Row(name, site.found, rewrite.BATCH_NORMS[type(module)].__name__, site.why)
-        if site.keeps_output:
-            return Row(name, site.found, None, site.why)
+        if type(module) in BATCH_NORMS:
+            return Row(name, site.found, BATCH_NORMS[type(module)].__name__, site.why)
         ours, why = _activation_alone(module)
-        # One that a batch norm could take in stays apart for what hides the place of its call.
-        hidden = isinstance(module, _BatchNorm) or (site.why and act_of_module(module) is not None)
-        return Row(name, site.found, ours, site.why if hidden else why)
+        # The reason of the site is more useful if the activation could be fused where it is called.
+        is_fusible = isinstance(module, _BatchNorm) or (site.why and act_of_module(module) is not None)
+        return Row(name, site.found, ours, site.why if is_fusible else why)
 
     def above(self, name: str) -> nn.Module:
         return self.model.get_submodule(name.rpartition(".")[0])
 
     def why_uncalled(self, name: str) -> str:
-        """Of the innermost block above a module that no forward calls."""
+        """Why no call of a module was found: the problem of the block that holds it."""
         while name:
             block = self.above(name)
             name = name.rpartition(".")[0]
@@ -327,92 +251,29 @@ class _Plan:
             kind = type(module)
             if module in self.kept:
                 continue
-            if kind in rewrite.BATCH_NORMS:
+            if kind in BATCH_NORMS:
                 module.__dict__[ORIGINAL] = kind
                 module.__dict__["act"], module.__dict__["act_param"] = "identity", check_act("identity", None)
-                object.__setattr__(module, "__class__", rewrite.BATCH_NORMS[kind])
-            elif module in self.alone and kind in rewrite.ACTIVATION_MODULES and _activation_alone(module)[0] is not None:
+                object.__setattr__(module, "__class__", BATCH_NORMS[kind])
+            elif module in self.alone and kind in ACTIVATION_MODULES and _activation_alone(module)[0] is not None:
                 module.__dict__[ORIGINAL] = kind
-                object.__setattr__(module, "__class__", rewrite.ACTIVATION_MODULES[kind])
+                object.__setattr__(module, "__class__", ACTIVATION_MODULES[kind])
             elif module in self.forwards:
-                module.__dict__[ATTRIBUTE] = self.forwards[module]
-                object.__setattr__(module, "__class__", fused_class(kind))
+                module.__dict__[FORWARD] = self.forwards[module]
+                object.__setattr__(module, "__class__", converted_class(kind))
 
 
 def _activation_alone(module: nn.Module) -> tuple[str | None, str]:
-    """What an activation that nothing is fused with becomes, and why it is left."""
+    """The name of the class that an activation alone gets, or None and why it keeps its own."""
     kind: Any = type(module)
     if kind is nn.SiLU and getattr(module, "inplace", False):
-        return None, "it is in place, which ours is not"
-    if kind in rewrite.ACTIVATION_MODULES:
-        return f"gradkernels.{rewrite.ACTIVATION_MODULES[kind].__name__}", ""
+        return None, IS_IN_PLACE
+    if kind in ACTIVATION_MODULES:
+        return f"gradkernels.{ACTIVATION_MODULES[kind].__name__}", ""
     if kind is nn.RReLU:
         return None, "gradkernels.RReLU draws other slopes from the same seed"
     if kind.__module__.startswith("gradkernels."):
-        return None, "it is gradkernels' already"
+        return None, "it is a module of gradkernels already"
     if act_of_module(module) is not None:
-        return None, "torch's own is kept: alone there is nothing to fuse"
+        return None, NOTHING_TO_FUSE
     return None, f"there is no kernel for {kind.__name__}"
-
-
-class _Observation:
-    """Outputs, gradients of the parameters and bytes saved for backward of one call of a model, which is as before afterwards."""
-
-    def __init__(self, model: nn.Module, batch: Any) -> None:
-        keywords = dict(batch) if isinstance(batch, Mapping) else {}
-        arguments = () if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-        parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
-        of_parameters = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
-        # Kept until the count is taken: memory that is freed and used again would be counted once.
-        saved: dict[int, torch.UntypedStorage] = {}
-
-        def keep(x: Tensor) -> Tensor:
-            saved[x.untyped_storage().data_ptr()] = x.untyped_storage()
-            return x
-
-        with preserved(model, batch), torch.enable_grad():
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-                output = model(*arguments, **keywords)
-            self.saved_bytes = sum(storage.nbytes() for address, storage in saved.items() if address not in of_parameters)
-            saved.clear()
-            self.kind = type(output).__name__
-            tensors = {f"output {place}": each for place, each in enumerate(_tensors_of(output))}
-            self.outputs = {name: each.detach().clone() for name, each in tensors.items()}
-            roots = [each for each in tensors.values() if each.requires_grad]
-            # Random weights: gradients of a plain sum vanish below a batch norm.
-            generator = torch.Generator("cpu").manual_seed(0)
-            weights = [torch.randn(each.shape, generator=generator, device="cpu").to(each) for each in roots]
-            grads = torch.autograd.grad(roots, list(parameters.values()), weights, allow_unused=True) if roots and parameters else ()
-            self.grads = {name: each for name, each in zip(parameters, grads, strict=False) if each is not None}
-
-
-def _tensors_of(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for each in output.values():
-            yield from _tensors_of(each)
-    elif dataclasses.is_dataclass(output):
-        for field in dataclasses.fields(output):
-            yield from _tensors_of(getattr(output, field.name))
-    else:
-        for leaf in pytree.tree_leaves(output):
-            if leaf is not output:
-                yield from _tensors_of(leaf)
-
-
-def _difference(before: dict[str, Tensor], after: dict[str, Tensor]) -> Difference:
-    """Over all of them: what is zero but for rounding, such as the gradient of a bias below a batch norm, is no measure for itself."""
-    floating = [name for name, each in (before | after).items() if each.numel() and (each.is_floating_point() or each.is_complex())]
-    magnitude = max((before[name].abs().max().item() for name in floating if name in before), default=0.0)
-    differences = [(_distance(before.get(name), after.get(name)), name) for name in floating]
-    # nan, which compares with nothing, is the largest.
-    difference, name = max(differences, key=lambda found: (math.isnan(found[0]), found[0]), default=(0.0, ""))
-    return Difference(difference, magnitude, name)
-
-
-def _distance(before: Tensor | None, after: Tensor | None) -> float:
-    """The largest difference; what is there once only is beside zeros, and of another shape infinitely far."""
-    if before is None or after is None:
-        return sum(each.abs().max().item() for each in (before, after) if each is not None)
-    return (after - before).abs().max().item() if before.shape == after.shape else math.inf

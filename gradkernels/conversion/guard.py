@@ -1,8 +1,9 @@
-"""The forward that a converted block has instead of its own.
+"""The rewritten forward of a converted block, and the conditions under which it may run.
 
-A fused forward holds only for what was read when it was made: before each call it compares the attributes that the block's own forward
-read, the names of its submodules, the classes of those it calls differently and their hooks; where anything differs, the block's own
-forward runs, on submodules that are what they were. So a hook added later, a replaced batch norm or a switched flag is always right.
+A rewritten forward is right only while what the block's own forward read is unchanged. So each call first
+compares attributes, the names of submodules, and the classes and hooks of the submodules that are called
+differently. If anything differs, the block's own forward runs. A hook that is added later, a replaced batch
+norm or a switched flag therefore always has its effect.
 """
 
 import linecache
@@ -20,21 +21,33 @@ from torch.nn.modules.module import _has_any_global_hook
 from gradkernels import _native
 from gradkernels.acts import ACTS
 from gradkernels.batch_norm_act import forward_of
-from gradkernels.conversion.trace import Missing, Path
+from gradkernels.conversion.attributes import Path
+from gradkernels.conversion.bytecode import MISSING
 
-# Where the fused forward stands in a block's __dict__, and where in that of its class the class stands that the block had.
-ATTRIBUTE = "_fused_forward"
-BASE = "_fused_from"
-# Where the class that a batch norm or an activation had stands in its __dict__.
+# Names in a __dict__. Of a block: its rewritten forward.
+FORWARD = "_rewritten_forward"
+# Of the class of a converted block: the class that the block had.
+BASE = "_class_before_conversion"
+# Of a batch norm or an activation: the class that it had.
 ORIGINAL = "_converted_from"
+# The name of each child, and what is compared of it.
+Children = tuple[tuple[str, Any], ...]
 
 
 def normalize(
     bn: _BatchNorm, x: Tensor, residual: Tensor | None, act: str, act_param: float, writes: bool = False, is_second: bool = False
 ) -> Tensor:
-    """What stands in a fused forward for act(bn(x) + residual); with `writes` it is the sum that bn(x).add_(residual) gives.
+    """act(bn(x) + residual): the call in a rewritten forward that replaces a chain.
 
-    is_second: bn(x) is the second term, and the sum has the memory format of the residual.
+    Args:
+        bn: a batch norm without hooks and without an activation of its own, which RewrittenForward.holds
+            checks.
+        x: the input of the batch norm.
+        residual: None without an addition.
+        act: a key of ACTS.
+        act_param: the parameter of act.
+        writes: the addition was bn(x).add_(residual), whose sum keeps the shape and the dtype of bn(x).
+        is_second: the addition was residual + bn(x), whose sum has the memory format of the residual.
     """
     if residual is not None and (
         not isinstance(residual, Tensor)
@@ -43,7 +56,7 @@ def normalize(
         or residual.device != x.device
         or (is_second and residual.stride() != x.stride())
     ):
-        # A sum that broadcasts or promotes; bn itself is without an activation and unhooked, else the forward would not hold.
+        # The kernel has no sum that broadcasts, promotes or changes the memory format.
         y = forward_of(bn, x, None, "identity", 0.0)
         total = y.add_(residual) if writes else residual + y if is_second else y + residual
         return ACTS[act].function(total, act_param)
@@ -51,14 +64,21 @@ def normalize(
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module calls anything besides its class's forward."""
+    """Whether a call of the module runs anything besides the forward of its class."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks) or "forward" in module.__dict__
 
 
 @dataclass(frozen=True)
 class Expected:
-    """A submodule that is called differently, or not at all: its classes, without hooks. attribute: one that has to be `value`."""
+    """The condition on a submodule that a rewritten forward calls differently, or not at all.
+
+    Attributes:
+        path: where the submodule is.
+        kinds: the classes that it may have. It must have no hooks.
+        attribute: the name of an attribute whose value is compared, or None.
+        value: the value that the attribute must have.
+    """
 
     path: Path
     kinds: tuple[type[nn.Module], ...]
@@ -69,35 +89,43 @@ class Expected:
         module = child(block, self.path)
         if type(module) not in self.kinds or has_hooks(module):
             return False
-        return self.attribute is None or getattr(module, self.attribute, Missing) == self.value
+        return self.attribute is None or getattr(module, self.attribute, MISSING) == self.value
 
 
 @dataclass(frozen=True)
-class FusedForward:
-    """source: of a function `forward`; names: the globals that it needs. residual: whether additions were to be fused.
+class RewrittenForward:
+    """A forward and its conditions. It is immutable, so a block and its copies share it.
 
-    of: the forward that was read. asks_for_classes: it may ask for the class of a submodule, with isinstance. shared: names of one object,
-    which the source has by the first.
+    A pickle holds only `residual`. The forward is written again where the pickle is loaded (block.py).
 
-    attributes, children, expected: what has to hold. Immutable, so that a block and its copies share it; a pickle has `residual` in its
-    place (block.py).
+    Attributes:
+        source: the code of a function `forward`.
+        names: the global names that the code needs.
+        attributes: (path of a module, name, value) of each attribute that the block's own forward read.
+        children: for the path of each module on the way to another, its children at that time.
+        expected: the conditions on submodules that are called differently.
+        residual: whether additions were allowed to be fused.
+        original: the block's own forward.
+        asks_for_classes: the block's own forward calls isinstance or issubclass, so the classes of children
+            count.
+        shared: paths that led to one object at that time. The code uses the first of them.
     """
 
     source: str
     names: Mapping[str, Any]
     attributes: tuple[tuple[Path, str, Any], ...]
-    children: tuple[tuple[Path, tuple[tuple[str, Any], ...]], ...]
+    children: tuple[tuple[Path, Children], ...]
     expected: tuple[Expected, ...]
     residual: bool
-    of: Callable[..., Any]
+    original: Callable[..., Any]
     asks_for_classes: bool
     shared: tuple[tuple[Path, ...], ...]
     function: Callable[..., Any] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         namespace = dict(self.names)
-        file = f"<fused forward {hash(self.source) & 0xFFFFFFFF:08x}>"
-        # Tracebacks show its lines.
+        file = f"<forward rewritten by gradkernels.convert {hash(self.source) & 0xFFFFFFFF:08x}>"
+        # A traceback shows lines of the code only from here.
         linecache.cache[file] = (len(self.source), None, self.source.splitlines(True), file)
         exec(compile(self.source, file, "exec"), namespace)
         object.__setattr__(self, "function", namespace["forward"])
@@ -105,47 +133,49 @@ class FusedForward:
     def __reduce__(self) -> tuple[Any, ...]:
         return bool, (self.residual,)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "FusedForward":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RewrittenForward":
         return self
 
     def holds(self, block: nn.Module) -> bool:
+        """Whether the block meets every condition now, and nothing else needs the block's own forward."""
         if _has_any_global_hook() or torch.fx._symbolic_trace.is_fx_symbolic_tracing() or _native.is_for_onnx():
             return False
         for path, name, value in self.attributes:
             module = child(block, path)
-            found = class_before(module) if name == "__class__" else getattr(module, name, Missing)
-            if isinstance(found, MethodType):
-                found = found.__func__
-            if not _is_same(found, value):
+            current = class_before(module) if name == "__class__" else getattr(module, name, MISSING)
+            if isinstance(current, MethodType):
+                current = current.__func__
+            if not _is_same(current, value):
                 return False
-        for path, names in self.children:
-            if children_of(child(block, path), self.asks_for_classes) != names:
+        for path, children in self.children:
+            if children_of(child(block, path), self.asks_for_classes) != children:
                 return False
         for first, *others in self.shared:
             if any(owned(block, path) is not owned(block, first) for path in others):
                 return False
-        return all(each.holds(block) for each in self.expected)
+        return all(condition.holds(block) for condition in self.expected)
 
 
-def _is_same(found: Any, value: Any) -> bool:
-    """== that tells 2 from 2.0, 0.0 from -0.0 and one order of a dict from another."""
-    # A tensor that took the place of a number has an == of its own.
-    if type(found) is not type(value):
+def _is_same(current: Any, value: Any) -> bool:
+    """Like ==, but 2 and 2.0, 0.0 and -0.0, and two orders of a dict are different."""
+    # A tensor in the place of a number has an == of its own.
+    if type(current) is not type(value):
         return False
     if isinstance(value, dict):
-        return len(found) == len(value) and all(map(_is_same, found.items(), value.items()))
+        return len(current) == len(value) and all(map(_is_same, current.items(), value.items()))
     if isinstance(value, (list, tuple)):
-        return len(found) == len(value) and all(map(_is_same, found, value))
-    same: bool = found == value
-    return same and (type(value) is not float or math.copysign(1.0, found) == math.copysign(1.0, value))
+        return len(current) == len(value) and all(map(_is_same, current, value))
+    same: bool = current == value
+    return same and (type(value) is not float or math.copysign(1.0, current) == math.copysign(1.0, value))
 
 
 def child(block: nn.Module, path: Path) -> nn.Module:
-    """The submodule at a path, empty for the block itself; a module without anything where it is no longer there."""
+    """The submodule at a path, or the block for an empty path. If it is gone: a module without children."""
     module = block
     for name in path:
-        found = None if name in module.__dict__ else module._modules.get(name)
-        module = _NOTHING if found is None else found
+        # An attribute in __dict__ hides a submodule of that name.
+        submodule = None if name in module.__dict__ else module._modules.get(name)
+        module = _NOTHING if submodule is None else submodule
     return module
 
 
@@ -153,9 +183,9 @@ _NOTHING = nn.Module()
 
 
 def owned(block: nn.Module, path: Path) -> Any:
-    """The submodule, parameter or buffer at a path; None where there is none."""
+    """The submodule, parameter or buffer at a path; None if there is none."""
     owners = _owners(child(block, path[:-1]))
-    return next((own[path[-1]] for own in owners if path[-1] in own), None)
+    return next((owner[path[-1]] for owner in owners if path[-1] in owner), None)
 
 
 def _owners(module: nn.Module) -> tuple[dict[str, Any], ...]:
@@ -163,25 +193,29 @@ def _owners(module: nn.Module) -> tuple[dict[str, Any], ...]:
 
 
 def shared_in(block: nn.Module) -> tuple[tuple[Path, ...], ...]:
-    """The names of each submodule, parameter and buffer that has more than one."""
-    names: dict[int, list[Path]] = {}
-    for owned_by in (block.named_modules, block.named_parameters, block.named_buffers):
-        for name, each in owned_by(remove_duplicate=False):
-            names.setdefault(id(each), []).append(tuple(name.split(".")))
-    return tuple(tuple(paths) for paths in names.values() if len(paths) > 1)
+    """The paths of each submodule, parameter and buffer that has more than one."""
+    paths: dict[int, list[Path]] = {}
+    for named in (block.named_modules, block.named_parameters, block.named_buffers):
+        for name, value in named(remove_duplicate=False):
+            paths.setdefault(id(value), []).append(tuple(name.split(".")))
+    return tuple(tuple(same) for same in paths.values() if len(same) > 1)
 
 
-def children_of(module: nn.Module, with_classes: bool) -> tuple[tuple[str, Any], ...]:
-    """The names of its submodules, parameters and buffers, and which are None: what a forward goes through and compares with None.
+def children_of(module: nn.Module, with_classes: bool) -> Children:
+    """The names of a module's submodules, parameters and buffers, and which of them are None.
 
-    with_classes: and of which classes the submodules are, before conversion, where a forward asks for that.
+    A forward may loop over them or compare them with None.
+
+    Args:
+        module: the module.
+        with_classes: adds the classes of the submodules before conversion, for a forward that asks for them.
     """
-    names = tuple((name, each is None) for own in _owners(module) for name, each in own.items())
-    return names + tuple((name, class_before(each)) for name, each in module._modules.items() if with_classes)
+    names = tuple((name, value is None) for owner in _owners(module) for name, value in owner.items())
+    return names + tuple((name, class_before(value)) for name, value in module._modules.items() if with_classes)
 
 
 def base_class(kind: type) -> type[nn.Module] | None:
-    """The class of a block before it was converted, None where it was not."""
+    """The class that a block had before conversion; None if `kind` is not the class of a converted block."""
     base: type[nn.Module] | None = kind.__dict__.get(BASE)
     return base
 

@@ -1,11 +1,11 @@
-"""Reads what a module's forward does with its submodules, as a torch.fx graph in which every submodule is a leaf.
+"""Reads the forward of one module as a torch.fx graph, in which every submodule is a leaf.
 
-A graph is a forward without its Python, so it stands for one only where nothing is lost: no branch over data or optional arguments,
-nothing read outside (purity.py), no attribute written, no mode switched, and the same graph in training and in evaluation. Whatever else
-a forward does is a reason to leave it alone. Reading changes nothing: what it did change is put back.
+A graph has the calls of a forward, but not its Python code. So it stands for the forward only if nothing is
+lost: the forward does not branch on data or on optional arguments, reads nothing from elsewhere (purity.py),
+writes no attribute (attributes.py), switches no mode, and has the same graph in training and in evaluation.
+Anything else is a reason to leave it alone. Reading leaves the module as it was.
 """
 
-import copy
 import dataclasses
 import inspect
 import math
@@ -13,9 +13,8 @@ import operator
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType, GetSetDescriptorType, MemberDescriptorType, MethodType
+from types import FunctionType, GetSetDescriptorType
 from typing import Any, cast
 
 import torch
@@ -24,54 +23,25 @@ from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.proxy import Attribute
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradkernels.conversion.purity import (
-    Unreadable,
-    is_attribute_written_out,
-    is_function_of_its_arguments,
-    is_torchs,
-    own_classes,
-    run_watched,
-    unpacked_count,
-    writes_into_containers,
-)
+from gradkernels.conversion.attributes import HOOKED, Path, Reads, containers, in_mode, recorded
+from gradkernels.conversion.bytecode import is_attribute_written_out, unpacked_count
+from gradkernels.conversion.purity import Unreadable, is_torchs, own_classes, run_watched, writes_into_containers
 
-Path = tuple[str, ...]
-# Stands among the modules called for a hook, which may write attributes of any.
-_HOOKED = 0
-# torch.fx patches nn.Module while it reads, and so does this file.
+# torch.fx patches nn.Module while it reads a forward, and attributes.py does too.
 _ONE_AT_A_TIME = threading.Lock()
-
-
-class Missing:
-    """Stands for the value of an attribute that a forward asked for and that was not there."""
-
-
-# What nn.Module keeps for itself; `training` is read by forwards, the rest is not theirs.
-OF_EVERY_MODULE = frozenset(nn.Module().__dict__) - {"training"}
-# What of it gives a forward tensors that are not proxies.
-_ALL_TENSORS = frozenset(
-    ("parameters", "named_parameters", "buffers", "named_buffers", "state_dict", "_parameters", "_buffers", "__dict__")
-)
-_GUARDED = (
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    type(None),
-    torch.dtype,
-    torch.device,
-    torch.Size,
-)
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift", "irshift")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """graph: of forward, None where `problem` says why not. attributes: what it read, as (path of the module, name, value).
+    """What reading a forward gives.
 
-    by_mode: the graphs of training and evaluation of a forward that reads `training` and is readable but for that.
+    Attributes:
+        graph: the graph of the forward; None if there is a problem.
+        problem: why no graph stands for the forward, as a verb that follows "the forward of X".
+        attributes: (path of the module, name, value) of each attribute that the forward read.
+        by_mode: the graphs in training and in evaluation, if the only problem is that the forward reads
+            `training`.
     """
 
     graph: Graph | None
@@ -90,7 +60,7 @@ def _in_place(name: str) -> Callable[[Proxy, Any], Proxy]:
 
 
 class _Recorded(Proxy):
-    """A proxy that refuses what no node would stand for."""
+    """A proxy that raises Unreadable for uses of a value that no node stands for."""
 
     def __getattr__(self, name: str) -> Any:
         frame = sys._getframe(1)
@@ -98,12 +68,12 @@ class _Recorded(Proxy):
         if is_torchs(frame) or (kind is not None and not isinstance(kind, (GetSetDescriptorType, property))):
             return _ReadingAttribute(self, name)
         if kind is None and not is_attribute_written_out(frame):
-            raise Unreadable(f"asks a value whether it has {name}, which tensors do not have")
-        # Where it is read, and not where it is used: a method that writes may stand between.
-        return self._asked(getattr, name)
+            raise Unreadable(f"checks whether a value has {name}, which tensors do not have")
+        # The node stands where the attribute is read: before its use, a method may write the value.
+        return self._read(getattr, name)
 
     def __getitem__(self, key: Any) -> Proxy:
-        return self._asked(operator.getitem, key)
+        return self._read(operator.getitem, key)
 
     def __iter__(self) -> Iterator[Proxy]:
         count = unpacked_count(sys._getframe(1))
@@ -113,10 +83,10 @@ class _Recorded(Proxy):
         values = self.tracer.create_proxy("call_function", unpack, (self, count), {})
         return iter([self.tracer.create_proxy("call_function", operator.getitem, (values, place), {}) for place in range(count)])
 
-    def _asked(self, function: Callable[..., Any], name: Any) -> Proxy:
+    def _read(self, function: Callable[..., Any], name: Any) -> Proxy:
         proxy: Proxy = self.tracer.create_proxy("call_function", function, (self, name), {})
         if not is_torchs(sys._getframe(2)):
-            cast(_Tracer, self.tracer).asked.append(proxy.node)
+            cast(_Tracer, self.tracer).read_values.append(proxy.node)
         return proxy
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -134,36 +104,34 @@ class _Recorded(Proxy):
 
     def __repr__(self) -> str:
         if not is_torchs(sys._getframe(1)):
-            cast(_Tracer, self.tracer).written.append(self.node)
+            cast(_Tracer, self.tracer).printed.append(self.node)
         return super().__repr__()
 
 
 def unpack(values: Any, count: int) -> tuple[Any, ...]:
-    """What a graph has for `a, b = values`, which takes any iterable of that length."""
-    taken = tuple(values)
-    if len(taken) != count:
-        raise ValueError(
-            f"not enough values to unpack (expected {count}, got {len(taken)})"
-            if len(taken) < count
-            else f"too many values to unpack (expected {count})"
-        )
-    return taken
+    """`a, b = values` in a graph: the values of any iterable of that length, or Python's error."""
+    unpacked = tuple(values)
+    if len(unpacked) < count:
+        raise ValueError(f"not enough values to unpack (expected {count}, got {len(unpacked)})")
+    if len(unpacked) > count:
+        raise ValueError(f"too many values to unpack (expected {count})")
+    return unpacked
 
 
-def _asked_for_its_class(proxy: Proxy) -> type[Proxy]:
+def _refuse_class(proxy: Proxy) -> type[Proxy]:
     if not is_torchs(sys._getframe(1)):
-        raise Unreadable("asks for the type of its input")
+        raise Unreadable("checks the type of its input")
     return _ReadingProxy
 
 
-# In-place operators are recorded as such, which Proxy does not; and a forward is noticed that asks whether it was given a tensor.
-_RECORDED = {"__class__": property(_asked_for_its_class), **{f"__{name}__": _in_place(name) for name in IN_PLACE}}
+# Proxy records `a += b` as `a + b`, and answers isinstance with its own class.
+_RECORDED = {"__class__": property(_refuse_class), **{f"__{name}__": _in_place(name) for name in IN_PLACE}}
 _ReadingProxy: type[Proxy] = type("_ReadingProxy", (_Recorded,), _RECORDED)
 _ReadingAttribute: type[Attribute] = type("_ReadingAttribute", (_Recorded, Attribute), _RECORDED)
 
 
 def _modes() -> tuple[object, ...]:
-    """What a with statement or a decorator may switch and a graph does not record."""
+    """The modes that a with statement or a decorator may switch. No graph records them."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -174,7 +142,7 @@ def _modes() -> tuple[object, ...]:
 
 
 class _NoTensors(TorchDispatchMode):
-    """A forward that is read computes with proxies alone: a tensor of its own would be a constant, and may be a random one."""
+    """Refuses every operation on tensors. A forward that is read has proxies; other tensors may be random."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -186,36 +154,38 @@ class _NoTensors(TorchDispatchMode):
 
 
 class _Tracer(Tracer):
-    # Buffers written in place are then nodes; as plain tensors they would be written while reading.
+    # Buffers are nodes then. As plain tensors they would be written in place during reading.
     proxy_buffer_attributes = True
 
     def __init__(self, called: set[int]) -> None:
-        # This package's functions are nodes as torch's are; traced through, they would be the operators they are composed of.
+        # The functions of this package are nodes, like torch's. Else torch.fx would trace into them.
         modules: Any = (math, sys.modules["gradkernels"])
         super().__init__(autowrap_modules=modules)
         self.modes = _modes()
-        # What the forward asked for by name or number, and what it wrote as text.
-        self.asked: list[Node] = []
-        self.written: list[Node] = []
-        # Lists and dicts that its modules keep, and modules called that may write attributes: by id().
+        # Values that the forward read by an attribute or an index, and values that it turned into text.
+        self.read_values: list[Node] = []
+        self.printed: list[Node] = []
+        # id() of the lists and dicts that are attributes of the modules.
         self.containers: set[int] = set()
         self.called = called
         self.thread = threading.get_ident()
 
     def traced(self, module: nn.Module) -> Graph:
-        # By identity: a graph has a copy of each at each place where it is used.
-        self.containers = {id(each) for part in module.modules() for value in part.__dict__.values() for each in containers(value, set())}
+        # By id(): a graph has a copy of a list at each place where it is used.
+        values = [value for part in module.modules() for value in part.__dict__.values()]
+        self.containers = {id(container) for value in values for container in containers(value)}
         no_tensors: Any = _NoTensors
         with no_tensors():
             graph = self.trace(module)
-        # Of an assertion that holds nobody reads the text.
-        texts = [each for node in graph.nodes if node.target is torch._assert for each in node.args if isinstance(each, str)]
-        for node in self.written:
-            if not any(f"Proxy({node.name})" in each for each in texts):
-                raise Unreadable("writes a value as text")
-        for node in self.asked:
-            if not node.users and node not in self.written:
-                raise Unreadable(f"asks for {node.args[1]} of a value, and no graph records what for")
+        # The text of an assertion does not matter while the assertion holds.
+        asserts = [node for node in graph.nodes if node.target is torch._assert]
+        texts = [text for node in asserts for text in node.args if isinstance(text, str)]
+        for node in self.printed:
+            if not any(f"Proxy({node.name})" in text for text in texts):
+                raise Unreadable("turns a value into text")
+        for node in self.read_values:
+            if not node.users and node not in self.printed:
+                raise Unreadable(f"reads {node.args[1]} of a value for a use that no graph records")
         return graph
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -226,26 +196,27 @@ class _Tracer(Tracer):
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
         if any("__call__" in kind.__dict__ for kind in own_classes(type(m))):
-            raise Unreadable(f"calls a {type(m).__name__}, whose class has a __call__ of its own")
+            raise Unreadable(f"calls a {type(m).__name__}, whose class has its own __call__")
         if any(map(own_classes, map(type, m.modules()))):
             self.called.update(map(id, m.modules()))
-            given = [each for value in (*args, *kwargs.values()) for each in containers(value, set()) if not isinstance(each, tuple)]
-            if given and any(writes_into_containers(type(part)) for part in m.modules()):
-                raise Unreadable(f"gives a {type(given[0]).__name__} to a {type(m).__name__}, which may write into it")
-        if any(each._forward_hooks or each._forward_pre_hooks for each in m.modules()):
-            self.called.add(_HOOKED)
+            arguments = [container for value in (*args, *kwargs.values()) for container in containers(value)]
+            passed = [container for container in arguments if not isinstance(container, tuple)]
+            if passed and any(writes_into_containers(type(part)) for part in m.modules()):
+                raise Unreadable(f"passes a {type(passed[0]).__name__} to a {type(m).__name__}, which may write into it")
+        if any(part._forward_hooks or part._forward_pre_hooks for part in m.modules()):
+            self.called.add(HOOKED)
         return super().call_module(m, forward, args, kwargs)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, (list, dict, set, tuple)) and not isinstance(a, torch.Size):
             if type(a) not in (list, dict, set, tuple) and not hasattr(a, "_fields"):
-                raise Unreadable(f"makes a {type(a).__name__}, which a graph has as another class")
+                raise Unreadable(f"makes a {type(a).__name__}, which would have another class in a graph")
             if id(a) in self.containers and not isinstance(a, tuple):
-                raise Unreadable(f"passes on a {type(a).__name__} that its module keeps")
+                raise Unreadable(f"passes on a {type(a).__name__} that is an attribute of its module")
         elif isinstance(a, (int, float, complex, str, bytes)) and type(a) not in (bool, int, float, complex, str, bytes):
-            raise Unreadable(f"computes with a {type(a).__name__}, which a graph has as a number or text of Python")
-        elif dataclasses.is_dataclass(type(a)) and (hasattr(a, "__post_init__") or not all(each.init for each in dataclasses.fields(a))):
-            raise Unreadable(f"makes a {type(a).__name__}, which a graph would make again from its fields")
+            raise Unreadable(f"computes with a {type(a).__name__}, which would be a plain number or text in a graph")
+        elif dataclasses.is_dataclass(type(a)) and (hasattr(a, "__post_init__") or not all(field.init for field in dataclasses.fields(a))):
+            raise Unreadable(f"makes a {type(a).__name__}, which a graph would make from its fields alone")
         return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -262,17 +233,17 @@ class _Tracer(Tracer):
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether a module's forward is to be read: it is nn.Sequential's, or neither torch's nor compiled."""
+    """Whether a module has a forward to read: nn.Sequential's, or one neither torch's nor compiled."""
     if isinstance(module, torch.jit.ScriptModule):
         return False
     forward = type(module).forward
-    # The forward that torch.fx makes is of no module.
+    # A forward that torch.fx has made has no __module__.
     return forward is nn.Sequential.forward or not (getattr(forward, "__module__", None) or "").startswith("torch.")
 
 
 def read(module: nn.Module) -> Reading:
-    """The forward of one module as it stands now."""
-    problem = _problem_of_class(module)
+    """Reads the forward of one module as it is now."""
+    problem = _why_not_readable(module)
     if problem is not None:
         return Reading(None, problem)
     try:
@@ -281,22 +252,22 @@ def read(module: nn.Module) -> Reading:
         return Reading(None, str(reason))
     except Exception as error:
         first_line = str(error).partition("\n")[0]
-        return Reading(None, f"is no graph for torch.fx: {type(error).__name__}: {first_line}")
+        return Reading(None, f"cannot be traced by torch.fx: {type(error).__name__}: {first_line}")
     attributes = evaluation_reads | reads
     modes = sorted(path for path, name in attributes if name == "training")
     if modes:
         return Reading(None, f"reads {'.'.join(('self', *modes[0]))}.training", by_mode=(training, evaluation))
     if str(training) != str(evaluation):
-        return Reading(None, "does one thing in training and another in evaluation")
+        return Reading(None, "differs between training and evaluation")
     return Reading(training, None, tuple((*place, value) for place, value in sorted(attributes.items())))
 
 
 def read_evaluation(module: nn.Module) -> tuple[Graph, set[Path]] | None:
-    """The graph of evaluation alone and the submodules that it reads attributes of; None where there is none.
+    """The graph in evaluation and the submodules whose attributes it reads; None if it cannot be read.
 
-    The module's attributes are taken to stay as they are.
+    The graph is right only while these attributes stay the same.
     """
-    if _problem_of_class(module) is not None:
+    if _why_not_readable(module) is not None:
         return None
     try:
         graph, reads = _trace(module, training=False)
@@ -305,14 +276,15 @@ def read_evaluation(module: nn.Module) -> tuple[Graph, set[Path]] | None:
     return graph, {path for path, name in reads if path and name not in ("training", "__class__")}
 
 
-def _problem_of_class(module: nn.Module) -> str | None:
+def _why_not_readable(module: nn.Module) -> str | None:
+    """What the class of a module says against reading its forward; None if nothing."""
     if isinstance(module, torch.fx.GraphModule):
-        return "belongs to a torch.fx.GraphModule, whose class is its own"
+        return "belongs to a torch.fx.GraphModule"
     if "forward" in module.__dict__:
         return "is set on the instance"
     if not isinstance(inspect.getattr_static(type(module), "forward"), FunctionType):
-        return "is no plain function"
-    # What a decorator wraps is not what is called.
+        return "is not a plain function"
+    # The arguments of the decorator count, not those of the function that it wraps.
     for parameter in list(inspect.signature(type(module).forward, follow_wrapped=False).parameters.values())[1:]:
         if parameter.name == "self":
             return "has a second argument named self"
@@ -321,28 +293,16 @@ def _problem_of_class(module: nn.Module) -> str | None:
     return None
 
 
-def is_guarded(value: Any) -> bool:
-    """Whether == tells later if the value is still the same, in a copy of the module too. Functions may read state of their own."""
-    if type(value) in (list, tuple, set, frozenset):
-        return all(map(is_guarded, value))
-    if type(value) is dict:
-        return all(map(is_guarded, value)) and all(map(is_guarded, value.values()))
-    if isinstance(value, type):
-        # One of the user's own has attributes, which may change.
-        return not own_classes(value)
-    return isinstance(value, _GUARDED) or is_function_of_its_arguments(value)
-
-
-def _trace(module: nn.Module, training: bool) -> tuple[Graph, dict[tuple[Path, str], Any]]:
-    """The graph in one mode, and the attributes of the module and its submodules that were read on the way."""
-    reads: dict[tuple[Path, str], Any] = {}
+def _trace(module: nn.Module, training: bool) -> tuple[Graph, Reads]:
+    """The graph in one mode, and the attributes of the module and its submodules that the forward read."""
+    reads: Reads = {}
     called: set[int] = set()
 
     def trace() -> Graph:
-        with _recorded(module, reads, called):
+        with recorded(module, reads, called):
             return _Tracer(called).traced(module)
 
-    with _ONE_AT_A_TIME, _undisturbed(module, training):
+    with _ONE_AT_A_TIME, in_mode(module, training):
         graph = run_watched(trace)
     for node in graph.nodes:
         node.type = None
@@ -357,182 +317,3 @@ def _resolves(module: nn.Module, target: str) -> bool:
     except AttributeError:
         return False
     return True
-
-
-@contextmanager
-def _recorded(module: nn.Module, reads: dict[tuple[Path, str], Any], called: set[int]) -> Iterator[None]:
-    """Notes which attributes of a module and its submodules are asked for; Unreadable where one is written.
-
-    Also refused: reading an attribute that an earlier call may have written, of a module in `called`, or of any where a hook ran.
-
-    nn.Module itself is patched, not the classes of the modules: a class of our own would be seen by registries of subclasses.
-    """
-    paths = {id(each): tuple(name.split(".")) if name else () for name, each in module.named_modules()}
-    thread = threading.get_ident()
-
-    def path_of(each: nn.Module) -> Path | None:
-        return paths.get(id(each)) if threading.get_ident() == thread else None
-
-    def __getattribute__(self: nn.Module, name: str) -> Any:
-        path = path_of(self)
-        if path is None:
-            return object.__getattribute__(self, name)
-        frame = sys._getframe(1)
-        if not is_torchs(frame):
-            if name in _ALL_TENSORS:
-                raise Unreadable(f"reads {_dotted(path, name)}, which gives tensors and no names")
-            if name == "__class__" and is_attribute_written_out(frame):
-                raise Unreadable(f"reads {_dotted(path, name)}, which conversion changes")
-            if issubclass(type(self), torch.jit.ScriptModule) and name != "__class__":
-                raise Unreadable(f"reads {_dotted(path, name)} of a scripted module")
-            if path:
-                # What its methods do, and what isinstance says of it.
-                reads[path, "__class__"] = type(self)
-        if issubclass(type(self), torch.jit.ScriptModule):
-            return object.__getattribute__(self, name)
-        own = object.__getattribute__(self, "__dict__")
-        try:
-            value = object.__getattribute__(self, name)
-        except AttributeError:
-            try:
-                value = type(self).__getattr__(self, name)
-            except AttributeError:
-                _note(path, reads, name, Missing)
-                raise
-            if value is None:
-                _note(path, reads, name, value)
-            return value
-        if (name in own or _is_of_class(type(self), path, name)) and name not in OF_EVERY_MODULE:
-            if name != "training" and (id(self) in called or _HOOKED in called):
-                raise Unreadable(f"reads {_dotted(path, name)} after a call that may write it")
-            _note(path, reads, name, value)
-        elif not is_torchs(frame) and isinstance(value, MethodType) and value.__self__ is self and own_classes(type(self)):
-            # One that is set on the instance later is another attribute.
-            reads[path, name] = value.__func__
-        return value
-
-    def refusing(original: Any) -> Callable[..., None]:
-        def write(self: nn.Module, name: str, *value: Any) -> None:
-            path = path_of(self)
-            if path is not None:
-                raise Unreadable(f"writes {_dotted(path, name)}")
-            original(self, name, *value)
-
-        return write
-
-    methods = {
-        "__getattribute__": __getattribute__,
-        "__setattr__": refusing(nn.Module.__setattr__),
-        "__delattr__": refusing(nn.Module.__delattr__),
-    }
-    before = {name: nn.Module.__dict__[name] for name in methods if name in nn.Module.__dict__}
-    for name, method in methods.items():
-        setattr(nn.Module, name, method)
-    try:
-        yield
-    finally:
-        for name in methods:
-            if name in before:
-                setattr(nn.Module, name, before[name])
-            else:
-                delattr(nn.Module, name)
-
-
-def _is_of_class(kind: type[nn.Module], path: Path, name: str) -> bool:
-    """Whether a class has a plain value of that name, the default of what an instance may set later."""
-    for each in kind.__mro__:
-        if name in each.__dict__:
-            value = each.__dict__[name]
-            if isinstance(value, MemberDescriptorType):
-                return True
-            if hasattr(type(value), "__get__"):
-                function = value.fget if isinstance(value, property) else value.__func__ if isinstance(value, staticmethod) else value
-                own = isinstance(value, GetSetDescriptorType) or each.__module__.startswith(("torch.", "builtins"))
-                if not own and not is_function_of_its_arguments(function):
-                    # A class method reads the class, and a cache would keep what is computed while reading.
-                    raise Unreadable(f"reads {_dotted(path, name)}, a {type(value).__name__}, which may change without notice")
-                return False
-            return each is not nn.Module
-    return False
-
-
-def _note(path: Path, reads: dict[tuple[Path, str], Any], name: str, value: Any) -> None:
-    # A proxy is what the forward itself has written there.
-    if (path, name) in reads or type(value) is _ReadingProxy:
-        return
-    if not is_guarded(value):
-        raise Unreadable(f"reads {_dotted(path, name)}, a {type(value).__name__}, which may change without notice")
-    if isinstance(value, (list, dict, set)) and not value:
-        raise Unreadable(f"reads {_dotted(path, name)}, an empty {type(value).__name__}, which something is to fill")
-    reads[path, name] = copy.deepcopy(value)
-
-
-def _dotted(path: Path, name: str) -> str:
-    return ".".join(("self", *path, name))
-
-
-@contextmanager
-def _undisturbed(module: nn.Module, training: bool) -> Iterator[None]:
-    """Sets a mode, and puts back modes and attributes; Unreadable where the forward wrote some."""
-    modules = [each for each in module.modules() if not isinstance(each, torch.jit.ScriptModule)]
-    before = [dict(each.__dict__) for each in modules]
-    for each in modules:
-        # Past a __setattr__ of the user's.
-        each.__dict__["training"] = training
-    of_mode = [dict(each.__dict__) for each in modules]
-    classes = {kind for each in modules for kind in own_classes(type(each))}
-    of_classes = {kind: _own_attributes(kind) for kind in classes}
-    kept = [(f"self.{name}", value) for state in before for name, value in state.items()]
-    kept += [(f"{kind.__name__}.{name}", value) for kind, state in of_classes.items() for name, value in state.items()]
-    contents = [(name, each, copy.copy(each)) for name, value in kept for each in containers(value, set())]
-    written: list[str] = []
-    try:
-        yield
-    finally:
-        for name, container, content in contents:
-            if _identities(container) != _identities(content):
-                written.append(name)
-                container.clear()
-                container.extend(content) if isinstance(container, list) else container.update(content)
-        for each, state, mine in zip(modules, of_mode, before, strict=True):
-            written += [f"self.{name}" for name in _changed(state, each.__dict__)]
-            restore(each, mine)
-        for kind, attributes in of_classes.items():
-            for name in _changed(attributes, _own_attributes(kind)):
-                written.append(f"{kind.__name__}.{name}")
-                setattr(kind, name, attributes[name]) if name in attributes else delattr(kind, name)
-    if written:
-        raise Unreadable(f"writes {written[0]}")
-
-
-def restore(module: nn.Module, attributes: dict[str, Any]) -> None:
-    """Gives a module the attributes that it had. New values first, so that an interrupt leaves no attribute missing."""
-    module.__dict__.update(attributes)
-    for name in module.__dict__.keys() - attributes.keys():
-        del module.__dict__[name]
-
-
-def _own_attributes(kind: type) -> dict[str, Any]:
-    """Without those that Python itself makes when it first needs them."""
-    return {name: value for name, value in kind.__dict__.items() if not name.startswith("__")}
-
-
-def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    return [name for name in {**after, **before} if after.get(name, Missing) is not before.get(name, Missing)]
-
-
-def containers(value: Any, seen: set[int]) -> Iterator[Any]:
-    """A plain container and those in it."""
-    if not isinstance(value, (list, dict, set, tuple)) or id(value) in seen:
-        return
-    seen.add(id(value))
-    yield value
-    for each in value.values() if isinstance(value, dict) else value:
-        yield from containers(each, seen)
-
-
-def _identities(container: Any) -> list[tuple[int, ...]]:
-    """Contents by identity: == of what they hold may be elementwise, or a proxy."""
-    return (
-        [(id(key), id(value)) for key, value in container.items()] if isinstance(container, dict) else [(id(each),) for each in container]
-    )

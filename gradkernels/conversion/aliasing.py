@@ -1,0 +1,129 @@
+"""Which values in a graph may share memory, and which calls may write into it.
+
+A batch norm with a residual is computed where its activation was called, later than its own call. This is
+right only if no call in between writes what the batch norm reads. Most calls are unknown code, which may
+write an argument and may return a view of it.
+"""
+
+import operator
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node
+
+from gradkernels.acts import ACTS
+from gradkernels.conversion.attributes import OF_EVERY_MODULE, held
+from gradkernels.conversion.guard import has_hooks, normalize
+from gradkernels.conversion.patterns import FUSIBLE, Chain, called_module, is_activation, name_of
+from gradkernels.conversion.purity import is_of_library
+from gradkernels.conversion.trace import IN_PLACE
+
+# Calls that write nothing, and whose result shares no memory with their arguments.
+_FRESH_MODULES = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, *FUSIBLE),
+)
+_FRESH_FUNCTIONS = (operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.cat, normalize)
+
+
+class Aliasing:
+    """Answers for one graph, as it is at the time of the question: rewriting changes it."""
+
+    def __init__(self, block: nn.Module, graph: Graph) -> None:
+        self.block = block
+        self.graph = graph
+
+    def may_be_written(self, node: Node) -> bool:
+        """Whether a value may be written after it was computed.
+
+        It may if it is returned, or if a call that uses it may write it or return a view of it.
+        """
+        return not all(self._is_fresh(user) and not self._writes(user) for user in node.users)
+
+    def why_it_cannot_move(self, chain: Chain, residual: Node, addition: Node) -> str:
+        """Why the kernel cannot be called where the chain ends; "" if it can."""
+        order = {node: place for place, node in enumerate(self.graph.nodes)}
+        first, last = chain.nodes[0], chain.nodes[-1]
+        bn = called_module(self.block, first)
+        state = self._state_of(bn, chain)
+        read_at_end = self._aliases(first.all_input_nodes[0], chain)
+        residual_aliases = self._aliases(residual, chain)
+        for node, place in order.items():
+            if not order[first] < place < order[last] or node in chain.nodes:
+                continue
+            if place > order[addition]:
+                read_at_end |= residual_aliases
+            module = called_module(self.block, node)
+            if module is not None and any(part is bn or _holds(part, bn) for part in module.modules()):
+                return "it may be called again before its output is added"
+            if state.intersection(node.all_input_nodes):
+                if node.target is normalize:
+                    return "it may be called again before its output is added"
+                return f"{name_of(node)}, called between it and its activation, may read or write its statistics"
+            if not self._is_fresh(node) and read_at_end.intersection(node.all_input_nodes):
+                return f"{name_of(node)}, called between it and its activation, may write its input or the residual"
+        if ACTS[chain.act].saves == "value":
+            for node in residual_aliases:
+                writers = [user for user in node.users if order[user] > order[last] and not self._is_fresh(user) and self._writes(user)]
+                if writers:
+                    return f"{name_of(writers[0])} writes the residual, which the gradient of {chain.act} needs"
+        return ""
+
+    def _state_of(self, bn: nn.Module | None, chain: Chain) -> set[Node]:
+        """The nodes whose value is the batch norm, or may share memory with its parameters and buffers."""
+        nodes: set[Node] = set()
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and bn is not None:
+                value = operator.attrgetter(str(node.target))(self.block)
+                if value is bn:
+                    nodes.add(node)
+                elif any(value is tensor for tensor in (*bn.parameters(), *bn.buffers())):
+                    nodes |= self._aliases(node, chain)
+        return nodes
+
+    def _aliases(self, node: Node, chain: Chain) -> set[Node]:
+        """The nodes outside the chain whose value may share memory with that of `node`."""
+        aliases: set[Node] = set()
+        stack = [node]
+        while stack:
+            node = stack.pop()
+            if node in aliases or node in chain.nodes:
+                continue
+            aliases.add(node)
+            if node.op in ("placeholder", "get_attr"):
+                # Two arguments may be one tensor.
+                stack += [other for other in self.graph.nodes if other.op in ("placeholder", "get_attr")]
+            elif not self._is_fresh(node):
+                stack += node.all_input_nodes
+            stack += [user for user in node.users if not self._is_fresh(user)]
+        return aliases
+
+    def _is_fresh(self, node: Node) -> bool:
+        """Whether a node certainly writes no argument and shares no memory with one."""
+        module = called_module(self.block, node)
+        if module is not None:
+            parts = [part for part in module.modules() if type(part) is not nn.Sequential]
+            return bool(parts) and all(map(_is_fresh_module, parts)) and not any(map(has_hooks, module.modules()))
+        if node.op != "call_function" or node.target not in _FRESH_FUNCTIONS or "out" in node.kwargs:
+            return False
+        # The sum of two lists holds their tensors.
+        return node.target is torch.cat or not any(isinstance(argument, (list, tuple)) for argument in node.args)
+
+    def _writes(self, node: Node) -> bool:
+        """Whether a node is known to write an argument, or calls a module of unknown code."""
+        module = called_module(self.block, node)
+        if module is not None:
+            return any(getattr(part, "inplace", False) or not is_of_library(type(part)) for part in module.modules())
+        name = name_of(node)
+        is_in_place = any(argument is True for argument in (*node.args, node.kwargs.get("inplace")))
+        return "out" in node.kwargs or name.endswith("_") or name in IN_PLACE or is_in_place
+
+
+def _is_fresh_module(module: nn.Module) -> bool:
+    return type(module) in _FRESH_MODULES or (is_activation(module) and not getattr(module, "inplace", False))
+
+
+def _holds(module: nn.Module, bn: nn.Module | None) -> bool:
+    """Whether a module holds the batch norm in a plain attribute, such as a list, unseen by torch."""
+    values = [value for name, value in module.__dict__.items() if name not in OF_EVERY_MODULE]
+    return any(other is bn for value in values for other in held(value))

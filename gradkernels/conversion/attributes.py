@@ -1,0 +1,258 @@
+"""Which attributes of its modules a forward reads, and that it writes none.
+
+At every call a converted block compares these attributes with the values that they had (guard.py). If a value
+cannot be compared, the forward is left alone. The same holds if the forward writes an attribute. After
+reading, every attribute is as it was before.
+"""
+
+import copy
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import GetSetDescriptorType, MemberDescriptorType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Proxy
+
+from gradkernels.conversion.bytecode import MISSING, is_attribute_written_out
+from gradkernels.conversion.purity import Unreadable, is_function_of_its_arguments, is_torchs, own_classes
+
+# The names from a block to one of its submodules; empty for the block itself.
+Path = tuple[str, ...]
+# (the module, the name of an attribute) -> its value.
+Reads = dict[tuple[Path, str], Any]
+
+# Stands for a hook in a set of id() of called modules. A hook may write the attributes of any module.
+HOOKED = 0
+# The attributes that every nn.Module has, without `training`, which forwards may read.
+OF_EVERY_MODULE = frozenset(nn.Module().__dict__) - {"training"}
+# Names that give a forward tensors in the place of proxies.
+_ALL_TENSORS = frozenset(
+    ("parameters", "named_parameters", "buffers", "named_buffers", "state_dict", "_parameters", "_buffers", "__dict__")
+)
+_COMPARABLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+
+
+def is_comparable(value: Any) -> bool:
+    """Whether == can show later that a value is still the same, in a copy of its module too.
+
+    A function counts only if it reads no state.
+    """
+    if type(value) in (list, tuple, set, frozenset):
+        return all(map(is_comparable, value))
+    if type(value) is dict:
+        return all(map(is_comparable, value)) and all(map(is_comparable, value.values()))
+    if isinstance(value, type):
+        # A class of the user's has attributes that may change.
+        return not own_classes(value)
+    return isinstance(value, _COMPARABLE) or is_function_of_its_arguments(value)
+
+
+@contextmanager
+def recorded(module: nn.Module, reads: Reads, called: set[int]) -> Iterator[None]:
+    """Records the attributes that are read of a module and its submodules.
+
+    nn.Module itself is patched, not the classes of the modules: a registry of subclasses would see a new
+    class.
+
+    Args:
+        module: the module whose forward is read.
+        reads: gets the attributes.
+        called: id() of modules that were called and may have written their attributes; HOOKED for all
+            modules.
+
+    Raises:
+        Unreadable: in the body, where an attribute is written, or is read after a call that may have written
+            it.
+    """
+    paths = {id(part): tuple(name.split(".")) if name else () for name, part in module.named_modules()}
+    thread = threading.get_ident()
+
+    def path_of(part: nn.Module) -> Path | None:
+        return paths.get(id(part)) if threading.get_ident() == thread else None
+
+    def __getattribute__(self: nn.Module, name: str) -> Any:
+        path = path_of(self)
+        if path is None:
+            return object.__getattribute__(self, name)
+        frame = sys._getframe(1)
+        if not is_torchs(frame):
+            if name in _ALL_TENSORS:
+                raise Unreadable(f"reads {_dotted(path, name)}, whose tensors have no names in a graph")
+            if name == "__class__" and is_attribute_written_out(frame):
+                raise Unreadable(f"reads {_dotted(path, name)}, which conversion changes")
+            if issubclass(type(self), torch.jit.ScriptModule) and name != "__class__":
+                raise Unreadable(f"reads {_dotted(path, name)} of a scripted module")
+            if path:
+                # The class decides what the methods do and what isinstance answers.
+                reads[path, "__class__"] = type(self)
+        if issubclass(type(self), torch.jit.ScriptModule):
+            return object.__getattribute__(self, name)
+        own = object.__getattribute__(self, "__dict__")
+        try:
+            value = object.__getattribute__(self, name)
+        except AttributeError:
+            try:
+                value = type(self).__getattr__(self, name)
+            except AttributeError:
+                reads.setdefault((path, name), MISSING)
+                raise
+            if value is None:
+                _note(path, reads, name, value)
+            return value
+        if (name in own or _is_default(type(self), path, name)) and name not in OF_EVERY_MODULE:
+            if name != "training" and (id(self) in called or HOOKED in called):
+                raise Unreadable(f"reads {_dotted(path, name)} after a call that may write it")
+            _note(path, reads, name, value)
+        elif not is_torchs(frame) and isinstance(value, MethodType) and value.__self__ is self and own_classes(type(self)):
+            # A method that is set on the instance later is another value.
+            reads[path, name] = value.__func__
+        return value
+
+    def refusing(original: Any) -> Callable[..., None]:
+        def write(self: nn.Module, name: str, *value: Any) -> None:
+            path = path_of(self)
+            if path is not None:
+                raise Unreadable(f"writes {_dotted(path, name)}")
+            original(self, name, *value)
+
+        return write
+
+    methods = {
+        "__getattribute__": __getattribute__,
+        "__setattr__": refusing(nn.Module.__setattr__),
+        "__delattr__": refusing(nn.Module.__delattr__),
+    }
+    before = {name: nn.Module.__dict__[name] for name in methods if name in nn.Module.__dict__}
+    for name, method in methods.items():
+        setattr(nn.Module, name, method)
+    try:
+        yield
+    finally:
+        for name in methods:
+            if name in before:
+                setattr(nn.Module, name, before[name])
+            else:
+                delattr(nn.Module, name)
+
+
+def _is_default(kind: type[nn.Module], path: Path, name: str) -> bool:
+    """Whether a class has a plain value of that name, which is the default until an instance sets its own."""
+    for base in kind.__mro__:
+        if name in base.__dict__:
+            value = base.__dict__[name]
+            if isinstance(value, MemberDescriptorType):
+                return True
+            if hasattr(type(value), "__get__"):
+                function = value.fget if isinstance(value, property) else value.__func__ if isinstance(value, staticmethod) else value
+                is_known = isinstance(value, GetSetDescriptorType) or base.__module__.startswith(("torch.", "builtins"))
+                if not is_known and not is_function_of_its_arguments(function):
+                    # A class method reads the class. A cache would keep what is computed during reading.
+                    raise Unreadable(f"reads {_dotted(path, name)}, a {type(value).__name__}, which may change without notice")
+                return False
+            return base is not nn.Module
+    return False
+
+
+def _note(path: Path, reads: Reads, name: str, value: Any) -> None:
+    # The forward itself has put a proxy there.
+    if (path, name) in reads or issubclass(type(value), Proxy):
+        return
+    if not is_comparable(value):
+        raise Unreadable(f"reads {_dotted(path, name)}, a {type(value).__name__}, which may change without notice")
+    if isinstance(value, (list, dict, set)) and not value:
+        raise Unreadable(f"reads {_dotted(path, name)}, an empty {type(value).__name__}, which may be filled later")
+    reads[path, name] = copy.deepcopy(value)
+
+
+def _dotted(path: Path, name: str) -> str:
+    return ".".join(("self", *path, name))
+
+
+@contextmanager
+def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """Sets the mode of a module, and puts back all modes and attributes afterwards.
+
+    Raises:
+        Unreadable: afterwards, if an attribute was written meanwhile.
+    """
+    parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
+    before = [dict(part.__dict__) for part in parts]
+    for part in parts:
+        # Not by an assignment, which a __setattr__ of the user's may refuse.
+        part.__dict__["training"] = training
+    with_mode = [dict(part.__dict__) for part in parts]
+    classes = {kind for part in parts for kind in own_classes(type(part))}
+    of_classes = {kind: _attributes_of(kind) for kind in classes}
+    named = [(f"self.{name}", value) for state in before for name, value in state.items()]
+    named += [(f"{kind.__name__}.{name}", value) for kind, state in of_classes.items() for name, value in state.items()]
+    contents = [(name, container, copy.copy(container)) for name, value in named for container in containers(value)]
+    written: list[str] = []
+    try:
+        yield
+    finally:
+        for name, container, content in contents:
+            if _identities(container) != _identities(content):
+                written.append(name)
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
+        for part, of_mode, original in zip(parts, with_mode, before, strict=True):
+            written += [f"self.{name}" for name in _changed(of_mode, part.__dict__)]
+            restore(part, original)
+        for kind, attributes in of_classes.items():
+            for name in _changed(attributes, _attributes_of(kind)):
+                written.append(f"{kind.__name__}.{name}")
+                setattr(kind, name, attributes[name]) if name in attributes else delattr(kind, name)
+    if written:
+        raise Unreadable(f"writes {written[0]}")
+
+
+def restore(module: nn.Module, attributes: dict[str, Any]) -> None:
+    """Gives a module the attributes that it had.
+
+    Values are set before others are deleted, so that an interrupt leaves no attribute missing.
+    """
+    module.__dict__.update(attributes)
+    for name in module.__dict__.keys() - attributes.keys():
+        del module.__dict__[name]
+
+
+def _attributes_of(kind: type) -> dict[str, Any]:
+    """The attributes of a class, without names with two underscores, which Python may add at first use."""
+    return {name: value for name, value in kind.__dict__.items() if not name.startswith("__")}
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    return [name for name in {**after, **before} if after.get(name, MISSING) is not before.get(name, MISSING)]
+
+
+def containers(value: Any) -> Iterator[Any]:
+    """The value itself if it is a list, dict, set or tuple, and all of these inside it, without repeats."""
+    stack, seen = [value], set()
+    while stack:
+        container = stack.pop()
+        if isinstance(container, (list, dict, set, tuple)) and id(container) not in seen:
+            seen.add(id(container))
+            yield container
+            stack += reversed(_items(container))
+
+
+def held(value: Any) -> Iterator[Any]:
+    """A value, and everything inside it if it is a container."""
+    yield value
+    for container in containers(value):
+        yield from _items(container)
+
+
+def _items(container: Any) -> list[Any]:
+    return list(container.values() if isinstance(container, dict) else container)
+
+
+def _identities(container: Any) -> list[tuple[int, ...]]:
+    """The contents of a container by id(): == may be elementwise, or give a proxy."""
+    if isinstance(container, dict):
+        return [(id(key), id(value)) for key, value in container.items()]
+    return [(id(value),) for value in container]

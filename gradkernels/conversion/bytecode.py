@@ -1,0 +1,250 @@
+"""What the bytecode of a function does with names: it reads, calls, writes and compares. No code is run.
+
+Python 3.10 to 3.13 have different instructions. Their names are only in this file.
+"""
+
+import dis
+import functools
+import inspect
+import sys
+from collections.abc import Container, Iterator, Mapping
+from itertools import pairwise
+from types import CodeType, FrameType, FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+# Stands for the value of a name or an attribute that has none.
+MISSING: Any = object()
+# How code asks for the class of an object. isinstance and issubclass give the same answer for a subclass. The
+# other ways give the class itself.
+CLASS_TESTS = frozenset(("isinstance", "issubclass"))
+CLASS_ATTRIBUTES = frozenset(("__class__", "_get_name", "typename"))
+CLASS_FUNCTION = "type"
+
+_GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME")
+_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
+_WRITES = ("STORE_ATTR", "DELETE_ATTR", "COPY", "DUP_TOP")
+_WRITES_OF_ITEMS = ("STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE")
+_EXCEPTS = ("CHECK_EXC_MATCH", "CHECK_EG_MATCH", "JUMP_IF_NOT_EXC_MATCH")
+# Instructions that stand between others and compute nothing.
+_FILLERS = ("CACHE", "EXTENDED_ARG", "PUSH_NULL", "RESUME", "NOP")
+_START_OF_GENERATOR = bytes((dis.opmap.get("RESUME", 0), 0))
+# Methods that write into a list, a dict or a set.
+_METHODS_THAT_FILL = frozenset(
+    ("append", "extend", "insert", "pop", "remove", "clear", "update", "setdefault", "popitem", "add", "discard")
+)
+
+
+class Read(NamedTuple):
+    """A global name or a variable of an enclosing function, as far as a code follows its attributes.
+
+    Attributes:
+        names: the name, then the attributes.
+        value: the value at the end; MISSING if there is none.
+        holder: the object that has the last attribute; None without attributes.
+        is_written: whether an attribute of the value is set or deleted.
+        is_called: whether the value is called, or is an argument of isinstance or issubclass.
+    """
+
+    names: list[str]
+    value: Any
+    holder: Any
+    is_written: bool
+    is_called: bool
+
+
+def reads(code: CodeType, closure: Mapping[str, Any], global_names: Mapping[str, Any]) -> Iterator[Read]:
+    """What a code reads of enclosing functions and global names, through modules, classes and functions."""
+    instructions = _instructions(code)
+    for place, instruction in enumerate(instructions):
+        values: Mapping[str, Any] = {}
+        if instruction.opname in _GLOBALS:
+            values = global_names
+        elif instruction.opname == "LOAD_DEREF" and instruction.argval != "__class__":
+            values = closure
+        value, holder, names = values.get(instruction.argval, MISSING), None, [instruction.argval]
+        last = after = instruction
+        for after in instructions[place + 1 :]:
+            if after.opname not in _ATTRIBUTES or not isinstance(value, (ModuleType, type, FunctionType)):
+                break
+            names.append(after.argval)
+            # getattr_static runs neither a __getattr__ nor a property.
+            attribute = inspect.getattr_static(value, after.argval, MISSING)
+            last, holder, value = after, value, attribute.__func__ if isinstance(attribute, staticmethod) else attribute
+        if value is not MISSING or len(names) > 1:
+            is_tested = after.opname.startswith(("CALL", "PRECALL", "BUILD_TUPLE", "LOAD_GLOBAL")) and any(
+                before.argval in CLASS_TESTS for before in instructions[max(place - 8, 0) : place]
+            )
+            yield Read(names, value, holder, after.opname in _WRITES, is_tested or _is_for_call(last))
+
+
+def refusal(code: CodeType, closure: Container[str]) -> str | None:
+    """Why no graph stands for a forward with this code; None if the code alone is no reason.
+
+    Args:
+        code: the code of one function.
+        closure: the names of variables of enclosing functions.
+    """
+    instructions = _instructions(code)
+    for place, (instruction, after) in enumerate(pairwise(instructions)):
+        is_attribute = instruction.opname in _ATTRIBUTES
+        if is_attribute and instruction.argval == "__class__":
+            return "reads __class__, which conversion changes"
+        if is_attribute and not _is_for_call(instruction) and _is_of_super(instructions, place):
+            return f"reads super().{instruction.argval}"
+        if _is_comparison_by_is(after):
+            for operand in _operands(instructions, place + 1):
+                if not operand.opname.startswith(("LOAD_", "STORE_")) and not _is_getattr(instructions, instructions.index(operand)):
+                    return "compares a value by `is`"
+        if instruction.opname == "IMPORT_NAME":
+            return f"imports {instruction.argval}"
+        is_closure = instruction.opname == "STORE_DEREF" and instruction.argval in closure
+        if is_closure or instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+            return f"writes {instruction.argval}"
+        if instruction.opname.startswith("MATCH_"):
+            return "matches a value with a pattern"
+        if instruction.opname in _EXCEPTS or (instruction.opname, after.opname) == ("PUSH_EXC_INFO", "POP_TOP"):
+            return "catches exceptions"
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def locals_compared(code: CodeType) -> dict[int, tuple[list[str], bool]]:
+    """The comparisons by `is` between local names.
+
+    Returns:
+        For the offset of each such instruction: the names, and whether one side is None.
+    """
+    instructions = _instructions(code)
+    comparisons = {}
+    for place, instruction in enumerate(instructions):
+        if not _is_comparison_by_is(instruction):
+            continue
+        operands = _operands(instructions, place)
+        with_none = instruction.opname != "IS_OP" or operands[-1].argval is None
+        locals_ = [last.argval for last in operands if "_FAST" in last.opname or last.opname in ("LOAD_DEREF", "STORE_DEREF")]
+        # An instruction that loads two names holds them as a tuple.
+        names = [name for argval in locals_ for name in (argval if isinstance(argval, tuple) else (argval,))]
+        if names:
+            comparisons[instruction.offset] = names, with_none
+    return comparisons
+
+
+def asks_for_class(code: CodeType) -> bool:
+    """Whether a code asks for the class itself of an object.
+
+    `self.__class__.__name__` does not count: conversion keeps the name.
+    """
+    instructions = _instructions(code)
+    for place, instruction in enumerate(instructions):
+        if instruction.opname in _GLOBALS and instruction.argval == CLASS_FUNCTION:
+            return True
+        if instruction.opname in _ATTRIBUTES and instruction.argval in CLASS_ATTRIBUTES:
+            # Code neither begins nor ends with an attribute.
+            before, after = instructions[place - 1], instructions[place + 1]
+            is_of_self = "_FAST" in before.opname and (_last_name(before),) == code.co_varnames[:1]
+            if not (is_of_self and after.argval in ("__name__", "__qualname__", "__module__")):
+                return True
+    return False
+
+
+def writes_items(code: CodeType) -> bool:
+    """Whether a code may write into a list, a dict or a set."""
+    if not _METHODS_THAT_FILL.isdisjoint(code.co_names):
+        return True
+    return any(instruction.opname in _WRITES_OF_ITEMS for instruction in _instructions(code))
+
+
+def attributes_of_self(code: CodeType, self: tuple[str, ...]) -> Iterator[str]:
+    """The attributes that a method's code reads of its first argument, whose name is the one in `self`."""
+    for before, instruction in pairwise(_instructions(code)):
+        # Python 3.13 has STORE_FAST_LOAD_FAST too.
+        is_variable = "LOAD_FAST" in before.opname or before.opname == "LOAD_DEREF"
+        if instruction.opname in _ATTRIBUTES and is_variable and (_last_name(before),) == self:
+            yield instruction.argval
+
+
+def names_in(code: CodeType) -> set[str]:
+    """Every global name, attribute and text in a code."""
+    return {*code.co_names, *(constant for constant in code.co_consts if isinstance(constant, str))}
+
+
+def with_nested(code: CodeType) -> Iterator[CodeType]:
+    """The code of a function, then the code of the functions that are written inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from with_nested(constant)
+
+
+def is_attribute_written_out(frame: FrameType) -> bool:
+    """Whether a frame reads an attribute as `value.name` now, not by getattr, hasattr or isinstance."""
+    return dis.opname[frame.f_code.co_code[frame.f_lasti]] in _ATTRIBUTES
+
+
+def unpacked_count(frame: FrameType) -> int | None:
+    """The number of names into which a frame unpacks a value now; None if it does something else."""
+    opcode, argument = frame.f_code.co_code[frame.f_lasti : frame.f_lasti + 2]
+    return argument if dis.opname[opcode] == "UNPACK_SEQUENCE" else None
+
+
+def is_generator_under_way(frame: FrameType) -> bool:
+    """Whether a frame belongs to a generator that has run before, and is continued or closed now."""
+    is_generator = bool(frame.f_code.co_flags & inspect.CO_GENERATOR)
+    return is_generator and frame.f_lasti > 0 and frame.f_code.co_code[frame.f_lasti : frame.f_lasti + 2] != _START_OF_GENERATOR
+
+
+@functools.lru_cache(maxsize=4096)
+def _instructions(code: CodeType) -> list[dis.Instruction]:
+    return [instruction for instruction in dis.get_instructions(code) if instruction.opname not in _FILLERS]
+
+
+def _is_comparison_by_is(instruction: dis.Instruction) -> bool:
+    return instruction.opname == "IS_OP" or instruction.opname.endswith(("IF_NONE", "IF_NOT_NONE"))
+
+
+def _operands(instructions: list[dis.Instruction], place: int) -> list[dis.Instruction]:
+    """The last instruction of each side of a comparison by `is`.
+
+    `x is None` may be one instruction for the comparison and None. Then there is only one side.
+    """
+    if instructions[place].opname != "IS_OP":
+        return instructions[place - 1 : place]
+    right = place - 1
+    while instructions[right].opname in _ATTRIBUTES:
+        right -= 1
+    return instructions[max(right - 1, 0) : right + 1]
+
+
+def _last_name(instruction: dis.Instruction) -> Any:
+    """The name that an instruction loads; the second, if it loads two."""
+    return instruction.argval[-1] if isinstance(instruction.argval, tuple) else instruction.argval
+
+
+def _is_for_call(instruction: dis.Instruction) -> bool:
+    """Whether an instruction loads a value that is called next.
+
+    Python 3.10 does not record this for a global name. The answer is False then.
+    """
+    if instruction.opname == "LOAD_METHOD":
+        return True
+    since = {"LOAD_GLOBAL": (3, 11), "LOAD_ATTR": (3, 12), "LOAD_SUPER_ATTR": (3, 12)}.get(instruction.opname)
+    return since is not None and sys.version_info >= since and bool((instruction.arg or 0) & 1)
+
+
+def _is_of_super(instructions: list[dis.Instruction], place: int) -> bool:
+    """Whether an instruction reads an attribute of super().
+
+    It does if a call ends just before it, and `super` is among the last two global names.
+    """
+    if instructions[place].opname == "LOAD_SUPER_ATTR":
+        return True
+    return instructions[place - 1].opname.startswith("CALL") and "super" in _globals_before(instructions, place)[-2:]
+
+
+def _is_getattr(instructions: list[dis.Instruction], place: int) -> bool:
+    """Whether an instruction ends a call of getattr: it is a call, and the last global name is `getattr`."""
+    return instructions[place].opname.startswith("CALL") and _globals_before(instructions, place)[-1:] == ["getattr"]
+
+
+def _globals_before(instructions: list[dis.Instruction], place: int) -> list[str]:
+    return [before.argval for before in instructions[:place] if before.opname in _GLOBALS]

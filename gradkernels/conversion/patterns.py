@@ -1,0 +1,199 @@
+"""The calls that are recognised as batch norms, additions and activations, however they are written."""
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gradkernels import activation
+from gradkernels.acts import act_of_module, act_of_spelling, check_act, resolve_act
+from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+from gradkernels.conversion.attributes import Path
+from gradkernels.conversion.guard import Expected, has_hooks, normalize
+
+# torch's class -> ours, which computes the same as long as its `act` is "identity".
+BATCH_NORMS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: BatchNormAct1d,
+    nn.BatchNorm2d: BatchNormAct2d,
+    nn.BatchNorm3d: BatchNormAct3d,
+}
+# The classes of batch norm that can be fused. A subclass may compute something else.
+FUSIBLE = {*BATCH_NORMS, *BATCH_NORMS.values()}
+# Activations without a batch norm: torch's class -> ours.
+ACTIVATION_MODULES: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LeakyReLU: activation.LeakyReLU,
+    nn.ELU: activation.ELU,
+    nn.PReLU: activation.PReLU,
+    nn.SiLU: activation.SiLU,
+}
+# torch's function -> ours. Ours for F.silu has no version in place.
+ACTIVATION_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), activation.leaky_relu),
+    **dict.fromkeys((F.elu, F.elu_), activation.elu),
+    F.silu: activation.swish,
+    F.prelu: activation.prelu,
+}
+# Functions and methods that are activations without a kernel.
+OTHER_FUNCTIONS = {
+    *(F.celu, F.gelu, F.glu, F.hardsigmoid, F.hardswish, F.hardtanh, F.logsigmoid, F.mish, F.rrelu, F.selu, F.softplus, F.softsign),
+    *(F.sigmoid, torch.sigmoid, "sigmoid", F.tanh, torch.tanh, "tanh"),
+}
+# Modules that a forward may loop over or index without calling them.
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# Additions that write the sum into their first term.
+WRITING_ADDITIONS = (operator.iadd, "add_")
+_ADDITIONS = (operator.add, torch.add, "add", *WRITING_ADDITIONS)
+
+
+HAS_SCALE = "is called with a scale, which the kernel does not have"
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A call of an activation that the kernel computes after a batch norm.
+
+    Attributes:
+        act: a key of ACTS.
+        act_param: the parameter of the activation.
+        module: the module that is called; None for a function.
+        name: the name of the class or the function, for the report.
+    """
+
+    act: str
+    act_param: float
+    module: nn.Module | None
+    name: str
+
+
+@dataclass
+class Chain:
+    """A batch norm and the calls after it that are fused with it. Each uses the value of the one before it.
+
+    Attributes:
+        nodes: all of them, and any nn.Identity between them.
+        expected: those of the nodes that call modules.
+        act: a key of ACTS; "identity" without an activation.
+        act_param: the parameter of the activation.
+        residual: the value that is added; None without an addition.
+        addition: the node that adds it.
+        names: what is fused with the batch norm, for the report.
+        absorbed: the activation, if it is a module.
+    """
+
+    nodes: list[Node]
+    expected: list[Node]
+    act: str = "identity"
+    act_param: float = 0.0
+    residual: Node | None = None
+    addition: Node | None = None
+    names: list[str] = field(default_factory=list)
+    absorbed: list[nn.Module] = field(default_factory=list)
+
+
+def called_module(block: nn.Module, node: Node) -> nn.Module | None:
+    """The submodule that a node calls; None if it does something else."""
+    return block.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def name_of(node: Node) -> str:
+    """The name of the module, function or method that a node calls, for the report."""
+    if node.op == "call_module":
+        return str(node.target)
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether a module is an activation, with a kernel or without."""
+    return (
+        (act_of_module(module) is not None and not isinstance(module, nn.Identity))
+        or (type(module).__module__ == "torch.nn.modules.activation" and not isinstance(module, nn.MultiheadAttention))
+        or isinstance(module, (activation.PReLU, activation.RReLU))
+    )
+
+
+def activation_name(node: Node, module: nn.Module | None) -> str | None:
+    """The name of the activation that a node calls, with a kernel or without; None for another node."""
+    if module is not None:
+        return type(module).__name__ if is_activation(module) else None
+    is_known = act_of_spelling(node.target) is not None or node.target in ACTIVATION_FUNCTIONS or node.target in OTHER_FUNCTIONS
+    return name_of(node) if is_known else None
+
+
+def activation_after(node: Node, module: nn.Module | None) -> Activation | str:
+    """The activation that a node calls, or why it cannot be fused with the batch norm before it."""
+    if module is not None:
+        return _activation_module(node, module)
+    if node.op == "output":
+        return "its output is returned, no activation follows"
+    if node.target is normalize:
+        return "its output is the residual of another batch norm"
+    name = name_of(node)
+    act = act_of_spelling(node.target) if node.op in ("call_function", "call_method") else None
+    if act is None:
+        return f"there is no kernel for {name}" if node.target in OTHER_FUNCTIONS else f"{name} follows, which is not an activation"
+    if has_scale(node):
+        return f"{name} {HAS_SCALE}"
+    parameter = act.spellings[node.target]
+    value: Any = None
+    if parameter is not None:
+        value = node.args[1] if len(node.args) > 1 else node.kwargs.get(parameter)
+    if not (value is None or type(value) in (int, float)):
+        return f"the parameter of {name} is computed"
+    return Activation(act.name, check_act(act.name, value), None, name)
+
+
+def _activation_module(node: Node, module: nn.Module) -> Activation | str:
+    name = type(module).__name__
+    if not is_activation(module):
+        return f"{name} follows, which is not an activation"
+    if act_of_module(module) is None:
+        return f"there is no kernel for {name} with batch norm"
+    if any(True for _ in module.parameters()):
+        return f"the parameter of {name} is learnt"
+    if has_hooks(module):
+        return f"{name} has a hook, which would get another tensor"
+    if len(node.args) != 1 or node.kwargs:
+        return f"{name} is called with more than one argument"
+    return Activation(*resolve_act(module, None), module, name)
+
+
+def has_scale(node: Node) -> bool:
+    """Whether a node calls torch.nn.functional.elu_ with one of the two factors that elu does not take."""
+    return node.target is F.elu_ and (len(node.args) > 2 or not node.kwargs.keys() <= {"input", "alpha"})
+
+
+def addend(node: Node, value: Node) -> Node | None:
+    """The term that a node adds to `value`; None if it adds none, or writes the sum into that term."""
+    if node.target not in _ADDITIONS or node.kwargs or len(node.args) != 2:
+        return None
+    left, right = node.args
+    if not isinstance(left, Node) or not isinstance(right, Node):
+        return None
+    if left is value:
+        return right
+    return None if node.target in WRITING_ADDITIONS else left
+
+
+def keeps_output(module: nn.Module) -> bool:
+    """Whether our class for a module keeps its output for the gradient, where torch's keeps its input."""
+    return isinstance(module, nn.ELU) and not module.inplace
+
+
+def expected(path: Path, module: nn.Module) -> Expected:
+    """The condition on a batch norm or an activation that a rewritten forward does not call.
+
+    It may have the class that convert gives it where it is called elsewhere.
+    """
+    kind = type(module)
+    if isinstance(module, _BatchNorm):
+        return Expected(path, (BATCH_NORMS.get(kind, kind),), "act", "identity")
+    act = act_of_module(module)
+    attribute = None if act is None else act.modules[kind]
+    kinds = tuple({kind, ACTIVATION_MODULES.get(kind, kind)})
+    return Expected(path, kinds, attribute, None if attribute is None else getattr(module, attribute))

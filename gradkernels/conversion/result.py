@@ -1,0 +1,51 @@
+"""What rewriting the forward of one block gives."""
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from gradkernels.conversion.guard import RewrittenForward
+
+# Reasons that hold for a module and for a function.
+KEEPS_ITS_OUTPUT = "gradkernels.ELU keeps its output for the gradient, and something may write into that output"
+IS_IN_PLACE = "it is in place, which the kernel is not"
+NOTHING_TO_FUSE = "torch's is kept: without a batch norm there is nothing to fuse"
+
+
+@dataclass
+class Site:
+    """One place in a forward where a batch norm or an activation is called.
+
+    Attributes:
+        module: the module that is called; None for a function.
+        found: the batch norm or the activation, and what is fused with it.
+        label: what computes it in the rewritten forward; None if the call stays as it was.
+        is_fused: whether one kernel computes more than one call.
+        why: why the call stays as it was, or why no more is fused with it.
+        absorbed: modules that the rewritten forward does not call here.
+        keeps_output: it is an ELU whose output may be written. Ours, which keeps the output for the gradient,
+            cannot take its place.
+    """
+
+    module: nn.Module | None
+    found: str
+    label: str | None = None
+    is_fused: bool = False
+    why: str = ""
+    absorbed: tuple[nn.Module, ...] = ()
+    keeps_output: bool = False
+
+
+@dataclass
+class RewriteResult:
+    """What can be done with one forward.
+
+    Attributes:
+        sites: the batch norms and activations that it calls.
+        forward: the rewritten forward; None if nothing in it changes.
+        problem: why the forward could not be read or rewritten.
+    """
+
+    sites: list[Site] = field(default_factory=list)
+    forward: RewrittenForward | None = None
+    problem: str | None = None
