@@ -54,6 +54,8 @@ CXX_FLAGS = [
     "-D_FORTIFY_SOURCE=2",
     "-Wall",
     "-Wextra",
+    # An activation without a case of its own in one of the switches over ActivationKind does not compile.
+    "-Werror=switch",
     "-Wno-unused-parameter",
     "-Wno-maybe-uninitialized",
     *(f"-isystem{path}" for path in cpp_extension.include_paths()),

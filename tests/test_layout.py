@@ -20,6 +20,8 @@ CSRC = ROOT / "csrc"
 STEMS = ("activation", "batch_norm_act", "clip_grad")
 # Those with a launcher: RMSprop's operator stands with the clipping that is folded into it.
 SEAMS = (*STEMS, "optim")
+# The headers of cpu/ that the kernels are written in.
+VECTORS = ("vector", "half_vector", "double_vector", "load_store", "mask_bits", "uniform_numbers", "lines", "functor")
 SUFFIXES = {".cpp", ".h", ".cu", ".cuh", ".py", ".pyi"}
 
 STANDARD = r"<[a-z_0-9]+>"
@@ -83,8 +85,8 @@ LAYERS = {
         (LAUNCH, ATEN, ALLOCATION, r"\bcuda::", r"#\s*pragma\s+omp"),
     ),
     "kernels compiled per instruction set": Layer(
-        ("cpu/isa_*.cpp", "cpu/*_kernel.h", "cpu/simd.h", "cpu/lines.h", "cpu/functor.h", "cpu/kernels_table.h"),
-        (r"<cstdint>", r"<immintrin\.h>", OWN_TORCH_FREE, r'"cpu/(kernels|kernels_table|simd|lines|functor|\w+_kernel)\.h"'),
+        ("cpu/isa_*.cpp", "cpu/*_kernel.h", *(f"cpu/{stem}.h" for stem in VECTORS), "cpu/kernels_table.h"),
+        (r"<cstdint>", r"<immintrin\.h>", OWN_TORCH_FREE, rf'"cpu/(kernels|kernels_table|{"|".join(VECTORS)}|\w+_kernel)\.h"'),
         (THREADS, r"\bstd::", r"\bstatic\s+\w+\s+\w+\s*[;=]"),
     ),
     "cuda": Layer(

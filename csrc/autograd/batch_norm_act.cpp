@@ -8,12 +8,14 @@
 #include <ATen/TensorGeometry.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/batch_norm.h>
-#include <ATen/ops/ones_like.h>
+#include <ATen/ops/full_like.h>
 #include <ATen/ops/where.h>
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
+
+#include <limits>
 
 #include "autograd/function.h"
 #include "ops/composite.h"
@@ -73,9 +75,6 @@ struct BatchNormActGradient : Gradient<BatchNormActGradient, 4> {
     return at::GradMode::is_enabled() ? differentiable_gradients(grad_y, wanted) : gradients(grad_y, wanted);
   }
 
-  // Whether act' depends on the residual otherwise than by one bit.
-  bool keeps_residual() const { return act == "elu" || act == "swish"; }
-
   void release_variables() override {
     Gradient::release_variables();
     std::atomic_store(&output, ConstOutput());
@@ -85,9 +84,9 @@ struct BatchNormActGradient : Gradient<BatchNormActGradient, 4> {
 
  private:
   variable_list gradients(const at::Tensor& grad_y, std::array<bool, 4> wanted) {
-    // Of the identity, the gradient of the residual is grad_y as it stands.
     std::array<bool, 4> computed = wanted;
-    if (act == "identity") computed[3] = false;
+    // The gradient of the residual is then grad_y as it stands.
+    if (composite::gradient_is_grad_y(act)) computed[3] = false;
     auto [grad_x, grad_weight, grad_bias, grad_residual] =
         call_below_autograd<ops::BatchNormActBackward>(grad_y, x.unpack(), mean.unpack(), invstd.unpack(), weight.unpack(), bias.unpack(),
                                                        residual.unpack(), mask.unpack(), training, act, act_param, computed);
@@ -108,15 +107,17 @@ struct BatchNormActGradient : Gradient<BatchNormActGradient, 4> {
     at::Tensor output = normalised(inputs[0], inputs[1], inputs[2]);
     at::Tensor grad_output = grad_y;
     if (of_two_slopes.defined()) {
-      // act' takes two values and is constant around x: the factor on grad_y is the gradient that the mask makes of ones.
-      const at::NoGradGuard no_grad;
-      const at::Tensor factor = std::get<3>(call<ops::BatchNormActBackward>(
-          at::ones_like(grad_y), inputs[0], mean.unpack(), invstd.unpack(), ops::OptionalTensor(), ops::OptionalTensor(),
-          ops::OptionalTensor(), of_two_slopes, false, act, act_param, std::array<bool, 4>{false, false, false, true}));
-      const at::AutoGradMode grad(true);
-      // What relu and relu6 stop may be inf.
-      grad_output = act == "leaky_relu" ? grad_y * factor : at::where(factor == 0, 0, grad_y);
-    } else if (act != "identity") {
+      // act' takes two values and is constant around x: the factor on grad_y is the gradient that the mask makes of ones. Where the mask
+      // makes 0 of inf, the gradient is 0 for any grad_y.
+      const auto gradient_of = [&](double value) {
+        const at::NoGradGuard no_grad;
+        return std::get<3>(call<ops::BatchNormActBackward>(
+            at::full_like(grad_y, value), inputs[0], mean.unpack(), invstd.unpack(), ops::OptionalTensor(), ops::OptionalTensor(),
+            ops::OptionalTensor(), of_two_slopes, false, act, act_param, std::array<bool, 4>{false, false, false, true}));
+      };
+      const at::Tensor of_ones = gradient_of(1.0), of_infinities = gradient_of(std::numeric_limits<double>::infinity());
+      grad_output = at::where(of_infinities == 0, 0, grad_y * of_ones);
+    } else {
       output = composite::add_and_activate(output, inputs[3], act, act_param);
     }
     variable_list result(4);
@@ -211,7 +212,7 @@ Result batch_norm_act(const at::Tensor& x, const OptionalTensor& running_mean, c
   node->eps = eps;
   node->act = std::string(act);
   node->act_param = act_param;
-  if (node->keeps_residual()) node->residual = keep(residual);
+  if (composite::gradient_reads_value(act)) node->residual = keep(residual);
   std::shared_ptr<RecomputedOutput> output;
   const int passes = recomputing ? 1 + passes_of(x) + passes_of(residual.value_or(at::Tensor())) : 0;
   if (recomputing && passes <= kMostPasses) {

@@ -1,7 +1,7 @@
 // What a formula may use on every target: the function qualifier, and for plain scalars the few operations that math/ is written in. SIMD
-// vectors (cpu/simd.h) bring overloads of the same names, found by argument-dependent lookup, so that one template serves a lane, a vector
-// and a CUDA thread. Everything is forced inline: a function emitted out of line from an AVX-512 file would be picked by the linker for
-// other files too.
+// vectors (cpu/vector.h) bring overloads of the same names, which argument-dependent lookup finds, so that one template is compiled for a
+// scalar, a vector and a CUDA thread. Every function is forced inline: the linker would use a function that was emitted out of line from an
+// AVX-512 file in other files too.
 #pragma once
 
 #include <cstdint>

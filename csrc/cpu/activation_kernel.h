@@ -5,7 +5,10 @@
 #include "cpu/functor.h"
 #include "cpu/kernels.h"
 #include "cpu/lines.h"
-#include "cpu/simd.h"
+#include "cpu/load_store.h"
+#include "cpu/mask_bits.h"
+#include "cpu/uniform_numbers.h"
+#include "cpu/vector.h"
 #include "math/activation.h"
 
 namespace gradkernels::cpu {

@@ -2,10 +2,13 @@
 // lies in cache then. Sums that may cancel, those of x - mean, of dz and of dz (x - mean), are float64. Compiled once per instruction set.
 #pragma once
 
+#include "cpu/double_vector.h"
 #include "cpu/functor.h"
 #include "cpu/kernels.h"
 #include "cpu/lines.h"
-#include "cpu/simd.h"
+#include "cpu/load_store.h"
+#include "cpu/mask_bits.h"
+#include "cpu/vector.h"
 #include "math/activation.h"
 #include "math/batch_norm_act.h"
 #include "math/sum.h"

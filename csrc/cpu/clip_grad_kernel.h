@@ -2,8 +2,10 @@
 // type: no gradient that float32 holds can overflow or vanish. Compiled once per instruction set.
 #pragma once
 
+#include "cpu/double_vector.h"
 #include "cpu/kernels.h"
-#include "cpu/simd.h"
+#include "cpu/load_store.h"
+#include "cpu/vector.h"
 #include "math/clip_grad.h"
 #include "math/sum.h"
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cpu/kernels.h"
-#include "cpu/simd.h"
+#include "cpu/vector.h"
 #include "math/activation.h"
 
 namespace gradkernels::cpu {

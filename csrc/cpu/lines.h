@@ -4,8 +4,10 @@
 // happens to an element is written once.
 #pragma once
 
+#include "cpu/double_vector.h"
 #include "cpu/kernels.h"
-#include "cpu/simd.h"
+#include "cpu/load_store.h"
+#include "cpu/vector.h"
 #include "math/sum.h"
 
 namespace gradkernels::cpu {

@@ -2,7 +2,8 @@
 #pragma once
 
 #include "cpu/kernels.h"
-#include "cpu/simd.h"
+#include "cpu/load_store.h"
+#include "cpu/vector.h"
 #include "math/optim.h"
 
 namespace gradkernels::cpu {

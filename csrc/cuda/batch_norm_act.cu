@@ -762,8 +762,8 @@ struct GradientOperands {
     }
   }
 
-  // The gradient at the output of the normalisation, which normalise(k) is, for octet i, which lies at `at`. Only elu and swish read a
-  // residual, and that as late as here: registers are short.
+  // The gradient at the output of the normalisation, which normalise(k) is, for octet i, which lies at `at`. A residual, which only
+  // gradients that read the value need, is read as late as here: registers are short.
   template <typename Coefficient>
   __device__ __forceinline__ void dz(const BatchNormBackward& p, const Tiling& t, int i, const At& at, const Coefficient& normalise,
                                      opmath_t<scalar_t> (&out)[kOctetElements]) const {

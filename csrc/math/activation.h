@@ -1,13 +1,20 @@
-// The activation family: each formula once, for scalars and SIMD vectors on the host and for threads on the device.
+// The activations: each formula once, for scalars and SIMD vectors on the host and for threads on the device.
 //
+//   kName                             the activation's name in batch_norm_act
+//   kGradientReads                    what the gradient reads besides grad_y
+//   kHasExponential                   whether a value or a gradient takes an exponential
 //   forward(x)                        the value
 //   backward(grad_y, x)               the gradient, from the input
-//   backward_from_output(grad_y, y)   the same from the output: only where y determines the derivative
-//   passes(x), backward_from_mask     the same from one bit: only where the derivative takes two values
+//   backward_from_output(grad_y, y)   the gradient, from the output: only where y determines the derivative
+//   passes(x), backward_from_mask     the gradient, from one bit: only where the derivative takes two values
 //
-// A member that does not exist is a use that is not legal: Swish cannot be undone, so an in-place Swish does not compile. Comparisons are
-// the ones of torch's vector loops on the CPU, which decides the values at nan and at zero: its loops over what is left, and its kernels on
-// a GPU, differ from these at nan (tests/test_special_values.py).
+// A functor lacks the members that would be wrong: Swish cannot be undone, so an in-place Swish does not compile.
+//
+// To add an activation to batch_norm_act, add a functor, an enumerator of ActivationKind and a case in `visit` (and in `visit_two_slopes`,
+// if the gradient reads a mask); then a case in composite_of, in ops/batch_norm_act.cpp. Without any of them the library does not compile.
+//
+// Comparisons are those of torch's vector loops on the CPU, which decide the values at nan and at zero. At nan, torch's scalar loops over
+// the last elements and torch's kernels on a GPU give other values (tests/test_special_values.py).
 #pragma once
 
 #include "math/exp.h"
@@ -17,20 +24,28 @@ namespace gradkernels::math {
 
 enum class ActivationKind : uint8_t { kIdentity, kRelu, kRelu6, kLeakyRelu, kElu, kSwish };
 
-// An activation as a run-time value; `parameter` is negative_slope, alpha or beta.
+// What the gradient of an activation reads besides grad_y.
+enum class GradientReads : uint8_t {
+  kNothing,  // the gradient is grad_y
+  kMask,     // one bit an element: the functor has passes and backward_from_mask
+  kValue,    // x
+};
+
+// An activation as a run-time value; `parameter` is negative_slope, alpha or beta. The functor's constants decide the answers.
 struct Activation {
   ActivationKind kind;
   double parameter;
 
-  GK_HOST_DEVICE bool has_two_slopes() const {
-    return kind == ActivationKind::kRelu || kind == ActivationKind::kRelu6 || kind == ActivationKind::kLeakyRelu;
-  }
-  GK_HOST_DEVICE bool has_exponential() const { return kind == ActivationKind::kElu || kind == ActivationKind::kSwish; }
+  GK_INLINE bool has_two_slopes() const;
+  GK_INLINE bool has_exponential() const;
 };
 
 // identity(x) = x
 template <typename T>
 struct Identity {
+  static constexpr const char* kName = "identity";
+  static constexpr GradientReads kGradientReads = GradientReads::kNothing;
+  static constexpr bool kHasExponential = false;
   GK_HOST_DEVICE T forward(T x) const { return x; }
   GK_HOST_DEVICE T backward(T grad_y, T) const { return grad_y; }
 };
@@ -38,6 +53,9 @@ struct Identity {
 // relu(x) = max(x, 0)
 template <typename T>
 struct Relu {
+  static constexpr const char* kName = "relu";
+  static constexpr GradientReads kGradientReads = GradientReads::kMask;
+  static constexpr bool kHasExponential = false;
   GK_HOST_DEVICE T forward(T x) const { return select(x <= T(0), T(0), x); }
   GK_HOST_DEVICE auto passes(T x) const { return !(x <= T(0)); }
   template <typename Mask>
@@ -50,6 +68,9 @@ struct Relu {
 // relu6(x) = min(max(x, 0), 6)
 template <typename T>
 struct Relu6 {
+  static constexpr const char* kName = "relu6";
+  static constexpr GradientReads kGradientReads = GradientReads::kMask;
+  static constexpr bool kHasExponential = false;
   GK_HOST_DEVICE T forward(T x) const { return select(x <= T(0), T(0), select(x >= T(6), T(6), x)); }
   GK_HOST_DEVICE auto passes(T x) const { return (x > T(0)) & (x < T(6)); }
   template <typename Mask>
@@ -62,6 +83,9 @@ struct Relu6 {
 // leaky_relu(x) = x for x > 0, negative_slope x otherwise
 template <typename T>
 struct LeakyRelu {
+  static constexpr const char* kName = "leaky_relu";
+  static constexpr GradientReads kGradientReads = GradientReads::kMask;
+  static constexpr bool kHasExponential = false;
   T negative_slope;
   GK_HOST_DEVICE T forward(T x) const { return select(x > T(0), x, x * negative_slope); }
   GK_HOST_DEVICE auto passes(T x) const { return x > T(0); }
@@ -83,6 +107,9 @@ struct LeakyRelu {
 // (autograd/activation.cpp keeps x, or refuses, in the other case). forward selects on x < 0, so that -0 stays -0.
 template <typename T>
 struct Elu {
+  static constexpr const char* kName = "elu";
+  static constexpr GradientReads kGradientReads = GradientReads::kValue;
+  static constexpr bool kHasExponential = true;
   T alpha;
   GK_HOST_DEVICE T forward(T x) const { return select(x < T(0), alpha * expm1_of_nonpositive(x), x); }
   GK_HOST_DEVICE T backward(T grad_y, T x) const {
@@ -97,6 +124,9 @@ struct Elu {
 // y alone is as exact as what it is rounded to: near its zero the gradient is the difference of two terms.
 template <typename T, Precision precision>
 struct Swish {
+  static constexpr const char* kName = "swish";
+  static constexpr GradientReads kGradientReads = GradientReads::kValue;
+  static constexpr bool kHasExponential = true;
   T beta;
   GK_HOST_DEVICE T forward(T x) const {
     if constexpr (precision == Precision::kHalf) {
@@ -162,7 +192,7 @@ struct RandomSlopes {
 
 // Calls function(functor) with the functor of `act`, computing in T what is rounded to `precision`.
 template <typename T, Precision precision, typename Function>
-GK_HOST_DEVICE void visit(Activation act, const Function& function) {
+GK_HOST_DEVICE constexpr void visit(Activation act, const Function& function) {
   const T parameter(static_cast<scalar_of_t<T>>(act.parameter));
   switch (act.kind) {
     case ActivationKind::kIdentity:
@@ -180,9 +210,10 @@ GK_HOST_DEVICE void visit(Activation act, const Function& function) {
   }
 }
 
-// The same over the activations whose derivative takes two values.
+// Calls function(functor) with the functor of `act`, which must be an activation of two slopes. A switch of its own compiles to faster code
+// than a selection from the switch above; the static_assert below compares the two.
 template <typename T, typename Function>
-GK_HOST_DEVICE void visit_two_slopes(Activation act, const Function& function) {
+GK_HOST_DEVICE constexpr void visit_two_slopes(Activation act, const Function& function) {
   switch (act.kind) {
     case ActivationKind::kRelu:
       return function(Relu<T>{});
@@ -192,6 +223,42 @@ GK_HOST_DEVICE void visit_two_slopes(Activation act, const Function& function) {
       return function(LeakyRelu<T>{T(static_cast<scalar_of_t<T>>(act.parameter))});
   }
 }
+
+// The constants of a functor as run-time values.
+struct ActivationTraits {
+  const char* name;  // null beyond the last kind
+  GradientReads gradient_reads;
+  bool has_exponential;
+};
+GK_INLINE constexpr ActivationTraits traits_of(ActivationKind kind) {
+  ActivationTraits traits{};
+  visit<float, Precision::kFull>({kind, 0.0}, [&](auto f) GK_INLINE_LAMBDA {
+    using Functor = decltype(f);
+    traits = {Functor::kName, Functor::kGradientReads, Functor::kHasExponential};
+  });
+  return traits;
+}
+
+constexpr bool is_same_name(const char* a, const char* b) {
+  for (; *a == *b; ++a, ++b) {
+    if (*a == '\0') return true;
+  }
+  return false;
+}
+constexpr bool visits_all_of_two_slopes() {
+  for (uint8_t i = 0;; ++i) {
+    const ActivationKind kind = static_cast<ActivationKind>(i);
+    const ActivationTraits traits = traits_of(kind);
+    if (traits.name == nullptr) return true;
+    bool visited = false;
+    visit_two_slopes<float>({kind, 0.0}, [&](auto f) { visited = is_same_name(decltype(f)::kName, traits.name); });
+    if (visited != (traits.gradient_reads == GradientReads::kMask)) return false;
+  }
+}
+static_assert(visits_all_of_two_slopes(), "visit_two_slopes has no case for an activation whose gradient reads a mask");
+
+GK_INLINE bool Activation::has_two_slopes() const { return traits_of(kind).gradient_reads == GradientReads::kMask; }
+GK_INLINE bool Activation::has_exponential() const { return traits_of(kind).has_exponential; }
 
 // The activation chosen at each element, which compiles once instead of once for each of them.
 template <typename T, Precision precision>

@@ -28,6 +28,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <string>
 
 #include "common/allocate.h"
 #include "common/check.h"
@@ -47,13 +48,43 @@ using math::Activation;
 using math::ActivationKind;
 
 Activation activation(std::string_view name, double parameter) {
-  constexpr std::pair<std::string_view, ActivationKind> kKinds[] = {
-      {"identity", ActivationKind::kIdentity},    {"relu", ActivationKind::kRelu}, {"relu6", ActivationKind::kRelu6},
-      {"leaky_relu", ActivationKind::kLeakyRelu}, {"elu", ActivationKind::kElu},   {"swish", ActivationKind::kSwish}};
-  for (const auto& [known, kind] : kKinds) {
-    if (name == known) return {kind, parameter};
+  std::string known;
+  for (uint8_t i = 0;; ++i) {
+    const ActivationKind kind = static_cast<ActivationKind>(i);
+    const char* const kind_name = math::traits_of(kind).name;
+    TORCH_CHECK_VALUE(kind_name != nullptr, "act must be one of ", known, ", got '", name, "'");
+    if (name == kind_name) return {kind, parameter};
+    known += (i == 0 ? "" : ", ") + std::string(kind_name);
   }
-  TORCH_CHECK_VALUE(false, "act must be one of identity, relu, relu6, leaky_relu, elu, swish, got '", name, "'");
+}
+
+// An activation, and its gradient at z, composed of ATen's operators.
+struct Composite {
+  at::Tensor (*forward)(const at::Tensor& z, double parameter);
+  at::Tensor (*backward)(const at::Tensor& grad_y, const at::Tensor& z, double parameter);
+};
+
+Composite composite_of(ActivationKind kind) {
+  using at::Tensor;
+  switch (kind) {
+    case ActivationKind::kIdentity:
+      return {[](const Tensor& z, double) { return z; }, [](const Tensor& grad_y, const Tensor&, double) { return grad_y; }};
+    case ActivationKind::kRelu:
+      return {[](const Tensor& z, double) { return at::relu(z); },
+              [](const Tensor& grad_y, const Tensor& z, double) { return at::threshold_backward(grad_y, z, 0); }};
+    case ActivationKind::kRelu6:
+      return {[](const Tensor& z, double) { return at::relu6(z); },
+              [](const Tensor& grad_y, const Tensor& z, double) { return at::hardtanh_backward(grad_y, z, 0, 6); }};
+    case ActivationKind::kLeakyRelu:
+      return {[](const Tensor& z, double slope) { return at::leaky_relu(z, slope); },
+              [](const Tensor& grad_y, const Tensor& z, double slope) { return at::leaky_relu_backward(grad_y, z, slope, false); }};
+    case ActivationKind::kElu:
+      return {[](const Tensor& z, double alpha) { return at::elu(z, alpha); },
+              [](const Tensor& grad_y, const Tensor& z, double alpha) { return at::elu_backward(grad_y, alpha, 1, 1, false, z); }};
+    case ActivationKind::kSwish:
+      return {composite::swish, composite::swish_backward};
+  }
+  TORCH_INTERNAL_ASSERT(false);
 }
 
 bool is_given(const OptionalTensor& x) { return x.has_value() && x->defined(); }
@@ -144,21 +175,19 @@ bool composite::batch_norm_act_has_kernel(const at::Tensor& x, const OptionalTen
 
 at::Tensor composite::add_and_activate(at::Tensor z, const OptionalTensor& residual, std::string_view act, double act_param) {
   if (is_given(residual)) z = z + *residual;
-  switch (activation(act, act_param).kind) {
-    case ActivationKind::kIdentity:
-      return z;
-    case ActivationKind::kRelu:
-      return at::relu(z);
-    case ActivationKind::kRelu6:
-      return at::relu6(z);
-    case ActivationKind::kLeakyRelu:
-      return at::leaky_relu(z, act_param);
-    case ActivationKind::kElu:
-      return at::elu(z, act_param);
-    case ActivationKind::kSwish:
-      return composite::swish(z, act_param);
-  }
-  TORCH_INTERNAL_ASSERT(false);
+  return composite_of(activation(act, act_param).kind).forward(z, act_param);
+}
+
+at::Tensor composite::activation_backward(const at::Tensor& grad_y, const at::Tensor& z, std::string_view act, double act_param) {
+  return composite_of(activation(act, act_param).kind).backward(grad_y, z, act_param);
+}
+
+bool composite::gradient_is_grad_y(std::string_view act) {
+  return math::traits_of(activation(act, 0.0).kind).gradient_reads == math::GradientReads::kNothing;
+}
+
+bool composite::gradient_reads_value(std::string_view act) {
+  return math::traits_of(activation(act, 0.0).kind).gradient_reads == math::GradientReads::kValue;
 }
 
 BatchNormActResult composite::batch_norm_act(const at::Tensor& x, const OptionalTensor& running_mean, const OptionalTensor& running_var,
@@ -452,24 +481,8 @@ struct Normalised {
   }
 
   // The gradient at z.
-  at::Tensor gradient(const at::Tensor& grad_y, const OptionalTensor& residual, Activation act) const {
-    const at::Tensor grad = grad_y.to(z.scalar_type());
-    const at::Tensor u = is_given(residual) ? z + *residual : z;
-    switch (act.kind) {
-      case ActivationKind::kIdentity:
-        return grad;
-      case ActivationKind::kRelu:
-        return at::threshold_backward(grad, u, 0);
-      case ActivationKind::kRelu6:
-        return at::hardtanh_backward(grad, u, 0, 6);
-      case ActivationKind::kLeakyRelu:
-        return at::leaky_relu_backward(grad, u, act.parameter, false);
-      case ActivationKind::kElu:
-        return at::elu_backward(grad, act.parameter, 1, 1, false, u);
-      case ActivationKind::kSwish:
-        return composite::swish_backward(grad, u, act.parameter);
-    }
-    TORCH_INTERNAL_ASSERT(false);
+  at::Tensor gradient(const at::Tensor& grad_y, const OptionalTensor& residual, std::string_view act, double act_param) const {
+    return composite::activation_backward(grad_y.to(z.scalar_type()), is_given(residual) ? z + *residual : z, act, act_param);
   }
 };
 
@@ -624,7 +637,7 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_act_backward_reduce(const at::Tens
   check_elemt(x, mean, invstd, weight, bias, residual);
   if (!parts_have_kernel(x, weight, bias)) {
     const parts::Normalised normalised(x, mean, invstd, weight, bias);
-    const at::Tensor dz = normalised.gradient(grad_y, residual, activation(act, act_param));
+    const at::Tensor dz = normalised.gradient(grad_y, residual, act, act_param);
     const at::Tensor dz_sum = dz.sum(parts::reduced_dims(x), false, at::kDouble);
     const at::Tensor dz_x_sum =
         (dz * normalised.centred).sum(parts::reduced_dims(x), false, at::kDouble) - normalised.mean_low * parts::zero_unless_finite(dz_sum);
@@ -661,7 +674,7 @@ at::Tensor batch_norm_act_backward_elemt(const at::Tensor& grad_y, const at::Ten
   check_count(count, x);
   if (!parts_have_kernel(x, weight, bias)) {
     const parts::Normalised normalised(x, mean, invstd, weight, bias);
-    const at::Tensor dz = normalised.gradient(grad_y, residual, activation(act, act_param));
+    const at::Tensor dz = normalised.gradient(grad_y, residual, act, act_param);
     const std::vector<at::Tensor> mean_of = (sums / count).chunk(2);
     const at::Tensor slope = -invstd * invstd * mean_of[1];
     const at::Tensor dz_mean = mean_of[0] + parts::zero_unless_finite(slope * normalised.mean_low);

@@ -41,6 +41,13 @@ BatchNormActResult batch_norm_act(const at::Tensor& x, const OptionalTensor& run
 
 // act(z + residual), the second half of it.
 at::Tensor add_and_activate(at::Tensor z, const OptionalTensor& residual, std::string_view act, double act_param);
+// The gradient of act(z) at z.
+at::Tensor activation_backward(const at::Tensor& grad_y, const at::Tensor& z, std::string_view act, double act_param);
+
+// What the functor of act in math/activation.h says of its gradient: whether it is grad_y itself, and whether it depends on z by more than
+// one bit.
+bool gradient_is_grad_y(std::string_view act);
+bool gradient_reads_value(std::string_view act);
 
 // False for what batch_norm_act leaves to the composite.
 bool batch_norm_act_has_kernel(const at::Tensor& x, const OptionalTensor& running_mean, const OptionalTensor& running_var,
