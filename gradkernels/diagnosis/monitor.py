@@ -434,9 +434,10 @@ class GradientMonitor:
         """Everything recorded, as lists and numbers that json takes.
 
         Returns:
-            steps: [S] and layers: [L], what the numbers below belong to, layers in the order in which they run; gradient_norm,
-            weight_norm, update_ratio: [S][L], None where a layer had none; activations: for each step looked at, module name ->
-            mean, std, negative, dead; milliseconds: what a recorded step cost for gradients and weights, and for activations.
+            A dict of "steps" and "layers", the layers in the order in which they run; "gradient_norm", "weight_norm" and
+            "update_ratio", for each step a list with one number for each layer, None where the layer had none; "activations": step ->
+            module name -> mean, std, negative, dead; "milliseconds": the cost of a recorded step, for gradients and weights and for
+            activations.
 
         Raises:
             RuntimeError: no step has been recorded.
