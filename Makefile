@@ -1,6 +1,6 @@
 # One target per task, for people, hooks and CI. The first run of a target sets up what it needs (.venv,
 # torch, tools, the compiled library); later runs reuse it. TORCH is the version of torch (make test
-# TORCH=2.12.0), PYTHON (3.11 or newer) the interpreter for .venv.
+# TORCH=2.12.0), PYTHON (3.10 or newer) the interpreter for .venv.
 
 TORCH ?= 2.13.0
 PYTHON ?= python3
@@ -11,6 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The file's name contains torch's version. Another version is installed and creates a new file, and the
 # library is built again because it is older.
 REQUIREMENTS := .venv/.requirements-$(TORCH)
+DOCS_REQUIREMENTS := .venv-docs/.requirements
 # For cuda-check: a second torch, with CUDA, and the root of the CUDA toolkit. The nvcc in PATH may be a
 # wrapper outside of the toolkit.
 CUDA_TORCH ?= 2.11.0
@@ -38,13 +39,17 @@ AARCH64_CXX ?= aarch64-linux-gnu-g++
 KERNELS_FLAGS = -std=c++17 -pthread -ffp-contract=off -fno-math-errno -fno-trapping-math -Icsrc \
   $(shell .venv/bin/python -c "import torch.utils.cpp_extension as e; print(*('-isystem' + path for path in e.include_paths()))")
 
+# Of pyproject.toml: what a build requires, and the extras that are named.
 define PRINT_REQUIREMENTS
-import tomllib
+import sys
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    from pip._vendor import tomli as tomllib
 with open("pyproject.toml", "rb") as file:
     pyproject = tomllib.load(file)
-extras = pyproject["project"]["optional-dependencies"]
-requirements = pyproject["build-system"]["requires"] + extras["demo"] + extras["dev"]
-print(*(each for each in requirements if not each.startswith("gradkernels")), sep="\n")
+lists = {"build": pyproject["build-system"]["requires"], **pyproject["project"]["optional-dependencies"]}
+print(*(each for name in sys.argv[1:] for each in lists[name] if not each.startswith("gradkernels")), sep="\n")
 endef
 export PRINT_REQUIREMENTS
 
@@ -63,7 +68,7 @@ print(*["default", "avx2"][: built.index(_native.C.instruction_set())])
 endef
 export PRINT_OTHER_SETS
 
-.PHONY: help build demo test test-all test-sets fuzz coverage sanitize emulate versions lint format bench cuda-check clean
+.PHONY: help build demo test test-all test-sets fuzz coverage sanitize emulate versions lint format bench docs cuda-check clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -136,6 +141,9 @@ format: $(REQUIREMENTS)  ## rewrite files with ruff and clang-format
 bench: $(LIBRARY)  ## every bench/bench_*.py but the build in turn, into bench/results
 	.venv/bin/python -m gradkernels bench
 
+docs: $(DOCS_REQUIREMENTS)  ## the documentation, into build/site; installs no torch and compiles nothing
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
 cuda-check: $(CUDA_REQUIREMENTS)  ## compile for CUDA, load the library, inspect its machine code; needs nvcc but no GPU
 	rm -rf build/cuda/lib
 	CUDA_HOME="$(CUDA_HOME)" FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" \
@@ -144,7 +152,7 @@ cuda-check: $(CUDA_REQUIREMENTS)  ## compile for CUDA, load the library, inspect
 	cd build/cuda/lib && ../../../.venv-cuda/bin/python -m gradkernels info
 	.venv-cuda/bin/python tests/inspect_cuda_code.py build/cuda/lib/gradkernels/_C.*.so
 
-clean:  ## what the build left; .venv and .venv-cuda stay
+clean:  ## what the build left; .venv, .venv-docs and .venv-cuda stay
 	rm -rf build dist gradkernels.egg-info gradkernels/_C.*.so
 
 # Folders are prerequisites too, because removing a file changes their age.
@@ -154,9 +162,15 @@ $(LIBRARY): $(REQUIREMENTS) setup.py $(shell find csrc)
 
 $(REQUIREMENTS): pyproject.toml Makefile
 	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
-	.venv/bin/python -c "$$PRINT_REQUIREMENTS" > .venv/requirements.txt
+	.venv/bin/python -c "$$PRINT_REQUIREMENTS" build demo dev > .venv/requirements.txt
 	.venv/bin/pip install $(if $(CI),--progress-bar off) torch==$(TORCH) -r .venv/requirements.txt
 	rm -f .venv/.requirements-*
+	touch $@
+
+$(DOCS_REQUIREMENTS): pyproject.toml Makefile
+	test -x .venv-docs/bin/pip || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -c "$$PRINT_REQUIREMENTS" docs > .venv-docs/requirements.txt
+	.venv-docs/bin/pip install $(if $(CI),--progress-bar off) -r .venv-docs/requirements.txt
 	touch $@
 
 $(CUDA_REQUIREMENTS): Makefile

@@ -123,7 +123,7 @@ CUDA_TORCH_UNIT = "cuda/device.cpp"
 
 def sources():
     """Every source file of the project."""
-    for folder in ("csrc", "gradkernels", "examples", "tests", "bench"):
+    for folder in ("csrc", "gradkernels", "examples", "tests", "bench", "docs"):
         yield from (path for path in sorted((ROOT / folder).rglob("*")) if path.suffix in SUFFIXES)
     yield ROOT / "setup.py"
 
