@@ -1,7 +1,7 @@
-"""The experiments of examples/: each has the expected result, and fails with a sentence if gradkernels is made wrong.
+"""The experiments of examples/ have the expected results, and report it if a part of gradkernels is replaced.
 
-One experiment runs as a user starts it, in a process of its own. The others run in this process, where parts of
-gradkernels can be replaced.
+One experiment runs as a user starts it, in a process of its own. The others run in this process, where parts
+can be replaced.
 """
 
 import gzip
@@ -416,7 +416,7 @@ def test_files_that_are_missing_or_do_not_fit_are_reported(name, array, words, s
 
 
 def test_mnist_is_compared_with_the_notes(small_mnist, tmp_path, capsys, monkeypatch):
-    """scikit-learn's digits are too few for the accuracy of the notes: an error, after the table and the picture."""
+    """scikit-learn's digits are too few for the accuracy of the notes: an error, after table and picture."""
     monkeypatch.setattr(simple_net, "MNIST_EPOCHS", 2)
     arguments = ["--mnist", str(small_mnist), "--output", str(tmp_path / "demo.png")]
     with pytest.raises(SystemExit, match=r"expected 'He, ELU, batch norm' .* 0\.9652 on MNIST, as in the notes; it is 0\.\d{4}$"):
