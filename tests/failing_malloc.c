@@ -1,5 +1,5 @@
-// An allocator to be preloaded that fails when told to: fail_after(n, bytes) lets n allocations of at least so many bytes pass and refuses
-// the one after them; a negative n refuses none. refused() says whether that has happened.
+// An allocator to preload. After fail_after(n, bytes), n allocations of at least this many bytes succeed and
+// the next one fails; with a negative n none fails. refused() returns whether one has failed.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>

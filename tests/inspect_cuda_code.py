@@ -1,10 +1,10 @@
-"""Looks at the machine code of a library built with CUDA, and fails on what costs bandwidth: no GPU is needed.
+"""Reads the machine code of a library built with CUDA and fails on code that costs bandwidth; needs no GPU.
 
     python tests/inspect_cuda_code.py build/cuda/lib/gradkernels/_C.*.so
 
-Of every kernel, on every architecture: local memory (spills among it), registers, and whether its loop over packets moves 16 bytes an
-instruction. The gates are the table below; a kernel without a row is an error. cuobjdump and nvdisasm come with the CUDA toolkit or, as
-here, with triton.
+For every kernel on every architecture it checks the local memory (which holds spills), the registers, and
+that the loop over packets moves 16 bytes with each instruction. GATES has the limits; a kernel without a row
+is an error. cuobjdump and nvdisasm come with the CUDA toolkit or with triton.
 """
 
 import re
@@ -19,7 +19,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Gate:
-    """kernel: a pattern of its name with template arguments. registers: at most. loads, stores: a loop has to move 16 bytes at a time."""
+    """The limits of a kernel.
+
+    kernel: a pattern for the name with template arguments.
+    registers: the largest number allowed.
+    loads, stores: whether a loop has to move 16 bytes at a time.
+    """
 
     kernel: str
     registers: int
@@ -27,11 +32,11 @@ class Gate:
     stores: bool = False
 
 
-# The second template argument of the activations' kernels is the number of elements moved at once. 65,536 registers of an SM: 64 of them
-# leave 4 blocks of 256 threads, 128 two.
+# The second template argument of the activations' kernels is the number of elements that are moved at once.
+# An SM has 65,536 registers: enough for 4 blocks of 256 threads with 64 registers each, or for 2 with 128.
 ONE = r"<.*, 1>"
 PACKETS = r"<.*, [248]>"
-# Two blocks of 256 threads an SM, and of the kernels that compute in float64 one.
+# batch_norm_act: two blocks of 256 threads on an SM, or one for kernels that compute in float64.
 FLOAT64 = "<double, .*>"
 GATES = (
     Gate(rf"(activation|rrelu|parametric)_(forward|forward_mask|backward|backward_mask)_kernel{PACKETS}", 72, loads=True, stores=True),
@@ -77,7 +82,7 @@ def output_of(*command: str) -> str:
 
 
 def short_name(symbol: str) -> str:
-    """A kernel without its namespaces and parameters."""
+    """The name of a kernel without namespaces and parameters."""
     demangled = output_of("c++filt", symbol).strip().removeprefix("void ")
     name = re.match(r"(?:\w+::|\(anonymous namespace\)::)*(\w+(?:<.*>)?)\(", demangled)
     return re.sub(r"gradkernels::(cuda::)?(\(anonymous namespace\)::)?", "", name.group(1) if name else demangled)
@@ -89,12 +94,12 @@ def instructions(text: str) -> list[tuple[int, str]]:
 
 
 def moves_packets_in_a_loop(code: list[tuple[int, str]], pattern: str) -> bool:
-    """Whether an instruction that matches can be followed by itself."""
+    """Whether an instruction that matches can be reached from itself."""
     places = {address: place for place, (address, _) in enumerate(code)}
     follow: list[list[int]] = []
     for place, (_, text) in enumerate(code):
         branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
-        # With a condition, "@P0 BRA 0x40" or "BRA.U UP0, 0x40", they may not.
+        # Not a branch with a condition: "@P0 BRA 0x40" or "BRA.U UP0, 0x40".
         ends = re.match(r"(EXIT|RET|BRX)\b|BRA\S*\s+0x", text) is not None
         follow.append([] if ends or place + 1 == len(code) else [place + 1])
         if branch is not None and int(branch.group(1), 16) in places:
@@ -138,9 +143,9 @@ def faults_of(kernel: Kernel) -> Iterator[str]:
         yield "has no row in GATES"
         return
     if kernel.local_bytes > 0:
-        yield f"has {kernel.local_bytes} bytes of local memory a thread"
+        yield f"has {kernel.local_bytes} bytes of local memory for each thread"
     if kernel.registers > gate.registers:
-        yield f"takes {kernel.registers} registers, more than {gate.registers}"
+        yield f"has {kernel.registers} registers, more than {gate.registers}"
     if gate.loads and not kernel.loads:
         yield "has no loop with 16-byte loads"
     if gate.stores and not kernel.stores:

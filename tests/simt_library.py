@@ -1,8 +1,9 @@
 """Compiles the kernels of csrc/cuda for the host (tests/simt) and calls them on CPU tensors.
 
-load("activation") is csrc/cuda/activation.cu with its launchers, bound by tests/simt/activation.cpp; races("activation") runs that file's
-main under ThreadSanitizer. Both are kept in build/simt under a name that follows from every source they are made of. Tensors that kernels
-write come from guarded(), which fails a test where something is written outside of them.
+load("activation") is csrc/cuda/activation.cu with its launchers, bound by tests/simt/activation.cpp.
+races("activation") runs the main function of this file under ThreadSanitizer. Both are kept in build/simt,
+and their names contain a hash of all their sources. Tensors that kernels write come from Guarded, which fails
+a test that writes outside of them.
 """
 
 import ctypes
@@ -20,7 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = ROOT / "build/simt"
 SOURCES = ("csrc/common/*.h", "csrc/math/*.h", "csrc/ops/*.h", "csrc/cuda/*", "tests/simt/*")
-# As setup.py has them, less optimisation: a kernel is compiled in seconds.
+# The flags of setup.py with less optimisation, so that a kernel compiles in seconds.
 FLAGS = (
     "-std=c++17",
     "-O1",
@@ -36,14 +37,15 @@ RACES = ("-g", "-DSIMT_RACES")
 CANARY = 0x5A
 CANARY_BYTES = 256
 
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+# DType of csrc
+DTYPE_NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 def compiled(stem, output, *, races=False):
-    """The shared library or, for races, the program of a stem: made unless it is there already."""
+    """The shared library of a stem or, with races=True, its program. It is built if it does not exist yet."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
-        pytest.skip("no C++ compiler: kernels are compiled for the host by g++")
+        pytest.skip("there is no C++ compiler to compile the kernels for the host")
     paths = sorted(path for pattern in SOURCES for path in ROOT.glob(pattern) if path.suffix != ".cu" or path.stem == stem)
     content = hashlib.sha256(repr((compiler, FLAGS, RACES)).encode())
     for path in paths:
@@ -84,7 +86,7 @@ def load(stem):
 
 
 def as_c(argument):
-    """A tensor as its address, a dtype as its number in DType, None as a null pointer; an array of ctypes is one already."""
+    """The argument for ctypes: a tensor's address, a dtype's number in DType, a null pointer for None."""
     if argument is None:
         return ctypes.c_void_p(None)
     if isinstance(argument, torch.Tensor):
@@ -92,20 +94,20 @@ def as_c(argument):
     if isinstance(argument, ctypes.Array):
         return argument
     if isinstance(argument, torch.dtype):
-        return ctypes.c_int(DTYPES[argument])
+        return ctypes.c_int(DTYPE_NUMBERS[argument])
     if isinstance(argument, float):
         return ctypes.c_double(argument)
     return ctypes.c_int64(argument)
 
 
 class Guarded:
-    """Hands out tensors of chosen alignment that lie between canaries, and finds out whether anything was written there."""
+    """Makes tensors of chosen alignment between canary bytes, and checks that no canary was written."""
 
     def __init__(self):
         self.memories = []
 
     def empty(self, count, dtype, *, offset=0):
-        """`count` elements that begin `offset` elements behind an address of a packet."""
+        """`count` elements that begin `offset` elements after an address that is aligned to a packet."""
         size = torch.empty(0, dtype=dtype).element_size()
         memory = torch.full((2 * CANARY_BYTES + (offset + count) * size,), CANARY, dtype=torch.uint8)
         begin = CANARY_BYTES - memory.data_ptr() % 16 + offset * size
@@ -122,10 +124,10 @@ class Guarded:
 
 
 def races(stem, **settings):
-    """The reports of ThreadSanitizer over a run of the stem's main, as text; settings are those at the head of tests/simt/simt.cpp."""
+    """ThreadSanitizer's reports on a run of the stem's main function. tests/simt/simt.cpp lists the settings."""
     program = compiled(stem, "", races=True)
     environment = {**os.environ, **{name: str(value) for name, value in settings.items()}, "TSAN_OPTIONS": "halt_on_error=1 exitcode=66"}
-    # The sanitizer of older compilers does not find its place among randomised addresses.
+    # The sanitizer of older compilers does not start with randomised addresses.
     command = ["setarch", platform.machine(), "-R", str(program)] if shutil.which("setarch") else [str(program)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     if "unexpected memory mapping" in run.stderr or "personality" in run.stderr:

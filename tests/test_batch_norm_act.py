@@ -808,7 +808,7 @@ class ResidualBlock(nn.Module):
 
 @pytest.mark.parametrize("act,tensors,torchs_tensors", [("relu", 4, 4), ("leaky_relu", 4, 6), ("swish", 4, 6)])
 def test_bytes_kept_by_twenty_residual_blocks(act, tensors, torchs_tensors):
-    """The number of tensors of the size of x that a block keeps, as README states; ours may also keep a mask."""
+    """The number of tensors of the size of x that a block keeps, as documented. Ours may also keep a mask."""
     x = torch.randn(4, 16, 12, 12)
     kept = []
     for native in (True, False):

@@ -362,8 +362,7 @@ def scenario_fsdp1_is_refused():
             # Here the gradients are whole, as the error message advises.
             with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
                 assert_close(gk.grad_report(model).total_norm, expected.double())
-        # The method that the message names computes the right norm, and with it the pieces are scaled
-        # correctly.
+        # The method that the message names computes the right norm, and pieces are scaled right with it.
         total = model.clip_grad_norm_(1e9)
         assert_close(total, expected)
         gk.clip_grads_with_norm_(model, 0.5, total)

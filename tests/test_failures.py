@@ -1,8 +1,7 @@
 """Failures around the operators: parameters, running statistics and gradients do not change.
 
 A failure that may end a process, or that needs a preloaded library, happens in a process of its own.
-test_native.py tests a library for another torch and half a library, test_sync_batch_norm_act.py a process
-that dies.
+test_native.py tests wrong and damaged libraries, test_sync_batch_norm_act.py a process that dies.
 """
 
 import ast

@@ -30,8 +30,7 @@ OPS = torch.ops.gradkernels
 FOLDER = Path(__file__).parent
 # The path of other processes: this package, and the files in this folder.
 PATH = os.pathsep.join([str(Path(gk.__file__).parents[1]), str(FOLDER)])
-# Sizes around packets, chunks of short runs and lines. Most are small: five large dimensions would exceed
-# LARGEST.
+# Sizes around packets, chunks of short runs and lines. Most are small: five large ones exceed LARGEST.
 EXTENTS = st.one_of(st.integers(1, 5), st.sampled_from([0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 129]))
 NUMBERS = st.one_of(st.sampled_from([0.0, 1.0, -1.0, 0.25, -0.5, 3.0]), st.floats(-4, 4, width=32))
 SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40, -1e-40, 3e38, -3e38, 100.0, -100.0]
@@ -214,9 +213,8 @@ def test_activation_with_a_tensor(data):
     parameter = data.draw(operands(parameter_shape, dtype)).view
     grad_y = x if data.draw(st.booleans()) else data.draw(operands(shape, dtype)).view
     wide = outcome_of(lambda: value_and_grads(theirs, in_float64([x, parameter]), grad_y))
-    # There is no wider dtype than float64. There torch's roundings of the terms, mostly of 1 - sigmoid, add
-    # up in the gradient of the parameter: at most 4 eps for each term, while assert_near allows 64 eps for
-    # the sum.
+    # There is no wider dtype than float64. torch's roundings of the terms, mostly of 1 - sigmoid, add up in
+    # the gradient of the parameter to 4 eps for each term, while assert_near allows 64 eps for the sum.
     size = product_of(x, grad_y)
     added = max(x.numel() / 16, 1.0) if dtype == torch.float64 else 1.0
     assert_like_torch(

@@ -218,8 +218,7 @@ def best_set(monkeypatch):
 def test_instruction_sets_agree(best_set, tmp_path):
     """ATEN_CPU_CAPABILITY chooses the set, as in torch.
 
-    Values differ by at most 2 ulp. Gradients differ by at most 4, because each is within 2 ulp of the exact
-    one.
+    Values differ by at most 2 ulp. Gradients differ by at most 4, because each has an error of at most 2.
     """
     built = _native.C.build_info()["instruction_sets"]
     saved = {}

@@ -1,6 +1,6 @@
-"""The CUDA kernels of the activations, run on the host (tests/simt) and held to the bounds of the operators, at every seam and alignment.
+"""The CUDA kernels of the activations, run on the host (tests/simt): the bounds of the operators, every seam.
 
-What stands between a launcher and a user (operators, autograd) is tested on the CPU, and on a GPU where there is one.
+The code between a launcher and a user (operators, autograd) is tested on the CPU and on a GPU.
 """
 
 import math
@@ -14,18 +14,28 @@ import pytest
 import torch
 
 import gradkernels as gk
-from accuracy import SWISH_GRADIENT, ULP_BOUND, activation_scales, assert_accurate, assert_bitwise_equal, exact_activation, extended
+from accuracy import (
+    DTYPES,
+    SIXTEEN_BITS,
+    SWISH_GRADIENT,
+    ULP_BOUND,
+    activation_scales,
+    assert_accurate,
+    assert_bitwise_equal,
+    exact_activation,
+    extended,
+)
 from batch_norm_act_calls import TWO_SLOPES
 from gradkernels.acts import ACTS
 from simt_library import Guarded, load
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # The order of math::ActivationKind.
 KINDS = {name: kind for kind, name in enumerate(ACTS)}
 PARAMS = {"leaky_relu": 0.3, "elu": 1.2, "swish": 1.7}
 INPUT, OUTPUT, MASK = 0, 1, 2
 PRELU, SWISH = 0, 1
-# Elements around a packet, a warp's worth of packets, a tile (256 threads, 16 packets of 2 to 8), and several tiles a block.
+# Sizes around a packet, the packets of a warp, a tile (256 threads, 16 packets of 2 to 8 elements), and
+# several tiles for each block.
 SIZES = [0, 1, 3, 7, 8, 9, 31, 32, 33, 255, 257, 2047, 2048, 2049, 8191, 8193, 16_411, 70_001]
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -53,7 +63,7 @@ def sample(count, dtype):
 
 
 def packed(bits):
-    """Bit i % 8 of byte i / 8."""
+    """The bits as bytes: bit i is bit i % 8 of byte i / 8."""
     padded = torch.zeros((bits.numel() + 7) // 8 * 8, dtype=torch.uint8)
     padded[: bits.numel()] = bits
     return (padded.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
@@ -83,7 +93,10 @@ def assert_activation(name, act, param, x, grad_y, y, grad_x):
 
 
 def tensors(guarded, index, size, dtype):
-    """x, grad_y and room for y and grad_x; every third time inputs, and every third outputs, begin one element behind a packet."""
+    """x, grad_y, and memory for y and grad_x.
+
+    In turn all of them begin at a packet, or x and grad_y, or y and grad_x, begin one element after it.
+    """
     inputs, outputs = index % 3 == 1, index % 3 == 2
     x = guarded.copy(sample(size, dtype), offset=inputs)
     grad_y = guarded.copy(torch.randn(size).to(dtype), offset=inputs)
@@ -101,7 +114,7 @@ def test_forward_and_backward(call, guarded, act, dtype):
         assert_activation(f"{act} of {size}", act, param, x, grad_y, y, grad_x)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
 @pytest.mark.parametrize("act,param", [("elu", 1.0), ("swish", 1.0), ("swish", 1.7), ("swish", -0.5)])
 def test_every_value_of_16_bits_is_rounded_once(call, guarded, act, param, dtype):
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
@@ -163,8 +176,8 @@ def test_rrelu_draws_what_the_cpu_draws(call, guarded, dtype):
         assert_bitwise_equal(f"grad_x of {size}", grad_x, expected_grad_x)
 
 
-# Rows, channels, inner: one parameter for all; runs that are whole packets and runs that are not; rows across channels, with columns that
-# fill a block and that do not; more than one part of a channel.
+# (rows, channels, inner): one parameter for all elements; runs that are whole packets and runs that are not;
+# rows across channels whose columns fill a block or do not; channels of more than one part.
 CHANNEL_SHAPES = [
     *[(1, 1, 1), (1, 1, 16_385), (1, 1, 40_000)],
     *[(2, 1, 7), (3, 3, 49), (2, 3, 64), (5, 65, 49), (9, 2, 2048)],
@@ -173,7 +186,10 @@ CHANNEL_SHAPES = [
 
 
 def exact_shares(x, grad_y, parameter, act):
-    """What each element adds to the gradient of the parameter, and the size of what that is computed from: exp magnifies rounding."""
+    """What each element adds to the gradient of the parameter, and the size of its terms.
+
+    The size includes the factor by which exp amplifies the rounding error of z.
+    """
     x, grad_y = extended(x), extended(grad_y)
     if act == "prelu":
         return (np.where(x > 0, 0, grad_y * x),) * 2
@@ -217,7 +233,7 @@ def test_learnt_parameter(call, guarded, act, dtype):
 
 
 def test_a_gpu_that_nothing_was_built_for():
-    """What cuda/device.h says there. The shim ends the process where torch raises."""
+    """The message of csrc/cuda/device.h. tests/simt ends the process where torch would raise."""
     call = "load('activation')('activation_forward', x.dtype, 5, 1.0, 9, x, x, None)"
     script = f"import torch; from simt_library import load; x = torch.ones(9); {call}"
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__), "SIMT_COMPUTE_CAPABILITY": "75", "SIMT_BUILT_FOR": "80"}

@@ -1,7 +1,8 @@
-"""The CUDA kernels of batch_norm_act, run on the host (tests/simt) and held to the bounds of the operators: every kernel at every seam.
+"""The CUDA kernels of batch_norm_act, run on the host (tests/simt): the bounds of the operators, every seam.
 
-A tensor here is (rows, channels, inner): N,C,*,* has inner = the pixels of an image, channels_last and N,C have inner = 1. Whether a slab
-is kept by a cluster of blocks, by one block, or goes through two passes follows from the GPU that the shim is told to be.
+A tensor here is (rows, channels, inner). For (N, C, *, *) inner is the number of pixels of an image, for
+channels_last and (N, C) it is 1. The simulated GPU decides whether a cluster of blocks or one block keeps a
+slab, or two passes read it.
 """
 
 import itertools
@@ -10,25 +11,25 @@ import math
 import pytest
 import torch
 
-from accuracy import SIXTEEN_BITS, ULP_BOUND, assert_accurate, assert_bitwise_equal, exact_batch_norm_act
+from accuracy import DTYPES, SIXTEEN_BITS, ULP_BOUND, assert_accurate, assert_bitwise_equal, exact_batch_norm_act
 from batch_norm_act_calls import ACTS, HARD_INPUTS, TWO_SLOPES, arguments, cast, hard_input, scales_of, without_kinks
 from batch_norm_act_calls import call as call_operator
 from gradkernels import reference
 from simt_library import Guarded, load
 from test_simt_activation import KINDS
 
-DTYPES = [torch.float32, torch.float64, *SIXTEEN_BITS]
-# From here on a channel's run is walked by itself (csrc/common/shape.h).
+# From this length on, the kernels process each run of a channel by itself (csrc/common/shape.h).
 LONG_RUN = 64
-# Rows, channels, inner. A thread takes octets of 8 elements, 256 threads one each at a time and up to 4 before they sum; a part has 4 a
-# thread or more. Rows that are no whole packets, or no whole octets; groups of channels that are not full.
+# (rows, channels, inner). Each of 256 threads takes one octet of 8 elements at a time, and up to 4 before the
+# threads sum; a part has at least 4 octets for each thread. Rows that are not whole packets, or not whole
+# octets; groups of channels that are not full.
 SHAPES = [
     *[(2, 1, 1), (3, 3, 1), (9, 64, 1), (5, 65, 1), (33, 8, 1), (257, 64, 1), (1025, 65, 1), (700, 100, 1)],
     *[(2, 3, 2), (5, 65, 7), (4, 3, 49), (6, 8, 49), (3, 65, 49), (65, 9, 16), (2, 5, 63)],
     *[(1, 1, 64), (2, 3, 65), (3, 2, 71), (5, 65, 72), (1, 1, 2047), (2, 1, 2049), (1, 3, 4096), (3, 2, 2731), (2, 1, 8193), (9, 1, 3136)],
 ]
 
-# Shared memory that holds the sums of a block over columns, and no slab beside them; over a long run there is one sum.
+# Shared memory for the sums of a block over columns, but not for a slab as well. A long run has one sum.
 SUMS_OF_COLUMNS_BYTES = 41_000
 SUMS_OF_A_RUN_BYTES = 11_000
 
@@ -50,7 +51,7 @@ def guarded():
 
 
 def become(monkeypatch, gpu, shape):
-    """One with clusters, one without, or one whose shared memory holds the sums of a block and nothing else."""
+    """Simulates a GPU with clusters, one without, or one whose shared memory holds only the sums of a block."""
     monkeypatch.setenv("SIMT_COMPUTE_CAPABILITY", "90" if gpu == "clusters" else "80")
     if gpu == "two passes":
         monkeypatch.setenv("SIMT_SHARED_BYTES", str(SUMS_OF_A_RUN_BYTES if shape[2] >= LONG_RUN else SUMS_OF_COLUMNS_BYTES))
@@ -64,7 +65,7 @@ def mask_bytes(shape):
 
 
 class Kernels:
-    """gk.batch_norm_act's forward and backward by the launchers, with everything they leave by its name."""
+    """The forward and backward of gk.batch_norm_act by the launchers, and all their results by name."""
 
     def __init__(self, call, guarded, given, act, *, offset=0):
         self.call, self.guarded = call, guarded
@@ -114,7 +115,7 @@ class Kernels:
 
 
 def exact_result(given, training, act, momentum=0.1, eps=1e-5):
-    """By name, with more digits than ours."""
+    """The exact results by name."""
     if given["x"].dtype != torch.float64:
         return call_operator(reference.batch_norm_act, cast(given, torch.float64), training, act, momentum, eps)
     operands = (given[name] for name in ("x", "running_mean", "running_var", "weight", "bias"))
@@ -141,7 +142,7 @@ def sample(shape, dtype, act, training, *, residual):
 def test_shapes(call, guarded, monkeypatch, gpu, dtype):
     acts = list(ACTS)
     for index, shape in enumerate(SHAPES):
-        # What one block holds makes no cluster either, and the 16-bit types differ in their conversions alone.
+        # A slab that fits into one block makes no cluster either. 16-bit dtypes differ only in conversions.
         if (gpu == "one block" and shape[0] * shape[2] < 1000) or (dtype == torch.float16 and index % 3 > 0):
             continue
         become(monkeypatch, gpu, shape)
@@ -174,7 +175,7 @@ def test_activations(call, guarded, monkeypatch, gpu, dtype, act):
 @each_gpu
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
 @pytest.mark.parametrize("shape", [(65, 24, 1), (3, 8, 49), (2, 3, 200)], ids=str)
-def test_16_bits_beside_float32_parameters(call, guarded, monkeypatch, gpu, dtype, shape):
+def test_16_bits_with_float32_parameters(call, guarded, monkeypatch, gpu, dtype, shape):
     become(monkeypatch, gpu, shape)
     for act in ("relu", "swish"):
         wide = arguments(shape, residual=True)
@@ -205,11 +206,11 @@ def test_operands_left_out(call, guarded, monkeypatch, gpu, left_out):
 @pytest.mark.parametrize("gpu", ["clusters", "two passes"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_statistics_of_hard_inputs(call, guarded, monkeypatch, dtype, gpu, inputs):
-    """The table of tests/test_batch_norm_act.py: 16 ulp at most, however far off torch is."""
+    """The table of tests/test_batch_norm_act.py: at most 16 ulp, even where torch is far off."""
     for shape in ((5, 2, 8190), (20_011, 2, 1)):
         x = hard_input(inputs, shape, dtype)
         if not x.isfinite().all():
-            pytest.skip(f"{inputs} is beyond {dtype}")
+            pytest.skip(f"{inputs} overflows in {dtype}")
         become(monkeypatch, gpu, shape)
         given = arguments(shape, torch.float32 if dtype in SIXTEEN_BITS else dtype, x=x)
         given = without_kinks(given | {"grad_y": given["grad_y"].to(dtype)}, True, "leaky_relu")
@@ -246,7 +247,7 @@ def test_nan_and_infinity_stay_in_their_channel(call, guarded, monkeypatch, gpu,
 
 @each_gpu
 def test_gradients_of_large_x(call, guarded, monkeypatch, gpu):
-    """grad_x at the end of test_gradients_at_the_ends_of_the_range that the slope of x decides about."""
+    """The cases of test_gradients_at_the_ends_of_the_range in which grad_x depends on the slope of x."""
     for shape, (of_x, of_grad_y) in itertools.product([(700, 9, 1), (2, 3, 2731)], [(1e12, 1e-20), (1e15, 1e-10), (1e17, 1e-8)]):
         become(monkeypatch, gpu, shape)
         given = arguments(shape)
@@ -268,7 +269,7 @@ def test_statistics_in_evaluation_are_those_given(call, guarded):
             torch.testing.assert_close(kernels.invstd, (given["running_var"].double() + 1e-3).rsqrt(), rtol=1e-15, atol=0)
 
 
-def test_momentum_made_of_the_number_of_batches(call, guarded, monkeypatch):
+def test_momentum_from_the_number_of_batches(call, guarded, monkeypatch):
     for gpu, shape in itertools.product(("clusters", "two passes"), [(70, 20, 1), (2, 3, 136)]):
         become(monkeypatch, gpu, shape)
         given = arguments(shape)
@@ -279,8 +280,8 @@ def test_momentum_made_of_the_number_of_batches(call, guarded, monkeypatch):
             assert_bitwise_equal(name, counted.result()[name], told.result()[name])
 
 
-def test_only_what_is_asked_for(call, guarded, monkeypatch):
-    """Gradients that nobody needs are null; the others are the same bits."""
+def test_only_the_gradients_that_are_needed(call, guarded, monkeypatch):
+    """Gradients that are not needed are null pointers; the others do not change."""
     for gpu, shape, training in itertools.product(("clusters", "two passes"), [(70, 20, 1), (2, 3, 136)], (True, False)):
         become(monkeypatch, gpu, shape)
         given = arguments(shape)
@@ -313,8 +314,8 @@ def test_results_do_not_depend_on_the_order_of_blocks(call, guarded, monkeypatch
             assert_bitwise_equal(f"{gpu} {shape} {name}", tensor, results[1].result()[name])
 
 
-def test_mask_is_the_operators(call, guarded, monkeypatch):
-    """The bytes that the CPU's kernels write, so that what reads one reads the other."""
+def test_mask_equals_the_cpus(call, guarded, monkeypatch):
+    """The CPU's kernels write the same bytes, so either device can read the other's mask."""
     for gpu, shape, act in itertools.product(("clusters", "two passes"), [(9, 65, 1), (3, 9, 49), (2, 5, 139)], TWO_SLOPES):
         become(monkeypatch, gpu, shape)
         given = arguments(shape, residual=True)
@@ -327,7 +328,7 @@ def test_mask_is_the_operators(call, guarded, monkeypatch):
 
 @each_dtype
 def test_parts_for_many_processes(call, guarded, monkeypatch, dtype):
-    """Moments, their merge, y, sums and grad_x of shares of a batch against those of the whole batch in one call."""
+    """Moments, their merge, y, sums and grad_x of parts of a batch, compared with one call on the whole batch."""
     for index, (rows, channels, inner) in enumerate([(70, 20, 1), (6, 9, 49), (4, 3, 2731)]):
         shape = (rows, channels, inner)
         act, residual = ("relu", True) if index == 1 else ("swish", index == 2)
@@ -364,7 +365,7 @@ def test_parts_for_many_processes(call, guarded, monkeypatch, dtype):
 
 
 def test_moments_of_infinities(call, guarded):
-    """Of an infinity on one process, on two, and of two that differ."""
+    """An infinity on one process, the same on both, and two that differ."""
     means = torch.tensor([[math.inf, 1.0, -math.inf, math.inf, 2.0], [3.0, -math.inf, -math.inf, -math.inf, 4.0]], dtype=torch.float64)
     m2 = torch.where(means.isinf(), math.nan, 1.0)
     moments = guarded.copy(torch.cat([torch.full((2, 1), 4.0, dtype=torch.float64), means, m2], 1).view(-1))
@@ -377,7 +378,7 @@ def test_moments_of_infinities(call, guarded):
 
 
 def test_moments_of_one_value_and_of_none(call, guarded):
-    """Running statistics stay as they are: there is no variance to average."""
+    """Running statistics do not change, because there is no variance to average."""
     for count, mean_of_all, invstd_of_all in ((1.0, 3.0, 10.0), (0.0, 0.0, 0.0)):
         moments = guarded.copy(torch.tensor([0.0, 9.0, 9.0, count, 3.0, 0.0], dtype=torch.float64))
         running = [guarded.copy(torch.tensor([0.5])) for _ in range(2)]
@@ -388,9 +389,9 @@ def test_moments_of_one_value_and_of_none(call, guarded):
 
 
 def test_clusters_that_a_gpu_may_not_hold(call, guarded, monkeypatch):
-    """Of 16 blocks where 8 do not hold a slab, and smaller ones too: one pass if the GPU can hold such a cluster, else two."""
+    """Clusters of 8 blocks forward and of 16 backward if the GPU can hold them; else two passes."""
     shape = (1, 2, 104_000)
-    # Beside the sums there is room for x and dz of 1,024 octets, an eighth of the slab at most 1,625.
+    # Besides the sums there is room for x and dz of 1,024 octets. An eighth of the slab has at most 1,625.
     monkeypatch.setenv("SIMT_SHARED_BYTES", str(SUMS_OF_A_RUN_BYTES + 1024 * 64))
     given = sample(shape, torch.float32, "swish", True, residual=False)
     for clusters in (1, 0):

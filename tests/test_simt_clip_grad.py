@@ -1,6 +1,6 @@
-"""The CUDA kernels of clipping and RMSprop, run on the host (tests/simt): how a list is cut, norms, what is written.
+"""The CUDA kernels of clipping and RMSprop, run on the host (tests/simt): pieces of a list, norms, results.
 
-What stands between a launcher and a user (operators, autograd) is tested on the CPU, and on a GPU where there is one.
+The code between a launcher and a user (operators, autograd) is tested on the CPU and on a GPU.
 """
 
 import ctypes
@@ -10,15 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from accuracy import assert_bitwise_equal, extended
-from simt_library import DTYPES as NUMBERS
-from simt_library import Guarded, load
+from accuracy import DTYPES, assert_bitwise_equal, extended
+from simt_library import DTYPE_NUMBERS, Guarded, load
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 NORMS = {1.0: 0, 2.0: 1, math.inf: 2}
-# Elements around an octet, a packet for each thread, a slot (2,048 octets), and several slots.
+# Sizes around an octet, a packet for each thread, a slot (2,048 octets), and several slots.
 SIZES = [0, 1, 7, 8, 9, 2047, 2049, 16_383, 16_384, 16_385, 40_001]
-# Entries of a table.
+# The entries of a TensorTable.
 MOST_TENSORS = 2705
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -42,22 +40,22 @@ def guarded():
 
 
 def array(values, kind=ctypes.c_int64):
-    """A C array as an argument."""
+    """The values as a C array."""
     return (kind * max(len(values), 1))(*values)
 
 
 def runs(tensors):
-    """A list of tensors as the launchers take it."""
+    """The arguments that describe a list of tensors to a launcher."""
     return (
         len(tensors),
-        array([NUMBERS[tensor.dtype] for tensor in tensors]),
+        array([DTYPE_NUMBERS[tensor.dtype] for tensor in tensors]),
         array([tensor.numel() for tensor in tensors]),
         array([tensor.data_ptr() for tensor in tensors], ctypes.c_void_p),
     )
 
 
 def mixed(guarded, sizes, *, scale=1.0):
-    """Tensors of every dtype in turn, every third beginning one element behind a packet."""
+    """Tensors of every dtype in turn; every third begins one element after a packet."""
     return [
         guarded.copy((torch.randn(size, dtype=torch.float64) * scale).to(DTYPES[i % 4]), offset=i % 3 == 1) for i, size in enumerate(sizes)
     ]
@@ -200,7 +198,8 @@ def test_rmsprop(call_optim, guarded, momentum, centered, dtype):
     used = [True, True, True, centered, momentum > 0]
     pointers = [each.data_ptr() if use else None for state in states for each, use in zip(state, used, strict=True)]
     counts = [state[0].numel() for state in states]
-    call_optim("rmsprop", len(states), array([NUMBERS[dtype]] * len(states)), array(counts), array(pointers, ctypes.c_void_p), *options)
+    dtypes = array([DTYPE_NUMBERS[dtype]] * len(states))
+    call_optim("rmsprop", len(states), dtypes, array(counts), array(pointers, ctypes.c_void_p), *options)
     for state, each in zip(states, expected, strict=True):
         for name, actual, wanted in zip(("param", "grad", "square_avg", "grad_avg", "momentum_buffer"), state, each, strict=True):
             assert_bitwise_equal(f"{name} of {actual.numel()}", actual, wanted)

@@ -1,15 +1,16 @@
-"""The CUDA kernels in which threads meet, run on the host (tests/simt) under ThreadSanitizer: no races, and one where order is taken away.
+"""ThreadSanitizer on the CUDA kernels whose threads communicate, run on the host (tests/simt).
 
-What is launched stands in the main of tests/simt/<stem>.cpp.
+It finds no race, and one if a barrier or a fence is removed. The main function of tests/simt/<stem>.cpp
+launches the kernels.
 """
 
 import pytest
 
 from simt_library import races
 
-# A GPU whose shared memory holds the sums of a block and no slab beside them.
+# A GPU whose shared memory holds the sums of a block, but not a slab as well.
 TWO_PASSES = {"SIMT_SHARED_BYTES": 41_000, "SIMT_COMPUTE_CAPABILITY": 80}
-# Of these there are several in each kernel, of which no two order the same.
+# Each kernel has several barriers and fences, which order different accesses.
 BARRIERS, FENCES = (1, 2, 3), (1, 2)
 
 
@@ -37,5 +38,5 @@ def test_no_races(stem, gpu):
         *(("batch_norm_act", {"SIMT_WITHOUT_FENCE": which} | TWO_PASSES) for which in FENCES),
     ],
 )
-def test_order_taken_away_is_a_race(stem, removed):
+def test_a_removed_barrier_or_fence_is_a_race(stem, removed):
     assert "data race" in races(stem, **removed)

@@ -41,8 +41,7 @@ from gradkernels import _native, reference
 OPS = torch.ops.gradkernels
 PARAMS = {act: param or 0.0 for act, param in ACTS.items()}
 MODULES = {2: gk.BatchNormAct1d, 3: gk.BatchNormAct1d, 4: gk.BatchNormAct2d, 5: gk.BatchNormAct3d}
-# Of the whole batch: runs of 1, 25, 64 and more elements; rows of channels that do not fill whole bytes of
-# the mask.
+# Of the whole batch: runs of 1, 25, 64 and more elements; rows of channels that are not whole bytes of mask.
 SHAPES = [(13, 3), (64, 65), (9, 5, 7), (11, 3, 5, 5), (8, 6, 9, 8), (10, 2, 3, 4, 5)]
 SPLITS = ("even", "uneven", "empty")
 SECONDS = 60

@@ -1,4 +1,4 @@
-"""Networks written from their papers, for tests and benchmarks of what this package does to whole models.
+"""Networks written from their papers, for tests and benchmarks on whole models.
 
-Each is written the way people write it: functional or module activations, in place or not, additions with + or +=.
+Their code is like common code: activations as functions or modules, in place or not, additions with + or +=.
 """

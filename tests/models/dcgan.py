@@ -1,5 +1,7 @@
-"""The discriminator of DCGAN: Radford, Metz, Chintala, "Unsupervised Representation Learning with Deep Convolutional Generative
-Adversarial Networks", 2015. LeakyReLU(0.2) in place, none before the first batch norm.
+"""The discriminator of DCGAN, with LeakyReLU(0.2) in place and no batch norm in the first layer.
+
+Radford, Metz, Chintala, "Unsupervised Representation Learning with Deep Convolutional Generative Adversarial
+Networks", 2015.
 """
 
 from torch import nn

@@ -1,6 +1,9 @@
-"""The blocks of EfficientNet: Tan, Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks", 2019.
+"""The blocks of EfficientNet.
 
-Expansion, depthwise convolution, squeeze-and-excitation (Hu, Shen, Sun, 2018) and projection; SiLU called as a function.
+Tan, Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks", 2019.
+
+Expansion, depthwise convolution, squeeze-and-excitation (Hu, Shen, Sun, 2018), projection; SiLU is a
+function.
 """
 
 import torch

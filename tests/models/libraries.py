@@ -1,7 +1,7 @@
-"""Blocks written as timm, Ultralytics and torchvision write theirs, for machines without these libraries.
+"""Blocks like those of timm, Ultralytics and torchvision, for machines without these libraries.
 
-timm's batch norm applies its activation in its own forward, Ultralytics' blocks share one activation of their class, torchvision's are
-Sequentials by inheritance.
+timm's batch norm applies its activation in its own forward. Ultralytics' blocks share one activation, an
+attribute of their class. torchvision's blocks are subclasses of Sequential.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
-    """As timm.layers.BatchNormAct2d."""
+    """Like timm.layers.BatchNormAct2d."""
 
     def __init__(
         self, num_features: int, apply_act: bool = True, act_layer: type[nn.Module] = nn.ReLU, drop: nn.Module | None = None
@@ -41,7 +41,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
 
 class Conv(nn.Module):
-    """As ultralytics.nn.modules.conv.Conv."""
+    """Like ultralytics.nn.modules.conv.Conv."""
 
     default_act = nn.SiLU()
 
@@ -59,7 +59,7 @@ class Conv(nn.Module):
 
 
 class C2f(nn.Module):
-    """As ultralytics.nn.modules.block.C2f, with its Bottleneck."""
+    """Like ultralytics.nn.modules.block.C2f, with its Bottleneck."""
 
     class Bottleneck(nn.Module):
         def __init__(self, channels: int, shortcut: bool) -> None:
@@ -85,7 +85,7 @@ class C2f(nn.Module):
 
 
 class Conv2dNormActivation(nn.Sequential):
-    """As torchvision.ops.Conv2dNormActivation."""
+    """Like torchvision.ops.Conv2dNormActivation."""
 
     def __init__(self, channels: int, width: int, stride: int = 1, activation_layer: type[nn.Module] | None = nn.ReLU) -> None:
         layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)]

@@ -1,4 +1,4 @@
-"""A perceptron with batch norm between its layers, after or before the activation: Ioffe, Szegedy, 2015."""
+"""A perceptron with batch norm before or after the activation: Ioffe, Szegedy, 2015."""
 
 from torch import nn
 
@@ -12,7 +12,7 @@ def perceptron(width: int = 64, depth: int = 3) -> nn.Sequential:
 
 
 def perceptron_activation_first(width: int = 64, depth: int = 3) -> nn.Sequential:
-    """(N, 20) -> (N, 4): Linear, ReLU, BatchNorm1d, which nothing fuses."""
+    """(N, 20) -> (N, 4): Linear, ReLU, BatchNorm1d, so no activation follows a batch norm."""
     layers: list[nn.Module] = []
     for place in range(depth):
         layers += [nn.Linear(width if place else 20, width), nn.ReLU(), nn.BatchNorm1d(width)]

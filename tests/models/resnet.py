@@ -1,6 +1,6 @@
 """ResNet: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2015.
 
-One in-place ReLU module serves all activations of a block, and the sum is taken in place, as in torchvision.
+As in torchvision, a block has one in-place ReLU module for all its activations, and adds in place.
 """
 
 from torch import Tensor, nn

@@ -1,5 +1,7 @@
-"""U-Net with ELU: Ronneberger, Fischer, Brox, "U-Net: Convolutional Networks for Biomedical Image Segmentation", 2015; the activation:
-Clevert, Unterthiner, Hochreiter, 2015. Maps of the way down are concatenated on the way up.
+"""U-Net with ELU: feature maps of the way down are concatenated on the way up.
+
+Ronneberger, Fischer, Brox, "U-Net: Convolutional Networks for Biomedical Image Segmentation", 2015. ELU:
+Clevert, Unterthiner, Hochreiter, 2015.
 """
 
 import torch

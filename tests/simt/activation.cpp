@@ -39,7 +39,7 @@ void parametric_backward(int dtype, int64_t rows, int64_t channels, int64_t inne
 }  // extern "C"
 
 #if defined(SIMT_RACES)
-// What tests/simt_library.py runs under ThreadSanitizer: every kernel in which threads meet, over more than one block.
+// Run by tests/simt_library.py under ThreadSanitizer: kernels whose threads communicate, on several blocks.
 int main() {
   constexpr int64_t kCount = 38400;
   std::vector<float> x(kCount), grad_y(kCount), out(kCount), parameter(64), grad_parameter(64);

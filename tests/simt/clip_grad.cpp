@@ -1,4 +1,4 @@
-// The launchers of csrc/cuda/clip_grad.cu for ctypes: plain numbers and arrays with an element for each tensor.
+// The launchers of csrc/cuda/clip_grad.cu for ctypes: plain numbers, and arrays with one element per tensor.
 #include "ops/clip_grad.h"
 
 #include <vector>
@@ -33,8 +33,9 @@ void clamp(int64_t count, const int64_t* dtypes, const int64_t* counts, void* co
   cuda::clamp(runs_of(count, dtypes, counts, data).data(), count, limit);
 }
 
-// The pieces that tensors of these counts are cut into, slot by slot: tensor, first element, number of elements, is_first. Without
-// pointers, hence for tensors of any size. found[0] is the number of tables, found[1] that of slots.
+// The pieces of tensors with these counts. `out` gets four numbers for each slot: tensor, first element,
+// number of elements, is_first. The data is not read, so tensors may have any size. found: the numbers of
+// tables and of slots.
 void pieces(int64_t count, const int64_t* dtypes, const int64_t* counts, void* const* data, int64_t room, int64_t* out, int64_t* found) {
   const std::vector<Run> runs = runs_of(count, dtypes, counts, data);
   found[0] = 0;
@@ -47,7 +48,7 @@ void pieces(int64_t count, const int64_t* dtypes, const int64_t* counts, void* c
         for (int64_t slot = 0; slot < table.slots() && next + 4 <= out + 4 * room; ++slot) {
           const cuda::Piece piece = table.piece(slot);
           const int64_t tensor = table.first_tensor + piece.entry;
-          // Where a cut tensor goes on, a table counts from its own first element.
+          // A table that continues a tensor counts from its own first element.
           if (tensor != last) cut = 0;
           if (piece.entry == 0 && slot == 0 && table.continues) cut = next[-4] == tensor ? next[-3] + next[-2] : 0;
           last = tensor;
@@ -62,7 +63,7 @@ void pieces(int64_t count, const int64_t* dtypes, const int64_t* counts, void* c
 }  // extern "C"
 
 #if defined(SIMT_RACES)
-// What tests/simt_library.py runs under ThreadSanitizer: every kernel, over more than one block.
+// Run by tests/simt_library.py under ThreadSanitizer: every kernel, on several blocks.
 int main() {
   std::vector<float> wide(17000, 2.0f);
   std::vector<double> wider(300, 1e200);

@@ -1,9 +1,11 @@
-// CUDA for the kernels of csrc/cuda when g++ compiles them: what <cuda_runtime.h> gives a kernel and its launcher, on the host. The threads
-// of a cluster are fibers of one OS thread that change over at barriers and shuffles alone, clusters run one after the other, and a barrier
-// that some threads do not reach ends the process with a message. All shared memory is dynamic (csrc/cuda/launch.cuh).
+// <cuda_runtime.h> for the kernels of csrc/cuda and their launchers when g++ compiles them for the host. The
+// threads of a cluster are fibers of one OS thread, which change only at barriers and shuffles. Clusters run
+// one after the other. A barrier that some threads do not reach ends the process with a message. All shared
+// memory is dynamic (csrc/cuda/launch.cuh).
 //
-// Under ThreadSanitizer fibers are threads to it: order between them comes from barriers, shuffles of one warp and fences alone. Atomics
-// order nothing by themselves: what a thread did before a fence and an atomic is seen by one that follows the same atomic with a fence.
+// ThreadSanitizer takes fibers for threads. Only barriers, shuffles of one warp and fences order them. An
+// atomic orders nothing by itself: writes before a fence and an atomic are visible to a thread that has a
+// fence after the same atomic.
 #pragma once
 
 #include <cstddef>
@@ -44,7 +46,7 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
-// Of the thread that is running.
+// Values of the running thread.
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 
@@ -52,9 +54,9 @@ namespace simt {
 
 // Whether the kernels were built for the GPU.
 bool has_code();
-// Ends the process where what is asked for depends on the launch: threads that launch one kernel would take it from each other.
+// Ends the process if the value depends on the launch: threads that launch one kernel would overwrite it.
 void set_attribute(cudaFuncAttribute attribute, int value);
-// Calls body(context) as every thread of the grid.
+// Calls body(context) in every thread of the grid.
 void run(const cudaLaunchConfig_t& config, void (*body)(const void*), const void* context);
 
 void* shared_memory();
@@ -66,9 +68,9 @@ void* of_cluster_block(void* mine, unsigned rank);
 void block_sync();
 void fence();
 void before_atomic(void* p);
-// Every lane's word of the running warp, once all have brought theirs.
+// The words of all lanes of the running warp; waits until every lane has given its word.
 const uint64_t* exchange(uint64_t word);
-// Ends the process where a packet is not aligned to its size, which a GPU would refuse.
+// Ends the process if a packet is not aligned to its size, which a GPU would refuse.
 void check_alignment(const void* p, size_t bytes);
 
 template <typename T>
@@ -99,7 +101,7 @@ inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute
 struct cudaFuncAttributes {
   int ptxVersion;
 };
-// Compiled for everything.
+// Code for every GPU.
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   attributes->ptxVersion = 1000;
   return cudaSuccess;
@@ -118,7 +120,7 @@ inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStre
 inline void __syncthreads() { simt::block_sync(); }
 inline void __threadfence() { simt::fence(); }
 
-// The masks are those of whole warps: csrc/cuda uses no others.
+// Masks are ignored: csrc/cuda always uses whole warps.
 template <typename T>
 T __shfl_down_sync(unsigned, T value, int distance) {
   const int lane = simt::lane() + distance;

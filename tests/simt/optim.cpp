@@ -1,4 +1,4 @@
-// The launcher of csrc/cuda/optim.cu for ctypes: plain numbers and arrays with an element for each parameter.
+// The launcher of csrc/cuda/optim.cu for ctypes: plain numbers, and arrays with one element per parameter.
 #include "ops/optim.h"
 
 #include <vector>
@@ -7,7 +7,7 @@ using namespace gradkernels;
 
 extern "C" {
 
-// data: the pointers of a parameter one after the other, in the order of RmspropRun.
+// data: five pointers for each parameter, in the order of RmspropRun.
 void rmsprop(int64_t count, const int64_t* dtypes, const int64_t* counts, void* const* data, double lr, double alpha, double eps,
              double weight_decay, double momentum, double grad_coefficient) {
   std::vector<RmspropRun> runs;

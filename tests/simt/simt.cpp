@@ -1,10 +1,14 @@
-// The fibers behind cuda_runtime.h, and what csrc/cuda/device.h asks of torch. A GPU of two processors, so that grids that stride over
-// their work and blocks that wait for the last are seen at small sizes.
+// The fibers of cuda_runtime.h, and the functions that csrc/cuda/device.h takes from torch elsewhere. The GPU
+// has two processors, so that small sizes already need grids that stride over their work and blocks that wait
+// for the last one.
 //
-// SIMT_WITHOUT_BARRIER=k, SIMT_WITHOUT_FENCE=k: the k-th barrier or fence of each thread orders nothing. Threads still wait, so that
-// results stay: ThreadSanitizer has to find it. SIMT_REVERSED=1: blocks, and threads between barriers, run last first.
-// SIMT_SHARED_BYTES, SIMT_COMPUTE_CAPABILITY: those of the GPU. SIMT_ACTIVE_CLUSTERS: how many clusters it can hold, of any size.
-// SIMT_BUILT_FOR: the least compute capability that there is code for.
+// Settings (environment variables):
+//   SIMT_WITHOUT_BARRIER=k, SIMT_WITHOUT_FENCE=k  the k-th barrier or fence of each thread orders nothing;
+//                                                 threads still wait, so only ThreadSanitizer sees it
+//   SIMT_REVERSED=1                               blocks, and threads between barriers, run in reverse order
+//   SIMT_SHARED_BYTES, SIMT_COMPUTE_CAPABILITY    properties of the GPU
+//   SIMT_ACTIVE_CLUSTERS                          the number of clusters of any size that the GPU can hold
+//   SIMT_BUILT_FOR                                the smallest compute capability with code
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -18,7 +22,7 @@
 
 #include "cuda/device.h"
 
-// This file itself is compiled without the sanitizer, which would take its bookkeeping for races.
+// This file is compiled without the sanitizer, which would report races in its bookkeeping.
 #if defined(SIMT_RACES)
 #include <sanitizer/tsan_interface.h>
 #define SIMT_TSAN(call) call
@@ -49,7 +53,7 @@ struct Barrier {
   unsigned members = 0;
   unsigned arrived = 0;
   unsigned generation = 0;
-  unsigned char* order = nullptr;  // what the sanitizer knows it by: another for each cluster
+  unsigned char* order = nullptr;  // its address for the sanitizer, another one in each cluster
 };
 
 struct Warp {
@@ -86,8 +90,8 @@ struct Cluster {
   Barrier barrier;
   size_t running;
   size_t alive;
-  size_t idle;  // changes of fiber since something moved
-  int step;     // 1, or -1 for last first
+  size_t idle;  // changes of fiber since a barrier opened or a thread ended
+  int step;     // 1, or -1 for the reverse order
   ucontext_t scheduler;
   void* scheduler_tsan;
   void (*body)(const void*);
@@ -95,13 +99,14 @@ struct Cluster {
 };
 
 Cluster cluster;
-// Shared memory; for the sanitizer stacks too, and new ones for each cluster: what two of them write at one address would be a race.
+// Shared memory, and for the sanitizer also stacks. Each cluster gets new ones, because writes of two
+// clusters to one address would be a race.
 std::vector<std::unique_ptr<unsigned char[]>> memories;
-// Kept to the end of the launch: what a new fiber takes over from one that is gone would pass for its own.
+// Kept until the launch ends: a new fiber would take over the state of a destroyed one.
 std::vector<void*> sanitized_fibers;
 int skipped_barrier;
 int skipped_fence;
-// Of the launcher that runs, between one begin_call and the next.
+// State of the launcher that runs between two calls of begin_call.
 bool is_watched;
 bool has_launched;
 
@@ -130,7 +135,7 @@ void change_to_next() {
     swapcontext(&from.context, &to.context);
   }
 #else
-  // Without the system calls of swapcontext, but for a fiber's first time.
+  // longjmp avoids the system calls of swapcontext, except when a fiber starts.
   if (!from.done && _setjmp(from.place_in_code) != 0) return;
   if (to.has_started) _longjmp(to.place_in_code, 1);
   to.has_started = true;
@@ -203,7 +208,7 @@ void run_cluster(const cudaLaunchConfig_t& config, unsigned blocks, uint3 first)
   reset(cluster.barrier, blocks * threads);
   for (unsigned b = 0; b < blocks; ++b) {
     Block& block = cluster.blocks[b];
-    // new[] aligns to 16 bytes. Filled with nan: a GPU leaves there what was before.
+    // new[] aligns to 16 bytes. The memory is filled with nan, because on a GPU it has any content.
     block.shared = memory_of(shared_bytes);
     std::memset(block.shared, 0xFF, shared_bytes);
     block.rank = b;
@@ -267,7 +272,7 @@ void run(const cudaLaunchConfig_t& config, void (*body)(const void*), const void
                 {static_cast<unsigned>(at % per_row) * size, static_cast<unsigned>(at / per_row % config.gridDim.y),
                  static_cast<unsigned>(at / per_row / config.gridDim.y)});
   }
-  // The launch ends before whatever comes next on the stream.
+  // The launch ends before the next operation on the stream begins.
   SIMT_TSAN(__tsan_acquire(&cluster));
   for ([[maybe_unused]] void* fiber : sanitized_fibers) SIMT_TSAN(__tsan_destroy_fiber(fiber));
   sanitized_fibers.clear();
@@ -315,7 +320,7 @@ void before_atomic(void* p) {
   fiber.last_atomic = p;
 }
 
-// Two sets of words in turn: a lane comes back to a set only after all lanes have read it.
+// Two sets of words in turn: a lane writes a set again only after all lanes have read it.
 const uint64_t* exchange(uint64_t word) {
   Fiber& fiber = running();
   uint64_t* words = fiber.warp->words[fiber.exchanges++ % 2];
@@ -335,7 +340,7 @@ namespace gradkernels::cuda {
 cudaStream_t current_stream() { return nullptr; }
 
 const DeviceLimits& device_limits() {
-  // Another GPU for other settings: launchers keep what they were told of one.
+  // A GPU of its own for each combination of settings, because launchers keep the limits of a GPU.
   static std::map<std::tuple<int, int, int>, DeviceLimits> gpus;
   const int shared_bytes = simt::setting("SIMT_SHARED_BYTES", 227 << 10);
   const int compute_capability = simt::setting("SIMT_COMPUTE_CAPABILITY", 90);
@@ -344,8 +349,8 @@ const DeviceLimits& device_limits() {
 }
 
 Workspace::Workspace(size_t bytes) : data_(std::malloc(bytes)) {
-  // An error then would leave results half-written.
-  if (simt::has_launched && bytes > 0) simt::fail("memory is asked for behind a launch");
+  // An error after a launch would leave results half-written.
+  if (simt::has_launched && bytes > 0) simt::fail("a launcher allocates memory after a launch");
   if (data_ == nullptr) throw std::bad_alloc();
   std::memset(data_, 0xFF, bytes);
 }
@@ -357,7 +362,7 @@ void check(cudaError_t status) {
 
 }  // namespace gradkernels::cuda
 
-// Before each call of a launcher that is to be held to what a launcher owes.
+// Called before each call of a launcher whose rules are checked.
 extern "C" void begin_call() {
   simt::is_watched = true;
   simt::has_launched = false;

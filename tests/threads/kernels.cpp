@@ -1,7 +1,8 @@
-// The CPU kernels on threads of this program's own, for ThreadSanitizer (make sanitize): torch's are OpenMP's, whose barriers it does not
-// know; and for emulated processors (make emulate), of which aarch64 has no Python here. Every launcher runs in every type over operands
-// large enough to be cut, first on one thread and then on four; results must be the same bits. It prints their hash, which is the same
-// wherever the kernels for every processor run.
+// Runs the CPU kernels on threads of this program, without Python. ThreadSanitizer (make sanitize) does not
+// know the barriers of OpenMP, which torch's threads use, and emulated processors (make emulate) have no
+// Python. Every launcher runs in every dtype on one thread and on four, on operands that are large enough to
+// be cut. The results must be the same bits. The printed hash is the same on every processor that runs the
+// base kernels.
 #include <torch/csrc/stable/c/shim.h>
 
 #include <algorithm>
@@ -25,7 +26,7 @@ using namespace gradkernels;
 using math::Activation;
 using math::ActivationKind;
 
-// Numbers of either sign up to 2, the same in every run.
+// Numbers between -2 and 2, the same in every run.
 template <typename scalar_t>
 std::vector<scalar_t> numbers(int64_t count, uint32_t seed) {
   std::vector<scalar_t> made(count);
@@ -43,7 +44,7 @@ std::vector<scalar_t> positive(int64_t count, uint32_t seed) {
   return made;
 }
 
-// What the launchers write, one run after the other: how many bytes, and a hash of them (FNV-1a, 8 bytes at a time).
+// The number of bytes that the launchers write, and a hash of them (FNV-1a, 8 bytes at a time).
 struct Results {
   uint64_t hash = 0xCBF29CE484222325u;
   size_t bytes = 0;
@@ -83,7 +84,7 @@ void activations(DType dtype, Results& results) {
   results.add(grad_x);
 }
 
-// Emulated processors take minutes over all four in every type, and how they are cut does not depend on it.
+// All four shapes in float32 only, because emulated processors are slow. All dtypes are cut in the same way.
 std::vector<ChannelShape> shapes_of(DType dtype) {
   std::vector<ChannelShape> shapes{{8, 24, 961}, {64, 129, 9}};
   if (dtype == DType::kFloat32) shapes.insert(shapes.end(), {{6151, 67, 1}, {3, 2, 100'003}});
@@ -231,7 +232,7 @@ Results everything(int64_t with_threads) {
 
 }  // namespace
 
-// As torch's: the range in as many equal parts as there are threads, of at least `grain_size`.
+// Like torch's: cuts the range into equal parts of at least `grain_size`, one for each thread.
 AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size, ParallelFunc func, void* ctx) {
   const int64_t parts = std::max<int64_t>(1, std::min(threads, (end - begin + grain_size - 1) / grain_size));
   const int64_t part = (end - begin + parts - 1) / parts;
