@@ -127,7 +127,7 @@ format: $(REQUIREMENTS)  ## ruff and clang-format, rewriting files
 	.venv/bin/ruff format .
 	.venv/bin/clang-format -i $(CXX_FILES)
 
-bench: $(LIBRARY)  ## every bench/bench_*.py but the build in turn, into bench/results
+bench: $(LIBRARY)  ## every operator and whole training steps compared with torch's, into bench/results
 	.venv/bin/python -m gradkernels bench
 
 cuda-check: $(CUDA_REQUIREMENTS)  ## compile for CUDA, load it, look at the machine code; needs nvcc and no GPU

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("info", help="what is native here, and why the rest is not")
     commands.add_parser("selftest", help="whether every operator computes here what torch does: a table, and status 0 if so")
     commands.add_parser("diagnose", help="which layers of your model do not learn, why, and what to do", add_help=False)
-    commands.add_parser("bench", help="every operator beside torch's, on this machine", add_help=False)
+    commands.add_parser("bench", help="every operator compared with torch's on this machine", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "bench":
         return bench(rest)
