@@ -138,7 +138,7 @@ format: $(REQUIREMENTS)  ## rewrite files with ruff and clang-format
 	.venv/bin/ruff format .
 	.venv/bin/clang-format -i $(CXX_FILES)
 
-bench: $(LIBRARY)  ## every bench/bench_*.py but the build in turn, into bench/results
+bench: $(LIBRARY)  ## every operator and whole training steps compared with torch's, into bench/results
 	.venv/bin/python -m gradkernels bench
 
 docs: $(DOCS_REQUIREMENTS)  ## the documentation, into build/site; installs no torch and compiles nothing

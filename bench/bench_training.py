@@ -1,167 +1,157 @@
-"""A whole training step, forward, loss, backward, clipping and SGD: torch's, and the same network converted with gk.clip_grad_norm_.
+"""Whole training steps, forward, loss, backward, clipping and SGD: torch's; the same network after gk.convert with gk.clip_grad_norm_; that
+in gk.recompute, where backward computes outputs again. And what gk.GradientMonitor adds to a step.
 
-Time, memory and where it goes: peak is resident memory above what is resident between two steps, saved is what autograd keeps for backward,
-the parts are self times of operators by torch.profiler. Proved in float64: after two steps both networks have the same weights.
+kept: what autograd keeps for backward, the batch among it. The part of batch norm, activation and addition is their self time in
+torch.profiler; additions of gradients count on both sides. The monitor looks at activations in every step here, by default in every tenth.
 """
 
 import copy
-import re
-import statistics
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.profiler_util import FunctionEvent
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
-from harness import ROOT, STEP_COLUMNS, Budget, StepRow, arguments, gk, header, measure, peak_bytes, report, spread
-
-# The networks are those of the tests.
-sys.path.insert(0, str(ROOT / "tests"))
-
+from harness import EAGER, OURS, Case, WrongAnswer, arguments, gk, run
+from memory import bytes_kept_by
 from models.darknet import DarkNet
-from models.resnet import resnet18
+from models.efficientnet import EfficientNetBlocks
+from models.resnet import resnet18, resnet50
+from models.unet import UNet
 
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "ResNet-18": (resnet18, (32, 3, 96, 96)),
-    "DarkNet-53, YOLOv3's backbone": (DarkNet, (8, 3, 128, 128)),
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "EfficientNet blocks, SiLU": EfficientNetBlocks,
+    "ResNet-18": resnet18,
+    "ResNet-50": resnet50,
+    "DarkNet-53, LeakyReLU": DarkNet,
+    "U-Net, ELU": UNet,
 }
-PROVED_SHAPE = (4, 3, 64, 64)
-QUICK_SHAPE = (2, 3, 32, 32)
-MAX_NORM = 1.0
-# The share of a network's seconds that goes into its time; the profiler is slow.
-MEASURED = 0.6
+SHAPE, PROVED_SHAPE, QUICK_SHAPE = (16, 3, 64, 64), (4, 3, 64, 64), (2, 3, 32, 32)
+RECOMPUTE = f"{OURS}, recompute"
+# As the profiler calls batch norm, activations and the additions of residuals.
+PART = ("batch_norm", "relu", "threshold_backward", "silu", "elu", "hardtanh", "aten::add", "gradkernels::")
+LEARNING_RATE = 1e-3
+# After two steps in float64, of the largest element of a tensor or of LEARNING_RATE: some gradients are zero but for rounding.
 BOUND = 1e-6
-CLIP = {"eager": torch.nn.utils.clip_grad_norm_, "gradkernels": gk.clip_grad_norm_}
-# Parts by what the profiler calls their operators; the first that fits. What backward adds up of gradients counts among the additions.
-PARTS = {
-    "convolution": re.compile(r"conv|mkldnn|dnnl"),
-    "batch_norm_act_add": re.compile(r"batch_norm|relu|threshold_backward|silu|elu|aten::add_?$|gradkernels::"),
-}
+# activations_every by provider
+MONITORS = {"gradients and weights": None, "and activations": 1}
 
 
-@dataclass
-class Row(StepRow):
-    times_eager: float
-    peak_mb: float | None
-    saved_mb: float
-    convolution_ms: float
-    batch_norm_act_add_ms: float
-    clipping_ms: float
-    optimizer_ms: float
-    rest_ms: float
+class Training:
+    """A network, its optimizer, and how it is trained; 16 bits mean autocast and channels_last."""
+
+    def __init__(self, provider: str, model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+        self.model = model
+        self.context: Callable[[], AbstractContextManager[None]] = gk.recompute if provider == RECOMPUTE else nullcontext
+        self.clip = torch.nn.utils.clip_grad_norm_ if provider == EAGER else gk.clip_grad_norm_
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
+        self.is_mixed = dtype.itemsize == 2
+
+    def loss(self, x: Tensor) -> Tensor:
+        with self.context(), torch.autocast(x.device.type, torch.bfloat16, enabled=self.is_mixed):
+            y = self.model(x)
+            return sum((each.square().mean() for each in (y if isinstance(y, list) else [y])), start=x.new_zeros(()))
+
+    def step(self, x: Tensor) -> None:
+        self.optimizer.zero_grad()
+        self.loss(x).backward()
+        self.clip(self.model.parameters(), 1.0)
+        self.optimizer.step()
 
 
-def training_step(model: nn.Module, clip: Callable[..., Tensor], x: Tensor) -> Callable[[], None]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        y = model(x)
-        sum(each.square().mean() for each in (y if isinstance(y, list) else [y])).backward()
-        with record_function("clipping"):
-            clip(model.parameters(), MAX_NORM)
-        optimizer.step()
-
-    return step
+def trainings(model: nn.Module, dtype: torch.dtype) -> dict[str, Training]:
+    models = {provider: copy.deepcopy(model) for provider in (EAGER, OURS, RECOMPUTE)}
+    gk.convert(models[OURS])
+    gk.convert(models[RECOMPUTE])
+    return {provider: Training(provider, each, dtype) for provider, each in models.items()}
 
 
-def prove(name: str, model: nn.Module) -> None:
-    models = {"eager": copy.deepcopy(model).double(), "gradkernels": copy.deepcopy(model).double()}
-    gk.convert(models["gradkernels"])
+def prove(model: nn.Module) -> None:
+    """After two steps in float64 weights and statistics are torch's up to rounding, and recomputing changes not one bit."""
     x = torch.randn(PROVED_SHAPE, dtype=torch.float64)
-    for provider, each in models.items():
-        step = training_step(each, CLIP[provider], x)
-        step()
-        step()
-    actual, expected = models["gradkernels"].state_dict(), models["eager"].state_dict()
-    for key, tensor in expected.items():
-        difference, magnitude = (actual[key] - tensor).abs().max().item(), tensor.abs().max().item()
-        if not difference <= BOUND * magnitude:
-            raise SystemExit(f"{name}: {key} differs by {difference:.3g} where the largest is {magnitude:.3g}: nothing is timed")
+    found = {}
+    for provider, training in trainings(copy.deepcopy(model).double(), torch.float64).items():
+        for _ in range(2):
+            training.step(x)
+        found[provider] = training.model.state_dict()
+    for key, expected in found[EAGER].items():
+        for provider in (OURS, RECOMPUTE):
+            difference, largest = (found[provider][key] - expected).abs().max().item(), expected.abs().max().item()
+            if not difference <= BOUND * max(largest, LEARNING_RATE):
+                raise WrongAnswer(f"{key} of {provider} differs by {difference:.3g}, the largest is {largest:.3g}; nothing is timed")
+        # On a GPU convolutions differ from run to run.
+        if x.device.type == "cpu" and not torch.equal(found[OURS][key], found[RECOMPUTE][key]):
+            raise WrongAnswer(f"recomputing changes {key}; nothing is timed")
 
 
-def part_of(event: FunctionEvent) -> str:
-    above: FunctionEvent | None = event
-    while above is not None:
-        if above.name == "clipping":
-            return "clipping"
-        if above.name.startswith("Optimizer.step"):
-            return "optimizer"
-        above = above.cpu_parent
-    return next((part for part, names in PARTS.items() if names.search(event.name)), "rest")
-
-
-def parts_ms(step: Callable[[], None], steps: int) -> dict[str, float]:
-    """Milliseconds a step of each part."""
-    step()
+def part_us(training: Training, x: Tensor, steps: int) -> float:
+    """Microseconds a step in the operators of PART themselves."""
+    training.step(x)
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         for _ in range(steps):
-            step()
-    parts = dict.fromkeys([*PARTS, "clipping", "optimizer", "rest"], 0.0)
-    for event in seen.events():
-        parts[part_of(event)] += event.self_cpu_time_total / 1e3 / steps
-    return parts
+            training.step(x)
+    events = (each for each in seen.key_averages() if "::" in each.key and each.key != "aten::addmm")
+    return sum(each.self_cpu_time_total for each in events if any(name in each.key for name in PART)) / steps
 
 
-def rows_of(name: str, quick: bool, until: float) -> list[Row]:
+def case(network: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, profiled_steps: int = 3) -> Case:
     torch.manual_seed(0)
-    make, shape = NETWORKS[name]
-    x = torch.randn(QUICK_SHAPE if quick else shape)
-    models = {"eager": make(), "gradkernels": make()}
-    models["gradkernels"].load_state_dict(models["eager"].state_dict())
-    prove(name, models["eager"])
-    found = gk.convert(models["gradkernels"], check=x)
-    saved = {"eager": found.saved_bytes_before or 0, "gradkernels": found.saved_bytes_after or 0}
-    steps = {provider: training_step(model, CLIP[provider], x) for provider, model in models.items()}
-    # The memory and the profile take what is left: some steps each.
-    times = measure(steps, {}, *((2, 0.01) if quick else (9, 0.5)), time.monotonic() + MEASURED * max(0.0, until - time.monotonic()))
-    median = {provider: statistics.median(each) for provider, each in times.items()}
-    rows = []
-    for provider, step in steps.items():
-        p20, _, p80 = spread(times[provider])
-        peak = peak_bytes(step)
-        rows.append(
-            Row(
-                case=f"{name}, {' x '.join(map(str, x.shape))}",
-                provider=provider,
-                median_ms=median[provider] * 1e3,
-                p20_ms=p20 * 1e3,
-                p80_ms=p80 * 1e3,
-                times_eager=median["eager"] / median[provider],
-                peak_mb=None if peak is None else peak / 1e6,
-                saved_mb=saved[provider] / 1e6,
-                **{f"{part}_ms": ms for part, ms in parts_ms(step, 1 if quick else 3).items()},
-            )
-        )
-    return rows
+    model, x = NETWORKS[network](), torch.randn(shape)
+    if dtype.itemsize == 2:
+        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    made = trainings(model, dtype)
+    extra = {}
+
+    def check() -> None:
+        prove(model)
+        for name, each in made.items():
+            part = part_us(each, x, profiled_steps) if profiled_steps else None
+            extra[name] = {"kept_bytes": bytes_kept_by(partial(each.loss, x)) + x.nbytes, "part_us": part}
+
+    return Case(
+        operator="training step",
+        name=f"{network} {shape}",
+        providers={name: partial(each.step, x) for name, each in made.items()},
+        prove=check,
+        dtype="bfloat16, autocast" if dtype.itemsize == 2 else dtype,
+        extra=extra,
+    )
+
+
+def monitored(shape: tuple[int, ...]) -> Case:
+    x, target = torch.randn(shape), torch.randint(1000, shape[:1])
+    first = resnet18(classes=1000)
+    models = {provider: copy.deepcopy(first) for provider in (EAGER, *MONITORS)}
+    # Their hooks are of all optimizers, and nothing removes them: these cases come last.
+    monitors = {provider: gk.GradientMonitor(models[provider], activations_every=every) for provider, every in MONITORS.items()}
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), target).backward()
+        optimizer.step()
+
+    optimizers = {name: torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9) for name, model in models.items()}
+    steps = {name: partial(step, models[name], optimizers[name]) for name in models}
+
+    def check() -> None:
+        for _ in range(2):
+            for each in steps.values():
+                each()
+        for name, model in models.items():
+            if not all(map(torch.equal, model.state_dict().values(), models[EAGER].state_dict().values())):
+                raise WrongAnswer(f"monitoring {name} changes the training; nothing is timed")
+            if name != EAGER and len(monitors[name].to_dict()["steps"]) != 2:
+                raise WrongAnswer(f"monitoring {name} does not record every step; nothing is timed")
+
+    return Case(operator="GradientMonitor", name=f"ResNet-18 {shape}", providers=steps, prove=check)
 
 
 if __name__ == "__main__":
     options = arguments(__doc__)
-    head = header()
-    rows: list[Row] = []
-    names = list(NETWORKS)[: 1 if options.quick else None]
-    budget = Budget(options.seconds, len(names))
-    for number, name in enumerate(names, 1):
-        rows += rows_of(name, options.quick, budget.share())
-        print(f"{number}/{len(names)} {name}: {rows[-1].times_eager:.2f} times as fast as eager", file=sys.stderr)
-    report(
-        "one training step with clipping and SGD, float32",
-        head,
-        {
-            **STEP_COLUMNS,
-            "times eager": lambda row: f"{row.times_eager:.2f}",
-            "peak MB": lambda row: "" if row.peak_mb is None else f"{row.peak_mb:.0f}",
-            "saved MB": lambda row: f"{row.saved_mb:.0f}",
-            **{
-                part: lambda row, part=part: f"{getattr(row, f'{part}_ms'):.1f}"
-                for part in ("convolution", "batch_norm_act_add", "clipping", "optimizer", "rest")
-            },
-        },
-        rows,
-        options.json,
-    )
+    cases = [*(partial(case, name, SHAPE) for name in NETWORKS), partial(monitored, (32, 3, 64, 64)), partial(monitored, (32, 3, 224, 224))]
+    if options.quick:
+        cases = [partial(case, next(iter(NETWORKS)), QUICK_SHAPE, profiled_steps=1), partial(monitored, QUICK_SHAPE)]
+    run("training steps", cases, options)

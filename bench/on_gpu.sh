@@ -1,116 +1,76 @@
 #!/usr/bin/env bash
-# All there is to know on a machine with a GPU, without a network: torch 2.11 or newer, nvcc, pytest and coreutils 8.31 are there. Parts, in
-# the order in which they are named; build test bench train suite where none is. sanitize takes as long as all of these, and is run when
-# it is named. Each part has a limit of time, and a call ends within 9 minutes: what does not fit is stopped or left out, and counts as
-# failed.
+# All that a machine with a GPU has to answer, without a network; it needs torch 2.11 or newer, nvcc, pytest and coreutils 8.31. The parts
+# are build, test, bench (kernels and training steps), suite and sanitize; without arguments all but the last, which takes as long as the
+# others together. A part has a limit of time, and a call ends within 9 minutes; a part that is stopped or left out counts as failed.
 #
-#   bench/on_gpu.sh                 results in bench/results/<GPU>.json, .md and .png, and in the folder $OUT where that is set
+#   bench/on_gpu.sh                 results in bench/results/<GPU>*, and in the folder $OUT where it is set
 #   bench/on_gpu.sh sanitize        with what an earlier call has built
 set -u
 cd "$(dirname "$0")/.." || exit
-readonly PARTS="build test bench train suite sanitize"
-# Of a call, in seconds: a part that is stopped has 20 more to say what it found.
+readonly PARTS="build test bench suite sanitize"
+# Of a call, in seconds: a part that is stopped has 20 more to report.
 readonly ENDS=510
 STARTED=$(date +%s)
-# Where there is python3, there may be no python.
 PYTHON=${PYTHON:-$(command -v python3 || echo python)}
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-# What is stopped has said all that it had to say.
-export PYTHONUNBUFFERED=1
-export MAX_JOBS=${MAX_JOBS:-$(getconf _NPROCESSORS_ONLN)}
-export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
-# The toolkit's root, since the nvcc in PATH may be a wrapper that stands elsewhere. compute-sanitizer stands beside the real one.
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export MAX_JOBS=${MAX_JOBS:-$(getconf _NPROCESSORS_ONLN)} PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
+# The toolkit's root, since the nvcc in PATH may be a wrapper elsewhere; compute-sanitizer is next to the real one.
 CUDA_HOME=${CUDA_HOME:-$(nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')}
-if [ -n "$CUDA_HOME" ]; then
-  export CUDA_HOME PATH=$PATH:$CUDA_HOME/bin
-fi
+[ -z "$CUDA_HOME" ] || export CUDA_HOME PATH=$PATH:$CUDA_HOME/bin
 failed=""
 
-# part NAME SECONDS COMMAND...: runs it, says how long it took, goes on after a failure.
+# part NAME SECONDS COMMAND...: runs it, prints how long it took, copies the results; the next part runs after a failure too.
 part() {
   local name=$1 limit=$2 start=$SECONDS status=0
   shift 2
   [ "$limit" -le $((ENDS - SECONDS)) ] || limit=$((ENDS - SECONDS))
   if [ "$limit" -le 0 ]; then
-    echo "== $name: left out for want of time"
+    echo "== $name: left out for lack of time"
     failed="$failed $name,"
-    return
+    return 1
   fi
-  # As by Ctrl-C, upon which pytest names its failures and the benchmark makes its table; where this runs in the background, a shell has it
-  # ignored.
+  # By SIGINT, as Ctrl-C: pytest then names its failures and the benchmark makes its table. A shell ignores it in background commands.
   timeout --signal=INT --kill-after=20 "$limit" env --default-signal=INT "$@" || status=$?
   echo "== $name: $((SECONDS - start)) s, exit status $status$([ $((SECONDS - start)) -lt "$limit" ] || echo ", stopped after $limit s")"
+  [ -z "${OUT:-}" ] || find bench/results -type f -newermt "@$STARTED" -exec cp -t "$OUT" {} +
   [ $status = 0 ] || failed="$failed $name,"
+  return $status
 }
 
+# The other parts need what this one makes.
 build() {
-  local package
-  for package in setuptools ninja torch; do
-    echo "== build: $package $("$PYTHON" -c "from importlib.metadata import version; print(version('$package'))" 2> /dev/null || echo "is not installed")"
-  done
   "$PYTHON" -c 'import setuptools, sys; sys.exit(int(setuptools.__version__.partition(".")[0]) < 77)' \
     || echo "== build: setuptools below 77 refuses the license of pyproject.toml: pip install 'setuptools>=77'"
-  "$PYTHON" -c 'import ninja' 2> /dev/null || command -v ninja > /dev/null || echo "== build: there is no ninja, files are compiled one by one"
-  part build 220 env FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$architectures}" "$PYTHON" setup.py -q build_ext --inplace
+  part build 220 env FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$architectures}" "$PYTHON" setup.py -q build_ext --inplace \
+    || exit 1
   part "what was built" 60 "$PYTHON" -m gradkernels info
-}
-
-test_() {
-  part "test on a GPU" 150 "$PYTHON" -m pytest -q -rfE tests/test_on_gpu.py
-}
-
-suite() {
-  local workers=()
-  ! "$PYTHON" -c 'import xdist' 2> /dev/null || workers=(-n 8)
-  part "test suite" 300 "$PYTHON" -m pytest -q -rfE --tb=line "${workers[@]}" -k cuda tests/test_activation.py \
-    tests/test_batch_norm_act.py tests/test_clip_grad.py tests/test_optim.py
 }
 
 sanitize() {
   local tool only
-  if ! command -v compute-sanitizer > /dev/null; then
-    echo "== sanitize: skipped, there is no compute-sanitizer in PATH"
-    return
-  fi
+  command -v compute-sanitizer > /dev/null || { echo "== sanitize: skipped, compute-sanitizer is not in PATH" && return; }
   for tool in memcheck racecheck synccheck initcheck; do
+    # Initcheck has to see what torch's kernels write.
     only=(--kernel-name kns=gradkernels)
-    # What torch's kernels write is initialized.
     [ $tool != initcheck ] || only=()
-    # torch asks the driver for what it may lack, which is no error.
+    # torch asks the driver for functions that it may lack, which is not an error.
     part "sanitize with $tool" 125 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 \
       --report-api-errors no "${only[@]}" "$PYTHON" -m pytest -q tests/test_on_gpu.py -k test_a_little_of_everything
   done
 }
 
-bench() {
-  part bench 200 "$PYTHON" bench/suite.py --only cuda --out bench/results
-}
-
-train() {
-  part train 80 "$PYTHON" bench/train_on_gpu.py
-}
-
-# What this call wrote.
-copy_results() {
-  [ -z "${OUT:-}" ] || find bench/results -type f -newermt "@$STARTED" -exec cp -t "$OUT" {} +
-}
-
+[ $# -gt 0 ] || set -- build test bench suite
 for name in "$@"; do
-  case " $PARTS " in
-    *" $name "*) ;;
-    *) echo "on_gpu.sh: no part $name; there are $PARTS" && exit 2 ;;
-  esac
+  [[ " $PARTS " == *" $name "* ]] || { echo "on_gpu.sh: there is no part $name; the parts are $PARTS" && exit 2; }
 done
-nvidia-smi --query-gpu=name,driver_version,clocks.max.memory --format=csv,noheader || {
-  echo "on_gpu.sh: there is no GPU here"
-  exit 1
-}
+nvidia-smi --query-gpu=name,driver_version,clocks.max.memory --format=csv,noheader || { echo "on_gpu.sh: there is no GPU here" && exit 1; }
 architectures=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -u | paste -sd ';')
-trap copy_results EXIT
-[ $# -gt 0 ] || set -- build test bench train suite
 for name in "$@"; do
   case $name in
-    test) test_ ;;
+    test) part "test on a GPU" 150 "$PYTHON" -m pytest -q -rfE tests/test_on_gpu.py ;;
+    bench) part bench 270 "$PYTHON" bench/suite.py --only cuda --out bench/results ;;
+    suite) part "test suite" 300 "$PYTHON" -m pytest -q -rfE --tb=line $("$PYTHON" -c 'import xdist; print("-n 8")' 2> /dev/null) \
+      -k cuda tests/test_activation.py tests/test_batch_norm_act.py tests/test_clip_grad.py tests/test_optim.py ;;
     *) "$name" ;;
   esac
 done
