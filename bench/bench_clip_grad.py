@@ -105,7 +105,7 @@ def rmsprop(max_norm: float | None, foreach: bool | None, parameters: Parameters
 
 def adamw(is_attached: bool, parameters: Parameters) -> Step:
     optimizer = torch.optim.AdamW(parameters, fused=True)
-    bound = falling(norm_of(parameters))
+    bound = falling(0.5 * norm_of(parameters))
     handle = gk.attach_clipping(optimizer, 1.0) if is_attached else None
 
     def step() -> None:

@@ -1,5 +1,5 @@
-"""Whole training steps, forward, loss, backward, clipping and SGD: torch's; the same network after gk.convert with gk.clip_grad_norm_; that
-in gk.recompute, where backward computes outputs again. And what gk.GradientMonitor adds to a step.
+"""Whole training steps, with clipping and SGD: torch's, those after gk.convert with gk.clip_grad_norm_, and those in gk.recompute as well,
+where backward computes outputs again. Then what gk.GradientMonitor adds to a step.
 
 kept: what autograd keeps for backward, the batch among it. The part of batch norm, activation and addition is their self time in
 torch.profiler; additions of gradients count on both sides. The monitor looks at activations in every step here, by default in every tenth.
@@ -55,9 +55,12 @@ class Training:
             y = self.model(x)
             return sum((each.square().mean() for each in (y if isinstance(y, list) else [y])), start=x.new_zeros(()))
 
-    def step(self, x: Tensor) -> None:
+    def backward(self, x: Tensor) -> None:
         self.optimizer.zero_grad()
         self.loss(x).backward()
+
+    def step(self, x: Tensor) -> None:
+        self.backward(x)
         self.clip(self.model.parameters(), 1.0)
         self.optimizer.step()
 
@@ -88,11 +91,11 @@ def prove(model: nn.Module) -> None:
 
 
 def part_us(training: Training, x: Tensor, steps: int) -> float:
-    """Microseconds a step in the operators of PART themselves."""
-    training.step(x)
+    """Microseconds in the operators of PART themselves, of a forward and a backward: the optimizer adds too."""
+    training.backward(x)
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         for _ in range(steps):
-            training.step(x)
+            training.backward(x)
     events = (each for each in seen.key_averages() if "::" in each.key and each.key != "aten::addmm")
     return sum(each.self_cpu_time_total for each in events if any(name in each.key for name in PART)) / steps
 
@@ -101,7 +104,7 @@ def case(network: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float3
     torch.manual_seed(0)
     model, x = NETWORKS[network](), torch.randn(shape)
     if dtype.itemsize == 2:
-        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+        model, x = (each.to(memory_format=torch.channels_last) for each in (model, x))
     made = trainings(model, dtype)
     extra = {}
 

@@ -286,9 +286,7 @@ def run(title: str, cases: Sequence[partial[Case]], options: argparse.Namespace,
             failed.append(said)
             head["failed"] = "; ".join(failed)
         print(f"{stem} {number + 1}/{len(cases)} {said}", file=sys.stderr)
-        head["left out"] = f"{left - 1} of {len(cases)} cases, for lack of time"
-        if left == 1:
-            del head["left out"]
+        part["header"] = head | ({"left out": f"{left - 1} of {len(cases)} cases, for lack of time"} if left > 1 else {})
         write(stem, part, options.out)
         # A case's functions refer to each other.
         gc.collect()

@@ -16,7 +16,7 @@ from pathlib import Path
 import report
 
 HERE = Path(__file__).resolve().parent
-# torch's and gradkernels' name of a set, oneDNN's, and MKL's. torch takes a set that the processor lacks, so that it is checked first.
+# The names that torch and gradkernels, oneDNN, and MKL have for a set. torch uses a set even if the processor lacks it.
 ISA = {"base": ("default", "SSE41", "SSE4_2"), "avx2": ("avx2", "AVX2", "AVX2")}
 VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 PRINT_ISA = "from gradkernels import _native; print(_native.C.instruction_set() if _native.C else 'no native library')"
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="below one minute: shows that everything runs, not how fast")
     parser.add_argument("--isa", choices=ISA, help="use no instructions beyond these; base is what every x86-64 has")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go")
-    parser.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"), help="measure nothing: two folders of results")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"), help="only compare two folders of results")
     options = parser.parse_args(argv)
     if options.compare:
         return report.compare(*options.compare)
