@@ -84,7 +84,7 @@ using Tensors = std::vector<Tensor>;
 
 bool clips(const Tensor& grad) { return has_kernel(grad) && !grad.is_meta() && !grad.key_set().has(c10::DispatchKey::Python); }
 
-bool clip_grad_applies(const Tensors& tensors) {
+bool clip_grad_supports(const Tensors& tensors) {
   return std::all_of(tensors.begin(), tensors.end(),
                      [&](const Tensor& tensor) { return clips(tensor) && tensor.device() == tensors.front().device(); });
 }
@@ -137,7 +137,7 @@ void clip_grads_with_norm_(const Tensors& grads, double max_norm, const Tensor& 
 void clip_grad_value_(const Tensors& grads, double clip_value) { call<ops::ClipGradValueInplace>(grads, clip_value); }
 
 // Whether every parameter is for the kernel, with gradient and state of its dtype, shape and strides, and no gaps.
-bool rmsprop_applies(const Tensors& params, const std::vector<Tensors>& lists) {
+bool rmsprop_supports(const Tensors& params, const std::vector<Tensors>& lists) {
   for (size_t i = 0; i < params.size(); ++i) {
     if (!clips(params[i]) || params[i].device() != params.front().device() || !params[i].is_non_overlapping_and_dense()) return false;
     for (const Tensors& list : lists) {
@@ -172,12 +172,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("prelu", prelu, without_gil);
   m.def("rrelu", rrelu, without_gil);
   m.def("batch_norm_act", batch_norm_act, without_gil);
-  m.def("clip_grad_applies", clip_grad_applies);
+  m.def("clip_grad_supports", clip_grad_supports);
   m.def("clip_grad_norm_", clip_grad_norm_);
   m.def("grad_norms", grad_norms, without_gil);
   m.def("clip_grads_with_norm_", clip_grads_with_norm_, without_gil);
   m.def("clip_grad_value_", clip_grad_value_, without_gil);
-  m.def("rmsprop_applies", rmsprop_applies);
+  m.def("rmsprop_supports", rmsprop_supports);
   m.def("rmsprop_", rmsprop_, without_gil);
   py::class_<autograd::Packed>(m, "_Packed");
   m.def("pack_hook", autograd::pack);

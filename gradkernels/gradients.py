@@ -102,7 +102,7 @@ def _kernels_for(tensors: list[Tensor]) -> ModuleType | None:
     native = _native.library()
     if native is None or not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
         return None
-    return native if native.clip_grad_applies(tensors) else None
+    return native if native.clip_grad_supports(tensors) else None
 
 
 def _norms(tensors: list[Tensor], norm_type: float) -> Norms:

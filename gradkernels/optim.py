@@ -196,7 +196,7 @@ class RMSprop(torch.optim.RMSprop):
         needs_torch = group["capturable"] or group["differentiable"] or group["foreach"] is not None or has_complex
         if native is None or needs_torch:
             return False
-        supported: bool = native.rmsprop_applies(params, [grads, square_avgs, momentum_buffers, grad_avgs])
+        supported: bool = native.rmsprop_supports(params, [grads, square_avgs, momentum_buffers, grad_avgs])
         return supported
 
     def _clip(self, folds: bool) -> float:
@@ -230,8 +230,8 @@ class ClippingHandle:
         norm_type: p; may be changed between steps.
         last_norm: the total norm before clipping in the last step, without GradScaler's scale, as
             clip_grad_norm_ returns it; None before the first step. If GradScaler skips a step, the optimizer
-            does not run and last_norm stays the same. torch's fused optimizers run, skip the update
-            themselves, and last_norm is then not finite.
+            does not run and last_norm stays the same. torch's fused optimizers do run, and skip the update
+            themselves; last_norm is then not finite.
 
     Example:
         >>> import torch, gradkernels as gk
