@@ -88,7 +88,7 @@ class Rewriter:
         fused: set[Node] = set()
         nodes = list(self.graph.nodes)
         for node in nodes:
-            self.pass_by_position(node)
+            _pass_by_position(node, self.module(node))
         for node in nodes:
             module = self.module(node)
             if isinstance(module, _BatchNorm) and node not in fused:
@@ -107,14 +107,6 @@ class Rewriter:
 
     def module(self, node: Node) -> nn.Module | None:
         return called_module(self.block, node)
-
-    def pass_by_position(self, node: Node) -> None:
-        """Turns self.bn(input=x) into self.bn(x)."""
-        module = self.module(node)
-        if module is None or node.kwargs.keys() != {"input"} or has_hooks(module):
-            return
-        if type(module) in FUSIBLE or is_activation(module):
-            node.args, node.kwargs = (node.kwargs["input"],), {}
 
     def at_batch_norm(self, node: Node, module: _BatchNorm) -> tuple[Site, Chain | None]:
         """The site of a call of a batch norm, and the chain that starts there; None if nothing is fused."""
@@ -273,6 +265,14 @@ class Rewriter:
             self.asks_for_classes,
             shared_in(self.block),
         )
+
+
+def _pass_by_position(node: Node, module: nn.Module | None) -> None:
+    """Turns self.bn(input=x) into self.bn(x)."""
+    if module is None or node.kwargs.keys() != {"input"} or has_hooks(module):
+        return
+    if type(module) in FUSIBLE or is_activation(module):
+        node.args, node.kwargs = (node.kwargs["input"],), {}
 
 
 def _children_on_the_way(block: nn.Module, graph: Graph, with_classes: bool) -> _ChildrenOnTheWay:
