@@ -154,7 +154,7 @@ def monitored(shape: tuple[int, ...]) -> Case:
 
 if __name__ == "__main__":
     options = arguments(__doc__)
-    cases = [*(partial(case, name, SHAPE) for name in NETWORKS), partial(monitored, (32, 3, 64, 64)), partial(monitored, (32, 3, 224, 224))]
+    cases = [*(partial(case, name, SHAPE) for name in NETWORKS), partial(monitored, (32, 3, 64, 64)), partial(monitored, (16, 3, 224, 224))]
     if options.quick:
         cases = [partial(case, next(iter(NETWORKS)), QUICK_SHAPE, profiled_steps=1), partial(monitored, QUICK_SHAPE)]
     run("training steps", cases, options)
