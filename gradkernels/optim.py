@@ -49,7 +49,7 @@ class RMSprop(torch.optim.RMSprop):
     other devices take torch's step.
 
     Args:
-        params, lr, alpha, eps, weight_decay, momentum, centered, capturable, foreach, maximize, differentiable: torch's.
+        params: this argument and the following ones up to differentiable are torch's.
         max_norm: the largest total norm of the gradients of all groups, in their units; None does not clip. Gradients are
             scaled as they are read and stay in memory as they were, except where torch's step is taken.
         norm_type: that of the total norm.
@@ -210,7 +210,8 @@ class ClippingHandle:
     """What attach_clipping returns; `remove()` ends it.
 
     Attributes:
-        max_norm, norm_type: as given; may be changed between steps.
+        max_norm: as given; may be changed between steps.
+        norm_type: likewise.
         last_norm: the total norm before clipping in the last step, without GradScaler's scale, as clip_grad_norm_ returns
             it; None before the first step. A step that GradScaler leaves out is none: the optimizer is not called, unless it is
             one of torch's fused ones, which find out by themselves; their last_norm is then not finite.
