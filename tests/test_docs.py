@@ -131,6 +131,14 @@ def test_figures_are_those_of_the_recorded_run(page, least):
         assert any(rounds_to(theirs, a) and rounds_to(ours, b) and rounds_to(quotient, a / b) for a, b in pairs), (theirs, ours)
 
 
+@pytest.mark.parametrize("page", ["docs/memory.md", "docs/numerics.md"])
+def test_figures_stand_in_the_recorded_table(page):
+    recorded = set(re.findall(r"[\d.,e-]+", (ROOT / "bench" / "results" / "amd-epyc.md").read_text()))
+    tables = re.findall(r"^<!-- figures -->\n\n((?:\|.*\n)+)", PAGES[page], re.MULTILINE)
+    cells = [cell.strip() for table in tables for row in table.splitlines()[2:] for cell in row.strip("|").split("|")[1:]]
+    assert len(cells) >= 15 and not [cell for cell in cells if cell not in recorded]
+
+
 NAMES = [*gradkernels.__all__, *(f"init.{name}" for name in gradkernels.init.__all__), "optim.RMSprop"]
 
 
