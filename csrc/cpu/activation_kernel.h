@@ -82,8 +82,8 @@ struct Parameter {
 };
 
 // Calls function(scalar_t(), Runs(), functor_of) with the kind of lines that the problem has, and what makes its functor of a parameter.
-template <typename Problem, typename Function>
-GK_INLINE void visit_parametric_problem(const Problem& p, const Function& function) {
+template <typename Arguments, typename Function>
+GK_INLINE void visit_parametric_arguments(const Arguments& p, const Function& function) {
   dispatch(p.dtype, [&](auto zero) {
     visit_runs(p.shape, [&](auto runs) {
       visit_functor_of_parameter<decltype(zero)>(p.act, [&](auto functor_of) { function(zero, runs, functor_of); });
@@ -99,7 +99,7 @@ GK_INLINE auto parameter_of_channel(const void* parameter) {
 }
 
 void parametric_forward_kernel(const ParametricForward& p, Slab slab) {
-  visit_parametric_problem(p, [&](auto zero, auto runs, auto functor_of) {
+  visit_parametric_arguments(p, [&](auto zero, auto runs, auto functor_of) {
     using scalar_t = decltype(zero);
     using Runs = decltype(runs);
     const scalar_t* x = static_cast<const scalar_t*>(p.x);
@@ -116,7 +116,7 @@ void parametric_forward_kernel(const ParametricForward& p, Slab slab) {
 }
 
 void parametric_backward_kernel(const ParametricBackward& p, Slab slab, double* out) {
-  visit_parametric_problem(p, [&](auto zero, auto runs, auto functor_of) {
+  visit_parametric_arguments(p, [&](auto zero, auto runs, auto functor_of) {
     using scalar_t = decltype(zero);
     using opmath = opmath_t<scalar_t>;
     using Runs = decltype(runs);

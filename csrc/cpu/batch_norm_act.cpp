@@ -106,8 +106,8 @@ void batch_norm_act_forward(const BatchNormForward& p) {
   }
 }
 
-void batch_norm_act_backward(const BatchNormBackward& problem) {
-  BatchNormBackward p = problem;
+void batch_norm_act_backward(const BatchNormBackward& arguments) {
+  BatchNormBackward p = arguments;
   const Slabs slabs(p.shape);
   const Kernels& isa = kernels();
   const bool needs_sums = p.grad_weight != nullptr || p.grad_bias != nullptr || p.grad_residual != nullptr || p.training;

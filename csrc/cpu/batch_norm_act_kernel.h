@@ -198,9 +198,9 @@ GK_INLINE double channel_value(DType dtype, const void* values, int64_t channel,
   return dispatch(dtype, [&](auto zero) { return static_cast<double>(static_cast<const decltype(zero)*>(values)[channel]); });
 }
 
-// Problem is BatchNormForward or BatchNormBackward: both passes see the same normalisation.
-template <typename opmath, typename Problem>
-GK_INLINE math::Normalisation<opmath> channel_normalisation(const Problem& p, int64_t channel) {
+// Arguments is BatchNormForward or BatchNormBackward: both passes see the same normalisation.
+template <typename opmath, typename Arguments>
+GK_INLINE math::Normalisation<opmath> channel_normalisation(const Arguments& p, int64_t channel) {
   return math::normalisation<opmath>(p.mean[channel], p.invstd[channel], channel_value(p.parameter_dtype, p.weight, channel, 1.0),
                                      channel_value(p.parameter_dtype, p.bias, channel, 0.0));
 }

@@ -434,9 +434,9 @@ __device__ __forceinline__ void set_channel_value(DType dtype, void* values, int
   });
 }
 
-// Problem is BatchNormForward or BatchNormBackward.
-template <typename opmath, typename Problem>
-__device__ __forceinline__ math::Normalisation<opmath> channel_normalisation(const Problem& p, int64_t channel, double mean,
+// Arguments is BatchNormForward or BatchNormBackward.
+template <typename opmath, typename Arguments>
+__device__ __forceinline__ math::Normalisation<opmath> channel_normalisation(const Arguments& p, int64_t channel, double mean,
                                                                              double invstd) {
   return math::normalisation<opmath>(mean, invstd, channel_value(p.parameter_dtype, p.weight, channel, 1.0),
                                      channel_value(p.parameter_dtype, p.bias, channel, 0.0));
@@ -1085,8 +1085,8 @@ void launch_backward_elemt(BatchNormBackward p, const double* sums, const double
 }
 
 // Launches the kernel that keeps a slab in shared memory, unless none can: Shared stands before the octets.
-template <typename Shared, typename Problem>
-bool launch_in_cluster(void (*kernel)(Problem, Tiling), const Problem& p, int64_t octet_bytes) {
+template <typename Shared, typename Arguments>
+bool launch_in_cluster(void (*kernel)(Arguments, Tiling), const Arguments& p, int64_t octet_bytes) {
   const int64_t shared_bytes = divide_up(sizeof(Shared), kPacketBytes) * kPacketBytes;
   const auto as_launch = [&](const Tiling& t) {
     return Launch{dim3(blocks_of(t)), dim3(kThreads), static_cast<size_t>(shared_bytes + t.part_octets * octet_bytes),

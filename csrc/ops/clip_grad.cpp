@@ -1,5 +1,5 @@
-// The operators over lists of gradients, clipping and RMSprop: describe the tensors as runs of elements, hand them to the kernels. A
-// gradient with gaps goes through a dense copy. Gradients that may share memory are written one after the other, in the list's order.
+// The clipping operators: describe the gradients as runs of elements, hand them to the kernels. A gradient with gaps goes through a dense
+// copy. Gradients that may share memory are written one after the other, in the list's order.
 #include "ops/clip_grad.h"
 
 #include <ATen/MemoryOverlap.h>
@@ -7,7 +7,6 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <tuple>
@@ -17,7 +16,7 @@
 #include "common/check.h"
 #include "common/device.h"
 #include "math/clip_grad.h"
-#include "ops/optim.h"
+#include "ops/tensor_list.h"
 
 namespace gradkernels {
 namespace {
@@ -29,36 +28,7 @@ Norm norm_of(double norm_type) {
   return Norm::kInfinity;
 }
 
-// All for kernels, on one device.
-void check_tensors(at::TensorList tensors) {
-  for (const at::Tensor& tensor : tensors) {
-    TORCH_CHECK(tensor.device() == tensors.front().device(),
-                "Expected all tensors to be on the same device, but found at least two devices, ", tensors.front().device(), " and ",
-                tensor.device(), "!");
-    TORCH_CHECK_NOT_IMPLEMENTED(has_kernel(tensor), "\"clip_grad\" not implemented for '", tensor.scalar_type(), "' on ", tensor.device());
-  }
-}
-
 Run run_of(const at::Tensor& dense) { return {dtype_of(dense), dense.numel(), dense.data_ptr()}; }
-
-// Whether no two tensors can share memory, judged by their first and last elements.
-bool disjoint(at::TensorList tensors) {
-  std::vector<std::pair<uintptr_t, uintptr_t>> extents;
-  extents.reserve(tensors.size());
-  for (const at::Tensor& tensor : tensors) {
-    if (tensor.numel() == 0) continue;
-    int64_t last = tensor.numel() - 1;
-    if (!tensor.is_non_overlapping_and_dense()) {
-      last = 0;
-      for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
-    }
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-    extents.emplace_back(begin, begin + static_cast<uintptr_t>(last + 1) * tensor.element_size());
-  }
-  std::sort(extents.begin(), extents.end());
-  return std::adjacent_find(extents.begin(), extents.end(), [](const auto& a, const auto& b) { return b.first < a.second; }) ==
-         extents.end();
-}
 
 // Calls kernel(runs, count) so that it writes every element of every gradient.
 template <typename Kernel>
@@ -136,42 +106,6 @@ void clip_grad_value_(at::TensorList grads, double clip_value) {
   write_each_once(grads, [&](const Run* runs, int64_t count) { GK_LAUNCHER(first, clamp)(runs, count, clip_value); });
 }
 
-// Every list but an empty one has a tensor for each parameter, of its dtype and strides, without gaps.
-void check_rmsprop(at::TensorList params, std::initializer_list<at::TensorList> lists) {
-  check_tensors(params);
-  for (const at::TensorList& list : lists) {
-    if (list.empty()) continue;
-    TORCH_CHECK(list.size() == params.size(), "rmsprop_: ", params.size(), " parameters and a list of ", list.size(), " tensors");
-    for (size_t i = 0; i < params.size(); ++i) {
-      TORCH_CHECK(same_dtype_and_device(list[i], params[i]) && list[i].sizes() == params[i].sizes() &&
-                      list[i].strides() == params[i].strides() && params[i].is_non_overlapping_and_dense(),
-                  "rmsprop_: gradient and state of parameter ", i, " must be dense and have its dtype, shape and strides");
-    }
-  }
-}
-
-void rmsprop_(at::TensorList params, at::TensorList grads, at::TensorList square_avgs, at::TensorList grad_avgs,
-              at::TensorList momentum_buffers, double lr, double alpha, double eps, double weight_decay, double momentum,
-              double grad_coefficient) {
-  check_rmsprop(params, {grads, square_avgs, grad_avgs, momentum_buffers});
-  TORCH_CHECK(grads.size() == params.size() && square_avgs.size() == params.size(), "rmsprop_: a parameter without gradient or square_avg");
-  const math::RmspropOptions options{lr, alpha, eps, weight_decay, momentum, grad_coefficient};
-  std::vector<RmspropRun> runs;
-  runs.reserve(params.size());
-  for (size_t i = 0; i < params.size(); ++i) {
-    runs.push_back({dtype_of(params[i]), params[i].numel(), params[i].data_ptr(), grads[i].data_ptr(), square_avgs[i].data_ptr(),
-                    grad_avgs.empty() ? nullptr : grad_avgs[i].data_ptr(),
-                    momentum_buffers.empty() ? nullptr : momentum_buffers[i].data_ptr()});
-  }
-  if (params.empty()) return;
-  const auto launch = GK_LAUNCHER(params.front(), rmsprop);
-  if (disjoint(params)) {
-    launch(runs.data(), static_cast<int64_t>(runs.size()), options);
-  } else {
-    for (const RmspropRun& run : runs) launch(&run, 1, options);
-  }
-}
-
 // Shapes alone, for tracing.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> grad_norms_meta(at::TensorList grads, double norm_type) {
   norm_of(norm_type);
@@ -185,16 +119,10 @@ void clip_grads_with_norm_meta(at::TensorList grads, double, const at::Tensor&) 
 
 void clip_grad_value_meta(at::TensorList grads, double) { check_tensors(grads); }
 
-void rmsprop_meta(at::TensorList params, at::TensorList grads, at::TensorList square_avgs, at::TensorList grad_avgs,
-                  at::TensorList momentum_buffers, double, double, double, double, double, double) {
-  check_rmsprop(params, {grads, square_avgs, grad_avgs, momentum_buffers});
-}
-
 void add_kernels(torch::Library& m) {
   m.impl("grad_norms", on_device<grad_norms>);
   m.impl("clip_grads_with_norm_", on_device<clip_grads_with_norm_>);
   m.impl("clip_grad_value_", on_device<clip_grad_value_>);
-  m.impl("rmsprop_", on_device<rmsprop_>);
 }
 
 }  // namespace
@@ -208,7 +136,6 @@ TORCH_LIBRARY_IMPL(gradkernels, Meta, m) {
   m.impl("grad_norms", grad_norms_meta);
   m.impl("clip_grads_with_norm_", clip_grads_with_norm_meta);
   m.impl("clip_grad_value_", clip_grad_value_meta);
-  m.impl("rmsprop_", rmsprop_meta);
 }
 
 }  // namespace gradkernels

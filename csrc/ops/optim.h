@@ -1,5 +1,4 @@
-// The seam between RMSprop's operator and its kernel. The operator stands in ops/clip_grad.cpp, since clipping is folded into the step and
-// each file that includes torch is what a clean build waits for.
+// The seam between RMSprop's operator and its kernel.
 #pragma once
 
 #include "common/dispatch.h"

@@ -1,0 +1,69 @@
+// RMSprop's operator: describe parameters, gradients and state as runs of elements, hand them to the kernel. Parameters that may share
+// memory are stepped one after the other, in the list's order.
+#include "ops/optim.h"
+
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <initializer_list>
+#include <vector>
+
+#include "common/check.h"
+#include "common/device.h"
+#include "ops/tensor_list.h"
+
+namespace gradkernels {
+namespace {
+
+// Every list but an empty one has a tensor for each parameter, of its dtype and strides, without gaps.
+void check_rmsprop(at::TensorList params, std::initializer_list<at::TensorList> lists) {
+  check_tensors(params);
+  for (const at::TensorList& list : lists) {
+    if (list.empty()) continue;
+    TORCH_CHECK(list.size() == params.size(), "rmsprop_: ", params.size(), " parameters and a list of ", list.size(), " tensors");
+    for (size_t i = 0; i < params.size(); ++i) {
+      TORCH_CHECK(same_dtype_and_device(list[i], params[i]) && list[i].sizes() == params[i].sizes() &&
+                      list[i].strides() == params[i].strides() && params[i].is_non_overlapping_and_dense(),
+                  "rmsprop_: gradient and state of parameter ", i, " must be dense and have its dtype, shape and strides");
+    }
+  }
+}
+
+void rmsprop_(at::TensorList params, at::TensorList grads, at::TensorList square_avgs, at::TensorList grad_avgs,
+              at::TensorList momentum_buffers, double lr, double alpha, double eps, double weight_decay, double momentum,
+              double grad_coefficient) {
+  check_rmsprop(params, {grads, square_avgs, grad_avgs, momentum_buffers});
+  TORCH_CHECK(grads.size() == params.size() && square_avgs.size() == params.size(), "rmsprop_: a parameter without gradient or square_avg");
+  const math::RmspropOptions options{lr, alpha, eps, weight_decay, momentum, grad_coefficient};
+  std::vector<RmspropRun> runs;
+  runs.reserve(params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    runs.push_back({dtype_of(params[i]), params[i].numel(), params[i].data_ptr(), grads[i].data_ptr(), square_avgs[i].data_ptr(),
+                    grad_avgs.empty() ? nullptr : grad_avgs[i].data_ptr(),
+                    momentum_buffers.empty() ? nullptr : momentum_buffers[i].data_ptr()});
+  }
+  if (params.empty()) return;
+  const auto launch = GK_LAUNCHER(params.front(), rmsprop);
+  if (disjoint(params)) {
+    launch(runs.data(), static_cast<int64_t>(runs.size()), options);
+  } else {
+    for (const RmspropRun& run : runs) launch(&run, 1, options);
+  }
+}
+
+// Shapes alone, for tracing.
+void rmsprop_meta(at::TensorList params, at::TensorList grads, at::TensorList square_avgs, at::TensorList grad_avgs,
+                  at::TensorList momentum_buffers, double, double, double, double, double, double) {
+  check_rmsprop(params, {grads, square_avgs, grad_avgs, momentum_buffers});
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(gradkernels, CPU, m) { m.impl("rmsprop_", on_device<rmsprop_>); }
+#if defined(GK_WITH_CUDA)
+TORCH_LIBRARY_IMPL(gradkernels, CUDA, m) { m.impl("rmsprop_", on_device<rmsprop_>); }
+#endif
+
+TORCH_LIBRARY_IMPL(gradkernels, Meta, m) { m.impl("rmsprop_", rmsprop_meta); }
+
+}  // namespace gradkernels
