@@ -157,7 +157,7 @@ def _activation_module(node: Node, module: nn.Module) -> Activation | str:
     if any(True for _ in module.parameters()):
         return f"the parameter of {name} is learnt"
     if has_hooks(module):
-        return f"{name} has a hook, which would get another tensor"
+        return f"{name} has a hook, which would get a different tensor if the calls were fused"
     if len(node.args) != 1 or node.kwargs:
         return f"{name} is called with more than one argument"
     return Activation(*resolve_act(module, None), module, name)

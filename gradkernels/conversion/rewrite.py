@@ -1,8 +1,8 @@
 """Rewrites a forward so that one kernel computes a batch norm, an addition and an activation.
 
-They are fused only if nothing else uses the values between them. Without an addition, the kernel is called
-where the batch norm was called. With an addition, it is called where the activation was called, which is
-later. Then no call in between may write what the kernel reads (aliasing.py).
+These calls are fused only if nothing else uses the values between them. Without an addition, the kernel is
+called where the batch norm was called. With an addition, the kernel is called where the last of the fused
+calls was. No call between the two places may then write what the kernel reads (aliasing.py).
 """
 
 import keyword
@@ -50,7 +50,7 @@ _ChildrenOnTheWay = tuple[tuple[Path, Children], ...]
 
 
 def rewrite_forward(block: nn.Module, residual: bool) -> RewriteResult:
-    """Reads the forward of one block and rewrites it. The block is not changed.
+    """Reads the forward of one block and returns a rewritten one. The block is not changed.
 
     Args:
         block: any module.
@@ -70,7 +70,7 @@ def rewrite_forward(block: nn.Module, residual: bool) -> RewriteResult:
 
 
 class Rewriter:
-    """Finds the sites in the graph of one forward, and changes the graph where calls can be fused."""
+    """Finds the sites (result.py) in the graph of one forward, and fuses calls in the graph where it can."""
 
     def __init__(self, block: nn.Module, graph: Graph, reading: Reading, residual: bool) -> None:
         self.block = block
@@ -109,14 +109,17 @@ class Rewriter:
         return called_module(self.block, node)
 
     def at_batch_norm(self, node: Node, module: _BatchNorm) -> tuple[Site, Chain | None]:
-        """The site of a call of a batch norm, and the chain that starts there; None if nothing is fused."""
+        """The site of a call of a batch norm, and the chain that starts at the call.
+
+        The chain is None if nothing is fused with the batch norm.
+        """
         site = Site(module, type(module).__name__)
         if type(module) not in FUSIBLE:
             is_sync = isinstance(module, (nn.SyncBatchNorm, SyncBatchNormAct))
             unknown = f"{type(module).__name__} may compute something else"
             site.why = "its statistics are computed over several processes" if is_sync else unknown
         elif has_hooks(module):
-            site.why = "it has a hook, which would get another tensor"
+            site.why = "it has a hook, which would get a different tensor if the calls were fused"
         elif getattr(module, "act", "identity") != "identity" or len(node.args) != 1 or node.kwargs:
             site.why = "it already has an activation or a residual"
         if site.why:
@@ -134,10 +137,10 @@ class Rewriter:
         return site, chain
 
     def chain_from(self, node: Node) -> tuple[Chain, str]:
-        """A batch norm, the addition after it, if any, and the activation after that.
+        """Finds what can be fused with a batch norm: an addition after it, an activation after that, or both.
 
         Returns:
-            The chain, and why it has no activation; "" if it has one.
+            The chain, and the reason why the chain has no activation. The reason is "" if it has one.
         """
         bn_alone = Chain([node], [node])
         users, why = self.way_to_user(node)
@@ -160,7 +163,8 @@ class Rewriter:
         """Follows the value of a node to its only user, past any nn.Identity.
 
         Returns:
-            The nodes on the way and the user, and why there is no such user; "" if there is.
+            The nodes on the way, of which the last is the user, and the reason why the value has no such user.
+            The reason is "" if it has one.
         """
         users: list[Node] = []
         while True:
@@ -179,7 +183,7 @@ class Rewriter:
         """Adds `users` to a chain if the last of them is an activation that the kernel computes.
 
         Returns:
-            Why they were not added; "" if they were.
+            The reason why `users` were not added; "" if they were added.
         """
         last = activation_after(users[-1], self.module(users[-1]))
         if isinstance(last, str):
@@ -233,7 +237,7 @@ class Rewriter:
             yield Site(None, name, why=f"there is no kernel for {name}")
 
     def at_function(self, node: Node, name: str) -> Site:
-        """The site of one of ACTIVATION_FUNCTIONS. If possible, the node calls our function from now on."""
+        """The site of a call of one of ACTIVATION_FUNCTIONS. Makes the node call our function if it can."""
         is_elu_out_of_place = node.target is F.elu and not (len(node.args) > 2 or node.kwargs.get("inplace"))
         if node.target is F.silu and (node.kwargs.get("inplace") or len(node.args) > 1):
             return Site(None, name, why=IS_IN_PLACE)
@@ -252,7 +256,7 @@ class Rewriter:
 
     def forward(self, children: _ChildrenOnTheWay) -> RewrittenForward:
         code = self.graph.python_code("self")
-        # Only the names that the code uses: torch.fx adds others to every graph.
+        # torch.fx adds names to every graph. Only those that the code uses are kept.
         names = {name: value for name, value in code.globals.items() if re.search(rf"(?<![\w.]){name}(?!\w)", code.src)}
         return RewrittenForward(
             code.src,
@@ -276,7 +280,7 @@ def _pass_by_position(node: Node, module: nn.Module | None) -> None:
 
 
 def _children_on_the_way(block: nn.Module, graph: Graph, with_classes: bool) -> _ChildrenOnTheWay:
-    """The children of every module through which the forward may have reached another."""
+    """The children of every module through which the forward may have reached another module."""
     paths: set[Path] = {()}
     called: set[Path] = set()
     for node in graph.nodes:
@@ -294,8 +298,8 @@ def _children_on_the_way(block: nn.Module, graph: Graph, with_classes: bool) -> 
 
 
 def _check_names(graph: Graph) -> None:
-    """Raises ValueError for a name of a submodule that cannot be written as `self.name`."""
+    """Raises ValueError if the name of a submodule cannot be written as `self.name`."""
     targets = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
     for name in (name for target in targets for name in target.split(".")):
         if keyword.iskeyword(name) or unicodedata.normalize("NFKC", name) != name or any(character in name for character in '"\\\n\r'):
-            raise ValueError(f"a submodule is named {name!r}")
+            raise ValueError(f"the name {name!r} of a submodule cannot be written as self.name")
