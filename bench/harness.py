@@ -236,7 +236,7 @@ def rows_from(case: Case, outputs: str, measured: Blocks) -> list[Row]:
 def header(quick: bool) -> Head:
     """What the numbers hold for; ends the script where the kernels to be measured are not there."""
     if _native.C is None:
-        raise SystemExit(f"gradkernels is not native, so that there is nothing to measure: {_native.reason}. To fix this, run: {_native.remedy}")
+        raise SystemExit(f"nothing to measure: gradkernels is not native, {_native.reason}. To fix this, run: {_native.remedy}")
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*:\s*(.*)$", cpuinfo.read_text() if cpuinfo.exists() else "", flags=re.M)
     processor = model.group(1) if model else platform.processor()

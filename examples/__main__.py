@@ -54,7 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments.output.parent.is_dir():
         parser.error(f"there is no folder {arguments.output.parent}")
     if _native.C is None:
-        raise SystemExit(f"the demonstration failed: the native library is not in use, {_native.reason}. To fix this, run: {_native.remedy}")
+        raise SystemExit(
+            f"the demonstration failed: the native library is not in use, {_native.reason}. To fix this, run: {_native.remedy}"
+        )
     names = arguments.names or ([] if arguments.mnist else EXPERIMENTS)
     chosen = {name: run for name, (_, run) in EXPERIMENTS.items() if name in names}
     if arguments.mnist:

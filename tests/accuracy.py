@@ -163,9 +163,11 @@ def exact_act(u, act, param):
         return np.where(u > 0, u, param * u), np.where(u > 0, one, param * one)
     if act == "elu":
         return np.where(u > 0, u, param * np.expm1(np.minimum(u, 0))), np.where(u > 0, one, param * np.exp(np.minimum(u, 0)))
-    with np.errstate(over="ignore"):
-        gate = 1 / (1 + np.exp(-param * u))
-        return u * gate, gate + param * u * gate / (1 + np.exp(param * u))
+    if act == "swish":
+        with np.errstate(over="ignore"):
+            gate = 1 / (1 + np.exp(-param * u))
+            return u * gate, gate + param * u * gate / (1 + np.exp(param * u))
+    raise ValueError(f"exact_act does not know {act}")
 
 
 def exact_activation(x, grad_y, act, param):

@@ -1,7 +1,7 @@
 """Every threshold of a verdict of diagnose, with its reason. verdicts.py and probe.py compare with them.
 
-After a change, adapt the table in the docstring of diagnose and the tests that hold a threshold from both
-sides (tests/test_diagnose.py).
+After a change, adapt the table in the docstring of diagnose (a decimal or a fraction, not per cent), the table
+in docs/guide/diagnose.md, and the tests on both sides of a threshold (tests/test_diagnose.py).
 """
 
 # vanishing: the gradient of a layer is below this share of the largest gradient closer to the loss. With one
@@ -23,7 +23,7 @@ EXPLODING_RATIO = 100.0
 EXPLODING_SHARE = 1e3
 
 # dead: more than this share of the units of a relu are off for every sample. Deep relu networks lose up to
-# half of their units by chance.
+# 60 % of their units by chance.
 DEAD_SHARE = 2 / 3
 # A smaller number of values per unit is not judged. A unit that is off for half of all inputs is off for all
 # of 16 inputs once in 2^16 times.
