@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gradkernels import _native, reference, sharded, text
-from gradkernels.gradients import NORM_TYPES, Gradients, tensor_norms
+from gradkernels.gradients import NORM_TYPES, Gradients, can_be_any_dtype, tensor_norms
 
 Parameters: TypeAlias = Tensor | nn.Module | Iterable[Tensor | tuple[str, Tensor]]
 _Entries: TypeAlias = list[Tensor | tuple[str, Tensor]]
@@ -181,7 +181,7 @@ def clip_grads_with_norm_(parameters: Parameters, max_norm: float, total_norm: T
     tensors = _tensors(_entries(parameters))
     gradients = Gradients(_grads(tensors))
     with torch.no_grad():
-        if gradients.supports(2.0):
+        if gradients.supports():
             gradients.scale_(float(max_norm), sharded.full(total_norm))
         else:
             reference.clip_grads_with_norm_(tensors, max_norm, total_norm, foreach)
@@ -217,7 +217,7 @@ def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | 
     clip_value = float(clip_value)
     gradients = Gradients(_grads(tensors))
     with torch.no_grad():
-        if gradients.supports(2.0):
+        if gradients.is_sharded or (gradients.kernels is not None and can_be_any_dtype(clip_value)):
             gradients.clamp_(clip_value)
         elif gradients.tensors:
             reference.clip_grad_value_(tensors, clip_value, foreach)

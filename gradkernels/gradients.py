@@ -36,13 +36,14 @@ class Gradients:
         self.local = sharded.local_tensors(tensors) if self.is_sharded else tensors
         self._groups = sharded.groups_of(tensors) if self.is_sharded else []
 
-    def have_kernels(self) -> bool:
-        """Whether the kernels support this rank's parts; False for an empty list."""
-        return _kernels_for(self.local) is not None
+    @functools.cached_property
+    def kernels(self) -> ModuleType | None:
+        """gradkernels._C if it supports this rank's parts, else None; None for an empty list."""
+        return _kernels_for(self.local)
 
-    def supports(self, norm_type: float) -> bool:
-        """Whether total_norm and scale_ can replace torch's functions for these gradients."""
-        return norm_type in NORM_TYPES and (self.is_sharded or self.have_kernels())
+    def supports(self, norm_type: float = 2.0) -> bool:
+        """Whether the methods here can replace torch's functions for these gradients."""
+        return norm_type in NORM_TYPES and (self.is_sharded or self.kernels is not None)
 
     def norms(self, norm_type: float) -> Norms:
         """The Norms of the whole gradients, the same on every rank."""
@@ -52,8 +53,11 @@ class Gradients:
 
     def total_norm(self, norm_type: float) -> Tensor:
         """The norm of all gradients as one vector: 0-d, float64, the same on every rank."""
-        if not (self.is_sharded and norm_type in NORM_TYPES):
-            return _norms(self.tensors, norm_type)[3]
+        if not self.is_sharded and self.kernels is not None and norm_type in NORM_TYPES:
+            total_norm: Tensor = self.kernels.grad_norms(self.local, norm_type)[3]
+            return total_norm
+        if not self.is_sharded or norm_type not in NORM_TYPES:
+            return norms_by_torch(self.tensors, norm_type)[3]
         norms = [_norms([self.local[i] for i in group.counted], norm_type)[3] for group in self._groups]
         return sharded.reduce_total_norm(self.local, self._groups, norm_type, norms)
 
@@ -65,21 +69,18 @@ class Gradients:
 
     def scale_(self, max_norm: float, total_norm: Tensor) -> None:
         """Multiplies by min(1, max_norm / (total_norm + 1e-6)), a float64; does not write if this is 1."""
-        native = _kernels_for(self.local)
-        if native is not None:
+        if self.kernels is not None:
             # The dispatcher looks at the devices of all arguments, so the norm must be on the device of the
             # gradients. If it is, the host does not wait for its value.
-            native.clip_grads_with_norm_(self.local, max_norm, total_norm.to(self.local[0].device))
+            self.kernels.clip_grads_with_norm_(self.local, max_norm, total_norm.to(self.local[0].device))
         else:
             _scale_with_torch_(self.local, max_norm, total_norm)
         self._increment_versions()
 
     def clamp_(self, clip_value: float) -> None:
         """Clamps to [-clip_value, clip_value]. If a dtype cannot hold the bound, raises before it writes."""
-        native = _kernels_for(self.local)
-        # Every dtype holds bounds up to this maximum; torch's clamp_ checks larger ones.
-        if native is not None and (abs(clip_value) <= torch.finfo(torch.float16).max or math.isinf(clip_value)):
-            native.clip_grad_value_(self.local, clip_value)
+        if self.kernels is not None and can_be_any_dtype(clip_value):
+            self.kernels.clip_grad_value_(self.local, clip_value)
         else:
             for dtype in {tensor.dtype for tensor in self.local}:
                 torch.zeros((), dtype=dtype, device="cpu").clamp_(-clip_value, clip_value)
@@ -90,6 +91,11 @@ class Gradients:
     def _increment_versions(self) -> None:
         if self.is_sharded:
             sharded.increment_versions(self.tensors)
+
+
+def can_be_any_dtype(clip_value: float) -> bool:
+    """Whether every floating-point dtype holds this bound; torch's functions check larger ones."""
+    return abs(clip_value) <= torch.finfo(torch.float16).max or math.isinf(clip_value)
 
 
 def tensor_norms(tensors: list[Tensor], norm_type: float = 2.0) -> Norms:

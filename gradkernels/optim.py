@@ -205,12 +205,13 @@ class RMSprop(torch.optim.RMSprop):
             return 1.0
         params = [param for group in self.param_groups for param in group["params"]]
         sharded.refuse_fsdp1_pieces(params)
-        gradients = Gradients([param.grad for param in params if param.grad is not None])
+        grads = [param.grad for param in params if param.grad is not None]
         # The kernel takes the factor from the host. Reading it from a GPU would wait, so a GPU scales in
         # place.
-        if not folds or not gradients.tensors or not gradients.tensors[0].is_cpu:
+        if not folds or not grads or not grads[0].is_cpu:
             self.last_norm = clip_grad_norm_(params, self.max_norm, self.norm_type)
             return 1.0
+        gradients = Gradients(grads)
         total_norm = gradients.total_norm(self.norm_type)
         self.last_norm = gradients.as_torch_returns(total_norm)
         coefficient = self.max_norm / (total_norm.item() + 1e-6)
@@ -299,7 +300,7 @@ class ClippingHandle:
         params = [param for group in optimizer.param_groups for param in group["params"]]
         sharded.refuse_fsdp1_pieces(params)
         gradients = Gradients([param.grad for param in params if param.grad is not None])
-        if not _reads_grad_scale(optimizer, gradients):
+        if not (_reads_grad_scale(optimizer) and _are_scaled_by_torch(gradients)):
             self.last_norm = clip_grad_norm_(params, self.max_norm, self.norm_type)
             return
         amp_scale = getattr(optimizer, "grad_scale", None)
@@ -326,7 +327,7 @@ def _set_amp_attributes(optimizer: torch.optim.Optimizer, attributes: dict[str, 
     optimizer.__dict__.update(attributes)
 
 
-def _reads_grad_scale(optimizer: torch.optim.Optimizer, gradients: Gradients) -> bool:
+def _reads_grad_scale(optimizer: torch.optim.Optimizer) -> bool:
     # A subclass may have a step of its own, which need not read it.
     inherited = next((kind for kind in _WITH_GRAD_SCALE if isinstance(optimizer, kind)), None)
     return (
@@ -334,10 +335,14 @@ def _reads_grad_scale(optimizer: torch.optim.Optimizer, gradients: Gradients) ->
         and inspect.unwrap(type(optimizer).step) is inspect.unwrap(inherited.step)
         and getattr(optimizer, "_step_supports_amp_scaling", False)
         and all(group.get("fused") for group in optimizer.param_groups)
-        and bool(gradients.tensors)
-        and not gradients.is_sharded
-        and (gradients.have_kernels() or all(type(grad) is Tensor and grad.is_cuda for grad in gradients.tensors))
     )
+
+
+def _are_scaled_by_torch(gradients: Gradients) -> bool:
+    """Whether torch's fused step can divide these gradients: plain tensors on the CPU or on a GPU."""
+    if not gradients.tensors or gradients.is_sharded:
+        return False
+    return gradients.kernels is not None or all(type(grad) is Tensor and grad.is_cuda for grad in gradients.tensors)
 
 
 def _optimizer_with_hooks(optimizer: torch.optim.Optimizer, wrappers: tuple[torch.optim.Optimizer, ...] = ()) -> torch.optim.Optimizer:

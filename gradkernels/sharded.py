@@ -48,11 +48,10 @@ def supports(grads: list[Tensor]) -> bool:
     torch must first compute the sum that a partial DTensor stands for. The functions here do not support
     complex numbers.
     """
-    if any(grad.is_complex() for grad in grads):
+    dtensors = [grad for grad in grads if _is_dtensor(grad)] if "torch.distributed.tensor" in sys.modules else []
+    if not dtensors or any(grad.is_complex() for grad in grads):
         return False
-    return any(map(_is_dtensor, grads)) and all(
-        placement.is_shard() or placement.is_replicate() for grad in grads if _is_dtensor(grad) for placement in _placements(grad)
-    )
+    return all(placement.is_shard() or placement.is_replicate() for grad in dtensors for placement in _placements(grad))
 
 
 def local_tensors(grads: list[Tensor]) -> list[Tensor]:

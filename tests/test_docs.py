@@ -7,7 +7,6 @@ A page's blocks of Python run in order in one namespace; of sessions (pycon) the
 
 import doctest
 import importlib.util
-import json
 import re
 import subprocess
 from html.parser import HTMLParser
@@ -96,44 +95,9 @@ def test_line_equals_the_torch_line_beside_it(page, line):
     torch.testing.assert_close(ours, theirs)
 
 
-def rounds_to(text, value):
-    """Whether the figure is the value with as many digits as it has."""
-    digits = len(text.partition(".")[2])
-    return abs(float(text) - value) <= 0.5000001 * 10.0**-digits
-
-
-def recorded_medians():
-    """(torch's, ours) of each case of the recorded run, in ms."""
-    for script in json.loads((ROOT / "bench" / "results" / "amd-epyc.json").read_text())["scripts"].values():
-        eagers = {}
-        for each in script["rows"]:
-            key = tuple(each.get(name) for name in ("case", "direction", "dtype", "layout", "outputs"))
-            median = each.get("median_ms", each.get("median_us", 0.0) * 1e-3)
-            if median and each["provider"] == "eager":
-                eagers[key] = median
-            elif median and each["provider"] == "gradkernels" and key in eagers:
-                yield eagers[key], median
-
-
-def rows_of_figures(page):
-    """The cells of each row of a table whose header has torch's time, ours and the quotient."""
-    for table in re.findall(r"(?:^\|.*\n)+", PAGES[page], re.MULTILINE):
-        header, _, *rows = ([cell.strip(" *") for cell in line.strip("|\n").split("|")] for line in table.splitlines())
-        if "times as fast" in header:
-            yield from rows
-
-
-@pytest.mark.parametrize(("page", "least"), [("README.md", 12), ("docs/performance.md", 40)])
-def test_figures_are_those_of_the_recorded_run(page, least):
-    rows, pairs = list(rows_of_figures(page)), list(recorded_medians())
-    assert len(rows) >= least
-    for _, theirs, ours, quotient, *_ in rows:
-        assert any(rounds_to(theirs, a) and rounds_to(ours, b) and rounds_to(quotient, a / b) for a, b in pairs), (theirs, ours)
-
-
 @pytest.mark.parametrize("page", ["docs/memory.md", "docs/numerics.md"])
 def test_figures_stand_in_the_recorded_table(page):
-    recorded = set(re.findall(r"[\d.,e-]+", (ROOT / "bench" / "results" / "amd-epyc.md").read_text()))
+    recorded = set(re.findall(r"[\d.,e+-]+", (ROOT / "bench" / "results" / "amd-epyc.md").read_text()))
     tables = re.findall(r"^<!-- figures -->\n\n((?:\|.*\n)+)", PAGES[page], re.MULTILINE)
     cells = [cell.strip() for table in tables for row in table.splitlines()[2:] for cell in row.strip("|").split("|")[1:]]
     assert len(cells) >= 15 and not [cell for cell in cells if cell not in recorded]

@@ -22,7 +22,7 @@ from gradkernels.conversion.attributes import OF_EVERY_MODULE, held, is_comparab
 from gradkernels.conversion.bytecode import CLASS_ATTRIBUTES, CLASS_FUNCTION, CLASS_TESTS
 from gradkernels.conversion.convert import revert
 from gradkernels.conversion.guard import has_hooks
-from gradkernels.conversion.norm_act_layers import layers_after
+from gradkernels.conversion.norm_act_layers import applied_modules
 from gradkernels.conversion.patterns import BATCH_NORMS, CONTAINERS
 from gradkernels.conversion.purity import goes_by_names, names_from_forward, own_classes
 
@@ -217,7 +217,7 @@ def _replacement(layer: Any, bn: _BatchNorm) -> nn.Module | None:
         return place
     if isinstance(bn, (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d)):
         return place if bn.act == "identity" else nn.Sequential(place, ACTS[bn.act].module(bn.act_param))
-    layers = layers_after(bn)
+    layers = applied_modules(bn)
     return None if layers is None else nn.Sequential(place, *layers)
 
 

@@ -23,7 +23,7 @@ _ARGUMENTS = list(inspect.signature(F.batch_norm).parameters)
 _STATE = ["running_mean", "running_var", "weight", "bias"]
 
 
-def layers_after(bn: _BatchNorm) -> list[nn.Module] | None:
+def applied_modules(bn: _BatchNorm) -> list[nn.Module] | None:
     """The submodules that a batch norm applies in its own forward; None if the forward does anything else."""
     names = _names_after(bn, read(bn))
     return None if names is None else [bn.get_submodule(name) for name in names]
