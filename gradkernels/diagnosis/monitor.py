@@ -113,8 +113,8 @@ class GradientMonitor:
         """Return everything recorded, as dicts, lists and numbers that json takes.
 
         Returns:
-            A dict of S steps and L layers. "steps": [S], "layers": [L], in the order in which they run.
-            "gradient_norm", "weight_norm", "update_ratio": [S][L], None if a layer had none. "activations":
+            A dict of S steps and L layers. "steps": S numbers; "layers": L names, in the order in which they run.
+            "gradient_norm", "weight_norm", "update_ratio": S lists of L numbers, None if a layer had none. "activations":
             step -> module name -> mean, std, negative, dead. "milliseconds": the cost of a recorded step, for
             "gradients and weights" and for "activations".
 
