@@ -1,7 +1,25 @@
-// How kernels with something to each channel walk a tensor, over two kinds of lines. Long runs: a line is one channel's run of `inner`
-// elements, and what belongs to the channel stays in registers. Short runs, and channels_last with its runs of one: a line is a row across
-// the channels of the slab, and what belongs to a channel is spread out to one value a column. Both bring the same types, so that what
-// happens to an element is written once.
+// How a kernel goes through a slab (cpu/slabs.h) line by line. Every channel of the tensor has its own
+// values, such as a mean or a slope. There are two kinds of lines.
+//
+// Long runs (inner >= kShortRunElements): a line is the run of one channel in one row. The run has
+// `inner` elements, and a line may be a part of it. The channel's values stay in registers. The Lines of
+// channel 1:
+//
+//              channel 0       channel 1       channel 2
+//     row 0    . . . . . . .  [x x x x x x x]  . . . . . . .
+//     row 1    . . . . . . .  [x x x x x x x]  . . . . . . .
+//     row 2    . . . . . . .  [x x x x x x x]  . . . . . . .
+//
+// Short runs: a line is the part of a row that lies in the slab. (In channels_last a run is one element.) A
+// column belongs to the same channel in every line. Each column has its own copy of this channel's values.
+// The Lines of a slab of channels 0 to 2:
+//
+//              channel 0   1       2       3       4
+//     row 0    [x x x   x x x   x x x]  . . .   . . .
+//     row 1    [x x x   x x x   x x x]  . . .   . . .
+//     column    0 1 2   3 4 5   6 7 8
+//
+// LongRuns and ShortRuns have the same members, so that a kernel is written once for both.
 #pragma once
 
 #include "cpu/double_vector.h"
@@ -13,7 +31,8 @@
 namespace gradkernels::cpu {
 namespace {
 
-// Elements [begin, end) from offset + row * row_stride on, for each row; of long runs those of one channel, of short runs those of several.
+// Lines of a slab, one in each of the rows [row_begin, row_end). The line of a row consists of the elements
+// [begin, end), counted from the element offset + row * row_stride of the operand.
 struct Lines {
   int64_t channel_begin, channel_end;
   int64_t inner;
@@ -26,7 +45,7 @@ struct Lines {
   GK_INLINE int64_t elements_per_channel() const { return (row_end - row_begin) * (end - begin) / channels(); }
 };
 
-// Calls tile(part) for tiles of at most `rows` rows and `width` elements of a row.
+// Cuts the lines into tiles of at most `rows` rows and `width` columns, and calls tile(part) for each tile.
 template <typename Function>
 GK_INLINE void for_each_tile(const Lines& lines, int64_t rows, int64_t width, const Function& tile) {
   for (int64_t row = lines.row_begin; row < lines.row_end; row += rows) {
@@ -41,18 +60,17 @@ GK_INLINE void for_each_tile(const Lines& lines, int64_t rows, int64_t width, co
   }
 }
 
-// Where a vector stands: its first element in the operand, in the mask's bytes and in a copy of the lines without gaps, and its column in
-// the line; how many elements on there is one to fetch, or 0; and whether the output's line is to be written past the caches.
+// Where a vector lies, and how it is read and written.
 struct Position {
-  int64_t element;
-  int64_t mask_byte;
-  int64_t copied;
-  int64_t column;
-  int64_t ahead;
-  bool past_caches;
+  int64_t element;    // index of the vector's first element in the operand
+  int64_t mask_byte;  // index of the vector's first byte in the mask
+  int64_t copied;     // index of the vector's first element in a copy of the lines that has no gaps
+  int64_t column;     // the vector's first column in the line
+  int64_t ahead;      // prefetch the element that lies this many elements later; 0: no prefetch
+  bool past_caches;   // whether the output is written past the caches
 };
 
-// Of the first column in a row.
+// The position of column 0 in a row.
 GK_INLINE Position position_of_row(const Lines& lines, int64_t row, int64_t ahead) {
   return {lines.offset + row * lines.row_stride,
           lines.mask_offset + row * lines.mask_row_stride,
@@ -66,17 +84,20 @@ GK_INLINE Position advanced(Position at, int64_t columns) {
   return {at.element + columns, at.mask_byte + columns / 8, at.copied + columns, at.column + columns, at.ahead, at.past_caches};
 }
 
-// Into the second-level cache: in the first, rows a power of two apart drive each other out before they are read.
+// Prefetches data into the second-level cache. It does not use the first-level cache: rows whose distance is
+// a power of two would evict each other there before they are read.
 GK_INLINE void prefetch(const void* data) { __builtin_prefetch(data, 0, 2); }
 
-// The vector that stands there, of an operand that is read for the first time.
+// Loads a vector of an operand that is read for the first time. Prefetches the element `at.ahead` elements
+// later.
 template <typename scalar_t, typename Lanes>
 GK_INLINE Vec<opmath_t<scalar_t>> load_first(const scalar_t* data, Position at, Lanes lanes) {
   if (at.ahead != 0) prefetch(data + at.element + at.ahead);
   return load(data + at.element, lanes);
 }
 
-// Which run is fetched while another is worked on: so many elements further on, where the lines go on for so many rows.
+// Which run to prefetch while the kernel works on another run: the run that begins `elements` elements later.
+// It is prefetched only if the row that is `rows` rows later belongs to the lines, too.
 struct RunAhead {
   int64_t elements;
   int64_t rows;
@@ -84,16 +105,19 @@ struct RunAhead {
   GK_INLINE int64_t of_row(const Lines& lines, int64_t row) const { return row + rows < lines.row_end ? elements : 0; }
 };
 
-// An output that is to be written past the caches, for being too large for the next reader to find it there, or null;
-// bench/bench_batch_norm_act.py decides about the size. Vectors may begin at every multiple of `step` elements of a line.
+// An output that is written past the caches, or null. Such an output is too large to stay in the caches until
+// it is read. In a line, a vector may begin only at a multiple of `step` elements.
 template <typename scalar_t>
 struct Streamed {
   const scalar_t* output;
   int64_t step;
 
-  // Whether this element is one to write past the caches: at the alignment of what a register of opmath leaves in memory.
+  // Whether a vector that begins at this element can be written past the caches. The address of the element
+  // must be a multiple of the bytes that one register fills in memory. These are kRegisterBytes, or half as
+  // many for 16-bit elements, which are computed in float32.
   GK_INLINE bool begins_at(int64_t element) const { return output != nullptr && bytes_before_alignment(element) == 0; }
-  // The first of the elements [begin, end) of a line from which on that can be done, else end.
+  // The first of the columns [begin, end) at which such a vector can begin; end if there is none.
+  // `element_of_line` is the index of column 0 in the output.
   GK_INLINE int64_t begin(int64_t element_of_line, int64_t begin, int64_t end) const {
     if (output == nullptr) return end;
     const int64_t first = bytes_before_alignment(element_of_line + begin) / static_cast<int64_t>(sizeof(scalar_t));
@@ -107,15 +131,16 @@ struct Streamed {
   }
 };
 
-// Vectors of an output with a mask begin at whole bytes of it.
+// If there is a mask, each vector begins at the first bit of a byte of the mask.
 template <typename scalar_t>
 GK_INLINE Streamed<scalar_t> streamed(const ChannelShape& shape, const scalar_t* output, const uint8_t* mask) {
+  // To choose this size, measure with bench/bench_batch_norm_act.py.
   constexpr int64_t kStreamedBytes = 16 * 1024 * 1024;
   const bool large = shape.rows * shape.channels * shape.inner * static_cast<int64_t>(sizeof(scalar_t)) >= kStreamedBytes;
   return {large ? output : nullptr, mask == nullptr ? 1 : 8};
 }
 
-// A vector of the row that begins there.
+// The position of the vector at `column` of a row. `begin` is the position of the row's column 0.
 template <typename scalar_t>
 GK_INLINE Position position(Position begin, Streamed<scalar_t> streamed, int64_t column) {
   Position at = advanced(begin, column);
@@ -123,13 +148,16 @@ GK_INLINE Position position(Position begin, Streamed<scalar_t> streamed, int64_t
   return at;
 }
 
-// Calls function(position, lanes) for each vector of the lines, which hold scalar_t, row by row.
+// Calls function(position, lanes) for each vector of the lines, row by row. The operand has elements of type
+// scalar_t.
 template <typename scalar_t, typename Function>
 GK_INLINE void for_each_position(const Lines& lines, Streamed<scalar_t> streamed, RunAhead ahead, const Function& function) {
   for (int64_t row = lines.row_begin; row < lines.row_end; ++row) {
     Position begin = position_of_row(lines, row, ahead.of_row(lines, row));
     const int64_t turn = streamed.begin(begin.element, lines.begin, lines.end);
-    // Before the turn there is less than a vector, for which 16 bits have no instruction.
+    // From column `turn` on, whole vectors are written past the caches. Less than a vector lies before it.
+    // These elements are written past the caches one by one, unless they have 16 bits: no instruction does
+    // that for a single 16-bit element.
     begin.past_caches = turn < lines.end && sizeof(scalar_t) > 2;
     for (int64_t from = lines.begin, to = turn; from < lines.end; from = to, to = lines.end) {
       for_each_vector<opmath_t<scalar_t>>(from, to, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA { function(advanced(begin, i), lanes); });
@@ -138,8 +166,11 @@ GK_INLINE void for_each_position(const Lines& lines, Streamed<scalar_t> streamed
   }
 }
 
-// From here on a type is what is computed in. Adds to float64 sums: float64 terms leave their rounding errors in the second sum; of float32
-// terms, that of the additions is nothing.
+// ---- Sums. The terms have the computing type, opmath.
+
+// Adds x to a float64 sum, lane by lane. For float64 terms, sum.low collects the rounding errors of the
+// additions. For float32 terms, sum.low stays 0: the rounding errors of a float64 addition are far smaller
+// than the precision of float32.
 template <typename opmath>
 GK_INLINE void add_term(math::Sum<Vec<double>>& sum, Vec<double> x) {
   if constexpr (sizeof(opmath) == sizeof(double)) {
@@ -159,11 +190,12 @@ GK_INLINE void add_product(math::Sum<Vec<double>>& sum, Vec<double> a, Vec<doubl
   }
 }
 
-// Vectors of eight doubles that a vector of opmath widens to, and a loop over them with a constant index, which keeps arrays of them in
-// registers.
+// The number of vectors of eight doubles that one vector of opmath becomes.
 template <typename opmath>
 constexpr int kParts = Vec<opmath>::kLanes / Vec<double>::kLanes;
 
+// for_each_part loops over these vectors of doubles. The index of the loop is a compile-time constant. So the
+// compiler can keep arrays with this index in registers.
 template <int I>
 struct Part {
   static constexpr int kIndex = I;
@@ -175,7 +207,7 @@ GK_INLINE void for_each_part(const Function& function) {
   if constexpr (kParts<opmath> == 2) function(Part<1>());
 }
 
-// N float64 sums for each lane.
+// N float64 sums for each lane of a vector.
 template <typename opmath, int N>
 class Accumulators {
  public:
@@ -202,7 +234,8 @@ class Accumulators {
   math::Sum<Vec<double>> sum_[N][kParts<opmath>];
 };
 
-// How many vectors of float32 terms meet before they enter a float64 sum.
+// Float32 terms are first added in float32, at most this many vectors. Their sum is then added to a float64
+// sum.
 constexpr int64_t kTerms = 8;
 
 template <int N>
@@ -224,7 +257,8 @@ struct Float32Terms {
   }
 };
 
-// Calls function(terms), which is to add kTerms vectors at most to them.
+// Calls function(terms), which adds at most kTerms vectors to `terms`. Then adds `terms` to `sums`. In
+// float64, `terms` is `sums` itself.
 template <typename opmath, int N, typename Function>
 GK_INLINE void add_terms(Accumulators<opmath, N>& sums, const Function& function) {
   if constexpr (sizeof(opmath) == sizeof(double)) {
@@ -238,12 +272,16 @@ GK_INLINE void add_terms(Accumulators<opmath, N>& sums, const Function& function
 }
 
 // ---- Long runs
-// -----------------------------------------------------------------------------------------------------------------------------
 
 struct LongRuns {
-  // The processor does not foresee where the next run begins, and of a long one all but little. Where a channel's part of the slab is small
-  // beside the second-level cache it is the next channel's run, which is the next to come from memory (for a second pass that goes back: is
-  // there already); else the first run of this channel that is kAheadBytes on. bench/bench_batch_norm_act.py decides about the sizes.
+  // Which run to prefetch.
+  // - Runs of kLongBytes or more: none. The processor cannot predict where the next run begins, but inside a
+  //   long run it prefetches almost all data itself.
+  // - If a channel's part of the slab has at most kSmallBytes: the next channel's run. These bytes are few
+  //   compared with the second-level cache, so a second pass over this channel finds them there. The next
+  //   data that memory has to deliver is the next channel.
+  // - Otherwise: the first run of this channel that begins at least kAheadBytes later.
+  // To choose these sizes, measure with bench/bench_batch_norm_act.py.
   template <typename scalar_t>
   static GK_INLINE RunAhead run_ahead(const Lines& lines) {
     constexpr int64_t kLongBytes = 16 * 1024, kSmallBytes = 128 * 1024, kAheadBytes = 4096;
@@ -264,7 +302,8 @@ struct LongRuns {
     }
   }
 
-  // Calls function(of_column(column), position, lanes) for each vector of the lines, which hold scalar_t.
+  // Calls function(of_column(column), position, lanes) for each vector of the lines. of_column(column)
+  // returns the values of the columns of a vector. The operand has elements of type scalar_t.
   template <typename scalar_t, typename OfColumn, typename Function>
   static GK_INLINE void for_each(const Lines& lines, Streamed<scalar_t> streamed, const OfColumn& of_column, const Function& function) {
     const auto values = of_column(0);
@@ -273,7 +312,7 @@ struct LongRuns {
     if (streamed.output != nullptr) stream_fence();
   }
 
-  // C<opmath> of the channel, at every column.
+  // The values of the channel as a C<opmath>. They are the same for every column.
   template <template <typename> class C, typename opmath>
   class Coefficients {
    public:
@@ -286,6 +325,7 @@ struct LongRuns {
     C<Vec<opmath>> value_;
   };
 
+  // N sums over the elements of the channel.
   template <typename opmath, int N>
   class Sums {
    public:
@@ -305,7 +345,8 @@ struct LongRuns {
       });
       return math::rounded(sum);
     }
-    // Calls function(of_column(column), position, lanes, terms) for each vector of the lines, which hold scalar_t.
+    // Calls function(of_column(column), position, lanes, terms) for each vector of the lines. In each call,
+    // `function` adds its terms to `terms`.
     template <typename scalar_t, typename OfColumn, typename Function>
     GK_INLINE void add(const Lines& lines, Streamed<scalar_t> streamed, const OfColumn& of_column, const Function& function) {
       constexpr int64_t kStep = kTerms * Vec<opmath>::kLanes;
@@ -330,9 +371,8 @@ struct LongRuns {
 };
 
 // ---- Short runs
-// ----------------------------------------------------------------------------------------------------------------------------
 
-// A value a column; a lane past the last column holds anything.
+// One value for each column. Lanes after the last column hold arbitrary values.
 template <typename T>
 struct Columns {
   alignas(64) T value[kMaxColumns + Vec<T>::kLanes];
@@ -343,27 +383,33 @@ struct Columns {
   }
   GK_INLINE Vec<T> load(int64_t column) const { return Vec<T>::load(value + column); }
   GK_INLINE void store(int64_t column, Vec<T> x) { x.store(value + column); }
-  // The same value at `count` columns from this one on; what it leaves beyond is for the next call to overwrite.
+  // Writes x to `count` columns, beginning at `column`. It may also write to the columns after these; the
+  // next call then overwrites them.
   GK_INLINE void spread(int64_t column, int64_t count, T x) {
     for (int64_t i = 0; i < count; i += Vec<T>::kLanes) store(column + i, Vec<T>(x));
   }
 };
 
 struct ShortRuns {
-  // Calls function(lines) for the slab.
+  // Calls function(lines) once, with the lines of the slab.
   template <typename Function>
   static GK_INLINE void for_each_lines(const ChannelShape& shape, Slab s, const Function& function) {
     const int64_t columns = shape.channels * shape.inner;
     const int64_t first = s.channel_begin * shape.inner;
-    // `first` is a multiple of 8 (the driver sees to it), so that no two slabs share a byte of the mask.
+    // `first` is a multiple of 8 (cpu/slabs.h), so that no two slabs share a byte of the mask.
     function(Lines{s.channel_begin, s.channel_end, shape.inner, s.row_begin, s.row_end, 0, (s.channel_end - s.channel_begin) * shape.inner,
                    first, columns, first / 8, (columns + 7) / 8});
   }
 
-  // Calls function(column, lanes, row, row_end, ahead) for each vector of rows [first, last). One row after the other is the order of
-  // memory; where the `values` of opmath that belong to a column do not stay in the first-level cache meanwhile, or rows do not follow
-  // each other in memory, four rows at once share what belongs to the column. With AVX-512 the four after them are then fetched
-  // ahead, unless they are a page apart or more, which the processor foresees.
+  // Divides the rows [first, last) into blocks of one row or of four rows. In each block, calls
+  // function(column, lanes, row, row_end, ahead) for each vector of columns.
+  //
+  // Each column has `values` numbers of type opmath. In a block of four rows, they are loaded once for all
+  // four rows. Blocks of one row read memory in its order. Blocks have four rows in two cases: the numbers of
+  // all columns do not stay in the first-level cache from row to row, or memory has gaps between the rows.
+  //
+  // With AVX-512 and blocks of four rows, the next block is prefetched. It is not prefetched if the distance
+  // of two rows is a page or more, because the processor predicts such rows itself.
   template <typename scalar_t, typename Function>
   static GK_INLINE void for_each_block(const Lines& lines, int64_t first, int64_t last, int64_t values, const Function& function) {
     using opmath = opmath_t<scalar_t>;
@@ -376,7 +422,8 @@ struct ShortRuns {
                               [&](int64_t column, auto lanes) GK_INLINE_LAMBDA { function(column, lanes, row, row_end, ahead); });
     };
     const int64_t rows = is_gapless && bytes <= kCachedBytes ? 1 : 4;
-    // The wider the vectors, the more each question in the loop counts. Narrower ones ask none: a second loop is half of what is compiled.
+    // A branch in the loop costs more if vectors are wider. So AVX-512 has a separate loop for blocks of one
+    // row. Narrower vectors use one loop for both, because a second loop would double the compiled code.
     if constexpr (kRegisterBytes == 64) {
       if (rows == 1) {
         for (int64_t row = first; row < last; ++row) for_each_vector_of(row, row + 1, 0);
@@ -400,6 +447,7 @@ struct ShortRuns {
     if (streamed.output != nullptr) stream_fence();
   }
 
+  // A C<opmath> for each column. It holds the values of the column's channel.
   template <template <typename> class C, typename opmath>
   class Coefficients {
    public:
@@ -423,14 +471,13 @@ struct ShortRuns {
     Columns<opmath> member_[sizeof(C<opmath>) / sizeof(opmath)];
   };
 
+  // N sums for each column. of_channel adds the sums of all columns of a channel.
   template <typename opmath, int N>
   class Sums {
    public:
     explicit GK_INLINE Sums(const Lines& lines) {
       for (int n = 0; n < N; ++n) high_[n] = low_[n] = Columns<double>(lines);
     }
-    // The float64 columns from this one on, as many as a vector has.
-    GK_INLINE Vec<double> of_columns(int64_t column, int n) const { return high_[n].load(column) + low_[n].load(column); }
     GK_INLINE double of_channel(const Lines& lines, int64_t c, int n) const {
       math::Sum<double> sum{0.0, 0.0};
       for (int64_t i = c * lines.inner; i < (c + 1) * lines.inner; ++i) {
@@ -478,7 +525,7 @@ struct ShortRuns {
           math::Sum<Vec<double>> total{high_[n].load(i), Vec<double>(0.0)};
           add_term<opmath>(total, sums.sum(n, part).high);
           high_[n].store(i, total.high);
-          // Of float32 terms nothing is low.
+          // The low part of float32 terms is 0.
           if constexpr (sizeof(opmath) == sizeof(double)) low_[n].store(i, low_[n].load(i) + total.low + sums.sum(n, part).low);
         });
       }
@@ -490,7 +537,7 @@ struct ShortRuns {
   };
 };
 
-// Calls function(Runs()) with the kind of lines that the shape has.
+// Calls function(LongRuns()) if the runs of the shape are long, else function(ShortRuns()).
 template <typename Function>
 GK_INLINE void visit_runs(const ChannelShape& shape, const Function& function) {
   if (shape.inner >= kShortRunElements) {
