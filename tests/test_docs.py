@@ -6,6 +6,7 @@ A page's blocks of Python run in order in one namespace; of sessions (pycon) the
 """
 
 import doctest
+import functools
 import importlib.util
 import re
 import subprocess
@@ -50,9 +51,9 @@ LINES = [
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)])
 def test_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # What torchrun sets for a process that is alone.
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
-        monkeypatch.setenv(name, value)
+    # A process that is alone, without the port that torchrun would give it.
+    alone = functools.partial(distributed.init_process_group, store=distributed.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(distributed, "init_process_group", alone)
     namespace = {"__name__": "__main__"}
     torch.manual_seed(0)
     try:
