@@ -91,6 +91,7 @@ test-sets: $(LIBRARY)  ## test the operators with the kernels for older processo
 fuzz: $(LIBRARY)  ## each test of tests/test_fuzz.py with 10,000 new examples (make test: the same 200 every time)
 	.venv/bin/python -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
 
+# The counts are atomic. Otherwise threads lose counts, down to negative ones, which gcovr refuses.
 coverage: $(LIBRARY)  ## list the lines and branches of Python and the lines of C++ that make test does not reach
 	CFLAGS="--coverage -fprofile-update=atomic -O1" LDFLAGS=--coverage .venv/bin/python setup.py build --build-lib build/coverage/lib --build-temp build/coverage/temp
 	rm -f build/coverage/python*; find build/coverage -name '*.gcda' -delete

@@ -352,6 +352,8 @@ def _optimizer_with_hooks(optimizer: torch.optim.Optimizer, wrappers: tuple[torc
     if not isinstance(optimizer, torch.optim.Optimizer):
         advice = f"; pass the {type(inner[0]).__name__} in it, if this rank has whole gradients" if inner else ""
         raise TypeError(f"{name} is not an Optimizer{advice}")
+    # ZeroRedundancyOptimizer has hooks and clips itself: the optimizer in it holds only this rank's share of
+    # the parameters.
     if getattr(type(optimizer).step, "hooked", False):
         return optimizer
     if len(inner) != 1:

@@ -171,6 +171,7 @@ def _differentiable_gradients(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
     return gradients
 
 
+# It is not a subclass of nn.SyncBatchNorm, which DistributedDataParallel refuses on the CPU.
 class SyncBatchNormAct(_BatchNormAct):
     """torch.nn.SyncBatchNorm, an optional residual and an activation.
 
