@@ -21,7 +21,7 @@ from gradkernels.optim import ClippingHandle, attach_clipping
 from gradkernels.recompute import recompute
 from gradkernels.sync_batch_norm_act import SyncBatchNormAct, convert_sync_batch_norm
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "ELU",
