@@ -28,6 +28,7 @@ class Gradients:
         tensors: the gradients.
         local: this rank's parts of the gradients: the shards of DTensors, and the plain tensors.
         is_sharded: whether some gradients are DTensors, which are all sharded or replicated.
+        kernels: gradkernels._C if it supports `local`, else None; None for an empty list.
     """
 
     def __init__(self, tensors: list[Tensor]) -> None:
@@ -35,11 +36,7 @@ class Gradients:
         self.is_sharded = not torch.compiler.is_compiling() and sharded.supports(tensors)
         self.local = sharded.local_tensors(tensors) if self.is_sharded else tensors
         self._groups = sharded.groups_of(tensors) if self.is_sharded else []
-
-    @functools.cached_property
-    def kernels(self) -> ModuleType | None:
-        """gradkernels._C if it supports this rank's parts, else None; None for an empty list."""
-        return _kernels_for(self.local)
+        self.kernels = _kernels_for(self.local)
 
     def supports(self, norm_type: float = 2.0) -> bool:
         """Whether the methods here can replace torch's functions for these gradients."""

@@ -299,8 +299,9 @@ class ClippingHandle:
     def _clip(self, optimizer: torch.optim.Optimizer) -> None:
         params = [param for group in optimizer.param_groups for param in group["params"]]
         sharded.refuse_fsdp1_pieces(params)
-        gradients = Gradients([param.grad for param in params if param.grad is not None])
-        if not (_reads_grad_scale(optimizer) and _are_scaled_by_torch(gradients)):
+        grads = [param.grad for param in params if param.grad is not None]
+        gradients = Gradients(grads) if _reads_grad_scale(optimizer) else None
+        if gradients is None or not _are_scaled_by_torch(gradients):
             self.last_norm = clip_grad_norm_(params, self.max_norm, self.norm_type)
             return
         amp_scale = getattr(optimizer, "grad_scale", None)
