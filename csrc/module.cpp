@@ -1,5 +1,6 @@
-// The Python module gradkernels._C. Loading it registers the operators; its functions are short ways to the dispatcher for what Python
-// calls most (torch.ops costs more a call: it resolves overloads by trial).
+// The Python module gradkernels._C. Loading it registers the operators. Its functions call the dispatcher for
+// the operators that Python calls most. They are faster than torch.ops, which tries one overload after the
+// other.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -26,7 +27,8 @@ namespace {
 using at::Tensor;
 using ops::OptionalTensor;
 
-// gradkernels/_native.py looks for these bytes in the file before it loads it: built for another torch, loading can end the process.
+// gradkernels/_native.py looks for these bytes in the file before it loads the file: loading a library that
+// was built for another torch can end the process.
 __attribute__((used)) constexpr char kStamp[] = "gradkernels-built-for-torch=" GK_BUILT_FOR_TORCH;
 
 py::dict build_info() {
@@ -89,8 +91,9 @@ bool clip_grad_applies(const Tensors& tensors) {
                      [&](const Tensor& tensor) { return clips(tensor) && tensor.device() == tensors.front().device(); });
 }
 
-// The gradients of a list of parameters or (name, parameter) pairs; none where one of them is not for the kernels, or a warning of torch's
-// is due (a tensor that is no leaf and keeps no gradient). Walking the list in Python would take longer than reading small gradients.
+// The gradients of a list of parameters or of (name, parameter) pairs. Nothing if a gradient has no kernel,
+// or if torch would warn (a tensor that is not a leaf and does not retain its gradient). In Python, walking
+// the list would take longer than reading small gradients.
 std::optional<Tensors> grads_of(const py::list& parameters) {
   Tensors grads;
   grads.reserve(parameters.size());
@@ -109,7 +112,8 @@ std::optional<Tensors> grads_of(const py::list& parameters) {
   return grads.empty() ? std::nullopt : std::optional(std::move(grads));
 }
 
-// The total norm, and whether the gradients were left alone because it is not finite; nothing where the kernels do not serve.
+// The total norm, and whether it is not finite and the gradients were therefore not clipped. Nothing if
+// grads_of returns nothing.
 std::optional<std::tuple<Tensor, bool>> clip_grad_norm_(const py::list& parameters, double max_norm, double norm_type,
                                                         bool error_if_nonfinite) {
   const std::optional<Tensors> grads = grads_of(parameters);
@@ -136,7 +140,8 @@ void clip_grads_with_norm_(const Tensors& grads, double max_norm, const Tensor& 
 
 void clip_grad_value_(const Tensors& grads, double clip_value) { call<ops::ClipGradValueInplace>(grads, clip_value); }
 
-// Whether every parameter is for the kernel, with gradient and state of its dtype, shape and strides, and no gaps.
+// Whether every parameter has a kernel and no gaps, and its gradient and state have its dtype, shape and
+// strides.
 bool rmsprop_applies(const Tensors& params, const std::vector<Tensors>& lists) {
   for (size_t i = 0; i < params.size(); ++i) {
     if (!clips(params[i]) || params[i].device() != params.front().device() || !params[i].is_non_overlapping_and_dense()) return false;
@@ -161,7 +166,7 @@ void rmsprop_(const Tensors& params, const Tensors& grads, const Tensors& square
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  // Kernels take the time; other Python threads go on meanwhile.
+  // Other Python threads run while a kernel does.
   const py::call_guard<py::gil_scoped_release> without_gil;
   m.def("build_info", build_info);
   m.def("instruction_set", [] { return cpu::kernels().name; });

@@ -1,6 +1,9 @@
-// The activations' gradients: leaky_relu keeps one bit an element, rrelu that and a seed; elu its output where that determines the
-// gradient, which the next layer keeps anyway, else its input; swish and prelu their input. Under create_graph the gradients that are
-// linear in grad_y are recorded as the same operator again; the others are then written in ATen's differentiable operators.
+// The gradients of the activations. leaky_relu saves one bit for each element, rrelu the bits and a seed,
+// swish and prelu their input. elu saves its output, which the next layer saves too, if the output determines
+// the gradient, and otherwise its input.
+//
+// Under create_graph, gradients that are linear in grad_y record the same operator again. Other gradients are
+// then computed by ATen's differentiable operators.
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/elu_backward.h>
 #include <ATen/ops/empty_like.h>
@@ -18,7 +21,7 @@ using torch::autograd::SavedVariable;
 
 using Strides = std::vector<c10::SymInt>;
 
-// Those of the copy that the kernel works on where x has gaps.
+// The strides of x or, if x has gaps, of the copy that the kernel works on.
 Strides strides_of(const at::Tensor& x) { return (x.is_non_overlapping_and_dense() ? x : at::empty_like(x)).sym_strides().vec(); }
 
 // ---- leaky_relu
@@ -54,7 +57,7 @@ at::Tensor leaky_relu(const at::Tensor& x, double negative_slope) {
 
 void leaky_relu_(at::Tensor x, double negative_slope) {
   if (!has_kernel(x) || differentiates_through_aten(x)) return composite::leaky_relu_(x, negative_slope);
-  // Before anything is written.
+  // Raises torch's error before anything is written.
   torch::autograd::check_inplace(x, records(x));
   if (!records(x)) return call_below_autograd<ops::LeakyReluInplace>(x, negative_slope);
   const auto node = gradient_of<LeakyReluGradient>(x);
@@ -152,14 +155,14 @@ at::Tensor elu(const at::Tensor& x, double alpha) {
   if (!records(x)) return call_below_autograd<ops::Elu>(x, alpha);
   const auto node = gradient_of<EluGradient>(x);
   at::Tensor y = recorded(call_below_autograd<ops::Elu>(x, alpha), node);
-  // An output of 16 bits does not hold the digits that the gradient near its end, -alpha, is read from.
+  // An output of 16 bits does not have enough digits: near -alpha, they decide the gradient.
   const bool is_result = alpha >= 0.0 && x.element_size() > 2;
   node->keep(is_result ? y : x, alpha, is_result);
   return y;
 }
 
 void elu_(at::Tensor x, double alpha) {
-  // With alpha < 0 the output does not determine the gradient: ATen refuses, in its words.
+  // With alpha < 0 the output does not determine the gradient: ATen raises its error.
   if (!has_kernel(x) || differentiates_through_aten(x) || (alpha < 0.0 && records(x))) return composite::elu_(x, alpha);
   torch::autograd::check_inplace(x, records(x));
   if (!records(x)) return call_below_autograd<ops::EluInplace>(x, alpha);
@@ -204,7 +207,7 @@ at::Tensor swish_backward(const at::Tensor& grad_y, const at::Tensor& x, double 
   return call_below_autograd<ops::SwishBackward>(grad_y, x, beta);
 }
 
-// ---- swish with a tensor, prelu: Operator(x, parameter) with Backward(grad_y, x, parameter, output_mask)
+// ---- swish with a tensor, and prelu: Operator(x, parameter), Backward(grad_y, x, parameter, output_mask)
 
 template <typename Backward>
 struct ParametricGradient : Gradient<ParametricGradient<Backward>, 2> {
@@ -238,7 +241,7 @@ std::tuple<at::Tensor, at::Tensor> parametric_backward(const at::Tensor& grad_y,
   return call_below_autograd<Backward>(grad_y, x, parameter, output_mask);
 }
 
-// Counts the version of x, which Operator writes.
+// Calls Operator, which writes x, and bumps the version of x.
 template <typename Operator, typename... Args>
 auto counting_version(at::Tensor x, Args... args) {
   check_version_counts(x);
@@ -252,7 +255,7 @@ auto counting_version(at::Tensor x, Args... args) {
   }
 }
 
-// prelu is on torch's list of what runs in the lower precision.
+// Under autocast, prelu runs in the lower precision, as torch's does.
 template <c10::DeviceType kDevice>
 at::Tensor prelu_autocast(const at::Tensor& x, const at::Tensor& weight) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(kDevice));

@@ -1,7 +1,10 @@
-// batch_norm_act's gradient. Kept for it: x, mean and invstd, from which the argument of the activation is rebuilt; with a residual one bit
-// an element where the activation has two slopes, else the residual itself. Running statistics are never kept: a training step between an
-// evaluation's forward and backward would change them. Under create_graph the forward is composed again of ATen's operators and
-// differentiated. Under gradkernels.recompute what the output is computed from is kept beside that, the residual in any case.
+// The gradient of batch_norm_act. It saves x, mean and invstd, from which it computes the argument of the
+// activation again. With a residual, it also saves one bit for each element if the activation has two slopes,
+// or the residual if the gradient reads the value. It never saves the running statistics, because a training
+// step between forward and backward of an evaluation would change them.
+//
+// Under create_graph, the forward pass is computed again by ATen's operators and differentiated. Under
+// gradkernels.recompute, all inputs that compute the output again are kept too, always with the residual.
 #include "autograd/recompute.h"
 
 #include <ATen/SavedTensorHooks.h>
@@ -26,24 +29,25 @@ using ops::OptionalTensor;
 using torch::autograd::SavedVariable;
 
 struct RecomputedOutput {
-  // Of what there is not, undefined tensors.
+  // Undefined for inputs that were not passed.
   SavedVariable x, weight, bias, residual, mean, invstd;
   std::string act;
   double act_param;
-  // Over x, those of recomputed inputs among them.
+  // The passes over a tensor that compute() takes, including those that recompute its inputs.
   int passes;
-  // Those of the output as forward left it.
+  // Storage, geometry and dtype of the output after forward.
   c10::weak_intrusive_ptr<c10::StorageImpl> storage{c10::intrusive_ptr<c10::StorageImpl>()};
   at::TensorGeometry geometry;
   at::ScalarType dtype;
 
-  // Once more, bit for bit: the operator's second pass, with the statistics that it applied.
+  // Computes the same output again, bit for bit: the operator's second pass, with the statistics of the first
+  // call.
   at::Tensor compute() const {
     return std::get<0>(call_below_autograd<ops::BatchNormActElemt>(x.unpack(), mean.unpack(), invstd.unpack(), weight.unpack(),
                                                                    bias.unpack(), residual.unpack(), act, act_param));
   }
 
-  // What was written has another version, what was assigned to y.data lies elsewhere or otherwise.
+  // A write to y changes its version; an assignment to y.data changes its storage or its geometry.
   bool is_unchanged(const at::Tensor& y) const {
     return y._version() == 0 && y.has_storage() && storage.lock().get() == y.storage().unsafeGetStorageImpl() &&
            y.sym_sizes() == geometry.sym_sizes() && y.sym_strides() == geometry.sym_strides() &&
@@ -57,13 +61,14 @@ using ConstOutput = std::shared_ptr<const RecomputedOutput>;
 
 struct BatchNormActGradient : Gradient<BatchNormActGradient, 4> {
   static constexpr const char* kName = "BatchNormActBackward";
-  // Of what is not kept, undefined tensors.
+  // Undefined for tensors that are not kept.
   SavedVariable x, weight, bias, residual, mean, invstd, mask;
   bool training;
   double eps;
   std::string act;
   double act_param;
-  // Null where the output is kept. Atomic, since mutex_ may be held by who waits for Python's lock.
+  // Null if the output is kept. Accessed atomically and not under mutex_: its owner may be waiting for
+  // Python's lock.
   ConstOutput output;
 
   template <typename Self, typename F>
@@ -85,7 +90,7 @@ struct BatchNormActGradient : Gradient<BatchNormActGradient, 4> {
  private:
   variable_list gradients(const at::Tensor& grad_y, std::array<bool, 4> wanted) {
     std::array<bool, 4> computed = wanted;
-    // The gradient of the residual is then grad_y as it stands.
+    // The gradient of the residual is then grad_y itself.
     if (composite::gradient_is_grad_y(act)) computed[3] = false;
     auto [grad_x, grad_weight, grad_bias, grad_residual] =
         call_below_autograd<ops::BatchNormActBackward>(grad_y, x.unpack(), mean.unpack(), invstd.unpack(), weight.unpack(), bias.unpack(),
@@ -99,16 +104,17 @@ struct BatchNormActGradient : Gradient<BatchNormActGradient, 4> {
   }
 
   variable_list differentiable_gradients(const at::Tensor& grad_y, std::array<bool, 4> wanted) {
-    // Differentiated by these aliases: the originals may be one tensor, or depend on each other, and each would be given the gradient of
-    // both.
+    // The gradients are those of aliases. Two of the originals may be the same tensor or depend on each
+    // other, and the gradient of one would then include that of the other.
     const auto alias = [](const at::Tensor& original) { return original.defined() ? original.view_as(original) : original; };
     const at::Tensor inputs[] = {alias(x.unpack()), alias(weight.unpack()), alias(bias.unpack()), alias(residual.unpack())};
     const at::Tensor of_two_slopes = mask.unpack();
     at::Tensor output = normalised(inputs[0], inputs[1], inputs[2]);
     at::Tensor grad_output = grad_y;
     if (of_two_slopes.defined()) {
-      // act' takes two values and is constant around x: the factor on grad_y is the gradient that the mask makes of ones. Where the mask
-      // makes 0 of inf, the gradient is 0 for any grad_y.
+      // act' takes two values, and does not change near x: it is the gradient that the mask gives for a
+      // grad_y of ones. Where an infinite grad_y gives 0, act stops the gradient, so it is 0 for every
+      // grad_y.
       const auto gradient_of = [&](double value) {
         const at::NoGradGuard no_grad;
         return std::get<3>(call<ops::BatchNormActBackward>(
@@ -134,12 +140,13 @@ struct BatchNormActGradient : Gradient<BatchNormActGradient, 4> {
           torch::autograd::grad({output}, differentiated, {grad_output}, /*retain_graph=*/true, /*create_graph=*/true);
       for (size_t i = 0; i < places.size(); ++i) result[places[i]] = found[i];
     }
-    // Outside of `output`, the residual is added to it.
+    // The residual is not part of `output`: it is added, so its gradient is grad_output.
     if (wanted[3] && !inputs[3].defined()) result[3] = grad_output;
     return result;
   }
 
-  // batch_norm(x), to be differentiated again: through the batch's statistics in training, with constant ones in evaluation.
+  // batch_norm(x) in differentiable operators. In training, the statistics depend on x; in evaluation, they
+  // are constants.
   at::Tensor normalised(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) const {
     if (training) return at::batch_norm(x, weight, bias, {}, {}, true, 0.0, eps, false);
     std::vector<int64_t> per_channel(x.dim(), 1);
@@ -151,7 +158,8 @@ struct BatchNormActGradient : Gradient<BatchNormActGradient, 4> {
   }
 };
 
-// No output costs more. In a chain of residual blocks each takes that of the block before: every third is kept.
+// An output that would take more passes is kept. In a chain of residual blocks, the output of each block
+// needs that of the block before: every third output is kept.
 constexpr int kMostPasses = 2;
 
 PyObject* recomputing_hook = nullptr;
@@ -162,7 +170,8 @@ bool is_recomputing() {
          hooks.stack.top().first.ptr(getPyInterpreter()) == recomputing_hook;
 }
 
-// What x is computed from, where it is an output to be recomputed, still as forward left it; else null.
+// If x is an output that is recomputed, and unchanged since forward: the inputs that compute it. Otherwise
+// null.
 ConstOutput recomputed(const at::Tensor& x) {
   if (!x.defined() || x.is_view()) return nullptr;
   const auto* node = dynamic_cast<const BatchNormActGradient*>(torch::autograd::impl::grad_fn_unsafe(x));
@@ -181,7 +190,7 @@ Result batch_norm_act(const at::Tensor& x, const OptionalTensor& running_mean, c
                       const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
                       const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
                       c10::string_view act, double act_param) {
-  // It is incremented last, which torch would refuse then.
+  // The increment comes last, when torch would raise an error too late.
   if (training) torch::autograd::check_no_requires_grad(num_batches_tracked, "num_batches_tracked", "batch_norm_act");
   if (!composite::batch_norm_act_has_kernel(x, running_mean, running_var, weight, bias, num_batches_tracked, training) ||
       differentiates_through_aten(x, weight, bias, residual)) {
@@ -198,13 +207,13 @@ Result batch_norm_act(const at::Tensor& x, const OptionalTensor& running_mean, c
   const bool recomputing = is_recomputing();
   const auto keep = [&](const OptionalTensor& input) {
     const at::Tensor tensor = input.value_or(at::Tensor());
-    // Python is called for those only that are not to be kept.
+    // The hooks, which call Python, only run for tensors that are recomputed.
     std::optional<PastHooks> past_hooks;
     if (recomputing && passes_of(tensor) == 0) past_hooks.emplace();
     return SavedVariable(tensor, /*is_output=*/false);
   };
   const auto node = gradient_of<BatchNormActGradient>(x, weight, bias, residual);
-  // What may not be kept is an error before the running statistics are written.
+  // Saving a tensor may raise an error, so it comes before the running statistics are written.
   node->x = keep(x);
   node->weight = keep(weight);
   node->bias = keep(bias);
@@ -242,7 +251,7 @@ Result batch_norm_act(const at::Tensor& x, const OptionalTensor& running_mean, c
   return result;
 }
 
-// Counts the versions of what compute() writes.
+// Calls compute(), which writes these tensors, and bumps their versions.
 template <typename Compute>
 auto counting(const Compute& compute, std::initializer_list<OptionalTensor> written) {
   for (const OptionalTensor& each : written) check_version_counts(each.value_or(at::Tensor()));
@@ -264,7 +273,7 @@ Result counting_versions(const at::Tensor& x, const OptionalTensor& running_mean
 
 using GatheredStats = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-// Not the fallback of the other parts, which goes past the counting of versions.
+// Not the fallback that the other steps have: it would skip the bumping of versions.
 GatheredStats gather_stats(const at::Tensor& moments, const OptionalTensor& running_mean, const OptionalTensor& running_var,
                            const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps) {
   TORCH_CHECK_NOT_IMPLEMENTED(!records(moments), "the derivative for batch_norm_act_gather_stats is not implemented");
@@ -285,7 +294,7 @@ GatheredStats gather_stats_counting_versions(const at::Tensor& moments, const Op
 
 Packed pack(const at::Tensor& x) {
   if (ConstOutput output = recomputed(x)) return {SavedVariable(), std::move(output)};
-  // Detached, since x may be an output of the very node that saves it.
+  // Detached, because x may be an output of the node that saves it.
   const at::Tensor detached = x.detach();
   const PastHooks past_hooks;
   return {SavedVariable(detached, /*is_output=*/false), nullptr};
@@ -298,7 +307,7 @@ void recompute_under(PyObject* pack_hook) { recomputing_hook = pack_hook; }
 TORCH_LIBRARY_IMPL(gradkernels, Autograd, m) {
   m.impl("batch_norm_act", batch_norm_act);
   m.impl("batch_norm_act_backward", torch::autograd::autogradNotImplementedFallback());
-  // Their gradient needs the other processes: gradkernels/sync_batch_norm_act.py has it.
+  // The gradient needs the other processes: gradkernels/sync_batch_norm_act.py computes it.
   m.impl("batch_norm_act_stats", torch::autograd::autogradNotImplementedFallback());
   m.impl("batch_norm_act_gather_stats", gather_stats);
   m.impl("batch_norm_act_elemt", torch::autograd::autogradNotImplementedFallback());

@@ -1,5 +1,5 @@
-// Clipping and RMSprop are outside differentiation, as torch's, which run under no_grad: the operators fall through autograd and only count
-// versions.
+// Clipping and RMSprop are not differentiated; torch's run under no_grad. The operators fall through
+// autograd, and only bump versions.
 #include <torch/library.h>
 
 #include "autograd/function.h"

@@ -1,4 +1,5 @@
-// What the operators' autograd kernels share: when a gradient is recorded, by whom, and the call of the operator below.
+// What the autograd kernels of all operators share: when a gradient is recorded, the node that records it,
+// and calls below autograd.
 #pragma once
 
 #include <ATen/SavedTensorHooks.h>
@@ -30,8 +31,9 @@ inline bool has_tangent(const ops::OptionalTensor& x) { return x.has_value() && 
 inline bool requires_grad(const at::Tensor& x) { return x.defined() && x.requires_grad(); }
 inline bool requires_grad(const ops::OptionalTensor& x) { return x.has_value() && requires_grad(*x); }
 
-// True where ATen's operators must differentiate: in forward mode, and under functorch, whose transforms refuse a C++ autograd::Function.
-// (functorchTLSAccessor() is no test for them: it stays set afterwards.)
+// Whether the composite of ATen's operators must differentiate: in forward mode, and under functorch, whose
+// transforms raise an error for a C++ autograd::Function. (functorchTLSAccessor() does not tell: it stays set
+// after the transform.)
 template <typename... Tensors>
 bool differentiates_through_aten(const Tensors&... tensors) {
   return c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
@@ -49,40 +51,42 @@ auto call_below_autograd(Args&&... args) {
   return call<Operator>(std::forward<Args>(args)...);
 }
 
-// For callers that count the version of what is written themselves: the ADInplaceOrView kernel must not count it again.
+// For callers that bump the versions of written tensors themselves: the ADInplaceOrView kernel must not bump
+// them again.
 template <typename Operator, typename... Args>
 auto call_below_version_counting(Args&&... args) {
   at::AutoDispatchBelowADInplaceOrView guard;
   return call<Operator>(std::forward<Args>(args)...);
 }
 
-// Before anything is written, in torch's words.
+// Raises torch's error. Called before anything is written.
 inline void check_version_counts(const at::Tensor& x) {
   TORCH_CHECK(!x.defined() || !x.is_inference() || c10::InferenceMode::is_enabled(),
               "Inplace update to inference tensor outside InferenceMode is not allowed.You can make a clone to get a normal tensor before "
               "doing inplace update.See https://github.com/pytorch/rfcs/pull/17 for more details.");
 }
 
-// Kernels write through pointers, which counts no version by itself; saved tensors are checked by it.
+// Kernels write through pointers, which does not bump the version. torch uses the version to check saved
+// tensors.
 inline void increment_version(const at::Tensor& x) {
   if (x.defined() && !x.is_inference()) torch::autograd::impl::bump_version(x);
 }
 
-// Below autograd unless a graph of the gradient is wanted: what a node calls.
+// For nodes: calls the operator below autograd, unless a graph of the gradient is recorded.
 template <typename Operator, typename... Args>
 auto call_in_backward(Args&&... args) {
   if (at::GradMode::is_enabled()) return call<Operator>(std::forward<Args>(args)...);
   return call_below_autograd<Operator>(std::forward<Args>(args)...);
 }
 
-// A node between these inputs and what is computed from them. torch holds nodes by std::shared_ptr up to 2.12.
+// A new node whose edges lead to the inputs. Up to 2.12, torch holds nodes by std::shared_ptr.
 template <typename Node, typename... Inputs>
 auto gradient_of(const Inputs&... inputs) {
   constexpr bool kShared = std::is_same_v<decltype(torch::autograd::Edge::function), std::shared_ptr<torch::autograd::Node>>;
   auto node = [](auto type) {
     using Made = typename decltype(type)::type;
     if constexpr (kShared) {
-      // deleteNode, found where it exists, takes long graphs apart without recursion.
+      // deleteNode, found by argument-dependent lookup, deletes long graphs without recursion.
       return std::shared_ptr<Made>(new Made(), [](auto* made) { deleteNode(made); });
     } else {
       return c10::make_intrusive<Made>();
@@ -92,7 +96,7 @@ auto gradient_of(const Inputs&... inputs) {
   return node;
 }
 
-// Tensors are saved as if there were no hooks. Tracing is torch's word for that.
+// While it exists, tensors are saved without hooks. torch calls this state tracing.
 struct PastHooks {
   const bool before = at::SavedTensorDefaultHooks::set_tracing(true);
   PastHooks() = default;
@@ -100,11 +104,13 @@ struct PastHooks {
   ~PastHooks() { at::SavedTensorDefaultHooks::set_tracing(before); }
 };
 
-// A node of the graph without what torch::autograd::Function puts around one, which costs an activation of few elements a fifth of its
-// time. Derived brings
+// A node of the graph, without the overhead of torch::autograd::Function, which is a fifth of the time of an
+// activation of few elements. Derived must define
 //   static constexpr const char* kName
-//   static void members(Self& self, const F& f)          f(every member): what the gradient keeps, tensors as SavedVariable
-//   variable_list backward(const at::Tensor& grad_y, std::array<bool, kInputs> wanted)     defined grad_y; nothing else of the node read
+//   static void members(Self& self, const F& f)
+//       calls f(every member); tensors are members of type SavedVariable
+//   variable_list backward(const at::Tensor& grad_y, std::array<bool, kInputs> wanted)
+//       grad_y is defined; the function reads nothing of the node but its members
 template <typename Derived, size_t kInputs>
 struct Gradient : torch::autograd::Node {
   std::string name() const override { return Derived::kName; }
@@ -125,7 +131,8 @@ struct Gradient : torch::autograd::Node {
     Derived::members(static_cast<const Derived&>(*this), [&](const auto&... member) { (collect(args, member), ...); });
   }
 
-  // Compiled autograd calls this with placeholders, of no true shape: what it is given is a call of compiled_gradients to record.
+  // Compiled autograd calls this with placeholders, whose shapes are not the true ones. It records a call of
+  // compiled_gradients.
   variable_list apply_with_saved(const variable_list& grads, torch::dynamo::autograd::SwapSavedVariables& saved) override {
     using torch::dynamo::autograd::IValuePacker;
     torch::dynamo::autograd::PackedArgs args;
@@ -142,7 +149,7 @@ struct Gradient : torch::autograd::Node {
       }
     });
     const auto& compiler = torch::dynamo::autograd::getPyCompilerInterface();
-    // Custom: under a name that is free in any case.
+    // A custom function gets a name that is not in use.
     static const std::string function = compiler->bind_function(saved.get_py_compiler(), Derived::kName, compiled_gradients, types,
                                                                 /*is_custom_function=*/true, /*is_traceable=*/true);
     const auto edges = torch::dynamo::autograd::get_input_metadata(next_edges());
@@ -167,7 +174,8 @@ struct Gradient : torch::autograd::Node {
     return static_cast<Derived*>(this)->backward(grads[0], wanted);
   }
 
-  // What the compiled graph calls: the gradients by a node that keeps the arguments.
+  // The function that a compiled graph calls. It computes the gradients with a node that has the arguments as
+  // members.
   static variable_list compiled_gradients(const variable_list& grads, const std::vector<at::IValue>& packed) {
     torch::dynamo::autograd::PackedArgs args(packed);
     const auto wanted = args.unpack<std::array<bool, kInputs>>();
@@ -198,7 +206,7 @@ struct Gradient : torch::autograd::Node {
   }
 };
 
-// Makes y the result that `node` differentiates.
+// Makes y the output of `node`.
 template <typename Node>
 at::Tensor recorded(at::Tensor y, const Node& node) {
   torch::autograd::set_history(y, node);

@@ -1,6 +1,7 @@
-// What the graph holds for a tensor saved under gradkernels.recompute: the tensor itself or, of an output of batch_norm_act, what computing
-// it again takes. That is held beside the output's node and not by it: backward frees a node before the last consumer of its output where
-// the graph is compiled, or where there are two graphs.
+// What the graph holds for a tensor that is saved under gradkernels.recompute: the tensor or, for an output
+// of batch_norm_act, the inputs that compute it again. The output's node does not own these inputs: backward
+// may free a node before the last consumer of the node's output, in a compiled graph or if there are two
+// graphs.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,17 +15,17 @@ namespace gradkernels::autograd {
 struct RecomputedOutput;
 
 struct Packed {
-  torch::autograd::SavedVariable kept;
-  // Or null.
-  std::shared_ptr<const RecomputedOutput> output;
+  torch::autograd::SavedVariable kept;             // unless there is an output
+  std::shared_ptr<const RecomputedOutput> output;  // or null
 };
 
-// The pair of hooks, as torch.autograd.graph.saved_tensors_hooks has them. What is kept is checked for changes in place,
-// which torch leaves to hooks.
+// The pair of hooks for torch.autograd.graph.saved_tensors_hooks. unpack raises torch's error if the tensor
+// was changed in place, a check that torch leaves to hooks.
 Packed pack(const at::Tensor& x);
 at::Tensor unpack(const Packed& packed);
 
-// The Python object by which torch calls `pack`: forward keeps what recomputing takes where this is the innermost of its default hooks.
+// Sets the Python object of `pack`. If it is the innermost of torch's default hooks, forward keeps the inputs
+// that compute the output again.
 void recompute_under(PyObject* pack_hook);
 
 }  // namespace gradkernels::autograd

@@ -1,4 +1,5 @@
-// Which tensors the kernels take. What they do not take goes to ATen, which either serves it or words the error.
+// Which tensors have kernels. Other tensors go to ATen, which either computes the result or raises its own
+// error.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -21,7 +22,7 @@ inline bool has_kernel(const at::Tensor& x) {
          (dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf);
 }
 
-// Precondition: one of has_kernel's.
+// Precondition: the dtype is one that has_kernel accepts.
 inline DType dtype_of(at::ScalarType dtype) {
   switch (dtype) {
     case at::kDouble:

@@ -1,10 +1,11 @@
-// Which device an operator's kernels run on: that of its first tensor.
+// An operator's kernels run on the device of its first tensor.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/DeviceGuard.h>
 
-// The launcher of the device that x lies on, one of has_kernel's: cpu::launcher or, in a library built with CUDA, cuda::launcher.
+// The launcher for the device of x: cpu::launcher or, in a library built with CUDA, cuda::launcher. x must
+// satisfy has_kernel.
 #if defined(GK_WITH_CUDA)
 #define GK_LAUNCHER(x, launcher) ((x).is_cuda() ? cuda::launcher : cpu::launcher)
 #else
@@ -28,7 +29,8 @@ struct OnDevice<operation> {
   }
 };
 
-// `operation` with the device of its first argument as the current one, which CUDA's launchers and allocator go by.
+// `operation` with the device of its first argument as the current device, which CUDA's launchers and
+// allocator use.
 template <auto operation>
 constexpr auto on_device = OnDevice<operation>::call;
 

@@ -1,5 +1,5 @@
-// The stored element types that kernels are compiled for, without torch: launchers take a DType beside raw pointers. scalar_t is what is
-// stored, opmath_t<scalar_t> what it is computed in.
+// The element types that kernels are compiled for. This header is independent of torch: launchers take a
+// DType and raw pointers. scalar_t is the stored type, opmath_t<scalar_t> the computing type.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace gradkernels {
 
 enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-// Calls function(scalar_t()) with the C++ type of `dtype`.
+// Calls function(scalar_t()), where scalar_t is the C++ type of `dtype`.
 template <typename Function>
 GK_HOST_DEVICE auto dispatch(DType dtype, const Function& function) {
   switch (dtype) {

@@ -1,5 +1,5 @@
-// The 16-bit types as they are stored, and the rounding to them: to the nearest, ties to even, as torch's. They are computed in float32.
-// CUDA has instructions for the conversions.
+// The 16-bit types as they are stored, and the conversions from and to float32, the computing type. Rounding
+// is to the nearest, ties to even, as in torch. CUDA has instructions for the conversions.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -13,7 +13,7 @@
 
 namespace gradkernels {
 
-// The bits of a float32 and back.
+// A float32 as its bits, and back.
 GK_HOST_DEVICE uint32_t bits_of(float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, sizeof(bits));
@@ -58,9 +58,9 @@ struct Float16 {
     if (magnitude > 0x7F800000u) {
       narrow = 0x7E00u;
     } else if (magnitude >= 0x477FF000u) {
-      narrow = 0x7C00u;  // 65520, halfway beyond the largest number, and above
+      narrow = 0x7C00u;  // from 65520 on, which is half a spacing above the largest number
     } else if (magnitude < 0x38800000u) {
-      narrow = bits_of(float_of(magnitude) + 0.5f) - 0x3F000000u;  // denormals are multiples of 2^-24, and 0.5 has that spacing
+      narrow = bits_of(float_of(magnitude) + 0.5f) - 0x3F000000u;  // denormals are multiples of 2^-24, the spacing of numbers at 0.5
     } else {
       narrow = (magnitude - 0x38000000u + 0xFFFu + (magnitude >> 13 & 1u)) >> 13;
     }
@@ -74,7 +74,7 @@ struct Float16 {
 #else
     const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
     const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7FFFu) << 13;
-    // Infinities and nan keep the largest exponent; the product renormalises denormals, and is exact.
+    // inf and nan get the largest exponent of float32. The product is exact, and normalises denormals.
     const float value = magnitude >= 0x0F800000u ? float_of(magnitude | 0x7F800000u) : float_of(magnitude) * 0x1p112f;
     return float_of(bits_of(value) | sign);
 #endif
@@ -95,7 +95,7 @@ struct OpmathOf<Float16> {
   using type = float;
 };
 
-// What scalar_t is computed in.
+// The computing type of scalar_t.
 template <typename scalar_t>
 using opmath_t = typename OpmathOf<scalar_t>::type;
 

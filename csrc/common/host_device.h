@@ -1,7 +1,7 @@
-// What a formula may use on every target: the function qualifier, and for plain scalars the few operations that math/ is written in. SIMD
-// vectors (cpu/vector.h) bring overloads of the same names, which argument-dependent lookup finds, so that one template is compiled for a
-// scalar, a vector and a CUDA thread. Every function is forced inline: the linker would use a function that was emitted out of line from an
-// AVX-512 file in other files too.
+// What formulas in math/ may use on every target: the function qualifier, and the few operations on scalars.
+// SIMD vectors (cpu/vector.h) have overloads of the same names, which argument-dependent lookup finds: one
+// template works for a scalar, a vector and a CUDA thread. Every function is forced inline. Otherwise the
+// linker could use a function that an AVX-512 file emitted in other files too.
 #pragma once
 
 #include <cstdint>
@@ -12,13 +12,14 @@
 #define GK_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
-// The same for what runs on the host alone; the second form stands between a lambda's parameters and its body.
+// The same for functions that run only on the host. The second form goes between the parameters and the body
+// of a lambda.
 #define GK_INLINE inline __attribute__((always_inline))
 #define GK_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace gradkernels::math {
 
-// The element type of a scalar is itself; a vector specialises this.
+// The element type of a scalar is the scalar's own type. Vectors specialise this.
 template <typename T>
 struct ScalarOf {
   using type = T;
@@ -31,7 +32,8 @@ GK_HOST_DEVICE T select(bool condition, T if_true, T if_false) {
   return condition ? if_true : if_false;
 }
 
-// a * b + c in one rounding where the target has the instruction. Forward and backward call it in the same form, so they agree to the bit.
+// a * b + c, rounded once if the target has the instruction. Forward and backward call it in the same form,
+// so that they agree to the bit.
 GK_HOST_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 GK_HOST_DEVICE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 

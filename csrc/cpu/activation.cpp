@@ -1,4 +1,5 @@
-// The activations on the CPU: runs of elements over threads, or slabs of channels where a parameter is learnt for each.
+// The activations on the CPU: threads take runs of elements, or slabs of channels if each channel has a
+// learnt parameter.
 #include "ops/activation.h"
 
 #include <vector>
@@ -11,7 +12,8 @@
 namespace gradkernels::cpu {
 namespace {
 
-// A multiple of 8, so that chunks share no byte of a mask; as at::internal::GRAIN_SIZE, below which threads cost more than they bring.
+// A multiple of 8, so that no two chunks share a byte of the mask. The same as at::internal::GRAIN_SIZE: less
+// is not worth a thread.
 constexpr int64_t kChunkElements = 32768;
 
 // Calls function(offset, count) for each chunk.

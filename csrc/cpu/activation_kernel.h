@@ -1,5 +1,5 @@
-// The SIMD loops of the activations, over one contiguous run of elements, or by channel where a parameter is learnt for each. Compiled once
-// per instruction set.
+// The SIMD loops of the activations: over one contiguous run of elements, or by channel if each channel has a
+// learnt parameter. Compiled once per instruction set.
 #pragma once
 
 #include "cpu/functor.h"
@@ -70,7 +70,7 @@ void activation_backward_kernel(DType dtype, math::Activation act, Saved kind, i
   });
 }
 
-// What Coefficients spread over columns: one value a channel.
+// A channel's parameter, in the form that Coefficients (cpu/lines.h) need.
 template <typename T>
 struct Parameter {
   T value;
@@ -81,7 +81,8 @@ struct Parameter {
   }
 };
 
-// Calls function(scalar_t(), Runs(), functor_of) with the kind of lines that the problem has, and what makes its functor of a parameter.
+// Calls function(scalar_t(), Runs(), functor_of): the element type, the kind of lines (cpu/lines.h), and a
+// function that makes the functor from a parameter.
 template <typename Arguments, typename Function>
 GK_INLINE void visit_parametric_arguments(const Arguments& p, const Function& function) {
   dispatch(p.dtype, [&](auto zero) {
@@ -132,7 +133,8 @@ void parametric_backward_kernel(const ParametricBackward& p, Slab slab, double* 
           [&](int64_t column) GK_INLINE_LAMBDA { return functor_of(parameters.at(column).value); },
           [&](const auto& f, Position at, auto lanes, auto& terms) GK_INLINE_LAMBDA {
             V grad_parameter;
-            // Lanes past the end bring a gradient of 0, at an x where that stays 0 for an infinite parameter too.
+            // Lanes after the end have a grad_y of 0. Their x is 1, so that the gradient is 0 even if the
+            // parameter is inf.
             const V gradient = f.backward(load(grad_y + at.element, lanes), load(x + at.element, lanes, V(1)), grad_parameter);
             if (grad_x != nullptr) store(grad_x + at.element, lanes, gradient, at.past_caches);
             terms.template add<0>(grad_parameter);
@@ -142,8 +144,8 @@ void parametric_backward_kernel(const ParametricBackward& p, Slab slab, double* 
   });
 }
 
-// Calls function(i, lanes, slopes) for each vector of [0, count), with the slopes of the elements from first + i on; `first` is a multiple
-// of 4, as the elements of a block are.
+// Calls function(i, lanes, slopes) for each vector of [0, count), with the slopes of the elements from
+// first + i on. `first` must be a multiple of 4, the size of a block of random numbers.
 template <typename opmath, typename Function>
 GK_INLINE void for_each_vector_with_slopes(const math::RandomSlopes& slopes, int64_t first, int64_t count, const Function& function) {
   constexpr int64_t kDrawn = UniformNumbers::kCount;

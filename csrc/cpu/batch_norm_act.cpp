@@ -1,6 +1,7 @@
-// batch_norm_act on the CPU. The operand is cut into slabs, by its shape alone, so that results do not depend on the number of threads. A
-// slab that holds its channels whole goes through statistics and normalisation in one task, the second pass finding it in cache; where
-// channels are too few or too large for that, all slabs go through one pass before the next, which then walks back from the end.
+// batch_norm_act on the CPU. The operand is cut into slabs (cpu/slabs.h). If slabs hold whole channels, one
+// task computes the statistics of a slab and then normalises it, and its second pass finds the slab in the
+// cache. If channels are too few or too large for that, all slabs go through the first pass before any goes
+// through the second, which walks back from the last slab.
 #include "ops/batch_norm_act.h"
 
 #include <cmath>
@@ -22,8 +23,8 @@ void use_running_statistics(const BatchNormForward& p) {
   });
 }
 
-// Those of a channel once its slabs are merged. Where float32 had no number for a square, or there was none to begin with, they are taken
-// anew.
+// The moments of a channel whose slabs are merged. They are computed again, in float64, if they are not
+// finite: a square may have been too large for float32, or an element is inf or nan.
 math::Moments<double> moments_of_channel(const BatchNormForward& p, int64_t channel, const math::Moments<double>& merged) {
   if (std::isfinite(merged.m2)) return math::rounded(merged);
   return dispatch(p.dtype, [&](auto zero) {
@@ -63,9 +64,10 @@ void finish_channel(const BatchNormBackward& p, int64_t channel, const math::Gra
   });
 }
 
-// Two passes over the slabs: reduce(slab, out, copy) leaves a partial result for each of its channels, finish(channel, result) takes the
-// merged one, and only then apply(slab, results, copy) runs. Where a channel is in one slab, that all happens in one task, and both are
-// given memory for `copy_bytes` for each element of the slab; else, and with none asked for, the copy is null.
+// Two passes over the slabs. reduce(slab, out, copy) writes a partial result for each channel of the slab.
+// finish(channel, result) receives the merged result of a channel, and apply(slab, results, copy) runs after
+// it. If slabs hold whole channels, one task does all three for a slab, and `copy` is memory of `copy_bytes`
+// for each element of the slab. Otherwise, and for 0 bytes, `copy` is null.
 template <typename Result, typename Reduce, typename Finish, typename Apply>
 void reduce_then_apply(const Slabs& slabs, int64_t channels, int64_t copy_bytes, const Reduce& reduce, const Finish& finish,
                        const Apply& apply) {
@@ -115,8 +117,8 @@ void batch_norm_act_backward(const BatchNormBackward& arguments) {
     if (p.grad_x != nullptr) isa.batch_norm_gradient_input(p, slab, sums, dz_copy);
   };
   if (needs_sums) {
-    // An exponential costs more than dz on its way through the cache, or to memory and back where channels are cut: it waits where grad_x
-    // is to be, then, which makes 6E of the 5E that backward moves.
+    // An exponential costs more than a copy of dz, in the cache or, if channels are cut, in memory. The copy
+    // in memory is written where grad_x will be: backward then moves 6 times the bytes of x, instead of 5.
     const bool keeps_dz = p.grad_x != nullptr && p.act.has_exponential();
     const bool copies_dz = keeps_dz && (p.grad_residual == nullptr || size_of(p.dtype) == 2);
     if (keeps_dz && slabs.parts() > 1 && p.grad_residual == nullptr) p.grad_residual = p.grad_x;
@@ -184,7 +186,7 @@ void batch_norm_act_backward_elemt(const BatchNormBackward& p, const double* sum
   const Slabs slabs(p.shape);
   const Kernels& isa = kernels();
   const int64_t channels = p.shape.channels;
-  // The kernel divides by the count of its own operand.
+  // The kernel divides the sums by the count of its own operand.
   const double share = static_cast<double>(p.shape.rows * p.shape.inner) / *count;
   std::vector<math::GradientSums> of_share(channels);
   for (int64_t c = 0; c < channels; ++c) of_share[c] = {sums[c] * share, sums[channels + c] * share};

@@ -1,5 +1,6 @@
-// The SIMD loops of batch_norm_act, over the lines of cpu/lines.h. The moments of a tile are taken about the mean of a part of it, which
-// lies in cache then. Sums that may cancel, those of x - mean, of dz and of dz (x - mean), are float64. Compiled once per instruction set.
+// The SIMD loops of batch_norm_act, over the lines of cpu/lines.h. The moments of a tile are computed about
+// the mean of a part of the tile, which is in the cache then. Sums whose terms may cancel are float64: the
+// sums of x - mean, of dz and of dz (x - mean). Compiled once per instruction set.
 #pragma once
 
 #include "cpu/double_vector.h"
@@ -17,16 +18,16 @@ namespace gradkernels::cpu {
 namespace {
 
 // ---- Statistics
-// ----------------------------------------------------------------------------------------------------------------------------
 
-// Adds a vector of x - about and its square.
+// Adds a vector of differences x - about, and their squares.
 template <typename opmath>
 GK_INLINE void add_difference(Accumulators<opmath, 2>& sums, Vec<opmath> difference) {
   sums.template add<0>(difference);
   sums.template add_product<1>(difference, difference);
 }
 
-// The same of kTerms vectors of x, `stride` elements apart. In float32 they meet before they enter a float64 sum.
+// The same for kTerms vectors of x, `stride` elements apart. Float32 terms are added up in float32 before
+// they enter a float64 sum.
 template <typename scalar_t>
 GK_INLINE void add_differences(Accumulators<opmath_t<scalar_t>, 2>& sums, const scalar_t* x, int64_t stride,
                                Vec<opmath_t<scalar_t>> about) {
@@ -47,15 +48,16 @@ GK_INLINE void add_differences(Accumulators<opmath_t<scalar_t>, 2>& sums, const 
   }
 }
 
-// `about` without the digits that numbers of this magnitude do not have: elements on a coarser grid than theirs would all be rounded alike
-// in x - about, which adds up.
+// Rounds `about` to the spacing of numbers of this magnitude. With more digits than the elements have, every
+// x - about would be rounded in the same direction, and these errors would add up.
 template <typename T>
 GK_INLINE T on_grid(T about, T magnitude) {
   return (about + magnitude) - magnitude;
 }
 
-// The first quarter of a tile or more. Its mean m is near enough to that of the tile for differences from it not to cancel, however the
-// elements are ordered: a part f of them about m makes the variance at least f / (1 - f) times the square of what m is off by.
+// The first quarter of a tile, or more. Differences from the sample's mean m are safe from cancellation,
+// whatever the order of the elements: if the sample is the share f of the tile, the variance of the tile is
+// at least f / (1 - f) times the square of the distance between m and the mean of the tile.
 GK_INLINE Lines sample_of(const Lines& tile) {
   constexpr int64_t kShare = 4;
   Lines sample = tile;
@@ -67,12 +69,13 @@ GK_INLINE Lines sample_of(const Lines& tile) {
   return sample;
 }
 
-// About the mean of a sample. A number that scalar_t has, as what fills a vector must be.
+// Approximately the mean of the sample. It is a number that scalar_t can represent, because it also fills the
+// unused lanes of a vector.
 template <typename scalar_t>
 GK_INLINE opmath_t<scalar_t> approximate_mean(const scalar_t* x, const Lines& sample) {
   using V = Vec<opmath_t<scalar_t>>;
   constexpr int64_t kStep = 4 * V::kLanes;
-  // Of the terms, not of the sum, which may be beyond the largest number.
+  // Each term is weighted: the sum of unweighted terms might overflow.
   const V weight(static_cast<opmath_t<scalar_t>>(1.0 / static_cast<double>(sample.elements_per_channel())));
   V sum[4] = {V(0), V(0), V(0), V(0)};
   for (int64_t row = sample.row_begin; row < sample.row_end; ++row) {
@@ -95,7 +98,7 @@ GK_INLINE opmath_t<scalar_t> approximate_mean(const scalar_t* x, const Lines& sa
 template <typename scalar_t>
 math::Moments<double> long_run_moments(const scalar_t* x, const Lines& lines) {
   using V = Vec<opmath_t<scalar_t>>;
-  // 16 KiB of float32 or 32 of float64: what the mean was taken of is still in the first-level cache.
+  // 16 KiB of float32 or 32 KiB of float64: the sample of the mean is still in the first-level cache.
   constexpr int64_t kTileElements = 4096;
   constexpr int64_t kStep = kTerms * V::kLanes;
   const RunAhead run_ahead = LongRuns::run_ahead<scalar_t>(lines);
@@ -127,7 +130,7 @@ math::Moments<double> long_run_moments(const scalar_t* x, const Lines& lines) {
   return moments;
 }
 
-// Each column by itself; the columns of a channel meet at the end.
+// The moments of each column. The columns of a channel are merged at the end.
 template <typename scalar_t>
 void short_run_moments(const scalar_t* x, const Lines& lines, math::Moments<double>* out) {
   using opmath = opmath_t<scalar_t>;
@@ -135,7 +138,8 @@ void short_run_moments(const scalar_t* x, const Lines& lines, math::Moments<doub
   using D = Vec<double>;
   Columns<double> means(lines), mean_lows(lines), m2s(lines), m2_lows(lines);
   double rows_before = 0.0;
-  // Enough rows to make a merge cheap (and in float64, rare, since each one rounds), few enough to stay in the second-level cache.
+  // Many rows, so that merges cost little (and for float64, where every merge rounds, are few); few enough
+  // for the second-level cache.
   for_each_tile(lines, sizeof(opmath) == sizeof(double) ? 128 : 64, lines.end, [&](const Lines& tile) GK_INLINE_LAMBDA {
     const double rows = static_cast<double>(tile.row_end - tile.row_begin);
     const V weight(static_cast<opmath>(1.0 / rows));
@@ -191,14 +195,13 @@ void batch_norm_moments_kernel(const BatchNormForward& p, Slab slab, math::Momen
 }
 
 // ---- Forward
-// -------------------------------------------------------------------------------------------------------------------------------
 
 GK_INLINE double channel_value(DType dtype, const void* values, int64_t channel, double otherwise) {
   if (values == nullptr) return otherwise;
   return dispatch(dtype, [&](auto zero) { return static_cast<double>(static_cast<const decltype(zero)*>(values)[channel]); });
 }
 
-// Arguments is BatchNormForward or BatchNormBackward: both passes see the same normalisation.
+// Arguments is BatchNormForward or BatchNormBackward, so that both passes have the same normalisation.
 template <typename opmath, typename Arguments>
 GK_INLINE math::Normalisation<opmath> channel_normalisation(const Arguments& p, int64_t channel) {
   return math::normalisation<opmath>(p.mean[channel], p.invstd[channel], channel_value(p.parameter_dtype, p.weight, channel, 1.0),
@@ -246,10 +249,9 @@ void batch_norm_normalise_kernel(const BatchNormForward& p, Slab slab) {
 }
 
 // ---- Backward
-// ------------------------------------------------------------------------------------------------------------------------------
 
-// Calls function(dz), where dz(normalise, x, at, lanes) is the gradient at the output of the normalisation: from `copied`, unless that is
-// null, or computed.
+// Calls function(dz), where dz(normalise, x, at, lanes) is the gradient at the output of the normalisation.
+// It is read from `copied`, or computed if that is null.
 template <typename scalar_t, typename Function>
 GK_INLINE void visit_gradient(const BatchNormBackward& p, const opmath_t<scalar_t>* copied, const Function& function) {
   using opmath = opmath_t<scalar_t>;
@@ -285,7 +287,7 @@ void batch_norm_gradient_sums_kernel(const BatchNormBackward& p, Slab slab, math
     const scalar_t* x_data = static_cast<const scalar_t*>(p.x);
     scalar_t* grad_residual = static_cast<scalar_t*>(p.grad_residual);
     opmath* copy = static_cast<opmath*>(dz_copy);
-    // The second pass finds dz of a whole channel in the cache; of 16 bits it does not read it.
+    // The second pass finds dz of a whole channel in the cache. It does not read dz of 16 bits.
     const int64_t elements = (slab.row_end - slab.row_begin) * (slab.inner_end - slab.inner_begin);
     const bool is_read_next = sizeof(scalar_t) > 2 && elements == p.shape.rows * p.shape.inner;
     const auto past_caches = streamed<scalar_t>(p.shape, is_read_next ? nullptr : grad_residual, p.mask);
@@ -332,7 +334,7 @@ struct GradientCoefficients {
 void batch_norm_gradient_input_kernel(const BatchNormBackward& p, Slab slab, const math::GradientSums* sums, const void* dz_copy) {
   BatchNormBackward source = p;
   if (p.grad_residual != nullptr && (size_of(p.dtype) > 2 || (dz_copy == nullptr && p.act.has_exponential()))) {
-    // dz is already there: the first pass has left it. Of 16 bits it is rounded, which only an exponential is worth.
+    // The first pass has written dz. dz of 16 bits is rounded: it is only read to avoid an exponential.
     source.grad_y = p.grad_residual;
     source.act.kind = math::ActivationKind::kIdentity;
     source.mask = nullptr;

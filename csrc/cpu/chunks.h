@@ -1,5 +1,6 @@
-// A list of tensors as work for threads: each is cut into chunks, and neighbouring chunks make up tasks of about the same size, so that a
-// list of a few large tensors and one of thousands of tiny ones are both spread evenly. How it is cut depends on the counts alone.
+// How a list of tensors is shared out among threads. Each tensor is cut into chunks, and neighbouring chunks
+// form tasks of about equal size, so that a few large tensors and thousands of tiny ones are both shared out
+// evenly. The cut depends only on the sizes of the tensors.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,7 @@ struct Chunk {
 
 class Chunks {
  public:
-  // count_of(i): the elements of tensor i.
+  // count_of(i) is the number of elements of tensor i.
   template <typename CountOf>
   Chunks(int64_t tensor_count, const CountOf& count_of) {
     chunks_.reserve(tensor_count);
@@ -41,7 +42,7 @@ class Chunks {
   int64_t size() const { return static_cast<int64_t>(chunks_.size()); }
   const Chunk& operator[](int64_t i) const { return chunks_[i]; }
 
-  // function(i) for every chunk, a thread's own in order.
+  // Calls function(i) for every chunk. Each thread takes its chunks in order.
   template <typename Function>
   void for_each(const Function& function) const {
     parallel_for_ranges(tasks(), 1, [&](int64_t begin, int64_t end) {
@@ -49,7 +50,8 @@ class Chunks {
     });
   }
 
-  // Last first, on the same threads: what a thread has read last is still in its caches.
+  // The same, with the last chunk first. Each thread gets the same chunks as in for_each, and the last ones
+  // are still in its caches.
   template <typename Function>
   void for_each_reversed(const Function& function) const {
     parallel_for_ranges(tasks(), 1, [&](int64_t begin, int64_t end) {
@@ -58,10 +60,11 @@ class Chunks {
   }
 
  private:
-  // Large enough that what a chunk costs by itself does not count, and that a task is worth a thread's start: some ten microseconds.
+  // Large enough that the overhead of a chunk is negligible and that a task is worth the start of a thread,
+  // about ten microseconds.
   static constexpr int64_t kChunkElements = 65536;
   static constexpr int64_t kTaskElements = 65536;
-  // What a chunk costs by itself, in elements.
+  // The overhead of a chunk takes as long as this many elements.
   static constexpr int64_t kChunkCostElements = 256;
 
   int64_t tasks() const { return static_cast<int64_t>(first_of_task_.size()) - 1; }

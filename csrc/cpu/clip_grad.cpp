@@ -1,5 +1,5 @@
-// Gradient clipping on the CPU: one pass over all tensors for everything there is to know of them, one to write. Partial results meet in
-// the order of the elements, whoever computed them.
+// Gradient clipping on the CPU: one pass over all tensors computes the norms, another one writes. Partial
+// results are merged in the order of the elements, whichever thread computed them.
 #include "ops/clip_grad.h"
 
 #include <vector>
@@ -31,7 +31,7 @@ std::vector<PartialNorm> partials_of(const Run* runs, const Chunks& chunks, Norm
   return partials;
 }
 
-// The 2-norm of float64 elements whose squares leave float64; `max_abs` is finite.
+// The 2-norm of float64 elements whose squares overflow or underflow float64; `max_abs` is finite.
 double rescaled_norm(const Run& run, double max_abs) {
   const math::Rescaling rescaled = math::rescaling(max_abs);
   math::Sum<double> sum{0.0, 0.0};
@@ -39,7 +39,7 @@ double rescaled_norm(const Run& run, double max_abs) {
   return math::sqrt(sum.high + sum.low) * rescaled.inverse;
 }
 
-// The 2-norm of norms whose squares may leave float64.
+// The 2-norm of norms whose squares may overflow or underflow float64.
 double norm_of_norms(const double* norms, int64_t count) {
   double maximum = 0.0;
   for (int64_t i = 0; i < count; ++i) maximum = math::max_or_nan(maximum, norms[i]);
@@ -91,7 +91,7 @@ void grad_norms(const Run* runs, int64_t run_count, Norm norm, const GradNorms& 
   } else if (norm == Norm::kOne) {
     *out.total_norm = sum;
   } else {
-    // A sum of nothing but zeros is not safe either, and comes to the same.
+    // The sum of zeros counts as unsafe too; both ways give 0.
     *out.total_norm = rescued || !math::is_safe_square_sum(sum) ? norm_of_norms(out.norms, run_count) : math::sqrt(sum);
   }
 }

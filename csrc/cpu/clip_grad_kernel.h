@@ -1,5 +1,6 @@
-// The SIMD loops of gradient clipping, over one contiguous run of elements. Squares are taken and summed in float64, whatever the element
-// type: no gradient that float32 holds can overflow or vanish. Compiled once per instruction set.
+// The SIMD loops of gradient clipping, over one contiguous run of elements. Squares are computed and summed
+// in float64 for every element type, so that the square of a float32 gradient cannot overflow or underflow.
+// Compiled once per instruction set.
 #pragma once
 
 #include "cpu/double_vector.h"
@@ -12,8 +13,8 @@
 namespace gradkernels::cpu {
 namespace {
 
-// The largest magnitude of each lane. Magnitudes are compared as integers, in whose order nan stands above inf and inf above every number:
-// a nan stays without a test of its own.
+// The largest magnitude in each lane. Magnitudes are compared as integers, which order nan above inf and inf
+// above every number: a nan is kept without a test for it.
 template <typename T>
 struct LargestMagnitude {
   using V = Vec<T>;
@@ -40,7 +41,7 @@ struct LargestMagnitude {
   static constexpr int kSignBit = 8 * sizeof(T) - 1;
 };
 
-// sum + |x|^p for p of 1 and 2; for inf there is nothing to sum.
+// sum + |x|^p for p = 1 and p = 2; sum for p = inf.
 template <Norm norm>
 GK_INLINE Vec<double> accumulate(Vec<double> sum, Vec<double> x) {
   if constexpr (norm == Norm::kTwo) return fma(x, x, sum);
@@ -54,14 +55,14 @@ GK_INLINE PartialNorm partial_norm(int64_t count, const scalar_t* x, double fact
   using V = Vec<T>;
   using D = Vec<double>;
   constexpr int kParts = V::kLanes / D::kLanes;
-  // Independent sums hide the latency of an addition.
+  // Several independent sums hide the latency of an addition.
   constexpr int kSums = 4;
   constexpr int kStepElements = kSums * D::kLanes;
-  // A lane adds up some dozens of squares; what it comes to is added to the total with the rounding error kept.
+  // A lane adds up 64 squares; its sum is then added to the total, which keeps the rounding error.
   constexpr int64_t kBlockElements = 64 * kStepElements;
   const auto term = [factor](V value, int part) GK_INLINE_LAMBDA {
     const D wide = widen(value, part);
-    // Only squares of float64 can leave float64.
+    // Only the squares of float64 elements can overflow or underflow float64.
     if constexpr (sizeof(T) == 8) return wide * D(factor);
     return wide;
   };
@@ -88,7 +89,7 @@ GK_INLINE PartialNorm partial_norm(int64_t count, const scalar_t* x, double fact
   }
 
   PartialNorm result{sum_of_lanes(total.high) + sum_of_lanes(total.low), largest.value(), 0};
-  // Rare: a gradient that is nan or inf is read twice.
+  // Rare: a gradient with a nan or an inf is read twice.
   if (!(result.max_abs - result.max_abs == 0.0)) {
     for_each_vector<T>(0, count, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
       const V value = load(x + i, lanes);
@@ -107,8 +108,9 @@ PartialNorm partial_norm_kernel(DType dtype, Norm norm, int64_t count, const voi
   });
 }
 
-// The product is taken in float64 and rounded once: a coefficient may be too small for float32 where the product is not. Of 16-bit
-// elements it is taken in float32, whose rounding is lost in theirs, where float32 holds the coefficient with all its digits.
+// The product is computed in float64 and rounded once, because a coefficient may be too small for float32
+// when the product is not. For 16-bit elements it is computed in float32 if the coefficient is a normal
+// float32: the rounding to 16 bits hides that of float32.
 void scale_kernel(DType dtype, int64_t count, void* x_data, double coefficient) {
   using D = Vec<double>;
   const double magnitude = coefficient < 0.0 ? -coefficient : coefficient;
@@ -128,7 +130,7 @@ void scale_kernel(DType dtype, int64_t count, void* x_data, double coefficient) 
   });
 }
 
-// A block whose elements all lie within the limit is not written.
+// A block is written only if one of its elements exceeds the limit.
 void clamp_kernel(DType dtype, int64_t count, void* x_data, double limit) {
   constexpr int64_t kBlockElements = 1024;
   dispatch(dtype, [&](auto zero) {

@@ -1,4 +1,5 @@
-// Float64 from vectors of any type: sums of lanes, wider vectors, and elements in memory.
+// Vectors of any type in float64: the sum of the lanes, lanes widened to float64, and memory read and written
+// as float64.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +13,7 @@
 namespace gradkernels::cpu {
 namespace {
 
-// The sum of all lanes in float64, in an order that the number of lanes alone decides.
+// The sum of all lanes in float64. The order of the additions depends only on the number of lanes.
 template <typename T>
 GK_INLINE double sum_of_lanes(Vec<T> x) {
   T lane[Vec<T>::kLanes];
@@ -25,7 +26,8 @@ GK_INLINE double sum_of_lanes(Vec<T> x) {
   return ((total[0] + total[4]) + (total[2] + total[6])) + ((total[1] + total[5]) + (total[3] + total[7]));
 }
 
-// Half a register of floats, as many as a register of doubles holds, and their conversions: g++ 12 takes __builtin_convertvector apart.
+// Half a register of floats: as many as a register of doubles has lanes. Their conversions are intrinsics,
+// because g++ 12 splits __builtin_convertvector into smaller conversions.
 typedef float HalfRegister __attribute__((vector_size(kRegisterBytes / 2)));
 
 template <typename Register>
@@ -57,7 +59,7 @@ GK_INLINE HalfRegister to_float(Register x) {
   return __builtin_convertvector(x, HalfRegister);
 }
 
-// Lanes [8 part, 8 part + 8) in float64, of which a vector has eight.
+// Lanes [8 part, 8 part + 8) in float64. Vec<double> has eight lanes.
 GK_INLINE Vec<double> widen(Vec<double> x, int) { return x; }
 GK_INLINE Vec<double> widen(Vec<float> x, int part) {
   Vec<double> r;
@@ -68,7 +70,7 @@ GK_INLINE Vec<double> widen(Vec<float> x, int part) {
   return r;
 }
 
-// As many elements as Vec<double> has lanes, converted.
+// Loads and stores as many elements as Vec<double> has lanes, and converts them.
 GK_INLINE Vec<double> load_double(const double* source) { return Vec<double>::load(source); }
 template <typename Half>
 GK_INLINE Vec<double> load_double(const Half* source) {

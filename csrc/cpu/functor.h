@@ -1,5 +1,6 @@
-// Which functors of math/activation.h a loop is compiled for. What is inlined for every activation is most of a build: an x86-64 processor
-// without AVX2 calls an activation that may have an exponential at each vector.
+// Which functors of math/activation.h a loop is compiled for. A loop that is compiled for every activation
+// dominates the time of a build. Loops for x86-64 processors without AVX2 therefore call a function for each
+// vector. Only loops with a mask are inlined there.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -19,7 +20,7 @@ template <math::Precision precision, typename V>
 __attribute__((noinline)) V forward_of(math::Activation act, V x) {
   return math::AnyActivation<V, precision>{act}.forward(x);
 }
-// Gradients are of one precision.
+// Gradients have one precision only.
 template <typename V>
 __attribute__((noinline)) V backward_of(math::Activation act, V grad_y, V x) {
   return math::AnyActivation<V, math::Precision::kFull>{act}.backward(grad_y, x);
@@ -32,7 +33,7 @@ struct CalledActivation {
   GK_INLINE V backward(V grad_y, V x) const { return backward_of(act, grad_y, x); }
 };
 
-// Calls function(functor), of elements that are scalar_t.
+// Calls function(functor) for elements of type scalar_t.
 template <typename scalar_t, typename Function>
 GK_INLINE void visit_functor(math::Activation act, const Function& function) {
   using V = Vec<opmath_t<scalar_t>>;
@@ -51,8 +52,9 @@ GK_INLINE void visit_functor_of_two_slopes(math::Activation act, const Function&
   }
 }
 
-// The same for loops that there are many of: in float32 alone each activation has its own; else there is one that chooses when it runs, and
-// with AVX-512 one for swish, whose constants stay in registers then.
+// The same for loops of which there are many variants. For float32, each activation has its own loop. For
+// other types one loop chooses the activation for each vector; with AVX-512 there is a second loop for swish,
+// because its constants then stay in registers.
 template <typename scalar_t, typename Function>
 GK_INLINE void visit_few_functors(math::Activation act, const Function& function) {
   using V = Vec<opmath_t<scalar_t>>;
@@ -74,7 +76,7 @@ GK_INLINE void visit_few_functors_of_two_slopes(math::Activation act, const Func
   }
 }
 
-// Calls function(functor_of), where functor_of(parameter) is the functor.
+// Calls function(functor_of); functor_of(parameter) is the functor.
 template <typename V, math::Precision precision, typename Function>
 GK_INLINE void visit_parametric(Parametric act, const Function& function) {
   if (act == Parametric::kPrelu) {

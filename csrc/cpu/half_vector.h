@@ -13,12 +13,13 @@
 namespace gradkernels::cpu {
 namespace {
 
-// As many 16-bit elements as a register of floats has lanes.
+// HalfWords: as many 16-bit elements as a register of floats has lanes.
 typedef uint16_t HalfWords __attribute__((vector_size(kRegisterBytes / 2)));
 typedef uint32_t Words __attribute__((vector_size(kRegisterBytes)));
 typedef Vec<float>::Register FloatRegister;
 
-// Templates, though for one type each: in a template the branches for other instruction sets are left out.
+// These are templates, although each is used with one type: only in a template does `if constexpr` discard
+// the intrinsics of other instruction sets.
 template <typename X>
 GK_INLINE Words widen_words(X x) {
 #if defined(__x86_64__)
@@ -28,7 +29,7 @@ GK_INLINE Words widen_words(X x) {
   return __builtin_convertvector(x, Words);
 }
 
-// The lower halves.
+// The lower 16 bits of each word.
 template <typename X>
 GK_INLINE HalfWords narrow_words(X x) {
 #if defined(__x86_64__)
@@ -52,7 +53,7 @@ template <typename X>
 GK_INLINE FloatRegister to_float(X x, BFloat16) {
 #if defined(__x86_64__)
   if constexpr (kRegisterBytes == 64) {
-    // Each word twice, and zero for the first of them.
+    // Each 16-bit word is taken twice, and its first copy is zeroed.
     const __m512i wide = _mm512_castsi256_si512(reinterpret_cast<__m256i>(x));
     const Words twice = lane_numbers() * 0x10001u;
     return reinterpret_cast<FloatRegister>(_mm512_maskz_permutexvar_epi16(0xAAAAAAAAu, reinterpret_cast<__m512i>(twice), wide));
@@ -61,7 +62,7 @@ GK_INLINE FloatRegister to_float(X x, BFloat16) {
   return reinterpret_cast<FloatRegister>(widen_words(x) << 16);
 }
 
-// BFloat16(float), lane by lane.
+// BFloat16(float) in each lane.
 template <typename X>
 GK_INLINE HalfWords from_float(X x, BFloat16) {
 #if defined(__x86_64__)
@@ -81,7 +82,8 @@ GK_INLINE HalfWords from_float(X x, BFloat16) {
   return narrow_words(x == x ? rounded : 0x7FC0u - Words{});
 }
 
-// Without the instruction, lane by lane: called, not inlined, since it stands at every load and store.
+// One lane after the other, for processors without the instruction. Not inlined, because every load and store
+// has one.
 template <typename X>
 __attribute__((noinline)) FloatRegister to_float_by_lanes(X x) {
   FloatRegister r;

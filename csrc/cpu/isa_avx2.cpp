@@ -1,4 +1,5 @@
-// The kernels for processors with AVX2, FMA and F16C. The pragma stays in force to the end of the file: templates are instantiated there.
+// The kernels for processors with AVX2, FMA and F16C. The pragma has to apply up to the end of the file,
+// where templates are instantiated.
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c")
 namespace gradkernels::cpu {

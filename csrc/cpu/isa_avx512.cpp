@@ -1,5 +1,5 @@
-// The kernels for processors with AVX-512 F, BW, DQ and VL. The pragma stays in force to the end of the file: templates are instantiated
-// there.
+// The kernels for processors with AVX-512 F, BW, DQ and VL. The pragma has to apply up to the end of the
+// file, where templates are instantiated.
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 namespace gradkernels::cpu {

@@ -1,4 +1,4 @@
-// The kernels for every processor of the architecture; on x86-64 that is SSE2.
+// The kernels for every processor of the architecture. On x86-64 they use SSE2.
 namespace gradkernels::cpu {
 namespace {
 constexpr int kRegisterBytes = 16;

@@ -1,4 +1,4 @@
-// The choice of the instruction set, once per process.
+// Chooses the instruction set, once per process.
 #include "cpu/kernels.h"
 
 #include <cstdlib>
@@ -10,7 +10,7 @@ namespace {
 const Kernels& choose() {
 #if defined(__x86_64__)
   const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
-  // A value that names nothing leaves the choice to the processor, as in torch.
+  // As in torch, an unknown value is ignored: the processor then decides.
   const auto is = [&](const char* name) { return capability != nullptr && std::strcmp(capability, name) == 0; };
   if (!is("default") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&

@@ -1,4 +1,4 @@
-// The table of the instruction set that the including file, cpu/isa_*.cpp, has switched on.
+// The table of kernels for the instruction set that the including file, cpu/isa_*.cpp, has enabled.
 #pragma once
 
 #include "cpu/activation_kernel.h"

@@ -1,7 +1,24 @@
-// How kernels with something to each channel walk a tensor, over two kinds of lines. Long runs: a line is one channel's run of `inner`
-// elements, and what belongs to the channel stays in registers. Short runs, and channels_last with its runs of one: a line is a row across
-// the channels of the slab, and what belongs to a channel is spread out to one value a column. Both bring the same types, so that what
-// happens to an element is written once.
+// How a kernel walks a slab (cpu/slabs.h) of a tensor in which every channel has values of its own, such as a
+// mean or a slope. The slab is walked in lines, and there are two kinds of lines.
+//
+// Long runs (inner >= kShortRunElements): a line is the run of one channel in one row, which is `inner`
+// elements. The channel's values stay in registers. The Lines of channel 1:
+//
+//              channel 0       channel 1       channel 2
+//     row 0    . . . . . . .  [x x x x x x x]  . . . . . . .
+//     row 1    . . . . . . .  [x x x x x x x]  . . . . . . .
+//     row 2    . . . . . . .  [x x x x x x x]  . . . . . . .
+//
+// Short runs, and channels_last, where a run is one element: a line is the part of a row that lies in the
+// slab. The channel of a column is the same in every line, and each column has its own copy of the channel's
+// values. The Lines of a slab of channels 0 to 2:
+//
+//              channel 0   1       2       3       4
+//     row 0    [x x x   x x x   x x x]  . . .   . . .
+//     row 1    [x x x   x x x   x x x]  . . .   . . .
+//     column    0 1 2   3 4 5   6 7 8
+//
+// LongRuns and ShortRuns have the same members, so that a kernel is written once for both.
 #pragma once
 
 #include "cpu/double_vector.h"
@@ -13,7 +30,7 @@
 namespace gradkernels::cpu {
 namespace {
 
-// Elements [begin, end) from offset + row * row_stride on, for each row; of long runs those of one channel, of short runs those of several.
+// Lines [row_begin, row_end): elements [begin, end) of each, counted from offset + row * row_stride.
 struct Lines {
   int64_t channel_begin, channel_end;
   int64_t inner;
@@ -26,7 +43,7 @@ struct Lines {
   GK_INLINE int64_t elements_per_channel() const { return (row_end - row_begin) * (end - begin) / channels(); }
 };
 
-// Calls tile(part) for tiles of at most `rows` rows and `width` elements of a row.
+// Cuts the lines into tiles of at most `rows` rows and `width` columns, and calls tile(part) for each tile.
 template <typename Function>
 GK_INLINE void for_each_tile(const Lines& lines, int64_t rows, int64_t width, const Function& tile) {
   for (int64_t row = lines.row_begin; row < lines.row_end; row += rows) {
@@ -41,18 +58,17 @@ GK_INLINE void for_each_tile(const Lines& lines, int64_t rows, int64_t width, co
   }
 }
 
-// Where a vector stands: its first element in the operand, in the mask's bytes and in a copy of the lines without gaps, and its column in
-// the line; how many elements on there is one to fetch, or 0; and whether the output's line is to be written past the caches.
+// Where a vector lies.
 struct Position {
-  int64_t element;
-  int64_t mask_byte;
-  int64_t copied;
-  int64_t column;
-  int64_t ahead;
-  bool past_caches;
+  int64_t element;    // its first element in the operand
+  int64_t mask_byte;  // its first byte in the mask
+  int64_t copied;     // its first element in a copy of the lines without gaps
+  int64_t column;     // its first column in the line
+  int64_t ahead;      // the element this far ahead is prefetched; 0 for none
+  bool past_caches;   // whether the output is written past the caches
 };
 
-// Of the first column in a row.
+// The position of column 0 in a row.
 GK_INLINE Position position_of_row(const Lines& lines, int64_t row, int64_t ahead) {
   return {lines.offset + row * lines.row_stride,
           lines.mask_offset + row * lines.mask_row_stride,
@@ -66,17 +82,19 @@ GK_INLINE Position advanced(Position at, int64_t columns) {
   return {at.element + columns, at.mask_byte + columns / 8, at.copied + columns, at.column + columns, at.ahead, at.past_caches};
 }
 
-// Into the second-level cache: in the first, rows a power of two apart drive each other out before they are read.
+// Fetches into the second-level cache. In the first-level cache, rows that lie a power of two apart evict
+// each other before they are read.
 GK_INLINE void prefetch(const void* data) { __builtin_prefetch(data, 0, 2); }
 
-// The vector that stands there, of an operand that is read for the first time.
+// Loads a vector of an operand that is read for the first time, and prefetches the one `ahead`.
 template <typename scalar_t, typename Lanes>
 GK_INLINE Vec<opmath_t<scalar_t>> load_first(const scalar_t* data, Position at, Lanes lanes) {
   if (at.ahead != 0) prefetch(data + at.element + at.ahead);
   return load(data + at.element, lanes);
 }
 
-// Which run is fetched while another is worked on: so many elements further on, where the lines go on for so many rows.
+// Which run is prefetched while another is worked on: the one that begins `elements` later, if the lines go
+// on for `rows` more rows.
 struct RunAhead {
   int64_t elements;
   int64_t rows;
@@ -84,16 +102,18 @@ struct RunAhead {
   GK_INLINE int64_t of_row(const Lines& lines, int64_t row) const { return row + rows < lines.row_end ? elements : 0; }
 };
 
-// An output that is to be written past the caches, for being too large for the next reader to find it there, or null;
-// bench/bench_batch_norm_act.py decides about the size. Vectors may begin at every multiple of `step` elements of a line.
+// An output that is written past the caches, because it is too large for the next reader to find it there; or
+// null. Vectors may begin at every multiple of `step` elements of a line.
 template <typename scalar_t>
 struct Streamed {
   const scalar_t* output;
   int64_t step;
 
-  // Whether this element is one to write past the caches: at the alignment of what a register of opmath leaves in memory.
+  // Whether a vector that begins at this element can be written past the caches. Its address must be a
+  // multiple of the bytes that one register fills in memory: kRegisterBytes, or half of them for 16-bit
+  // elements.
   GK_INLINE bool begins_at(int64_t element) const { return output != nullptr && bytes_before_alignment(element) == 0; }
-  // The first of the elements [begin, end) of a line from which on that can be done, else end.
+  // The first of the columns [begin, end) of a line at which such a vector begins, or end if there is none.
   GK_INLINE int64_t begin(int64_t element_of_line, int64_t begin, int64_t end) const {
     if (output == nullptr) return end;
     const int64_t first = bytes_before_alignment(element_of_line + begin) / static_cast<int64_t>(sizeof(scalar_t));
@@ -107,15 +127,16 @@ struct Streamed {
   }
 };
 
-// Vectors of an output with a mask begin at whole bytes of it.
+// With a mask, vectors begin at whole bytes of the mask.
 template <typename scalar_t>
 GK_INLINE Streamed<scalar_t> streamed(const ChannelShape& shape, const scalar_t* output, const uint8_t* mask) {
+  // Measure with bench/bench_batch_norm_act.py.
   constexpr int64_t kStreamedBytes = 16 * 1024 * 1024;
   const bool large = shape.rows * shape.channels * shape.inner * static_cast<int64_t>(sizeof(scalar_t)) >= kStreamedBytes;
   return {large ? output : nullptr, mask == nullptr ? 1 : 8};
 }
 
-// A vector of the row that begins there.
+// The position of the vector at `column` of the row that begins at `begin`.
 template <typename scalar_t>
 GK_INLINE Position position(Position begin, Streamed<scalar_t> streamed, int64_t column) {
   Position at = advanced(begin, column);
@@ -123,13 +144,15 @@ GK_INLINE Position position(Position begin, Streamed<scalar_t> streamed, int64_t
   return at;
 }
 
-// Calls function(position, lanes) for each vector of the lines, which hold scalar_t, row by row.
+// Calls function(position, lanes) for each vector of the lines, row by row. The operand's elements are
+// scalar_t.
 template <typename scalar_t, typename Function>
 GK_INLINE void for_each_position(const Lines& lines, Streamed<scalar_t> streamed, RunAhead ahead, const Function& function) {
   for (int64_t row = lines.row_begin; row < lines.row_end; ++row) {
     Position begin = position_of_row(lines, row, ahead.of_row(lines, row));
     const int64_t turn = streamed.begin(begin.element, lines.begin, lines.end);
-    // Before the turn there is less than a vector, for which 16 bits have no instruction.
+    // Less than a vector lies before the turn. No instruction writes single elements of 16 bits past the
+    // caches.
     begin.past_caches = turn < lines.end && sizeof(scalar_t) > 2;
     for (int64_t from = lines.begin, to = turn; from < lines.end; from = to, to = lines.end) {
       for_each_vector<opmath_t<scalar_t>>(from, to, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA { function(advanced(begin, i), lanes); });
@@ -138,8 +161,10 @@ GK_INLINE void for_each_position(const Lines& lines, Streamed<scalar_t> streamed
   }
 }
 
-// From here on a type is what is computed in. Adds to float64 sums: float64 terms leave their rounding errors in the second sum; of float32
-// terms, that of the additions is nothing.
+// ---- Sums. Types are computing types from here on.
+
+// Adds to a float64 sum in each lane. For float64 terms, sum.low collects the rounding errors. Float32 terms
+// do not use it: a float64 addition of float32 terms rounds far below their precision.
 template <typename opmath>
 GK_INLINE void add_term(math::Sum<Vec<double>>& sum, Vec<double> x) {
   if constexpr (sizeof(opmath) == sizeof(double)) {
@@ -159,11 +184,11 @@ GK_INLINE void add_product(math::Sum<Vec<double>>& sum, Vec<double> a, Vec<doubl
   }
 }
 
-// Vectors of eight doubles that a vector of opmath widens to, and a loop over them with a constant index, which keeps arrays of them in
-// registers.
+// A vector of opmath widens to this many vectors of eight doubles.
 template <typename opmath>
 constexpr int kParts = Vec<opmath>::kLanes / Vec<double>::kLanes;
 
+// The loop over these vectors. Its index is a constant, so that arrays that it indexes stay in registers.
 template <int I>
 struct Part {
   static constexpr int kIndex = I;
@@ -175,7 +200,7 @@ GK_INLINE void for_each_part(const Function& function) {
   if constexpr (kParts<opmath> == 2) function(Part<1>());
 }
 
-// N float64 sums for each lane.
+// N float64 sums in each lane.
 template <typename opmath, int N>
 class Accumulators {
  public:
@@ -202,7 +227,7 @@ class Accumulators {
   math::Sum<Vec<double>> sum_[N][kParts<opmath>];
 };
 
-// How many vectors of float32 terms meet before they enter a float64 sum.
+// This many vectors of float32 terms are added up in float32 before their sum is added to a float64 sum.
 constexpr int64_t kTerms = 8;
 
 template <int N>
@@ -224,7 +249,7 @@ struct Float32Terms {
   }
 };
 
-// Calls function(terms), which is to add kTerms vectors at most to them.
+// Calls function(terms), which adds at most kTerms vectors to `terms`, and adds `terms` to `sums`.
 template <typename opmath, int N, typename Function>
 GK_INLINE void add_terms(Accumulators<opmath, N>& sums, const Function& function) {
   if constexpr (sizeof(opmath) == sizeof(double)) {
@@ -238,12 +263,13 @@ GK_INLINE void add_terms(Accumulators<opmath, N>& sums, const Function& function
 }
 
 // ---- Long runs
-// -----------------------------------------------------------------------------------------------------------------------------
 
 struct LongRuns {
-  // The processor does not foresee where the next run begins, and of a long one all but little. Where a channel's part of the slab is small
-  // beside the second-level cache it is the next channel's run, which is the next to come from memory (for a second pass that goes back: is
-  // there already); else the first run of this channel that is kAheadBytes on. bench/bench_batch_norm_act.py decides about the sizes.
+  // The processor cannot predict where the next run begins. (It prefetches almost all of a long run by
+  // itself.) If a channel's part of the slab is small compared with the second-level cache, the run to
+  // prefetch is the next channel's, which is the next to come from memory. (A second pass finds it in the
+  // cache.) Otherwise it is the first run of this channel that begins at least kAheadBytes later. Measure the
+  // sizes with bench/bench_batch_norm_act.py.
   template <typename scalar_t>
   static GK_INLINE RunAhead run_ahead(const Lines& lines) {
     constexpr int64_t kLongBytes = 16 * 1024, kSmallBytes = 128 * 1024, kAheadBytes = 4096;
@@ -264,7 +290,8 @@ struct LongRuns {
     }
   }
 
-  // Calls function(of_column(column), position, lanes) for each vector of the lines, which hold scalar_t.
+  // Calls function(of_column(column), position, lanes) for each vector of the lines. The operand's elements
+  // are scalar_t.
   template <typename scalar_t, typename OfColumn, typename Function>
   static GK_INLINE void for_each(const Lines& lines, Streamed<scalar_t> streamed, const OfColumn& of_column, const Function& function) {
     const auto values = of_column(0);
@@ -273,7 +300,7 @@ struct LongRuns {
     if (streamed.output != nullptr) stream_fence();
   }
 
-  // C<opmath> of the channel, at every column.
+  // The channel's C<opmath>, the same at every column.
   template <template <typename> class C, typename opmath>
   class Coefficients {
    public:
@@ -286,6 +313,7 @@ struct LongRuns {
     C<Vec<opmath>> value_;
   };
 
+  // N sums over the elements of the channel.
   template <typename opmath, int N>
   class Sums {
    public:
@@ -305,7 +333,8 @@ struct LongRuns {
       });
       return math::rounded(sum);
     }
-    // Calls function(of_column(column), position, lanes, terms) for each vector of the lines, which hold scalar_t.
+    // Calls function(of_column(column), position, lanes, terms) for each vector of the lines; function adds
+    // to `terms`.
     template <typename scalar_t, typename OfColumn, typename Function>
     GK_INLINE void add(const Lines& lines, Streamed<scalar_t> streamed, const OfColumn& of_column, const Function& function) {
       constexpr int64_t kStep = kTerms * Vec<opmath>::kLanes;
@@ -330,9 +359,8 @@ struct LongRuns {
 };
 
 // ---- Short runs
-// ----------------------------------------------------------------------------------------------------------------------------
 
-// A value a column; a lane past the last column holds anything.
+// One value for each column. Lanes after the last column hold arbitrary values.
 template <typename T>
 struct Columns {
   alignas(64) T value[kMaxColumns + Vec<T>::kLanes];
@@ -343,27 +371,30 @@ struct Columns {
   }
   GK_INLINE Vec<T> load(int64_t column) const { return Vec<T>::load(value + column); }
   GK_INLINE void store(int64_t column, Vec<T> x) { x.store(value + column); }
-  // The same value at `count` columns from this one on; what it leaves beyond is for the next call to overwrite.
+  // Sets `count` columns from `column` on to x. It may also write to the columns after them, which the next
+  // call overwrites.
   GK_INLINE void spread(int64_t column, int64_t count, T x) {
     for (int64_t i = 0; i < count; i += Vec<T>::kLanes) store(column + i, Vec<T>(x));
   }
 };
 
 struct ShortRuns {
-  // Calls function(lines) for the slab.
+  // Calls function(lines) once, with the lines of the slab.
   template <typename Function>
   static GK_INLINE void for_each_lines(const ChannelShape& shape, Slab s, const Function& function) {
     const int64_t columns = shape.channels * shape.inner;
     const int64_t first = s.channel_begin * shape.inner;
-    // `first` is a multiple of 8 (the driver sees to it), so that no two slabs share a byte of the mask.
+    // `first` is a multiple of 8 (cpu/slabs.h), so that no two slabs share a byte of the mask.
     function(Lines{s.channel_begin, s.channel_end, shape.inner, s.row_begin, s.row_end, 0, (s.channel_end - s.channel_begin) * shape.inner,
                    first, columns, first / 8, (columns + 7) / 8});
   }
 
-  // Calls function(column, lanes, row, row_end, ahead) for each vector of rows [first, last). One row after the other is the order of
-  // memory; where the `values` of opmath that belong to a column do not stay in the first-level cache meanwhile, or rows do not follow
-  // each other in memory, four rows at once share what belongs to the column. With AVX-512 the four after them are then fetched
-  // ahead, unless they are a page apart or more, which the processor foresees.
+  // Calls function(column, lanes, row, row_end, ahead) for each vector of columns, in blocks of one or four
+  // rows that cover [first, last). Blocks of one row follow the order of memory. In a block of four rows, a
+  // column's values (`values` numbers of type opmath) are loaded once for all four. Blocks have four rows if
+  // these values do not stay in the first-level cache from row to row, or if rows do not follow each other in
+  // memory. AVX-512 then prefetches the next block, unless rows lie a page or more apart: such rows the
+  // processor predicts.
   template <typename scalar_t, typename Function>
   static GK_INLINE void for_each_block(const Lines& lines, int64_t first, int64_t last, int64_t values, const Function& function) {
     using opmath = opmath_t<scalar_t>;
@@ -376,7 +407,8 @@ struct ShortRuns {
                               [&](int64_t column, auto lanes) GK_INLINE_LAMBDA { function(column, lanes, row, row_end, ahead); });
     };
     const int64_t rows = is_gapless && bytes <= kCachedBytes ? 1 : 4;
-    // The wider the vectors, the more each question in the loop counts. Narrower ones ask none: a second loop is half of what is compiled.
+    // The wider the vectors, the more a branch in the loop costs, so AVX-512 has a loop of its own for blocks
+    // of one row. Narrower vectors have one loop: a second one would double the compiled code.
     if constexpr (kRegisterBytes == 64) {
       if (rows == 1) {
         for (int64_t row = first; row < last; ++row) for_each_vector_of(row, row + 1, 0);
@@ -400,6 +432,7 @@ struct ShortRuns {
     if (streamed.output != nullptr) stream_fence();
   }
 
+  // The C<opmath> of each column's channel.
   template <template <typename> class C, typename opmath>
   class Coefficients {
    public:
@@ -423,14 +456,13 @@ struct ShortRuns {
     Columns<opmath> member_[sizeof(C<opmath>) / sizeof(opmath)];
   };
 
+  // N sums in each column, which of_channel adds up.
   template <typename opmath, int N>
   class Sums {
    public:
     explicit GK_INLINE Sums(const Lines& lines) {
       for (int n = 0; n < N; ++n) high_[n] = low_[n] = Columns<double>(lines);
     }
-    // The float64 columns from this one on, as many as a vector has.
-    GK_INLINE Vec<double> of_columns(int64_t column, int n) const { return high_[n].load(column) + low_[n].load(column); }
     GK_INLINE double of_channel(const Lines& lines, int64_t c, int n) const {
       math::Sum<double> sum{0.0, 0.0};
       for (int64_t i = c * lines.inner; i < (c + 1) * lines.inner; ++i) {
@@ -478,7 +510,7 @@ struct ShortRuns {
           math::Sum<Vec<double>> total{high_[n].load(i), Vec<double>(0.0)};
           add_term<opmath>(total, sums.sum(n, part).high);
           high_[n].store(i, total.high);
-          // Of float32 terms nothing is low.
+          // The low part of float32 terms is 0.
           if constexpr (sizeof(opmath) == sizeof(double)) low_[n].store(i, low_[n].load(i) + total.low + sums.sum(n, part).low);
         });
       }
@@ -490,7 +522,7 @@ struct ShortRuns {
   };
 };
 
-// Calls function(Runs()) with the kind of lines that the shape has.
+// Calls function(LongRuns()) or function(ShortRuns()), whichever the shape has.
 template <typename Function>
 GK_INLINE void visit_runs(const ChannelShape& shape, const Function& function) {
   if (shape.inner >= kShortRunElements) {

@@ -1,5 +1,5 @@
-// Elements in memory as a vector of the type they are computed in, and back: whole vectors, the first lanes of one, and stores past the
-// caches.
+// Elements in memory as a vector of the type they are computed in, and back: whole vectors, the first lanes
+// of one, and stores past the caches.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@
 namespace gradkernels::cpu {
 namespace {
 
-// Elements in memory as a vector of what they are computed in, and back.
+// ---- Whole vectors
 template <typename T>
 GK_INLINE Vec<T> load(const T* source) {
   return Vec<T>::load(source);
@@ -57,7 +57,9 @@ GK_INLINE void store(scalar_t* target, AllLanes, Vec<opmath_t<scalar_t>> value) 
   store(target, value);
 }
 
-// Element by element, but with AVX-512: called, not inlined, since it stands behind every loop.
+// ---- The first lanes of a vector
+
+// One element after the other, for processors without AVX-512. Not inlined, because every loop ends with one.
 template <typename T>
 __attribute__((noinline)) Vec<opmath_t<T>> load_elements(const T* source, int count, Vec<opmath_t<T>> fill) {
   T lane[Vec<opmath_t<T>>::kLanes];
@@ -72,7 +74,8 @@ __attribute__((noinline)) void store_elements(T* target, int count, Vec<opmath_t
   for (int i = 0; i < count; ++i) target[i] = lane[i];
 }
 
-// The other lanes from `fill`, which has to be a number that T has; memory past the count is not touched.
+// The other lanes come from `fill`, whose values T must be able to represent. Memory after `count` elements
+// is not touched.
 template <typename T>
 GK_INLINE Vec<opmath_t<T>> load(const T* source, SomeLanes lanes, Vec<opmath_t<T>> fill = Vec<opmath_t<T>>(0)) {
 #if defined(__x86_64__)
@@ -106,8 +109,11 @@ GK_INLINE void store(T* target, SomeLanes lanes, Vec<opmath_t<T>> value) {
   store_elements(target, lanes.count, value);
 }
 
-// Past the caches: without reading the target's line first, which for an output too large to stay in cache is a third of the traffic. Other
-// cores see it after stream_fence. The target is aligned to what a register of opmath leaves in memory.
+// ---- Stores past the caches
+
+// An ordinary store first reads the target's cache line. For an output that is too large to stay in the
+// cache, this is a third of the traffic, which `stream` avoids. Other cores see the stored values after
+// stream_fence. The target must be aligned to the bytes that a register of opmath becomes in memory.
 template <typename T>
 GK_INLINE void stream(T* target, Vec<opmath_t<T>> value) {
 #if defined(__x86_64__)
@@ -138,7 +144,7 @@ GK_INLINE void stream_fence() {
 #endif
 }
 
-// As store, past the caches where `past_caches` says so.
+// stream, if `past_caches`; otherwise store.
 template <typename T>
 GK_INLINE void store(T* target, AllLanes, Vec<opmath_t<T>> value, bool past_caches) {
   if (past_caches) {
@@ -147,8 +153,8 @@ GK_INLINE void store(T* target, AllLanes, Vec<opmath_t<T>> value, bool past_cach
     store(target, value);
   }
 }
-// A part of a line stored through the caches would have to be read first, and hold up all stores after it. There is an instruction for no
-// less than 32 bits.
+// An ordinary store to a part of a cache line would wait for the line to be read, and the stores after it
+// would wait too. Single elements can be stored past the caches if they have 32 or 64 bits.
 template <typename T>
 GK_INLINE void store(T* target, SomeLanes lanes, Vec<opmath_t<T>> value, bool past_caches) {
 #if defined(__x86_64__)

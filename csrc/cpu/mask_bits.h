@@ -1,4 +1,4 @@
-// The mask of a vector as bits in memory, one bit a lane.
+// The mask of a vector as bits in memory, one bit for each lane.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ GK_INLINE typename Vec<T>::Mask from_bits(uint32_t bits) {
   return mask;
 }
 
-// A vector's bits in memory: lanes / 8 bytes, the lowest first.
+// kLanes / 8 bytes, the lowest bits first.
 template <typename T>
 GK_INLINE void store_bits(uint8_t* target, AllLanes, typename Vec<T>::Mask mask) {
   const uint32_t bits = to_bits<T>(mask);
@@ -37,7 +37,7 @@ GK_INLINE typename Vec<T>::Mask load_bits(const uint8_t* source, AllLanes) {
   return from_bits<T>(bits);
 }
 
-// Those of some lanes fill whole bytes, the spare bits zero.
+// The bits of the first lanes, in whole bytes; unused bits are 0.
 template <typename T>
 GK_INLINE void store_bits(uint8_t* target, SomeLanes lanes, typename Vec<T>::Mask mask) {
   const uint32_t bits = to_bits<T>(mask) & ((1u << lanes.count) - 1u);

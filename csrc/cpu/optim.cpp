@@ -1,4 +1,4 @@
-// RMSprop on the CPU: all parameters in one pass, cut into chunks for torch's threads.
+// RMSprop on the CPU: one pass over all parameters, which are cut into chunks for torch's threads.
 #include "ops/optim.h"
 
 #include "cpu/chunks.h"

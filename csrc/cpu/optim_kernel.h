@@ -1,4 +1,5 @@
-// The SIMD loop of RMSprop: parameter, gradient and averages are read once and written once. Compiled once per instruction set.
+// The SIMD loop of RMSprop. It reads parameter, gradient and averages once and writes them once. Compiled
+// once per instruction set.
 #pragma once
 
 #include "cpu/kernels.h"

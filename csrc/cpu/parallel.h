@@ -1,5 +1,6 @@
-// Threads: torch's own pool, through its C interface. This library then needs no OpenMP of its own (at::parallel_for is a header template
-// that runs serially, without a word, where -fopenmp is missing, and a second runtime in the process oversubscribes the cores).
+// Threads: torch's own pool, through its C interface, so that this library does not need OpenMP.
+// (at::parallel_for is a header template: without -fopenmp it runs serially and does not say so. A second
+// OpenMP runtime in the process would oversubscribe the cores.)
 #pragma once
 
 #include <torch/csrc/stable/c/shim.h>
@@ -9,8 +10,9 @@
 
 namespace gradkernels::cpu {
 
-// function(begin, end) for ranges that make up [0, count), on any threads; a range has at least `grain` where there are so many. The
-// function may throw std::bad_alloc alone: of an exception in one of the threads, torch says that there was one.
+// Calls function(begin, end) for ranges that together are [0, count), on several threads. A range has at
+// least `grain` numbers, if there are that many. The only exception that function may throw is
+// std::bad_alloc: torch reports that a thread threw, but not what.
 template <typename Function>
 void parallel_for_ranges(int64_t count, int64_t grain, const Function& function) {
   if (count <= grain) {
@@ -21,7 +23,7 @@ void parallel_for_ranges(int64_t count, int64_t grain, const Function& function)
   if (torch_parallel_for(0, count, grain, run, const_cast<Function*>(&function)) != 0) throw std::bad_alloc();
 }
 
-// function(i) for i in [0, count), likewise.
+// Calls function(i) for i in [0, count), likewise.
 template <typename Function>
 void parallel_for(int64_t count, int64_t grain, const Function& function) {
   parallel_for_ranges(count, grain, [&function](int64_t begin, int64_t end) {

@@ -1,5 +1,6 @@
-// A tensor seen by channel, cut into slabs: pieces that a thread takes. Its shape alone decides, so that results do not depend on the
-// number of threads.
+// How a tensor is cut into slabs, the pieces that threads work on: some of its channels, in some of its rows
+// (common/shape.h). The cut depends only on the shape, so that results do not depend on the number of
+// threads.
 #pragma once
 
 #include <algorithm>
@@ -10,24 +11,27 @@
 
 namespace gradkernels::cpu {
 
-// A channel up to this size is worked on by one thread: two operands of it in float32 fill a second-level cache of 2 MiB.
+// A channel of at most this many elements is one thread's work: two float32 operands of this size fill a
+// second-level cache of 2 MiB.
 constexpr int64_t kWholeElements = 256 * 1024;
-// With this many channels, threads find enough to do among larger ones too; 4 MiB then wait in the third-level cache.
+// With this many channels or more, a channel of up to kWholeElementsOfMany elements is one thread's work too:
+// there is enough work for all threads. Its 4 MiB stay in the third-level cache.
 constexpr int64_t kManyChannels = 16;
 constexpr int64_t kWholeElementsOfMany = 1024 * 1024;
-// What a task takes of a channel that is cut, and about the least that is worth a thread.
+// A channel that is cut is cut into parts of this size. A task has at least about kGrainElements: less is not
+// worth a thread.
 constexpr int64_t kPartElements = 64 * 1024;
 constexpr int64_t kGrainElements = 16 * 1024;
-// A row of fewer columns than these, with a gap to the next one, is a poor piece of memory to read.
+// A slab of fewer columns is slow to read, because its rows are short and have gaps between them.
 constexpr int64_t kNarrowColumns = 256;
-// What has to be made ready for each column of a part is shared by this many rows.
+// A part has at least this many rows, which share the work of preparing its columns.
 constexpr int64_t kLeastRows = 256;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 class Slabs {
  public:
-  // What goes over its channels twice takes those that fit into a cache whole.
+  // A kernel that reads a channel twice (`goes_twice`) gets channels that fit into a cache whole.
   explicit Slabs(const ChannelShape& shape, bool goes_twice = true) : shape_(shape), rows_(shape.rows), inner_(shape.inner) {
     const int64_t elements = shape.rows * shape.inner;
     int64_t limit = goes_twice ? kWholeElements : kPartElements;
@@ -35,8 +39,9 @@ class Slabs {
       channels_ = 1;
       if (goes_twice && shape.channels >= kManyChannels) limit = kWholeElementsOfMany;
     } else {
-      // Wide for the loops, narrow for the threads; a multiple of 8 channels keeps the bytes of the mask apart. Where narrow columns would
-      // be cut anyway, as wide as can be: a part's rows then follow each other in memory.
+      // Loops want wide slabs, threads want many. A multiple of 8 channels makes slabs begin at whole bytes
+      // of the mask. If even narrow slabs had to be cut by rows, they are as wide as possible: the rows of a
+      // part then follow each other in memory.
       const int64_t wish = std::clamp(elements * shape.channels / 16, kGrainElements, 2 * kPartElements) / shape.rows;
       const int64_t columns = elements * kNarrowColumns > limit ? kMaxColumns : std::clamp<int64_t>(wish, kShortRunElements, kMaxColumns);
       channels_ = std::min(std::max<int64_t>(columns / shape.inner / 8 * 8, 8), shape.channels);
@@ -54,7 +59,7 @@ class Slabs {
     inner_slabs_ = divide_up(shape.inner, inner_);
   }
 
-  // Slabs that one channel is cut into.
+  // The number of slabs that one channel is cut into.
   int64_t parts() const { return row_slabs_ * inner_slabs_; }
   int64_t size() const { return channel_slabs_ * parts(); }
   int64_t part(int64_t i) const { return i / channel_slabs_; }
@@ -72,7 +77,8 @@ class Slabs {
   void for_each(const Function& function) const {
     parallel_for(size(), grain(), function);
   }
-  // Calls function(i, copy) with memory of each thread's own, for as many elements of this size as a slab has; of size 0, null.
+  // Calls function(i, copy) for each slab. `copy` is the thread's own memory for a slab of elements of this
+  // size; null for size 0.
   template <typename Function>
   void for_each_with_copy(int64_t element_bytes, const Function& function) const {
     parallel_for_ranges(size(), grain(), [&](int64_t begin, int64_t end) {

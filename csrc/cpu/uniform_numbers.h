@@ -1,4 +1,4 @@
-// Random numbers of many elements at once: math::philox in vectors of 64-bit words.
+// Uniform random numbers for many elements at once: math::philox in vectors of 64-bit words.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@
 namespace gradkernels::cpu {
 namespace {
 
-// A register of 64-bit words: what math::philox computes in.
+// A register of 64-bit words, which math::philox computes in.
 struct LongWords {
   typedef uint64_t Register __attribute__((vector_size(kRegisterBytes)));
   static constexpr int kLanes = kRegisterBytes / 8;
@@ -42,14 +42,16 @@ struct LongWords {
   }
 };
 
-// The numbers, uniform in [0, 1), of the blocks of four from `block` on, as many blocks as LongWords has lanes.
+// Numbers uniform in [0, 1). philox gives them in blocks of four; these are the blocks from `block` on, one
+// for each lane of LongWords.
 struct UniformNumbers {
   static constexpr int kCount = 4 * LongWords::kLanes;
 
   float number[kCount];
 
   GK_INLINE UniformNumbers(uint64_t seed, uint64_t block) {
-    // The lower half of the blocks in the even lanes, which is the order that interleaving leaves.
+    // The first half of the blocks is in the even lanes: the interleaving below then puts all blocks in
+    // order.
     LongWords::Register blocks;
     for (int i = 0; i < LongWords::kLanes; ++i) blocks[i] = block + static_cast<uint64_t>(i / 2 + i % 2 * (LongWords::kLanes / 2));
     const math::PhiloxBlock<LongWords> random = math::philox(seed, LongWords(blocks));
@@ -58,7 +60,7 @@ struct UniformNumbers {
     store_uniform(number + kCount / 2, interleave_odd(first, second));
   }
 
-  // A vector of them from the i-th on.
+  // A vector of the numbers from number i on.
   template <typename T>
   GK_INLINE Vec<T> at(int64_t i) const {
     if constexpr (sizeof(T) == sizeof(double)) {
@@ -99,7 +101,7 @@ struct UniformNumbers {
     return b;
   }
 
-  // math::uniform_of each 32 bits.
+  // math::uniform_of of each 32-bit word.
   static GK_INLINE void store_uniform(float* target, LongWords::Register words) {
     const Vec<float>::Bits bits = reinterpret_cast<Vec<float>::Bits>(reinterpret_cast<Words>(words) >> 8);
     const FloatRegister uniform = __builtin_convertvector(bits, FloatRegister) * 0x1p-24f;

@@ -1,8 +1,11 @@
-// Vec<T>: the vector of an instruction set, at least eight lanes wide so that a vector always fills whole bytes of a bit mask, with the
-// operations that math/ is written in. The including file has switched the instruction set on and said so with kRegisterBytes: 64 is
-// AVX-512 F, BW, DQ and VL, 32 is AVX2, FMA and F16C, 16 is what every processor has. (g++ before 13 does not define __AVX2__ after
-// #pragma GCC target.) Everything has internal linkage and is forced inline: an instruction set's object must not hand a function to the
-// rest of the library (tests/test_layout.py looks with nm).
+// Vec<T>: a vector of an instruction set, with the operations that math/ is written in. It has at least eight
+// lanes, so that the mask of a vector fills whole bytes.
+//
+// The including file has enabled the instruction set and has defined kRegisterBytes: 64 for AVX-512 F, BW, DQ
+// and VL, 32 for AVX2, FMA and F16C, 16 for every processor. (g++ before 13 does not define __AVX2__ after
+// #pragma GCC target.) Every function has internal linkage and is forced inline: the object of an instruction
+// set must not export a function that the linker could use elsewhere (tests/test_layout.py checks it with
+// nm).
 #pragma once
 
 #include <cstdint>
@@ -71,12 +74,13 @@ struct Vec {
 
   Vec() = default;
   GK_INLINE Vec(Register first) : part{first} {}
-  // x - 0 is x for every x, which x + 0 is not for -0
+  // x - 0 is x for every x. x + 0 is not: -0 + 0 is +0.
   GK_INLINE Vec(T x) {
     for (int i = 0; i < kRegisters; ++i) part[i] = x - Register{};
   }
 
-  // A register at a time: a copy of several goes in pieces of its own, which the processor cannot forward to the registers.
+  // One register at a time. The compiler copies several registers in pieces of another size, and the
+  // processor cannot forward a store of such pieces to a load of a register.
   GK_INLINE static Vec load(const T* source) {
     Vec r;
     for (int i = 0; i < kRegisters; ++i) __builtin_memcpy(&r.part[i], source + i * kRegisterLanes, sizeof(Register));
@@ -135,7 +139,8 @@ struct Vec {
     return r;
   }
 
-  // Without the instruction a fused rounding would be a library call per lane: two roundings then, in both directions alike.
+  // Without the instruction, a fused multiply-add would be a library call for each lane. The product is
+  // rounded then, in forward and backward alike.
   friend GK_INLINE Vec fma(Vec a, Vec b, Vec c) {
     Vec r;
     for (int i = 0; i < kRegisters; ++i) r.part[i] = fma_register(a.part[i], b.part[i], c.part[i]);
@@ -152,7 +157,7 @@ struct Vec {
 
   friend GK_INLINE Vec scale_normal_by_exp2(Vec x, Vec n) {
     using C = math::ExpConstants<T>;
-    // Unsigned: where n is nan or far, the sum wraps.
+    // Unsigned, because the sum wraps if n is nan or far.
     typedef typename C::bits_t UnsignedBits __attribute__((vector_size(kRegisterBytes)));
     const Vec rounded = n + Vec(C::kRound);
     for (int i = 0; i < kRegisters; ++i) {
@@ -162,11 +167,11 @@ struct Vec {
     return x;
   }
 
-  // Of nan too: an addition to its bits may make a number of it.
+  // nan counts as far: an addition to its bits may turn it into a number.
   friend GK_INLINE bool has_far_exponent(Vec n) {
     const Vec bound(T(math::kFarExponent));
 #if defined(__x86_64__)
-    // Compilers take the comparison through a vector of its lanes.
+    // An intrinsic, because compilers turn the comparison into a vector before they test it.
     if constexpr (kRegisterBytes == 64 && sizeof(T) == 4) return _mm512_cmp_ps_mask(n.part[0], bound.part[0], _CMP_NGE_UQ) != 0;
     if constexpr (kRegisterBytes == 64 && sizeof(T) == 8) return _mm512_cmp_pd_mask(n.part[0], bound.part[0], _CMP_NGE_UQ) != 0;
 #endif
@@ -189,7 +194,7 @@ struct Vec {
     return r;
   }
 
-  // The processor's maximum is its second operand where one is nan.
+  // The processor's maximum is the second operand if either is nan.
   friend GK_INLINE Vec at_least(Vec bound, Vec x) {
 #if defined(__x86_64__)
     if constexpr (kRegisterBytes == 64 && sizeof(T) == 4) return {_mm512_max_ps(bound.part[0], x.part[0])};
@@ -205,7 +210,7 @@ struct Vec {
 
   friend GK_INLINE Vec exp2_of_integer(Vec n) {
     using C = math::ExpConstants<T>;
-    // Unsigned: where n is nan or far, the sum wraps.
+    // Unsigned, because the sum wraps if n is nan or far.
     typedef typename C::bits_t UnsignedBits __attribute__((vector_size(kRegisterBytes)));
     Vec r;
     for (int i = 0; i < kRegisters; ++i) {
@@ -227,7 +232,7 @@ struct Vec {
   }
 };
 
-// One bit a lane, the first lane in the lowest bit.
+// One bit for each lane, the first lane in the lowest bit.
 template <typename T>
 GK_INLINE uint32_t to_bits(typename Vec<T>::Mask mask) {
   using V = Vec<T>;
@@ -250,7 +255,8 @@ GK_INLINE uint32_t to_bits(typename Vec<T>::Mask mask) {
   return bits;
 }
 
-// How many lanes of a vector are meant: all, which the type says, or `count` of them, 0 < count < lanes.
+// Which lanes of a vector are used: all of them, or the first `count`, 0 < count < kLanes. These are two
+// types, so that code for whole vectors does not test the count.
 struct AllLanes {
   static constexpr bool kAll = true;
 };
@@ -259,7 +265,8 @@ struct SomeLanes {
   int count;
 };
 
-// Calls function(offset, lanes) for each vector of [begin, end): with AllLanes, and SomeLanes for what is left at the end.
+// Calls function(offset, lanes) for each vector of [begin, end): lanes is AllLanes, but SomeLanes for a rest
+// that does not fill a vector.
 template <typename T, typename Function>
 GK_INLINE void for_each_vector(int64_t begin, int64_t end, const Function& function) {
   int64_t i = begin;

@@ -1,6 +1,7 @@
-// The activations on CUDA: elementwise passes over packets of 16 bytes, several in flight a thread, and per-channel sums where a parameter
-// is learnt. Decided here: the activation is a run-time argument, and a kernel holds a loop for each; tensors that do not begin at a packet
-// are walked an element at a time.
+// The activations on CUDA: elementwise passes over packets of 16 bytes, and sums for each channel if the
+// parameter is learnt. A thread loads several packets before it uses them. The activation is a run-time
+// argument, and each kernel contains one loop for each activation. A tensor that is not aligned to a packet
+// is walked one element at a time.
 #include "ops/activation.h"
 
 #include <type_traits>
@@ -12,11 +13,12 @@ namespace gradkernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-// bench/bench_activation.py on a GPU decides both: bytes that a thread has asked for and not yet used, and blocks for each SM.
+// Bytes that a thread loads before it uses the first of them, and blocks for each SM. Measure with
+// bench/bench_activation.py on a GPU.
 constexpr int kBytesInFlight = 64;
 constexpr int kBlocksPerProcessor = 8;
 
-// Values of W elements in the computing type.
+// W elements in the computing type.
 template <typename scalar_t, int W>
 struct Values {
   opmath_t<scalar_t> element[W];
@@ -35,8 +37,9 @@ struct Values {
   }
 };
 
-// out = apply(first, valid, in...) over packets of W elements: apply gets the index of a packet's first element, the number of those that
-// exist (none or fewer than none past the end, where all lanes of a warp still come along), and the packets of the inputs.
+// out = apply(first, valid, in...) for each packet of W elements. `first` is the index of the packet's first
+// element. `valid` is the number of elements up to the end; it may be less than W, 0 or negative, because all
+// lanes of a warp take part. `in` are the packets of the inputs.
 template <int W, typename scalar_t, int kInputs, typename Apply>
 __device__ __forceinline__ void elementwise(int64_t count, const scalar_t* const (&in)[kInputs], scalar_t* out, const Apply& apply) {
   constexpr int kInFlight = W == 1 ? 4 : (kBytesInFlight / (kInputs * kPacketBytes) > 0 ? kBytesInFlight / (kInputs * kPacketBytes) : 1);
@@ -72,7 +75,8 @@ __device__ __forceinline__ void elementwise(int64_t count, const scalar_t* const
   }
 }
 
-// One bit an element: the lanes that share a byte bring theirs together, one of them writes it. Called by whole warps.
+// Stores one bit for each element. One of the lanes that share a byte collects their bits and writes the
+// byte. Whole warps must call it.
 template <int W>
 __device__ __forceinline__ void store_bits(uint8_t* mask, int64_t first, int64_t valid, unsigned bits) {
   constexpr int kLanes = W < 8 ? 8 / W : 1;
@@ -100,7 +104,7 @@ __device__ __forceinline__ Values<scalar_t, W> forward_with_mask(const Activatio
   return y;
 }
 
-// Bits of elements that do not exist are 0.
+// Sets the bits of elements after the end to 0.
 template <int W>
 __device__ __forceinline__ unsigned existing(unsigned bits, int64_t valid) {
   return valid >= W ? bits : valid <= 0 ? 0u : bits & ((1u << valid) - 1u);
@@ -108,7 +112,7 @@ __device__ __forceinline__ unsigned existing(unsigned bits, int64_t valid) {
 
 // y = act(x)
 //   launch   blocks of kThreads that stride over tiles
-//   requires x and y each dense, in one order, both at a packet unless W = 1; y may be x
+//   requires x and y dense, in the same order; both aligned to a packet, unless W = 1; y may be x
 //   traffic  n elements read, n written
 template <typename scalar_t, int W>
 __global__ void __launch_bounds__(kThreads) activation_forward_kernel(math::Activation act, int64_t count, const scalar_t* x, scalar_t* y) {
@@ -123,9 +127,9 @@ __global__ void __launch_bounds__(kThreads) activation_forward_kernel(math::Acti
   });
 }
 
-// The same with the bits of the mask, for activations of two slopes.
+// y = act(x) and the bits of the mask, for activations of two slopes
 //   launch   as above
-//   requires as above; mask of ceil(n / 8) bytes
+//   requires as above; a mask of ceil(n / 8) bytes
 //   traffic  n elements read, n written, n bits written
 template <typename scalar_t, int W>
 __global__ void __launch_bounds__(kThreads)
@@ -141,9 +145,9 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-// grad_x = grad_y act'(x), from x or, elu alone, from y
+// grad_x = grad_y act'(x), from x; only elu's also from y
 //   launch   as above
-//   requires grad_y, saved and grad_x as x and y above; grad_x may be grad_y
+//   requires grad_y, saved and grad_x dense and aligned like x and y above; grad_x may be grad_y
 //   traffic  2n elements read, n written
 template <typename scalar_t, int W>
 __global__ void __launch_bounds__(kThreads) activation_backward_kernel(math::Activation act, bool from_output, int64_t count,
@@ -166,9 +170,9 @@ __global__ void __launch_bounds__(kThreads) activation_backward_kernel(math::Act
   }
 }
 
-// The same from the mask.
+// grad_x = grad_y act'(x), from the mask
 //   launch   as above
-//   requires as above; mask as forward wrote it
+//   requires as above; the mask that forward wrote
 //   traffic  n elements and n bits read, n written
 template <typename scalar_t, int W>
 __global__ void __launch_bounds__(kThreads)
@@ -201,7 +205,7 @@ struct DrawnSlopes {
       const int place = static_cast<int>(first % 4);
 #pragma unroll
       for (int i = 0; i < W; ++i) {
-        // Without an index that only the run knows, which would send the four to local memory.
+        // An array with a run-time index would be in local memory.
         const int at = place + i;
         const uint64_t word = at == 0 ? random.word[0] : at == 1 ? random.word[1] : at == 2 ? random.word[2] : random.word[3];
         slope[i] = slopes.slope_of(static_cast<opmath_t<scalar_t>>(math::uniform_of(word)));
@@ -210,7 +214,7 @@ struct DrawnSlopes {
   }
 };
 
-// y = rrelu(x) with slopes drawn from the seed
+// y = rrelu(x) with slopes drawn from the seed, and the bits of the mask
 //   launch   as above
 //   requires as activation_forward_mask_kernel
 //   traffic  n elements read, n written, n bits written
@@ -234,7 +238,7 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-// grad_x of it: the slopes are drawn again
+// grad_x of rrelu, which draws the same slopes again
 //   launch   as above
 //   requires as activation_backward_mask_kernel
 //   traffic  n elements and n bits read, n written
@@ -255,7 +259,7 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-// Calls function(activation), with activation(parameter) the functor.
+// Calls function(activation); activation(parameter) is the functor.
 template <typename scalar_t, typename Function>
 __device__ __forceinline__ void visit_parametric(Parametric act, const Function& function) {
   using opmath = opmath_t<scalar_t>;
@@ -266,7 +270,8 @@ __device__ __forceinline__ void visit_parametric(Parametric act, const Function&
   }
 }
 
-// The channel of an element, and of those after it: one division for a packet.
+// The channel of an element and, after each next(), of the next element. A packet needs the divisions only
+// once.
 struct ChannelOf {
   int64_t inner;
   int64_t channels;
@@ -290,7 +295,7 @@ struct ChannelOf {
 
 // y = act(x, parameter of the channel)
 //   launch   as above
-//   requires x and y dense, in the order of `shape`; both at a packet unless W = 1
+//   requires x and y dense, in the order of `shape`; both aligned to a packet, unless W = 1
 //   traffic  n elements read, n written
 template <typename scalar_t, int W>
 __global__ void __launch_bounds__(kThreads) parametric_forward_kernel(Parametric act, ChannelShape shape, int64_t count, const scalar_t* x,
@@ -318,12 +323,12 @@ struct ParametricShared {
   unsigned flag;
 };
 
-// Elements whose parameter gradients a block adds up, and at most so many parts of a column.
+// A block adds up the parameter gradients of kElementsOfPart elements. A column has at most kMostParts parts.
 constexpr int64_t kElementsOfPart = 64 * kThreads;
 constexpr int64_t kMostParts = 256;
 
-// grad_x of the W elements from `first` on, where it is asked for: activation_of(j) is that of element j, and add(j, share) gets what it
-// adds to the gradient of its parameter.
+// Writes grad_x of the W elements from `first` on, unless grad_x is null. activation_of(j) is the functor of
+// element j. add(j, share) receives the element's share of the gradient of its parameter.
 template <typename scalar_t, int W, typename ActivationOf, typename Add>
 __device__ __forceinline__ void parametric_backward_packet(const ParametricBackward& p, int64_t first, const ActivationOf& activation_of,
                                                            const Add& add) {
@@ -342,9 +347,11 @@ __device__ __forceinline__ void parametric_backward_packet(const ParametricBackw
   if (p.grad_x != nullptr) store(static_cast<scalar_t*>(p.grad_x) + first, result.rounded());
 }
 
-// grad_x = grad_y act'(x), and the gradient of each channel's parameter, where a channel's elements lie in runs
-//   launch   parts * channels blocks of kThreads; the last block of a channel adds its parts up in order
-//   requires tensors dense, in the order of `shape`; inner a multiple of W and all at a packet unless W = 1; counters zero
+// grad_x = grad_y act'(x), and the gradient of each channel's parameter, if the elements of a channel form
+// runs
+//   launch   parts * channels blocks of kThreads; the last block of a channel adds up its parts, in order
+//   requires tensors dense, in the order of `shape`; unless W = 1, inner a multiple of W and all tensors
+//            aligned to a packet; counters = 0
 //   traffic  2n elements read, n written
 template <typename scalar_t, int W>
 __global__ void __launch_bounds__(kThreads)
@@ -384,9 +391,11 @@ struct ParametricColumnShared {
   unsigned flag;
 };
 
-// The same where rows run across channels
-//   launch   (column blocks, parts of the rows) of kThreads: `columns` threads side by side with W channels each, the others below them
-//   requires inner = 1; channels a multiple of W and all at a packet unless W = 1; counters zero, one for each column block
+// The same if rows run across channels
+//   launch   (column blocks, parts of the rows) blocks of kThreads; `columns` neighbouring threads take W
+//            channels each of one row, the next `columns` threads those of the next row
+//   requires inner = 1; unless W = 1, channels a multiple of W and all tensors aligned to a packet; counters
+//            = 0, one for each column block
 //   traffic  2n elements read, n written
 template <typename scalar_t, int W>
 __global__ void __launch_bounds__(kThreads)
@@ -434,7 +443,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Calls function(scalar_t(), width) with W the elements of a packet where that fits, else 1.
+// Calls function(scalar_t(), width): width is the number of elements of a packet if in_packets, otherwise 1.
 template <typename Function>
 void with_width(DType dtype, bool in_packets, const Function& function) {
   dispatch(dtype, [&](auto zero) {
@@ -526,7 +535,7 @@ void parametric_backward(const ParametricBackward& p) {
       int columns = kWarpThreads;
       while (columns / 2 * W >= shape.channels && columns > 1) columns /= 2;
       const int64_t column_blocks = (shape.channels + int64_t{columns} * W - 1) / (int64_t{columns} * W);
-      // Some dozens of rows a thread, and no more parts than the last block adds up in a moment.
+      // A thread takes 32 rows; more, if there would be too many parts for the last block.
       const int64_t lines = kThreads / columns;
       int64_t rows_of_part = lines * 32;
       if (rows_of_part * kMostParts < shape.rows) rows_of_part = (shape.rows + kMostParts - 1) / kMostParts;

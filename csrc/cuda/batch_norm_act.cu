@@ -1,7 +1,29 @@
-// batch_norm_act on CUDA. A slab is what statistics are taken of at once: one channel where its runs are long, else a group of channels
-// whose columns lie side by side. Where shared memory holds it, spread over a cluster of blocks, one kernel reads each operand once; else a
-// pass for the sums, whose last block merges them, and a pass back from the end for the result. Both are made of the same pieces. How a
-// tensor is cut follows from its shape and the device alone, and every sum has a fixed order: results are the same from run to run.
+// batch_norm_act on CUDA. How a tensor is cut:
+//
+//   tensor   rows x channels x inner (common/shape.h)
+//   slab     the channels whose statistics are computed together, in all rows: one channel if runs are long
+//            (inner >= kShortRunElements), otherwise a group of neighbouring channels
+//   line     the elements of a slab in one row: a channel's run, or the columns of the group
+//   octet    eight neighbours of a line, the last ones maybe fewer; octets of a slab are counted line by line
+//   part     the octets of a slab that one block takes; it may begin and end within a line
+//
+//   Long runs, slab = channel 1:                        Short runs, slab = channels 0 to 3:
+//
+//           channel 0    channel 1                             channels 0 to 3      channels 4 to 7
+//   row 0   . . . . .   [octet|octet|oct]               row 0  [octet|octet|octet]  . . . . . . . .
+//   row 1   . . . . .   [octet|octet|oct]  part 0       row 1  [octet|octet|octet]  . . . . . . . .  part 0
+//   row 2   . . . . .   [octet|octet|oct]               row 2  [octet|octet|octet]  . . . . . . . .
+//   - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - -
+//   row 3   . . . . .   [octet|octet|oct]               row 3  [octet|octet|octet]  . . . . . . . .
+//   row 4   . . . . .   [octet|octet|oct]  part 1       row 4  [octet|octet|octet]  . . . . . . . .  part 1
+//
+// A thread of a block takes every t.threads-th octet of its part. In short runs ("columns" below), it always
+// has the same octet of the line.
+//
+// If the shared memory of a cluster of blocks can hold a slab, one kernel reads each operand once. Otherwise
+// there are two passes: the first computes sums, which the last block of a slab merges, and the second walks
+// back from the end and writes the result. Both ways use the same functions. The cut depends only on the
+// shape and the device, and every sum has a fixed order: every run gives the same bits.
 #include "ops/batch_norm_act.h"
 
 #include <algorithm>
@@ -16,51 +38,52 @@ namespace gradkernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-// Blocks that an SM is to hold: so many registers are a thread's at most.
+// The number of blocks that an SM can hold, which limits the registers of a thread.
 template <typename scalar_t>
 constexpr int kBlocks = sizeof(scalar_t) == 8 ? 1 : 2;
-// Eight neighbours of a line: whole packets in every dtype, and one byte of the mask.
+// An octet is a number of whole packets in every dtype, and one byte of the mask.
 constexpr int kOctetElements = 8;
-// What a thread loads before it uses any of it; bench/bench_batch_norm_act.py on a GPU decides.
+// Bytes that a thread loads before it uses the first of them. Measure with bench/bench_batch_norm_act.py on a
+// GPU.
 constexpr int kSumsBytesInFlight = 64;
 constexpr int kApplyBytesInFlight = 64;
-// Channels of a slab whose runs are short, at most; a row of one column each is 128 bytes in 16-bit types.
+// The most channels of a slab of short runs. In 16-bit types, a line of 64 channels with runs of one element
+// has 128 bytes.
 constexpr int kMostGroupChannels = 64;
 constexpr int kGroupRowBytes = 128;
-// Blocks that a pass is cut into, if there is enough to do: about four for each SM of the largest GPUs, and for sums no more parts of a
-// slab than its last block merges on the way.
+// A pass has this many blocks, if there is enough work: the pass for sums about four for each SM of the
+// largest GPUs. The last block of a slab merges its parts, so there are at most kMostSumsParts.
 constexpr int64_t kSumsBlocks = 512;
 constexpr int64_t kMostSumsParts = 256;
 constexpr int64_t kApplyBlocks = 4096;
 constexpr int64_t kLeastOctetsOfThread = 4;
-// Of a cluster that is no portable one. Processors that lie together are no multiple of it, some of them idle: only where 8 do not do.
+// The largest cluster, which not every GPU supports. The SMs that a cluster can use are not a multiple of 16,
+// so some would be idle: larger clusters than 8 are only used if 8 blocks cannot hold a slab.
 constexpr int kMostClusterBlocks = 16;
-// Of each block's shared memory, for the system.
+// The system reserves this much shared memory for each block.
 constexpr int64_t kReservedSharedBytes = 1024;
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- How a tensor is cut
 
-// By shape alone. A slab's lines (a channel's runs, or the group's columns of each row) are cut into octets, counted line by line; a part
-// is what one block takes of them. Threads [0, threads) take every threads-th octet, so that in columns a thread stays in its octet of the
-// line.
+// The numbers of the cut above.
 struct Tiling {
   int64_t channels, inner, rows;
   int64_t row_stride;       // elements from one row to the next
   int64_t mask_row_stride;  // bytes
   int64_t octets_per_line;
-  // From an octet of a thread to its next, and what is added where that lies in the line after.
+  // The steps from a thread's octet to its next one, and the corrections if that is one line further.
   int64_t column_step, element_step, mask_step, element_wrap, mask_wrap;
   int64_t octets;  // of a slab
   int64_t part_octets;
   int64_t slabs;
   int group_channels;  // of a slab
   int parts;           // of a slab
-  int threads;         // of a block that have octets
-  int lanes;           // threads that merge sums of one channel, a power of two
-  bool aligned;        // every octet of a whole line begins at a packet
-  bool exceeds_cache;  // two such tensors do not fit into L2
+  int threads;         // the threads of a block that take octets
+  int lanes;           // the threads that merge the sums of one channel, a power of two
+  bool aligned;        // whether every octet is aligned to a packet
+  bool exceeds_cache;  // whether two such tensors do not fit into L2
 };
 
 Tiling tiling(const ChannelShape& shape, int64_t element_bytes, std::initializer_list<const void*> operands) {
@@ -76,7 +99,7 @@ Tiling tiling(const ChannelShape& shape, int64_t element_bytes, std::initializer
     t.threads = kThreads;
     t.aligned = shape.inner * element_bytes % kPacketBytes == 0;
   } else {
-    // Whole octets, whichever number of channels that takes.
+    // As many channels as give whole octets.
     const int64_t wish = divide_up(kGroupRowBytes / element_bytes / shape.inner, kOctetElements) * kOctetElements;
     const int64_t most = std::min<int64_t>(std::max<int64_t>(wish, kOctetElements), kMostGroupChannels);
     t.group_channels = static_cast<int>(std::min(most, shape.channels));
@@ -100,7 +123,7 @@ Tiling tiling(const ChannelShape& shape, int64_t element_bytes, std::initializer
   return t;
 }
 
-// The same in parts of equal size for every thread, `parts` of them or fewer.
+// The cut with at most `parts` parts, all of one size, in which every thread has the same number of octets.
 Tiling in_parts(Tiling t, int64_t parts) {
   t.part_octets = divide_up(divide_up(t.octets, parts), t.threads) * t.threads;
   t.parts = static_cast<int>(divide_up(t.octets, t.part_octets));
@@ -117,8 +140,9 @@ Tiling for_apply(const Tiling& t) {
   return in_parts(t, std::clamp<int64_t>(divide_up(kApplyBlocks, t.slabs), 1, most));
 }
 
-// Cut for a cluster of at most `most` blocks that hold a slab, `octet_bytes` of shared memory for each octet beside `other_bytes`; no parts
-// where it does not fit. Two blocks to an SM, of which one loads while the other stores, are preferred, and enough blocks to fill a GPU.
+// The cut for clusters of at most `most` blocks that hold a slab in shared memory: `octet_bytes` for each
+// octet, and `other_bytes` for each block. t.parts is 0 if a slab does not fit. Preferably an SM has two
+// blocks, so that one loads while the other stores, and there are enough blocks to fill a GPU.
 Tiling for_cluster(const Tiling& t, int64_t octet_bytes, int64_t other_bytes, int most) {
   const int64_t whole = device_limits().shared_bytes - other_bytes;
   const int64_t half = whole - (device_limits().shared_bytes + kReservedSharedBytes) / 2;
@@ -156,14 +180,14 @@ __device__ __forceinline__ Slab slab_of(const Tiling& t, int64_t index) {
   return {first, channels, channels * t.inner, first * t.inner, first * t.inner / kOctetElements};
 }
 
-// Where an octet lies, and how many of its elements exist: none behind the part's end.
+// Where an octet lies, and how many of its elements exist: 0 after the end of the part.
 struct At {
   int64_t element;
   int64_t mask_byte;
   int valid;
 };
 
-// The octets of one thread in turn. A copy walks them again.
+// Walks the octets of one thread, one after the other. A copy of a Walk walks them again.
 template <bool kColumns>
 class Walk {
  public:
@@ -205,7 +229,7 @@ class Walk {
   }
 
   int64_t width_, column_, element_, mask_byte_;
-  int valid_;  // in columns, of every octet
+  int valid_;  // in columns, that of every octet
   int left_;
 };
 
@@ -223,7 +247,7 @@ struct Octet {
   }
 };
 
-// Elements that do not exist are 0.
+// Reads an octet. Elements that do not exist are 0.
 template <typename scalar_t>
 __device__ __forceinline__ Octet<scalar_t> read(const scalar_t* x, const At& at, bool aligned) {
   using O = Octet<scalar_t>;
@@ -239,7 +263,7 @@ __device__ __forceinline__ Octet<scalar_t> read(const scalar_t* x, const At& at,
   return octet;
 }
 
-// `briefly`: see Keep.
+// Writes an octet. `briefly`: see Keep.
 template <typename scalar_t>
 __device__ __forceinline__ void write(scalar_t* y, const At& at, bool aligned, const opmath_t<scalar_t> (&value)[kOctetElements],
                                       bool briefly = false) {
@@ -262,8 +286,8 @@ __device__ __forceinline__ void write(scalar_t* y, const At& at, bool aligned, c
   }
 }
 
-// Octets that a thread has put aside in shared memory for itself, in the order of its walk: packets of neighbouring threads lie side by
-// side.
+// Octets that a thread keeps in shared memory for itself, in the order of its walk. Packets of neighbouring
+// threads are neighbours in memory.
 template <typename scalar_t>
 class Aside {
   using O = Octet<scalar_t>;
@@ -291,13 +315,13 @@ class Aside {
   int threads_;
 };
 
-// Neighbours first, so that rounding grows with the logarithm of eight.
+// The sum in pairs, so that its rounding error grows with the logarithm of eight.
 template <typename T>
 __device__ __forceinline__ T sum_of(const T (&x)[kOctetElements]) {
   return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
 }
 
-// Octets in flight for each of `operands`.
+// How many octets of each operand a thread loads before it uses the first of them.
 template <typename scalar_t>
 constexpr int octets_in_flight(int bytes, int operands) {
   const int octets = bytes / operands / (kOctetElements * static_cast<int>(sizeof(scalar_t)));
@@ -306,8 +330,8 @@ constexpr int octets_in_flight(int bytes, int operands) {
 
 // ---- Sums of a channel over threads, blocks and parts
 
-// merged = the union of sets set(0) ... set(sets - 1), by `lanes` threads together, in each of them. Low parts are those of float64 data
-// alone.
+// Merges set(0) ... set(sets - 1) into `merged`. `lanes` threads work together, and each of them gets the
+// result. Only float64 data have low parts.
 template <typename opmath, typename Set>
 __device__ __forceinline__ void merge(math::Moments<double>& merged, int lanes, int sets, const Set& set) {
   ThreadSum<float> count;  // exact
@@ -320,7 +344,7 @@ __device__ __forceinline__ void merge(math::Moments<double>& merged, int lanes, 
   count.add_over_lanes(lanes);
   total.add_over_lanes(lanes);
   math::Sum<double> mean{0.0, 0.0};
-  // A block of a cluster may have nothing.
+  // A block of a cluster may have no elements.
   if (count.total > 0.0) {
     if constexpr (std::is_same_v<opmath, double>) {
       mean = math::quotient_of(total.value(), count.total);
@@ -346,7 +370,8 @@ __device__ __forceinline__ void merge(math::GradientSums& merged, int lanes, int
   merged = {dz.rounded(), dz_x.rounded()};
 }
 
-// A thread's channel where the block merges: `lanes` neighbours have the same, and the first of them writes.
+// A thread's channel when its block merges sums. `lanes` neighbouring threads have the same channel, and the
+// first of them writes the result.
 struct Lane {
   int in_slab;
   int64_t channel;
@@ -360,7 +385,8 @@ struct Lane {
         writes(exists && static_cast<int>(threadIdx.x) % t.lanes == 0) {}
 };
 
-// found = what all parts of slab `index` have found: through global memory, in the last of them. Whether this block is that one.
+// Merges the results of all parts of slab `index`, through global memory, into the `found` of the last block.
+// Returns whether this block is the last.
 template <typename opmath, typename Found>
 __device__ __forceinline__ bool merge_parts(const Tiling& t, const Lane& lane, int64_t index, int64_t part, Found& found, Found* partial,
                                             unsigned* counters, unsigned* flag) {
@@ -371,8 +397,8 @@ __device__ __forceinline__ bool merge_parts(const Tiling& t, const Lane& lane, i
   return true;
 }
 
-// The same in every block of a cluster, through its shared memory, where each has kMostGroupChannels of Found. A cluster_sync has to follow
-// before any of them ends.
+// The same for a cluster, through its shared memory; every block gets the result. of_block has
+// kMostGroupChannels results. A cluster_sync must follow before a block ends.
 template <typename opmath, typename Found>
 __device__ __forceinline__ void merge_cluster(const Tiling& t, const Lane& lane, Found& found, Found* of_block) {
   if (lane.writes) of_block[lane.in_slab] = found;
@@ -380,11 +406,12 @@ __device__ __forceinline__ void merge_cluster(const Tiling& t, const Lane& lane,
   merge<opmath>(found, t.lanes, lane.exists ? t.parts : 0, [&](int i) { return *of_cluster_block(&of_block[lane.in_slab], i); });
 }
 
-// What each thread of a block has found, a value for each of its columns: one of all its elements where the block has one channel.
+// The results of each thread of a block: one value for each of its columns, or one for all of its elements if
+// the block has one channel.
 template <bool kColumns>
 struct ThreadValues {
   static constexpr int kValues = kColumns ? kOctetElements : 1;
-  // One more than threads: eight channels of neighbouring columns are then read from different banks.
+  // One more than kThreads, so that eight channels of neighbouring columns are in different banks.
   static constexpr int kPitch = kThreads + 1;
   double value[kValues * kPitch];
 
@@ -394,7 +421,7 @@ struct ThreadValues {
   }
 };
 
-// Set `i` of a channel of the slab: the thread and which of its values.
+// The thread of set `i` of a channel, and the place of its value in ThreadValues.
 struct ThreadColumn {
   int thread;
   int place;
@@ -442,8 +469,9 @@ __device__ __forceinline__ math::Normalisation<opmath> channel_normalisation(con
                                      channel_value(p.parameter_dtype, p.bias, channel, 0.0));
 }
 
-// Calls function(k, channel) for a thread's columns, which are octet `octet` of the line, with the channel of the slab they belong to: the
-// last one for columns that do not exist.
+// Calls function(k, channel) for the columns of a thread, which are those of octet `octet` of the line.
+// `channel` is the column's channel, counted from the first of the slab; columns that do not exist get the
+// last channel.
 template <bool kColumns, typename Function>
 __device__ __forceinline__ void for_each_column(const Tiling& t, const Slab& slab, int64_t octet, const Function& function) {
   int channel = kColumns ? static_cast<int>(octet) * kOctetElements / static_cast<int>(t.inner) : 0;
@@ -469,12 +497,14 @@ struct ForwardShared {
   unsigned flag;
 };
 
-// The moments of a part for each channel of the slab, in each of its lanes; keep(slot, octet) gets every octet of the thread in turn.
+// The moments of a part, for each channel of the slab; each lane of a channel gets them. keep(slot, octet)
+// receives every octet of the thread, one after the other.
 //
-// A thread sums differences from the mean of the first tile that it loads, and their squares, an octet (or a tile's rows) in the computing
-// type and then in float64. Whatever the data, a tile of m of its n elements has M2 >= m (tile's mean - mean)^2: what cancels in the end is
-// at most n / m of what remains. In float32 a square ends at 2^128: where x lies further than 1e19 from its mean, the variance is inf and y
-// the bias, as torch's are.
+// A thread adds up the differences from the mean of the first tile that it loads, and their squares: an octet
+// (or the rows of a tile) in the computing type, and then in float64. If the tile is m of the thread's n
+// elements, M2 >= m (tile's mean - mean)^2: the part that cancels in the end is at most n / m times the
+// result. In float32, squares overflow at 2^128: if x is further than 1e19 from its mean, the variance is inf
+// and y is the bias, as in torch.
 template <typename scalar_t, bool kColumns, typename Keep>
 __device__ __forceinline__ math::Moments<double> part_moments(const Tiling& t, const Slab& slab, int64_t part, const scalar_t* x,
                                                               ForwardShared<kColumns, opmath_t<scalar_t>>& shared, const Keep& keep) {
@@ -558,7 +588,8 @@ __device__ __forceinline__ math::Moments<double> part_moments(const Tiling& t, c
   for (int k = 0; k < kValues; ++k) {
     math::Moments<double> mine{0.0, 0.0, 0.0, 0.0, 0.0};
     if (count > 0.0) mine = math::moments_about(static_cast<double>(about[k]), count, sum[k].total, squares[k].total);
-    // Rounded here alone: what one thread of many loses counts for little, and shared memory is what slabs need.
+    // The low parts are only dropped here. A single thread's rounding error matters little, and slabs need
+    // the shared memory.
     mine = math::rounded(mine);
     mean[k] = mine.mean;
     m2[k] = mine.m2;
@@ -576,7 +607,8 @@ __device__ __forceinline__ math::Moments<double> part_moments(const Tiling& t, c
   return found;
 }
 
-// Applied statistics and running ones, or `moments` of the schema where those are asked for; of a channel's rounded moments.
+// Writes mean, invstd and the running statistics from a channel's rounded moments; or, unless `moments` is
+// null, only `moments` (csrc/schema.cpp).
 __device__ __forceinline__ void finish_channel(const BatchNormForward& p, double* moments, int64_t channel,
                                                const math::Moments<double>& found) {
   if (moments != nullptr) {
@@ -596,7 +628,8 @@ __device__ __forceinline__ void finish_channel(const BatchNormForward& p, double
   update(p.running_var, found.m2 / (found.count - 1.0));
 }
 
-// y of a part, where source(slot, at) is x; stored `briefly` where it would drive out of the cache what is still to be read.
+// Writes y of a part; source(slot, at) is x. y is stored `briefly` if it would evict elements from the cache
+// that are still to be read.
 template <typename scalar_t, bool kColumns, typename Source>
 __device__ __forceinline__ void normalise_part(const BatchNormForward& p, const Tiling& t, const Slab& slab, int64_t part,
                                                const math::Normalisation<opmath_t<scalar_t>>* of_channels, bool briefly,
@@ -644,9 +677,10 @@ __device__ __forceinline__ void normalise_part(const BatchNormForward& p, const 
   }
 }
 
-// mean and invstd of every channel, the running statistics updated; or moments, as the schema has them
-//   launch   slabs * parts blocks of kThreads, each slab's parts slabs apart; ForwardShared
-//   requires partial for parts * channels and counters, zero, for slabs, unless a slab has one part
+// mean, invstd and the running statistics of every channel; or `moments` (csrc/schema.cpp)
+//   launch   slabs * parts blocks of kThreads; block b has part b / slabs of slab b % slabs; ForwardShared in
+//            shared memory
+//   requires partial[parts * channels] and counters[slabs] = 0, unless a slab has one part
 //   traffic  n elements read
 template <typename scalar_t, bool kColumns>
 __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
@@ -661,11 +695,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
   if (lane.writes) finish_channel(p, moments, lane.channel, math::rounded(found));
 }
 
-// y = act(batch_norm(x) + residual) from mean and invstd; in evaluation these are first made of the running statistics
-//   launch   slabs * parts blocks of kThreads, in reverse: what the pass before read last is still in the cache; kMostGroupChannels of
-//            Normalisation in shared memory
+// y = act(batch_norm(x) + residual) from mean and invstd; in evaluation, the kernel computes these from the
+// running statistics
+//   launch   slabs * parts blocks of kThreads, in reverse order, because the elements that the first pass
+//            read last are still in the cache; Normalisation[kMostGroupChannels] in shared memory
 //   requires operands dense in the order of the shape
-//   traffic  n elements read (2n with a residual), n written, n bits written where there is a mask
+//   traffic  n elements read (2n with a residual), n written, n bits written if there is a mask
 template <typename scalar_t, bool kColumns>
 __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>) batch_norm_act_normalise_kernel(BatchNormForward p, Tiling t) {
   using opmath = opmath_t<scalar_t>;
@@ -695,10 +730,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>) batch_norm_act_no
                                      [&](int, const At& at) { return read(x, at, t.aligned); });
 }
 
-// Both in one: a cluster of blocks keeps its slab in shared memory
-//   launch   slabs clusters of `parts` blocks of kThreads; ForwardShared and the part's octets in shared memory
+// Both in one kernel: a cluster of blocks keeps its slab in shared memory
+//   launch   slabs clusters of `parts` blocks of kThreads; ForwardShared and the octets of the part in shared
+//            memory
 //   requires as the two above
-//   traffic  n elements read (2n with a residual), n written, n bits written where there is a mask
+//   traffic  n elements read (2n with a residual), n written, n bits written if there is a mask
 template <typename scalar_t, bool kColumns>
 __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>) batch_norm_act_forward_kernel(BatchNormForward p, Tiling t) {
   using opmath = opmath_t<scalar_t>;
@@ -717,7 +753,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>) batch_norm_act_fo
     shared.normalisation[lane.in_slab] =
         channel_normalisation<opmath>(p, lane.channel, found.mean, math::inverse_std_of_batch(found.m2 / found.count, p.eps));
   }
-  // Also the last read of another block's shared memory lies behind it.
+  // No block reads another block's shared memory after this.
   cluster_sync();
   normalise_part<scalar_t, kColumns>(p, t, slab, part, shared.normalisation, false,
                                      [&](int slot, const At& at) { return at.valid > 0 ? aside.get(slot) : Octet<scalar_t>{}; });
@@ -725,7 +761,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>) batch_norm_act_fo
 
 // ---- Backward
 
-// What is known of a channel once its sums are; math::InputGradient shares the first and the last with math::Normalisation.
+// The coefficients of a channel, from its sums. The other two members of math::InputGradient are those of
+// math::Normalisation.
 template <typename T>
 struct GradientCoefficients {
   math::Normalisation<T> normalise;
@@ -762,8 +799,9 @@ struct GradientOperands {
     }
   }
 
-  // The gradient at the output of the normalisation, which normalise(k) is, for octet i, which lies at `at`. A residual, which only
-  // gradients that read the value need, is read as late as here: registers are short.
+  // dz, the gradient at the output of the normalisation, of octet i, which lies at `at`. normalise(k) is the
+  // normalisation of column k. Only gradients that read the value need the residual. It is read here and not
+  // earlier, to save registers.
   template <typename Coefficient>
   __device__ __forceinline__ void dz(const BatchNormBackward& p, const Tiling& t, int i, const At& at, const Coefficient& normalise,
                                      opmath_t<scalar_t> (&out)[kOctetElements]) const {
@@ -783,7 +821,7 @@ struct GradientOperands {
 #pragma unroll
       for (int k = 0; k < kOctetElements; ++k) u[k] += added[k];
     }
-    // Four at a time: eight elements of swish at once take more registers than there are.
+    // Four elements at a time: swish of eight elements needs more registers than there are.
 #pragma unroll
     for (int half = 0; half < kOctetElements; half += kOctetElements / 2) {
       math::visit<opmath, math::kPrecisionOf<scalar_t>>(p.act, [&](auto f) {
@@ -794,8 +832,8 @@ struct GradientOperands {
   }
 };
 
-// The sums of a part for each channel of the slab, about mean_high, in each of its lanes; writes grad_residual where it is asked for.
-// keep(slot, x, dz) gets every octet of the thread in turn.
+// The sums of a part about mean_high, for each channel of the slab; each lane of a channel gets them. Writes
+// grad_residual unless it is null. keep(slot, x, dz) receives every octet of the thread, one after the other.
 template <typename scalar_t, bool kColumns, typename Keep>
 __device__ __forceinline__ math::GradientSums part_sums(const BatchNormBackward& p, const Tiling& t, const Slab& slab, int64_t part,
                                                         BackwardShared<kColumns, opmath_t<scalar_t>>& shared, const Keep& keep) {
@@ -859,7 +897,7 @@ __device__ __forceinline__ math::GradientSums part_sums(const BatchNormBackward&
   return found;
 }
 
-// The sums of the lane's channel about its mean, of those that part_sums has taken about mean_high.
+// The sums of the lane's channel about its mean, from the sums of part_sums about mean_high.
 template <typename Shared>
 __device__ __forceinline__ math::GradientSums about_mean(const BatchNormBackward& p, const Lane& lane, const math::GradientSums& found,
                                                          const Shared& shared) {
@@ -867,7 +905,7 @@ __device__ __forceinline__ math::GradientSums about_mean(const BatchNormBackward
   return math::about_mean(found, math::mean_low(p.mean[lane.channel], mean_high));
 }
 
-// grad_weight, grad_bias, and sums as the schema has them, each where it is asked for.
+// Writes grad_weight, grad_bias and `sums` (csrc/schema.cpp), unless they are null.
 __device__ __forceinline__ void finish_channel(const BatchNormBackward& p, double* sums, int64_t channel, const math::GradientSums& found) {
   if (sums != nullptr) {
     sums[channel] = found.dz;
@@ -891,10 +929,12 @@ __device__ __forceinline__ opmath grad_x_of(const BatchNormBackward& p, const Gr
   return p.training ? c.input().training(dz, x) : c.input().evaluation(dz);
 }
 
-// S1 = sum dz and S2 = sum dz (x - mean) of every channel; grad_weight and grad_bias from them; grad_residual = dz
-//   launch   slabs * parts blocks of kThreads, each slab's parts slabs apart; BackwardShared
-//   requires partial for parts * channels and counters, zero, for slabs, unless a slab has one part
-//   traffic  2n elements read (and n bits, or n elements of the residual), n written where grad_residual is asked for
+// S1 = sum dz and S2 = sum dz (x - mean) of every channel; grad_weight and grad_bias from them;
+// grad_residual = dz
+//   launch   slabs * parts blocks of kThreads; block b has part b / slabs of slab b % slabs; BackwardShared
+//            in shared memory
+//   requires partial[parts * channels] and counters[slabs] = 0, unless a slab has one part
+//   traffic  2n elements read (and n bits, or n elements of the residual), n written for grad_residual
 template <typename scalar_t, bool kColumns>
 __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
     batch_norm_act_backward_reduce_kernel(BatchNormBackward p, Tiling t, double* sums, math::GradientSums* partial, unsigned* counters) {
@@ -910,8 +950,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
   if (lane.writes) finish_channel(p, sums, lane.channel, about_mean(p, lane, found, shared));
 }
 
-// grad_x of every element from the sums and the count of all processes; sums may be null in evaluation, and count where it is this process'
-//   launch   slabs * parts blocks of kThreads, in reverse; kMostGroupChannels of GradientCoefficients in shared memory
+// grad_x from the sums and the count of all processes; sums may be null in evaluation; a null count means
+// that of this process
+//   launch   slabs * parts blocks of kThreads, in reverse order; GradientCoefficients[kMostGroupChannels] in
+//            shared memory
 //   requires operands dense in the order of the shape
 //   traffic  2n elements read (and n bits, or n elements of the residual), n written
 template <typename scalar_t, bool kColumns>
@@ -948,10 +990,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
   }
 }
 
-// Both in one: a cluster of blocks keeps x and dz of its slab in shared memory
-//   launch   slabs clusters of `parts` blocks of kThreads; BackwardShared and the part's octets, dz in the computing type, in shared memory
-//   requires as the two above, grad_x asked for
-//   traffic  2n elements read (and n bits, or n elements of the residual), n written (2n where grad_residual is asked for)
+// Both in one kernel: a cluster of blocks keeps x and dz of its slab in shared memory
+//   launch   slabs clusters of `parts` blocks of kThreads; BackwardShared and the octets of the part in
+//            shared memory, dz in the computing type
+//   requires as the two above; grad_x is not null
+//   traffic  2n elements read (and n bits, or n elements of the residual), n written (2n with grad_residual)
 template <typename scalar_t, bool kColumns>
 __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>) batch_norm_act_backward_kernel(BatchNormBackward p, Tiling t) {
   using opmath = opmath_t<scalar_t>;
@@ -977,7 +1020,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>) batch_norm_act_ba
     if (part == 0) finish_channel(p, nullptr, lane.channel, found);
     shared.coefficients[lane.in_slab] = channel_gradient<opmath>(p, lane.channel, static_cast<double>(t.rows * t.inner), found);
   }
-  // Also the last read of another block's shared memory lies behind it.
+  // No block reads another block's shared memory after this.
   cluster_sync();
   Walk<kColumns> walk(t, slab, part);
   GradientCoefficients<opmath> mine[ThreadValues<kColumns>::kValues];
@@ -994,22 +1037,23 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>) batch_norm_act_ba
   }
 }
 
-// mean, invstd and the running statistics from the moments of many processes, in their order
+// mean, invstd and the running statistics from the moments of several processes, merged in the order of the
+// ranks
 //   launch   a thread for each channel
-//   requires moments of `ranks` processes as the schema has them
-//   traffic  2 ranks float64 of each channel
+//   requires the moments of `ranks` processes (csrc/schema.cpp)
+//   traffic  2 ranks float64 read for each channel
 __global__ void __launch_bounds__(kThreads) batch_norm_act_gather_stats_kernel(BatchNormForward p, int64_t ranks, const double* moments) {
   const unsigned channel = blockIdx.x * kThreads + threadIdx.x;
   const int64_t channels = p.shape.channels;
   if (channel >= channels) return;
   math::Moments<double> merged{0.0, 0.0, 0.0, 0.0, 0.0};
-  // Two ranks at once need more registers beside the calls of division than there are without local memory.
+  // Not unrolled: next to the calls of the division, a second rank would need local memory.
 #pragma unroll 1
   for (int64_t rank = 0; rank < ranks; ++rank) {
     const double* const of_rank = moments + rank * (1 + 2 * channels);
     if (of_rank[0] > 0.0) merged = math::merge(merged, {of_rank[0], of_rank[1 + channel], of_rank[1 + channels + channel], 0.0, 0.0});
   }
-  // One value has no variance to average.
+  // One value has no variance, so the running statistics are not updated.
   if (merged.count <= 1.0) p.running_mean = p.running_var = nullptr;
   if (merged.count > 0.0) {
     finish_channel(p, nullptr, channel, math::rounded(merged));
@@ -1020,7 +1064,7 @@ __global__ void __launch_bounds__(kThreads) batch_norm_act_gather_stats_kernel(B
 
 // ---- Launches
 
-// Calls function(scalar_t(), columns) with the type and whether the slabs are columns, as an integral_constant.
+// Calls function(scalar_t(), columns); `columns` says whether runs are short, as an integral_constant.
 template <typename Function>
 void visit_layout(DType dtype, const ChannelShape& shape, const Function& function) {
   dispatch(dtype, [&](auto zero) {
@@ -1039,7 +1083,7 @@ Tiling tiling(const BatchNormBackward& p) {
 
 unsigned blocks_of(const Tiling& t) { return static_cast<unsigned>(t.slabs * t.parts); }
 
-// What the blocks of a slab leave for its last one, where there is more than one.
+// Memory for the results that the blocks of a slab leave for the last one; empty if a slab has one block.
 template <typename Found>
 Partials<Found> partials(const Tiling& t) {
   return t.parts > 1 ? Partials<Found>(t.parts * t.channels, t.slabs) : Partials<Found>(0, 0);
@@ -1073,7 +1117,7 @@ void launch_backward_reduce(const BatchNormBackward& p, double* sums) {
 template <typename scalar_t, bool kColumns>
 void launch_backward_elemt(BatchNormBackward p, const double* sums, const double* count) {
   if (p.grad_residual != nullptr && sizeof(scalar_t) > 2) {
-    // dz is already there: the first pass has left it, though of 16 bits only rounded.
+    // The first pass has written dz. (dz of 16 bits is rounded, and not used.)
     p.grad_y = p.grad_residual;
     p.act.kind = math::ActivationKind::kIdentity;
     p.mask = nullptr;
@@ -1084,7 +1128,8 @@ void launch_backward_elemt(BatchNormBackward p, const double* sums, const double
          {dim3(blocks_of(t)), dim3(kThreads), sizeof(GradientCoefficients<opmath_t<scalar_t>>) * kMostGroupChannels}, p, t, sums, count);
 }
 
-// Launches the kernel that keeps a slab in shared memory, unless none can: Shared stands before the octets.
+// Launches the kernel that keeps a slab in shared memory, after Shared. Returns false if no cluster can hold
+// a slab.
 template <typename Shared, typename Arguments>
 bool launch_in_cluster(void (*kernel)(Arguments, Tiling), const Arguments& p, int64_t octet_bytes) {
   const int64_t shared_bytes = divide_up(sizeof(Shared), kPacketBytes) * kPacketBytes;

@@ -1,7 +1,7 @@
-// Gradient clipping on CUDA: one launch over all tensors for what there is to know of their pieces, one that brings the pieces of each
-// tensor together, one to write. Nothing waits for the GPU: whether anything is written is decided there. Squares are taken and summed in
-// float64, whatever the element type: no gradient that float32 holds can overflow or vanish. Float64 gradients, whose squares can, are read
-// once more.
+// Gradient clipping on CUDA: one launch computes the norms of all pieces, one merges the pieces of each
+// tensor, and one writes. The CPU does not wait for the GPU, which decides whether anything is written.
+// Squares are computed and summed in float64 for every element type, so that the square of a float32 gradient
+// cannot overflow or underflow. The squares of float64 gradients can; such gradients are read a second time.
 #include "ops/clip_grad.h"
 
 #include "cuda/launch.cuh"
@@ -13,17 +13,18 @@ namespace gradkernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-// bench/bench_clip_grad.py on a GPU decides: packets that a thread has asked for and not yet used.
+// Packets that a thread loads before it uses the first of them. Measure with bench/bench_clip_grad.py on a
+// GPU.
 constexpr int kInFlight = 4;
 constexpr int kBlocksPerProcessor = 8;
 
 using DoubleSum = math::Sum<double>;
 
-// What is known of a piece, of a tensor, of all: sum of |x| or x^2, largest |x|, how many x are nan or inf.
+// The norm of a piece, of a tensor or of all tensors.
 struct Known {
-  DoubleSum sum{0.0, 0.0};
+  DoubleSum sum{0.0, 0.0};  // of |x| or x^2
   double max_abs = 0.0;
-  int64_t nonfinite = 0;
+  int64_t nonfinite = 0;  // elements that are nan or inf
 };
 
 struct Merge {
@@ -37,9 +38,9 @@ struct Shared {
   unsigned flag;
 };
 
-// What the launches leave for each other, in memory of the call.
+// Global memory in which one launch leaves results for the next.
 struct Scratch {
-  double* sum;  // of each slot
+  double* sum;  // of each slot, like the next two
   double* max_abs;
   int64_t* nonfinite;
   int64_t* slot_begin;  // the first slot of each tensor
@@ -56,7 +57,7 @@ struct Scratch {
         counter(reinterpret_cast<unsigned*>(run_sum + runs)) {}
 };
 
-// The largest magnitude as an integer, in whose order nan stands above inf and inf above every number.
+// A magnitude as an integer. Integers order nan above inf, and inf above every number.
 __device__ __forceinline__ uint32_t magnitude_bits(float x) { return bits_of(x) & 0x7FFFFFFFu; }
 __device__ __forceinline__ uint64_t magnitude_bits(double x) {
   uint64_t bits;
@@ -70,7 +71,7 @@ __device__ __forceinline__ double magnitude_of(uint64_t bits) {
   return x;
 }
 
-// A thread's share of a piece.
+// The norm of a thread's share of a piece.
 template <Norm norm, typename scalar_t>
 __device__ __forceinline__ Known known_of(const scalar_t* x, int64_t count, double factor) {
   using opmath = opmath_t<scalar_t>;
@@ -80,7 +81,7 @@ __device__ __forceinline__ Known known_of(const scalar_t* x, int64_t count, doub
     constexpr int W = sizeof(packet) / sizeof(scalar_t);
 #pragma unroll
     for (int i = 0; i < W; ++i) {
-      // An element that does not exist is 0.
+      // Elements after the end are 0.
       const opmath value = static_cast<opmath>(packet.element[i]);
       const auto bits = magnitude_bits(value);
       largest = bits > largest ? bits : largest;
@@ -102,12 +103,13 @@ __device__ __forceinline__ int64_t nonfinite_of(const scalar_t* x, int64_t count
   return nonfinite;
 }
 
-// Whether the squares of a tensor have lost digits that its norm has.
+// Whether the squares of a tensor have overflowed or underflowed although its norm may be representable.
 __device__ __forceinline__ bool is_lost(double sum, double max_abs, int64_t nonfinite) {
   return nonfinite == 0 && max_abs != 0.0 && !math::is_safe_square_sum(sum);
 }
 
-// What there is to know of each slot, and where each tensor's slots begin; with `rescues` only of tensors whose squares were lost, rescaled
+// The norm of each slot, and where the slots of each tensor begin; with `rescues`, only for tensors whose
+// squares are lost, rescaled
 //   launch   a block of kThreads for each slot of the table
 //   requires with `rescues`, the results of a first run and of grad_norms_of_runs_kernel
 //   traffic  n elements read
@@ -127,7 +129,7 @@ __global__ void __launch_bounds__(kThreads)
   dispatch(piece.dtype, [&](auto zero) {
     const auto* x = static_cast<const decltype(zero)*>(table.pointer[0][piece.entry]) + piece.begin;
     known = block_all_reduce(known_of<norm>(x, piece.count, factor), shared.scratch, Known(), Merge());
-    // Rare: a gradient that is nan or inf is read twice.
+    // Rare: a gradient with a nan or an inf is read twice.
     if (!(known.max_abs - known.max_abs == 0.0)) {
       const Known counted{{0.0, 0.0}, 0.0, nonfinite_of(x, piece.count)};
       __syncthreads();
@@ -142,7 +144,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The norm of all tensors; every thread of the block comes along.
+// The norm of all tensors. All threads of the block must call it.
 template <Norm norm>
 __device__ double total_norm_of(const Scratch& scratch, int64_t runs, bool rescues, const GradNorms& out, Shared& shared) {
   Known total;
@@ -157,7 +159,7 @@ __device__ double total_norm_of(const Scratch& scratch, int64_t runs, bool rescu
   if (norm == Norm::kInfinity) return total.max_abs;
   if (norm == Norm::kOne) return sum;
   if (!rescues || (total.nonfinite == 0 && math::is_safe_square_sum(sum))) return math::sqrt(sum);
-  // The norm of the norms, whose squares may leave float64 too. Of nothing but zeros it comes to the same.
+  // The norm of the norms, whose squares may overflow or underflow too. For zeros, both ways give 0.
   const math::Rescaling rescaled = math::rescaling(total.max_abs);
   Known squares;
   for (int64_t r = threadIdx.x; r < runs; r += kThreads) {
@@ -169,10 +171,10 @@ __device__ double total_norm_of(const Scratch& scratch, int64_t runs, bool rescu
   return math::sqrt(squares.sum.high + squares.sum.low) * rescaled.inverse;
 }
 
-// The slots of each tensor brought together, and by the last block the tensors
+// The norm of each tensor from its slots; the last block also computes the norm of all tensors
 //   launch   a block of kThreads for each tensor
-//   requires scratch as grad_norms_kernel left it for all slots; counter zero
-//   traffic  24 bytes for each slot
+//   requires the results of grad_norms_kernel for all slots; counter = 0
+//   traffic  24 bytes read for each slot
 template <Norm norm>
 __global__ void __launch_bounds__(kThreads)
     grad_norms_of_runs_kernel(int64_t runs, int64_t slots, Scratch scratch, bool rescues, GradNorms out) {
@@ -191,7 +193,7 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0) {
       const double sum = known.sum.high + known.sum.low;
       if (is_rescued) {
-        // run_sum stays: it tells that the tensor was rescued.
+        // run_sum keeps its value, which shows that the tensor was rescued.
         out.norms[run] = math::sqrt(sum) * math::rescaling(out.max_abs[run]).inverse;
       } else {
         scratch.run_sum[run] = sum;
@@ -207,12 +209,14 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // x *= coefficient
-//   launch   blocks of kThreads that stride over the slots of the table, last first: what was read last is still in L2
-//   requires the norm that decides, in global memory
-//   traffic  n elements read, n written; nothing where the norm is within bounds
+//   launch   blocks of kThreads that stride over the slots of the table, last slot first, because the last
+//            slots are still in L2
+//   requires the total norm in global memory
+//   traffic  n elements read, n written; none if math::leaves_unscaled
 //
-// The product is taken in float64 and rounded once, as on the CPU: a coefficient may be too small for float32 where the product is not. Of
-// 16-bit elements it is taken in float32, whose rounding is lost in theirs, where float32 holds the coefficient with all its digits.
+// As on the CPU, the product is computed in float64 and rounded once, because a coefficient may be too small
+// for float32 when the product is not. For 16-bit elements it is computed in float32 if the coefficient is a
+// normal float32: the rounding to 16 bits hides that of float32.
 __global__ void __launch_bounds__(kThreads)
     clip_with_norm_kernel(const __grid_constant__ TensorTable<1> table, double max_norm, const double* total_norm) {
   const double coefficient = math::clip_coefficient(*total_norm, max_norm);
@@ -246,7 +250,7 @@ __global__ void __launch_bounds__(kThreads)
 // x = clamp(x, limit)
 //   launch   blocks of kThreads that stride over the slots of the table
 //   requires no two tensors in the same memory
-//   traffic  n elements read, at most n written: a packet within the limit is left
+//   traffic  n elements read, at most n written: packets within the limit are not written
 __global__ void __launch_bounds__(kThreads) clamp_kernel(const __grid_constant__ TensorTable<1> table, double limit) {
   for (int64_t slot = blockIdx.x; slot < table.slots(); slot += gridDim.x) {
     const Piece piece = table.piece(slot);
@@ -270,7 +274,7 @@ __global__ void __launch_bounds__(kThreads) clamp_kernel(const __grid_constant__
   }
 }
 
-// Calls launch(table) over the runs.
+// Calls launch(table) for the tables of the runs.
 template <typename Launch>
 int64_t over_tables(const Run* runs, int64_t run_count, const Launch& launch) {
   return for_each_table<1>(runs, run_count, [](const Run& run, int) { return run.data; }, launch);

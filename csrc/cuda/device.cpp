@@ -1,4 +1,4 @@
-// device.h with torch: the only file of cuda/ that knows it, and of it c10 alone.
+// device.h, implemented with c10, the only part of torch that cuda/ includes.
 #include "cuda/device.h"
 
 #include <c10/cuda/CUDACachingAllocator.h>
@@ -34,7 +34,7 @@ const DeviceLimits& device_limits() {
 
 Workspace::Workspace(size_t bytes) : data_(bytes > 0 ? c10::cuda::CUDACachingAllocator::raw_alloc(bytes) : nullptr) {}
 Workspace::~Workspace() {
-  // Not every allocator takes null back: that of backend:cudaMallocAsync would end the process here.
+  // Some allocators do not accept null: that of backend:cudaMallocAsync would end the process.
   if (data_ != nullptr) c10::cuda::CUDACachingAllocator::raw_delete(data_);
 }
 

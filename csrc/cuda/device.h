@@ -1,7 +1,8 @@
-// What a launcher asks of torch, without torch: the current stream, memory for the length of a call, an error in its words. device.cpp
-// answers with c10, and is the only file of cuda/ that knows it; tests/simt answers without a GPU.
+// What launchers need from torch, declared without torch: the current stream, memory for one call, and
+// torch's errors. device.cpp implements it with c10, and is the only file of cuda/ that includes c10;
+// tests/simt implements it without a GPU.
 //
-// The operators (ops/) have made the tensors' device the current one.
+// The operators (ops/) make the tensors' device the current device first.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,16 +17,16 @@ cudaStream_t current_stream();
 
 struct DeviceLimits {
   int processors;          // SMs
-  int shared_bytes;        // that a block may ask for
+  int shared_bytes;        // the most shared memory of a block
   int compute_capability;  // 80 for 8.0
   int64_t l2_bytes;
 };
 
-// Of the current device, asked for once; each device has its own at an address of its own.
+// The limits of the current device, read once for each device. Their address identifies the device.
 const DeviceLimits& device_limits();
 
-// Memory for one call from torch's allocator, on the current stream; null for no bytes. It may be given back while kernels still use it:
-// whoever gets it next on this stream comes after them.
+// Memory for one call from torch's allocator, on the current stream; null for 0 bytes. It may be freed while
+// kernels still use it: its next user on this stream runs after them.
 class Workspace {
  public:
   explicit Workspace(size_t bytes);
@@ -39,10 +40,11 @@ class Workspace {
   void* data_;
 };
 
-// Raises torch's error unless `status` is success; where the GPU's code is missing, one that says without_code.
+// Raises torch's error unless `status` is success. If the library has no code for this GPU, the error is
+// without_code.
 void check(cudaError_t status);
 
-// What was built, which is not for this GPU, and what mends it.
+// The message for a library without code for this GPU: what it was built for, and how to build it again.
 inline std::string without_code(const std::string& architectures, int compute_capability) {
   const std::string capability = std::to_string(compute_capability / 10) + "." + std::to_string(compute_capability % 10);
   return "gradkernels was built for " + architectures + ", and this GPU has compute capability " + capability +

@@ -1,12 +1,18 @@
-// How kernels are launched and what they are written in, so that one source runs on a GPU and, in tests/simt, on the host:
+// How kernels are launched, and the functions that they are written with. The same source runs on a GPU and,
+// in tests/simt, on the host.
 //
-//   launch(kernel, {grid, block, shared_bytes, cluster}, arguments...)   on the current stream; no blocks, no launch
-//   shared_memory<T>()           the block's shared memory, all of it dynamic and 16-byte aligned: a kernel names its parts in a struct
-//   Packet, load, store          elements that are moved at once, to and from global memory; load_some, store_some a part of them
-//   cluster_rank, cluster_sync, of_cluster_block    blocks of a cluster and each other's shared memory; without one, a cluster of one
+//   launch(kernel, {grid, block, shared_bytes, cluster}, arguments...)
+//       launches on the current stream; does nothing for a grid without blocks
+//   shared_memory<T>()
+//       the block's shared memory, dynamic and 16-byte aligned; T is a struct of its parts
+//   Packet, load, store, load_some, store_some
+//       elements that are moved together, to and from global memory; the last two move part of a packet
+//   cluster_rank, cluster_blocks, cluster_sync, of_cluster_block
+//       a cluster of blocks, and their shared memory; without clusters, a cluster has one block
 //
-// Everything else is CUDA's own (threadIdx, __syncthreads, __shfl_down_sync, __shfl_xor_sync, __threadfence, atomicAdd, atomicExch), which
-// tests/simt/cuda_runtime.h has on the host. PTX stands here, beside what it means there, and for one inverse in math/exp.h.
+// The rest is CUDA (threadIdx, __syncthreads, __shfl_down_sync, __shfl_xor_sync, __threadfence, atomicAdd,
+// atomicExch), which tests/simt/cuda_runtime.h implements for the host. PTX is only used here, next to its
+// implementation for the host, and in math/exp.h.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,12 +31,12 @@ namespace gradkernels::cuda {
 constexpr int kWarpThreads = 32;
 constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
 constexpr int kPacketBytes = 16;
-// What every block gets without asking.
+// Every block may use this much shared memory without a request.
 constexpr size_t kPlainSharedBytes = 48 << 10;
-// Larger clusters are not on every GPU that has clusters.
+// Some GPUs with clusters do not support larger clusters.
 constexpr unsigned kMostPortableCluster = 8;
 
-// Elements of a packet.
+// The number of elements in a packet.
 template <typename scalar_t>
 constexpr int kPacketElements = kPacketBytes / static_cast<int>(sizeof(scalar_t));
 
@@ -46,7 +52,7 @@ struct Exactly {
   using type = T;
 };
 
-// A launch in the driver's words.
+// A Launch as the driver's struct.
 class LaunchConfig {
  public:
   explicit LaunchConfig(const Launch& to) {
@@ -71,8 +77,9 @@ class LaunchConfig {
   cudaLaunchConfig_t config_{};
 };
 
-// Asks for what a kernel does not get unasked, on the current device. What is asked for is the kernel's, for all threads that launch it:
-// were it what one launch needs, another thread's smaller one could take it back before. So it is all there is.
+// Requests the shared memory and the cluster size of a launch on the current device, if the launch needs the
+// request. The request applies to the kernel, in all threads. It is for all of the shared memory: a request
+// for what this launch needs could be replaced by another thread's smaller request before the launch.
 inline cudaError_t allow(const void* kernel, const Launch& to) {
   cudaError_t status = cudaSuccess;
   if (to.shared_bytes > kPlainSharedBytes) {
@@ -84,7 +91,7 @@ inline cudaError_t allow(const void* kernel, const Launch& to) {
   return status;
 }
 
-// Arguments convert to the kernel's parameters.
+// The arguments are converted to the types of the kernel's parameters.
 template <typename... Parameters>
 void launch(void (*kernel)(Parameters...), const Launch& to, typename Exactly<Parameters>::type... arguments) {
   if (to.grid.x == 0 || to.grid.y == 0 || to.grid.z == 0) return;
@@ -92,8 +99,9 @@ void launch(void (*kernel)(Parameters...), const Launch& to, typename Exactly<Pa
   check(cudaLaunchKernelEx(LaunchConfig(to).get(), kernel, arguments...));
 }
 
-// Whether the device can hold one cluster of it: a small GPU, or a slice of one, may not, and of more blocks than kMostPortableCluster no
-// GPU need. Asked for once, since launchers ask in every call.
+// Whether the device can run one cluster of this launch. A small GPU, or a slice of a GPU, may be unable to,
+// and no GPU guarantees clusters of more than kMostPortableCluster blocks. Launchers ask in every call, so
+// answers are kept.
 inline bool can_run(const void* kernel, const Launch& to) {
   static std::mutex mutex;
   static std::map<std::tuple<const DeviceLimits*, const void*, unsigned, size_t, unsigned>, bool> answers;
@@ -103,10 +111,10 @@ inline bool can_run(const void* kernel, const Launch& to) {
     int clusters = 0;
     cudaError_t status = allow(kernel, to);
     if (status == cudaSuccess) status = cudaOccupancyMaxActiveClusters(&clusters, kernel, LaunchConfig(to).get());
-    // Or the next call would report what is no error here.
+    // Clears the error, which the next call would report otherwise.
     if (status != cudaSuccess) static_cast<void>(cudaGetLastError());
     if (status == cudaErrorMemoryAllocation) {
-      // Kernels are loaded when they are first asked about: no answer yet.
+      // The query loads the kernel, for which there was no memory. The next call asks again.
       answers.erase(answer);
       return false;
     }
@@ -120,7 +128,7 @@ bool can_run(void (*kernel)(Parameters...), const Launch& to) {
   return can_run(reinterpret_cast<const void*>(kernel), to);
 }
 
-// Whether the device has clusters and what it will run of the kernel was compiled for them.
+// Whether the device has clusters, and the code of the kernel that it runs was compiled for them.
 template <typename... Parameters>
 bool compiled_for_clusters(void (*kernel)(Parameters...)) {
   if (device_limits().compute_capability < 90) return false;
@@ -129,18 +137,18 @@ bool compiled_for_clusters(void (*kernel)(Parameters...)) {
   return attributes.ptxVersion >= 90;
 }
 
-// Blocks for `tiles` pieces of work that a kernel strides over: at most `per_processor` for each SM.
+// The blocks of a kernel that strides over `tiles` pieces of work: at most `per_processor` for each SM.
 inline dim3 grid_for(int64_t tiles, int per_processor) {
   const int64_t most = static_cast<int64_t>(device_limits().processors) * per_processor;
   return dim3(static_cast<unsigned>(tiles < most ? tiles : most));
 }
 
-// a / b of numbers that are not negative; `fit` says that both fit into 32 bits, where division is a fraction of the work.
+// a / b for a >= 0 and b > 0. `fit`: both fit into 32 bits, for which division is much faster.
 __device__ __forceinline__ int64_t quotient(int64_t a, int64_t b, bool fit) {
   return fit ? static_cast<int64_t>(static_cast<unsigned>(a) / static_cast<unsigned>(b)) : a / b;
 }
 
-// Whether every pointer stands at the beginning of a packet.
+// Whether every pointer is aligned to a packet.
 inline bool at_packet(std::initializer_list<const void*> pointers) {
   for (const void* pointer : pointers) {
     if (reinterpret_cast<uintptr_t>(pointer) % kPacketBytes != 0) return false;
@@ -158,7 +166,7 @@ __device__ __forceinline__ T* shared_memory() {
 #endif
 }
 
-// Elements as they are stored: a packet is moved as one.
+// Stored elements that are moved together.
 template <typename scalar_t, int kElements>
 struct alignas(sizeof(scalar_t) * kElements) Packet {
   scalar_t element[kElements];
@@ -167,7 +175,7 @@ struct alignas(sizeof(scalar_t) * kElements) Packet {
 namespace packet {
 
 #if defined(__CUDACC__)
-// The bits of a packet in the vector type of its size.
+// The vector type with the size of a packet.
 template <int kBytes>
 struct Bits;
 template <>
@@ -190,7 +198,7 @@ struct Bits<2> {
 
 }  // namespace packet
 
-// The packet at p, in global memory and aligned to it.
+// Loads the packet at p, which must be in global memory and aligned to the packet.
 template <typename scalar_t, int kElements>
 __device__ __forceinline__ void load(Packet<scalar_t, kElements>& to, const scalar_t* p) {
 #if defined(__CUDACC__)
@@ -203,7 +211,7 @@ __device__ __forceinline__ void load(Packet<scalar_t, kElements>& to, const scal
 #endif
 }
 
-// How long the caches are to keep what is stored: briefly, it leaves before anything else.
+// How long the caches keep a stored packet. kBriefly: it is the first to be evicted.
 enum class Keep : uint8_t { kNormally, kBriefly };
 
 template <Keep keep = Keep::kNormally, typename scalar_t, int kElements>
@@ -215,7 +223,7 @@ __device__ __forceinline__ void store(scalar_t* p, const Packet<scalar_t, kEleme
   if constexpr (keep == Keep::kBriefly) {
     __stcs(reinterpret_cast<Bits*>(p), bits);
   } else {
-    // Not an assignment, which the compiler may take apart.
+    // The compiler may split an assignment into smaller stores.
     __stwb(reinterpret_cast<Bits*>(p), bits);
   }
 #else
@@ -224,7 +232,7 @@ __device__ __forceinline__ void store(scalar_t* p, const Packet<scalar_t, kEleme
 #endif
 }
 
-// The first `valid` elements alone, anywhere in memory; the others become `fill`.
+// Loads only the first `valid` elements; the others become `fill`. p may have any alignment.
 template <typename scalar_t, int kElements>
 __device__ __forceinline__ void load_some(Packet<scalar_t, kElements>& to, const scalar_t* p, int64_t valid, scalar_t fill) {
 #pragma unroll
@@ -239,7 +247,7 @@ __device__ __forceinline__ void store_some(scalar_t* p, const Packet<scalar_t, k
   }
 }
 
-// clusters: compute capability 9.0
+// ---- Clusters, from compute capability 9.0 on
 
 __device__ __forceinline__ unsigned cluster_rank() {
 #if !defined(__CUDACC__)
@@ -265,8 +273,9 @@ __device__ __forceinline__ unsigned cluster_blocks() {
 #endif
 }
 
-// Every thread of every block of the cluster; what they wrote to shared memory before is seen by all after. A block may not end while
-// others read its shared memory: a last cluster_sync stands behind the last read.
+// A barrier for all threads of all blocks of the cluster. After it, all of them see what they wrote to shared
+// memory before it. A block must not end while others read its shared memory, so a cluster_sync must follow
+// the last such read.
 __device__ __forceinline__ void cluster_sync() {
 #if !defined(__CUDACC__)
   simt::cluster_sync();
@@ -277,7 +286,8 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
-// Where block `rank` of the cluster has what this block has at `mine`, in shared memory.
+// The address, in the shared memory of block `rank` of the cluster, that corresponds to `mine` in this
+// block's.
 template <typename T>
 __device__ __forceinline__ T* of_cluster_block(T* mine, unsigned rank) {
 #if !defined(__CUDACC__)

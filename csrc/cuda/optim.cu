@@ -1,4 +1,4 @@
-// RMSprop on CUDA: parameter, gradient and averages of all tensors are read once and written once.
+// RMSprop on CUDA: it reads parameters, gradients and averages once and writes them once.
 #include "ops/optim.h"
 
 #include "cuda/launch.cuh"
@@ -10,7 +10,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kBlocksPerProcessor = 8;
 constexpr int kPointers = 5;
-// For the compiler: left to itself it takes 64 registers, and local memory for one more.
+// Without this bound, the compiler uses 64 registers, and local memory for one more.
 constexpr int kResidentBlocks = 3;
 
 template <typename scalar_t, bool centered, bool has_momentum>
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
 }  // namespace
 
 void rmsprop(const RmspropRun* runs, int64_t run_count, const math::RmspropOptions& options) {
-  // The same for all parameters, but that an empty one has no memory.
+  // The options are the same for all parameters, but an empty parameter has null pointers.
   bool centered = false, has_momentum = false;
   for (int64_t r = 0; r < run_count; ++r) {
     centered |= runs[r].grad_avg != nullptr;

@@ -1,8 +1,9 @@
-// Sums over the threads of a warp, of a block and of a grid, in an order that depends on nothing but their number: results are the same bit
-// for bit from run to run. No float atomics: the last block to finish combines what the blocks left in memory.
+// Sums over the threads of a warp, of a block and of a grid. The order depends only on their number, so that
+// every run gives the same bits. There are no float atomics: the last block to finish combines the results
+// that the blocks left in memory.
 //
-// T is a trivially copyable struct or number whose size is a multiple of 4 bytes; combine(a, b) merges two of them, a the one of the lower
-// threads. A reduction's scratch is kBlockScratch of T in shared memory.
+// T is a number or a trivially copyable struct; its size is a multiple of 4 bytes. combine(a, b) merges two
+// values; a comes from the lower threads. `scratch` is a BlockScratch<T> in shared memory.
 #pragma once
 
 #include "cuda/launch.cuh"
@@ -16,7 +17,8 @@ constexpr int kMostWarps = 32;
 template <typename T>
 using BlockScratch = T[kMostWarps];
 
-// The value of the thread `distance` lanes above; its own where there is none. All lanes of the warp take part.
+// The value of the thread `distance` lanes above, or the thread's own value if there is none. All lanes of
+// the warp must call it.
 template <typename T>
 __device__ __forceinline__ T from_lane_above(T value, int distance) {
   constexpr int kWords = sizeof(T) / sizeof(unsigned);
@@ -29,7 +31,7 @@ __device__ __forceinline__ T from_lane_above(T value, int distance) {
   return value;
 }
 
-// Of the first `kLanes` lanes, a power of two, in lane 0; other lanes get something else.
+// Combines the values of the first kLanes lanes, a power of two. Only lane 0 gets the result.
 template <int kLanes = kWarpThreads, typename T, typename Combine>
 __device__ __forceinline__ T warp_reduce(T value, const Combine& combine) {
 #pragma unroll
@@ -37,8 +39,8 @@ __device__ __forceinline__ T warp_reduce(T value, const Combine& combine) {
   return value;
 }
 
-// Of all threads of the block, in thread 0; other threads get something else. blockDim is (kWarpThreads * warps, 1, 1). A barrier stands
-// between two uses of one scratch.
+// Combines the values of all threads of the block. Only thread 0 gets the result. blockDim must be
+// (kWarpThreads * warps, 1, 1), and there must be a barrier between two uses of one scratch.
 template <typename T, typename Combine>
 __device__ __forceinline__ T block_reduce(T value, BlockScratch<T>& scratch, const T& identity, const Combine& combine) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
@@ -51,7 +53,7 @@ __device__ __forceinline__ T block_reduce(T value, BlockScratch<T>& scratch, con
   return value;
 }
 
-// The same, in every thread.
+// The same; every thread gets the result.
 template <typename T, typename Combine>
 __device__ __forceinline__ T block_all_reduce(T value, BlockScratch<T>& scratch, const T& identity, const Combine& combine) {
   value = block_reduce(value, scratch, identity, combine);
@@ -67,12 +69,14 @@ struct Add {
   }
 };
 
-// Whether this block is the last of `blocks` to come here, the same in all of its threads: it sees what every block wrote before. The
-// counter, in global memory, is zero before the first comes and after the last has. `flag` is a word of shared memory.
+// Whether this block is the last of `blocks` that call this function; all threads of the block get the same
+// answer. The last block sees what every block wrote before its call. The counter is in global memory, and
+// must be 0 before the first call; it is 0 again after the last one. `flag` is a word of shared memory.
 __device__ __forceinline__ bool is_last_block(unsigned* counter, unsigned blocks, unsigned* flag) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    // What the block wrote is seen by whoever sees the counter raised; what the others wrote before they raised it is seen after.
+    // The first fence: a block that sees this increment sees what this block wrote. The second fence: this
+    // block sees what the blocks wrote whose increments it sees.
     __threadfence();
     *flag = atomicAdd(counter, 1u) + 1 == blocks ? 1u : 0u;
     __threadfence();
@@ -82,7 +86,8 @@ __device__ __forceinline__ bool is_last_block(unsigned* counter, unsigned blocks
   return *flag != 0u;
 }
 
-// What blocks leave for the last one: `values` of T, which are not initialised, and counters, which are zero. None of either, no memory.
+// Global memory for the results that blocks leave for the last block: `values` numbers of type T,
+// uninitialised, and counters, which are 0.
 template <typename T>
 class Partials {
  public:
@@ -99,15 +104,15 @@ class Partials {
   Workspace memory_;
 };
 
-// Sums that are kept with what rounding takes away.
+// Adds sums that have rounding errors.
 struct AddSums {
   __device__ __forceinline__ math::Sum<double> operator()(const math::Sum<double>& a, const math::Sum<double>& b) const {
     return math::sum_of(a, b);
   }
 };
 
-// A sum of what is made of data computed in opmath, in float64 from the first term on: terms may cancel. Of float64 data it keeps what
-// rounding takes away.
+// A float64 sum of terms of type opmath; the terms may cancel. For float64 terms it keeps the rounding
+// errors.
 template <typename opmath>
 struct ThreadSum {
   double total = 0.0;
@@ -116,7 +121,8 @@ struct ThreadSum {
   __device__ __forceinline__ void add(const math::Sum<double>& x) { total += x.high; }
   __device__ __forceinline__ math::Sum<double> value() const { return {total, 0.0}; }
   __device__ __forceinline__ double rounded() const { return total; }
-  // Of `lanes` neighbouring threads, a power of two that divides a warp, in every one of them; all threads of the warp take part.
+  // Adds up the sums of `lanes` neighbouring threads, a power of two that divides a warp; each of them gets
+  // the result. All threads of the warp must call it.
   __device__ __forceinline__ void add_over_lanes(int lanes) {
     for (int distance = lanes / 2; distance > 0; distance /= 2) total += __shfl_xor_sync(kWholeWarp, total, distance);
   }

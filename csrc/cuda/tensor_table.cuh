@@ -1,10 +1,15 @@
-// A list of tensors as an argument of a kernel: by value, in the 32 KB that arguments may take, so that a list of 2,600 gradients is one
-// launch and nothing is copied that a CUDA graph would not record. Of a tensor there are its pointers and 4 bytes, from which a block finds
-// its piece by binary search.
+// A list of tensors as an argument of a kernel. The table is passed by value, in the 32 KB that arguments may
+// have: one launch takes a list of 2,600 gradients, and a CUDA graph records the table with the launch. The
+// table has the pointers of each tensor and 4 bytes more. A block finds its piece by binary search.
 //
-// Elements are counted in octets, eight of them, the last one of a tensor maybe not full. The octets of all tensors stand in one line,
-// which is cut into slots of kSlotOctets, and once more where a tensor begins: slot s belongs to the last entry whose number of slots
-// before it is at most s. A slot may come out empty. Where pieces begin depends on the counts alone, hence the order of summation too.
+// Elements are counted in octets of eight; a tensor's last octet may be incomplete. The octets of all tensors
+// form one line. The line is cut into slots of kSlotOctets, and also where a tensor begins:
+//
+//   tensors    |<------- tensor 0 ------->|<-- tensor 1 -->|<------ tensor 2 ...
+//   slots      |    0    |    1    |   2  |  3 |     4     |    5    | ...
+//
+// Slot s belongs to the last entry that has at most s slots before it. A slot may be empty. The cuts, and
+// with them the order of summation, depend only on the sizes of the tensors.
 #pragma once
 
 #include <type_traits>
@@ -16,14 +21,15 @@ namespace gradkernels::cuda {
 constexpr int kOctetElements = 8;
 constexpr int64_t kSlotOctets = 2048;
 constexpr int64_t kMostOctets = (int64_t{1} << 27) - 1;
-// What CUDA 12.1 and later take as arguments (compute capability 7.0 on), less what a kernel has beside the table.
+// The most that arguments may have with CUDA 12.1 or later (from compute capability 7.0 on), minus room for a
+// kernel's other arguments.
 constexpr int kTableBytes = 32764 - 256;
 
 // Elements [begin, begin + count) of entry `entry`.
 struct Piece {
   int entry;
   DType dtype;
-  bool is_first;  // of its tensor
+  bool is_first;  // whether it is the first piece of its tensor
   int64_t begin;
   int64_t count;
 };
@@ -33,10 +39,11 @@ struct TensorTable {
   static constexpr int kMostEntries = (kTableBytes - 32) / (8 * kPointers + 4) - 1;
 
   void* pointer[kPointers][kMostEntries];
-  // Octets before the entry in the upper 27 bits, then 3 bits of how many elements its last octet lacks, and 2 of its dtype.
+  // Upper 27 bits: the number of octets before the entry. Then 3 bits: the number of elements that its last
+  // octet lacks. 2 bits: its dtype.
   uint32_t place[kMostEntries + 1];
   int32_t entries;
-  bool continues;        // the first entry goes on with the tensor of the table before
+  bool continues;        // whether the first entry continues a tensor of the previous table
   int64_t first_tensor;  // entry e is tensor first_tensor + e
   int64_t first_slot;    // counted over all tables
 
@@ -65,7 +72,7 @@ struct TensorTable {
   }
 };
 
-// Slots of all tables at most.
+// An upper bound for the number of slots of all tables.
 template <typename Run>
 int64_t most_slots(const Run* runs, int64_t run_count) {
   int64_t octets = 0;
@@ -73,8 +80,8 @@ int64_t most_slots(const Run* runs, int64_t run_count) {
   return octets / kSlotOctets + run_count + octets / kMostOctets + 1;
 }
 
-// Calls launch(table) for one table after the other, with pointer_of(run, i) the i-th pointer of a run. Returns the slots of all. Only a
-// tensor that fills a table by itself is cut.
+// Calls launch(table) for one table after the other; pointer_of(run, i) is the i-th pointer of a run. Returns
+// the number of slots of all tables. A tensor is split between tables only if it fills a table alone.
 template <int kPointers, typename Run, typename PointerOf, typename Launch>
 int64_t for_each_table(const Run* runs, int64_t run_count, const PointerOf& pointer_of, const Launch& launch) {
   TensorTable<kPointers> table;
@@ -115,8 +122,9 @@ int64_t for_each_table(const Run* runs, int64_t run_count, const PointerOf& poin
   return table.first_slot;
 }
 
-// Calls function(packet, first, valid) for a thread's packets of `count` elements at x, kInFlight of them loaded at a time: packets of 16
-// bytes where x stands at one, else single elements. Past the end valid is less than the packet's elements, maybe none.
+// Calls function(packet, first, valid) for a thread's packets of the `count` elements at x; kInFlight packets
+// are loaded at a time. A packet has 16 bytes if x is aligned to 16 bytes, otherwise one element. At the end,
+// `valid` is less than the elements of the packet, and may be 0 or negative.
 template <int kThreads, int kInFlight, typename scalar_t, typename Function>
 __device__ __forceinline__ void for_each_packet(const scalar_t* x, int64_t count, const Function& function) {
   const auto walk = [&](auto width) {
@@ -146,7 +154,7 @@ __device__ __forceinline__ void for_each_packet(const scalar_t* x, int64_t count
   }
 }
 
-// A packet back to where it was read.
+// Stores a packet where for_each_packet has read it.
 template <typename scalar_t, int W>
 __device__ __forceinline__ void store_valid(scalar_t* p, const Packet<scalar_t, W>& packet, int64_t valid) {
   if (valid >= W) {

@@ -2,19 +2,22 @@
 //
 //   kName                             the activation's name in batch_norm_act
 //   kGradientReads                    what the gradient reads besides grad_y
-//   kHasExponential                   whether a value or a gradient takes an exponential
+//   kHasExponential                   whether the value or the gradient needs an exponential
 //   forward(x)                        the value
 //   backward(grad_y, x)               the gradient, from the input
 //   backward_from_output(grad_y, y)   the gradient, from the output: only where y determines the derivative
 //   passes(x), backward_from_mask     the gradient, from one bit: only where the derivative takes two values
 //
-// A functor lacks the members that would be wrong: Swish cannot be undone, so an in-place Swish does not compile.
+// A functor lacks the members that would be wrong: Swish cannot be undone, so an in-place Swish does not
+// compile.
 //
-// To add an activation to batch_norm_act, add a functor, an enumerator of ActivationKind and a case in `visit` (and in `visit_two_slopes`,
-// if the gradient reads a mask); then a case in composite_of, in ops/batch_norm_act.cpp. Without any of them the library does not compile.
+// To add an activation to batch_norm_act, add a functor, an enumerator of ActivationKind and a case in
+// `visit` (and in `visit_two_slopes`, if the gradient reads a mask); then a case in composite_of, in
+// ops/batch_norm_act.cpp. If one of these is missing, the library does not compile.
 //
-// Comparisons are those of torch's vector loops on the CPU, which decide the values at nan and at zero. At nan, torch's scalar loops over
-// the last elements and torch's kernels on a GPU give other values (tests/test_special_values.py).
+// Comparisons are those of torch's vector loops on the CPU, which decide the values at nan and at zero. At
+// nan, torch's scalar loops over the last elements and torch's kernels on a GPU give other values
+// (tests/test_special_values.py).
 #pragma once
 
 #include "math/exp.h"
@@ -27,11 +30,12 @@ enum class ActivationKind : uint8_t { kIdentity, kRelu, kRelu6, kLeakyRelu, kElu
 // What the gradient of an activation reads besides grad_y.
 enum class GradientReads : uint8_t {
   kNothing,  // the gradient is grad_y
-  kMask,     // one bit an element: the functor has passes and backward_from_mask
+  kMask,     // one bit for each element; the functor has passes and backward_from_mask
   kValue,    // x
 };
 
-// An activation as a run-time value; `parameter` is negative_slope, alpha or beta. The functor's constants decide the answers.
+// An activation as a run-time value; `parameter` is negative_slope, alpha or beta. The answers are the
+// constants of the functor.
 struct Activation {
   ActivationKind kind;
   double parameter;
@@ -94,7 +98,7 @@ struct LeakyRelu {
     return select(pass, grad_y, grad_y * negative_slope);
   }
   GK_HOST_DEVICE T backward(T grad_y, T x) const { return backward_from_mask(grad_y, passes(x)); }
-  // The gradient of x, with that of negative_slope in grad_slope.
+  // The gradient of x; grad_slope becomes the gradient of negative_slope.
   GK_HOST_DEVICE T backward(T grad_y, T x, T& grad_slope) const {
     grad_slope = select(passes(x), T(0), grad_y * x);
     return backward(grad_y, x);
@@ -103,8 +107,9 @@ struct LeakyRelu {
 
 // elu(x) = x for x > 0, alpha (e^x - 1) otherwise
 //
-// The gradient can be read off the output, which is what allows elu_ in place; that needs alpha >= 0, else one y has two possible x
-// (autograd/activation.cpp keeps x, or refuses, in the other case). forward selects on x < 0, so that -0 stays -0.
+// The gradient can be computed from the output, so elu_ can work in place. That needs alpha >= 0: otherwise
+// two x give the same y, and autograd/activation.cpp keeps x or raises an error. forward selects on x < 0, so
+// that -0 stays -0.
 template <typename T>
 struct Elu {
   static constexpr const char* kName = "elu";
@@ -119,9 +124,11 @@ struct Elu {
   GK_HOST_DEVICE T backward_from_output(T grad_y, T y) const { return select(y > T(0), grad_y, grad_y * (y + alpha)); }
 };
 
-// swish(x) = x s with s = sigmoid(beta x), and with z = beta x: swish'(x) = s (1 + z (1 - s)); the derivative by beta is x^2 s (1 - s)
+// swish(x) = x s with s = sigmoid(beta x), and with z = beta x: swish'(x) = s (1 + z (1 - s)); the derivative
+// by beta is x^2 s (1 - s)
 //
-// y alone is as exact as what it is rounded to: near its zero the gradient is the difference of two terms.
+// `precision` applies to y only. The gradient always has full precision, because near its zero it is the
+// difference of two terms.
 template <typename T, Precision precision>
 struct Swish {
   static constexpr const char* kName = "swish";
@@ -142,7 +149,7 @@ struct Swish {
     with_logistic(beta * x, [&](const auto& s) GK_INLINE_LAMBDA { grad_x = gradient(grad_y, x, s); });
     return grad_x;
   }
-  // The gradient of x, with that of beta in grad_beta.
+  // The gradient of x; grad_beta becomes the gradient of beta.
   GK_HOST_DEVICE T backward(T grad_y, T x, T& grad_beta) const {
     T grad_x;
     with_logistic(beta * x, [&](const auto& s) GK_INLINE_LAMBDA {
@@ -153,36 +160,37 @@ struct Swish {
   }
 
  private:
-  // Not with z, which may be infinite where x is not, and then meets a factor that is 0.
+  // Without z, which may be inf when x is not, and would then be multiplied with 0.
   template <typename Logistic>
   GK_HOST_DEVICE T gradient(T grad_y, T x, const Logistic& s) const {
     return s.scaled(grad_y * fma(x * s.gate, beta * s.complement, s.gate));
   }
 };
 
-// rrelu(x) = x for x > 0, a x otherwise, with a drawn for each element. torch draws none for a nan, whose gradient is grad_y.
+// rrelu(x) = x for x > 0, a x otherwise; a is drawn for each element. As in torch, nothing is drawn for a
+// nan, whose gradient is grad_y.
 template <typename T>
 struct Rrelu : LeakyRelu<T> {
   GK_HOST_DEVICE auto passes(T x) const { return !(x <= T(0)); }
 };
 
-// The slopes of it, uniform in [lower, upper] and drawn from a seed.
+// The slopes of rrelu, uniform in [lower, upper] and drawn from a seed.
 struct RandomSlopes {
   uint64_t seed;
   double lower;
   double upper;
 
-  // The slope that a number uniform in [0, 1) stands for.
+  // The slope for a number uniform in [0, 1).
   template <typename T>
   GK_HOST_DEVICE T slope_of(T uniform) const {
     using scalar_t = scalar_of_t<T>;
     const T bound(static_cast<scalar_t>(upper));
     const T drawn = fma(T(static_cast<scalar_t>(upper - lower)), uniform, T(static_cast<scalar_t>(lower)));
-    // The sum may round up to beyond the bound.
+    // The sum may round to more than the bound.
     return select(drawn < bound, drawn, bound);
   }
 
-  // Of elements [4 block, 4 block + 4), in storage order.
+  // The slopes of elements [4 block, 4 block + 4), in storage order.
   template <typename scalar_t>
   GK_HOST_DEVICE void draw(uint64_t block, scalar_t* slope) const {
     const PhiloxBlock<uint64_t> random = philox(seed, block);
@@ -190,7 +198,7 @@ struct RandomSlopes {
   }
 };
 
-// Calls function(functor) with the functor of `act`, computing in T what is rounded to `precision`.
+// Calls function(functor) with the functor of `act`, which computes in T, to `precision`.
 template <typename T, Precision precision, typename Function>
 GK_HOST_DEVICE constexpr void visit(Activation act, const Function& function) {
   const T parameter(static_cast<scalar_of_t<T>>(act.parameter));
@@ -210,8 +218,9 @@ GK_HOST_DEVICE constexpr void visit(Activation act, const Function& function) {
   }
 }
 
-// Calls function(functor) with the functor of `act`, which must be an activation of two slopes. A switch of its own compiles to faster code
-// than a selection from the switch above; the static_assert below compares the two.
+// Calls function(functor) with the functor of `act`, which must be an activation of two slopes. A switch of
+// its own compiles to faster code than a selection from the switch above; the static_assert below compares
+// the two.
 template <typename T, typename Function>
 GK_HOST_DEVICE constexpr void visit_two_slopes(Activation act, const Function& function) {
   switch (act.kind) {
@@ -226,7 +235,7 @@ GK_HOST_DEVICE constexpr void visit_two_slopes(Activation act, const Function& f
 
 // The constants of a functor as run-time values.
 struct ActivationTraits {
-  const char* name;  // null beyond the last kind
+  const char* name;  // null for a value after the last kind
   GradientReads gradient_reads;
   bool has_exponential;
 };
@@ -260,7 +269,8 @@ static_assert(visits_all_of_two_slopes(), "visit_two_slopes has no case for an a
 GK_INLINE bool Activation::has_two_slopes() const { return traits_of(kind).gradient_reads == GradientReads::kMask; }
 GK_INLINE bool Activation::has_exponential() const { return traits_of(kind).has_exponential; }
 
-// The activation chosen at each element, which compiles once instead of once for each of them.
+// A functor that chooses the activation at each element. A loop over it is compiled once, not once for each
+// activation.
 template <typename T, Precision precision>
 struct AnyActivation {
   Activation act;

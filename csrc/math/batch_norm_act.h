@@ -1,5 +1,6 @@
-// Batch normalisation's formulas: moments and their merge, the normalisation, the gradient of the input. Per-channel quantities are float64
-// everywhere; only what multiplies elements is rounded to the computing type, with the rounding error of the mean carried into the shift.
+// The formulas of batch normalisation: moments and their merge, the normalisation, and the gradient of the
+// input. All per-channel numbers are float64. Only numbers that are combined with elements are rounded to the
+// computing type. The shift makes up for the rounding error of the mean.
 #pragma once
 
 #include "common/host_device.h"
@@ -7,8 +8,9 @@
 
 namespace gradkernels::math {
 
-// Count, mean and M2 = sum (x - mean)^2 of a set of elements, in float64: T is double or a vector of it. mean_low and m2_low are what
-// rounding took from the two: merging many sets does not wear off their last digits, which float64 data need (bench/bench_accuracy.py).
+// The moments of a set of elements in float64: count, mean and M2 = sum (x - mean)^2. T is double or a vector
+// of doubles. mean_low and m2_low are the rounding errors of mean and m2: without them, merging many sets
+// would cost the last digits, which float64 data need (bench/bench_accuracy.py).
 template <typename T>
 struct Moments {
   T count;
@@ -18,13 +20,13 @@ struct Moments {
   T m2_low;
 };
 
-// The same, each with its low part taken in.
+// The same moments, with the low parts added to the high parts.
 GK_HOST_DEVICE Moments<double> rounded(const Moments<double>& moments) {
   return {moments.count, rounded(Sum<double>{moments.mean, moments.mean_low}), rounded(Sum<double>{moments.m2, moments.m2_low}), 0.0, 0.0};
 }
 
-// Moments of a tile from the sums of d = x - about and of d^2. `about` is near the tile's mean, so that nothing cancels: mean = about +
-// S/n, M2 = Q - S^2/n.
+// The moments of a tile from S = sum d and Q = sum d^2, with d = x - about: mean = about + S/n,
+// M2 = Q - S^2/n. `about` must be near the mean of the tile, so that the difference does not cancel.
 template <typename T>
 GK_HOST_DEVICE Moments<T> moments_about(T about, T count, T sum, T sum_of_squares) {
   const T correction = sum / count;
@@ -33,8 +35,9 @@ GK_HOST_DEVICE Moments<T> moments_about(T about, T count, T sum, T sum_of_square
   return {count, mean.high, sum_of_squares - sum * correction, mean.low, T(0)};
 }
 
-// Moments of the union of two disjoint sets (Chan, Golub and LeVeque 1979); the second may not be empty. The products are grouped so that
-// an empty first set weighs nothing even where delta^2 overflows. Means that are inf or nan add up as the elements would, and M2 is nan.
+// The moments of the union of two disjoint sets (Chan, Golub and LeVeque 1979). The second set must not be
+// empty. The order of the products makes an empty first set count for nothing even if delta^2 overflows.
+// Means that are inf or nan add up as the elements would, and M2 is then nan.
 template <typename T>
 GK_HOST_DEVICE Moments<T> merge(const Moments<T>& a, const Moments<T>& b) {
   const T count = a.count + b.count;
@@ -52,8 +55,10 @@ GK_HOST_DEVICE Moments<T> merge(const Moments<T>& a, const Moments<T>& b) {
   return {count, mean.high, m2.high, mean.low, m2.low};
 }
 
-// Moments of the union of `sets` sets of `count` elements each: the mean of the means, and M2 with what the means differ by. One division,
-// where merging them in turn takes one for each. The first mean is taken off, lest means of one sign add up beyond their digits.
+// The moments of the union of `sets` sets of `count` elements each. The mean is the mean of the means; M2
+// includes the differences between the means. This takes few divisions, where merging the sets one after the
+// other takes several for each. The first mean is subtracted from all, because a sum of large means of one
+// sign would lose digits.
 GK_HOST_DEVICE Moments<double> merge_of_equal_counts(double count, int64_t sets, const double* mean, const double* mean_low,
                                                      const double* m2, const double* m2_low) {
   if (sets == 1) return {count, mean[0], m2[0], mean_low[0], m2_low[0]};
@@ -81,7 +86,7 @@ GK_HOST_DEVICE Moments<double> merge_of_equal_counts(double count, int64_t sets,
   return {count * number, merged.high, within.high, merged.low, within.low};
 }
 
-// The same from sums that keep their low parts.
+// moments_about from sums with low parts.
 GK_HOST_DEVICE Moments<double> moments_about(double about, double count, const Sum<double>& sum, const Sum<double>& sum_of_squares) {
   const Sum<double> correction = quotient_of(sum, count);
   Sum<double> mean{about, correction.low};
@@ -92,9 +97,9 @@ GK_HOST_DEVICE Moments<double> moments_about(double about, double count, const S
   return {count, mean.high, m2.high, mean.low, m2.low};
 }
 
-// Moments of `count` elements, by way of float64 from the first of them on and one after another: of a channel with an inf or a nan, whose
-// mean is then their sum, or with squares beyond the largest number of the computing type. each(function) calls function(x) for the
-// elements in turn, until it is false.
+// The moments of `count` elements, one after the other and all in float64: for a channel with an inf or a
+// nan, which then decides the mean, or with squares that overflow the computing type. each(function) must
+// call function(x) for one element after the other, until it returns false.
 template <typename Each>
 GK_HOST_DEVICE Moments<double> moments_of(double count, const Each& each) {
   double total = 0.0;
@@ -114,8 +119,8 @@ GK_HOST_DEVICE Moments<double> moments_of(double count, const Each& each) {
   return moments_about(about, count, sum, squares);
 }
 
-// Moments of the union of many sets at once, without a division for each: the mean is the sum of total_of over all sets, divided by the
-// count of all; M2 the sum of m2_about that mean.
+// The moments of the union of many sets, without a division for each set: the mean is the sum of total_of
+// over the sets, divided by the count of all elements; M2 is the sum of m2_about that mean.
 GK_HOST_DEVICE Sum<double> total_of(const Moments<double>& set) {
   const Sum<double> total = product_of(set.count, set.mean);
   return {total.high, fma(set.count, set.mean_low, total.low)};
@@ -127,8 +132,8 @@ GK_HOST_DEVICE Sum<double> m2_about(const Sum<double>& mean, const Moments<doubl
   return m2;
 }
 
-// 1 / sqrt(var + eps). One Newton step with the exact residual takes back the roundings of the root and of the quotient: every output
-// scales with this number.
+// 1 / sqrt(var + eps). Every output is multiplied with this number, so one Newton step with the exact
+// residual corrects the roundings of the root and of the quotient.
 GK_HOST_DEVICE double inverse_std(double variance, double eps) {
   const double v = variance + eps;
   const double r = 1.0 / sqrt(v);
@@ -138,10 +143,11 @@ GK_HOST_DEVICE double inverse_std(double variance, double eps) {
   return corrected == corrected ? corrected : r;
 }
 
-// Of a batch: 0 for a constant channel with eps = 0, as torch's.
+// For the variance of a batch. As in torch, it is 0 for a constant channel with eps = 0.
 GK_HOST_DEVICE double inverse_std_of_batch(double variance, double eps) { return variance + eps == 0.0 ? 0.0 : inverse_std(variance, eps); }
 
-// The momentum that makes running statistics the mean of those of all batches, after so many before.
+// The momentum that makes the running statistics the mean of the statistics of all batches, if `batches` came
+// before this one.
 GK_HOST_DEVICE double cumulative_momentum(double batches) { return 1.0 / (batches + 1.0); }
 
 // running <- (1 - momentum) running + momentum observed
@@ -151,9 +157,9 @@ GK_HOST_DEVICE double update_running(double running, double observed, double mom
 
 // batch_norm(x) = (x - mean) invstd weight + bias = fma(x - mean_high, scale, shift)
 //
-// mean = mean_high + mean_low, the second carried by the shift: data at 1e4 +- 1e-2 keep their digits (test_statistics_of_hard_inputs),
-// which (x - mean) * invstd in float32 loses. The backward pass rebuilds the argument of the activation with the same expression, hence
-// with the same sign.
+// mean = mean_high + mean_low, and the shift contains mean_low: data at 1e4 +- 1e-2 keep their digits
+// (test_statistics_of_hard_inputs), which (x - mean) * invstd in float32 would lose. The backward pass
+// computes the argument of the activation with the same expression, so that it has the same sign.
 template <typename T>
 struct Normalisation {
   T mean_high;
@@ -162,19 +168,20 @@ struct Normalisation {
 
   GK_HOST_DEVICE T operator()(T x) const { return fma(x - mean_high, scale, shift); }
 
-  // The same struct of function(member).
+  // The same struct with function(member) for each member.
   template <typename U, typename Function>
   GK_HOST_DEVICE Normalisation<U> map(const Function& function) const {
     return {function(mean_high), function(scale), function(shift)};
   }
 };
 
-// A scale that is not finite has a mean_high of 0, which is torch's x scale + (bias - mean scale): it decides which of an inf are nan.
+// If the scale is not finite, mean_high is 0: the result is then torch's x scale + (bias - mean scale), and
+// has its inf and nan.
 template <typename scalar_t>
 GK_HOST_DEVICE scalar_t mean_high(double mean, scalar_t scale) {
   return scale - scale == scalar_t(0) ? static_cast<scalar_t>(mean) : scalar_t(0);
 }
-// Of a mean that is inf, none.
+// 0 if the mean is inf.
 GK_HOST_DEVICE double mean_low(double mean, double mean_high) { return zero_if_nan(mean - mean_high); }
 
 template <typename scalar_t>
@@ -184,9 +191,10 @@ GK_HOST_DEVICE Normalisation<scalar_t> normalisation(double mean, double invstd,
   return {high, scale, static_cast<scalar_t>(bias - mean_low(mean, static_cast<double>(high)) * static_cast<double>(scale))};
 }
 
-// The sums behind every gradient, over a channel: S1 = sum dz, S2 = sum dz (x - mean), with dz the gradient at the output of the
-// normalisation. grad_bias = S1, grad_weight = invstd S2. A term is a product in the computing type, and eight of them meet in it: from
-// 2^125 on, of float32, they may be inf, and the channel's gradients with them, as torch's are.
+// The sums over a channel that every gradient needs: S1 = sum dz and S2 = sum dz (x - mean), where dz is the
+// gradient at the output of the normalisation. grad_bias = S1, grad_weight = invstd S2. A term is a product
+// in the computing type, and eight terms are added up in that type: float32 terms of 2^125 and more may give
+// inf. The gradients of the channel are then inf too, as in torch.
 struct GradientSums {
   double dz;
   double dz_x;
@@ -194,20 +202,23 @@ struct GradientSums {
 
 GK_HOST_DEVICE GradientSums merge(const GradientSums& a, const GradientSums& b) { return {a.dz + b.dz, a.dz_x + b.dz_x}; }
 
-// From those about mean_high, sum dz (x - mean_high), with what the rounding took from the mean. Where sums are inf it does not count.
+// The sums about the mean, from sum dz and sum dz (x - mean_high). mean_low is ignored if sum dz is not
+// finite.
 GK_HOST_DEVICE GradientSums about_mean(const GradientSums& about_mean_high, double mean_low) {
   const double dz = zero_unless_finite(about_mean_high.dz);
   return {about_mean_high.dz, fma(-mean_low, dz, about_mean_high.dz_x)};
 }
 
 // training:
-//   grad_x = weight invstd (dz - S1/N - (x - mean) invstd^2 S2/N) = fma(scale, fma(slope, x - mean_high, dz - dz_mean_high), offset)
+//   grad_x = weight invstd (dz - S1/N - (x - mean) invstd^2 S2/N)
+//          = fma(scale, fma(slope, x - mean_high, dz - dz_mean_high), offset)
 // evaluation:
 //   grad_x = weight invstd dz
 //
-// S1/N, with what the slope makes of mean_low, is split as the mean is: gradients that sit on a large common offset keep their digits.
-// slope is without the scale: with it, a small gradient at a large x would take it below the smallest float32
-// (test_gradients_at_the_ends_of_the_range). What is low counts where all of it is finite.
+// S1/N + slope mean_low is split into dz_mean_high and a low part, as the mean is, so that gradients with a
+// large common offset keep their digits. The offset contains the low part if it is finite. slope does not
+// contain the scale: their product could underflow float32 for a small gradient at a large x
+// (test_gradients_at_the_ends_of_the_range).
 template <typename T>
 struct InputGradient {
   T mean_high;
@@ -217,7 +228,7 @@ struct InputGradient {
   T offset;
 
   GK_HOST_DEVICE T training(T dz, T x) const { return fma(scale, fma(slope, x - mean_high, dz - dz_mean_high), offset); }
-  // The statistics are constants: nothing of x passes, an inf included.
+  // The statistics are constants, so the result does not depend on x, even if x is inf.
   GK_HOST_DEVICE T evaluation(T dz) const { return scale * dz; }
 
   template <typename U, typename Function>

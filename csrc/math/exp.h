@@ -1,17 +1,21 @@
-// exp, expm1 and the logistic function without branches or table, for scalars and SIMD vectors alike: libm's versions do not vectorise.
-// Argument reduction x = n ln 2 + r with |r| <= ln(2) / 2 (Cody and Waite), a minimax polynomial for (e^r - 1 - r) / r^2, scaling by 2^n as
-// the last step, so that results which are denormal are rounded once. Where the processor has fma, elu and swish stay within 2.2 ulp of the
-// exact value and their gradients within 2.6 of the size of their terms (tests/test_activation.py); within 4 where it has not. nan stays
-// nan; the ends saturate to 0, -1 and inf.
+// exp, expm1 and the logistic function without branches or tables, for scalars and SIMD vectors: compilers
+// cannot vectorise libm's.
+//
+// The steps are: argument reduction x = n ln 2 + r with |r| <= ln(2) / 2 (Cody and Waite), a minimax
+// polynomial for (e^r - 1 - r) / r^2, and scaling by 2^n. Scaling comes last, so that a denormal result is
+// rounded once. On processors with fma, the errors of elu and swish are at most 2.2 ulp, and those of their
+// gradients at most 2.6 ulp of the largest term (tests/test_activation.py); without fma they are at most 4.
+// nan stays nan. Arguments that are too large or too small give 0, -1 or inf.
 #pragma once
 
 #include "common/host_device.h"
 
 namespace gradkernels::math {
 
-// How near a result comes to the exact one: to the last digits of the type it is computed in, or, to be rounded to 16 bits, within 2^-17.5
-// of itself: 0.01 ulp of float16. Below 1e-10, which bfloat16 alone can hold, within 2^-16, and as near as float32's denormals where
-// e^-|x| is one: 0.001 / beta ulp of bfloat16 for swish.
+// The precision of a result. kFull: the last digits of the computing type. kHalf, for results that are
+// rounded to 16 bits: a relative error of at most 2^-17.5, which is 0.01 ulp of float16. Results below 1e-10,
+// which only bfloat16 can represent, have a relative error of at most 2^-16. If e^-|x| is a denormal float32,
+// its spacing bounds the error: 0.001 / beta ulp of bfloat16 for swish.
 enum class Precision { kFull, kHalf };
 
 template <typename scalar_t>
@@ -35,13 +39,14 @@ struct ExpConstants<float> {
   static constexpr float kLog2E = 1.44269504088896341f;
   static constexpr float kLn2High = 0.693359375f;  // nine bits: n * kLn2High is exact
   static constexpr float kLn2Low = -2.12194440054690583e-4f;
-  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
-  static constexpr float kUnderflow = -170.0f;  // far below where e^x rounds to 0; half of its exponent is still a normal one
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
+  static constexpr float kUnderflow = -170.0f;  // e^x rounds to 0 for far larger x already; half the exponent is still normal
   static constexpr uint32_t kOneBits = 0x3F800000u;
   static constexpr int kMantissaBits = 23;
   using bits_t = uint32_t;
 
-  // (e^r - 1 - r) / r^2: e^r to 3.2e-9. In Estrin's order: a shorter chain than Horner's for the same operations.
+  // (e^r - 1 - r) / r^2: e^r to 3.2e-9. In Estrin's order: a shorter chain than Horner's for the same
+  // operations.
   template <typename T>
   static GK_HOST_DEVICE T series(T r, T square) {
     const T upper = fma(T(0.0013820690f), square, horner(r, 0.041668266f, 0.0083686756f));
@@ -68,7 +73,7 @@ struct ExpConstants<double> {
   }
 };
 
-// 2^n for a whole number n within the normal exponents
+// 2^n for an integer n that is the exponent of a normal number
 template <typename scalar_t>
 GK_HOST_DEVICE scalar_t exp2_of_integer(scalar_t n) {
   using C = ExpConstants<scalar_t>;
@@ -81,7 +86,8 @@ GK_HOST_DEVICE scalar_t exp2_of_integer(scalar_t n) {
   return pun.value;
 }
 
-// 2^n as a product of two powers of two within the normal exponents, for a whole number n of at most twice as many.
+// 2^n as the product of two normal powers of two. The integer n may be twice as large as the exponent of a
+// normal number.
 template <typename T>
 struct Exp2Halves {
   T first;
@@ -94,7 +100,7 @@ GK_HOST_DEVICE Exp2Halves<T> exp2_halves(T n) {
   return {exp2_of_integer(half), exp2_of_integer(n - half)};
 }
 
-// x 2^n, for the same n. A vector brings the instruction for it where there is one.
+// x 2^n, for the same n. A vector overloads scale_by_exp2 if its instruction set has an instruction for it.
 template <typename T>
 GK_HOST_DEVICE T scale_by_halves(T x, T n) {
   const Exp2Halves<T> scale = exp2_halves(n);
@@ -105,21 +111,21 @@ GK_HOST_DEVICE scalar_t scale_by_exp2(scalar_t x, scalar_t n) {
   return scale_by_halves(x, n);
 }
 
-// x 2^n for a whole number n, where x and the result are both in the normal range, else anything. A vector adds to the bits of its
-// exponents.
+// x 2^n for an integer n. x and the result must be normal numbers; other results are arbitrary. The overload
+// for vectors adds n to the bits of the exponent.
 template <typename scalar_t>
 GK_HOST_DEVICE scalar_t scale_normal_by_exp2(scalar_t x, scalar_t n) {
   return x * exp2_of_integer(n);
 }
 
-// 1 / x to 12 bits or better, for a Newton step to refine.
+// 1 / x to at least 12 bits. A Newton step refines it.
 template <typename scalar_t>
 GK_HOST_DEVICE scalar_t approximate_inverse(scalar_t x) {
   return scalar_t(1) / x;
 }
 
 #if defined(__CUDA_ARCH__)
-// One ulp, for normal x with a normal inverse: __fdividef would ask about others.
+// Within one ulp if x and its inverse are normal. __fdividef would test for other numbers too.
 GK_HOST_DEVICE float approximate_inverse(float x) {
   float inverse;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
@@ -133,20 +139,21 @@ GK_HOST_DEVICE scalar_t negative_magnitude(scalar_t x) {
   return -fabs(x);
 }
 
-// The larger of both, and x where x is nan.
+// The larger of the two; x if x is nan.
 template <typename scalar_t>
 GK_HOST_DEVICE scalar_t at_least(scalar_t bound, scalar_t x) {
   return bound > x ? bound : x;
 }
 
-// 1 / (1 + e) for e in [0, 1]: the residual 1 - (1 + e) estimate is taken without the rounding of 1 + e.
+// 1 / (1 + e) for e in [0, 1]. The residual 1 - (1 + e) estimate is computed without rounding 1 + e.
 template <typename T>
 GK_HOST_DEVICE T inverse_of_one_plus(T e) {
   const T estimate = approximate_inverse(T(1) + e);
   return fma(estimate, fma(-e, estimate, T(1) - estimate), estimate);
 }
 
-// The same for any e >= 0 of a normal inverse: of a small estimate 1 - estimate would round, 1 - e estimate does less.
+// The same for every e >= 0 with a normal inverse. For a small estimate, 1 - estimate would be rounded; 1 - e
+// estimate is rounded less.
 template <typename T>
 GK_HOST_DEVICE T inverse_of_one_plus_any(T e) {
   const T estimate = approximate_inverse(T(1) + e);
@@ -160,7 +167,7 @@ struct ReducedExp {
   T expm1;
 };
 
-// Of |x| up to -kUnderflow; of others n is far, and the rest anything.
+// Valid for |x| <= -kUnderflow. For other x, n is far (see kFarExponent) and expm1 is arbitrary.
 template <typename T>
 GK_HOST_DEVICE ReducedExp<T> reduce_exp(T x) {
   using C = ExpConstants<scalar_of_t<T>>;
@@ -171,23 +178,27 @@ GK_HOST_DEVICE ReducedExp<T> reduce_exp(T x) {
   return {n, fma(square, C::series(r, square), r)};
 }
 
-// Below this a power of two may not be applied at once. None that matters is above 0.
+// An exponent below this is far: 2^n must then be applied in two factors. Exponents above 0 do not occur
+// where this matters.
 constexpr int kFarExponent = -64;
 
-// A vector asks for one in any of its lanes, nan being far, and takes a shorter way where there is none; a scalar is not worth a branch.
+// Whether any lane of a vector has a far exponent; nan counts as far. A vector without one takes a shorter
+// way. For a scalar, the branch would cost more than it saves, so the answer is always true.
 template <typename scalar_t>
 GK_HOST_DEVICE constexpr bool has_far_exponent(scalar_t) {
   return true;
 }
-// The lanes that would have taken it.
+// The lanes whose exponents are not far.
 template <typename scalar_t>
 GK_HOST_DEVICE constexpr bool is_near_exponent(scalar_t) {
   return false;
 }
 
-// a b 2^n for whole n <= 0 and a b that is not tiny: 2^n itself may be denormal, or 0, where the result is neither. A near n is applied
-// before a, which may be as large as there is, and alike whatever the neighbours are. An a of inf meets b 2^n as rounded: nan where that
-// is 0, as torch's.
+// The product of a, b and 2^n, for an integer n <= 0 and a number b that is not tiny. 2^n alone may be
+// denormal or 0 although the product is not, so it is applied in two factors. If n is not far, b is
+// multiplied with both of them before a, which may be very large: a lane's result then does not depend on the
+// other lanes. The same order is used if a is inf or nan. As in torch, inf then gives nan if b 2^n rounds to
+// 0.
 template <typename T>
 GK_HOST_DEVICE T multiply_scaled(T a, T b, T n) {
   if (!has_far_exponent(n)) return a * scale_by_exp2(b, n);
@@ -196,28 +207,30 @@ GK_HOST_DEVICE T multiply_scaled(T a, T b, T n) {
   return select((n >= T(scalar_of_t<T>(kFarExponent))) | (a - a != T(0)), a * (part * scale.second), a * part * scale.second);
 }
 
-// e^x - 1 for x <= 0, exact near zero where the subtraction would cancel: 2^n (e^r - 1) + (2^n - 1)
+// e^x - 1 for x <= 0, as 2^n (e^r - 1) + (2^n - 1). Near zero it has full precision, where the subtraction
+// e^x - 1 would cancel.
 template <typename T>
 GK_HOST_DEVICE T expm1_of_nonpositive(T x) {
-  const T floor(scalar_of_t<T>(-60));  // the result is -1 to the last bit long before
+  const T floor(scalar_of_t<T>(-60));  // the result rounds to -1 for far larger x already
   const ReducedExp<T> reduced = reduce_exp(at_least(floor, x));
   const T scale = exp2_of_integer(reduced.n);
   return fma(scale, reduced.expm1, scale - T(1));
 }
 
-// sigmoid(x) = gate scale and 1 - sigmoid(x) = complement, both with full relative accuracy on both sides of zero and without an overflow:
-// gate is below 1, and a factor may be multiplied with it before the scale, which is a power of two and at most 1.
+// sigmoid(x) = gate scale and 1 - sigmoid(x) = complement, both with full relative precision for every x.
+// gate is below 1, and scale is a power of two of at most 1: a number that is multiplied with gate first, and
+// then with scale, does not overflow.
 template <typename T>
 struct Logistic {
   T gate;
   T scale;
   T complement;
 
-  // a sigmoid(x), of a product a gate
+  // a sigmoid(x), where product is a gate
   GK_HOST_DEVICE T scaled(T product) const { return product * scale; }
 };
 
-// The same with a scale of 1.
+// The same with scale = 1.
 template <typename T>
 struct NearLogistic {
   T gate;
@@ -226,19 +239,22 @@ struct NearLogistic {
   GK_HOST_DEVICE T scaled(T product) const { return product; }
 };
 
-// Calls function(logistic) with the one of the two that x needs. What a lane of a vector gets does not depend on its neighbours.
+// Calls function(logistic) with a NearLogistic if that is precise for x, otherwise with a Logistic. The
+// result of a lane does not depend on the other lanes.
 template <typename T, typename Function>
 GK_HOST_DEVICE void with_logistic(T x, const Function& function) {
-  // sigmoid(x) = 1 / (1 + e^-x) as long as all that is in it is a normal number.
+  // sigmoid(x) = 1 / (1 + e^-x), if every number in it is normal.
   const ReducedExp<T> near = reduce_exp(-x);
   const T distance = negative_magnitude(near.n);
   const T near_exp = scale_normal_by_exp2(T(1) + near.expm1, near.n);
   const T near_gate = inverse_of_one_plus_any(near_exp);
-  // Each where it rounds least: 1 - gate for a gate below 1/2, whose own rounding is nothing beside 1.
+  // Each expression where its rounding error is smallest: 1 - gate for a gate below 1/2, whose rounding error
+  // is negligible compared with 1.
   const auto negative = x < T(0);
   const T near_complement = select(negative, T(1) - near_gate, near_exp * near_gate);
   if (!has_far_exponent(distance)) return function(NearLogistic<T>{near_gate, near_complement});
-  // Else with only e^-|x| inside, which is 0 below the floor and not a tiny number: swish(-inf) is nan, as torch's.
+  // Otherwise with e^-|x|. Below the floor it is 0 and not a tiny number, so that swish(-inf) is nan, as in
+  // torch.
   const T floor(ExpConstants<scalar_of_t<T>>::kUnderflow);
   const auto is_near = is_near_exponent(distance);
   const ReducedExp<T> far = reduce_exp(at_least(floor, negative_magnitude(x)));
@@ -251,7 +267,7 @@ GK_HOST_DEVICE void with_logistic(T x, const Function& function) {
                        select(is_near, near_complement, select(negative, inverse, e * inverse))});
 }
 
-// e^x for x <= 0 and 1 / x for x >= 1, to Precision::kHalf.
+// e^x for x <= 0, and 1 / x for x >= 1, to Precision::kHalf.
 template <typename T>
 GK_HOST_DEVICE T half_precise_exp(T x) {
   using C = ExpConstants<float>;
@@ -267,11 +283,11 @@ GK_HOST_DEVICE T half_precise_inverse(T x) {
   return fma(fma(-x, estimate, T(1)), estimate, estimate);
 }
 
-// For a scalar there are instructions.
+// Scalars use instructions of the processor.
 GK_HOST_DEVICE float half_precise_exp(float x) { return exp2(x * ExpConstants<float>::kLog2E); }
 GK_HOST_DEVICE float half_precise_inverse(float x) { return approximate_inverse(x); }
 
-// sigmoid(x), to Precision::kHalf of itself on both sides of zero.
+// sigmoid(x) to Precision::kHalf, for every x.
 template <typename T>
 GK_HOST_DEVICE T half_precise_sigmoid(T x) {
   const T e = half_precise_exp(negative_magnitude(x));

@@ -1,11 +1,13 @@
-// One step of RMSprop (Hinton 2012; centered: Graves 2013), an element at a time, in torch's order of operations.
+// One step of RMSprop (Hinton 2012; centered: Graves 2013), an element at a time, in torch's order of
+// operations.
 #pragma once
 
 #include "common/host_device.h"
 
 namespace gradkernels::math {
 
-// torch's options as numbers. grad_coefficient multiplies the gradient before anything else: clipping, and -1 for maximize.
+// torch's options as numbers. grad_coefficient multiplies the gradient before anything else: clipping, and -1
+// for maximize.
 struct RmspropOptions {
   double lr;
   double alpha;
@@ -15,7 +17,7 @@ struct RmspropOptions {
   double grad_coefficient;
 };
 
-// What one element has, before the step and after it; grad_avg and momentum_buffer only where the options want them.
+// The state of one element. grad_avg and momentum_buffer are only used if the options need them.
 template <typename T>
 struct RmspropState {
   T param;
@@ -26,12 +28,12 @@ struct RmspropState {
 
 // g = grad_coefficient grad + weight_decay param
 // square_avg = alpha square_avg + (1 - alpha) g^2
-// grad_avg = grad_avg + (1 - alpha) (g - grad_avg)                             centered
-// denominator = sqrt(square_avg - grad_avg^2) + eps                            without grad_avg where not centered
-// momentum_buffer = momentum momentum_buffer + g / denominator                 momentum > 0
-// param = param - lr momentum_buffer                                           param - lr g / denominator without momentum
+// grad_avg = grad_avg + (1 - alpha) (g - grad_avg)                 only if centered
+// denominator = sqrt(square_avg - grad_avg^2) + eps                without grad_avg^2 unless centered
+// momentum_buffer = momentum momentum_buffer + g / denominator     only if momentum > 0
+// param = param - lr momentum_buffer                               or param - lr g / denominator without it
 //
-// 1 - alpha is a difference of float64, rounded to T afterwards, and products are fused with the sums that may cancel.
+// 1 - alpha is computed in float64 and then rounded to T. A product is fused with a sum that may cancel.
 template <typename T>
 struct Rmsprop {
   using scalar_t = scalar_of_t<T>;
@@ -47,7 +49,7 @@ struct Rmsprop {
         weight_decay(T(static_cast<scalar_t>(options.weight_decay))),
         momentum(T(static_cast<scalar_t>(options.momentum))),
         grad_coefficient(T(static_cast<scalar_t>(options.grad_coefficient))),
-        // 0 times a parameter of inf would be nan.
+        // Without decay the parameter is not read: 0 times inf would be nan.
         decays(options.weight_decay != 0.0),
         lerps_from_end(1.0 - options.alpha >= 0.5) {}
 
@@ -58,7 +60,7 @@ struct Rmsprop {
     x.square_avg = fma(one_minus_alpha * g, g, x.square_avg * alpha);
     T variance = x.square_avg;
     if constexpr (centered) {
-      // torch.lerp's two forms: the nearer end is hit exactly.
+      // The two formulas of torch.lerp, each exact at the end that is nearer.
       const T difference = g - x.grad_avg;
       x.grad_avg = lerps_from_end ? fma(one_minus_alpha - T(scalar_t(1)), difference, g) : fma(one_minus_alpha, difference, x.grad_avg);
       variance = fma(-x.grad_avg, x.grad_avg, variance);

@@ -1,12 +1,13 @@
-// Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", 2011): the numbers of an element follow from
-// a seed and the element's index alone, so that backward draws again what forward drew, in any order, on any number of threads.
+// Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", 2011). The
+// numbers of an element depend only on a seed and the index of the element: backward draws the same numbers
+// as forward, in any order and on any number of threads.
 #pragma once
 
 #include "common/host_device.h"
 
 namespace gradkernels::math {
 
-// The lower half of each word is random, what stands above it is not.
+// The lower half of each word is random; the upper half is not.
 template <typename Word>
 struct PhiloxBlock {
   Word word[4];
@@ -15,7 +16,7 @@ struct PhiloxBlock {
 GK_HOST_DEVICE uint64_t multiply_lower(uint64_t a, uint32_t b) { return uint64_t{static_cast<uint32_t>(a)} * b; }
 GK_HOST_DEVICE uint64_t upper(uint64_t a) { return a >> 32; }
 
-// Word is uint64_t, or a vector of it: a block for each lane then, in the same instructions.
+// Word is uint64_t, or a vector of uint64_t, which computes one block in each lane.
 template <typename Word>
 GK_HOST_DEVICE PhiloxBlock<Word> philox(uint64_t seed, Word index) {
   uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
@@ -30,7 +31,7 @@ GK_HOST_DEVICE PhiloxBlock<Word> philox(uint64_t seed, Word index) {
   return counter;
 }
 
-// Uniform in [0, 1), a multiple of 2^-24: exact in float32.
+// Uniform in [0, 1). The result is a multiple of 2^-24, which float32 represents exactly.
 GK_HOST_DEVICE float uniform_of(uint64_t word) { return static_cast<float>(static_cast<uint32_t>(word) >> 8) * 0x1p-24f; }
 
 }  // namespace gradkernels::math

@@ -1,11 +1,11 @@
-// Sums that keep what rounding takes away.
+// Sums that keep their rounding errors.
 #pragma once
 
 #include "common/host_device.h"
 
 namespace gradkernels::math {
 
-// high + low, the second being what rounding took from the first.
+// high + low, where low is the rounding error of high.
 template <typename T>
 struct Sum {
   T high;
@@ -21,13 +21,14 @@ GK_HOST_DEVICE T zero_unless_finite(T x) {
   return select(x - x == T(0), x, T(0));
 }
 
-// What a sum comes to. Beyond the largest number its low part may be nan, or an inf of the other sign; it then does not count.
+// high + low, rounded. After an overflow, low may be nan or an inf of the other sign, and is ignored.
 template <typename T>
 GK_HOST_DEVICE T rounded(const Sum<T>& sum) {
   return sum.high + zero_unless_finite(sum.low);
 }
 
-// sum <- sum + x, nearly exactly (Knuth's TwoSum). Beyond the largest number the error would be nan; it then does not count.
+// sum <- sum + x, nearly exactly (Knuth's TwoSum). After an overflow the rounding error would be nan, and is
+// ignored.
 template <typename T>
 GK_HOST_DEVICE void add(Sum<T>& sum, T x) {
   const T high = sum.high + x;
@@ -37,7 +38,7 @@ GK_HOST_DEVICE void add(Sum<T>& sum, T x) {
   sum.low = sum.low + zero_if_nan(lost);
 }
 
-// Of two sums, the same bits whichever comes first.
+// a + b. The bits of the result do not depend on the order of a and b.
 template <typename T>
 GK_HOST_DEVICE Sum<T> sum_of(const Sum<T>& a, const Sum<T>& b) {
   Sum<T> sum{a.high, T(0)};
@@ -46,14 +47,14 @@ GK_HOST_DEVICE Sum<T> sum_of(const Sum<T>& a, const Sum<T>& b) {
   return sum;
 }
 
-// a b, with what rounding takes from it.
+// a b and its rounding error.
 template <typename T>
 GK_HOST_DEVICE Sum<T> product_of(T a, T b) {
   const T product = a * b;
   return {product, fma(a, b, -product)};
 }
 
-// sum / count, likewise.
+// sum / count and its rounding error.
 GK_HOST_DEVICE Sum<double> quotient_of(const Sum<double>& sum, double count) {
   const double quotient = sum.high / count;
   return {quotient, (fma(-quotient, count, sum.high) + sum.low) / count};

@@ -1,5 +1,6 @@
-// The activations' operators: check, allocate, hand to the kernels. Elementwise work goes over storage order, whatever the strides, as long
-// as the elements fill it without gaps; other tensors are copied first, as ATen's TensorIterator would walk them.
+// The operators of the activations: they check, allocate and call the kernels. Elementwise kernels walk
+// tensors in storage order, whatever the strides. A tensor with gaps is copied first, to the order in which
+// ATen's TensorIterator would walk it.
 #include "ops/activation.h"
 
 #include <ATen/MemoryOverlap.h>
@@ -32,7 +33,7 @@ void leaky_relu_(at::Tensor x, double negative_slope) { at::leaky_relu_(x, negat
 at::Tensor elu(const at::Tensor& x, double alpha) { return at::elu(x, alpha); }
 void elu_(at::Tensor x, double alpha) { at::elu_(x, alpha); }
 
-// Integers go to silu for its error: the product would promote them in silence.
+// Integers go to silu, which raises an error; the product would silently promote them.
 at::Tensor swish(const at::Tensor& x, double beta) {
   if (beta == 1.0 || !(x.is_floating_point() || x.is_complex())) return at::silu(x);
   return x * at::sigmoid(x * beta);
@@ -45,16 +46,16 @@ at::Tensor swish_backward(const at::Tensor& grad_y, const at::Tensor& x, double 
 
 namespace {
 
-// The parameter as it is multiplied with x.
+// The parameter, reshaped so that it broadcasts along the channels of x.
 at::Tensor across_channels(const at::Tensor& parameter, const at::Tensor& x) {
-  // One element keeps its dimension, which decides what it promotes x to.
+  // A parameter of one element keeps its dimension, which matters for type promotion.
   if (parameter.sym_numel() == 1) return x.dim() == 0 ? parameter.reshape({}) : parameter;
   std::vector<int64_t> shape(x.dim() < 2 ? 1 : x.dim(), 1);
   shape[shape.size() == 1 ? 0 : 1] = -1;
   return parameter.reshape(shape);
 }
 
-// The gradient of the parameter from those at each element.
+// The gradient of the parameter, from its gradients at each element.
 at::Tensor sum_over_channels(const at::Tensor& gradients, const at::Tensor& parameter) {
   if (parameter.sym_numel() == 1) return gradients.sum().reshape_symint(parameter.sym_sizes());
   std::vector<int64_t> dims;
@@ -81,14 +82,16 @@ std::tuple<at::Tensor, at::Tensor> swish_tensor_backward(const at::Tensor& grad_
 
 namespace {
 
-// x where it passes, else weight x. What passes is not multiplied, nor is its gradient: a weight may be inf.
+// x where `passes`, else weight x. Where `passes`, neither x nor its gradient is multiplied with the weight,
+// which may be inf.
 at::Tensor sloped(const at::Tensor& passes, const at::Tensor& x, const at::Tensor& weight) {
   return at::where(passes, x, weight * at::where(passes, 0, x));
 }
 
 }  // namespace
 
-// Of what has a kernel, since vmap takes one batch dimension of at::prelu's gradient for another. For the rest, and for errors, at::prelu.
+// Only tensors without a kernel go to at::prelu, which also raises errors for them. Under vmap, the gradient
+// of at::prelu would confuse batch dimensions.
 at::Tensor prelu(const at::Tensor& x, const at::Tensor& weight) {
   return parametric_has_kernel(x, weight) ? sloped(x > 0, x, across_channels(weight, x)) : at::prelu(x, weight);
 }
@@ -107,7 +110,8 @@ bool parametric_has_kernel(const at::Tensor& x, const at::Tensor& parameter) {
 
 namespace {
 
-// 1 where x > 0 or nan. at::rrelu, which refuses in its words what has no kernel, knows neither vmap nor, in place, forward AD.
+// A slope where x <= 0; 1 where x is positive or nan. Only tensors without a kernel go to at::rrelu, which
+// raises errors for them: it supports neither vmap nor, in place, forward-mode differentiation.
 at::Tensor drawn_slopes(const at::Tensor& x, double lower, double upper) {
   return at::where(x <= 0, at::empty_like(x).uniform_(lower, upper), 1);
 }
@@ -135,7 +139,7 @@ namespace {
 using math::Activation;
 using math::ActivationKind;
 
-// x itself where its elements fill their storage in some order, else a copy that does.
+// x itself if it has no gaps, otherwise a dense copy.
 at::Tensor dense(const at::Tensor& x) { return x.is_non_overlapping_and_dense() ? x : at::empty_like(x).copy_(x); }
 
 // grad_y in the storage order that `stride` describes.
@@ -152,12 +156,12 @@ at::Tensor mask_like(const at::Tensor& x) { return at::empty_symint({(x.sym_nume
 
 void check_backward(const char* name, const at::Tensor& grad_y, const at::Tensor& saved) {
   TORCH_CHECK(has_kernel(grad_y) && has_kernel(saved) && same_dtype_and_device(grad_y, saved), name, ": grad_y is ", grad_y.scalar_type(),
-              " on ", grad_y.device(), " and the saved tensor ", saved.scalar_type(), " on ", saved.device());
-  TORCH_CHECK(grad_y.sym_sizes() == saved.sym_sizes(), name, ": grad_y has shape ", grad_y.sym_sizes(), ", the saved tensor ",
+              " on ", grad_y.device(), ", but the saved tensor is ", saved.scalar_type(), " on ", saved.device());
+  TORCH_CHECK(grad_y.sym_sizes() == saved.sym_sizes(), name, ": grad_y has shape ", grad_y.sym_sizes(), ", but the saved tensor has shape ",
               saved.sym_sizes());
 }
 
-// Without a mask to write, `mask` is undefined.
+// `mask` is written unless it is undefined.
 at::Tensor forward(Activation act, const at::Tensor& x, const at::Tensor& mask = {}) {
   const at::Tensor source = dense(x);
   const at::Tensor y = on_huge_pages(at::empty_like(source));
@@ -214,19 +218,20 @@ void check_mask(const char* name, const at::Tensor& grad_y, const at::Tensor& ma
   check_maskable(name, grad_y);
   TORCH_CHECK(mask.scalar_type() == at::kByte && mask.device() == grad_y.device() && mask.dim() == 1 && mask.is_contiguous() &&
                   mask.sym_numel() == (grad_y.sym_numel() + 7) / 8,
-              name, ": the mask must be uint8 with one bit for each of ", grad_y.sym_numel(), " elements, got ", mask.scalar_type(),
-              " of shape ", mask.sym_sizes());
-  TORCH_CHECK(static_cast<int64_t>(strides) == grad_y.dim(), name, ": ", strides, " strides for a tensor of ", grad_y.dim(), " dimensions");
+              name, ": the mask must be a uint8 tensor with one bit for each of ", grad_y.sym_numel(), " elements, got ",
+              mask.scalar_type(), " of shape ", mask.sym_sizes());
+  TORCH_CHECK(static_cast<int64_t>(strides) == grad_y.dim(), name, ": got ", strides, " strides for a tensor of ", grad_y.dim(),
+              " dimensions");
 }
 
-// grad_y in the order that the mask was written in, and a grad_x to be written.
+// grad_y in the storage order of the mask, and an empty grad_x in the same order.
 struct MaskedBackward {
   at::Tensor grad_y, grad_x;
 
-  MaskedBackward(const char* name, const at::Tensor& given, const at::Tensor& mask, c10::SymIntArrayRef stride) {
-    check_mask(name, given, mask, stride.size());
-    grad_y = in_order(given, C10_AS_INTARRAYREF_SLOW(stride));
-    TORCH_CHECK(grad_y.is_non_overlapping_and_dense(), name, ": strides ", stride, " leave gaps in a tensor of shape ", given.sizes());
+  MaskedBackward(const char* name, const at::Tensor& grad, const at::Tensor& mask, c10::SymIntArrayRef stride) {
+    check_mask(name, grad, mask, stride.size());
+    grad_y = in_order(grad, C10_AS_INTARRAYREF_SLOW(stride));
+    TORCH_CHECK(grad_y.is_non_overlapping_and_dense(), name, ": a tensor of shape ", grad.sizes(), " with strides ", stride, " has gaps");
     grad_x = on_huge_pages(at::empty_like(grad_y));
   }
 };
@@ -263,24 +268,25 @@ at::Tensor swish_backward(const at::Tensor& grad_y, const at::Tensor& x, double 
   return backward({ActivationKind::kSwish, beta}, Saved::kInput, grad_y, x);
 }
 
-// x seen by channel: by storage order where one parameter serves all of them.
+// x seen by channel. If all channels share one parameter, x is one channel in storage order.
 struct ByChannel {
   at::Tensor x;
   ChannelShape shape;
 
-  ByChannel(const at::Tensor& given, const at::Tensor& parameter) {
+  ByChannel(const at::Tensor& input, const at::Tensor& parameter) {
     if (parameter.numel() == 1) {
-      x = dense(given);
-      shape = {1, 1, given.numel()};
+      x = dense(input);
+      shape = {1, 1, input.numel()};
     } else {
-      const Layout layout(given);
-      x = given.contiguous(layout.format);
+      const Layout layout(input);
+      x = input.contiguous(layout.format);
       shape = layout.shape();
     }
   }
 };
 
-// Calls fill(target), with target in the order of `source`; the result has the strides that torch gives an output like x.
+// Calls fill(target), where target has the storage order of `source`. The result has the strides that torch
+// gives an output like x.
 template <typename Function>
 at::Tensor filled_like(const at::Tensor& x, const at::Tensor& source, const Function& fill) {
   const at::Tensor result = on_huge_pages(at::empty_like(x));
@@ -349,18 +355,18 @@ std::tuple<at::Tensor, at::Tensor> prelu_backward(const at::Tensor& grad_y, cons
 }
 
 void check_rrelu(const at::Tensor& seed, double lower, double upper) {
-  TORCH_CHECK(seed.scalar_type() == at::kLong && seed.sym_numel() == 1, "rrelu: the seed must be one int64 element, got ",
+  TORCH_CHECK(seed.scalar_type() == at::kLong && seed.sym_numel() == 1, "rrelu: the seed must be an int64 tensor of one element, got ",
               seed.scalar_type(), " of shape ", seed.sym_sizes());
   TORCH_CHECK(lower <= upper, "Lower bound should be less than or equal to the upper bound");
 }
 
-// Where it lies, so that nobody waits for a GPU.
-at::Tensor seed_beside(const at::Tensor& x, const at::Tensor& seed) { return seed.to(x.device()).resolve_neg(); }
+// The seed on the device of x, so that reading it does not wait for a GPU.
+at::Tensor seed_on_device_of(const at::Tensor& x, const at::Tensor& seed) { return seed.to(x.device()).resolve_neg(); }
 
-// The mask, having written y, which may be x: both in storage order.
+// Writes y, which may be x, and returns the mask. x and y must be in the same storage order.
 at::Tensor rrelu_into(const at::Tensor& y, const at::Tensor& x, const at::Tensor& seed, double lower, double upper) {
   at::Tensor mask = mask_like(x);
-  const at::Tensor here = seed_beside(x, seed);
+  const at::Tensor here = seed_on_device_of(x, seed);
   GK_LAUNCHER(x, rrelu_forward)(dtype_of(x), {here.const_data_ptr<int64_t>(), lower, upper}, x.numel(), x.const_data_ptr(),
                                 y.mutable_data_ptr(), mask.mutable_data_ptr<uint8_t>());
   return mask;
@@ -389,13 +395,13 @@ at::Tensor rrelu_backward(const at::Tensor& grad_y, const at::Tensor& mask, c10:
                           double lower, double upper) {
   const MaskedBackward b("rrelu_backward", grad_y, mask, stride);
   check_rrelu(seed, lower, upper);
-  const at::Tensor here = seed_beside(mask, seed);
+  const at::Tensor here = seed_on_device_of(mask, seed);
   GK_LAUNCHER(mask, rrelu_backward)(dtype_of(b.grad_y), {here.const_data_ptr<int64_t>(), lower, upper}, b.grad_y.numel(),
                                     b.grad_y.const_data_ptr(), mask.const_data_ptr<uint8_t>(), b.grad_x.mutable_data_ptr());
   return b.grad_x;
 }
 
-// Shapes and strides alone, for tracing.
+// For tracing: only shapes and strides.
 namespace meta {
 
 at::Tensor like(const at::Tensor& x, double) { return at::empty_like(x); }
@@ -502,13 +508,14 @@ TORCH_LIBRARY_IMPL(gradkernels, Meta, m) {
   m.impl("rrelu_backward", meta::rrelu_backward);
 }
 
-// Devices without kernels.
+// For devices without kernels.
 TORCH_LIBRARY_IMPL(gradkernels, CompositeExplicitAutograd, m) { add_composites(m); }
 
-// vmap: ATen's operators have batching rules.
+// For vmap: ATen's operators have batching rules.
 TORCH_LIBRARY_IMPL(gradkernels, FuncTorchBatched, m) { add_composites(m); }
 
-// torch resolves the negative bit of what an operator reads; of what is written it takes the first results for it, if there are any.
+// torch's fallback resolves the negative bit of the arguments that an operator reads. For arguments that an
+// operator writes, it takes the first results, if there are any, as the new values.
 TORCH_LIBRARY_IMPL(gradkernels, Negative, m) {
   for (const char* name : {"leaky_relu_", "leaky_relu_with_mask_", "elu_", "rrelu_with_mask_"}) {
     m.impl(name, torch::CppFunction::makeFallthrough());

@@ -1,4 +1,5 @@
-// The seam between the activations' operators and their kernels: what a launcher is given, the same for every device.
+// The interface between the operators of the activations and their kernels: the launchers and their
+// arguments, the same for every device.
 #pragma once
 
 #include "common/dispatch.h"
@@ -7,10 +8,11 @@
 
 namespace gradkernels {
 
-// What the forward pass kept for the gradient: x, y, or one bit an element (bit i % 8 of byte i / 8, in storage order).
+// What the forward pass saved for the gradient: x, y, or one bit for each element (bit i % 8 of byte i / 8,
+// in storage order).
 enum class Saved : uint8_t { kInput, kOutput, kMask };
 
-// The activations whose parameter is learnt, a value for each channel: prelu by its slope, swish by beta.
+// The activations with a learnt parameter for each channel: prelu's weight (the slope), swish's beta.
 enum class Parametric : uint8_t { kPrelu, kSwish };
 
 struct ParametricForward {
@@ -22,7 +24,7 @@ struct ParametricForward {
   void* y;
 };
 
-// Gradients that nobody needs are null.
+// Gradients that are not needed are null.
 struct ParametricBackward {
   DType dtype;
   ChannelShape shape;
@@ -34,7 +36,7 @@ struct ParametricBackward {
   void* grad_parameter;
 };
 
-// The slopes of rrelu: a seed, which lies on the tensors' device, and the bounds.
+// The slopes of rrelu: the seed, in memory of the tensors' device, and the bounds.
 struct SeededSlopes {
   const int64_t* seed;
   double lower;
@@ -43,8 +45,8 @@ struct SeededSlopes {
 
 namespace cpu {
 
-// y = act(x) over `count` elements in storage order; x may be y. With a mask, which only activations of two slopes have, its bits are
-// written too.
+// y = act(x) over `count` elements in storage order; y may be x. Unless `mask` is null, its bits are written
+// too; act must have two slopes.
 void activation_forward(DType dtype, math::Activation act, int64_t count, const void* x, void* y, uint8_t* mask);
 
 // grad_x = grad_y act'(x); grad_x may be grad_y.
@@ -53,13 +55,13 @@ void activation_backward(DType dtype, math::Activation act, Saved kind, int64_t 
 void parametric_forward(const ParametricForward& p);
 void parametric_backward(const ParametricBackward& p);
 
-// leaky_relu with the slopes drawn; the mask is one bit an element, as above.
+// leaky_relu with a random slope for each element. The mask has one bit for each element, as above.
 void rrelu_forward(DType dtype, SeededSlopes slopes, int64_t count, const void* x, void* y, uint8_t* mask);
 void rrelu_backward(DType dtype, SeededSlopes slopes, int64_t count, const void* grad_y, const uint8_t* mask, void* grad_x);
 
 }  // namespace cpu
 
-// The same on a GPU, in a library built with CUDA.
+// The same for GPUs, in a library built with CUDA.
 namespace cuda {
 
 decltype(cpu::activation_forward) activation_forward;

@@ -1,6 +1,6 @@
-// batch_norm_act: check, allocate, describe the layout, hand to the kernels. The output takes x's memory format, as torch's.
-// Cases that torch's batch norm treats apart (empty batches, one value a channel, mixed dtypes, statistics with gaps) go to it, and so do
-// its errors.
+// batch_norm_act: checks, allocates, describes the layout, and calls the kernels. As in torch, the output has
+// the memory format of x. Special cases of torch's batch norm (empty batches, one value per channel, mixed
+// dtypes, statistics with gaps) go to torch, which also raises its own errors.
 #include "ops/batch_norm_act.h"
 
 #include <ATen/Context.h>
@@ -44,7 +44,7 @@ math::Activation activation(std::string_view act, double act_param) {
 
 namespace {
 
-// An activation, and its gradient at z, composed of ATen's operators.
+// An activation and its gradient at z, as composites of ATen's operators.
 struct Composite {
   at::Tensor (*forward)(const at::Tensor& z, double parameter);
   at::Tensor (*backward)(const at::Tensor& grad_y, const at::Tensor& z, double parameter);
@@ -73,7 +73,8 @@ Composite composite_of(ActivationKind kind) {
   TORCH_INTERNAL_ASSERT(false);
 }
 
-// The weight of this batch in the running statistics; without a momentum that of an average over the batches counted so far and this one.
+// The weight of this batch in the running statistics: the momentum or, without one, the weight in an average
+// over all batches up to this one.
 double exponential_average_factor(std::optional<double> momentum, const OptionalTensor& num_batches_tracked) {
   if (momentum.has_value() || !is_given(num_batches_tracked)) return momentum.value_or(0.0);
   return math::cumulative_momentum(num_batches_tracked->item<double>());
@@ -119,12 +120,14 @@ BatchNormActResult composite::batch_norm_act(const at::Tensor& x, const Optional
   check_num_batches_tracked(num_batches_tracked);
   const OptionalTensor counted = training ? num_batches_tracked : OptionalTensor();
   const double factor = exponential_average_factor(momentum, counted);
-  // ATen writes the running statistics before it finds that one of the others is of another dtype or elsewhere: let it write copies then.
+  // ATen writes the running statistics before it checks dtypes and devices. If it may raise an error, it gets
+  // copies.
   const bool copies = training && is_given(running_mean) && is_given(running_var) && x.dim() >= 2 &&
                       !per_channel(x, {running_mean, running_var, weight, bias});
   const OptionalTensor written_mean = copies ? OptionalTensor(running_mean->clone()) : running_mean;
   const OptionalTensor written_var = copies ? OptionalTensor(running_var->clone()) : running_var;
-  // ATen's backward of an (N, C) input reads them past their end where they are not contiguous. In training the statistics are written.
+  // For an (N, C) input, ATen's backward reads tensors that are not contiguous past their end. (In training,
+  // the statistics are written and must not be copies.)
   const auto contiguous = [](const OptionalTensor& values) { return is_given(values) ? OptionalTensor(values->contiguous()) : values; };
   const OptionalTensor read_mean = training ? written_mean : contiguous(running_mean);
   const OptionalTensor read_var = training ? written_var : contiguous(running_var);
@@ -162,7 +165,7 @@ BatchNormActResult batch_norm_act(const at::Tensor& x, const OptionalTensor& run
   p.running_mean = mutable_data_of(running_mean);
   p.running_var = mutable_data_of(running_var);
   const OptionalTensor counted = training ? num_batches_tracked : OptionalTensor();
-  const at::Tensor batches = batches_beside(x, counted, momentum);
+  const at::Tensor batches = batches_on_device_of(x, counted, momentum);
   p.momentum = momentum.value_or(0.0);
   p.batches = data_of_batches(batches);
   GK_LAUNCHER(x, batch_norm_act_forward)(p);
@@ -217,14 +220,14 @@ TORCH_LIBRARY_IMPL(gradkernels, Meta, m) {
   m.impl("batch_norm_act_backward", batch_norm_act_backward_meta);
 }
 
-// Devices without kernels.
+// For devices without kernels.
 TORCH_LIBRARY_IMPL(gradkernels, CompositeExplicitAutograd, m) { m.impl("batch_norm_act", composite::batch_norm_act); }
 
-// vmap: ATen's operators have batching rules.
+// For vmap: ATen's operators have batching rules.
 TORCH_LIBRARY_IMPL(gradkernels, FuncTorchBatched, m) { m.impl("batch_norm_act", composite::batch_norm_act); }
 
-// torch's fallback resolves the negative bit of the arguments that an operator reads. For arguments that an operator writes, it takes the
-// first results as the new values, and fails.
+// torch's fallback resolves the negative bit of the arguments that an operator reads. For arguments that an
+// operator writes, it takes the first results as the new values, and fails.
 TORCH_LIBRARY_IMPL(gradkernels, Negative, m) { m.impl("batch_norm_act", torch::CppFunction::makeFallthrough()); }
 
 }  // namespace gradkernels

@@ -1,4 +1,5 @@
-// The seam between batch_norm_act's operators and its kernels: what a launcher is given, the same for every device.
+// The interface between the operators of batch_norm_act and their kernels: the launchers and their arguments,
+// the same for every device.
 #pragma once
 
 #include "common/dispatch.h"
@@ -7,8 +8,8 @@
 
 namespace gradkernels {
 
-// Bytes of the 1-bit mask kept for backward. A line, which fills whole bytes, is a channel's run or, where runs are short, a row over all
-// channels.
+// The number of bytes of the 1-bit mask that is kept for backward. Every line fills whole bytes; a line is a
+// channel's run or, if runs are short, a row across all channels.
 template <typename Int>
 Int mask_bytes(const Int& rows, const Int& channels, const Int& inner) {
   if (inner < kShortRunElements) return rows * ((channels * inner + 7) / 8);
@@ -23,7 +24,7 @@ struct BatchNormForward {
   math::Activation act;
   bool training;
   double momentum;
-  const int64_t* batches;  // or null; else momentum is math::cumulative_momentum of it
+  const int64_t* batches;  // or null; otherwise the momentum is math::cumulative_momentum(*batches)
   double eps;
   const void* x;
   const void* residual;  // or null
@@ -31,13 +32,14 @@ struct BatchNormForward {
   const void* bias;      // or null
   void* running_mean;    // or null; read in evaluation, updated in training
   void* running_var;
-  double* mean;  // written: the statistics that were applied
+  double* mean;  // written: the statistics that are applied
   double* invstd;
   void* y;
   uint8_t* mask;  // or null; act must have two slopes
 };
 
-// Gradients that nobody needs are null. With a residual, act' comes from the mask where act has two slopes, else from x and the residual.
+// Gradients that are not needed are null. If there was a residual: act' comes from the mask if act has two
+// slopes, otherwise from x and the residual.
 struct BatchNormBackward {
   DType dtype;
   DType parameter_dtype;
@@ -63,20 +65,21 @@ namespace cpu {
 void batch_norm_act_forward(const BatchNormForward& p);
 void batch_norm_act_backward(const BatchNormBackward& p);
 
-// The parts of the two, for a batch that lies on many processes. moments and sums are laid out as csrc/schema.cpp has them.
+// The steps of the two, for a batch that is spread over several processes. csrc/schema.cpp has the layout of
+// moments and sums.
 void batch_norm_act_stats(const BatchNormForward& p, double* moments);
 // Merges the moments of `ranks` processes into mean and invstd, and updates the running statistics.
 void batch_norm_act_gather_stats(const BatchNormForward& p, int64_t ranks, const double* moments);
-// From mean and invstd, which are read.
+// y and mask. Reads mean and invstd.
 void batch_norm_act_elemt(const BatchNormForward& p);
-// Writes grad_residual where it is asked for.
+// The sums, and grad_residual unless it is null.
 void batch_norm_act_backward_reduce(const BatchNormBackward& p, double* sums);
-// grad_x from the sums and the count of all processes, one number.
+// grad_x, from the sums and the count of all processes; count is one number.
 void batch_norm_act_backward_elemt(const BatchNormBackward& p, const double* sums, const double* count);
 
 }  // namespace cpu
 
-// The same on a GPU, in a library built with CUDA.
+// The same for GPUs, in a library built with CUDA.
 namespace cuda {
 
 decltype(cpu::batch_norm_act_forward) batch_norm_act_forward;

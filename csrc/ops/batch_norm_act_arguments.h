@@ -1,5 +1,5 @@
-// From tensors to the arguments of batch_norm_act's kernels: the checks, the allocated outputs, and the structs of ops/batch_norm_act.h.
-// batch_norm_act.cpp and sync_batch_norm_act.cpp share them.
+// From tensors to the arguments of the kernels of batch_norm_act: checks, outputs, and the structs of
+// ops/batch_norm_act.h. Shared by batch_norm_act.cpp and sync_batch_norm_act.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -23,7 +23,7 @@ namespace gradkernels {
 
 using composite::OptionalTensor;
 
-// The activation that `act` names; a ValueError for other names.
+// The activation with the name `act`. Other names are a ValueError.
 math::Activation activation(std::string_view act, double act_param);
 
 inline bool is_given(const OptionalTensor& x) { return x.has_value() && x->defined(); }
@@ -43,7 +43,8 @@ inline at::ScalarType parameter_dtype(const at::Tensor& x, std::initializer_list
   return first == parameters.end() ? x.scalar_type() : (*first)->scalar_type();
 }
 
-// Whether every given one holds a value a channel in memory, all in one dtype: that of x, or float32 beside an x of 16 bits.
+// Whether each of these tensors that exists has one number for each channel, dense in memory. They must have
+// one dtype: that of x, or float32 if x has 16 bits.
 inline bool per_channel(const at::Tensor& x, std::initializer_list<OptionalTensor> parameters) {
   const at::ScalarType dtype = parameter_dtype(x, parameters);
   if (dtype != x.scalar_type() && !(dtype == at::kFloat && x.element_size() == 2)) return false;
@@ -63,7 +64,8 @@ inline void check_residual(const at::Tensor& x, const OptionalTensor& residual) 
   TORCH_CHECK(residual->device() == x.device(), "residual must be on the device of x, ", x.device(), ", got ", residual->device());
 }
 
-// What can be added to once the running statistics are written; torch's bool, for one, cannot.
+// Whether x can be incremented; a bool, for example, cannot. It is checked before anything is written,
+// because the increment comes last.
 inline bool can_count(const at::Tensor& x) {
   const at::ScalarType dtype = x.scalar_type();
   const bool of_numbers = at::isIntegralType(dtype, /*includeBool=*/false) || dtype == at::kFloat || dtype == at::kDouble ||
@@ -76,8 +78,9 @@ inline void check_num_batches_tracked(const OptionalTensor& count) {
               count->scalar_type(), " of layout ", count->layout(), " and shape ", count->sym_sizes());
 }
 
-// The number of batches where x lies, so that nobody waits for a GPU: only where momentum, not given, is made of it.
-inline at::Tensor batches_beside(const at::Tensor& x, const OptionalTensor& num_batches_tracked, std::optional<double> momentum) {
+// num_batches_tracked on the device of x, so that reading it does not wait for a GPU; undefined unless the
+// momentum depends on it.
+inline at::Tensor batches_on_device_of(const at::Tensor& x, const OptionalTensor& num_batches_tracked, std::optional<double> momentum) {
   if (!is_given(num_batches_tracked) || momentum.has_value()) return {};
   return num_batches_tracked->to(x.device(), at::kLong).resolve_neg();
 }
@@ -92,7 +95,7 @@ inline void count_batch(const at::Tensor& num_batches_tracked) {
   }
 }
 
-// In the layout of the kernels, copied where they are not.
+// The operands in the layout of the kernels; operands in another layout are copied.
 struct Operands {
   at::Tensor x, residual, grad_y;
 
@@ -102,7 +105,7 @@ struct Operands {
         grad_y(grad_y.defined() ? grad_y.contiguous(layout.format) : at::Tensor()) {}
 };
 
-// The checks and the outputs of the forward operators, for kernels and tracing alike.
+// The checks and the outputs of the forward operators, for the kernels and for tracing.
 struct Forward {
   math::Activation act;
   Layout layout;
@@ -114,7 +117,7 @@ struct Forward {
         y(at::empty_like(x, layout.format)),
         mask(empty_mask(x, layout, is_given(residual) && act.has_two_slopes())) {}
 
-  // What the kernels are given, but for running statistics.
+  // The arguments of the kernels, without the running statistics.
   BatchNormForward arguments(const Operands& operands, const OptionalTensor& weight, const OptionalTensor& bias, const at::Tensor& mean,
                              const at::Tensor& invstd) const {
     BatchNormForward p{};
@@ -136,7 +139,8 @@ struct Forward {
 
 using BatchNormActGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// The checks and the outputs of the backward operator, for kernels and tracing alike. Outputs nobody needs have no elements.
+// The checks and the outputs of the backward operators, for the kernels and for tracing. Outputs that are not
+// needed have no elements.
 struct Backward {
   math::Activation act;
   Layout layout;
@@ -149,9 +153,9 @@ struct Backward {
     if (is_given(mask)) {
       TORCH_CHECK(act.has_two_slopes() && mask->scalar_type() == at::kByte && mask->device() == x.device() && mask->is_contiguous() &&
                       mask->sym_numel() == mask_bytes(layout.rows, layout.channels, layout.inner),
-                  "batch_norm_act_backward: the mask does not fit act and x");
+                  "batch_norm_act_backward: this mask does not belong to act and x");
     } else {
-      TORCH_CHECK(!is_given(residual) || !act.has_two_slopes(), "batch_norm_act_backward: ", name, " with a residual needs the mask");
+      TORCH_CHECK(!is_given(residual) || !act.has_two_slopes(), "batch_norm_act_backward: with a residual, ", name, " needs the mask");
     }
     const at::TensorOptions of_parameters = x.options().dtype(parameter_dtype(x, {weight, bias}));
     const auto like_x = [&](bool wanted) { return wanted ? at::empty_like(x, layout.format) : at::empty({0}, x.options()); };
@@ -164,7 +168,7 @@ struct Backward {
 
   BatchNormActGradients gradients() const { return {grad_x, grad_weight, grad_bias, grad_residual}; }
 
-  // What the kernels are given.
+  // The arguments of the kernels.
   BatchNormBackward arguments(const Operands& operands, const at::Tensor& mean, const at::Tensor& invstd, const OptionalTensor& weight,
                               const OptionalTensor& bias, const OptionalTensor& mask, bool training) const {
     const auto written = [](const at::Tensor& gradient) { return gradient.numel() == 0 ? nullptr : gradient.mutable_data_ptr(); };
@@ -194,17 +198,17 @@ struct Backward {
                     const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual) {
     TORCH_CHECK_NOT_IMPLEMENTED(has_kernel(x), "\"batch_norm_act_backward\" not implemented for '", x.scalar_type(), "' on ", x.device());
     TORCH_CHECK(x.dim() >= 2 && x.dim() <= 5 && x.sym_numel() > 0,
-                "batch_norm_act_backward: x must have 2 to 5 dimensions and elements, got ", x.sym_sizes());
+                "batch_norm_act_backward: x must have 2 to 5 dimensions and at least one element, got shape ", x.sym_sizes());
     TORCH_CHECK(same_dtype_and_device(grad_y, x) && grad_y.sym_sizes() == x.sym_sizes(),
-                "batch_norm_act_backward: grad_y must have x's dtype, device and shape ", x.sym_sizes(), ", got ", grad_y.sym_sizes());
+                "batch_norm_act_backward: grad_y must have the dtype, the device and the shape of x, ", x.sym_sizes(), ", got ",
+                grad_y.sym_sizes());
     for (const at::Tensor& statistic : {mean, invstd}) {
       TORCH_CHECK(statistic.scalar_type() == at::kDouble && statistic.device() == x.device() && statistic.dim() == 1 &&
                       statistic.sym_size(0) == x.sym_size(1) && statistic.is_contiguous(),
-                  "batch_norm_act_backward: mean and invstd must be float64 of ", x.sym_size(1), " elements");
+                  "batch_norm_act_backward: mean and invstd must be float64 tensors of ", x.sym_size(1), " elements");
     }
-    TORCH_CHECK(per_channel(x, {weight, bias}),
-                "batch_norm_act_backward: weight and bias must have x's dtype, or float32 beside one of 16 ", "bits, and ", x.sym_size(1),
-                " elements");
+    TORCH_CHECK(per_channel(x, {weight, bias}), "batch_norm_act_backward: weight and bias must have ", x.sym_size(1),
+                " elements in the dtype of x, or in float32 if x has 16 bits");
     check_residual(x, residual);
   }
 };

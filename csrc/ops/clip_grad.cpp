@@ -1,5 +1,6 @@
-// The clipping operators: describe the gradients as runs of elements, hand them to the kernels. A gradient with gaps goes through a dense
-// copy. Gradients that may share memory are written one after the other, in the list's order.
+// The clipping operators: they describe the gradients as runs of elements and call the kernels. A gradient
+// with gaps goes through a dense copy. Gradients that may share memory are written one after the other, in
+// the order of the list.
 #include "ops/clip_grad.h"
 
 #include <ATen/MemoryOverlap.h>
@@ -30,7 +31,8 @@ Norm norm_of(double norm_type) {
 
 Run run_of(const at::Tensor& dense) { return {dtype_of(dense), dense.numel(), dense.data_ptr()}; }
 
-// Calls kernel(runs, count) so that it writes every element of every gradient.
+// Calls kernel(runs, count), which writes the gradients or dense copies of them; copies are then written
+// back.
 template <typename Kernel>
 void write_all(at::TensorList grads, const Kernel& kernel) {
   std::vector<Run> runs;
@@ -57,7 +59,7 @@ void write_each_once(at::TensorList grads, const Kernel& kernel) {
   }
 }
 
-// Before anything is written.
+// Called before anything is written.
 void check_writable(at::TensorList grads) {
   check_tensors(grads);
   for (const at::Tensor& grad : grads) at::assert_no_internal_overlap(grad);
@@ -93,7 +95,7 @@ void clip_grads_with_norm_(at::TensorList grads, double max_norm, const at::Tens
   check_writable(grads);
   if (grads.empty()) return;
   TORCH_CHECK(total_norm.numel() == 1, "a Tensor with ", total_norm.numel(), " elements cannot be converted to Scalar");
-  // Read where the gradients lie, so that nobody waits for a GPU.
+  // The kernel reads the norm on the device of the gradients, so that the CPU does not wait for a GPU.
   const at::Tensor here = total_norm.to(at::TensorOptions(at::kDouble).device(device_of_first(grads)));
   const double* norm = here.const_data_ptr<double>();
   write_each_once(grads, [&](const Run* runs, int64_t count) { GK_LAUNCHER(here, clip_with_norm)(runs, count, max_norm, norm); });
@@ -106,7 +108,7 @@ void clip_grad_value_(at::TensorList grads, double clip_value) {
   write_each_once(grads, [&](const Run* runs, int64_t count) { GK_LAUNCHER(first, clamp)(runs, count, clip_value); });
 }
 
-// Shapes alone, for tracing.
+// For tracing: only shapes.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> grad_norms_meta(at::TensorList grads, double norm_type) {
   norm_of(norm_type);
   check_tensors(grads);

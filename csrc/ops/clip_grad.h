@@ -1,4 +1,5 @@
-// The seam between the clipping operators and their kernels: what a launcher is given, the same for every device.
+// The interface between the clipping operators and their kernels: the launchers and their arguments, the same
+// for every device.
 #pragma once
 
 #include "common/dispatch.h"
@@ -14,7 +15,7 @@ struct Run {
 
 enum class Norm : uint8_t { kOne, kTwo, kInfinity };
 
-// Arrays with a number for each run, and the norm of all; they lie where the runs do.
+// Arrays with one number for each run, and the norm of all runs. They are in memory of the runs' device.
 struct GradNorms {
   double* norms;
   double* max_abs;
@@ -24,19 +25,21 @@ struct GradNorms {
 
 namespace cpu {
 
-// Fills `out`, total_norm with the norm of all elements of all runs as if they were one vector. nan and inf come through.
+// Fills `out`. total_norm is the norm of all runs together, as one vector. nan and inf give the norms that
+// they give in torch.
 void grad_norms(const Run* runs, int64_t run_count, Norm norm, const GradNorms& out);
 
-// Clips by a total norm that lies where the runs do: every element times math::clip_coefficient, unless that leaves them unscaled. No two
-// runs may share memory.
+// Multiplies every element with math::clip_coefficient, unless that leaves it unscaled. total_norm is in
+// memory of the runs' device. No two runs may share memory.
 void clip_with_norm(const Run* runs, int64_t run_count, double max_norm, const double* total_norm);
 
-// Every element to [-limit, limit], nan left as it is; where limit < 0, to limit. No two runs may share memory.
+// Clamps every element to [-limit, limit], or sets it to limit if limit < 0. nan stays nan. No two runs may
+// share memory.
 void clamp(const Run* runs, int64_t run_count, double limit);
 
 }  // namespace cpu
 
-// The same on a GPU, in a library built with CUDA.
+// The same for GPUs, in a library built with CUDA.
 namespace cuda {
 
 decltype(cpu::grad_norms) grad_norms;

@@ -1,5 +1,5 @@
-// The operators composed of ATen's: for dtypes, devices and tensor types without a kernel, and under functorch and forward-mode
-// differentiation, which differentiate through ATen operators.
+// The operators as composites of ATen's operators. They are used for dtypes, devices and tensor types without
+// a kernel, and under functorch and forward-mode differentiation, which differentiate ATen's operators.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -23,33 +23,34 @@ std::tuple<at::Tensor, at::Tensor> swish_tensor_backward(const at::Tensor& grad_
 at::Tensor prelu(const at::Tensor& x, const at::Tensor& weight);
 std::tuple<at::Tensor, at::Tensor> prelu_backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight,
                                                   std::array<bool, 2> output_mask);
-// False for what swish and prelu with a parameter to each channel leave to the composite.
+// Whether swish and prelu with a parameter for each channel have a kernel for these tensors.
 bool parametric_has_kernel(const at::Tensor& x, const at::Tensor& parameter);
 
-// With slopes from torch's generator instead of the seed; the mask comes back empty: the gradient runs through ATen's.
+// The slopes come from torch's generator and not from the seed. The mask is empty: the gradient goes through
+// ATen's operators.
 std::tuple<at::Tensor, at::Tensor> rrelu_with_mask(const at::Tensor& x, const at::Tensor& seed, double lower, double upper);
 at::Tensor rrelu_with_mask_(at::Tensor x, const at::Tensor& seed, double lower, double upper);
 
 using OptionalTensor = std::optional<at::Tensor>;
 using BatchNormActResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// mean, invstd and mask come back empty: the gradient runs through ATen's.
+// mean, invstd and mask are empty: the gradient goes through ATen's operators.
 BatchNormActResult batch_norm_act(const at::Tensor& x, const OptionalTensor& running_mean, const OptionalTensor& running_var,
                                   const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
                                   const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
                                   std::string_view act, double act_param);
 
-// act(z + residual), the second half of it.
+// act(z + residual), the second half of batch_norm_act.
 at::Tensor add_and_activate(at::Tensor z, const OptionalTensor& residual, std::string_view act, double act_param);
 // The gradient of act(z) at z.
 at::Tensor activation_backward(const at::Tensor& grad_y, const at::Tensor& z, std::string_view act, double act_param);
 
-// What the functor of act in math/activation.h says of its gradient: whether it is grad_y itself, and whether it depends on z by more than
-// one bit.
+// GradientReads of act (math/activation.h): whether the gradient is grad_y itself, and whether it reads z and
+// not just one bit for each element.
 bool gradient_is_grad_y(std::string_view act);
 bool gradient_reads_value(std::string_view act);
 
-// False for what batch_norm_act leaves to the composite.
+// Whether batch_norm_act has a kernel for these tensors.
 bool batch_norm_act_has_kernel(const at::Tensor& x, const OptionalTensor& running_mean, const OptionalTensor& running_var,
                                const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& num_batches_tracked,
                                bool training);

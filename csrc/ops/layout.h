@@ -1,4 +1,4 @@
-// A tensor's memory format as the kernels that walk by channel see it.
+// The memory format and the ChannelShape of a tensor, for kernels that walk it by channel.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,7 +7,8 @@
 
 namespace gradkernels {
 
-// Of x.contiguous(format), for x of at least two dimensions; symbolic where x's sizes are.
+// They describe x.contiguous(format). x must have at least two dimensions. Sizes are symbolic if those of x
+// are.
 struct Layout {
   at::MemoryFormat format;
   c10::SymInt rows, channels, inner;

@@ -1,5 +1,5 @@
-// The operators as C++ types, for those who call them through the dispatcher: call<ops::Elu>(x, alpha). A signature that does not match
-// schema.cpp is an error at the first call.
+// The operators as C++ types, for calls through the dispatcher: call<ops::Elu>(x, alpha). If a signature
+// differs from schema.cpp, the first call raises an error.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -130,7 +130,7 @@ struct RmspropInplace {
 
 }  // namespace ops
 
-// The overload that an operator's type names, or the one without a name.
+// The name of the overload: kOverload of the operator's type, or an empty name.
 template <typename Operator, typename = void>
 struct OverloadOf {
   static constexpr const char* value = "";
@@ -140,7 +140,7 @@ struct OverloadOf<Operator, std::void_t<decltype(Operator::kOverload)>> {
   static constexpr const char* value = Operator::kOverload;
 };
 
-// Through the dispatcher, as the thread's dispatch state has it.
+// Calls the operator through the dispatcher, under the dispatch state of the thread.
 template <typename Operator, typename... Args>
 auto call(Args&&... args) {
   static const auto handle = c10::Dispatcher::singleton()

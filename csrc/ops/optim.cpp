@@ -1,5 +1,5 @@
-// RMSprop's operator: describe parameters, gradients and state as runs of elements, hand them to the kernel. Parameters that may share
-// memory are stepped one after the other, in the list's order.
+// RMSprop's operator: it describes parameters, gradients and state as runs of elements and calls the kernel.
+// Parameters that may share memory are updated one after the other, in the order of the list.
 #include "ops/optim.h"
 
 #include <ATen/core/Tensor.h>
@@ -15,16 +15,17 @@
 namespace gradkernels {
 namespace {
 
-// Every list but an empty one has a tensor for each parameter, of its dtype and strides, without gaps.
+// A list is empty, or has a dense tensor for each parameter, with the parameter's dtype and strides.
 void check_rmsprop(at::TensorList params, std::initializer_list<at::TensorList> lists) {
   check_tensors(params);
   for (const at::TensorList& list : lists) {
     if (list.empty()) continue;
-    TORCH_CHECK(list.size() == params.size(), "rmsprop_: ", params.size(), " parameters and a list of ", list.size(), " tensors");
+    TORCH_CHECK(list.size() == params.size(), "rmsprop_: got ", params.size(), " parameters, but a list of ", list.size(), " tensors");
     for (size_t i = 0; i < params.size(); ++i) {
       TORCH_CHECK(same_dtype_and_device(list[i], params[i]) && list[i].sizes() == params[i].sizes() &&
                       list[i].strides() == params[i].strides() && params[i].is_non_overlapping_and_dense(),
-                  "rmsprop_: gradient and state of parameter ", i, " must be dense and have its dtype, shape and strides");
+                  "rmsprop_: parameter ", i,
+                  ", its gradient and its state must be dense and have the same dtype, device, shape and strides");
     }
   }
 }
@@ -33,7 +34,8 @@ void rmsprop_(at::TensorList params, at::TensorList grads, at::TensorList square
               at::TensorList momentum_buffers, double lr, double alpha, double eps, double weight_decay, double momentum,
               double grad_coefficient) {
   check_rmsprop(params, {grads, square_avgs, grad_avgs, momentum_buffers});
-  TORCH_CHECK(grads.size() == params.size() && square_avgs.size() == params.size(), "rmsprop_: a parameter without gradient or square_avg");
+  TORCH_CHECK(grads.size() == params.size() && square_avgs.size() == params.size(),
+              "rmsprop_: every parameter needs a gradient and a square_avg");
   const math::RmspropOptions options{lr, alpha, eps, weight_decay, momentum, grad_coefficient};
   std::vector<RmspropRun> runs;
   runs.reserve(params.size());
@@ -51,7 +53,7 @@ void rmsprop_(at::TensorList params, at::TensorList grads, at::TensorList square
   }
 }
 
-// Shapes alone, for tracing.
+// For tracing: only checks.
 void rmsprop_meta(at::TensorList params, at::TensorList grads, at::TensorList square_avgs, at::TensorList grad_avgs,
                   at::TensorList momentum_buffers, double, double, double, double, double, double) {
   check_rmsprop(params, {grads, square_avgs, grad_avgs, momentum_buffers});

@@ -1,4 +1,5 @@
-// The seam between RMSprop's operator and its kernel.
+// The interface between RMSprop's operator and its kernel: the launcher and its arguments, the same for every
+// device.
 #pragma once
 
 #include "common/dispatch.h"
@@ -6,7 +7,8 @@
 
 namespace gradkernels {
 
-// One parameter with what belongs to it, element for element in one storage order; null where the options do not want it.
+// A parameter with its gradient and state, all in one storage order. State that the options do not need is
+// null.
 struct RmspropRun {
   DType dtype;
   int64_t count;
@@ -19,12 +21,12 @@ struct RmspropRun {
 
 namespace cpu {
 
-// One step of every parameter. No two may share memory.
+// One step of every parameter. No two parameters may share memory.
 void rmsprop(const RmspropRun* runs, int64_t run_count, const math::RmspropOptions& options);
 
 }  // namespace cpu
 
-// The same on a GPU, in a library built with CUDA.
+// The same for GPUs, in a library built with CUDA.
 namespace cuda {
 
 decltype(cpu::rmsprop) rmsprop;

@@ -1,5 +1,6 @@
-// batch_norm_act in parts, between which the processes of a SyncBatchNormAct exchange statistics and sums: check, allocate, hand to the
-// kernels. Devices and dtypes without a kernel, and empty shares of a batch, take a composite of ATen's operators.
+// The steps of batch_norm_act for a batch that is spread over several processes, which exchange moments and
+// sums between the steps. Each operator checks, allocates and calls a kernel. Devices and dtypes without a
+// kernel, and processes with an empty share of the batch, use a composite of ATen's operators.
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addcmul.h>
@@ -31,21 +32,21 @@ bool parts_have_kernel(const at::Tensor& x, const OptionalTensor& weight, const 
 
 void check_part(const at::Tensor& x) {
   TORCH_CHECK_NOT_IMPLEMENTED(at::isFloatingType(x.scalar_type()), "\"batch_norm\" not implemented for '", x.scalar_type(), "'");
-  TORCH_CHECK(x.dim() >= 2, "batch_norm_act: x must have at least 2 dimensions, got ", x.sym_sizes());
+  TORCH_CHECK(x.dim() >= 2, "batch_norm_act: x must have at least 2 dimensions, got shape ", x.sym_sizes());
 }
 
 void check_statistic(const at::Tensor& statistic, const at::Tensor& x, int64_t values_per_channel) {
   TORCH_CHECK(statistic.scalar_type() == at::kDouble && statistic.device() == x.device() && statistic.dim() == 1 &&
                   statistic.sym_size(0) == values_per_channel * x.sym_size(1) && statistic.is_contiguous(),
-              "batch_norm_act: statistics must be float64 of ", values_per_channel, " values a channel, on the device of x");
+              "batch_norm_act: statistics must be float64 tensors with ", values_per_channel, " values per channel, on the device of x");
 }
 
 void check_count(const at::Tensor& count, const at::Tensor& x) {
   TORCH_CHECK(count.scalar_type() == at::kDouble && count.device() == x.device() && count.dim() == 1 && count.sym_size(0) == 1,
-              "batch_norm_act: count must be float64 of one element, on the device of x");
+              "batch_norm_act: count must be a float64 tensor of one element, on the device of x");
 }
 
-// Composed of ATen's operators: for devices and dtypes without a kernel, empty shares of a batch included. Nothing here waits for a device.
+// The composites of ATen's operators. None of them waits for a device.
 namespace parts {
 
 std::vector<int64_t> reduced_dims(const at::Tensor& x) {
@@ -60,7 +61,7 @@ at::Tensor spread(const at::Tensor& of_channels, const at::Tensor& x) {
   return of_channels.view(shape);
 }
 
-// A tensor of its own, in x's dtype and memory format.
+// A new tensor with the dtype and the memory format of x.
 at::Tensor as_output(const at::Tensor& computed, const at::Tensor& x) { return at::empty_like(x, Layout(x).format).copy_(computed); }
 
 at::Tensor zero_unless_finite(const at::Tensor& values) { return at::where(values.isfinite(), values, 0); }
@@ -71,7 +72,8 @@ at::Tensor in_double(const OptionalTensor& values, const at::Tensor& mean, doubl
   return is_given(values) ? values->to(at::kDouble) : at::full_like(mean, otherwise);
 }
 
-// math::moments_about, about the mean that ATen finds in x's own precision; of an inf or a nan about 0, as math::zero_unless_finite has it.
+// math::moments_about, about the mean that ATen computes in the computing type; about 0 if that mean is inf
+// or nan.
 at::Tensor stats(const at::Tensor& x) {
   const at::TensorOptions options = x.options().dtype(at::kDouble);
   if (x.sym_numel() == 0) return at::zeros_symint({1 + 2 * x.sym_size(1)}, options);
@@ -87,7 +89,7 @@ at::Tensor stats(const at::Tensor& x) {
   return at::cat({count, about.to(at::kDouble) + correction, squares - sum * correction});
 }
 
-// What math::Normalisation holds, as tensors.
+// math::Normalisation as tensors.
 struct Normalised {
   at::Tensor centred;  // x - mean_high
   at::Tensor mean_low;
@@ -135,18 +137,19 @@ at::Tensor batch_norm_act_stats_meta(const at::Tensor& x) {
 
 using GatheredStats = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-// The checks and the outputs of batch_norm_act_gather_stats: mean, invstd, count.
+// The checks of batch_norm_act_gather_stats, and its outputs: mean, invstd, count.
 GatheredStats gathered_stats(const at::Tensor& moments, const OptionalTensor& running_mean, const OptionalTensor& running_var,
                              const OptionalTensor& num_batches_tracked) {
   TORCH_CHECK(moments.scalar_type() == at::kDouble && moments.dim() == 2 && moments.sym_size(1) % 2 == 1 && moments.is_contiguous(),
-              "batch_norm_act_gather_stats: moments must be float64 of shape [ranks, 1 + 2 C], got ", moments.scalar_type(), " ",
-              moments.sym_sizes());
+              "batch_norm_act_gather_stats: moments must be a float64 tensor of shape [ranks, 1 + 2 C], got ", moments.scalar_type(),
+              " of shape ", moments.sym_sizes());
   const c10::SymInt channels = (moments.sym_size(1) - 1) / 2;
   for (const OptionalTensor& running : {running_mean, running_var}) {
     TORCH_CHECK(!is_given(running) || (at::isFloatingType(running->scalar_type()) && running->layout() == at::kStrided &&
                                        running->device() == moments.device() && running->dim() == 1 && running->sym_size(0) == channels &&
                                        running->is_contiguous()),
-                "batch_norm_act_gather_stats: running statistics must have ", channels, " elements on the device of moments");
+                "batch_norm_act_gather_stats: running statistics must be floating-point tensors of ", channels,
+                " elements, on the device of moments");
   }
   check_num_batches_tracked(num_batches_tracked);
   TORCH_CHECK(!is_given(num_batches_tracked) || num_batches_tracked->device() == moments.device(),
@@ -159,11 +162,12 @@ GatheredStats batch_norm_act_gather_stats(const at::Tensor& moments, const Optio
                                           const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps) {
   auto [mean, invstd, count] = gathered_stats(moments, running_mean, running_var, num_batches_tracked);
   count.copy_(moments.select(1, 0).sum(0, true));
-  // Elsewhere than on the CPU it would have to be waited for: running statistics then stay as they are.
+  // On other devices this check would have to wait for the count. There, the running statistics keep their
+  // values instead.
   TORCH_CHECK_VALUE(!count.is_cpu() || *count.const_data_ptr<double>() != 1.0,
                     "Expected more than 1 value per channel when training, got 1 in the batches of all processes together");
-  const at::Tensor batches = batches_beside(moments, num_batches_tracked, momentum);
-  // The kernel writes float64, and what is stored is rounded from that.
+  const at::Tensor batches = batches_on_device_of(moments, num_batches_tracked, momentum);
+  // The kernel writes float64; copy_ rounds it to the dtype of the running statistics.
   const auto in_double = [](const OptionalTensor& running) {
     return is_given(running) ? running->to(at::kDouble).resolve_neg() : at::Tensor();
   };
@@ -185,7 +189,8 @@ GatheredStats batch_norm_act_gather_stats(const at::Tensor& moments, const Optio
   return {mean, invstd, count};
 }
 
-// Other devices. All ranks are merged at once, with the weights that Chan's formula gives them in turn.
+// For devices without kernels. All ranks are merged at once, with the weights that Chan's formula gives them
+// one after the other.
 GatheredStats batch_norm_act_gather_stats_composite(const at::Tensor& moments, const OptionalTensor& running_mean,
                                                     const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
                                                     std::optional<double> momentum, double eps) {
@@ -204,7 +209,8 @@ GatheredStats batch_norm_act_gather_stats_composite(const at::Tensor& moments, c
     num_batches_tracked->add_(1);
     if (!momentum.has_value()) factor = num_batches_tracked->to(at::kDouble).reciprocal();
   }
-  // Of one value, or none, there is no variance.
+  // One value has no variance, and an empty batch has no mean either: the running statistics keep their
+  // values.
   const auto update = [&](const OptionalTensor& running, const at::Tensor& observed) {
     if (!is_given(running)) return;
     const at::Tensor before = running->to(at::kDouble);
@@ -345,7 +351,7 @@ TORCH_LIBRARY_IMPL(gradkernels, Meta, m) {
   m.impl("batch_norm_act_backward_elemt", batch_norm_act_backward_elemt_meta);
 }
 
-// On every other device too: without a kernel for it, each of these takes its composite.
+// For every device. On a device without kernels, these functions use their composites.
 TORCH_LIBRARY_IMPL(gradkernels, CompositeExplicitAutograd, m) {
   m.impl("batch_norm_act_stats", on_device<batch_norm_act_stats>);
   m.impl("batch_norm_act_gather_stats", batch_norm_act_gather_stats_composite);
@@ -354,6 +360,7 @@ TORCH_LIBRARY_IMPL(gradkernels, CompositeExplicitAutograd, m) {
   m.impl("batch_norm_act_backward_elemt", on_device<batch_norm_act_backward_elemt>);
 }
 
+// As in batch_norm_act.cpp.
 TORCH_LIBRARY_IMPL(gradkernels, Negative, m) { m.impl("batch_norm_act_gather_stats", torch::CppFunction::makeFallthrough()); }
 
 }  // namespace gradkernels

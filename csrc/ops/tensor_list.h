@@ -1,4 +1,4 @@
-// What the operators over lists of tensors check: clipping and RMSprop.
+// Checks of the operators over lists of tensors: clipping and RMSprop.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,7 +12,7 @@
 
 namespace gradkernels {
 
-// All for kernels, on one device.
+// Every tensor must have a kernel, and all must be on one device.
 inline void check_tensors(at::TensorList tensors) {
   for (const at::Tensor& tensor : tensors) {
     TORCH_CHECK(tensor.device() == tensors.front().device(),
@@ -22,7 +22,8 @@ inline void check_tensors(at::TensorList tensors) {
   }
 }
 
-// Whether no two tensors can share memory, judged by their first and last elements.
+// Whether no two tensors can share memory: whether the ranges from their first to their last elements are
+// disjoint.
 inline bool disjoint(at::TensorList tensors) {
   std::vector<std::pair<uintptr_t, uintptr_t>> extents;
   extents.reserve(tensors.size());
