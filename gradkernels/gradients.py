@@ -45,17 +45,15 @@ class Gradients:
     def norms(self, norm_type: float) -> Norms:
         """The Norms of the whole gradients, the same on every rank."""
         if self.is_sharded and norm_type in NORM_TYPES:
-            return sharded.reduce_norms(self.local, self._groups, norm_type, _norms(self.local, norm_type))
-        return _norms(self.tensors, norm_type)
+            return sharded.reduce_norms(self.local, self._groups, norm_type, _norms(self.local, norm_type, self.kernels))
+        return _norms(self.tensors, norm_type, self.kernels)
 
     def total_norm(self, norm_type: float) -> Tensor:
         """The norm of all gradients as one vector: 0-d, float64, the same on every rank."""
-        if not self.is_sharded and self.kernels is not None and norm_type in NORM_TYPES:
-            total_norm: Tensor = self.kernels.grad_norms(self.local, norm_type)[3]
-            return total_norm
-        if not self.is_sharded or norm_type not in NORM_TYPES:
-            return norms_by_torch(self.tensors, norm_type)[3]
-        norms = [_norms([self.local[i] for i in group.counted], norm_type)[3] for group in self._groups]
+        if not (self.is_sharded and norm_type in NORM_TYPES):
+            return _norms(self.tensors, norm_type, self.kernels)[3]
+        counted = [[self.local[i] for i in group.counted] for group in self._groups]
+        norms = [_norms(tensors, norm_type, _kernels_for(tensors))[3] for tensors in counted]
         return sharded.reduce_total_norm(self.local, self._groups, norm_type, norms)
 
     def as_torch_returns(self, total_norm: Tensor) -> Tensor:
@@ -108,9 +106,10 @@ def _kernels_for(tensors: list[Tensor]) -> ModuleType | None:
     return native if native.clip_grad_supports(tensors) else None
 
 
-def _norms(tensors: list[Tensor], norm_type: float) -> Norms:
-    native = _kernels_for(tensors) if norm_type in NORM_TYPES else None
-    norms: Norms = norms_by_torch(tensors, norm_type) if native is None else native.grad_norms(tensors, norm_type)
+def _norms(tensors: list[Tensor], norm_type: float, kernels: ModuleType | None) -> Norms:
+    if kernels is None or norm_type not in NORM_TYPES:
+        return norms_by_torch(tensors, norm_type)
+    norms: Norms = kernels.grad_norms(tensors, norm_type)
     return norms
 
 

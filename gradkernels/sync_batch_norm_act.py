@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradkernels import _native, reference
-from gradkernels.acts import check_act
+from gradkernels.acts import ACTS, check_act
 from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, _BatchNormAct
 
 _TORCH_CLASSES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -90,7 +90,7 @@ class _Normalise(torch.autograd.Function):
         # As in batch_norm_act, an activation with two slopes keeps one bit per element instead of the
         # residual.
         keeps_mask = mask.numel() > 0
-        keeps_residual = act != "identity" and not keeps_mask
+        keeps_residual = ACTS[act].saves != "nothing" and not keeps_mask
         ctx.save_for_backward(x, mean, invstd, weight, bias, residual if keeps_residual else None, mask if keeps_mask else None, count)
         ctx.eps, ctx.act, ctx.act_param, ctx.group = eps, act, act_param, group
         return cast(Tensor, y)
@@ -107,8 +107,8 @@ def _gradients(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
     needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
     statistics = (x, mean, invstd, weight, bias)
     act, act_param = ctx.act, ctx.act_param
-    # With the identity, the gradient of the residual is grad_y.
-    computes_residual = needs_residual and act != "identity"
+    # Otherwise the gradient of the residual is grad_y.
+    computes_residual = needs_residual and ACTS[act].saves != "nothing"
     if not (needs_x or needs_weight or needs_bias or computes_residual):
         return [None, None, None, grad_y]
     sums, dz = torch.ops.gradkernels.batch_norm_act_backward_reduce.default(

@@ -20,9 +20,9 @@ def three_digits(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def first_five(names: Sequence[str]) -> str:
-    """Return the first five names, and the number of names that follow."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def first_names(names: Sequence[str], count: int = 5) -> str:
+    """Return the first `count` names, and the number of names that follow."""
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def first_to_last(gradients: Mapping[str, float]) -> str:

@@ -122,7 +122,7 @@ class Diagnosis:
             if judged.verdicts != (HEALTHY,):
                 groups.setdefault(judged.verdicts, []).append(judged)
         return [
-            f"  {text.first_five([judged.name for judged in group])}: {group[0].why}"
+            f"  {text.first_names([judged.name for judged in group])}: {group[0].why}"
             + (f" (figures of {group[0].name})" if len(group) > 1 else "")
             for group in groups.values()
         ]

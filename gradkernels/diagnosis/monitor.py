@@ -264,15 +264,15 @@ def _remarks(recorder: Recorder, norms: Mapping[str, tuple[float | None, ...]], 
     remarks = [f"total gradient norm: {math.hypot(*gradients.values()):.4g}", text.first_to_last(gradients)]
     without = [name for name in norms if name not in gradients]
     if without:
-        remarks.append(f"without a gradient: {text.first_five(without)}")
+        remarks.append(f"without a gradient: {text.first_names(without)}")
     nonfinite = [name for name, gradient in gradients.items() if not math.isfinite(gradient)]
     if nonfinite:
-        remarks.append(f"gradient not finite: {text.first_five(nonfinite)}")
+        remarks.append(f"gradient not finite: {text.first_names(nonfinite)}")
     activations = recorder.activations
     recorded = {name for modules in activations.statistics.values() for name in modules}
     missing = [name for module, name in activations.modules.items() if name not in recorded and any(True for _ in module.parameters())]
     if activations_step is not None and missing:
-        remarks.append(f"no activations, because never called in training mode or without a suitable output: {text.first_five(missing)}")
+        remarks.append(f"no activations, because never called in training mode or without a suitable output: {text.first_names(missing)}")
     elif activations_step is None and activations.every is not None:
         remarks.append("no activations: there was no forward pass in training mode outside torch.compile")
     counts = {"gradients and weights": len(recorder.steps), "activations": len(activations.statistics)}

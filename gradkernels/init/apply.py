@@ -65,7 +65,7 @@ class InitReport:
         for heading, pairs in (("?", guessed), ("not changed,", self.kept)):
             for reason in dict.fromkeys(reason for _, reason in pairs):
                 names = [name for name, other in pairs if other == reason]
-                rows.append(f"{heading} {reason}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
+                rows.append(f"{heading} {reason}: {text.first_names(names, 3)}")
         return "\n".join(rows)
 
     def __str__(self) -> str:
