@@ -85,7 +85,7 @@ def grouped(rows: Iterable[Row]) -> list[Rivals]:
 def slug(head: Head) -> str:
     """The name of a machine's folder. An instruction set that was asked for and a quick run have folders of their own."""
     isa = head["instruction set"].partition(" ")[0] if "ATEN_CPU_CAPABILITY" in head else ""
-    texts = (head["machine"].partition(",")[0].lower(), isa, "quick" if "quick" in head else "")
+    texts = (re.sub(r"\(\w+\)|processor|cpu|@.*", "", head["machine"].partition(",")[0].lower()), isa, "quick" if "quick" in head else "")
     return "-".join(re.sub(r"\W+", "-", text).strip("-") for text in texts if text)
 
 
