@@ -7,6 +7,7 @@ sets it, so gradients are read once for the norm and once for the step.
 import functools
 import inspect
 import math
+import sys
 import types
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -26,6 +27,24 @@ _WITH_GRAD_SCALE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.
 
 # GradScaler and ClippingHandle set these on an optimizer for the duration of a step.
 _AMP_ATTRIBUTES = ("grad_scale", "found_inf")
+
+
+# The code of torch's wrapper around step(), which runs the hooks. torch wraps step() of each class of which an
+# optimizer was made.
+_STEP_WITH_HOOKS = torch.optim.Optimizer.profile_hook_step(torch.optim.Optimizer.step).__code__
+
+
+def running_steps(optimizer: torch.optim.Optimizer) -> int:
+    """The number of step() of this optimizer that run now, with hooks: 2 in super().step() if torch wrapped both.
+
+    A count in hooks would be wrong after a step that raised an error, so the stack is read.
+    """
+    count = 0
+    frame: types.FrameType | None = None if torch.compiler.is_compiling() else sys._getframe(1)
+    while frame is not None:
+        count += frame.f_code is _STEP_WITH_HOOKS and frame.f_locals["self"] is optimizer
+        frame = frame.f_back
+    return count
 
 
 def _is_normal_float32(value: float) -> bool:
@@ -281,6 +300,8 @@ class ClippingHandle:
                 self._optimizer.__dict__["step"] = self._outer_step
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if running_steps(optimizer) > 1:
+            return None
         # args[0] is the optimizer.
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:

@@ -391,6 +391,33 @@ def test_an_optimizer_that_steps_another_makes_one_step():
     assert found["update_ratio"][1] == pytest.approx([update / weight for update, weight in zip(updates, weights, strict=True)], rel=1e-6)
 
 
+def test_a_step_that_calls_super_is_one_step():
+    """torch wraps the step() of both classes, because it made optimizers of both."""
+
+    class ThenShrinks(torch.optim.SGD):
+        fails = False
+
+        def step(self, closure=None):
+            super().step(closure)
+            if self.fails:
+                raise RuntimeError("half way")
+            torch._foreach_mul_([parameter.data for parameter in self.param_groups[0]["params"]], 0.5)
+
+    model = network()
+    torch.optim.SGD(model.parameters())
+    optimizer = ThenShrinks(model.parameters(), lr=1e-4)
+    with gk.GradientMonitor(model) as monitor:
+        step(model, optimizer)
+        optimizer.fails = True
+        with pytest.raises(RuntimeError, match="half way"):
+            step(model, optimizer)
+        optimizer.fails = False
+        step(model, optimizer)
+    found = monitor.to_dict()
+    assert found["steps"] == [0, 2], "the second one was not completed"
+    assert found["update_ratio"][0] == pytest.approx([1.0] * 4, rel=1e-2)
+
+
 # It changes nothing
 
 

@@ -515,6 +515,29 @@ def test_attached_clipping_with_grad_scaler(unscales, optimizer, device):
     assert results[0][2] == 512.0
 
 
+class CallsSuper(torch.optim.SGD):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_a_step_that_calls_super_clips_once(with_closure):
+    """torch wraps the step() of both classes, because it made optimizers of both."""
+    weight = nn.Parameter(torch.zeros(2))
+    torch.optim.SGD([weight])
+    optimizer = CallsSuper([weight], lr=1.0)
+    handle = gk.attach_clipping(optimizer, 1.0)
+
+    def closure():
+        weight.grad = torch.tensor([3.0, 4.0])
+
+    for step in (1, 2):
+        closure()
+        optimizer.step(*[closure] * with_closure)
+        assert handle.last_norm == 5
+        assert_close(weight.detach(), torch.tensor([-0.6, -0.8]) * step)
+
+
 @each_optimizer
 @pytest.mark.parametrize("scaled", [False, True])
 def test_an_exception_in_a_step_leaves_nothing_behind(scaled, optimizer, device):

@@ -8,7 +8,6 @@ why that happens only in some steps.
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from gradkernels.diagnosis.deferred import Stopwatch, Unread
 from gradkernels.diagnosis.forward_hooks import ActivationRecorder, CallOrder
 from gradkernels.gradients import tensor_norms
 from gradkernels.layers import layer_name, learns
+from gradkernels.optim import running_steps
 
 # Norms wait on their device for this many steps: 3 numbers per parameter and step, 200 KB for a network of
 # 100 layers.
@@ -180,9 +180,9 @@ class Recorder:
         if not places or torch.compiler.is_compiling():
             return
         running = None if self._running is None else self._running()
-        if running is not None and running is not optimizer and _is_running(running) and {*self._places_of(running)}.issuperset(places):
-            # An optimizer that steps inside another one's step, as in ZeroRedundancyOptimizer, is part of
-            # that step.
+        if running is not None and running_steps(running) > (running is optimizer) and {*self._places_of(running)}.issuperset(places):
+            # A step inside another step, as super().step() or in ZeroRedundancyOptimizer, is part of that
+            # step.
             return
         self._running = weakref.ref(optimizer)
         if self._step < 0 or not self._stepped.isdisjoint(places):
@@ -208,7 +208,7 @@ class Recorder:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if self._running is None or self._running() is not optimizer:
+        if self._running is None or self._running() is not optimizer or running_steps(optimizer) > 1:
             return
         self._running = None
         places = [place for place in self._places_of(optimizer) if place in self._snapshots]
@@ -236,13 +236,3 @@ class Recorder:
             step.receive(GRADIENT, with_gradient, norms[2 * count :] * scale)
 
         self.unread.add(tensor_norms(weights + updates + grads)[0], receive)
-
-
-def _is_running(optimizer: Optimizer) -> bool:
-    """Whether a step of the optimizer is on the stack. The hook after a step that raised does not run."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_locals.get("self") is optimizer:
-            return True
-    return False
