@@ -28,7 +28,6 @@ _WITH_GRAD_SCALE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.
 # GradScaler and ClippingHandle set these on an optimizer for the duration of a step.
 _AMP_ATTRIBUTES = ("grad_scale", "found_inf")
 
-
 # The code of torch's wrapper around step(), which runs the hooks. torch wraps step() of each class of which an
 # optimizer was made.
 _STEP_WITH_HOOKS = torch.optim.Optimizer.profile_hook_step(torch.optim.Optimizer.step).__code__
@@ -321,11 +320,17 @@ class ClippingHandle:
         params = [param for group in optimizer.param_groups for param in group["params"]]
         sharded.refuse_fsdp1_pieces(params)
         grads = [param.grad for param in params if param.grad is not None]
-        gradients = Gradients(grads) if _reads_grad_scale(optimizer) else None
-        if gradients is None or not _are_scaled_by_torch(gradients):
+        supports_amp = getattr(optimizer, "_step_supports_amp_scaling", False)
+        amp_scale = getattr(optimizer, "grad_scale", None) if supports_amp else None
+        gradients = Gradients(grads) if supports_amp and _reads_grad_scale(optimizer) else None
+        if gradients is None or not _are_scaled_by_torch(params, gradients):
+            if amp_scale is not None:
+                for grad in grads:
+                    grad.div_(amp_scale.to(grad.device))
+                # found_inf stays: by it, the step skips the update. GradScaler deletes both attributes.
+                optimizer.__dict__["grad_scale"] = None
             self.last_norm = clip_grad_norm_(params, self.max_norm, self.norm_type)
             return
-        amp_scale = getattr(optimizer, "grad_scale", None)
         scaled_norm = gradients.total_norm(self.norm_type)
         divisor = torch.ones_like(scaled_norm) if amp_scale is None else amp_scale.to(scaled_norm)
         total_norm = scaled_norm / divisor
@@ -355,16 +360,22 @@ def _reads_grad_scale(optimizer: torch.optim.Optimizer) -> bool:
     return (
         inherited is not None
         and inspect.unwrap(type(optimizer).step) is inspect.unwrap(inherited.step)
-        and getattr(optimizer, "_step_supports_amp_scaling", False)
         and all(group.get("fused") for group in optimizer.param_groups)
     )
 
 
-def _are_scaled_by_torch(gradients: Gradients) -> bool:
-    """Whether torch's fused step can divide these gradients: plain tensors on the CPU or on a GPU."""
+def _are_scaled_by_torch(params: list[Tensor], gradients: Gradients) -> bool:
+    """Whether torch's fused step can divide these gradients: plain tensors on the CPU or on a GPU.
+
+    On the CPU it writes a gradient with the strides of its parameter, which for other gradients is the wrong
+    memory. On a GPU it raises an error for them.
+    """
     if not gradients.tensors or gradients.is_sharded:
         return False
-    return gradients.kernels is not None or all(type(grad) is Tensor and grad.is_cuda for grad in gradients.tensors)
+    if gradients.kernels is None:
+        return all(type(grad) is Tensor and grad.is_cuda for grad in gradients.tensors)
+    have_same_strides: bool = gradients.kernels.rmsprop_supports([param for param in params if param.grad is not None], [gradients.tensors])
+    return have_same_strides
 
 
 def _optimizer_with_hooks(optimizer: torch.optim.Optimizer, wrappers: tuple[torch.optim.Optimizer, ...] = ()) -> torch.optim.Optimizer:
@@ -399,10 +410,11 @@ def attach_clipping(optimizer: torch.optim.Optimizer, max_norm: float, norm_type
         g = g min(1, max_norm / (total_norm + 1e-6))
 
     torch's fused SGD, Adam, AdamW and Adagrad scale gradients as they read them, which saves the pass that
-    writes clipped gradients. For other optimizers the gradients are scaled in place. With
-    torch.amp.GradScaler the norm is that of the unscaled gradients, and the same step unscales, clips, and
-    skips on inf. A step leaves nothing on the optimizer, also if it raises an error. The state_dict does not
-    change. A copy or a pickle of the optimizer does not clip, because it has no hooks.
+    writes clipped gradients. For other optimizers, for DTensors, and if a gradient does not have the strides
+    of its parameter, the gradients are scaled in place. With torch.amp.GradScaler the norm is that of the
+    unscaled gradients, and the same step unscales, clips, and skips on inf. A step leaves nothing on the
+    optimizer, also if it raises an error. The state_dict does not change. A copy or a pickle of the optimizer
+    does not clip, because it has no hooks.
 
     Args:
         optimizer: any optimizer except LBFGS. Gradients of a closure are clipped after each call of the

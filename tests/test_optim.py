@@ -13,6 +13,8 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.library import opcheck
 from torch.testing import assert_close
 
@@ -518,6 +520,75 @@ def test_attached_clipping_with_grad_scaler(unscales, optimizer, device):
 class CallsSuper(torch.optim.SGD):
     def step(self, closure=None):
         return super().step(closure)
+
+
+# The optimizer, and the gradient of a parameter.
+NOT_SCALED_BY_TORCH = {
+    "a step that calls super": (lambda params: CallsSuper(params, lr=0.1, momentum=0.9, fused=True), torch.zeros_like),
+    "without the library": (FUSED["SGD"], torch.zeros_like),
+    "DTensor": (FUSED["AdamW"], torch.zeros_like),
+    **{
+        f"{optimizer}, {layout}": (FUSED[optimizer], grad_of)
+        for optimizer in FUSED
+        for layout, grad_of in {
+            "transposed": lambda param: torch.zeros(4, 3).t(),
+            "gaps": lambda param: torch.full((3, 4, 2), 7.0)[..., 0],
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("case", NOT_SCALED_BY_TORCH)
+def test_gradients_that_a_fused_step_cannot_scale(case, scaled, device, monkeypatch, request):
+    """With GradScaler, one of the steps has an inf and is skipped."""
+    make, grad_of = NOT_SCALED_BY_TORCH[case]
+    tensor = torch.ones(3, 4)
+    if case == "DTensor":
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        request.addfinalizer(torch.distributed.destroy_process_group)
+        tensor = distribute_tensor(tensor, init_device_mesh("cpu", (1,)), [Shard(0)])
+    elif device != "cpu" and "," in case:
+        pytest.skip("on a GPU torch refuses gradients with other strides than their parameters")
+    elif case == "without the library":
+        monkeypatch.setattr(_native, "C", None)
+    results = []
+    for attached in (True, False):
+        param = nn.Parameter(tensor.clone())
+        param.grad = grad_of(param)
+        optimizer = make([param])
+        if not getattr(optimizer, "_step_supports_amp_scaling", False):
+            pytest.skip(f"{type(optimizer).__name__} of torch {torch.__version__} does not read grad_scale")
+        scaler = torch.amp.GradScaler(tensor.device.type, init_scale=1024.0, enabled=scaled)
+        handle = gk.attach_clipping(optimizer, 0.5) if attached else None
+        for step in range(4):
+            optimizer.zero_grad(set_to_none=False)
+            loss = (param * (step + 2)).square().sum() * (math.inf if scaled and step == 1 else 1.0)
+            scaler.scale(loss).backward()
+            if not attached:
+                scaler.unscale_(optimizer)
+                norm = torch.nn.utils.clip_grad_norm_([param], 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+            assert not {"grad_scale", "found_inf"} & set(vars(optimizer))
+            results.append((handle.last_norm if attached else norm, param.detach().clone(), param.grad.clone()))
+        if "gaps" in case:
+            assert (param.grad._base[..., 1] == 7).all()
+    assert_close(results[:4], results[4:], rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert not results[0][1].isnan().any()
+
+
+@each_fused
+def test_an_expanded_gradient_is_refused_before_anything_is_written(optimizer):
+    params = parameters([(5,), (2000,)])
+    params[1].grad = torch.ones(1).expand(2000)
+    before = copies(params)
+    ours = FUSED[optimizer](params)
+    gk.attach_clipping(ours, 0.1)
+    with pytest.raises(RuntimeError, match="more than one element of the written-to tensor refers to a single memory location"):
+        ours.step()
+    assert_close(details(params), details(before), rtol=0, atol=0)
+    assert not {"grad_scale", "found_inf"} & set(vars(ours))
 
 
 @pytest.mark.parametrize("with_closure", [False, True])
