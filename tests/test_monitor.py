@@ -756,9 +756,9 @@ def test_plot_and_table_of_gradients_that_are_not_finite_zero_or_absent(tmp_path
 
 
 class Scalars(list):
-    """A writer. Lists have no weak references, but this subclass has."""
+    """A writer that cannot be hashed, and has no weak references."""
 
-    __hash__ = object.__hash__
+    __slots__ = ()
 
     def add_scalar(self, tag, scalar_value, global_step):
         self.append((tag, scalar_value, global_step))
@@ -777,6 +777,9 @@ def test_tensorboard_gets_each_step_once():
         monitor.to_tensorboard(writer)
     assert len(writer) == first + 2 * 3 * 4 + 4 * 6
     assert len({(tag, number) for tag, _, number in writer}) == len(writer)
+    other = Scalars()
+    monitor.to_tensorboard(other)
+    assert sorted(other) == sorted(writer)
     found = monitor.to_dict()
     values = {(tag, number): value for tag, value, number in writer}
     assert values["gradient_norm/3", 1] == found["gradient_norm"][1][2]

@@ -7,7 +7,6 @@ as a table, a picture, a dict or scalars for TensorBoard.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from os import PathLike
@@ -90,8 +89,9 @@ class GradientMonitor:
         self.every = every
         self.activations_every = activations_every
         self._recorder = Recorder(self.model, every, activations_every)
-        # Writer -> the last step that it got.
-        self._written: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        # The id of a writer -> the writer and the last step that it got. Writers need not be hashable or have
+        # weak references. The id of a writer that is kept is not used again.
+        self._written: dict[int, tuple[Writer, int]] = {}
         self._recorder.attach()
 
     def __enter__(self) -> GradientMonitor:
@@ -177,7 +177,8 @@ class GradientMonitor:
         """
         recorder = self._recorder
         recorder.fetch()
-        written, newest = self._written.get(writer, -1), max(recorder.steps)
+        _, written = self._written.get(id(writer), (writer, -1))
+        newest = max(recorder.steps)
         numbers = [number for number in recorder.steps if number > written]
         layers, figures = _figures(recorder, numbers) if numbers else ([], [])
         for number, rows in zip(numbers, figures, strict=True):
@@ -190,7 +191,7 @@ class GradientMonitor:
                 for name, statistics in modules.items():
                     for kind, value in statistics._asdict().items():
                         writer.add_scalar(f"activation_{kind}/{name}", value, number)
-        self._written[writer] = newest
+        self._written[id(writer)] = writer, newest
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw the gradient norms over depth, and a heat map of layers and steps.
