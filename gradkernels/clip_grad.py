@@ -181,7 +181,8 @@ def clip_grads_with_norm_(parameters: Parameters, max_norm: float, total_norm: T
     tensors = _tensors(_entries(parameters))
     gradients = Gradients(_grads(tensors))
     with torch.no_grad():
-        if gradients.supports():
+        # torch's function raises the error for other total norms.
+        if gradients.supports() and total_norm.dim() == 0 and not total_norm.is_complex():
             gradients.scale_(float(max_norm), sharded.full(total_norm))
         else:
             reference.clip_grads_with_norm_(tensors, max_norm, total_norm, foreach)

@@ -596,6 +596,14 @@ def test_gradients_that_share_memory_are_scaled_one_after_the_other(case, each_t
 # get_total_norm and clip_grads_with_norm_
 
 
+@pytest.mark.parametrize("total_norm", [torch.tensor(5 + 1j), torch.ones(1), torch.ones(2)], ids=str)
+def test_clip_grads_with_norm_refuses_what_torch_refuses(total_norm):
+    ours, theirs = (parameters_with([torch.ones(3)]) for _ in range(2))
+    came = outcome(gk.clip_grads_with_norm_, ours, 0.5, total_norm)
+    assert came == outcome(torch.nn.utils.clip_grads_with_norm_, theirs, 0.5, total_norm) and issubclass(came[0], RuntimeError)
+    assert_bitwise_equal("gradient", ours[0].grad, torch.ones(3))
+
+
 @each_dtype
 @each_native_norm
 @each_sizes
