@@ -7,6 +7,7 @@ with their neighbours.
 """
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +134,7 @@ def swish(input: Tensor, beta: float | Tensor = 1.0) -> Tensor:
     # The first comparison is for speed: isinstance(beta, Tensor) runs Python code of Tensor's metaclass.
     if type(beta) is not float and isinstance(beta, Tensor):
         native = _native.library(input, beta)
-        if native is None:
+        if native is None or input is None:
             return reference.swish(input, beta)
         reference.check_beta(input, beta)
         y = native.swish_tensor(input, beta)
@@ -226,7 +227,7 @@ def rrelu(input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: b
     if has_slopes and not training:
         return leaky_relu(input, (lower + upper) / 2, inplace)
     native = _native.library(input) if has_slopes else None
-    if native is None:
+    if native is None or input is None:
         return reference.rrelu(input, lower, upper, training, inplace)
     # Not random_(): vmap(randomness="different") does not support it.
     seed = torch.randint(2**63 - 1, (), device=input.device)
@@ -339,7 +340,7 @@ class Swish(nn.Module):
         dtype: the dtype of the Parameter.
 
     Raises:
-        TypeError: beta is a tensor.
+        TypeError: beta is not a real number, such as a tensor.
         ValueError: num_parameters is not 1, and learnable is False.
 
     Example:
@@ -351,6 +352,7 @@ class Swish(nn.Module):
     """
 
     beta: float | Tensor
+    init: float
 
     def __init__(
         self,
@@ -361,8 +363,9 @@ class Swish(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(beta, Tensor):
-            raise TypeError("Swish takes beta as a number, not as a tensor; use learnable=True to make it a Parameter")
+        if not isinstance(beta, Real):
+            advice = "; use learnable=True to make it a Parameter" if isinstance(beta, Tensor) else ""
+            raise TypeError(f"Swish takes beta as a number, not as {type(beta).__name__}{advice}")
         if not learnable and num_parameters != 1:
             raise ValueError(f"num_parameters={num_parameters} needs learnable=True")
         self.init = beta

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 def swish(x: Tensor, beta: float | Tensor) -> Tensor:
     """x sigmoid(beta x), computed with torch's operators."""
-    # F.silu raises an error for integers. The product below would silently convert them to floats.
-    if (not isinstance(beta, Tensor) and beta == 1) or not (x.is_floating_point() or x.is_complex()):
+    # F.silu raises an error for integers and for what is not a tensor. The product below would silently convert them to floats.
+    if (not isinstance(beta, Tensor) and beta == 1) or not (isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())):
         return F.silu(x)
     return x * torch.sigmoid(beta * x)
 

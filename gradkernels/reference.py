@@ -15,7 +15,7 @@ from gradkernels import acts
 
 
 def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
-    if inplace and negative_slope < 0:
+    if inplace and negative_slope < 0 and isinstance(x, Tensor):
         # In place, torch computes the gradient from the sign of y, which is wrong here. Its backward keeps
         # the clone instead.
         return x.copy_(F.leaky_relu(x.clone(), negative_slope))
@@ -34,7 +34,7 @@ def check_beta(x: Tensor, beta: Tensor) -> None:
 
 
 def swish(x: Tensor, beta: float | Tensor = 1.0) -> Tensor:
-    if isinstance(beta, Tensor) and (x.is_floating_point() or x.is_complex()):
+    if isinstance(beta, Tensor) and isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()):
         check_beta(x, beta)
         # A single element keeps its dimension: torch promotes dtypes differently with a 0-d tensor.
         if x.dim() == 0:
@@ -49,7 +49,7 @@ def prelu(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rrelu(x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False) -> Tensor:
-    if training and x.dtype == torch.float16 and x.is_cpu:
+    if training and isinstance(x, Tensor) and x.dtype == torch.float16 and x.is_cpu:
         # torch cannot draw slopes for float16 on the CPU.
         y = F.rrelu(x.float(), lower, upper, True).to(x.dtype)
         return x.copy_(y) if inplace else y

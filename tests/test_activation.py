@@ -47,7 +47,7 @@ from accuracy import (
     extended,
     outcome,
 )
-from gradkernels import reference
+from gradkernels import _native, reference
 from memory import saved_by, skip_unless_free
 
 OPS = torch.ops.gradkernels
@@ -301,10 +301,22 @@ def test_other_dtypes_equal_torchs(act, dtype):
 
 @pytest.mark.parametrize(
     "function",
-    [gk.leaky_relu, gk.elu, gk.swish, gk.rrelu, lambda x: gk.prelu(x, torch.ones(1))],
+    [
+        *(gk.leaky_relu, gk.elu, gk.swish, gk.rrelu),
+        lambda x: gk.prelu(x, torch.ones(1)),
+        lambda x: gk.leaky_relu(x, -0.5, inplace=True),
+        lambda x: gk.elu(x, inplace=True),
+        lambda x: gk.rrelu(x, training=True),
+        lambda x: gk.rrelu(x, training=True, inplace=True),
+        lambda x: gk.swish(x, 2.0),
+        lambda x: gk.swish(x, torch.ones(1)),
+    ],
 )
 @pytest.mark.parametrize("wrong", [[1.0], 1.0, None], ids=str)
-def test_x_that_is_not_a_tensor_is_a_type_error(function, wrong):
+def test_x_that_is_not_a_tensor_is_a_type_error(function, wrong, monkeypatch):
+    with pytest.raises(TypeError):
+        function(wrong)
+    monkeypatch.setattr(_native, "C", None)
     with pytest.raises(TypeError):
         function(wrong)
 
@@ -1143,9 +1155,14 @@ def test_swish_module_with_a_parameter():
     assert loaded.beta.tolist() == [1.5, 0.5, 1.5]
 
 
-def test_swish_module_refuses_a_tensor_and_resets_its_parameter():
-    with pytest.raises(TypeError, match="takes beta as a number"):
-        gk.Swish(torch.tensor(1.0))
+@pytest.mark.parametrize("learnable", [False, True])
+@pytest.mark.parametrize("beta", [torch.tensor(1.0), "a", "1", None, 1j], ids=str)
+def test_swish_module_takes_a_number(beta, learnable):
+    with pytest.raises(TypeError, match=f"takes beta as a number, not as {type(beta).__name__}"):
+        gk.Swish(beta, learnable)
+
+
+def test_swish_module_resets_its_parameter():
     module = gk.Swish(1.5, learnable=True, num_parameters=3)
     with torch.no_grad():
         module.beta.zero_()
