@@ -35,6 +35,14 @@ EXPERIMENTS: dict[str, tuple[str, Callable[[Setting], Results]]] = {
 }
 
 
+def _seed(written: str) -> int:
+    seed = int(written)
+    # scikit-learn splits the digits with it.
+    if not 0 <= seed < 2**32:
+        raise argparse.ArgumentTypeError(f"{seed} is not between 0 and {2**32 - 1}")
+    return seed
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m examples",
@@ -44,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="the experiments to run (default: all)")
     parser.add_argument("--output", type=Path, default=Path("demo.png"), help="demo.png (the default) writes pictures demo-NAME.png")
-    parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the batches (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help=f"of the split, the weights and the batches; 0 to {2**32 - 1} (default: 0)")
     parser.add_argument("--quick", action="store_true", help="train for fewer epochs")
     parser.add_argument("--mnist", type=Path, metavar="DIR", help=f"train on MNIST's four files in DIR. {simple_net.WHERE}")
     arguments = parser.parse_args(argv)
@@ -53,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"there is no experiment {', '.join(unknown)}. The experiments are {', '.join(EXPERIMENTS)}")
     if not arguments.output.parent.is_dir():
         parser.error(f"there is no folder {arguments.output.parent}")
+    if arguments.output.is_dir():
+        parser.error(f"--output {arguments.output} is a folder: name a file in it, such as {arguments.output / 'demo.png'}")
     if _native.C is None:
         raise SystemExit(
             f"the demonstration failed: the native library is not in use, {_native.reason}. To fix this, run: {_native.remedy}"

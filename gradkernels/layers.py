@@ -19,14 +19,32 @@ def kind_of(value: object) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
+def check_model(model: object) -> None:
+    """Raise a TypeError if a model is not a torch.nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {kind_of(model)}")
+
+
+def added_names(kind: type[nn.Module], replacement: type[nn.Module]) -> set[str]:
+    """The names that an instance of `replacement` has, and an instance of `kind` does not have."""
+    # The class alone does not show what __init__ sets. Each class that is replaced takes 1 as its argument.
+    with torch.device("meta"):
+        return {*dir(replacement(1))} - {*dir(kind(1))}
+
+
+def why_not_replaced(module: nn.Module, replacement: type[nn.Module], *more: str) -> str:
+    """Why a module cannot get the class `replacement`, which uses `more` names of instances; "" if it can."""
+    taken = sorted((added_names(type(module), replacement) | {*more}) & {*dir(module)})
+    return f"it has attributes of its own that {replacement.__name__} would replace: {', '.join(taken)}" if taken else ""
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the user's model inside DistributedDataParallel and torch.compile, so that names have no prefix.
 
     Raises:
         TypeError: model is not a torch.nn.Module, or holds a torch.jit.ScriptModule.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {kind_of(model)}")
+    check_model(model)
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             advice = "which has no hooks and cannot be traced: pass the module it was made from"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gradkernels import _native, reference
 from gradkernels.acts import ACTS, check_act
 from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, _BatchNormAct
+from gradkernels.layers import check_model, why_not_replaced
 
 _TORCH_CLASSES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _BATCH_NORM_ACTS = (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d)
@@ -349,9 +350,13 @@ def convert_sync_batch_norm(model: nn.Module, process_group: dist.ProcessGroup |
     Returns:
         model.
 
+    Raises:
+        TypeError: model is not a module.
+
     Warns:
-        UserWarning: the model has batch norms of other classes. They are not converted, because a subclass
-            may compute something else.
+        UserWarning: the model has batch norms that are not converted: those of other classes, because a
+            subclass may compute something else, and those with an attribute of their own that
+            SyncBatchNormAct would replace, such as act.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -359,19 +364,26 @@ def convert_sync_batch_norm(model: nn.Module, process_group: dist.ProcessGroup |
         >>> gk.convert_sync_batch_norm(model)[1]
         SyncBatchNormAct(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True, act='elu', act_param=1.0)
     """
+    check_model(model)
     unconverted = []
     for name, module in model.named_modules():
+        why = ""
+        if type(module) in (*_TORCH_CLASSES, *_BATCH_NORM_ACTS):
+            why = why_not_replaced(module, SyncBatchNormAct)
+        elif not isinstance(module, SyncBatchNormAct):
+            if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+                continue
+            why = f"{type(module).__name__} may compute something else"
+        if why:
+            unconverted.append(f"{name or 'the model itself'} ({why})")
+            continue
         if type(module) in _TORCH_CLASSES:
             module.act, module.act_param = "identity", check_act("identity", None)
-        elif type(module) not in _BATCH_NORM_ACTS and not isinstance(module, SyncBatchNormAct):
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                unconverted.append(f"{name or 'the model itself'} ({type(module).__name__})")
-            continue
         group = getattr(module, "process_group", None) if process_group is None else process_group
         if not isinstance(module, SyncBatchNormAct):
             module.__class__ = SyncBatchNormAct
         module.process_group = group
         module._channels_agree = False
     if unconverted:
-        warnings.warn(f"convert_sync_batch_norm does not convert these subclasses of batch norm: {', '.join(unconverted)}", stacklevel=2)
+        warnings.warn(f"convert_sync_batch_norm does not convert these batch norms: {', '.join(unconverted)}", stacklevel=2)
     return model

@@ -878,6 +878,14 @@ LEFT = {
         statistics_written_between,
         "view, called between it and its activation, may read or write its statistics",
     ),
+    "name that ours has": (
+        lambda self, x: self.bn(x) if hasattr(self.bn, "act") else self.act(self.bn(x)),
+        "looks for an attribute act, which BatchNormAct2d has",
+    ),
+    "name that ours has, where no graph tells": (
+        lambda self, x: self.bn(x) if x.sum() < math.inf and getattr(self.bn, "act", None) else self.act(self.bn(x)),
+        "looks for an attribute act, which BatchNormAct2d has",
+    ),
     "scalar": (lambda self, x: self.act(self.bn(x) + 1.0), "add follows"),
     "weighted": (lambda self, x: self.act(torch.add(self.bn(x), x, alpha=2)), "add follows"),
     "gelu": (lambda self, x: F.gelu(self.bn(x)), "no kernel for gelu"),
@@ -918,6 +926,37 @@ def test_what_is_left_alone(name):
     else:
         assert_same(step(actual, x), step(expected, x))
     assert (actual.flag, actual.seen, actual.nested) == (expected.flag, expected.seen, expected.nested)
+
+
+# The attribute of the batch norm, its value, and a forward that uses it.
+OWN_ATTRIBUTES = {
+    "text": ("act", "gelu", lambda self, x: (lambda y: F.gelu(y) if self.bn.act == "gelu" else y)(self.bn(self.conv(x)))),
+    "module": ("act", nn.GELU(), lambda self, x: self.bn.act(self.bn(self.conv(x)))),
+    "parameter": ("act", nn.Parameter(torch.ones(1, dtype=torch.float64)), lambda self, x: self.act(self.bn(self.conv(x)) * self.bn.act)),
+    "buffer": ("act_param", nn.Buffer(torch.ones(1, dtype=torch.float64)), lambda self, x: self.bn(self.conv(x)) * self.bn.act_param),
+    "number": ("act_param", 2.0, lambda self, x: self.act(self.bn(self.conv(x)) * self.bn.act_param)),
+    "name of a method": ("_param", 2.0, lambda self, x: self.act(self.bn(self.conv(x)))),
+    "name that convert writes": ("_converted_from", 2.0, lambda self, x: self.act(self.bn(self.conv(x))) * self.bn._converted_from),
+}
+
+
+@pytest.mark.parametrize("name", OWN_ATTRIBUTES)
+def test_a_batch_norm_with_an_attribute_that_ours_would_replace(name):
+    attribute, value, forward = OWN_ATTRIBUTES[name]
+    model = block(forward)
+    setattr(model.bn, attribute, value)
+    expected, actual, report = converted(model)
+    row = next(row for row in report.rows if row.name == "bn")
+    assert (row.becomes, row.why) == (None, f"it has attributes of its own that BatchNormAct2d would replace: {attribute}")
+    assert actual.bn.__dict__.keys() == expected.bn.__dict__.keys() and type(actual.bn) is nn.BatchNorm2d
+    x = X()
+    assert_same(step(actual, x), step(expected, x))
+    assert_same({"output": gk.fold(actual)(x).detach()}, {"output": expected.eval()(x).detach()})
+
+
+def test_a_name_that_a_forward_looks_for_in_its_own_module_is_no_reason():
+    _, actual, report = converted(block(lambda self, x: self.bn(x) if x.sum() > 0 and hasattr(self, "act") else x))
+    assert isinstance(actual.bn, gk.BatchNormAct2d), report
 
 
 def shape_read_before_it_is_written(self, x):
@@ -1596,10 +1635,11 @@ def test_a_scripted_submodule_is_left():
     assert_same({"output": model(x).detach()}, {"output": plain(x).detach()})
 
 
-@pytest.mark.parametrize("convert", [gk.convert, gk.fold])
-def test_what_is_no_module(convert):
-    with pytest.raises(TypeError, match=r"takes a torch\.nn\.Module, not Tensor"):
-        convert(torch.ones(1))
+@pytest.mark.parametrize("function", [gk.convert, gk.revert, gk.fold, gk.convert_sync_batch_norm])
+@pytest.mark.parametrize(("model", "kind"), [(torch.ones(1), "Tensor"), ({}, "dict"), (nn.ReLU, "the class ReLU")])
+def test_what_is_no_module(function, model, kind):
+    with pytest.raises(TypeError, match=rf"^model must be a torch\.nn\.Module, not {kind}$"):
+        function(model)
 
 
 def interrupted(function, after):
@@ -2039,11 +2079,6 @@ def test_a_graph_module_is_left():
     gk.convert(traced)
     torch.testing.assert_close(traced(x), expected)
     gk.fold(traced)
-
-
-def test_what_revert_does_not_take():
-    with pytest.raises(TypeError, match=r"revert takes a torch\.nn\.Module, not dict"):
-        gk.revert({})
 
 
 def test_a_difference_that_is_nan_is_the_largest():

@@ -316,13 +316,34 @@ def test_nan_from_the_loss_that_spreads():
     assert str(diagnosis).startswith("Sequential: the loss is nan; non-finite 2 of 2 layers\nlog produced the first nan")
 
 
+class Summing(nn.Linear):
+    """The sum of what a linear layer makes of each tensor of a dict."""
+
+    def forward(self, input):
+        return sum(map(super().forward, input["x"]))
+
+
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_a_batch_that_is_not_finite(value):
-    x, target = batch()
-    x[0, 0] = value
-    diagnosis = gk.diagnose(mlp(nn.ELU, 1), (x, target), F.cross_entropy)
-    assert diagnosis.origin == "the batch itself holds nan or inf"
-    assert diagnosis.cures[0].line.startswith("inputs = torch.nan_to_num(inputs)")
+@pytest.mark.parametrize(
+    ("bad", "line"),
+    [
+        (["inputs['x'][1]"], "inputs['x'][1].nan_to_num_()"),
+        (["targets"], "targets = torch.nan_to_num(targets)"),
+        (["inputs['x'][0]", "targets"], "inputs['x'][0].nan_to_num_(); targets = torch.nan_to_num(targets)"),
+    ],
+)
+def test_a_batch_that_is_not_finite(bad, line, value):
+    # One storage, so that the storage alone does not say which of them is not finite.
+    parts = torch.randn(3, 8, 4).unbind()
+    inputs, targets = {"x": parts[:2], "unused": torch.full((2,), math.nan)}, parts[2]
+    names = {"inputs": inputs, "targets": targets, "torch": torch}
+    for name in bad:
+        eval(name, names)[0, 0] = value
+    diagnosis = gk.diagnose(Summing(4, 4), (inputs, targets), F.mse_loss)
+    assert diagnosis.origin == f"the batch itself holds nan or inf, in {', '.join(bad)}"
+    assert diagnosis.cures[0].line.startswith(f"{line}    #")
+    exec(diagnosis.cures[0].line, names)
+    assert all(x.isfinite().all() for x in (*names["inputs"]["x"], names["targets"]))
 
 
 MINUS_INFINITY = torch.eye(WIDTH).log()
@@ -1291,6 +1312,17 @@ def test_command_line_batches_and_losses(users_folder, capsys, wanted, loss):
         ),
         (["users_module:vanishing", "--batch", "2,,16"], "--batch 2,,16 is not a size"),
         (["users_module:vanishing", "--batch", "2,-16"], "--batch 2,-16 is not a size"),
+        (
+            ["users_module:vanishing", "--batch", "99999999999999999999,8"],
+            "torch cannot make a tensor of the size --batch 99999999999999999999,8: ",
+        ),
+        (
+            ["users_module:vanishing", "--batch", "10000000,1000000"],
+            "torch cannot make a tensor of the size --batch 10000000,1000000: RuntimeError",
+        ),
+        (["users_module:vanishing", "--batch", f"{'9' * 5000}"], "torch cannot make a tensor of the size --batch 999"),
+        (["users_module:vanishing", "--batch", "x" * 300], "is not a size such as 32,3,224,224, not an existing file, and not"),
+        (["users_module:vanishing", "--batch", "2,16", "--output", f"{'x' * 300}/x.png"], "there is no folder xxx"),
         (["users_module:vanishing", "--batch", "0,16"], "batch is empty: its inputs have the shape (0, 16)"),
         (
             ["users_module:vanishing", "--batch", "users_module.py"],

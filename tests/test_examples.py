@@ -96,11 +96,15 @@ def test_the_named_experiments_run_in_order_and_write_pictures(tmp_path, capsys)
     [
         (["sigmoid", "gravity"], "there is no experiment gravity. The experiments are sigmoid, .*dying-relu"),
         (["--output", "missing/demo.png"], "there is no folder missing"),
+        (["sigmoid", "--output", "."], r"--output \. is a folder: name a file in it, such as demo\.png"),
+        (["--seed", "-1"], "argument --seed: -1 is not between 0 and 4294967295"),
+        (["--seed", "4294967296"], "argument --seed: 4294967296 is not between 0 and 4294967295"),
+        (["--seed", "one"], "argument --seed: invalid _seed value: 'one'"),
     ],
 )
 def test_wrong_arguments_end_before_any_training(arguments, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="2"):
         demo.main(arguments)
     output = capsys.readouterr()
     assert re.search(words, output.err) and output.out == ""

@@ -117,7 +117,12 @@ def test_gain_of_hardtanh_in_closed_form(low):
         ("elu", (1.0, 1.0)),
         ("elu", float("nan")),
         ("elu", math.inf),
-        ("leaky_relu", "steep"),
+        ("celu", 0.0),
+        ("elu", 10**400),
+        ("leaky_relu", 1j),
+        ("leaky_relu", "0.1"),
+        ("leaky_relu", torch.ones(2)),
+        ("swish", torch.ones(2, 1)),
         ("rrelu", (1.0,)),
     ],
 )
@@ -498,6 +503,11 @@ def test_errors_name_their_reason():
         gk.init.apply_(nn.ReLU())
     with pytest.raises(ValueError, match=r"Sequential has no .* layer to initialise; 0, Linear, frozen"):
         gk.init.apply_(nn.Sequential(nn.Linear(2, 2).requires_grad_(False)))
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.CELU(0.0))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"^0\.0 is not a valid parameter of celu$"):
+        gk.init.apply_(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_shared_layer_gets_the_activation_of_any_of_its_calls():

@@ -959,6 +959,16 @@ def test_convert_of_a_single_module_and_of_a_subclass():
 
     assert type(gk.convert_sync_batch_norm(nn.BatchNorm1d(3))) is gk.SyncBatchNormAct
     model = nn.Sequential(Own(3), nn.BatchNorm2d(3))
-    with pytest.warns(UserWarning, match=r"does not convert .*: 0 \(Own\)$"):
+    with pytest.warns(UserWarning, match=r"does not convert these batch norms: 0 \(Own may compute something else\)$"):
         gk.convert_sync_batch_norm(model)
     assert [type(each) for each in model] == [Own, gk.SyncBatchNormAct]
+
+
+def test_convert_keeps_attributes_that_it_would_replace():
+    model = nn.ModuleList([nn.BatchNorm2d(3), nn.SyncBatchNorm(3), gk.BatchNormAct1d(3), nn.BatchNorm2d(3)])
+    model[0].act, model[1].act, model[2].process_group = "gelu", nn.GELU(), "mine"
+    before = [(type(each), {*each.__dict__}, {*each._modules}) for each in model[:3]]
+    with pytest.warns(UserWarning, match=r": 0 \(it has .* replace: act\), 1 \(it has .* replace: act\), 2 \(it has .*: process_group\)$"):
+        gk.convert_sync_batch_norm(model)
+    assert [(type(each), {*each.__dict__}, {*each._modules}) for each in model[:3]] == before
+    assert (model[0].act, model[2].process_group, type(model[3])) == ("gelu", "mine", gk.SyncBatchNormAct)

@@ -157,10 +157,17 @@ def writes_items(code: CodeType) -> bool:
 def attributes_of_self(code: CodeType, self: tuple[str, ...]) -> Iterator[str]:
     """The attributes that a method's code reads of its first argument, whose name is the one in `self`."""
     for before, instruction in pairwise(_instructions(code)):
-        # Python 3.13 has STORE_FAST_LOAD_FAST too.
-        is_variable = "LOAD_FAST" in before.opname or before.opname == "LOAD_DEREF"
-        if instruction.opname in _ATTRIBUTES and is_variable and (_last_name(before),) == self:
+        if instruction.opname in _ATTRIBUTES and _loads_variable(before, self):
             yield instruction.argval
+
+
+def names_looked_for(code: CodeType) -> Iterator[str]:
+    """The texts that a code may pass to getattr or hasattr with another object than its first argument."""
+    if not {"getattr", "hasattr"}.isdisjoint(code.co_names):
+        for before, instruction in pairwise(_instructions(code)):
+            is_text = instruction.opname == "LOAD_CONST" and isinstance(instruction.argval, str)
+            if is_text and not _loads_variable(before, code.co_varnames[:1]):
+                yield instruction.argval
 
 
 def names_in(code: CodeType) -> set[str]:
@@ -213,6 +220,12 @@ def _operands(instructions: list[dis.Instruction], place: int) -> list[dis.Instr
     while instructions[right].opname in _ATTRIBUTES:
         right -= 1
     return instructions[max(right - 1, 0) : right + 1]
+
+
+def _loads_variable(instruction: dis.Instruction, name: tuple[str, ...]) -> bool:
+    """Whether an instruction loads the variable whose name is the one in `name`."""
+    # Python 3.13 has STORE_FAST_LOAD_FAST too.
+    return ("LOAD_FAST" in instruction.opname or instruction.opname == "LOAD_DEREF") and (_last_name(instruction),) == name
 
 
 def _last_name(instruction: dis.Instruction) -> Any:

@@ -19,10 +19,11 @@ from gradkernels.conversion.attributes import restore
 from gradkernels.conversion.block import converted_class, why_not_derived
 from gradkernels.conversion.check import Observation, largest_difference
 from gradkernels.conversion.guard import FORWARD, ORIGINAL, RewrittenForward, base_class
-from gradkernels.conversion.patterns import ACTIVATION_MODULES, BATCH_NORMS, is_activation, keeps_output
-from gradkernels.conversion.purity import classes_asked
+from gradkernels.conversion.patterns import ACTIVATION_MODULES, BATCH_NORMS, OURS, is_activation, keeps_output, why_kept
+from gradkernels.conversion.purity import attributes_looked_for, classes_asked
 from gradkernels.conversion.report import ConversionReport, Row
 from gradkernels.conversion.result import IS_IN_PLACE, KEEPS_ITS_OUTPUT, NOTHING_TO_FUSE, Site
+from gradkernels.layers import check_model
 
 _QUANTISED = ("torch.ao.", "torch.nn.quantized", "torch.nn.intrinsic", "torch.nn.qat", "torchao.")
 
@@ -62,8 +63,7 @@ def convert(model: nn.Module, *, residual: bool = True, check: Any = None) -> Co
           module  found                   becomes                     why
           1       BatchNorm1d, LeakyReLU  batch_norm_act(leaky_relu)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"convert takes a torch.nn.Module, not {type(model).__name__}")
+    check_model(model)
     problem = _why_not_convertible(model)
     if problem is not None:
         return ConversionReport((), (problem,))
@@ -115,8 +115,7 @@ def revert(model: nn.Module) -> nn.Module:
         >>> type(gk.revert(model)[0])
         <class 'torch.nn.modules.batchnorm.BatchNorm1d'>
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"revert takes a torch.nn.Module, not {type(model).__name__}")
+    check_model(model)
     _revert(model)
     return model
 
@@ -128,7 +127,7 @@ def _revert(model: nn.Module) -> None:
             object.__setattr__(module, "__class__", base)
             module.__dict__.pop(FORWARD, None)
         original = module.__dict__.get(ORIGINAL)
-        if original is not None and type(module) is (BATCH_NORMS | ACTIVATION_MODULES)[original]:
+        if isinstance(original, type) and type(module) is OURS.get(original):
             object.__setattr__(module, "__class__", original)
             for name in (ORIGINAL, "act", "act_param") if issubclass(original, _BatchNorm) else (ORIGINAL,):
                 module.__dict__.pop(name)
@@ -159,10 +158,10 @@ class _Plan:
         self.names = {module: name for name, module in model.named_modules()}
         # Blocks whose forward could not be read or cannot be replaced -> why.
         self.problems: dict[nn.Module, str] = {}
-        # Modules whose class must stay, because code above them asks for it -> why.
-        self.kept: dict[nn.Module, str] = {}
+        # Modules whose class must stay, because of their attributes or of what code above them asks -> why.
+        self.kept = {module: why for module in self.names if (why := why_kept(module))}
         sites = [(block, site) for block in self.names for site in self.read(block, residual)]
-        self.keep_classes_asked_for()
+        self.keep_what_is_asked_for()
         # Modules that are called somewhere without being fused, and may get our class.
         self.alone = {site.module for _, site in sites if site.module is not None and site.label is None}
         self.alone -= {site.module for _, site in sites if site.keeps_output}
@@ -187,6 +186,7 @@ class _Plan:
         if not trace.has_own_forward(block):
             return []
         result = rewrite.rewrite_forward(block, residual)
+        self.kept |= result.kept
         if result.problem is not None:
             self.problems[block] = result.problem
         if result.forward is not None:
@@ -197,14 +197,17 @@ class _Plan:
             self.forwards[block] = result.forward
         return result.sites
 
-    def keep_classes_asked_for(self) -> None:
-        """Keeps the classes below code that asks for a class and may compare it with one that changes."""
+    def keep_what_is_asked_for(self) -> None:
+        """Keeps the classes below code that may ask for a class that changes, or for a name that is added."""
         changing = {*BATCH_NORMS, *ACTIVATION_MODULES, *map(type, self.forwards)}
         classes_and_names = changing | {kind.__name__ for kind in changing}
         for block in self.names:
             if any(not asked or asked & classes_and_names for asked in classes_asked(type(block))):
                 why = f"{type(block).__name__} asks for the class of a module, which conversion would change"
                 self.kept.update(dict.fromkeys(block.modules(), why))
+            if block in self.problems:
+                looked_for = attributes_looked_for(type(block))
+                self.kept |= {module: why for module in block.modules() if (why := why_kept(module, looked_for))}
 
     def site_without_call(self, module: nn.Module, name: str) -> Site:
         """The site of a module that no forward calls, as far as forwards could be read."""

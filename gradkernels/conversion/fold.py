@@ -25,6 +25,7 @@ from gradkernels.conversion.guard import has_hooks
 from gradkernels.conversion.norm_act_layers import applied_modules
 from gradkernels.conversion.patterns import BATCH_NORMS, CONTAINERS
 from gradkernels.conversion.purity import goes_by_names, names_from_forward, own_classes
+from gradkernels.layers import check_model
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -86,8 +87,7 @@ def fold(model: nn.Module) -> nn.Module:
           (2): ReLU()
         )
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"fold takes a torch.nn.Module, not {type(model).__name__}")
+    check_model(model)
     # In a holder, so that a model that is itself a batch norm can be replaced.
     holder = nn.ModuleList([revert(copy.deepcopy(model)).eval()])
     graphs, used_once = _uses(holder[0])
@@ -126,8 +126,8 @@ def _uses(model: nn.Module) -> tuple[dict[nn.Module, Graph], set[nn.Module]]:
             graph, paths = reading
             graphs[block] = graph
             uses.update(block.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module")
-            # A module whose attributes are read must stay, so it counts as used twice.
-            paths |= {tuple(str(node.target).split(".")[:-1]) for node in graph.nodes if node.op == "get_attr"}
+            # A module whose attributes or submodules are used must stay, so it counts as used twice.
+            paths |= {tuple(str(node.target).split(".")[:-1]) for node in graph.nodes if node.op in ("get_attr", "call_module")}
             uses.update({block.get_submodule(".".join(path)): 2 for path in paths if path})
     used_once = {module for module, count in uses.items() if count == 1 and not has_hooks(module)}
     return graphs, used_once - within_reach

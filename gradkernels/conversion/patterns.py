@@ -1,7 +1,7 @@
 """The calls that are recognised as batch norms, additions and activations, however they are written."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,8 @@ from gradkernels import activation
 from gradkernels.acts import act_of_module, act_of_spelling, check_act, resolve_act
 from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from gradkernels.conversion.attributes import Path
-from gradkernels.conversion.guard import Expected, has_hooks, normalize
+from gradkernels.conversion.guard import ORIGINAL, Expected, has_hooks, normalize
+from gradkernels.layers import added_names, why_not_replaced
 
 # torch's class -> ours, which computes the same as long as its `act` is "identity".
 BATCH_NORMS: dict[type[nn.Module], type[nn.Module]] = {
@@ -32,6 +33,8 @@ ACTIVATION_MODULES: dict[type[nn.Module], type[nn.Module]] = {
     nn.PReLU: activation.PReLU,
     nn.SiLU: activation.SiLU,
 }
+# torch's class -> ours, for all of these modules.
+OURS = BATCH_NORMS | ACTIVATION_MODULES
 # torch's function -> ours. Ours for F.silu has no version in place.
 ACTIVATION_FUNCTIONS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((F.leaky_relu, F.leaky_relu_), activation.leaky_relu),
@@ -178,6 +181,22 @@ def addend(node: Node, value: Node) -> Node | None:
     if left is value:
         return right
     return None if node.target in WRITING_ADDITIONS else left
+
+
+def why_kept(module: nn.Module, looked_for: Collection[str] = ()) -> str:
+    """Why a module cannot get our class; "" if it can, or if there is none.
+
+    Args:
+        module: the module.
+        looked_for: names of attributes that code may look for in the module, and must not find.
+    """
+    ours = OURS.get(type(module))
+    if ours is None:
+        return ""
+    found = sorted(added_names(type(module), ours).intersection(looked_for))
+    if found:
+        return f"a forward looks for an attribute {found[0]}, which {ours.__name__} has"
+    return why_not_replaced(module, ours, ORIGINAL)
 
 
 def keeps_output(module: nn.Module) -> bool:

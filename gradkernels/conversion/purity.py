@@ -258,6 +258,11 @@ def _classes_in(code: CodeType, function: FunctionType) -> set[Any]:
     return classes | texts if classes or "__name__" in code.co_names else set()
 
 
+def attributes_looked_for(kind: type) -> set[str]:
+    """The names of attributes that a forward may look for in another object than its module."""
+    return {name for code, _ in _code_from(kind, ["forward", "__call__"]) for name in bytecode.names_looked_for(code)}
+
+
 def writes_into_containers(kind: type) -> bool:
     """Whether the forward of a class may write into a list or a dict that is passed to it."""
     return any(bytecode.writes_items(code) for code, _ in _code_from(kind, ["forward", "__call__"]))

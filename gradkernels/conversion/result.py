@@ -43,9 +43,11 @@ class RewriteResult:
     Attributes:
         sites: the batch norms and activations that it calls.
         forward: the rewritten forward; None if nothing in it changes.
+        kept: modules that cannot get our class, because the forward looks for a name that ours has -> why.
         problem: why the forward could not be read or rewritten.
     """
 
     sites: list[Site] = field(default_factory=list)
     forward: RewrittenForward | None = None
+    kept: dict[nn.Module, str] = field(default_factory=dict)
     problem: str | None = None

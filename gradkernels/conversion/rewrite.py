@@ -20,7 +20,7 @@ from gradkernels import activation
 from gradkernels.acts import act_of_spelling
 from gradkernels.conversion.aliasing import Aliasing
 from gradkernels.conversion.attributes import Path
-from gradkernels.conversion.bytecode import CLASS_TESTS
+from gradkernels.conversion.bytecode import CLASS_TESTS, MISSING
 from gradkernels.conversion.guard import Children, Expected, RewrittenForward, children_of, has_hooks, normalize, shared_in
 from gradkernels.conversion.norm_act_layers import rewrite_norm_act
 from gradkernels.conversion.patterns import (
@@ -40,6 +40,7 @@ from gradkernels.conversion.patterns import (
     is_activation,
     keeps_output,
     name_of,
+    why_kept,
 )
 from gradkernels.conversion.purity import names_from_forward
 from gradkernels.conversion.result import IS_IN_PLACE, KEEPS_ITS_OUTPUT, NOTHING_TO_FUSE, RewriteResult, Site
@@ -80,11 +81,13 @@ class Rewriter:
         self.aliasing = Aliasing(block, graph)
         self.expected: dict[Path, Expected] = {}
         self.changed = False
+        looked_for = [(block.get_submodule(".".join(path)), name) for path, name, value in reading.attributes if value is MISSING]
+        self.kept = {module: why for module, name in looked_for if (why := why_kept(module, (name,)))}
         self.asks_for_classes = not names_from_forward(type(block)).isdisjoint(CLASS_TESTS)
 
     def run(self) -> RewriteResult:
         children = _children_on_the_way(self.block, self.graph, self.asks_for_classes)
-        result = RewriteResult()
+        result = RewriteResult(kept=self.kept)
         fused: set[Node] = set()
         nodes = list(self.graph.nodes)
         for node in nodes:
@@ -118,6 +121,8 @@ class Rewriter:
             is_sync = isinstance(module, (nn.SyncBatchNorm, SyncBatchNormAct))
             unknown = f"{type(module).__name__} may compute something else"
             site.why = "its statistics are computed over several processes" if is_sync else unknown
+        elif why := self.kept.get(module) or why_kept(module):
+            site.why = why
         elif has_hooks(module):
             site.why = "it has a hook, which would get a different tensor if the calls were fused"
         elif getattr(module, "act", "identity") != "identity" or len(node.args) != 1 or node.kwargs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import pkgutil
 import re
 import sys
@@ -47,7 +48,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--apply", action="store_true", help="try the safe cures on a copy, and show the figures before and after")
     parser.add_argument("--output", type=Path, default=Path("diagnosis.png"), help="the file for the picture (default: diagnosis.png)")
     arguments = parser.parse_args(argv)
-    if not arguments.output.parent.is_dir():
+    # pathlib raises an error if a name is too long for the file system.
+    if not os.path.isdir(arguments.output.parent):
         parser.error(f"there is no folder {arguments.output.parent}")
     if arguments.output.suffix not in _PICTURES:
         parser.error(f"--output {arguments.output} does not end in {', '.join(_PICTURES)}")
@@ -118,8 +120,12 @@ def _call(parser: argparse.ArgumentParser, name: str) -> Any:
 def _batch(parser: argparse.ArgumentParser, wanted: str, model: nn.Module) -> tuple[Any, Any]:
     if re.fullmatch(r"[0-9]+(,[0-9]+)*", wanted):
         like = next(model.parameters(), torch.empty(0, device="cpu"))
-        return torch.randn([int(size) for size in wanted.split(",")], dtype=like.dtype, device=like.device), None
-    if Path(wanted).is_file():
+        try:
+            return torch.randn([int(size) for size in wanted.split(",")], dtype=like.dtype, device=like.device), None
+        except Exception as error:
+            first_line = str(error).partition("\n")[0]
+            parser.error(f"torch cannot make a tensor of the size --batch {wanted}: {type(error).__name__}: {first_line}")
+    if os.path.isfile(wanted):
         try:
             batch = torch.load(wanted, weights_only=True)
         except Exception as error:

@@ -192,7 +192,9 @@ def _arithmetic(origin: Origin | None) -> tuple[str, str]:
     if origin is None or origin.phase in ("parameter", "buffer"):
         return "training does not remove nan or inf from a model", "model.load_state_dict(...)    # of an earlier checkpoint"
     if origin.phase == "batch":
-        return "a model cannot learn from nan or inf", "inputs = torch.nan_to_num(inputs)    # better: find where the data get it from"
+        # The tuple that holds an entry cannot be written.
+        lines = [f"{name}.nan_to_num_()" if name.endswith("]") else f"{name} = torch.nan_to_num({name})" for name in origin.tensors]
+        return "a model cannot learn from nan or inf", f"{'; '.join(lines)}    # better: find where the data get it from"
     if origin.phase == "constant":
         return "the code itself writes nan or inf", "torch.finfo(x.dtype).min    # for a mask, instead of -inf; nan has no use"
     return f"{origin.operator} has no finite result for its inputs", fix_line(origin.operator)

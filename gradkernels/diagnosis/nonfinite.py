@@ -6,7 +6,7 @@ ignored.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,12 +26,14 @@ class Origin(NamedTuple):
         operator: the name of the operator, the parameter or the buffer.
         where: the place in words, such as "in the loss".
         order: its position among the operators with a result that is not finite.
+        tensors: with the phase "batch", Python for each tensor of the batch, such as "inputs[0]".
     """
 
     phase: str
     operator: str
     where: str = ""
     order: int = 0
+    tensors: tuple[str, ...] = ()
 
 
 class _Operands(NamedTuple):
@@ -59,9 +61,13 @@ class NonfiniteTracker:
         self._origins: dict[int, Origin] = {}
         self._order = 0
 
-    def record_initial_nonfinite(self, model: nn.Module, batch: Any) -> None:
+    def record_initial_nonfinite(self, model: nn.Module, inputs: Any, targets: Any) -> None:
         """Record what is not finite in the batch, the parameters and the buffers before the step."""
-        self._record(nonfinite(batch), Origin("batch", ""))
+        for name, value in (*_leaves("inputs", inputs), *_leaves("targets", targets)):
+            for tensor in nonfinite(value):
+                # Inputs and targets may be views of one storage.
+                known = self.origin_of([tensor])
+                self._record([tensor], Origin("batch", "", tensors=(*(known.tensors if known else ()), name)))
         for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
             for name, tensor in named:
                 self._record(nonfinite(tensor.detach()), Origin(kind, name))
@@ -92,10 +98,16 @@ class NonfiniteTracker:
         return result
 
     def origin_of(self, values: Iterable[Tensor | float]) -> Origin | None:
-        """The origin of values that are not finite: the first that is not a constant, else the first."""
+        """The origin of values that are not finite: the first that is not a constant, else the first.
+
+        If it is the batch, it names the tensors of all the values that come from the batch.
+        """
         storages = [storage_of(value) for value in values if isinstance(value, Tensor)]
         origins = [self._origins[storage] for storage in storages if storage in self._origins]
-        return min(origins, key=lambda origin: (origin.phase == "constant", origin.order), default=None)
+        first = min(origins, key=lambda origin: (origin.phase == "constant", origin.order), default=None)
+        if first is None or first.phase != "batch":
+            return first
+        return first._replace(tensors=tuple(dict.fromkeys(name for origin in origins for name in origin.tensors)))
 
     def _record(self, values: Iterable[Tensor | float], origin: Origin) -> None:
         self._origins |= {storage_of(value): origin for value in values if isinstance(value, Tensor)}
@@ -116,6 +128,15 @@ class NonfiniteTracker:
             # The operator turned inf into nan, as softmax does with a row that is all -inf.
             origin = produced
         self._record(lost, origin)
+
+
+def _leaves(name: str, values: Any) -> Iterator[tuple[str, Any]]:
+    """Python for each entry of dicts, lists and tuples inside each other, and the entry."""
+    if isinstance(values, (Mapping, list, tuple)):
+        for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
+            yield from _leaves(f"{name}[{key!r}]", value)
+    else:
+        yield name, values
 
 
 def storage_of(tensor: Tensor) -> int:

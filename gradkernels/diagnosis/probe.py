@@ -301,7 +301,7 @@ def probe(model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[[Any, A
         stack.enter_context(torch.enable_grad())
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        observer.tracker.record_initial_nonfinite(model, (inputs, targets))
+        observer.tracker.record_initial_nonfinite(model, inputs, targets)
         try:
             observer.attach(model, layers)
             if not model.training:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from gradkernels import text
 from gradkernels.diagnosis.probe import Layer, Probe
 from gradkernels.diagnosis.thresholds import (
     DEAD_SHARE,
@@ -216,9 +217,9 @@ def origin_sentence(probed: Probe) -> str | None:
         return None
     if probed.origin is None:
         return "where nan or inf came from is unknown"
-    phase, operator, where, _ = probed.origin
+    phase, operator, where, _, tensors = probed.origin
     if phase == "batch":
-        return "the batch itself holds nan or inf"
+        return f"the batch itself holds nan or inf, in {text.first_names(tensors)}"
     if phase in ("parameter", "buffer"):
         return f"{phase} {operator} already holds nan or inf"
     if phase == "constant":

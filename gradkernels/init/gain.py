@@ -120,7 +120,8 @@ def calculate_gain(nonlinearity: str, param: Param = None) -> float:
         The gain, without a unit.
 
     Raises:
-        ValueError: nonlinearity is not in the list, or E[f(z)^2] is not a positive number for this param.
+        ValueError: nonlinearity is not in the list, param is not one number for each parameter, or E[f(z)^2]
+            is not a positive number for this param.
 
     Source: He, Zhang, Ren, Sun, "Delving Deep into Rectifiers", 2015. This is its condition (equation 10) for
     any f.
@@ -137,9 +138,11 @@ def calculate_gain(nonlinearity: str, param: Param = None) -> float:
     entry = NONLINEARITIES[nonlinearity]
     values = tuple(entry.params.values()) if param is None else param if isinstance(param, tuple) else (param,)
     try:
-        params = dict(zip(entry.params, values, strict=True)) if entry.params else {}
-        second_moment = entry.second_moment(*params.values())
-    except (TypeError, ValueError) as error:
+        # float() would parse a string.
+        params = [math.fsum((value,)) for _, value in zip(entry.params, values, strict=True)] if entry.params else []
+        second_moment = entry.second_moment(*params)
+    # torch refuses some parameters, such as alpha=0 of celu, with a RuntimeError.
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{param!r} is not a valid parameter of {nonlinearity}") from error
     if not 0 < second_moment < math.inf:
         raise ValueError(f"{nonlinearity} with parameter {param!r} has no gain: E[f(z)^2] is {second_moment}")
