@@ -16,6 +16,9 @@
 // of a lambda.
 #define GK_INLINE inline __attribute__((always_inline))
 #define GK_INLINE_LAMBDA __attribute__((always_inline))
+// Inlines all that a function calls, at once. In a loop of several nested lambdas this takes GCC half the time
+// of lambdas that are forced inline one into the other: each of those is optimised again at every level.
+#define GK_FLATTEN __attribute__((flatten))
 
 namespace gradkernels::math {
 

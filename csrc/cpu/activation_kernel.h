@@ -22,13 +22,12 @@ void activation_forward_kernel(DType dtype, math::Activation act, int64_t count,
     const scalar_t* x = static_cast<const scalar_t*>(x_data);
     scalar_t* y = static_cast<scalar_t*>(y_data);
     if (mask == nullptr) {
-      visit_functor<scalar_t>(act, [&](auto f) {
-        for_each_vector<opmath>(0, count,
-                                [&](int64_t i, auto lanes) GK_INLINE_LAMBDA { store(y + i, lanes, f.forward(load(x + i, lanes))); });
+      visit_functor<scalar_t>(act, [&](auto f) GK_FLATTEN {
+        for_each_vector<opmath>(0, count, [=](int64_t i, auto lanes) { store(y + i, lanes, f.forward(load(x + i, lanes))); });
       });
     } else {
-      visit_functor_of_two_slopes<V>(act, [&](auto f) {
-        for_each_vector<opmath>(0, count, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
+      visit_functor_of_two_slopes<V>(act, [&](auto f) GK_FLATTEN {
+        for_each_vector<opmath>(0, count, [=](int64_t i, auto lanes) {
           const V value = load(x + i, lanes);
           store_bits<opmath>(mask + i / 8, lanes, f.passes(value));
           store(y + i, lanes, f.forward(value));
@@ -48,8 +47,8 @@ void activation_backward_kernel(DType dtype, math::Activation act, Saved kind, i
     scalar_t* grad_x = static_cast<scalar_t*>(grad_x_data);
     if (kind == Saved::kMask) {
       const uint8_t* mask = static_cast<const uint8_t*>(saved_data);
-      visit_functor_of_two_slopes<V>(act, [&](auto f) {
-        for_each_vector<opmath>(0, count, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
+      visit_functor_of_two_slopes<V>(act, [&](auto f) GK_FLATTEN {
+        for_each_vector<opmath>(0, count, [=](int64_t i, auto lanes) {
           store(grad_x + i, lanes, f.backward_from_mask(load(grad_y + i, lanes), load_bits<opmath>(mask + i / 8, lanes)));
         });
       });
@@ -61,10 +60,9 @@ void activation_backward_kernel(DType dtype, math::Activation act, Saved kind, i
       });
     } else {
       const scalar_t* x = static_cast<const scalar_t*>(saved_data);
-      visit_functor<scalar_t>(act, [&](auto f) {
-        for_each_vector<opmath>(0, count, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
-          store(grad_x + i, lanes, f.backward(load(grad_y + i, lanes), load(x + i, lanes)));
-        });
+      visit_functor<scalar_t>(act, [&](auto f) GK_FLATTEN {
+        for_each_vector<opmath>(
+            0, count, [=](int64_t i, auto lanes) { store(grad_x + i, lanes, f.backward(load(grad_y + i, lanes), load(x + i, lanes))); });
       });
     }
   });
@@ -100,24 +98,25 @@ GK_INLINE auto parameter_of_channel(const void* parameter) {
 }
 
 void parametric_forward_kernel(const ParametricForward& p, Slab slab) {
-  visit_parametric_arguments(p, [&](auto zero, auto runs, auto functor_of) {
+  visit_parametric_arguments(p, [&](auto zero, auto runs, auto functor_of) GK_FLATTEN {
     using scalar_t = decltype(zero);
     using Runs = decltype(runs);
     const scalar_t* x = static_cast<const scalar_t*>(p.x);
     scalar_t* y = static_cast<scalar_t*>(p.y);
-    Runs::for_each_lines(p.shape, slab, [&](const Lines& lines) GK_INLINE_LAMBDA {
+    Runs::for_each_lines(p.shape, slab, [=, &p](const Lines& lines) GK_INLINE_LAMBDA {
       const typename Runs::template Coefficients<Parameter, opmath_t<scalar_t>> parameters(lines,
                                                                                            parameter_of_channel<scalar_t>(p.parameter));
       Runs::template for_each<scalar_t>(
           lines, streamed(p.shape, y, nullptr), [&](int64_t column) GK_INLINE_LAMBDA { return functor_of(parameters.at(column).value); },
-          [&](const auto& f, Position at, auto lanes)
-              GK_INLINE_LAMBDA { store(y + at.element, lanes, f.forward(load(x + at.element, lanes)), at.past_caches); });
+          [&](const auto& f, Position at, auto lanes) {
+            store(y + at.element, lanes, f.forward(load(x + at.element, lanes)), at.past_caches);
+          });
     });
   });
 }
 
 void parametric_backward_kernel(const ParametricBackward& p, Slab slab, double* out) {
-  visit_parametric_arguments(p, [&](auto zero, auto runs, auto functor_of) {
+  visit_parametric_arguments(p, [&](auto zero, auto runs, auto functor_of) GK_FLATTEN {
     using scalar_t = decltype(zero);
     using opmath = opmath_t<scalar_t>;
     using Runs = decltype(runs);
@@ -125,13 +124,13 @@ void parametric_backward_kernel(const ParametricBackward& p, Slab slab, double* 
     const scalar_t* grad_y = static_cast<const scalar_t*>(p.grad_y);
     const scalar_t* x = static_cast<const scalar_t*>(p.x);
     scalar_t* grad_x = static_cast<scalar_t*>(p.grad_x);
-    Runs::for_each_lines(p.shape, slab, [&](const Lines& lines) GK_INLINE_LAMBDA {
+    Runs::for_each_lines(p.shape, slab, [=, &p](const Lines& lines) GK_INLINE_LAMBDA {
       const typename Runs::template Coefficients<Parameter, opmath> parameters(lines, parameter_of_channel<scalar_t>(p.parameter));
       typename Runs::template Sums<opmath, 1> sums(lines);
       sums.add(
           lines, streamed(p.shape, grad_x, nullptr),
           [&](int64_t column) GK_INLINE_LAMBDA { return functor_of(parameters.at(column).value); },
-          [&](const auto& f, Position at, auto lanes, auto& terms) GK_INLINE_LAMBDA {
+          [&](const auto& f, Position at, auto lanes, auto& terms) {
             V grad_parameter;
             // Lanes after the end have a grad_y of 0. Their x is 1, so that the gradient is 0 even if the
             // parameter is inf.
@@ -151,20 +150,19 @@ GK_INLINE void for_each_vector_with_slopes(const math::RandomSlopes& slopes, int
   constexpr int64_t kDrawn = UniformNumbers::kCount;
   for (int64_t begin = 0; begin < count; begin += kDrawn) {
     const UniformNumbers uniform(slopes.seed, static_cast<uint64_t>((first + begin) / 4));
-    for_each_vector<opmath>(begin, count < begin + kDrawn ? count : begin + kDrawn, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
-      function(i, lanes, slopes.slope_of(uniform.at<opmath>(i - begin)));
-    });
+    for_each_vector<opmath>(begin, count < begin + kDrawn ? count : begin + kDrawn,
+                            [&](int64_t i, auto lanes) { function(i, lanes, slopes.slope_of(uniform.at<opmath>(i - begin))); });
   }
 }
 
 void rrelu_forward_kernel(DType dtype, math::RandomSlopes slopes, int64_t first, int64_t count, const void* x_data, void* y_data,
                           uint8_t* mask) {
-  dispatch(dtype, [&](auto zero) {
+  dispatch(dtype, [&](auto zero) GK_FLATTEN {
     using scalar_t = decltype(zero);
     using opmath = opmath_t<scalar_t>;
     const scalar_t* x = static_cast<const scalar_t*>(x_data);
     scalar_t* y = static_cast<scalar_t*>(y_data);
-    for_each_vector_with_slopes<opmath>(slopes, first, count, [&](int64_t i, auto lanes, Vec<opmath> slope) GK_INLINE_LAMBDA {
+    for_each_vector_with_slopes<opmath>(slopes, first, count, [&](int64_t i, auto lanes, Vec<opmath> slope) {
       const math::Rrelu<Vec<opmath>> f{{slope}};
       const Vec<opmath> value = load(x + i, lanes);
       store_bits<opmath>(mask + i / 8, lanes, f.passes(value));
@@ -175,12 +173,12 @@ void rrelu_forward_kernel(DType dtype, math::RandomSlopes slopes, int64_t first,
 
 void rrelu_backward_kernel(DType dtype, math::RandomSlopes slopes, int64_t first, int64_t count, const void* grad_y_data,
                            const uint8_t* mask, void* grad_x_data) {
-  dispatch(dtype, [&](auto zero) {
+  dispatch(dtype, [&](auto zero) GK_FLATTEN {
     using scalar_t = decltype(zero);
     using opmath = opmath_t<scalar_t>;
     const scalar_t* grad_y = static_cast<const scalar_t*>(grad_y_data);
     scalar_t* grad_x = static_cast<scalar_t*>(grad_x_data);
-    for_each_vector_with_slopes<opmath>(slopes, first, count, [&](int64_t i, auto lanes, Vec<opmath> slope) GK_INLINE_LAMBDA {
+    for_each_vector_with_slopes<opmath>(slopes, first, count, [&](int64_t i, auto lanes, Vec<opmath> slope) {
       const math::Rrelu<Vec<opmath>> f{{slope}};
       store(grad_x + i, lanes, f.backward_from_mask(load(grad_y + i, lanes), load_bits<opmath>(mask + i / 8, lanes)));
     });

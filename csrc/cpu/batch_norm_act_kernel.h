@@ -84,8 +84,7 @@ GK_INLINE opmath_t<scalar_t> approximate_mean(const scalar_t* x, const Lines& sa
     for (; i + kStep <= sample.end; i += kStep) {
       for (int k = 0; k < 4; ++k) sum[k] = fma(load(run + i + k * V::kLanes), weight, sum[k]);
     }
-    for_each_vector<opmath_t<scalar_t>>(
-        i, sample.end, [&](int64_t j, auto lanes) GK_INLINE_LAMBDA { sum[0] = fma(load(run + j, lanes), weight, sum[0]); });
+    for_each_vector<opmath_t<scalar_t>>(i, sample.end, [&](int64_t j, auto lanes) { sum[0] = fma(load(run + j, lanes), weight, sum[0]); });
   }
   const scalar_t* first = x + sample.offset + sample.row_begin * sample.row_stride + sample.begin;
   const int64_t width = sample.end - sample.begin;
@@ -96,7 +95,7 @@ GK_INLINE opmath_t<scalar_t> approximate_mean(const scalar_t* x, const Lines& sa
 }
 
 template <typename scalar_t>
-math::Moments<double> long_run_moments(const scalar_t* x, const Lines& lines) {
+GK_FLATTEN math::Moments<double> long_run_moments(const scalar_t* x, const Lines& lines) {
   using V = Vec<opmath_t<scalar_t>>;
   // 16 KiB of float32 or 32 KiB of float64: the sample of the mean is still in the first-level cache.
   constexpr int64_t kTileElements = 4096;
@@ -118,7 +117,7 @@ math::Moments<double> long_run_moments(const scalar_t* x, const Lines& lines) {
         }
         add_differences(accumulators, run + i, V::kLanes, V(about));
       }
-      for_each_vector<opmath_t<scalar_t>>(i, tile.end, [&](int64_t j, auto lanes) GK_INLINE_LAMBDA {
+      for_each_vector<opmath_t<scalar_t>>(i, tile.end, [&](int64_t j, auto lanes) {
         if (ahead != 0) prefetch(run + j + ahead);
         add_difference(accumulators, load(run + j, lanes, V(about)) - V(about));
       });
@@ -132,7 +131,7 @@ math::Moments<double> long_run_moments(const scalar_t* x, const Lines& lines) {
 
 // The moments of each column. The columns of a channel are merged at the end.
 template <typename scalar_t>
-void short_run_moments(const scalar_t* x, const Lines& lines, math::Moments<double>* out) {
+GK_FLATTEN void short_run_moments(const scalar_t* x, const Lines& lines, math::Moments<double>* out) {
   using opmath = opmath_t<scalar_t>;
   using V = Vec<opmath>;
   using D = Vec<double>;
@@ -144,10 +143,10 @@ void short_run_moments(const scalar_t* x, const Lines& lines, math::Moments<doub
     const double rows = static_cast<double>(tile.row_end - tile.row_begin);
     const V weight(static_cast<opmath>(1.0 / rows));
     Columns<opmath> about(tile);
-    for_each_position(tile, Streamed<scalar_t>{nullptr, 1}, RunAhead{}, [&](Position at, auto lanes) GK_INLINE_LAMBDA {
+    for_each_position(tile, Streamed<scalar_t>{nullptr, 1}, RunAhead{}, [&](Position at, auto lanes) {
       about.store(at.column, fma(load(x + at.element, lanes), weight, about.load(at.column)));
     });
-    for_each_vector<opmath>(0, lines.end, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
+    for_each_vector<opmath>(0, lines.end, [&](int64_t i, auto lanes) {
       const scalar_t* column = x + tile.offset + tile.row_begin * tile.row_stride + i;
       const scalar_t* const end = x + tile.offset + tile.row_end * tile.row_stride + i;
       V magnitude(0);
@@ -218,27 +217,26 @@ void batch_norm_normalise_kernel(const BatchNormForward& p, Slab slab) {
     scalar_t* y = static_cast<scalar_t*>(p.y);
     visit_runs(p.shape, [&](auto runs) {
       using Runs = decltype(runs);
-      const auto for_each_vector_of_slab = [&](const auto& function) GK_INLINE_LAMBDA {
-        Runs::for_each_lines(p.shape, slab, [&](const Lines& lines) GK_INLINE_LAMBDA {
+      const auto for_each_vector_of_slab = [&](const auto& function) {
+        Runs::for_each_lines(p.shape, slab, [=, &p, &function](const Lines& lines) GK_INLINE_LAMBDA {
           const typename Runs::template Coefficients<math::Normalisation, opmath> coefficients(
               lines, [&](int64_t channel) GK_INLINE_LAMBDA { return channel_normalisation<opmath>(p, channel); });
           Runs::template for_each<scalar_t>(
               lines, streamed(p.shape, y, p.mask), [&](int64_t column) GK_INLINE_LAMBDA { return coefficients.at(column); },
-              [&](const auto& normalise, Position at, auto lanes)
-                  GK_INLINE_LAMBDA { function(normalise(load(x + at.element, lanes)), at, lanes); });
+              [&](const auto& normalise, Position at, auto lanes) { function(normalise(load(x + at.element, lanes)), at, lanes); });
         });
       };
       if (p.mask != nullptr) {
-        visit_few_functors_of_two_slopes<scalar_t>(p.act, [&](auto f) {
-          for_each_vector_of_slab([&](V u, Position at, auto lanes) GK_INLINE_LAMBDA {
+        visit_few_functors_of_two_slopes<scalar_t>(p.act, [&](auto f) GK_FLATTEN {
+          for_each_vector_of_slab([=, mask = p.mask](V u, Position at, auto lanes) {
             u = u + load_first(residual, at, lanes);
-            store_bits<opmath>(p.mask + at.mask_byte, lanes, f.passes(u));
+            store_bits<opmath>(mask + at.mask_byte, lanes, f.passes(u));
             store(y + at.element, lanes, f.forward(u), at.past_caches);
           });
         });
       } else {
-        visit_few_functors<scalar_t>(p.act, [&](auto f) {
-          for_each_vector_of_slab([&](V u, Position at, auto lanes) GK_INLINE_LAMBDA {
+        visit_few_functors<scalar_t>(p.act, [&](auto f) GK_FLATTEN {
+          for_each_vector_of_slab([=](V u, Position at, auto lanes) {
             if (residual != nullptr) u = u + load_first(residual, at, lanes);
             store(y + at.element, lanes, f.forward(u), at.past_caches);
           });
@@ -264,13 +262,13 @@ GK_INLINE void visit_gradient(const BatchNormBackward& p, const opmath_t<scalar_
   const scalar_t* residual = static_cast<const scalar_t*>(p.residual);
   if (p.mask != nullptr) {
     const uint8_t* mask = p.mask;
-    visit_few_functors_of_two_slopes<scalar_t>(p.act, [&](auto f) {
+    visit_few_functors_of_two_slopes<scalar_t>(p.act, [&](auto f) GK_FLATTEN {
       function([=](const auto&, V, Position at, auto lanes) GK_INLINE_LAMBDA {
         return f.backward_from_mask(load_first(grad_y, at, lanes), load_bits<opmath>(mask + at.mask_byte, lanes));
       });
     });
   } else {
-    visit_few_functors<scalar_t>(p.act, [&](auto f) {
+    visit_few_functors<scalar_t>(p.act, [&](auto f) GK_FLATTEN {
       function([=](const auto& normalise, V x, Position at, auto lanes) GK_INLINE_LAMBDA {
         V u = normalise(x);
         if (residual != nullptr) u = u + load_first(residual, at, lanes);
@@ -293,14 +291,14 @@ void batch_norm_gradient_sums_kernel(const BatchNormBackward& p, Slab slab, math
     const auto past_caches = streamed<scalar_t>(p.shape, is_read_next ? nullptr : grad_residual, p.mask);
     visit_runs(p.shape, [&](auto runs) {
       using Runs = decltype(runs);
-      visit_gradient<scalar_t>(p, nullptr, [&](auto dz_of) {
-        Runs::for_each_lines(p.shape, slab, [&](const Lines& lines) GK_INLINE_LAMBDA {
+      visit_gradient<scalar_t>(p, nullptr, [&](auto dz_of) GK_FLATTEN {
+        Runs::for_each_lines(p.shape, slab, [=, &p](const Lines& lines) GK_INLINE_LAMBDA {
           const typename Runs::template Coefficients<math::Normalisation, opmath> coefficients(
               lines, [&](int64_t channel) GK_INLINE_LAMBDA { return channel_normalisation<opmath>(p, channel); });
           typename Runs::template Sums<opmath, 2> sums(lines);
           sums.add(
               lines, past_caches, [&](int64_t column) GK_INLINE_LAMBDA { return coefficients.at(column); },
-              [&](const auto& normalise, Position at, auto lanes, auto& terms) GK_INLINE_LAMBDA {
+              [&](const auto& normalise, Position at, auto lanes, auto& terms) {
                 const Vec<opmath> x = load_first(x_data, at, lanes);
                 const Vec<opmath> dz = dz_of(normalise, x, at, lanes);
                 if (grad_residual != nullptr) store(grad_residual + at.element, lanes, dz, at.past_caches);
@@ -350,8 +348,8 @@ void batch_norm_gradient_input_kernel(const BatchNormBackward& p, Slab slab, con
     const bool training = p.training;
     visit_runs(p.shape, [&](auto runs) {
       using Runs = decltype(runs);
-      visit_gradient<scalar_t>(source, static_cast<const opmath*>(dz_copy), [&](auto dz_of) {
-        Runs::for_each_lines(p.shape, slab, [&](const Lines& lines) GK_INLINE_LAMBDA {
+      visit_gradient<scalar_t>(source, static_cast<const opmath*>(dz_copy), [&](auto dz_of) GK_FLATTEN {
+        Runs::for_each_lines(p.shape, slab, [=, &p](const Lines& lines) GK_INLINE_LAMBDA {
           const typename Runs::template Coefficients<GradientCoefficients, opmath> coefficients(
               lines, [&](int64_t channel) GK_INLINE_LAMBDA {
                 return GradientCoefficients<opmath>{
@@ -361,7 +359,7 @@ void batch_norm_gradient_input_kernel(const BatchNormBackward& p, Slab slab, con
               });
           Runs::template for_each<scalar_t>(
               lines, streamed(p.shape, grad_x, source.mask), [&](int64_t column) GK_INLINE_LAMBDA { return coefficients.at(column); },
-              [&](const auto& c, Position at, auto lanes) GK_INLINE_LAMBDA {
+              [&](const auto& c, Position at, auto lanes) {
                 const V x = load_first(x_data, at, lanes);
                 const V dz = dz_of(c.normalise, x, at, lanes);
                 store(grad_x + at.element, lanes, training ? c.input.training(dz, x) : c.input.evaluation(dz), at.past_caches);

@@ -160,7 +160,7 @@ GK_INLINE void for_each_position(const Lines& lines, Streamed<scalar_t> streamed
     // that for a single 16-bit element.
     begin.past_caches = turn < lines.end && sizeof(scalar_t) > 2;
     for (int64_t from = lines.begin, to = turn; from < lines.end; from = to, to = lines.end) {
-      for_each_vector<opmath_t<scalar_t>>(from, to, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA { function(advanced(begin, i), lanes); });
+      for_each_vector<opmath_t<scalar_t>>(from, to, [&](int64_t i, auto lanes) { function(advanced(begin, i), lanes); });
       begin.past_caches = true;
     }
   }
@@ -307,8 +307,7 @@ struct LongRuns {
   template <typename scalar_t, typename OfColumn, typename Function>
   static GK_INLINE void for_each(const Lines& lines, Streamed<scalar_t> streamed, const OfColumn& of_column, const Function& function) {
     const auto values = of_column(0);
-    for_each_position(lines, streamed, run_ahead<scalar_t>(lines),
-                      [&](Position at, auto lanes) GK_INLINE_LAMBDA { function(values, at, lanes); });
+    for_each_position(lines, streamed, run_ahead<scalar_t>(lines), [&](Position at, auto lanes) { function(values, at, lanes); });
     if (streamed.output != nullptr) stream_fence();
   }
 
@@ -355,10 +354,9 @@ struct LongRuns {
       for (int64_t row = lines.row_begin; row < lines.row_end; ++row) {
         const Position begin = position_of_row(lines, row, ahead.of_row(lines, row));
         for (int64_t i = lines.begin; i < lines.end; i += kStep) {
-          add_terms(total_, [&](auto& terms) GK_INLINE_LAMBDA {
-            for_each_vector<opmath>(i, i + kStep < lines.end ? i + kStep : lines.end, [&](int64_t j, auto lanes) GK_INLINE_LAMBDA {
-              function(values, position(begin, streamed, j), lanes, terms);
-            });
+          add_terms(total_, [&](auto& terms) {
+            for_each_vector<opmath>(i, i + kStep < lines.end ? i + kStep : lines.end,
+                                    [&](int64_t j, auto lanes) { function(values, position(begin, streamed, j), lanes, terms); });
           });
         }
       }
@@ -417,9 +415,8 @@ struct ShortRuns {
     constexpr int64_t kForeseenBytes = 4096;
     const int64_t bytes = (lines.end - lines.begin) * values * static_cast<int64_t>(sizeof(opmath));
     const bool is_gapless = lines.end - lines.begin == lines.row_stride;
-    const auto for_each_vector_of = [&](int64_t row, int64_t row_end, int64_t ahead) GK_INLINE_LAMBDA {
-      for_each_vector<opmath>(lines.begin, lines.end,
-                              [&](int64_t column, auto lanes) GK_INLINE_LAMBDA { function(column, lanes, row, row_end, ahead); });
+    const auto for_each_vector_of = [&](int64_t row, int64_t row_end, int64_t ahead) {
+      for_each_vector<opmath>(lines.begin, lines.end, [&](int64_t column, auto lanes) { function(column, lanes, row, row_end, ahead); });
     };
     const int64_t rows = is_gapless && bytes <= kCachedBytes ? 1 : 4;
     // A branch in the loop costs more if vectors are wider. So AVX-512 has a separate loop for blocks of one
@@ -439,7 +436,7 @@ struct ShortRuns {
 
   template <typename scalar_t, typename OfColumn, typename Function>
   static GK_INLINE void for_each(const Lines& lines, Streamed<scalar_t> streamed, const OfColumn& of_column, const Function& function) {
-    const auto block = [&](int64_t column, auto lanes, int64_t row, int64_t row_end, int64_t ahead) GK_INLINE_LAMBDA {
+    const auto block = [&](int64_t column, auto lanes, int64_t row, int64_t row_end, int64_t ahead) {
       const auto values = of_column(column);
       for (; row < row_end; ++row) function(values, position(position_of_row(lines, row, ahead), streamed, column), lanes);
     };
@@ -494,9 +491,9 @@ struct ShortRuns {
     GK_INLINE void add(const Lines& lines, Streamed<scalar_t> streamed, const OfColumn& of_column, const Function& function) {
       for (int64_t first = lines.row_begin; first < lines.row_end; first += kTerms) {
         const int64_t last = first + kTerms < lines.row_end ? first + kTerms : lines.row_end;
-        const auto block = [&](int64_t column, auto lanes, int64_t row, int64_t row_end, int64_t ahead) GK_INLINE_LAMBDA {
+        const auto block = [&](int64_t column, auto lanes, int64_t row, int64_t row_end, int64_t ahead) {
           const auto values = of_column(column);
-          const auto add_rows = [&](auto& terms) GK_INLINE_LAMBDA {
+          const auto add_rows = [&](auto& terms) {
             for (int64_t r = row; r < row_end; ++r) {
               function(values, position(position_of_row(lines, r, ahead), streamed, column), lanes, terms);
             }
