@@ -25,6 +25,8 @@ CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu
 # can install.
 VERSIONS = 2.11.0 $(TORCH) $(shell .venv/bin/pip index versions torch 2> /dev/null | sed -n 's/^torch (\([^+)]*\).*/\1/p')
 TRY_INSTALL := .venv/bin/pip install --quiet --dry-run --no-deps --ignore-installed
+# One process for each core; tests/conftest.py divides torch's threads among them.
+PYTEST := .venv/bin/python -m pytest --numprocesses=$(MAX_JOBS) --dist=worksteal
 # The tests of the operators that start no processes.
 SANITIZED := $(addprefix tests/test_,activation.py batch_norm_act.py clip_grad.py optim.py fuzz.py)
 OF_VALUES := $(addprefix tests/test_,activation.py batch_norm_act.py clip_grad.py optim.py) \
@@ -68,7 +70,7 @@ print(*["default", "avx2"][: built.index(_native.C.instruction_set())])
 endef
 export PRINT_OTHER_SETS
 
-.PHONY: help build demo test test-all test-sets fuzz coverage sanitize emulate versions lint format bench docs cuda-check clean
+.PHONY: help build demo quick test test-all test-sets fuzz coverage sanitize emulate versions lint format bench docs cuda-check cuda-check-all clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -78,18 +80,21 @@ build: $(LIBRARY)  ## compile csrc/ into gradkernels/_C
 demo: $(LIBRARY)  ## experiments on vanishing and exploding gradients; writes demo*.png
 	.venv/bin/python -m examples
 
+quick: $(LIBRARY)  ## each sixteenth test of make test, in one minute
+	$(PYTEST) --every=16
+
 test: $(LIBRARY)  ## pytest without the slow tests
-	.venv/bin/python -m pytest
+	$(PYTEST)
 
 test-all: $(LIBRARY)  ## pytest with the slow tests, which also build an sdist and a wheel
-	.venv/bin/python -m pytest -m ""
+	$(PYTEST) -m ""
 
 test-sets: $(LIBRARY)  ## test the operators with the kernels for older processors, compared with torch's for the same processors
 	set -e; sets=$$(env -u ATEN_CPU_CAPABILITY .venv/bin/python -c "$$PRINT_OTHER_SETS"); for set in $$sets; do \
-	  (set -x; ATEN_CPU_CAPABILITY=$$set .venv/bin/python -m pytest $(OF_VALUES)); done
+	  (set -x; ATEN_CPU_CAPABILITY=$$set $(PYTEST) $(OF_VALUES)); done
 
-fuzz: $(LIBRARY)  ## each test of tests/test_fuzz.py with 10,000 new examples (make test: the same 200 every time)
-	.venv/bin/python -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
+fuzz: $(LIBRARY)  ## each test of tests/test_fuzz.py with 10,000 new examples (make test-all: the same 200 every time)
+	.venv/bin/python -m pytest tests/test_fuzz.py -m "" --hypothesis-profile=fuzz
 
 # The counts are atomic. Otherwise threads lose counts, down to negative ones, which gcovr refuses.
 coverage: $(LIBRARY)  ## list the lines and branches of Python and the lines of C++ that make test does not reach
@@ -105,7 +110,7 @@ sanitize: $(REQUIREMENTS)  ## run the operators' tests under ASan and UBSan, and
 	CFLAGS="$(SANITIZE) -fno-sanitize-recover=all -fno-omit-frame-pointer -O1" \
 	  .venv/bin/python setup.py build --build-lib build/sanitize/lib --build-temp build/sanitize/temp
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=$(ASAN_OPTIONS) \
-	  .venv/bin/python -m pytest --capture=sys -o pythonpath=build/sanitize/lib $(SANITIZED) -k "not compile and not export"
+	  .venv/bin/python -m pytest --capture=sys -o pythonpath=build/sanitize/lib $(SANITIZED) -m "" -k "not compile and not export"
 	$(CXX) $(KERNELS_FLAGS) -O1 -g1 -fsanitize=thread csrc/cpu/*.cpp tests/threads/kernels.cpp -o build/sanitize/threads
 	setarch -R build/sanitize/threads
 
@@ -152,6 +157,9 @@ cuda-check: $(CUDA_REQUIREMENTS)  ## compile for CUDA, load the library, inspect
 	cd build/cuda/lib && ../../../.venv-cuda/bin/python -c 'from gradkernels import _native; assert _native.C is not None, _native.reason'
 	cd build/cuda/lib && ../../../.venv-cuda/bin/python -m gradkernels info
 	.venv-cuda/bin/python tests/inspect_cuda_code.py build/cuda/lib/gradkernels/_C.*.so
+
+cuda-check-all: CUDA_ARCHITECTURES := 7.5;8.0;9.0;10.0;12.0+PTX
+cuda-check-all: cuda-check  ## the same with the architectures that no package is built for
 
 clean:  ## what the build left; .venv, .venv-docs and .venv-cuda stay
 	rm -rf build dist gradkernels.egg-info gradkernels/_C.*.so

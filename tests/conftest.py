@@ -7,6 +7,8 @@ the tests of the operators run a second time with the GPU as the default device.
 hypothesis tries the same 200 examples each time, and 10,000 new ones with --hypothesis-profile=fuzz.
 """
 
+import fcntl
+import os
 import sys
 import unittest
 from importlib.machinery import ModuleSpec
@@ -36,6 +38,22 @@ settings.load_profile("test")
 
 WITHOUT_NATIVE = {"test_native", "test_layout"}
 ON_A_GPU_TOO = {"test_activation", "test_batch_norm_act", "test_clip_grad", "test_optim"}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--every", type=int, default=1, metavar="N", help="run each Nth test only")
+
+
+def pytest_collection_modifyitems(config, items):
+    items[:] = items[:: config.getoption("--every")]
+
+
+def pytest_configure(config):
+    """Divides the processor's threads among the workers of pytest-xdist, and of the processes that tests start."""
+    if hasattr(config, "workerinput"):
+        threads = max(1, torch.get_num_threads() // config.workerinput["workercount"])
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 def pytest_generate_tests(metafunc):
@@ -80,3 +98,12 @@ def each_thread_count(device):
 
     yield run
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def memory_to_itself(tmp_path_factory):
+    """For a test that needs most of the memory: no other worker of pytest-xdist runs such a test meanwhile."""
+    folder = tmp_path_factory.getbasetemp()
+    with open((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "memory.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

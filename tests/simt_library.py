@@ -7,6 +7,7 @@ a test that writes outside of them.
 """
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
@@ -51,9 +52,16 @@ def compiled(stem, output, *, races=False):
     for path in paths:
         content.update(path.name.encode() + path.read_bytes())
     target = BUILT / f"{stem}-{content.hexdigest()[:16]}{output}"
-    if target.exists():
-        return target
     BUILT.mkdir(parents=True, exist_ok=True)
+    with open(f"{target}.lock", "w") as lock:
+        # One worker of pytest-xdist builds it, the others wait.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            build(compiler, stem, target, races)
+    return target
+
+
+def build(compiler, stem, target, races):
     mine = target.with_suffix(f".{os.getpid()}")
     common = [compiler, *FLAGS, "-fPIC", *(RACES if races else ())]
     sanitized = ["-fsanitize=thread"] if races else []
@@ -68,7 +76,6 @@ def compiled(stem, output, *, races=False):
     os.replace(mine, target)
     for each in (shim, kernels):
         os.unlink(each)
-    return target
 
 
 def load(stem):

@@ -747,6 +747,7 @@ def test_compile_of_the_operator_itself(op):
         assert_close(value_and_grad(compiled, x, grad_y), value_and_grad(forward, x, grad_y))
 
 
+@pytest.mark.slow
 def test_compiled_autograd():
     """After other nodes, because torch traces their gradients as placeholders without a true shape."""
     parameter, channel = torch.tensor([0.3]).requires_grad_(), torch.tensor([0.3, -0.2, 1.5]).requires_grad_()
@@ -1849,7 +1850,7 @@ def test_an_element_does_not_depend_on_its_neighbours(name, param, dtype):
 
 
 @pytest.mark.slow
-def test_more_than_2_to_the_31_elements():
+def test_more_than_2_to_the_31_elements(memory_to_itself):
     """The index of an element and of its bit in the mask does not fit into int32."""
     count = 2**31 + 77
     skip_unless_free(8 * count)

@@ -1071,6 +1071,7 @@ def compiled_backward():
 
 
 # Otherwise cuDNN's convolutions return other bits each time.
+@pytest.mark.slow
 @torch.backends.cudnn.flags(enabled=True, deterministic=True)
 def test_compiled_autograd_of_a_residual_network():
     """After other nodes, because torch traces their gradients as placeholders without a true shape."""
@@ -1089,6 +1090,7 @@ def test_compiled_autograd_of_a_residual_network():
             assert_bitwise_equal(name, actual.grad, expected.grad)
 
 
+@pytest.mark.slow
 @each_training
 @each_residual
 def test_compiled_autograd_of_some_gradients(training, residual):

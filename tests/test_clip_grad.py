@@ -998,7 +998,7 @@ def test_training_steps_equal_torchs():
 
 
 @pytest.mark.slow
-def test_more_than_2_to_the_31_elements():
+def test_more_than_2_to_the_31_elements(memory_to_itself):
     count = 2**31 + 77
     skip_unless_free(4 * count)
     grad = torch.zeros(count, dtype=torch.bfloat16)

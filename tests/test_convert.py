@@ -157,6 +157,7 @@ def operators(model, x):
 # whole networks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_three_steps_of_a_converted_network_are_those_of_torch(name):
     expected, x = network(name)
@@ -1759,6 +1760,7 @@ def test_a_gradient_that_is_there_once_only_is_a_difference():
 
 # Fusing saves memory for every activation but ReLU: for its gradient torch needs only the output, which the
 # next convolution keeps too.
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "most"), [("DarkNet", 0.75), ("EfficientNet", 0.8), ("U-Net", 0.8), ("ResNet-50", 1.03)])
 def test_saved_bytes_of_whole_networks(name, most):
     model, x = network(name, torch.float32)
@@ -1805,6 +1807,7 @@ def test_the_report_of_what_is_no_batch_norm_of_its_own():
 # fold
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("convert", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_fold_gives_the_outputs_of_evaluation(name, convert):

@@ -69,6 +69,7 @@ def row(output, name):
 # The program
 
 
+@pytest.mark.slow
 def test_parity_as_a_user_starts_it(tmp_path):
     command = [sys.executable, "-m", "examples", "parity", "--quick", "--output", str(tmp_path / "demo.png")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("COLUMNS", "FORCE_COLOR"))}
@@ -131,6 +132,7 @@ def test_the_page_of_the_documentation_describes_every_experiment():
 # The experiments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name != "parity"])
 def test_experiment_has_the_expected_result(name, setting, progress, tmp_path):
     *tables, figure = demo.EXPERIMENTS[name][1](setting)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -25,6 +26,8 @@ from torch.testing import assert_close
 import gradkernels as gk
 from accuracy import DTYPES, ROUTED_DTYPES, SIXTEEN_BITS, assert_bitwise_equal, exact_batch_norm_act
 from gradkernels import acts, reference
+
+pytestmark = pytest.mark.slow
 
 OPS = torch.ops.gradkernels
 FOLDER = Path(__file__).parent

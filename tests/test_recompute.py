@@ -162,6 +162,7 @@ def normalised(x=None, residual=None, act="relu", channels=3, **settings):
 # values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_training_step_is_the_same_to_the_bit_and_less_is_kept(name):
     model, x = network(name)
@@ -177,6 +178,7 @@ def test_a_training_step_is_the_same_to_the_bit_and_less_is_kept(name):
     assert_same_step(model, recomputing, x, gk.recompute())
 
 
+@pytest.mark.slow
 def test_a_resnet_50_keeps_30_percent_less_than_torchs():
     model, x = resnet50(width=16), torch.randn(2, 3, 64, 64)
 

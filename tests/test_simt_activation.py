@@ -29,6 +29,8 @@ from batch_norm_act_calls import TWO_SLOPES
 from gradkernels.acts import ACTS
 from simt_library import Guarded, load
 
+pytestmark = pytest.mark.slow
+
 # The order of math::ActivationKind.
 KINDS = {name: kind for kind, name in enumerate(ACTS)}
 PARAMS = {"leaky_relu": 0.3, "elu": 1.2, "swish": 1.7}

@@ -18,6 +18,8 @@ from gradkernels import reference
 from simt_library import Guarded, load
 from test_simt_activation import KINDS
 
+pytestmark = pytest.mark.slow
+
 # From this length on, the kernels process each run of a channel by itself (csrc/common/shape.h).
 LONG_RUN = 64
 # (rows, channels, inner). Each of 256 threads takes one octet of 8 elements at a time, and up to 4 before the

@@ -13,6 +13,8 @@ import torch
 from accuracy import DTYPES, assert_bitwise_equal, extended
 from simt_library import DTYPE_NUMBERS, Guarded, load
 
+pytestmark = pytest.mark.slow
+
 NORMS = {1.0: 0, 2.0: 1, math.inf: 2}
 # Sizes around an octet, a packet for each thread, a slot (2,048 octets), and several slots.
 SIZES = [0, 1, 7, 8, 9, 2047, 2049, 16_383, 16_384, 16_385, 40_001]

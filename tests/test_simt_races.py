@@ -8,6 +8,8 @@ import pytest
 
 from simt_library import races
 
+pytestmark = pytest.mark.slow
+
 # A GPU whose shared memory holds the sums of a block, but not a slab as well.
 TWO_PASSES = {"SIMT_SHARED_BYTES": 41_000, "SIMT_COMPUTE_CAPABILITY": 80}
 # Each kernel has several barriers and fences, which order different accesses.

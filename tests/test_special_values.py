@@ -496,6 +496,7 @@ def guarded():
     memory.check()
 
 
+@pytest.mark.slow
 @each_dtype
 def test_cuda_kernels_of_activations(guarded, dtype):
     call = load("activation")
@@ -528,6 +529,7 @@ def test_cuda_kernels_of_activations(guarded, dtype):
         assert_row("rrelu on CUDA", row, slope, x, grad_y, (y, grad_x), expected(row, slope, x, grad_y))
 
 
+@pytest.mark.slow
 @each_dtype
 @each_parametric
 def test_cuda_kernels_of_learnt_parameters(guarded, name, dtype):
@@ -543,6 +545,7 @@ def test_cuda_kernels_of_learnt_parameters(guarded, name, dtype):
         assert_parametric("on CUDA", name, x, grad_y, param, grad_x, grad_parameter)
 
 
+@pytest.mark.slow
 @each_training
 @each_residual
 @pytest.mark.parametrize("gpu", ["clusters", "two passes"])
