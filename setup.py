@@ -57,8 +57,7 @@ CXX_FLAGS = [
     # An activation without a case of its own in one of the switches over ActivationKind does not compile.
     "-Werror=switch",
     "-Wno-unused-parameter",
-    # avx512fintrin.h reads vectors that it leaves undefined.
-    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
     *(f"-isystem{path}" for path in cpp_extension.include_paths()),
 ]
 # All symbols are bound when the library is loaded. Then a missing symbol is an import error, and the table of

@@ -122,7 +122,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def prove(actual: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """Every tensor is as near to its float64 reference as eager's, or within ULP_BOUND ulp of the largest element."""
+    """Every tensor is as near to its float64 reference as eager's, or within ULP_BOUND ulp of the largest element (float64: twice)."""
     for key, expected in exact.items():
         bound = ULP_BOUND * (2 if actual[key].dtype == torch.float64 else 1)  # In float64 the reference is rounded too.
         ulp = torch.finfo(actual[key].dtype).eps * expected.abs().max().item()

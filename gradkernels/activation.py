@@ -340,7 +340,7 @@ class Swish(nn.Module):
         dtype: the dtype of the Parameter.
 
     Raises:
-        TypeError: beta is not a real number, such as a tensor.
+        TypeError: beta is not a real number, but for example a tensor.
         ValueError: num_parameters is not 1, and learnable is False.
 
     Example:

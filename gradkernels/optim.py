@@ -326,7 +326,9 @@ class ClippingHandle:
         if gradients is None or not _are_scaled_by_torch(params, gradients):
             if amp_scale is not None:
                 for grad in grads:
-                    grad.div_(amp_scale.to(grad.device))
+                    # A scale does not fit into float16.
+                    wide = torch.promote_types(grad.dtype, amp_scale.dtype)
+                    grad.copy_(grad.to(wide) / amp_scale.to(grad.device))
                 # found_inf stays: by it, the step skips the update. GradScaler deletes both attributes.
                 optimizer.__dict__["grad_scale"] = None
             self.last_norm = clip_grad_norm_(params, self.max_norm, self.norm_type)

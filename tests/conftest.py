@@ -44,14 +44,19 @@ def pytest_addoption(parser):
     parser.addoption("--every", type=int, default=1, metavar="N", help="run each Nth test only")
 
 
+# After pytest has left out what -m does not choose.
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
     items[:] = items[:: config.getoption("--every")]
 
 
 def pytest_configure(config):
-    """Divides the processor's threads among the workers of pytest-xdist, and of the processes that tests start."""
+    """Divides torch's threads among the workers of pytest-xdist and the processes that they start.
+
+    Each has two at least, so that operators are cut.
+    """
     if hasattr(config, "workerinput"):
-        threads = max(1, torch.get_num_threads() // config.workerinput["workercount"])
+        threads = max(2, torch.get_num_threads() // config.workerinput["workercount"])
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)
 

@@ -551,6 +551,10 @@ def statistics_read_between(self, x):
     return self.act(y + x) + mean
 
 
+def has_act(module):
+    return hasattr(module, "act")
+
+
 def statistics_written_between(self, x):
     y = self.bn(self.conv(x))
     self.bn.running_mean.view(-1).zero_()
@@ -885,6 +889,14 @@ LEFT = {
     ),
     "name that ours has, where no graph tells": (
         lambda self, x: self.bn(x) if x.sum() < math.inf and getattr(self.bn, "act", None) else self.act(self.bn(x)),
+        "looks for an attribute act, which BatchNormAct2d has",
+    ),
+    "name that ours has, in a function, where no graph tells": (
+        lambda self, x: self.bn(x) if x.sum() < math.inf and has_act(self.bn) else self.act(self.bn(x)),
+        "looks for an attribute act, which BatchNormAct2d has",
+    ),
+    "name that ours has, in its dict, where no graph tells": (
+        lambda self, x: self.bn(x) if x.sum() < math.inf and "act" in self.bn.__dict__ else self.act(self.bn(x)),
         "looks for an attribute act, which BatchNormAct2d has",
     ),
     "scalar": (lambda self, x: self.act(self.bn(x) + 1.0), "add follows"),
@@ -1860,6 +1872,7 @@ UNFOLDED = {
     "number read": lambda self, x: self.bn(self.conv(x)) * self.bn.eps,
     "bias that is not there": lambda self, x: self.bn(self.conv(x)) * (2 if self.conv.bias is None else 3),
     "attribute looked for": lambda self, x: self.bn(self.conv(x)) * getattr(self.bn, "gain", 2.0),
+    "module inside its module": lambda self, x: self.bn.inner.inner(self.bn(self.conv(x))),
     "one at a time": lambda self, x: self.bn(self.conv(x)) if x.sum() > -1e9 else self.conv(x),
     "hooked": lambda self, x: self.bn(self.conv(x)),
     "tied": lambda self, x: self.bn(self.conv(x)) + self.blocks[0](x),
@@ -1874,6 +1887,9 @@ def test_what_is_not_folded(name):
         model.conv.register_forward_hook(lambda module, inputs, output: output * 2)
     elif name == "bias that is not there":
         model.conv.bias = None
+    elif name == "module inside its module":
+        model.bn.inner = nn.Module()
+        model.bn.inner.inner = nn.Identity()
     elif name == "tied":
         model.blocks[0].weight = model.conv.weight
     elif name == "no running statistics":

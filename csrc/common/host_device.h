@@ -16,8 +16,10 @@
 // of a lambda.
 #define GK_INLINE inline __attribute__((always_inline))
 #define GK_INLINE_LAMBDA __attribute__((always_inline))
-// Inlines all that a function calls, at once. In a loop of several nested lambdas this takes GCC half the time
-// of lambdas that are forced inline one into the other: each of those is optimised again at every level.
+// Inlines all that a function calls, at once, the lambdas of its loops too. In a deep nest of lambdas this
+// takes GCC half the time of lambdas that are forced inline one into the other, each of which is optimised
+// again at every level. Such a function captures by value what its loops read: a reference would lead out of
+// it, and a store could change what it refers to.
 #define GK_FLATTEN __attribute__((flatten))
 
 namespace gradkernels::math {

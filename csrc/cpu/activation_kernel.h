@@ -22,12 +22,13 @@ void activation_forward_kernel(DType dtype, math::Activation act, int64_t count,
     const scalar_t* x = static_cast<const scalar_t*>(x_data);
     scalar_t* y = static_cast<scalar_t*>(y_data);
     if (mask == nullptr) {
-      visit_functor<scalar_t>(act, [&](auto f) GK_FLATTEN {
-        for_each_vector<opmath>(0, count, [=](int64_t i, auto lanes) { store(y + i, lanes, f.forward(load(x + i, lanes))); });
+      visit_functor<scalar_t>(act, [&](auto f) {
+        for_each_vector<opmath>(0, count,
+                                [&](int64_t i, auto lanes) GK_INLINE_LAMBDA { store(y + i, lanes, f.forward(load(x + i, lanes))); });
       });
     } else {
-      visit_functor_of_two_slopes<V>(act, [&](auto f) GK_FLATTEN {
-        for_each_vector<opmath>(0, count, [=](int64_t i, auto lanes) {
+      visit_functor_of_two_slopes<V>(act, [&](auto f) {
+        for_each_vector<opmath>(0, count, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
           const V value = load(x + i, lanes);
           store_bits<opmath>(mask + i / 8, lanes, f.passes(value));
           store(y + i, lanes, f.forward(value));
@@ -47,8 +48,8 @@ void activation_backward_kernel(DType dtype, math::Activation act, Saved kind, i
     scalar_t* grad_x = static_cast<scalar_t*>(grad_x_data);
     if (kind == Saved::kMask) {
       const uint8_t* mask = static_cast<const uint8_t*>(saved_data);
-      visit_functor_of_two_slopes<V>(act, [&](auto f) GK_FLATTEN {
-        for_each_vector<opmath>(0, count, [=](int64_t i, auto lanes) {
+      visit_functor_of_two_slopes<V>(act, [&](auto f) {
+        for_each_vector<opmath>(0, count, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
           store(grad_x + i, lanes, f.backward_from_mask(load(grad_y + i, lanes), load_bits<opmath>(mask + i / 8, lanes)));
         });
       });
@@ -60,9 +61,10 @@ void activation_backward_kernel(DType dtype, math::Activation act, Saved kind, i
       });
     } else {
       const scalar_t* x = static_cast<const scalar_t*>(saved_data);
-      visit_functor<scalar_t>(act, [&](auto f) GK_FLATTEN {
-        for_each_vector<opmath>(
-            0, count, [=](int64_t i, auto lanes) { store(grad_x + i, lanes, f.backward(load(grad_y + i, lanes), load(x + i, lanes))); });
+      visit_functor<scalar_t>(act, [&](auto f) {
+        for_each_vector<opmath>(0, count, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
+          store(grad_x + i, lanes, f.backward(load(grad_y + i, lanes), load(x + i, lanes)));
+        });
       });
     }
   });
@@ -150,19 +152,20 @@ GK_INLINE void for_each_vector_with_slopes(const math::RandomSlopes& slopes, int
   constexpr int64_t kDrawn = UniformNumbers::kCount;
   for (int64_t begin = 0; begin < count; begin += kDrawn) {
     const UniformNumbers uniform(slopes.seed, static_cast<uint64_t>((first + begin) / 4));
-    for_each_vector<opmath>(begin, count < begin + kDrawn ? count : begin + kDrawn,
-                            [&](int64_t i, auto lanes) { function(i, lanes, slopes.slope_of(uniform.at<opmath>(i - begin))); });
+    for_each_vector<opmath>(begin, count < begin + kDrawn ? count : begin + kDrawn, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
+      function(i, lanes, slopes.slope_of(uniform.at<opmath>(i - begin)));
+    });
   }
 }
 
 void rrelu_forward_kernel(DType dtype, math::RandomSlopes slopes, int64_t first, int64_t count, const void* x_data, void* y_data,
                           uint8_t* mask) {
-  dispatch(dtype, [&](auto zero) GK_FLATTEN {
+  dispatch(dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     using opmath = opmath_t<scalar_t>;
     const scalar_t* x = static_cast<const scalar_t*>(x_data);
     scalar_t* y = static_cast<scalar_t*>(y_data);
-    for_each_vector_with_slopes<opmath>(slopes, first, count, [&](int64_t i, auto lanes, Vec<opmath> slope) {
+    for_each_vector_with_slopes<opmath>(slopes, first, count, [&](int64_t i, auto lanes, Vec<opmath> slope) GK_INLINE_LAMBDA {
       const math::Rrelu<Vec<opmath>> f{{slope}};
       const Vec<opmath> value = load(x + i, lanes);
       store_bits<opmath>(mask + i / 8, lanes, f.passes(value));
@@ -173,12 +176,12 @@ void rrelu_forward_kernel(DType dtype, math::RandomSlopes slopes, int64_t first,
 
 void rrelu_backward_kernel(DType dtype, math::RandomSlopes slopes, int64_t first, int64_t count, const void* grad_y_data,
                            const uint8_t* mask, void* grad_x_data) {
-  dispatch(dtype, [&](auto zero) GK_FLATTEN {
+  dispatch(dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     using opmath = opmath_t<scalar_t>;
     const scalar_t* grad_y = static_cast<const scalar_t*>(grad_y_data);
     scalar_t* grad_x = static_cast<scalar_t*>(grad_x_data);
-    for_each_vector_with_slopes<opmath>(slopes, first, count, [&](int64_t i, auto lanes, Vec<opmath> slope) {
+    for_each_vector_with_slopes<opmath>(slopes, first, count, [&](int64_t i, auto lanes, Vec<opmath> slope) GK_INLINE_LAMBDA {
       const math::Rrelu<Vec<opmath>> f{{slope}};
       store(grad_x + i, lanes, f.backward_from_mask(load(grad_y + i, lanes), load_bits<opmath>(mask + i / 8, lanes)));
     });

@@ -349,7 +349,7 @@ void batch_norm_gradient_input_kernel(const BatchNormBackward& p, Slab slab, con
     visit_runs(p.shape, [&](auto runs) {
       using Runs = decltype(runs);
       visit_gradient<scalar_t>(source, static_cast<const opmath*>(dz_copy), [&](auto dz_of) GK_FLATTEN {
-        Runs::for_each_lines(p.shape, slab, [=, &p](const Lines& lines) GK_INLINE_LAMBDA {
+        Runs::for_each_lines(p.shape, slab, [=, &p, mask = source.mask](const Lines& lines) GK_INLINE_LAMBDA {
           const typename Runs::template Coefficients<GradientCoefficients, opmath> coefficients(
               lines, [&](int64_t channel) GK_INLINE_LAMBDA {
                 return GradientCoefficients<opmath>{
@@ -358,7 +358,7 @@ void batch_norm_gradient_input_kernel(const BatchNormBackward& p, Slab slab, con
                                                  channel_value(p.parameter_dtype, p.weight, channel, 1.0), count, sums[channel])};
               });
           Runs::template for_each<scalar_t>(
-              lines, streamed(p.shape, grad_x, source.mask), [&](int64_t column) GK_INLINE_LAMBDA { return coefficients.at(column); },
+              lines, streamed(p.shape, grad_x, mask), [&](int64_t column) GK_INLINE_LAMBDA { return coefficients.at(column); },
               [&](const auto& c, Position at, auto lanes) {
                 const V x = load_first(x_data, at, lanes);
                 const V dz = dz_of(c.normalise, x, at, lanes);

@@ -60,7 +60,7 @@ GK_INLINE PartialNorm partial_norm(int64_t count, const scalar_t* x, double fact
   constexpr int kStepElements = kSums * D::kLanes;
   // A lane adds up 64 squares; its sum is then added to the total, which keeps the rounding error.
   constexpr int64_t kBlockElements = 64 * kStepElements;
-  const auto term = [factor](V value, int part) {
+  const auto term = [factor](V value, int part) GK_INLINE_LAMBDA {
     const D wide = widen(value, part);
     // Only the squares of float64 elements can overflow or underflow float64.
     if constexpr (sizeof(T) == 8) return wide * D(factor);
@@ -80,7 +80,7 @@ GK_INLINE PartialNorm partial_norm(int64_t count, const scalar_t* x, double fact
         for (int part = 0; part < kParts; ++part) sum[v * kParts + part] = accumulate<norm>(sum[v * kParts + part], term(value, part));
       }
     }
-    for_each_vector<T>(i, end, [&](int64_t j, auto lanes) {
+    for_each_vector<T>(i, end, [&](int64_t j, auto lanes) GK_INLINE_LAMBDA {
       const V value = load(x + j, lanes);
       largest.add(value);
       for (int part = 0; part < kParts; ++part) sum[part] = accumulate<norm>(sum[part], term(value, part));
@@ -91,7 +91,7 @@ GK_INLINE PartialNorm partial_norm(int64_t count, const scalar_t* x, double fact
   PartialNorm result{sum_of_lanes(total.high) + sum_of_lanes(total.low), largest.value(), 0};
   // Rare: a gradient with a nan or an inf is read twice.
   if (!(result.max_abs - result.max_abs == 0.0)) {
-    for_each_vector<T>(0, count, [&](int64_t i, auto lanes) {
+    for_each_vector<T>(0, count, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
       const V value = load(x + i, lanes);
       result.nonfinite += __builtin_popcount(to_bits<T>(!(value - value == V(T(0)))));
     });
@@ -100,7 +100,7 @@ GK_INLINE PartialNorm partial_norm(int64_t count, const scalar_t* x, double fact
 }
 
 PartialNorm partial_norm_kernel(DType dtype, Norm norm, int64_t count, const void* x, double factor) {
-  return dispatch(dtype, [&](auto zero) GK_FLATTEN {
+  return dispatch(dtype, [&](auto zero) {
     const auto* data = static_cast<const decltype(zero)*>(x);
     if (norm == Norm::kTwo) return partial_norm<Norm::kTwo>(count, data, factor);
     if (norm == Norm::kOne) return partial_norm<Norm::kOne>(count, data, factor);
@@ -115,13 +115,13 @@ void scale_kernel(DType dtype, int64_t count, void* x_data, double coefficient) 
   using D = Vec<double>;
   const double magnitude = coefficient < 0.0 ? -coefficient : coefficient;
   const bool fits_float = !(magnitude < 0x1p-126 || magnitude > 0x1p127) || magnitude == 0.0;
-  dispatch(dtype, [&](auto zero) GK_FLATTEN {
+  dispatch(dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     scalar_t* x = static_cast<scalar_t*>(x_data);
     if (sizeof(scalar_t) == 2 && fits_float) {
       using T = opmath_t<scalar_t>;
       const Vec<T> factor(static_cast<T>(coefficient));
-      for_each_vector<T>(0, count, [&](int64_t i, auto lanes) { store(x + i, lanes, load(x + i, lanes) * factor); });
+      for_each_vector<T>(0, count, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA { store(x + i, lanes, load(x + i, lanes) * factor); });
       return;
     }
     int64_t i = 0;
@@ -133,17 +133,18 @@ void scale_kernel(DType dtype, int64_t count, void* x_data, double coefficient) 
 // A block is written only if one of its elements exceeds the limit.
 void clamp_kernel(DType dtype, int64_t count, void* x_data, double limit) {
   constexpr int64_t kBlockElements = 1024;
-  dispatch(dtype, [&](auto zero) GK_FLATTEN {
+  dispatch(dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     using T = opmath_t<scalar_t>;
     scalar_t* x = static_cast<scalar_t*>(x_data);
     for (int64_t begin = 0; begin < count; begin += kBlockElements) {
       const int64_t end = count - begin < kBlockElements ? count : begin + kBlockElements;
       LargestMagnitude<T> largest;
-      for_each_vector<T>(begin, end, [&](int64_t i, auto lanes) { largest.add(load(x + i, lanes)); });
+      for_each_vector<T>(begin, end, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA { largest.add(load(x + i, lanes)); });
       if (largest.value() <= limit) continue;
-      for_each_vector<T>(
-          begin, end, [&](int64_t i, auto lanes) { store(x + i, lanes, math::clamp(load(x + i, lanes), Vec<T>(static_cast<T>(limit)))); });
+      for_each_vector<T>(begin, end, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
+        store(x + i, lanes, math::clamp(load(x + i, lanes), Vec<T>(static_cast<T>(limit))));
+      });
     }
   });
 }

@@ -19,6 +19,7 @@
 //     row 1    [x x x   x x x   x x x]  . . .   . . .
 //     column    0 1 2   3 4 5   6 7 8
 //
+// The lambdas of their loops are inlined only into a function with GK_FLATTEN (common/host_device.h).
 // LongRuns and ShortRuns have the same members, so that a kernel is written once for both.
 #pragma once
 

@@ -42,7 +42,7 @@ GK_INLINE void rmsprop_run(const RmspropRun& run, int64_t begin, int64_t count, 
   scalar_t* square_avg = static_cast<scalar_t*>(run.square_avg) + begin;
   scalar_t* grad_avg = centered ? static_cast<scalar_t*>(run.grad_avg) + begin : nullptr;
   scalar_t* momentum_buffer = has_momentum ? static_cast<scalar_t*>(run.momentum_buffer) + begin : nullptr;
-  for_each_vector<T>(0, count, [&](int64_t i, auto lanes) {
+  for_each_vector<T>(0, count, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
     math::RmspropState<V> x{load(param + i, lanes), load(square_avg + i, lanes), V(T(0)), V(T(0))};
     if constexpr (centered) x.grad_avg = load(grad_avg + i, lanes);
     if constexpr (has_momentum) x.momentum_buffer = load(momentum_buffer + i, lanes);
@@ -55,7 +55,7 @@ GK_INLINE void rmsprop_run(const RmspropRun& run, int64_t begin, int64_t count, 
 }
 
 void rmsprop_kernel(const RmspropRun& run, int64_t begin, int64_t count, const math::RmspropOptions& options) {
-  dispatch(run.dtype, [&](auto zero) GK_FLATTEN {
+  dispatch(run.dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     const bool centered = run.grad_avg != nullptr;
     const bool has_momentum = run.momentum_buffer != nullptr;

@@ -161,12 +161,12 @@ def attributes_of_self(code: CodeType, self: tuple[str, ...]) -> Iterator[str]:
             yield instruction.argval
 
 
-def names_looked_for(code: CodeType) -> Iterator[str]:
-    """The texts that a code may pass to getattr or hasattr with another object than its first argument."""
-    if not {"getattr", "hasattr"}.isdisjoint(code.co_names):
+def names_looked_for(code: CodeType, self: tuple[str, ...]) -> Iterator[str]:
+    """The texts that a code may look for in an object other than the variable whose name is the one in `self`."""
+    if not {"getattr", "hasattr", "vars", "__dict__"}.isdisjoint(code.co_names):
         for before, instruction in pairwise(_instructions(code)):
             is_text = instruction.opname == "LOAD_CONST" and isinstance(instruction.argval, str)
-            if is_text and not _loads_variable(before, code.co_varnames[:1]):
+            if is_text and not _loads_variable(before, self):
                 yield instruction.argval
 
 

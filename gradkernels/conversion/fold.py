@@ -127,7 +127,8 @@ def _uses(model: nn.Module) -> tuple[dict[nn.Module, Graph], set[nn.Module]]:
             graphs[block] = graph
             uses.update(block.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module")
             # A module whose attributes or submodules are used must stay, so it counts as used twice.
-            paths |= {tuple(str(node.target).split(".")[:-1]) for node in graph.nodes if node.op in ("get_attr", "call_module")}
+            targets = [str(node.target).split(".") for node in graph.nodes if node.op in ("get_attr", "call_module")]
+            paths |= {tuple(target[:depth]) for target in targets for depth in range(1, len(target))}
             uses.update({block.get_submodule(".".join(path)): 2 for path in paths if path})
     used_once = {module for module, count in uses.items() if count == 1 and not has_hooks(module)}
     return graphs, used_once - within_reach

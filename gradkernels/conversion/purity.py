@@ -260,7 +260,11 @@ def _classes_in(code: CodeType, function: FunctionType) -> set[Any]:
 
 def attributes_looked_for(kind: type) -> set[str]:
     """The names of attributes that a forward may look for in another object than its module."""
-    return {name for code, _ in _code_from(kind, ["forward", "__call__"]) for name in bytecode.names_looked_for(code)}
+    methods = {value.__code__ for base in own_classes(kind) for value in vars(base).values() if isinstance(value, FunctionType)}
+    found: set[str] = set()
+    for code, _ in _code_from(kind, ["forward", "__call__"]):
+        found.update(bytecode.names_looked_for(code, code.co_varnames[:1] if code in methods else ()))
+    return found
 
 
 def writes_into_containers(kind: type) -> bool:
