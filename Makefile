@@ -28,8 +28,9 @@ TRY_INSTALL := .venv/bin/pip install --quiet --dry-run --no-deps --ignore-instal
 # One process for each core; tests/conftest.py divides torch's threads among them.
 PYTEST := .venv/bin/python -m pytest --numprocesses=$(MAX_JOBS) --dist=worksteal
 # The tests of the operators that start no processes.
-SANITIZED := $(addprefix tests/test_,activation.py batch_norm_act.py clip_grad.py optim.py fuzz.py)
-OF_VALUES := $(addprefix tests/test_,activation.py batch_norm_act.py clip_grad.py optim.py) \
+OF_OPERATORS := $(addprefix tests/test_,activation*.py rrelu.py batch_norm_act.py clip_grad.py optim.py)
+SANITIZED := $(OF_OPERATORS) tests/test_fuzz.py
+OF_VALUES := $(OF_OPERATORS) \
   -k "test_value_and_gradient or test_far_from_zero or test_channels_last or test_clips or test_rmsprop_steps or whole_range"
 # Python leaks on purpose, our code raises an error if memory cannot be allocated, and tests expect signals.
 ASAN_OPTIONS := detect_leaks=0:allocator_may_return_null=1:handle_segv=0

@@ -13,6 +13,8 @@ from gradkernels import acts, reference
 # act -> a parameter that is not the default
 PARAMS = {"leaky_relu": 0.2, "elu": 1.3, "swish": 1.7}
 ACTS = {name: PARAMS.get(name, act.default) for name, act in acts.ACTS.items()}
+# The same as the operators take it: a number also where the act has no parameter.
+NUMBERS = {name: param or 0.0 for name, param in ACTS.items()}
 TWO_SLOPES = tuple(name for name, act in acts.ACTS.items() if act.saves == "mask")
 KINKS = {"relu": (0,), "leaky_relu": (0,), "relu6": (0, 6)}
 MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -133,16 +135,20 @@ def scales_of(given, training, momentum, eps):
     }
 
 
+def exact_result(given, training, act, momentum=0.1, eps=1e-5):
+    """The same as call(), with more digits."""
+    if given["x"].dtype != torch.float64:
+        return call(reference.batch_norm_act, cast(given, torch.float64), training, act, momentum, eps)
+    operands = (given[name] for name in ("x", "running_mean", "running_var", "weight", "bias"))
+    param = {"residual": given["residual"], "grad_y": given["grad_y"], "act": act, "act_param": ACTS[act]}
+    return exact_batch_norm_act(*operands, training, momentum, eps, **param)
+
+
 def judged(given, training, act, momentum=0.1, eps=1e-5):
     """name -> (ours, torch's, exact, size of the terms), for y, the gradients and the running statistics."""
     given = without_kinks(given, training, act, eps)
     ours = call(gk.batch_norm_act, given, training, act, momentum, eps)
     theirs = call(reference.batch_norm_act, given, training, act, momentum, eps)
-    if given["x"].dtype == torch.float64:
-        operands = (given[name] for name in ("x", "running_mean", "running_var", "weight", "bias"))
-        param = {"residual": given["residual"], "grad_y": given["grad_y"], "act": act, "act_param": ACTS[act]}
-        exact = exact_batch_norm_act(*operands, training, momentum, eps, **param)
-    else:
-        exact = call(reference.batch_norm_act, cast(given, torch.float64), training, act, momentum, eps)
+    exact = exact_result(given, training, act, momentum, eps)
     scales = scales_of(given, training, momentum, eps)
     return {name: (ours[name], theirs[name], exact[name], scales.get(name, 0.0)) for name in ours if ours[name] is not None}

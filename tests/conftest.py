@@ -37,7 +37,10 @@ settings.register_profile("fuzz", max_examples=10_000, print_blob=True, **ALWAYS
 settings.load_profile("test")
 
 WITHOUT_NATIVE = {"test_native", "test_layout"}
-ON_A_GPU_TOO = {"test_activation", "test_batch_norm_act", "test_clip_grad", "test_optim"}
+ON_A_GPU_TOO = {
+    *("test_activation", "test_activation_parameter", "test_activation_samples", "test_activation_transforms", "test_rrelu"),
+    *("test_batch_norm_act", "test_clip_grad", "test_optim"),
+}
 
 
 def pytest_addoption(parser):

@@ -40,6 +40,7 @@ from batch_norm_act_calls import (
     ACTS,
     HARD_INPUTS,
     MEMORY_FORMATS,
+    NUMBERS,
     TWO_SLOPES,
     arguments,
     call,
@@ -980,7 +981,7 @@ def opcheck_samples():
                 for name in ("x", "weight", "bias", "residual"):
                     if given[name] is not None:
                         given[name].requires_grad_(requires_grad)
-                rest = (torch.tensor(3), training, None if requires_grad else 0.1, 1e-5, act, ACTS[act] or 0.0)
+                rest = (torch.tensor(3), training, None if requires_grad else 0.1, 1e-5, act, NUMBERS[act])
                 yield (*(given[name] for name in OPERANDS), *rest)
                 if len(shape) == 4 and residual:
                     for name in ("x", "residual"):
@@ -1009,10 +1010,10 @@ def test_opcheck_of_backward(memory_format, act, training):
         given |= {name: given[name].contiguous(memory_format=memory_format) for name in ("x", "grad_y")}
         forward = [given[name] for name in OPERANDS]
         forward[0] = forward[0].requires_grad_()
-        _, mean, invstd, mask = OPS.batch_norm_act(*forward, None, training, 0.1, 1e-5, act, ACTS[act] or 0.0)
+        _, mean, invstd, mask = OPS.batch_norm_act(*forward, None, training, 0.1, 1e-5, act, NUMBERS[act])
         operands = [given[name].detach() for name in ("grad_y", "x")]
         rest = [given["weight"], given["bias"], given["residual"], mask if mask.numel() else None]
-        args = (*operands, mean.detach(), invstd.detach(), *rest, training, act, ACTS[act] or 0.0, [True, True, True, residual])
+        args = (*operands, mean.detach(), invstd.detach(), *rest, training, act, NUMBERS[act], [True, True, True, residual])
         opcheck(OPS.batch_norm_act_backward.default, args)
         # create_graph=True takes another path; differentiating this operator by itself is an error.
         with pytest.raises(RuntimeError, match="not implemented"):

@@ -25,6 +25,7 @@ from torch.testing import assert_close
 
 import gradkernels as gk
 from accuracy import DTYPES, ROUTED_DTYPES, SIXTEEN_BITS, assert_bitwise_equal, exact_batch_norm_act
+from activation_calls import BY_NAME
 from gradkernels import acts, reference
 
 pytestmark = pytest.mark.slow
@@ -161,15 +162,7 @@ def in_float64(tensors):
     return [tensor.double() for tensor in tensors]
 
 
-ELEMENTWISE = {
-    "leaky_relu": (gk.leaky_relu, reference.leaky_relu),
-    "elu": (gk.elu, reference.elu),
-    "swish": (gk.swish, reference.swish),
-    "rrelu": (
-        lambda x, slope, inplace=False: gk.rrelu(x, slope, slope, True, inplace),
-        lambda x, slope, inplace=False: reference.leaky_relu(x, slope, inplace),
-    ),
-}
+ELEMENTWISE = {name: (BY_NAME[name].function, BY_NAME[name].reference) for name in ("leaky_relu", "elu", "swish", "rrelu in training")}
 
 
 @given(data=st.data())
@@ -191,7 +184,7 @@ def test_activation(data):
 
 @given(data=st.data())
 def test_activation_in_place(data):
-    ours, theirs = ELEMENTWISE[data.draw(st.sampled_from(["leaky_relu", "elu", "rrelu"]))]
+    ours, theirs = ELEMENTWISE[data.draw(st.sampled_from(["leaky_relu", "elu", "rrelu in training"]))]
     dtype = data.draw(st.sampled_from(DTYPES + ROUTED_DTYPES))
     param = data.draw(NUMBERS)
     x = data.draw(operands(data.draw(shapes()), dtype, kinds=IN_PLACE, special=True))

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-import gradkernels as gk
 from accuracy import (
     DTYPES,
     SIXTEEN_BITS,
@@ -25,6 +24,7 @@ from accuracy import (
     exact_activation,
     extended,
 )
+from activation_calls import each_parametric, exact_shares, value_and_grad
 from batch_norm_act_calls import TWO_SLOPES
 from gradkernels.acts import ACTS
 from simt_library import Guarded, load
@@ -78,16 +78,9 @@ def passes(x, act):
     return ~(x <= 0) if act == "relu" else (x > 0) & (x < 6)
 
 
-def torchs(x, grad_y, act, param):
-    """y and grad_x by torch, in x's dtype."""
-    x = x.clone().requires_grad_()
-    y = ACTS[act].function(x, param)
-    return y.detach(), torch.autograd.grad(y, x, grad_y)[0]
-
-
 def assert_activation(name, act, param, x, grad_y, y, grad_x):
     exact_y, exact_grad_x = exact_activation(x, grad_y, act, param)
-    torch_y, torch_grad_x = torchs(x, grad_y, act, param)
+    torch_y, torch_grad_x = value_and_grad(ACTS[act].function, x.clone(), grad_y, param)
     y_scale, grad_scale = activation_scales(x, grad_y, act, param)
     assert_accurate(f"{name}: y", y, torch_y, exact_y, scale=y_scale)
     bound = SWISH_GRADIENT if act == "swish" else ULP_BOUND
@@ -187,25 +180,10 @@ CHANNEL_SHAPES = [
 ]
 
 
-def exact_shares(x, grad_y, parameter, act):
-    """What each element adds to the gradient of the parameter, and the size of its terms.
-
-    The size includes the factor by which exp amplifies the rounding error of z.
-    """
-    x, grad_y = extended(x), extended(grad_y)
-    if act == "prelu":
-        return (np.where(x > 0, 0, grad_y * x),) * 2
-    z = extended(parameter) * x
-    share = grad_y * x * x / (1 + np.exp(-z)) / (1 + np.exp(z))
-    return share, share * (1 + abs(z))
-
-
 @each_dtype
-@pytest.mark.parametrize("act", ["prelu", "swish"])
+@each_parametric
 def test_learnt_parameter(call, guarded, act, dtype):
-    number = {"prelu": PRELU, "swish": SWISH}[act]
-    function = {"prelu": gk.prelu, "swish": gk.swish}[act]
-    formula = {"prelu": "leaky_relu", "swish": "swish"}[act]
+    number = {"prelu": PRELU, "swish": SWISH}[act.name]
     for index, shape in enumerate(CHANNEL_SHAPES):
         rows, channels, inner = shape
         size = rows * channels * inner
@@ -221,17 +199,17 @@ def test_learnt_parameter(call, guarded, act, dtype):
 
         x, grad_y, y, grad_x = (each.view(shape) for each in (x, grad_y, y, grad_x))
         leaf, weight = x.clone().requires_grad_(), parameter.clone().requires_grad_()
-        cpu_y = function(leaf, weight)
+        cpu_y = act.function(leaf, weight)
         cpu_y.backward(grad_y)
         across = parameter.view(1, channels, 1)
-        exact_y, exact_grad_x = exact_activation(x, grad_y, formula, across)
-        y_scale, grad_scale = activation_scales(x, grad_y, formula, extended(across))
+        exact_y, exact_grad_x = exact_activation(x, grad_y, act.formula, across)
+        y_scale, grad_scale = activation_scales(x, grad_y, act.formula, extended(across))
         assert_accurate(f"y {shape}", y, cpu_y.detach(), exact_y, scale=y_scale)
         assert_accurate(f"grad_x {shape}", grad_x, leaf.grad, exact_grad_x, scale=grad_scale, bound=SWISH_GRADIENT)
-        shares, sizes = exact_shares(x, grad_y, across, act)
+        shares, sizes = exact_shares(x, grad_y, across, act.name)
         scale = np.sqrt(np.square(sizes).sum((0, 2)))
-        bound = {"prelu": 2.0, "swish": 5.0}[act]
-        assert_accurate(f"grad_parameter {shape}", grad_parameter, weight.grad, shares.sum((0, 2)), scale=scale, bound=bound)
+        exact = shares.sum((0, 2))
+        assert_accurate(f"grad_parameter {shape}", grad_parameter, weight.grad, exact, scale=scale, bound=act.share_error)
 
 
 def test_a_gpu_that_nothing_was_built_for():

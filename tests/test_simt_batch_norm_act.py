@@ -11,8 +11,8 @@ import math
 import pytest
 import torch
 
-from accuracy import DTYPES, SIXTEEN_BITS, ULP_BOUND, assert_accurate, assert_bitwise_equal, exact_batch_norm_act
-from batch_norm_act_calls import ACTS, HARD_INPUTS, TWO_SLOPES, arguments, cast, hard_input, scales_of, without_kinks
+from accuracy import DTYPES, SIXTEEN_BITS, ULP_BOUND, assert_accurate, assert_bitwise_equal
+from batch_norm_act_calls import ACTS, HARD_INPUTS, NUMBERS, TWO_SLOPES, arguments, cast, exact_result, hard_input, scales_of, without_kinks
 from batch_norm_act_calls import call as call_operator
 from gradkernels import reference
 from simt_library import Guarded, load
@@ -77,7 +77,7 @@ class Kernels:
             for name, tensor in given.items()
         }
         self.parameter_dtype = next((given[name].dtype for name in ("weight", "running_mean") if given[name] is not None), self.dtype)
-        self.act = (KINDS[act], float(ACTS[act] or 0.0))
+        self.act = (KINDS[act], float(NUMBERS[act]))
         masked = given["residual"] is not None and act in TWO_SLOPES
         self.mask = guarded.empty(mask_bytes(self.shape), torch.uint8) if masked else None
         self.mean, self.invstd = (guarded.empty(self.shape[1], torch.float64) for _ in range(2))
@@ -114,15 +114,6 @@ class Kernels:
         found = {name: None if tensor is None else tensor.view(self.shape) for name, tensor in found.items()}
         found |= {"grad_weight": self.grad_weight, "grad_bias": self.grad_bias}
         return found | {name: self.given[name] for name in ("running_mean", "running_var")}
-
-
-def exact_result(given, training, act, momentum=0.1, eps=1e-5):
-    """The exact results by name."""
-    if given["x"].dtype != torch.float64:
-        return call_operator(reference.batch_norm_act, cast(given, torch.float64), training, act, momentum, eps)
-    operands = (given[name] for name in ("x", "running_mean", "running_var", "weight", "bias"))
-    param = {"residual": given["residual"], "grad_y": given["grad_y"], "act": act, "act_param": ACTS[act]}
-    return exact_batch_norm_act(*operands, training, momentum, eps, **param)
 
 
 def assert_all_accurate(result, given, training, act, momentum=0.1, eps=1e-5, most=math.inf):
@@ -324,7 +315,7 @@ def test_mask_equals_the_cpus(call, guarded, monkeypatch):
         kernels = Kernels(call, guarded, given, act)
         kernels.forward(True)
         operands = [given[name] for name in ("x", "running_mean", "running_var", "weight", "bias", "residual")]
-        parts = torch.ops.gradkernels.batch_norm_act(*operands, None, True, 0.1, 1e-5, act, ACTS[act] or 0.0)
+        parts = torch.ops.gradkernels.batch_norm_act(*operands, None, True, 0.1, 1e-5, act, NUMBERS[act])
         assert_bitwise_equal("mask", kernels.mask, parts[3])
 
 

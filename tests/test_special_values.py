@@ -21,11 +21,12 @@ import torch.nn.functional as F
 
 import gradkernels as gk
 from accuracy import DTYPES, SIXTEEN_BITS, assert_bitwise_equal, exact_activation, exact_batch_norm_act
+from activation_calls import exact_shares, value_and_grad
 from batch_norm_act_calls import ACTS, TWO_SLOPES, cast, laid_out, without_kinks
 from batch_norm_act_calls import call as call_batch_norm_act
 from gradkernels import reference
 from simt_library import ROOT, Guarded, load
-from test_simt_activation import INPUT, KINDS, MASK, OUTPUT, PRELU, SWISH, exact_shares
+from test_simt_activation import INPUT, KINDS, MASK, OUTPUT, PRELU, SWISH
 from test_simt_batch_norm_act import Kernels, become
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -102,13 +103,6 @@ class Row:
 
     def __repr__(self):
         return self.name
-
-
-def value_and_grad(function, x, grad_y, *, create_graph=False):
-    x = x.detach().requires_grad_()
-    y = function(x)
-    (grad_x,) = torch.autograd.grad(y, x, grad_y, create_graph=create_graph)
-    return y.detach(), grad_x.detach()
 
 
 def elu_in_place(x, grad_y, alpha, create_graph):

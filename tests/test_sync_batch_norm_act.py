@@ -35,11 +35,10 @@ from accuracy import (
     extended,
     outcome,
 )
-from batch_norm_act_calls import ACTS, KINKS
+from batch_norm_act_calls import ACTS, NUMBERS
 from gradkernels import _native, reference
 
 OPS = torch.ops.gradkernels
-PARAMS = {act: param or 0.0 for act, param in ACTS.items()}
 MODULES = {2: gk.BatchNormAct1d, 3: gk.BatchNormAct1d, 4: gk.BatchNormAct2d, 5: gk.BatchNormAct3d}
 # Of the whole batch: runs of 1, 25, 64 and more elements; rows of channels that are not whole bytes of mask.
 SHAPES = [(13, 3), (64, 65), (9, 5, 7), (11, 3, 5, 5), (8, 6, 9, 8), (10, 2, 3, 4, 5)]
@@ -92,14 +91,9 @@ def call(bn, x, residual, grad_y):
 
 
 def without_kinks(given, act, with_residual):
-    """`given` with a grad_y of 0 near the kinks, where rounding decides about the slope."""
-    wide = {name: each.double() for name, each in given.items()}
-    residual = wide["residual"] if with_residual else None
-    u = reference.batch_norm_act(wide["x"], None, None, wide["weight"], wide["bias"], True, act="identity", residual=residual)
-    near = torch.zeros_like(u, dtype=torch.bool)
-    for kink in KINKS.get(act, ()):
-        near |= (u - kink).abs() < 1e-5
-    return given | {"grad_y": torch.where(near, 0, given["grad_y"])}
+    """The same as in batch_norm_act_calls; a residual that the call does not take stays in `given`."""
+    taken = given if with_residual else given | {"residual": None}
+    return given | {"grad_y": batch_norm_act_calls.without_kinks(taken, True, act)["grad_y"]}
 
 
 def scales_of(given):
@@ -135,7 +129,7 @@ def assert_accurate_over(group, given, act, with_residual, split, *, channels_la
     if channels_last and ours["y"].numel():
         assert ours["y"].is_contiguous(memory_format=torch.channels_last)
 
-    param = PARAMS[act]
+    param = NUMBERS[act]
     names = ("x", "running_mean", "running_var", "weight", "bias")
     exact = exact_batch_norm_act(
         *(given[name] for name in names), True, 0.1, 1e-5, act=act, act_param=param, residual=residual, grad_y=given["grad_y"]
@@ -676,10 +670,10 @@ def each_op_arguments(given, act, with_residual):
     yield OPS.batch_norm_act_gather_stats, (moments, None, None, None, 0.1, 1e-5)
     mean, invstd, count = OPS.batch_norm_act_gather_stats(moments, None, None, None, 0.1, 1e-5)
     statistics = (mean, invstd, given["weight"], given["bias"])
-    forward = (given["x"], *statistics, residual, act, PARAMS[act])
+    forward = (given["x"], *statistics, residual, act, NUMBERS[act])
     yield OPS.batch_norm_act_elemt, forward
     mask = OPS.batch_norm_act_elemt(*forward)[1]
-    backward = (given["grad_y"], given["x"], *statistics, residual, mask if mask.numel() else None, act, PARAMS[act])
+    backward = (given["grad_y"], given["x"], *statistics, residual, mask if mask.numel() else None, act, NUMBERS[act])
     yield OPS.batch_norm_act_backward_reduce, (*backward, with_residual)
     sums = OPS.batch_norm_act_backward_reduce(*backward, False)[0]
     yield OPS.batch_norm_act_backward_elemt, (*backward, sums, count)
@@ -744,17 +738,17 @@ def test_parts_of_one_process_are_batch_norm_act(shape):
         residual = given["residual"] if with_residual else None
         stats = [given[name].clone() for name in ("running_mean", "running_var")] + [torch.tensor(4)]
         operands = (given["weight"], given["bias"], residual)
-        expected = OPS.batch_norm_act(given["x"], *stats[:2], *operands, stats[2], True, None, 1e-5, act, PARAMS[act])
+        expected = OPS.batch_norm_act(given["x"], *stats[:2], *operands, stats[2], True, None, 1e-5, act, NUMBERS[act])
         parts_stats = [given[name].clone() for name in ("running_mean", "running_var")] + [torch.tensor(4)]
         mean, invstd, count = OPS.batch_norm_act_gather_stats(OPS.batch_norm_act_stats(given["x"])[None], *parts_stats, None, 1e-5)
-        y, mask = OPS.batch_norm_act_elemt(given["x"], mean, invstd, *operands, act, PARAMS[act])
+        y, mask = OPS.batch_norm_act_elemt(given["x"], mean, invstd, *operands, act, NUMBERS[act])
         names = ("y", "mean", "invstd", "mask", "running_mean", "running_var", "num_batches_tracked")
         for name, actual, each in zip(names, (y, mean, invstd, mask, *parts_stats), (*expected, *stats), strict=True):
             assert_bitwise_equal(name, actual, each)
         assert count.item() == given["x"].numel() / shape[1]
         mask = mask if mask.numel() else None
         backward = (given["grad_y"], given["x"], mean, invstd, *operands, mask)
-        param = PARAMS[act]
+        param = NUMBERS[act]
         gradients = OPS.batch_norm_act_backward(*backward, True, act, param, [True, True, True, with_residual])
         sums, dz = OPS.batch_norm_act_backward_reduce(*backward, act, param, with_residual)
         assert_bitwise_equal("grad_x", OPS.batch_norm_act_backward_elemt(*backward, act, param, sums, count), gradients[0])
