@@ -360,6 +360,15 @@ def test_optimizers_that_take_turns_make_one_step():
     assert "without a gradient: 1" in monitor.table()
 
 
+def step_and_fail(model, optimizer):
+    """A step, and one that raises an error."""
+    step(model, optimizer)
+    optimizer.fails = True
+    with pytest.raises(RuntimeError, match="half way"):
+        step(model, optimizer)
+    optimizer.fails = False
+
+
 def test_an_optimizer_that_steps_another_makes_one_step():
     class Outer(torch.optim.Optimizer):
         def __init__(self, params):
@@ -377,11 +386,7 @@ def test_an_optimizer_that_steps_another_makes_one_step():
     model = network()
     optimizer = Outer(model.parameters())
     with gk.GradientMonitor(model) as monitor:
-        step(model, optimizer)
-        optimizer.fails = True
-        with pytest.raises(RuntimeError, match="half way"):
-            step(model, optimizer)
-        optimizer.fails = False
+        step_and_fail(model, optimizer)
         before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
         step(model, optimizer)
     found = monitor.to_dict()
@@ -407,11 +412,7 @@ def test_a_step_that_calls_super_is_one_step():
     torch.optim.SGD(model.parameters())
     optimizer = ThenShrinks(model.parameters(), lr=1e-4)
     with gk.GradientMonitor(model) as monitor:
-        step(model, optimizer)
-        optimizer.fails = True
-        with pytest.raises(RuntimeError, match="half way"):
-            step(model, optimizer)
-        optimizer.fails = False
+        step_and_fail(model, optimizer)
         step(model, optimizer)
     found = monitor.to_dict()
     assert found["steps"] == [0, 2], "the second one was not completed"
