@@ -4,6 +4,8 @@ Skipped without a GPU, and short enough for compute-sanitizer (bench/on_gpu.sh).
 test their agreement with torch, also on a GPU.
 """
 
+import re
+
 import pytest
 import torch
 
@@ -32,7 +34,8 @@ def near(name, actual, expected):
 
 
 def value_and_grads(function, *operands):
-    leaves = [each.detach().clone().requires_grad_() for each in operands]
+    # No copies: these would be aligned to 16 bytes, and assert_same needs pointers that are not.
+    leaves = [each.detach().requires_grad_() for each in operands]
     y = function(*leaves)
     grad_y = torch.linspace(-1, 1, max(y.numel(), 1), dtype=torch.float64)[: y.numel()].to(y).view_as(y)
     return y.detach(), *torch.autograd.grad(y, leaves, grad_y)
@@ -202,6 +205,29 @@ def step(x, grads):
     total = gk.get_total_norm(grads)
     gk.clip_grads_with_norm_(parameters, 1.0, total)
     return y, total, gk.clip_grad_norm_(parameters, 0.5)
+
+
+def kernels_of(call):
+    """The names of our kernels that a call launches."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    launched = [event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return re.findall(r"gradkernels::cuda::.*?(\w+_kernel)", "\n".join(launched))
+
+
+def test_clusters_hold_a_channel():
+    """Both ways give the same results, so that only the names of the kernels tell which one was taken."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("clusters exist from compute capability 9.0 on")
+    x, grad_y = (torch.randn(64, 256, 56, 56, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    module = gk.BatchNormAct2d(256, act="leaky_relu", device="cuda")
+    assert kernels_of(lambda: module(x)) == ["batch_norm_act_forward_kernel"]
+    x.requires_grad_()
+    y = module(x)
+    assert kernels_of(lambda: torch.autograd.grad(y, x, grad_y, retain_graph=True)) == ["batch_norm_act_backward_kernel"]
 
 
 def test_nothing_waits_for_the_gpu():

@@ -1,0 +1,195 @@
+"""On a GPU: the time of each kernel by itself, from torch's profiler, with a cold L2 cache.
+
+What a kernel's design predicts is a time without launches, gaps and Python; bench_cuda.py has what a call costs. Each case is measured as
+gradkernels does it, in two passes (the operators of SyncBatchNormAct, whose kernels are those of tensors that no cluster can hold), and as
+torch does it. Least traffic, E = bytes of x: 2E forward, 3E backward; "of copy" compares it with a copy of 2 GiB. A line of JSON is
+written after each case.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from bench_activation import FUNCTIONS, WITH_PARAMETER
+from bench_batch_norm_act import ACTS
+from bench_cuda import HEADER_COPY_BYTES, L2_TIMES, SHAPES, milliseconds
+from harness import EAGER, OURS, copy_of, gk
+
+ops = torch.ops.gradkernels
+TWO_PASSES = "two passes"
+CALLS_BEFORE, CALLS = 2, 5
+# EfficientNet's batch norms are followed by swish.
+SWISH_SHAPES = SHAPES[-6:]
+ELEMENTWISE_BYTES = 64 << 20
+CLIPPED = {"ResNet-50, bfloat16": [(2048, 512)] * 20 + [(256,)] * 100, "1,000 tensors of 256": [(256,)] * 1000}
+# Name of a kernel in a table.
+NAME_CHARACTERS = 44
+
+Calls = dict[str, Callable[[], Any]]
+
+
+def kernels_of(call: Callable[[], Any], flush: Callable[[], Any]) -> dict[str, float]:
+    """Median microseconds of each kernel of a call, by name, in the order of their first launch; the same name twice is summed."""
+    for _ in range(CALLS_BEFORE):
+        call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(CALLS):
+            flush()
+            # Its kernel marks the beginning and the end of a call.
+            torch.cuda._sleep(1000)
+            call()
+            torch.cuda._sleep(1000)
+        torch.cuda.synchronize()
+    launched = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    calls: list[dict[str, float]] = []
+    inside = False
+    for event in sorted(launched, key=lambda event: event.time_range.start):
+        if "spin_kernel" in event.name:
+            inside = not inside
+            calls += [{}] if inside else []
+        elif inside:
+            calls[-1][event.name] = calls[-1].get(event.name, 0.0) + event.time_range.elapsed_us()
+    return {
+        name: statistics.median(each.get(name, 0.0) for each in calls) for name in dict.fromkeys(name for each in calls for name in each)
+    }
+
+
+def batch_norm_calls(shape: tuple[int, ...], channels_last: bool, act: str, dtype: torch.dtype) -> tuple[Tensor, dict[str, Calls]]:
+    """Forward and backward of each provider, in training."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x, grad_y = (torch.randn(shape).to(dtype, memory_format=memory_format) for _ in range(2))
+    weight, bias = torch.rand(shape[1]) + 0.5, torch.rand(shape[1])
+    # One of each for what is recorded for backward, which saves them, and for what is called again and again.
+    running, recorded = ((torch.zeros(shape[1]), torch.ones(shape[1])) for _ in range(2))
+    leaves = [each.requires_grad_() for each in (x, weight, bias)]
+    forwards = {
+        OURS: lambda *statistics: gk.batch_norm_act(x, *statistics, weight, bias, True, 0.1, 1e-5, act=act),
+        EAGER: lambda *statistics: ACTS[act](F.batch_norm(x, *statistics, weight, bias, True, 0.1, 1e-5)),
+    }
+    calls: dict[str, Calls] = {
+        name: {
+            "forward": partial(forward, *running),
+            "backward": partial(torch.autograd.grad, forward(*recorded), leaves, grad_y, retain_graph=True),
+        }
+        for name, forward in forwards.items()
+    }
+    parameter = {"leaky_relu": 0.01, "swish": 1.0}[act]
+    data, affine = x.detach(), (weight.detach(), bias.detach())
+    # 16-bit data may have float32 statistics, so these come from the operators themselves.
+    mean, invstd, count = ops.batch_norm_act_gather_stats(ops.batch_norm_act_stats(data)[None], *running, None, 0.1, 1e-5)
+
+    def two_passes() -> None:
+        ops.batch_norm_act_stats(data)
+        ops.batch_norm_act_elemt(data, mean, invstd, *affine, None, act, parameter)
+
+    def two_passes_back() -> None:
+        sums, _ = ops.batch_norm_act_backward_reduce(grad_y, data, mean, invstd, *affine, None, None, act, parameter, False)
+        ops.batch_norm_act_backward_elemt(grad_y, data, mean, invstd, *affine, None, None, act, parameter, sums, count)
+
+    calls[TWO_PASSES] = {"forward": two_passes, "backward": two_passes_back}
+    return data, calls
+
+
+def activation_calls(name: str, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> tuple[Tensor, dict[str, Calls]]:
+    """Forward and backward of each provider; with a shape, its last dimension has a parameter for each channel."""
+    x = torch.randn(shape or (ELEMENTWISE_BYTES // dtype.itemsize,)).to(dtype)
+    if shape and len(shape) == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    grad_y, channels = torch.rand(x.shape).to(x), shape[1] if shape else 1
+    parameters = [torch.full((channels,), 0.7, dtype=dtype)] if name in WITH_PARAMETER else []
+    leaves = [each.requires_grad_() for each in (x, *parameters)]
+    ours, eager, _ = FUNCTIONS[name]
+    forwards = {OURS: partial(ours, *leaves), EAGER: partial(eager, *leaves)}
+    return x.detach(), {
+        provider: {"forward": forward, "backward": partial(torch.autograd.grad, forward(), leaves, grad_y, retain_graph=True)}
+        for provider, forward in forwards.items()
+    }
+
+
+def clipping_calls(shapes: list[tuple[int, ...]]) -> tuple[Tensor, dict[str, Calls]]:
+    parameters = [torch.nn.Parameter(torch.randn(shape).bfloat16()) for shape in shapes]
+    for each in parameters:
+        each.grad = torch.randn_like(each)
+    grads = torch.cat([each.grad.flatten() for each in parameters])
+    # Each call clips what the one before has left.
+    norms = (0.5**i for i in itertools.count())
+    return grads, {
+        name: {"clips": lambda clip=clip: clip(parameters, next(norms)), "need not": partial(clip, parameters, 1e9)}
+        for name, clip in ((OURS, gk.clip_grad_norm_), (EAGER, torch.nn.utils.clip_grad_norm_))
+    }
+
+
+def cases() -> Iterator[tuple[str, Callable[[], tuple[Tensor, dict[str, Calls]]]]]:
+    for dtype in (torch.bfloat16, torch.float32):
+        for shape in SHAPES:
+            act = "swish" if shape in SWISH_SHAPES else "leaky_relu"
+            for layout in ("contiguous", "channels_last"):
+                name = f"batch norm {act} {shape} {layout} {dtype}".replace("torch.", "")
+                yield name, partial(batch_norm_calls, shape, layout == "channels_last", act, dtype)
+        for function in FUNCTIONS:
+            yield f"{function} {dtype}".replace("torch.", ""), partial(activation_calls, function, dtype)
+        for function in WITH_PARAMETER:
+            for shape in ((64, 64, 56, 56), (64 * 56 * 56, 64), (64, 1024, 14 * 14)):
+                yield f"{function} {shape} {dtype}".replace("torch.", ""), partial(activation_calls, function, dtype, shape)
+        if dtype == torch.bfloat16:
+            for name, shapes in CLIPPED.items():
+                yield f"clip_grad_norm_ {name}", partial(clipping_calls, shapes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON, a line for each case")
+    parser.add_argument("--seconds", type=float, default=120, metavar="N", help="cases that would begin later are left out")
+    parser.add_argument("--only", nargs="*", default=[""], metavar="TEXT", help="the cases whose names contain one of these")
+    parser.add_argument("--providers", nargs="*", default=[OURS, TWO_PASSES, EAGER], metavar="NAME")
+    options = parser.parse_args()
+    ends = time.monotonic() + options.seconds
+    torch.manual_seed(0)
+    torch.set_default_device("cuda")
+    flush = torch.zeros(L2_TIMES * torch.cuda.get_device_properties(0).L2_cache_size // 4).sum
+    bytes_per_us = 2 * HEADER_COPY_BYTES / statistics.median(milliseconds(copy_of(HEADER_COPY_BYTES))) / 1e3
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    print(f"copy of 2 GiB: {bytes_per_us / 1e3:.0f} GB/s")
+    left_out = 0
+    with options.out.open("w") as file:
+        for name, make in cases():
+            if not any(text in name for text in options.only):
+                continue
+            if time.monotonic() > ends:
+                left_out += 1
+                continue
+            try:
+                x, providers = make()
+                row: dict[str, Any] = {"case": name, "bytes": x.nbytes, "copy_bytes_per_us": bytes_per_us}
+                said = []
+                for provider in options.providers:
+                    for part, call in providers.get(provider, {}).items():
+                        kernels = kernels_of(call, flush)
+                        row[f"{provider}, {part}"] = kernels
+                        least = (3 if part in ("backward", "clips") else 2) * x.nbytes / bytes_per_us
+                        total = sum(kernels.values())
+                        said.append(f"{provider[:2]}{part[0]} {total:.1f} ({least / total:.0%})")
+                print(f"{name}: {'; '.join(said)}", flush=True)
+            except Exception as error:
+                row = {"case": name, "failed": f"{type(error).__name__}: {error}"}
+                print(f"{name}: {row['failed'][:300]}", flush=True)
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+    print(f"{left_out} cases left out for lack of time")
+
+
+if __name__ == "__main__":
+    main()
