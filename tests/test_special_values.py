@@ -27,7 +27,7 @@ from batch_norm_act_calls import call as call_batch_norm_act
 from gradkernels import reference
 from simt_library import ROOT, Guarded, load
 from test_simt_activation import INPUT, KINDS, MASK, OUTPUT, PRELU, SWISH
-from test_simt_batch_norm_act import Kernels, become
+from test_simt_batch_norm_act import Kernels
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -542,8 +542,7 @@ def test_cuda_kernels_of_learnt_parameters(guarded, name, dtype):
 @pytest.mark.slow
 @each_training
 @each_residual
-@pytest.mark.parametrize("gpu", ["clusters", "two passes"])
-def test_cuda_kernels_of_batch_norm_act(guarded, monkeypatch, gpu, residual, training):
+def test_cuda_kernels_of_batch_norm_act(guarded, residual, training):
     """float32 and float64 only, because 16 bits are computed in float32.
 
     These kernels square float32 in float32, so the variance of the largest x overflows.
@@ -554,7 +553,6 @@ def test_cuda_kernels_of_batch_norm_act(guarded, monkeypatch, gpu, residual, tra
         given = without_kinks(given, training, act)
         theirs = call_batch_norm_act(reference.batch_norm_act, given, training, act, act_param=ACT_PARAMS[act])
         exact = exact_result(given, training, act)
-        become(monkeypatch, gpu, given["x"].shape)
         kernels = Kernels(call, guarded, given, act)
         kernels.act = (KINDS[act], float(ACT_PARAMS[act] or 0.0))
         kernels.forward(training)

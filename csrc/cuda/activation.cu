@@ -466,7 +466,7 @@ Launch over(int64_t count, int inputs) {
 }  // namespace
 
 void activation_forward(DType dtype, math::Activation act, int64_t count, const void* x, void* y, uint8_t* mask) {
-  with_width(dtype, aligned({x, y}), [&](auto zero, auto width) {
+  with_width(dtype, at_packet({x, y}), [&](auto zero, auto width) {
     using scalar_t = decltype(zero);
     constexpr int W = decltype(width)::value;
     if (mask == nullptr) {
@@ -482,7 +482,7 @@ void activation_forward(DType dtype, math::Activation act, int64_t count, const 
 void activation_backward(DType dtype, math::Activation act, Saved kind, int64_t count, const void* grad_y, const void* saved,
                          void* grad_x) {
   const bool has_mask = kind == Saved::kMask;
-  with_width(dtype, aligned({grad_y, has_mask ? grad_y : saved, grad_x}), [&](auto zero, auto width) {
+  with_width(dtype, at_packet({grad_y, has_mask ? grad_y : saved, grad_x}), [&](auto zero, auto width) {
     using scalar_t = decltype(zero);
     constexpr int W = decltype(width)::value;
     if (has_mask) {
@@ -496,7 +496,7 @@ void activation_backward(DType dtype, math::Activation act, Saved kind, int64_t 
 }
 
 void rrelu_forward(DType dtype, SeededSlopes slopes, int64_t count, const void* x, void* y, uint8_t* mask) {
-  with_width(dtype, aligned({x, y}), [&](auto zero, auto width) {
+  with_width(dtype, at_packet({x, y}), [&](auto zero, auto width) {
     using scalar_t = decltype(zero);
     constexpr int W = decltype(width)::value;
     launch(rrelu_forward_kernel<scalar_t, W>, over<W>(count, 1), slopes, count, static_cast<const scalar_t*>(x), static_cast<scalar_t*>(y),
@@ -505,7 +505,7 @@ void rrelu_forward(DType dtype, SeededSlopes slopes, int64_t count, const void* 
 }
 
 void rrelu_backward(DType dtype, SeededSlopes slopes, int64_t count, const void* grad_y, const uint8_t* mask, void* grad_x) {
-  with_width(dtype, aligned({grad_y, grad_x}), [&](auto zero, auto width) {
+  with_width(dtype, at_packet({grad_y, grad_x}), [&](auto zero, auto width) {
     using scalar_t = decltype(zero);
     constexpr int W = decltype(width)::value;
     launch(rrelu_backward_kernel<scalar_t, W>, over<W>(count, 1), slopes, count, static_cast<const scalar_t*>(grad_y), mask,
@@ -515,7 +515,7 @@ void rrelu_backward(DType dtype, SeededSlopes slopes, int64_t count, const void*
 
 void parametric_forward(const ParametricForward& p) {
   const int64_t count = p.shape.rows * p.shape.channels * p.shape.inner;
-  with_width(p.dtype, aligned({p.x, p.y}), [&](auto zero, auto width) {
+  with_width(p.dtype, at_packet({p.x, p.y}), [&](auto zero, auto width) {
     using scalar_t = decltype(zero);
     constexpr int W = decltype(width)::value;
     launch(parametric_forward_kernel<scalar_t, W>, over<W>(count, 1), p.act, p.shape, count, static_cast<const scalar_t*>(p.x),
@@ -527,7 +527,7 @@ void parametric_backward(const ParametricBackward& p) {
   const ChannelShape& shape = p.shape;
   const bool by_column = shape.inner == 1 && shape.channels > 1;
   const int64_t run = by_column ? shape.channels : shape.inner;
-  const bool in_packets = aligned({p.grad_y, p.x, p.grad_x}) && run % (kPacketBytes / size_of(p.dtype)) == 0;
+  const bool in_packets = at_packet({p.grad_y, p.x, p.grad_x}) && run % (kPacketBytes / size_of(p.dtype)) == 0;
   with_width(p.dtype, in_packets, [&](auto zero, auto width) {
     using scalar_t = decltype(zero);
     constexpr int W = decltype(width)::value;

@@ -9,308 +9,14 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "cuda/channel_cut.h"
-#include "cuda/launch.cuh"
-#include "cuda/reduce.cuh"
-#include "cuda/values.cuh"
+#include "cuda/channel_sums.cuh"
 #include "math/batch_norm_act.h"
 
 namespace gradkernels::cuda {
 namespace {
 
-// Bytes that a thread loads before it uses the first of them, and threads of an SM, which limit the registers of
-// each: 64 KiB in flight are more than the memory of a GPU needs (docs/performance.md). Measure with
-// bench/profile_cuda.py.
-#ifndef GK_BYTES_IN_FLIGHT
-#define GK_BYTES_IN_FLIGHT 64
-#endif
-#ifndef GK_SM_THREADS
-#define GK_SM_THREADS 1024
-#endif
-#ifndef GK_SUMS_WAVES
-#define GK_SUMS_WAVES 1
-#endif
-#ifndef GK_APPLY_WAVES
-#define GK_APPLY_WAVES 2
-#endif
-constexpr int kBytesInFlight = GK_BYTES_IN_FLIGHT;
-template <typename scalar_t>
-constexpr int kThreadsOfProcessor = sizeof(scalar_t) == 8 ? 512 : GK_SM_THREADS;
-template <typename scalar_t, bool kColumns>
-constexpr int kBlocks = kThreadsOfProcessor<scalar_t> / threads_of(kColumns);
-
-// How many packets of each of `operands` tensors a thread loads before it uses the first of them.
-template <typename scalar_t, int W>
-constexpr int packets_in_flight(int operands) {
-  const int packets = kBytesInFlight / operands / (W * static_cast<int>(sizeof(scalar_t)));
-  return packets < 1 ? 1 : packets < 8 ? packets : 8;
-}
-
-// ---- The packets of a thread
-
-// A slab's place in the tensor.
-struct Slab {
-  int64_t first_channel;
-  int channels;
-  int64_t columns;  // of a line
-  int64_t element;
-  int64_t mask_byte;
-};
-
-template <bool kColumns>
-__device__ __forceinline__ Slab slab_of(const ChannelCut& cut, int64_t index) {
-  if constexpr (!kColumns) return {index, 1, cut.inner, index * cut.inner, index * divide_up(cut.inner, 8)};
-  const int64_t first = index * cut.group_channels;
-  const int64_t left = cut.channels - first;
-  const int channels = static_cast<int>(left < cut.group_channels ? left : cut.group_channels);
-  return {first, channels, channels * cut.inner, first * cut.inner, first * cut.inner / 8};
-}
-
-// Where a packet lies, and whether it exists. 32 bits are enough for the mask: no GPU holds 2^35 elements of x,
-// residual and y.
-struct At {
-  int64_t element;
-  uint32_t mask_byte;
-  bool exists;
-};
-
-// Walks the packets of one thread, one after the other, or from the last one back.
-template <int W, bool kColumns, bool kBack>
-class Walk {
-  // Whether a line is padded to whole bytes of the mask.
-  static constexpr bool kPadded = !kColumns && W < 8;
-
- public:
-  __device__ __forceinline__ Walk(const ChannelCut& cut, const Slab& slab, int64_t part) : cut_(cut) {
-    const int64_t step = static_cast<int64_t>(cut.parts) * cut.threads;
-    const int64_t begin = part * cut.threads;
-    const bool fit = cut.packets + step <= INT32_MAX;
-    steps_ = begin < cut.packets ? static_cast<int>(quotient(cut.packets - 1 - begin, step, fit)) + 1 : 0;
-    int64_t first = begin + threadIdx.x;
-    mine_ = first < cut.packets ? static_cast<int>(quotient(cut.packets - 1 - first, step, fit)) + 1 : 0;
-    if constexpr (kBack) first += (steps_ - 1) * step;
-    const int64_t row = quotient(first, cut.line_packets, fit);
-    column_ = static_cast<int>(first - row * cut.line_packets);
-    element_ = slab.element + row * cut.row_stride + column_ * W;
-    mask_byte_ = static_cast<uint32_t>(slab.mask_byte + row * cut.mask_row_stride + column_ * W / 8);
-    columns_ = static_cast<int>(slab.columns);
-    if (kColumns && (static_cast<int>(threadIdx.x) >= cut.threads || column_ * W >= columns_)) mine_ = 0;
-    at_step_ = kBack ? steps_ - 1 : 0;
-  }
-
-  // The steps of the block, the same for all of its threads.
-  __device__ __forceinline__ int steps() const { return steps_; }
-  // In short runs, the thread's first column.
-  __device__ __forceinline__ int column() const { return column_ * W; }
-
-  __device__ __forceinline__ At next() {
-    At at{element_, mask_byte_, at_step_ >= 0 && at_step_ < mine_};
-    if constexpr (kPadded) at.exists = at.exists && column_ * W < columns_;
-    if constexpr (kBack) {
-      --at_step_;
-      element_ -= cut_.element_step;
-      mask_byte_ -= static_cast<uint32_t>(cut_.mask_step);
-      if constexpr (!kColumns) {
-        column_ -= static_cast<int>(cut_.column_step);
-        if (column_ < 0) {
-          column_ += static_cast<int>(cut_.line_packets);
-          element_ -= cut_.element_wrap;
-          mask_byte_ -= static_cast<uint32_t>(cut_.mask_wrap);
-        }
-      }
-    } else {
-      ++at_step_;
-      element_ += cut_.element_step;
-      mask_byte_ += static_cast<uint32_t>(cut_.mask_step);
-      if constexpr (!kColumns) {
-        column_ += static_cast<int>(cut_.column_step);
-        if (column_ >= cut_.line_packets) {
-          column_ -= static_cast<int>(cut_.line_packets);
-          element_ += cut_.element_wrap;
-          mask_byte_ += static_cast<uint32_t>(cut_.mask_wrap);
-        }
-      }
-    }
-    return at;
-  }
-
-  // Calls function(at) with kTile packets at a time: at is an At[kTile]. All threads of a block call it equally
-  // often.
-  template <int kTile, typename Function>
-  __device__ __forceinline__ void for_each_tile(const Function& function) {
-    for (int done = 0; done < steps_; done += kTile) {
-      At at[kTile];
-#pragma unroll
-      for (int i = 0; i < kTile; ++i) at[i] = next();
-      function(at);
-    }
-  }
-
- private:
-  const ChannelCut& cut_;
-  int64_t element_;
-  uint32_t mask_byte_;
-  int column_, columns_, steps_, mine_, at_step_;
-};
-
-// Writes a packet. `briefly`: see Keep.
-template <typename scalar_t, int W>
-__device__ __forceinline__ void write(scalar_t* y, const Values<scalar_t, W>& values, bool briefly) {
-  if (briefly) {
-    store<Keep::kBriefly>(y, values.rounded());
-  } else {
-    store(y, values.rounded());
-  }
-}
-
-// Writes the mask's bits of a packet. One of the threads that share a byte collects their bits. All threads of a
-// block must call it.
-template <int W>
-__device__ __forceinline__ void store_bits(uint8_t* mask, const At& at, unsigned bits) {
-  constexpr int kLanes = 8 / W;
-  const int place = static_cast<int>(threadIdx.x) % kLanes;
-  bits = at.exists ? bits << (W * place) : 0u;
-#pragma unroll
-  for (int distance = 1; distance < kLanes; distance *= 2) bits |= __shfl_xor_sync(kWholeWarp, bits, distance);
-  if (place == 0 && at.exists) mask[at.mask_byte] = static_cast<uint8_t>(bits);
-}
-
-template <int W>
-__device__ __forceinline__ unsigned load_bits(const uint8_t* mask, const At& at) {
-  return static_cast<unsigned>(mask[at.mask_byte]) >> (static_cast<int>(threadIdx.x) % (8 / W) * W);
-}
-
-// ---- Sums of a channel over threads, blocks and parts
-
-// Merges set(0) ... set(sets - 1) into `merged`. `lanes` threads work together, and each of them gets the
-// result. Only float64 data have low parts.
-template <typename opmath, typename Set>
-__device__ __forceinline__ void merge(math::Moments<double>& merged, int lanes, int sets, const Set& set) {
-  ThreadSum<float> count;  // exact
-  ThreadSum<opmath> total, m2;
-  for (int i = static_cast<int>(threadIdx.x) % lanes; i < sets; i += lanes) {
-    const math::Moments<double> one = set(i);
-    count.add(one.count);
-    total.add(math::total_of(one));
-  }
-  count.add_over_lanes(lanes);
-  total.add_over_lanes(lanes);
-  math::Sum<double> mean{0.0, 0.0};
-  // Of a channel that does not exist, there are no sets.
-  if (count.total > 0.0) {
-    if constexpr (std::is_same_v<opmath, double>) {
-      mean = math::quotient_of(total.value(), count.total);
-    } else {
-      mean.high = total.total / count.total;
-    }
-  }
-  for (int i = static_cast<int>(threadIdx.x) % lanes; i < sets; i += lanes) m2.add(math::m2_about(mean, set(i)));
-  m2.add_over_lanes(lanes);
-  merged = {count.total, mean.high, m2.value().high, mean.low, m2.value().low};
-}
-
-template <typename opmath, typename Set>
-__device__ __forceinline__ void merge(math::GradientSums& merged, int lanes, int sets, const Set& set) {
-  ThreadSum<opmath> dz, dz_x;
-  for (int i = static_cast<int>(threadIdx.x) % lanes; i < sets; i += lanes) {
-    const math::GradientSums one = set(i);
-    dz.add(one.dz);
-    dz_x.add(one.dz_x);
-  }
-  dz.add_over_lanes(lanes);
-  dz_x.add_over_lanes(lanes);
-  merged = {dz.rounded(), dz_x.rounded()};
-}
-
-// A thread's channel when its block merges sums. `lanes` neighbouring threads have the same channel, and the
-// first of them writes the result.
-struct Lane {
-  int in_slab;
-  int64_t channel;
-  bool exists;
-  bool writes;
-
-  __device__ __forceinline__ Lane(const ChannelCut& cut, const Slab& slab)
-      : in_slab(static_cast<int>(threadIdx.x) / cut.lanes),
-        channel(slab.first_channel + in_slab),
-        exists(in_slab < slab.channels),
-        writes(exists && static_cast<int>(threadIdx.x) % cut.lanes == 0) {}
-};
-
-// The moments of a thread's elements, from the sums of their differences from `about`, and of the squares.
-__device__ __forceinline__ math::Moments<double> thread_moments(double about, double count, const ThreadSum<float>& sum,
-                                                                const ThreadSum<float>& squares) {
-  const double step = sum.total * (1.0 / count);
-  return {count, about + step, squares.total - sum.total * step, 0.0, 0.0};
-}
-__device__ __forceinline__ math::Moments<double> thread_moments(double about, double count, const ThreadSum<double>& sum,
-                                                                const ThreadSum<double>& squares) {
-  return math::moments_about(about, count, sum.value(), squares.value());
-}
-
-// The moments of a part in memory. Only float64 data have low parts.
-template <typename opmath>
-struct PartMoments {
-  double mean, m2, count;
-
-  PartMoments() = default;
-  __device__ __forceinline__ explicit PartMoments(const math::Moments<double>& m) : mean(m.mean), m2(m.m2), count(m.count) {}
-  __device__ __forceinline__ operator math::Moments<double>() const { return {count, mean, m2, 0.0, 0.0}; }
-};
-template <>
-struct PartMoments<double> : math::Moments<double> {
-  PartMoments() = default;
-  __device__ __forceinline__ explicit PartMoments(const math::Moments<double>& m) : math::Moments<double>(m) {}
-};
-
-// Merges the results of all parts of slab `index`, through global memory, into the `found` of the last block.
-// Returns whether this block is the last.
-template <typename opmath, typename Found, typename InMemory>
-__device__ __forceinline__ bool merge_parts(const ChannelCut& cut, const Lane& lane, int64_t index, int64_t part, Found& found,
-                                            InMemory* partial, unsigned* counters, unsigned* flag) {
-  if (cut.parts == 1) return true;
-  if (lane.writes) partial[part * cut.channels + lane.channel] = InMemory(found);
-  if (!is_last_block(counters + index, cut.parts, flag)) return false;
-  merge<opmath>(found, cut.lanes, lane.exists ? cut.parts : 0, [&](int i) -> Found { return partial[i * cut.channels + lane.channel]; });
-  return true;
-}
-
-// The results of each thread of a block: one value for each of its columns, or one for all of its elements if
-// the block has one channel.
-template <int W, bool kColumns>
-struct ThreadValues {
-  static constexpr int kValues = kColumns ? W : 1;
-  // One more than the threads, so that the channels of neighbouring columns are in different banks.
-  static constexpr int kPitch = threads_of(kColumns) + 1;
-  double value[kValues * kPitch];
-
-  __device__ __forceinline__ void put(const double (&values)[kValues]) {
-#pragma unroll
-    for (int k = 0; k < kValues; ++k) value[k * kPitch + threadIdx.x] = values[k];
-  }
-};
-
-// The thread of set `i` of a channel, and the place of its value in ThreadValues.
-struct ThreadColumn {
-  int thread;
-  int place;
-};
-
-template <bool kColumns>
-__device__ __forceinline__ int sets_of_block(const ChannelCut& cut) {
-  if constexpr (!kColumns) return cut.threads;
-  return cut.threads / static_cast<int>(cut.line_packets) * static_cast<int>(cut.inner);
-}
-
-template <int W, bool kColumns>
-__device__ __forceinline__ ThreadColumn set_of_block(const ChannelCut& cut, int channel, int i) {
-  if constexpr (!kColumns) return {i, i};
-  const int inner = static_cast<int>(cut.inner);
-  const int line = i / inner;
-  const int column = channel * inner + (i - line * inner);
-  const int thread = line * static_cast<int>(cut.line_packets) + column / W;
-  return {thread, column % W * ThreadValues<W, kColumns>::kPitch + thread};
-}
+template <typename scalar_t, int W, bool kColumns, bool kResidual>
+constexpr int kBlocks = blocks_of_processor(sizeof(scalar_t), W, kColumns, kResidual);
 
 // ---- Parameters of a channel
 
@@ -338,65 +44,6 @@ __device__ __forceinline__ math::Normalisation<opmath> channel_normalisation(con
                                      channel_value(p.parameter_dtype, p.bias, channel, 0.0));
 }
 
-// Calls function(k, channel) for the columns of a packet that begins with column `column` of the line: `channel`
-// is the column's channel, counted from the first of the slab. Columns that do not exist get the last channel.
-template <int W, bool kColumns, typename Function>
-__device__ __forceinline__ void for_each_column(const ChannelCut& cut, const Slab& slab, int column, const Function& function) {
-  int channel = kColumns ? column / static_cast<int>(cut.inner) : 0;
-  int within = kColumns ? column % static_cast<int>(cut.inner) : 0;
-#pragma unroll
-  for (int k = 0; k < ThreadValues<W, kColumns>::kValues; ++k) {
-    function(k, channel < slab.channels ? channel : slab.channels - 1);
-    if (++within == cut.inner) {
-      within = 0;
-      ++channel;
-    }
-  }
-}
-
-// The sum in pairs, so that its rounding error grows with the logarithm of the number.
-template <int kFirst, int kNumber, typename T, int W>
-__device__ __forceinline__ T sum_of(const T (&x)[W]) {
-  if constexpr (kNumber == 1) {
-    return x[kFirst];
-  } else {
-    return sum_of<kFirst, kNumber / 2>(x) + sum_of<kFirst + kNumber / 2, kNumber / 2>(x);
-  }
-}
-
-// A thread's sums of two quantities, one for each of its columns, or one of each in a long run. Elements of one
-// column are added up in the computing type and then in float64: those of a packet, in 16-bit types those of a
-// tile.
-template <typename scalar_t, int W, bool kColumns>
-struct ThreadSums {
-  using opmath = opmath_t<scalar_t>;
-  static constexpr int kValues = ThreadValues<W, kColumns>::kValues;
-  ThreadSum<opmath> first[kValues], second[kValues];
-  opmath tile_first[kValues] = {}, tile_second[kValues] = {};
-
-  __device__ __forceinline__ void add(const opmath (&a)[W], const opmath (&b)[W]) {
-    if constexpr (kColumns) {
-#pragma unroll
-      for (int k = 0; k < W; ++k) {
-        tile_first[k] += a[k];
-        tile_second[k] += b[k];
-      }
-    } else {
-      tile_first[0] += sum_of<0, W>(a);
-      tile_second[0] += sum_of<0, W>(b);
-    }
-    if constexpr (sizeof(scalar_t) > 2) end_tile();
-  }
-  __device__ __forceinline__ void end_tile() {
-#pragma unroll
-    for (int k = 0; k < kValues; ++k) {
-      first[k].add(tile_first[k]);
-      second[k].add(tile_second[k]);
-      tile_first[k] = tile_second[k] = opmath(0);
-    }
-  }
-};
-
 // ---- Forward
 
 // The moments of each thread: mean, M2 and, of float64 data, the low part of the mean.
@@ -404,7 +51,7 @@ template <int W, bool kColumns, typename opmath>
 struct ForwardShared {
   static constexpr bool kLow = std::is_same_v<opmath, double>;
   ThreadValues<W, kColumns> of_thread[kLow ? 3 : 2];
-  double count[threads_of(kColumns)];
+  double count[threads_of(W, kColumns)];
   unsigned flag;
 };
 
@@ -419,7 +66,7 @@ template <typename scalar_t, int W, bool kColumns>
 __device__ __forceinline__ math::Moments<double> part_moments(const ChannelCut& cut, const Slab& slab, int64_t part, const scalar_t* x,
                                                               ForwardShared<W, kColumns, opmath_t<scalar_t>>& shared) {
   using opmath = opmath_t<scalar_t>;
-  constexpr int kTile = packets_in_flight<scalar_t, W>(1);
+  constexpr int kTile = packets_in_flight(sizeof(scalar_t), W, 1);
   constexpr int kValues = ThreadValues<W, kColumns>::kValues;
   opmath about[kValues] = {};
   int count = 0;
@@ -520,7 +167,7 @@ __device__ __forceinline__ void finish_channel(const BatchNormForward& p, double
 //            counters[slabs] = 0, unless a slab has one part
 //   traffic  n elements read
 template <typename scalar_t, int W, bool kColumns>
-__global__ void __launch_bounds__(threads_of(kColumns), kBlocks<scalar_t, kColumns>)
+__global__ void __launch_bounds__(threads_of(W, kColumns), kBlocks<scalar_t, W, kColumns, false>)
     batch_norm_act_stats_kernel(BatchNormForward p, ChannelCut cut, double* moments, PartMoments<opmath_t<scalar_t>>* partial,
                                 unsigned* counters) {
   using opmath = opmath_t<scalar_t>;
@@ -540,10 +187,10 @@ __global__ void __launch_bounds__(threads_of(kColumns), kBlocks<scalar_t, kColum
 //   requires operands dense in the order of the shape, and aligned to packets
 //   traffic  n elements read (2n with a residual), n written, n bits written if there is a mask
 template <typename scalar_t, int W, bool kColumns, bool kResidual>
-__global__ void __launch_bounds__(threads_of(kColumns), kBlocks<scalar_t, kColumns>)
+__global__ void __launch_bounds__(threads_of(W, kColumns), kBlocks<scalar_t, W, kColumns, kResidual>)
     batch_norm_act_normalise_kernel(BatchNormForward p, ChannelCut cut, bool briefly) {
   using opmath = opmath_t<scalar_t>;
-  constexpr int kTile = packets_in_flight<scalar_t, W>(kResidual ? 2 : 1);
+  constexpr int kTile = packets_in_flight(sizeof(scalar_t), W, 1 + kResidual);
   auto* const normalisation = shared_memory<math::Normalisation<opmath>>();
   const int64_t block = gridDim.x - 1 - blockIdx.x;
   const int64_t part = block / cut.slabs;
@@ -715,7 +362,7 @@ template <typename scalar_t, int W, bool kColumns, bool kResidual>
 __device__ __forceinline__ math::GradientSums part_sums(const BatchNormBackward& p, const ChannelCut& cut, const Slab& slab, int64_t part,
                                                         BackwardShared<W, kColumns, opmath_t<scalar_t>>& shared) {
   using opmath = opmath_t<scalar_t>;
-  constexpr int kTile = packets_in_flight<scalar_t, W>(kResidual ? 3 : 2);
+  constexpr int kTile = packets_in_flight(sizeof(scalar_t), W, 2 + kResidual);
   constexpr int kValues = ThreadValues<W, kColumns>::kValues;
   if (static_cast<int>(threadIdx.x) < slab.channels) {
     const int64_t channel = slab.first_channel + threadIdx.x;
@@ -790,7 +437,7 @@ __device__ __forceinline__ opmath grad_x_of(const BatchNormBackward& p, const Gr
 //            counters[slabs] = 0, unless a slab has one part
 //   traffic  2n elements read (and n bits, or n elements of the residual), n written for grad_residual
 template <typename scalar_t, int W, bool kColumns, bool kResidual>
-__global__ void __launch_bounds__(threads_of(kColumns), kBlocks<scalar_t, kColumns>)
+__global__ void __launch_bounds__(threads_of(W, kColumns), kBlocks<scalar_t, W, kColumns, kResidual>)
     batch_norm_act_backward_reduce_kernel(BatchNormBackward p, ChannelCut cut, double* sums, math::GradientSums* partial,
                                           unsigned* counters) {
   using opmath = opmath_t<scalar_t>;
@@ -810,10 +457,10 @@ __global__ void __launch_bounds__(threads_of(kColumns), kBlocks<scalar_t, kColum
 //   requires operands dense in the order of the shape, and aligned to packets
 //   traffic  2n elements read (and n bits, or n elements of the residual), n written
 template <typename scalar_t, int W, bool kColumns, bool kResidual>
-__global__ void __launch_bounds__(threads_of(kColumns), kBlocks<scalar_t, kColumns>)
+__global__ void __launch_bounds__(threads_of(W, kColumns), kBlocks<scalar_t, W, kColumns, kResidual>)
     batch_norm_act_backward_elemt_kernel(BatchNormBackward p, ChannelCut cut, const double* sums, const double* count, bool briefly) {
   using opmath = opmath_t<scalar_t>;
-  constexpr int kTile = packets_in_flight<scalar_t, W>(kResidual ? 3 : 2);
+  constexpr int kTile = packets_in_flight(sizeof(scalar_t), W, 2 + kResidual);
   auto* const coefficients = shared_memory<GradientCoefficients<opmath>>();
   const int64_t block = gridDim.x - 1 - blockIdx.x;
   const Slab slab = slab_of<kColumns>(cut, block % cut.slabs);
@@ -872,28 +519,21 @@ template <int kValue>
 using Width = std::integral_constant<int, kValue>;
 
 // Calls function(scalar_t(), width, columns) with the type, the elements of a packet and whether runs are short,
-// the latter two as integral_constants. Packets have 16 bytes. In short runs they have at most 4 elements,
-// because a thread keeps numbers for each of its columns; long runs in 16 bits may be aligned to 8 bytes only, as
-// those of 14 x 14 pixels. Otherwise, a packet is an element.
+// the latter two as integral_constants.
 template <typename Function>
 void visit_cut(DType dtype, const ChannelShape& shape, std::initializer_list<const void*> operands, const Function& function) {
   dispatch(dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     constexpr int kWhole = kPacketElements<scalar_t>;
-    constexpr int kHalf = sizeof(scalar_t) == 2 ? kWhole / 2 : kWhole;
-    const auto fits = [&](int width) {
-      const int64_t line = shape.inner >= kShortRunElements ? shape.inner : shape.inner == 1 ? shape.channels : 1;
-      return line % width == 0 && aligned(operands, width * static_cast<int>(sizeof(scalar_t)));
-    };
+    constexpr int kColumn = kWhole < 4 ? kWhole : 4;
+    const int width = width_of(shape, sizeof(scalar_t), alignment_of(operands));
     if (shape.inner < kShortRunElements) {
-      if (fits(kHalf)) return function(zero, Width<kHalf>(), std::true_type());
-      return function(zero, Width<1>(), std::true_type());
+      return width == 1 ? function(zero, Width<1>(), std::true_type()) : function(zero, Width<kColumn>(), std::true_type());
     }
-    if (fits(kWhole)) return function(zero, Width<kWhole>(), std::false_type());
-    if constexpr (kHalf < kWhole) {
-      if (fits(kHalf)) return function(zero, Width<kHalf>(), std::false_type());
+    if constexpr (kColumn < kWhole) {
+      if (width == kColumn) return function(zero, Width<kColumn>(), std::false_type());
     }
-    return function(zero, Width<1>(), std::false_type());
+    return width == 1 ? function(zero, Width<1>(), std::false_type()) : function(zero, Width<kWhole>(), std::false_type());
   });
 }
 
@@ -906,10 +546,9 @@ void visit_cut(const BatchNormBackward& p, const Function& function) {
   visit_cut(p.dtype, p.shape, {p.grad_y, p.x, p.residual, p.grad_x, p.grad_residual}, function);
 }
 
-// The cut for a kernel that loads `packets` packets of each operand at once.
-template <typename scalar_t, int W, bool kColumns>
-ChannelCut cut_in_waves(const ChannelShape& shape, int64_t waves, int64_t packets) {
-  return in_waves(cut_of(shape, W), int64_t{kBlocks<scalar_t, kColumns>} * device_limits().processors, waves, packets);
+template <typename scalar_t, int W>
+ChannelCut cut_of(const ChannelShape& shape, int operands, bool residual, Pass pass) {
+  return cut_for(shape, sizeof(scalar_t), W, operands, residual, pass, device_limits().processors);
 }
 
 // Whether two tensors do not fit into L2, so that what is written should leave it first.
@@ -922,7 +561,8 @@ bool has_residual(const BatchNormBackward& p) { return p.residual != nullptr || 
 
 template <typename Shared>
 Launch as_launch(const ChannelCut& cut, bool columns, int number = 1) {
-  return {dim3(static_cast<unsigned>(cut.slabs * cut.parts)), dim3(static_cast<unsigned>(threads_of(columns))), sizeof(Shared) * number};
+  return {dim3(static_cast<unsigned>(cut.slabs * cut.parts)), dim3(static_cast<unsigned>(threads_of(cut.width, columns))),
+          sizeof(Shared) * number};
 }
 
 // Memory for the results that the blocks of a slab leave for the last one; empty if a slab has one block.
@@ -934,42 +574,32 @@ Partials<Found> partials(const ChannelCut& cut) {
 template <typename scalar_t, int W, bool kColumns>
 void launch_stats(const BatchNormForward& p, double* moments) {
   using opmath = opmath_t<scalar_t>;
-  const ChannelCut cut = cut_in_waves<scalar_t, W, kColumns>(p.shape, GK_SUMS_WAVES, packets_in_flight<scalar_t, W>(1));
+  const ChannelCut cut = cut_of<scalar_t, W>(p.shape, 1, false, Pass::kSums);
   const auto of_parts = partials<PartMoments<opmath>>(cut);
   launch(batch_norm_act_stats_kernel<scalar_t, W, kColumns>, as_launch<ForwardShared<W, kColumns, opmath>>(cut, kColumns), p, cut, moments,
          of_parts.values(), of_parts.counters());
 }
 
-template <typename scalar_t, int W, bool kColumns>
+template <typename scalar_t, int W, bool kColumns, bool kResidual>
 void launch_normalise(const BatchNormForward& p) {
-  const ChannelCut cut = cut_in_waves<scalar_t, W, kColumns>(p.shape, GK_APPLY_WAVES, packets_in_flight<scalar_t, W>(1));
-  launch(p.residual == nullptr ? batch_norm_act_normalise_kernel<scalar_t, W, kColumns, false>
-                               : batch_norm_act_normalise_kernel<scalar_t, W, kColumns, true>,
+  const ChannelCut cut = cut_of<scalar_t, W>(p.shape, 1, kResidual, Pass::kResults);
+  launch(batch_norm_act_normalise_kernel<scalar_t, W, kColumns, kResidual>,
          as_launch<math::Normalisation<opmath_t<scalar_t>>>(cut, kColumns, kMostGroupChannels), p, cut,
          p.training && exceeds_cache(p.dtype, p.shape));
 }
 
-template <typename scalar_t, int W, bool kColumns>
+template <typename scalar_t, int W, bool kColumns, bool kResidual>
 void launch_backward_reduce(const BatchNormBackward& p, double* sums) {
-  const ChannelCut cut = cut_in_waves<scalar_t, W, kColumns>(p.shape, GK_SUMS_WAVES, packets_in_flight<scalar_t, W>(2));
+  const ChannelCut cut = cut_of<scalar_t, W>(p.shape, 2, kResidual, Pass::kSums);
   const auto of_parts = partials<math::GradientSums>(cut);
-  launch(has_residual(p) ? batch_norm_act_backward_reduce_kernel<scalar_t, W, kColumns, true>
-                         : batch_norm_act_backward_reduce_kernel<scalar_t, W, kColumns, false>,
+  launch(batch_norm_act_backward_reduce_kernel<scalar_t, W, kColumns, kResidual>,
          as_launch<BackwardShared<W, kColumns, opmath_t<scalar_t>>>(cut, kColumns), p, cut, sums, of_parts.values(), of_parts.counters());
 }
 
-template <typename scalar_t, int W, bool kColumns>
-void launch_backward_elemt(BatchNormBackward p, const double* sums, const double* count) {
-  if (p.grad_residual != nullptr && sizeof(scalar_t) > 2) {
-    // The first pass has written dz. (dz of 16 bits is rounded, and not used.)
-    p.grad_y = p.grad_residual;
-    p.act.kind = math::ActivationKind::kIdentity;
-    p.mask = nullptr;
-    p.residual = nullptr;
-  }
-  const ChannelCut cut = cut_in_waves<scalar_t, W, kColumns>(p.shape, GK_APPLY_WAVES, packets_in_flight<scalar_t, W>(2));
-  launch(has_residual(p) ? batch_norm_act_backward_elemt_kernel<scalar_t, W, kColumns, true>
-                         : batch_norm_act_backward_elemt_kernel<scalar_t, W, kColumns, false>,
+template <typename scalar_t, int W, bool kColumns, bool kResidual>
+void launch_backward_elemt(const BatchNormBackward& p, const double* sums, const double* count) {
+  const ChannelCut cut = cut_of<scalar_t, W>(p.shape, 2, kResidual, Pass::kResults);
+  launch(batch_norm_act_backward_elemt_kernel<scalar_t, W, kColumns, kResidual>,
          as_launch<GradientCoefficients<opmath_t<scalar_t>>>(cut, kColumns, kMostGroupChannels), p, cut, sums, count,
          exceeds_cache(p.dtype, p.shape));
 }
@@ -981,34 +611,47 @@ void batch_norm_act_stats(const BatchNormForward& p, double* moments) {
 }
 
 void batch_norm_act_elemt(const BatchNormForward& p) {
-  visit_cut(p, [&](auto zero, auto width, auto columns) { launch_normalise<decltype(zero), width, columns>(p); });
-}
-
-void batch_norm_act_forward(const BatchNormForward& p) {
   visit_cut(p, [&](auto zero, auto width, auto columns) {
     using scalar_t = decltype(zero);
-    if (p.training) launch_stats<scalar_t, width, columns>(p, nullptr);
-    launch_normalise<scalar_t, width, columns>(p);
+    p.residual == nullptr ? launch_normalise<scalar_t, width, columns, false>(p) : launch_normalise<scalar_t, width, columns, true>(p);
   });
 }
 
+void batch_norm_act_forward(const BatchNormForward& p) {
+  if (p.training) batch_norm_act_stats(p, nullptr);
+  batch_norm_act_elemt(p);
+}
+
 void batch_norm_act_backward_reduce(const BatchNormBackward& p, double* sums) {
-  visit_cut(p, [&](auto zero, auto width, auto columns) { launch_backward_reduce<decltype(zero), width, columns>(p, sums); });
+  visit_cut(p, [&](auto zero, auto width, auto columns) {
+    using scalar_t = decltype(zero);
+    has_residual(p) ? launch_backward_reduce<scalar_t, width, columns, true>(p, sums)
+                    : launch_backward_reduce<scalar_t, width, columns, false>(p, sums);
+  });
 }
 
 void batch_norm_act_backward_elemt(const BatchNormBackward& p, const double* sums, const double* count) {
-  visit_cut(p, [&](auto zero, auto width, auto columns) { launch_backward_elemt<decltype(zero), width, columns>(p, sums, count); });
+  visit_cut(p, [&](auto zero, auto width, auto columns) {
+    using scalar_t = decltype(zero);
+    BatchNormBackward q = p;
+    if (p.grad_residual != nullptr && sizeof(scalar_t) > 2) {
+      // The first pass has written dz. (dz of 16 bits is rounded, and not used.)
+      q.grad_y = p.grad_residual;
+      q.act.kind = math::ActivationKind::kIdentity;
+      q.mask = nullptr;
+      q.residual = q.grad_residual = nullptr;
+    }
+    has_residual(q) ? launch_backward_elemt<scalar_t, width, columns, true>(q, sums, count)
+                    : launch_backward_elemt<scalar_t, width, columns, false>(q, sums, count);
+  });
 }
 
 void batch_norm_act_backward(const BatchNormBackward& p) {
   const bool needs_sums = p.grad_weight != nullptr || p.grad_bias != nullptr || p.grad_residual != nullptr || p.training;
-  visit_cut(p, [&](auto zero, auto width, auto columns) {
-    using scalar_t = decltype(zero);
-    const Workspace sums(needs_sums && p.grad_x != nullptr ? 2 * p.shape.channels * sizeof(double) : 0);
-    double* const of_channels = static_cast<double*>(sums.data());
-    if (needs_sums) launch_backward_reduce<scalar_t, width, columns>(p, of_channels);
-    if (p.grad_x != nullptr) launch_backward_elemt<scalar_t, width, columns>(p, of_channels, nullptr);
-  });
+  const Workspace sums(needs_sums && p.grad_x != nullptr ? 2 * p.shape.channels * sizeof(double) : 0);
+  double* const of_channels = static_cast<double*>(sums.data());
+  if (needs_sums) batch_norm_act_backward_reduce(p, of_channels);
+  if (p.grad_x != nullptr) batch_norm_act_backward_elemt(p, of_channels, nullptr);
 }
 
 void batch_norm_act_gather_stats(const BatchNormForward& p, int64_t ranks, const double* moments) {

@@ -29,13 +29,27 @@
 
 namespace gradkernels::cuda {
 
-// Threads of a block. In short runs, larger blocks leave fewer results to merge.
-constexpr int kRunThreads = 256;
-#ifndef GK_COLUMN_THREADS
-#define GK_COLUMN_THREADS 512
+// What is to be measured on a GPU (bench/profile_cuda.py): the bytes that a thread loads before it uses the first
+// of them, and the waves of blocks of the passes for sums and for results. -D sets another number.
+#ifndef GK_BYTES_IN_FLIGHT
+#define GK_BYTES_IN_FLIGHT 64
 #endif
-constexpr int kColumnThreads = GK_COLUMN_THREADS;
-constexpr int threads_of(bool columns) { return columns ? kColumnThreads : kRunThreads; }
+#ifndef GK_SUMS_WAVES
+#define GK_SUMS_WAVES 1
+#endif
+#ifndef GK_APPLY_WAVES
+#define GK_APPLY_WAVES 2
+#endif
+constexpr int kBytesInFlight = GK_BYTES_IN_FLIGHT;
+constexpr int kSumsWaves = GK_SUMS_WAVES;
+constexpr int kApplyWaves = GK_APPLY_WAVES;
+
+// Threads of a block. In short runs, larger blocks leave fewer results to merge, and if each thread has one
+// column, a line of eight channels has up to 504.
+constexpr int kRunThreads = 256;
+constexpr int kColumnThreads = 352;
+constexpr int kSingleColumnThreads = 512;
+constexpr int threads_of(int width, bool columns) { return !columns ? kRunThreads : width > 1 ? kColumnThreads : kSingleColumnThreads; }
 
 // The most channels of a slab of short runs.
 constexpr int kMostGroupChannels = 64;
@@ -50,6 +64,33 @@ constexpr double kFullWave = 0.9;
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+// The elements of a packet: 16 bytes, if lines and pointers are aligned to them; `alignment` is that of all
+// pointers, in bytes. In short runs they are at most 4, because a thread keeps numbers for each of its columns.
+// Long runs in 16 bits may be aligned to 8 bytes only, as those of 14 x 14 pixels. Otherwise, a packet is an
+// element.
+inline int width_of(const ChannelShape& shape, int element_bytes, int alignment) {
+  const bool columns = shape.inner < kShortRunElements;
+  const int64_t line = !columns ? shape.inner : shape.inner == 1 ? shape.channels : 1;
+  for (int width = columns && element_bytes == 2 ? 4 : 16 / element_bytes; width * element_bytes >= 8; width /= 2) {
+    if (line % width == 0 && alignment % (width * element_bytes) == 0) return width;
+    if (element_bytes > 2) break;
+  }
+  return 1;
+}
+
+// How many packets of each of `operands` tensors a thread loads before it uses the first of them.
+constexpr int packets_in_flight(int element_bytes, int width, int operands) {
+  const int packets = kBytesInFlight / operands / (width * element_bytes);
+  return packets < 1 ? 1 : packets < 8 / operands ? packets : 8 / operands;
+}
+
+// The blocks that an SM can hold, which limit the registers of a thread: an SM has 65,536. With 64 bytes in flight
+// for each of 704 to 1,024 threads, an SM waits for 44 to 64 KiB at a time.
+constexpr int blocks_of_processor(int element_bytes, int width, bool columns, bool residual) {
+  if (element_bytes == 8) return columns ? 1 : 2;
+  return columns ? 2 : width == 1 || residual ? 3 : 4;
+}
 
 struct ChannelCut {
   int64_t rows, channels, inner;
@@ -96,7 +137,7 @@ inline ChannelCut cut_of(const ChannelShape& shape, int width) {
   cut.line_packets = bytes_of_line * 8 / width;
   cut.packets = shape.rows * cut.line_packets;
   cut.slabs = divide_up(shape.channels, cut.group_channels);
-  const int threads = threads_of(columns);
+  const int threads = threads_of(width, columns);
   cut.threads = columns ? static_cast<int>(threads / cut.line_packets * cut.line_packets) : threads;
   cut.lanes = 32;
   while (cut.lanes * cut.group_channels > threads) cut.lanes /= 2;
@@ -117,8 +158,8 @@ inline ChannelCut in_parts(ChannelCut cut, int64_t parts) {
 
 // The cut for a GPU that runs `resident` blocks at once: the fewest parts that give it blocks for `waves` waves,
 // the last of them nearly full, and leave each thread `least` packets.
-inline ChannelCut in_waves(const ChannelCut& cut, int64_t resident, int64_t waves, int64_t least) {
-  const int64_t most = std::clamp<int64_t>(cut.packets / (cut.threads * least), 1, kMostParts);
+inline ChannelCut in_waves(const ChannelCut& cut, int64_t resident, int64_t waves, int64_t least, int64_t most_parts) {
+  const int64_t most = std::clamp<int64_t>(cut.packets / (cut.threads * least), 1, most_parts);
   const auto full = [&](int64_t parts) {
     return static_cast<double>(cut.slabs * parts) / static_cast<double>(round_up(cut.slabs * parts, resident));
   };
@@ -131,6 +172,17 @@ inline ChannelCut in_waves(const ChannelCut& cut, int64_t resident, int64_t wave
     if (enough(best) && full(best) >= kFullWave) break;
   }
   return in_parts(cut, best);
+}
+
+// A pass for sums leaves results of its parts to be merged; one for results does not.
+enum class Pass : uint8_t { kSums, kResults };
+
+// The cut of a pass that reads `operands` tensors, and those of a residual, on a GPU of `processors` SMs.
+inline ChannelCut cut_for(const ChannelShape& shape, int element_bytes, int width, int operands, bool residual, Pass pass, int processors) {
+  const bool columns = shape.inner < kShortRunElements, sums = pass == Pass::kSums;
+  const int64_t resident = int64_t{blocks_of_processor(element_bytes, width, columns, residual)} * processors;
+  const int packets = packets_in_flight(element_bytes, width, operands + residual);
+  return in_waves(cut_of(shape, width), resident, sums ? kSumsWaves : kApplyWaves, packets, sums ? kMostParts : INT32_MAX);
 }
 
 }  // namespace gradkernels::cuda

@@ -148,13 +148,13 @@ __device__ __forceinline__ int64_t quotient(int64_t a, int64_t b, bool fit) {
   return fit ? static_cast<int64_t>(static_cast<unsigned>(a) / static_cast<unsigned>(b)) : a / b;
 }
 
-// Whether every pointer is aligned to `bytes`, those of a packet.
-inline bool aligned(std::initializer_list<const void*> pointers, int bytes = kPacketBytes) {
-  for (const void* pointer : pointers) {
-    if (reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) != 0) return false;
-  }
-  return true;
+// The alignment of all pointers in bytes, at most that of a packet. Null pointers have every alignment.
+inline int alignment_of(std::initializer_list<const void*> pointers) {
+  uintptr_t bits = kPacketBytes;
+  for (const void* pointer : pointers) bits |= reinterpret_cast<uintptr_t>(pointer);
+  return static_cast<int>(bits & ~(bits - 1));
 }
+inline bool at_packet(std::initializer_list<const void*> pointers) { return alignment_of(pointers) == kPacketBytes; }
 
 template <typename T>
 __device__ __forceinline__ T* shared_memory() {

@@ -1,0 +1,158 @@
+// The packets of one thread in the cut of a tensor by channels (cuda/channel_cut.h): where they are, and how they
+// and their bits of the mask are moved.
+#pragma once
+
+#include "cuda/channel_cut.h"
+#include "cuda/values.cuh"
+
+namespace gradkernels::cuda {
+
+// A slab's place in the tensor.
+struct Slab {
+  int64_t first_channel;
+  int channels;
+  int64_t columns;  // of a line
+  int64_t element;
+  int64_t mask_byte;
+};
+
+template <bool kColumns>
+__device__ __forceinline__ Slab slab_of(const ChannelCut& cut, int64_t index) {
+  if constexpr (!kColumns) return {index, 1, cut.inner, index * cut.inner, index * divide_up(cut.inner, 8)};
+  const int64_t first = index * cut.group_channels;
+  const int64_t left = cut.channels - first;
+  const int channels = static_cast<int>(left < cut.group_channels ? left : cut.group_channels);
+  return {first, channels, channels * cut.inner, first * cut.inner, first * cut.inner / 8};
+}
+
+// Where a packet lies, and whether it exists. 32 bits are enough for the mask: no GPU holds 2^35 elements of x,
+// residual and y.
+struct At {
+  int64_t element;
+  uint32_t mask_byte;
+  bool exists;
+};
+
+// Walks the packets of one thread, one after the other, or from the last one back.
+template <int W, bool kColumns, bool kBack>
+class Walk {
+  // Whether a line is padded to whole bytes of the mask.
+  static constexpr bool kPadded = !kColumns && W < 8;
+
+ public:
+  __device__ __forceinline__ Walk(const ChannelCut& cut, const Slab& slab, int64_t part) : cut_(cut) {
+    const int64_t step = static_cast<int64_t>(cut.parts) * cut.threads;
+    const int64_t begin = part * cut.threads;
+    const bool fit = cut.packets + step <= INT32_MAX;
+    steps_ = begin < cut.packets ? static_cast<int>(quotient(cut.packets - 1 - begin, step, fit)) + 1 : 0;
+    int64_t first = begin + threadIdx.x;
+    mine_ = first < cut.packets ? static_cast<int>(quotient(cut.packets - 1 - first, step, fit)) + 1 : 0;
+    if constexpr (kBack) first += (steps_ - 1) * step;
+    const int64_t row = quotient(first, cut.line_packets, fit);
+    column_ = static_cast<int>(first - row * cut.line_packets);
+    element_ = slab.element + row * cut.row_stride + column_ * W;
+    mask_byte_ = static_cast<uint32_t>(slab.mask_byte + row * cut.mask_row_stride + column_ * W / 8);
+    columns_ = static_cast<int>(slab.columns);
+    if (kColumns && (static_cast<int>(threadIdx.x) >= cut.threads || column_ * W >= columns_)) mine_ = 0;
+    at_step_ = kBack ? steps_ - 1 : 0;
+  }
+
+  // The steps of the block, the same for all of its threads.
+  __device__ __forceinline__ int steps() const { return steps_; }
+  // In short runs, the thread's first column.
+  __device__ __forceinline__ int column() const { return column_ * W; }
+
+  __device__ __forceinline__ At next() {
+    At at{element_, mask_byte_, at_step_ >= 0 && at_step_ < mine_};
+    if constexpr (kPadded) at.exists = at.exists && column_ * W < columns_;
+    if constexpr (kBack) {
+      --at_step_;
+      element_ -= cut_.element_step;
+      mask_byte_ -= static_cast<uint32_t>(cut_.mask_step);
+      if constexpr (!kColumns) {
+        column_ -= static_cast<int>(cut_.column_step);
+        if (column_ < 0) {
+          column_ += static_cast<int>(cut_.line_packets);
+          element_ -= cut_.element_wrap;
+          mask_byte_ -= static_cast<uint32_t>(cut_.mask_wrap);
+        }
+      }
+    } else {
+      ++at_step_;
+      element_ += cut_.element_step;
+      mask_byte_ += static_cast<uint32_t>(cut_.mask_step);
+      if constexpr (!kColumns) {
+        column_ += static_cast<int>(cut_.column_step);
+        if (column_ >= cut_.line_packets) {
+          column_ -= static_cast<int>(cut_.line_packets);
+          element_ += cut_.element_wrap;
+          mask_byte_ += static_cast<uint32_t>(cut_.mask_wrap);
+        }
+      }
+    }
+    return at;
+  }
+
+  // Calls function(at) with kTile packets at a time: at is an At[kTile]. All threads of a block call it equally
+  // often.
+  template <int kTile, typename Function>
+  __device__ __forceinline__ void for_each_tile(const Function& function) {
+    for (int done = 0; done < steps_; done += kTile) {
+      At at[kTile];
+#pragma unroll
+      for (int i = 0; i < kTile; ++i) at[i] = next();
+      function(at);
+    }
+  }
+
+ private:
+  const ChannelCut& cut_;
+  int64_t element_;
+  uint32_t mask_byte_;
+  int column_, columns_, steps_, mine_, at_step_;
+};
+
+// Writes a packet. `briefly`: see Keep.
+template <typename scalar_t, int W>
+__device__ __forceinline__ void write(scalar_t* y, const Values<scalar_t, W>& values, bool briefly) {
+  if (briefly) {
+    store<Keep::kBriefly>(y, values.rounded());
+  } else {
+    store(y, values.rounded());
+  }
+}
+
+// Writes the mask's bits of a packet. One of the threads that share a byte collects their bits. All threads of a
+// block must call it.
+template <int W>
+__device__ __forceinline__ void store_bits(uint8_t* mask, const At& at, unsigned bits) {
+  constexpr int kLanes = 8 / W;
+  const int place = static_cast<int>(threadIdx.x) % kLanes;
+  bits = at.exists ? bits << (W * place) : 0u;
+#pragma unroll
+  for (int distance = 1; distance < kLanes; distance *= 2) bits |= __shfl_xor_sync(kWholeWarp, bits, distance);
+  if (place == 0 && at.exists) mask[at.mask_byte] = static_cast<uint8_t>(bits);
+}
+
+template <int W>
+__device__ __forceinline__ unsigned load_bits(const uint8_t* mask, const At& at) {
+  return static_cast<unsigned>(mask[at.mask_byte]) >> (static_cast<int>(threadIdx.x) % (8 / W) * W);
+}
+
+// Calls function(k, channel) for the columns of a packet that begins with column `column` of the line: `channel`
+// is the column's channel, counted from the first of the slab. Columns that do not exist get the last channel.
+template <int W, bool kColumns, typename Function>
+__device__ __forceinline__ void for_each_column(const ChannelCut& cut, const Slab& slab, int column, const Function& function) {
+  int channel = kColumns ? column / static_cast<int>(cut.inner) : 0;
+  int within = kColumns ? column % static_cast<int>(cut.inner) : 0;
+#pragma unroll
+  for (int k = 0; k < (kColumns ? W : 1); ++k) {
+    function(k, channel < slab.channels ? channel : slab.channels - 1);
+    if (++within == cut.inner) {
+      within = 0;
+      ++channel;
+    }
+  }
+}
+
+}  // namespace gradkernels::cuda

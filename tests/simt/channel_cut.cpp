@@ -1,0 +1,29 @@
+// The cut of csrc/cuda/channel_cut.h for ctypes.
+#include "cuda/channel_cut.h"
+
+#include <iterator>
+
+using namespace gradkernels;
+
+// How a pass that reads `operands` tensors, and merges sums or does not, is run on a GPU of `processors` SMs, as `Plan` of
+// tests/test_channel_cut.py.
+extern "C" void plan_of(int64_t rows, int64_t channels, int64_t inner, int element_bytes, int alignment, int operands, int residual,
+                        int sums, int processors, int64_t* plan) {
+  const ChannelShape shape{rows, channels, inner};
+  const bool columns = inner < kShortRunElements;
+  const int width = cuda::width_of(shape, element_bytes, alignment);
+  const cuda::Pass pass = sums ? cuda::Pass::kSums : cuda::Pass::kResults;
+  const cuda::ChannelCut cut = cuda::cut_for(shape, element_bytes, width, operands, residual != 0, pass, processors);
+  const int64_t values[] = {width,
+                            cuda::blocks_of_processor(element_bytes, width, columns, residual != 0),
+                            cuda::threads_of(width, columns),
+                            cut.threads,
+                            cuda::packets_in_flight(element_bytes, width, operands + residual),
+                            cut.slabs,
+                            cut.group_channels,
+                            cut.parts,
+                            cut.lanes,
+                            cut.line_packets,
+                            cut.packets};
+  std::copy(std::begin(values), std::end(values), plan);
+}

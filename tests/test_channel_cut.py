@@ -1,0 +1,132 @@
+"""How batch norm on CUDA cuts a tensor (csrc/cuda/channel_cut.h), without a GPU: every element is in one part, and
+what the cut of the shapes of bench_cuda.py leaves in flight, idle and to be merged on an H200. The table of
+docs/design/cuda.md is made here.
+"""
+
+import ctypes
+import shutil
+import subprocess
+from dataclasses import dataclass, fields
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from bench_cuda import SHAPES
+from simt_library import FLAGS, ROOT
+
+# An H200.
+PROCESSORS = 132
+# A pass: its name, how many tensors it reads, and whether it is one for sums.
+PASSES = {"stats": (1, True), "normalise": (1, False), "backward_reduce": (2, True), "backward_elemt": (2, False)}
+LONG_RUN = 64
+
+
+@dataclass
+class Plan:
+    width: int
+    blocks_of_processor: int
+    block_threads: int
+    threads: int
+    packets_in_flight: int
+    slabs: int
+    group_channels: int
+    parts: int
+    lanes: int
+    line_packets: int
+    packets: int
+
+    @property
+    def blocks(self):
+        return self.slabs * self.parts
+
+    @property
+    def waves(self):
+        return self.blocks / (self.blocks_of_processor * PROCESSORS)
+
+
+@pytest.fixture(scope="module")
+def plan_of(tmp_path_factory):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no g++")
+    library = tmp_path_factory.mktemp("cut") / "channel_cut.so"
+    subprocess.run([compiler, *FLAGS, "-fPIC", "-shared", "tests/simt/channel_cut.cpp", "-o", library], cwd=ROOT, check=True)
+    function = ctypes.CDLL(str(library)).plan_of
+
+    def call(shape, element_bytes, operands=1, sums=True, residual=False, alignment=16, processors=PROCESSORS):
+        values = (ctypes.c_int64 * len(fields(Plan)))()
+        function(*map(ctypes.c_int64, shape), element_bytes, alignment, operands, int(residual), int(sums), processors, values)
+        return Plan(*values)
+
+    return call
+
+
+def in_layout(shape, layout):
+    """(rows, channels, inner) of an image batch."""
+    n, channels, height, width = shape
+    return (n, channels, height * width) if layout == "contiguous" else (n * height * width, channels, 1)
+
+
+def elements_of_parts(shape, plan):
+    """The (row, column) of every element that the threads of all parts take, by the definition in channel_cut.h."""
+    _, channels, inner = shape
+    columns = channels * inner if inner < LONG_RUN else inner
+    group = plan.group_channels * inner if inner < LONG_RUN else inner
+    for slab, part, first in product(range(plan.slabs), range(plan.parts), range(plan.threads)):
+        for packet in range(part * plan.threads + first, plan.packets, plan.parts * plan.threads):
+            row, place = divmod(packet, plan.line_packets)
+            line_begin = slab * group if inner < LONG_RUN else 0
+            for k in range(plan.width):
+                column = line_begin + place * plan.width + k
+                if place * plan.width + k < group and column < columns:
+                    yield (slab if inner >= LONG_RUN else 0, row, column)
+
+
+@pytest.mark.parametrize("element_bytes", [2, 4, 8])
+@pytest.mark.parametrize(
+    "shape", [(5, 3, 196), (3, 2, 49 * 3), (7, 20, 1), (33, 65, 1), (9, 12, 1), (6, 9, 49), (4, 3, 64), (200, 8, 7)], ids=str
+)
+def test_each_element_is_in_one_part(plan_of, shape, element_bytes):
+    for alignment in (16, 8, element_bytes):
+        plan = plan_of(shape, element_bytes, alignment=alignment, processors=2)
+        assert plan.width * element_bytes <= max(alignment, element_bytes) and plan.threads <= plan.block_threads
+        taken = list(elements_of_parts(shape, plan))
+        assert len(taken) == len(set(taken)) == shape[0] * shape[1] * shape[2]
+
+
+@pytest.mark.parametrize(("name", "layout", "element_bytes"), product(PASSES, ("contiguous", "channels_last"), (2, 4)))
+def test_shapes_of_networks_keep_a_gpu_busy(plan_of, name, layout, element_bytes):
+    operands, sums = PASSES[name]
+    for shape in SHAPES:
+        plan = plan_of(in_layout(shape, layout), element_bytes, operands, sums)
+        # Odd images, as those of 7 x 7 pixels, move element by element.
+        odd = layout == "contiguous" and shape[2] * shape[3] % 4 != 0
+        assert (plan.width == 1) == odd, shape
+        if odd:
+            continue
+        bytes_in_flight = plan.blocks_of_processor * plan.threads * plan.packets_in_flight * operands * plan.width * element_bytes
+        assert bytes_in_flight >= 40 << 10, (shape, plan)
+        # Threads without columns, and channels of the last slab that do not exist.
+        assert plan.threads >= 0.9 * plan.block_threads, (shape, plan)
+        assert layout == "contiguous" or shape[1] >= 0.9 * plan.slabs * plan.group_channels, (shape, plan)
+        full = plan.packets / (plan.threads * plan.packets_in_flight)
+        assert plan.waves >= 0.8 or plan.parts >= full // 1, (shape, plan)
+        assert plan.waves / -(-plan.waves // 1) >= 0.75 or plan.parts >= full // 1, (shape, plan)
+        # The last block of a slab reads this, from L2, while nothing else may be left to do.
+        assert not sums or plan.parts * plan.group_channels * 24 <= 256 << 10, (shape, plan)
+
+
+def table(plan_of):
+    lines = ["| shape | layout | width | blocks | waves | parts | in flight, KiB | to merge, KiB |", "|---|---|---|---|---|---|---|---|"]
+    for shape, layout in product(SHAPES, ("contiguous", "channels_last")):
+        plan = plan_of(in_layout(shape, layout), 2)
+        in_flight = plan.blocks_of_processor * plan.threads * plan.packets_in_flight * plan.width * 2 / 1024
+        merged = plan.parts * plan.group_channels * 24 / 1024 if plan.parts > 1 else 0
+        numbers = [plan.width, plan.blocks, f"{plan.waves:.2f}", plan.parts, f"{in_flight:.0f}", f"{merged:.0f}"]
+        lines.append(f"| {' | '.join(map(str, ['x'.join(map(str, shape)), layout, *numbers]))} |")
+    return "\n".join(lines)
+
+
+def test_the_table_of_the_documentation(plan_of):
+    assert table(plan_of) in (Path(ROOT) / "docs/design/cuda.md").read_text(), table(plan_of)
