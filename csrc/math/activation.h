@@ -127,8 +127,8 @@ struct Elu {
 // swish(x) = x s with s = sigmoid(beta x), and with z = beta x: swish'(x) = s (1 + z (1 - s)); the derivative
 // by beta is x^2 s (1 - s)
 //
-// `precision` applies to y only. The gradient always has full precision, because near its zero it is the
-// difference of two terms.
+// `precision` is relative to y, and to the terms of the gradient: near its zero it is their difference. For
+// vectors it applies to y only, and the gradient has full precision.
 template <typename T, Precision precision>
 struct Swish {
   static constexpr const char* kName = "swish";
@@ -137,7 +137,7 @@ struct Swish {
   T beta;
   GK_HOST_DEVICE T forward(T x) const {
     if constexpr (precision == Precision::kHalf) {
-      return x * half_precise_sigmoid(beta * x);
+      return multiply_half_precise_sigmoid(x, beta * x);
     } else {
       T y;
       with_logistic(beta * x, [&](const auto& s) GK_INLINE_LAMBDA { y = s.scaled(x * s.gate); });
@@ -146,13 +146,13 @@ struct Swish {
   }
   GK_HOST_DEVICE T backward(T grad_y, T x) const {
     T grad_x;
-    with_logistic(beta * x, [&](const auto& s) GK_INLINE_LAMBDA { grad_x = gradient(grad_y, x, s); });
+    with_logistic_to<precision>(beta * x, [&](const auto& s) GK_INLINE_LAMBDA { grad_x = gradient(grad_y, x, s); });
     return grad_x;
   }
   // The gradient of x; grad_beta becomes the gradient of beta.
   GK_HOST_DEVICE T backward(T grad_y, T x, T& grad_beta) const {
     T grad_x;
-    with_logistic(beta * x, [&](const auto& s) GK_INLINE_LAMBDA {
+    with_logistic_to<precision>(beta * x, [&](const auto& s) GK_INLINE_LAMBDA {
       grad_beta = grad_y * (s.scaled(x * s.gate) * (x * s.complement));
       grad_x = gradient(grad_y, x, s);
     });

@@ -8,6 +8,8 @@
 // nan stays nan. Arguments that are too large or too small give 0, -1 or inf.
 #pragma once
 
+#include <type_traits>
+
 #include "common/host_device.h"
 
 namespace gradkernels::math {
@@ -283,16 +285,52 @@ GK_HOST_DEVICE T half_precise_inverse(T x) {
   return fma(fma(-x, estimate, T(1)), estimate, estimate);
 }
 
-// Scalars use instructions of the processor.
-GK_HOST_DEVICE float half_precise_exp(float x) { return exp2(x * ExpConstants<float>::kLog2E); }
-GK_HOST_DEVICE float half_precise_inverse(float x) { return approximate_inverse(x); }
-
-// sigmoid(x) to Precision::kHalf, for every x.
+// a sigmoid(x) to Precision::kHalf, for every x.
 template <typename T>
-GK_HOST_DEVICE T half_precise_sigmoid(T x) {
+GK_HOST_DEVICE T multiply_half_precise_sigmoid(T a, T x) {
   const T e = half_precise_exp(negative_magnitude(x));
   const T inverse = half_precise_inverse(T(1) + e);
-  return select(x < T(0), e * inverse, inverse);
+  return a * select(x < T(0), e * inverse, inverse);
+}
+
+// ---- Precision::kHalf for scalars: only GPUs compute single numbers in float32
+
+// 2^x for x <= 0. A result below the smallest normal number may be 0.
+GK_HOST_DEVICE float approximate_exp2(float x) {
+#if defined(__CUDA_ARCH__)
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+#else
+  return exp2(x);
+#endif
+}
+
+// The logistic function from root = e^(-|x| / 2), which is a normal number down to |x| = 174, and 0 below:
+// e^-|x| would be denormal from 87 on. sigmoid(x) and 1 - sigmoid(x) have the factor root^2 = e^-|x| where
+// they are small. Their common factor has an error of 2^-23. The error of root, up to 2^-22 (1 + |x| / 2),
+// almost cancels near the zero of swish's gradient.
+GK_HOST_DEVICE Logistic<float> half_precise_logistic(float x) {
+  const float root = approximate_exp2(negative_magnitude(x) * (0.5f * ExpConstants<float>::kLog2E));
+  const float inverse = approximate_inverse(fma(root, root, 1.0f));
+  const float of_gate = select(x < 0.0f, root, 1.0f);
+  const float of_complement = select(x < 0.0f, 1.0f, root);
+  return {inverse * of_gate, of_gate, inverse * of_complement * of_complement};
+}
+
+GK_HOST_DEVICE float multiply_half_precise_sigmoid(float a, float x) {
+  const Logistic<float> s = half_precise_logistic(x);
+  return s.scaled(a * s.gate);
+}
+
+// with_logistic to `precision`. Vectors always have full precision.
+template <Precision precision, typename T, typename Function>
+GK_HOST_DEVICE void with_logistic_to(T x, const Function& function) {
+  if constexpr (precision == Precision::kHalf && std::is_same<T, float>::value) {
+    function(half_precise_logistic(x));
+  } else {
+    with_logistic(x, function);
+  }
 }
 
 }  // namespace gradkernels::math
