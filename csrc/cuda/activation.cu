@@ -13,10 +13,10 @@ namespace gradkernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-// Bytes that a thread loads before it uses the first of them, and blocks for each SM. Measure with
-// bench/bench_activation.py on a GPU.
+// Blocks that an SM holds at least, for kernels in which ptxas would otherwise move loads behind arithmetic.
+constexpr int kBlocks = 4;
+// Bytes that a thread loads before it uses the first of them. Measure with bench/bench_activation.py on a GPU.
 constexpr int kBytesInFlight = 64;
-constexpr int kBlocksPerProcessor = 8;
 
 // W elements in the computing type.
 template <typename scalar_t, int W>
@@ -25,8 +25,16 @@ struct Values {
 
   __device__ __forceinline__ static Values of(const Packet<scalar_t, W>& packet) {
     Values values;
+    if constexpr (std::is_same<scalar_t, BFloat16>::value && W > 1) {
+      // One instruction for each element of a word. nvcc would first take the word apart.
+      uint32_t word[W / 2];
+      __builtin_memcpy(word, &packet, sizeof(packet));
 #pragma unroll
-    for (int i = 0; i < W; ++i) values.element[i] = static_cast<opmath_t<scalar_t>>(packet.element[i]);
+      for (int i = 0; i < W; ++i) values.element[i] = float_of(i % 2 == 0 ? word[i / 2] << 16 : word[i / 2] & 0xFFFF0000u);
+    } else {
+#pragma unroll
+      for (int i = 0; i < W; ++i) values.element[i] = static_cast<opmath_t<scalar_t>>(packet.element[i]);
+    }
     return values;
   }
   __device__ __forceinline__ Packet<scalar_t, W> rounded() const {
@@ -37,43 +45,71 @@ struct Values {
   }
 };
 
-// out = apply(first, valid, in...) for each packet of W elements. `first` is the index of the packet's first
-// element. `valid` is the number of elements up to the end; it may be less than W, 0 or negative, because all
-// lanes of a warp take part. `in` are the packets of the inputs.
-template <int W, typename scalar_t, int kInputs, typename Apply>
-__device__ __forceinline__ void elementwise(int64_t count, const scalar_t* const (&in)[kInputs], scalar_t* out, const Apply& apply) {
-  constexpr int kInFlight = W == 1 ? 4 : (kBytesInFlight / (kInputs * kPacketBytes) > 0 ? kBytesInFlight / (kInputs * kPacketBytes) : 1);
-  constexpr int64_t kTile = int64_t{kThreads} * kInFlight * W;
-  for (int64_t base = blockIdx.x * kTile; base < count; base += gridDim.x * kTile) {
-    const int64_t mine = base + static_cast<int64_t>(threadIdx.x) * W;
-    Packet<scalar_t, W> packet[kInFlight][kInputs];
+// The packets of each input that a thread loads before it uses them, and the elements of a block.
+template <int W, int kInputs>
+constexpr int kPacketsInFlight = W == 1                                          ? 4
+                                 : kBytesInFlight / (kInputs * kPacketBytes) > 0 ? kBytesInFlight / (kInputs * kPacketBytes)
+                                                                                 : 1;
+template <int W, int kInputs>
+constexpr int64_t kTileElements = int64_t{kThreads} * W * kPacketsInFlight<W, kInputs>;
+
+// One tile of `elementwise`; kWhole: all of its elements exist.
+template <bool kWhole, int W, typename scalar_t, int kInputs, typename Fetch, typename Apply>
+__device__ __forceinline__ void tile(int64_t base, int64_t count, const scalar_t* const (&in)[kInputs], scalar_t* out, const Fetch& fetch,
+                                     const Apply& apply) {
+  constexpr int kInFlight = kPacketsInFlight<W, kInputs>;
+  const int64_t mine = base + static_cast<int64_t>(threadIdx.x) * W;
+  Packet<scalar_t, W> packet[kInFlight][kInputs];
+  decltype(fetch(mine, count)) fetched[kInFlight];
 #pragma unroll
-    for (int j = 0; j < kInFlight; ++j) {
-      const int64_t first = mine + int64_t{j} * kThreads * W;
+  for (int j = 0; j < kInFlight; ++j) {
+    const int64_t first = mine + j * kThreads * W;
 #pragma unroll
-      for (int input = 0; input < kInputs; ++input) {
-        if (first + W <= count) {
-          load(packet[j][input], in[input] + first);
-        } else {
-          load_some(packet[j][input], in[input] + first, count - first, scalar_t(0.0f));
-        }
+    for (int input = 0; input < kInputs; ++input) {
+      if (kWhole || first + W <= count) {
+        load(packet[j][input], in[input] + first);
+      } else {
+        load_some(packet[j][input], in[input] + first, count - first, scalar_t(0.0f));
       }
     }
+    fetched[j] = fetch(first, kWhole ? W : count - first);
+  }
 #pragma unroll
-    for (int j = 0; j < kInFlight; ++j) {
-      const int64_t first = mine + int64_t{j} * kThreads * W;
-      Values<scalar_t, W> value[kInputs];
+  for (int j = 0; j < kInFlight; ++j) {
+    const int64_t first = mine + j * kThreads * W;
+    Values<scalar_t, W> value[kInputs];
 #pragma unroll
-      for (int input = 0; input < kInputs; ++input) value[input] = Values<scalar_t, W>::of(packet[j][input]);
-      const Packet<scalar_t, W> result = apply(first, count - first, value).rounded();
-      if (first + W <= count) {
-        store(out + first, result);
-      } else {
-        store_some(out + first, result, count - first);
-      }
+    for (int input = 0; input < kInputs; ++input) value[input] = Values<scalar_t, W>::of(packet[j][input]);
+    const Packet<scalar_t, W> result = apply(first, kWhole ? W : count - first, fetched[j], value).rounded();
+    if (kWhole || first + W <= count) {
+      store(out + first, result);
+    } else {
+      store_some(out + first, result, count - first);
     }
   }
 }
+
+// out = apply(first, valid, fetched, in...) for each packet of W elements of the block's tile. `first` is the
+// index of the packet's first element. `valid` is the number of elements up to the end; it may be less than
+// W, 0 or negative, because all lanes of a warp take part. `fetched` is fetch(first, valid), which is called
+// while the packets are loaded: a load after the first store would wait for memory once more. `in` are the
+// packets of the inputs.
+template <int W, typename scalar_t, int kInputs, typename Fetch, typename Apply>
+__device__ __forceinline__ void elementwise(int64_t count, const scalar_t* const (&in)[kInputs], scalar_t* out, const Fetch& fetch,
+                                            const Apply& apply) {
+  constexpr int64_t kTile = kTileElements<W, kInputs>;
+  const int64_t base = blockIdx.x * kTile;
+  if (base + kTile <= count) {
+    tile<true, W>(base, count, in, out, fetch, apply);
+  } else {
+    tile<false, W>(base, count, in, out, fetch, apply);
+  }
+}
+
+struct Nothing {};
+struct FetchNothing {
+  __device__ __forceinline__ Nothing operator()(int64_t, int64_t) const { return {}; }
+};
 
 // Stores one bit for each element. One of the lanes that share a byte collects their bits and writes the
 // byte. Whole warps must call it.
@@ -89,7 +125,7 @@ __device__ __forceinline__ void store_bits(uint8_t* mask, int64_t first, int64_t
 
 template <int W>
 __device__ __forceinline__ unsigned load_bits(const uint8_t* mask, int64_t first, int64_t valid) {
-  return valid > 0 ? static_cast<unsigned>(mask[first / 8]) >> (first % 8) : 0u;
+  return valid > 0 ? static_cast<unsigned>(mask[first / 8]) >> (W == 8 ? 0 : first % 8) : 0u;
 }
 
 template <int W, typename scalar_t, typename Activation>
@@ -111,14 +147,15 @@ __device__ __forceinline__ unsigned existing(unsigned bits, int64_t valid) {
 }
 
 // y = act(x)
-//   launch   blocks of kThreads that stride over tiles
+//   launch   blocks of kThreads, one for each tile
 //   requires x and y dense, in the same order; both aligned to a packet, unless W = 1; y may be x
 //   traffic  n elements read, n written
 template <typename scalar_t, int W>
-__global__ void __launch_bounds__(kThreads) activation_forward_kernel(math::Activation act, int64_t count, const scalar_t* x, scalar_t* y) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    activation_forward_kernel(math::Activation act, int64_t count, const scalar_t* x, scalar_t* y) {
   const scalar_t* const in[1] = {x};
   math::visit<opmath_t<scalar_t>, math::kPrecisionOf<scalar_t>>(act, [&](auto f) {
-    elementwise<W>(count, in, y, [&](int64_t, int64_t, const Values<scalar_t, W>(&value)[1]) {
+    elementwise<W>(count, in, y, FetchNothing(), [&](int64_t, int64_t, Nothing, const Values<scalar_t, W>(&value)[1]) {
       Values<scalar_t, W> result;
 #pragma unroll
       for (int i = 0; i < W; ++i) result.element[i] = f.forward(value[0].element[i]);
@@ -132,11 +169,11 @@ __global__ void __launch_bounds__(kThreads) activation_forward_kernel(math::Acti
 //   requires as above; a mask of ceil(n / 8) bytes
 //   traffic  n elements read, n written, n bits written
 template <typename scalar_t, int W>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     activation_forward_mask_kernel(math::Activation act, int64_t count, const scalar_t* x, scalar_t* y, uint8_t* mask) {
   const scalar_t* const in[1] = {x};
   math::visit_two_slopes<opmath_t<scalar_t>>(act, [&](auto f) {
-    elementwise<W>(count, in, y, [&](int64_t first, int64_t valid, const Values<scalar_t, W>(&value)[1]) {
+    elementwise<W>(count, in, y, FetchNothing(), [&](int64_t first, int64_t valid, Nothing, const Values<scalar_t, W>(&value)[1]) {
       unsigned bits;
       const Values<scalar_t, W> result = forward_with_mask(f, value[0], bits);
       store_bits<W>(mask, first, valid, existing<W>(bits, valid));
@@ -150,12 +187,13 @@ __global__ void __launch_bounds__(kThreads)
 //   requires grad_y, saved and grad_x dense and aligned like x and y above; grad_x may be grad_y
 //   traffic  2n elements read, n written
 template <typename scalar_t, int W>
-__global__ void __launch_bounds__(kThreads) activation_backward_kernel(math::Activation act, bool from_output, int64_t count,
-                                                                       const scalar_t* grad_y, const scalar_t* saved, scalar_t* grad_x) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    activation_backward_kernel(math::Activation act, bool from_output, int64_t count, const scalar_t* grad_y, const scalar_t* saved,
+                               scalar_t* grad_x) {
   using opmath = opmath_t<scalar_t>;
   const scalar_t* const in[2] = {grad_y, saved};
   const auto run = [&](const auto& gradient) {
-    elementwise<W>(count, in, grad_x, [&](int64_t, int64_t, const Values<scalar_t, W>(&value)[2]) {
+    elementwise<W>(count, in, grad_x, FetchNothing(), [&](int64_t, int64_t, Nothing, const Values<scalar_t, W>(&value)[2]) {
       Values<scalar_t, W> result;
 #pragma unroll
       for (int i = 0; i < W; ++i) result.element[i] = gradient(value[0].element[i], value[1].element[i]);
@@ -175,12 +213,12 @@ __global__ void __launch_bounds__(kThreads) activation_backward_kernel(math::Act
 //   requires as above; the mask that forward wrote
 //   traffic  n elements and n bits read, n written
 template <typename scalar_t, int W>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     activation_backward_mask_kernel(math::Activation act, int64_t count, const scalar_t* grad_y, const uint8_t* mask, scalar_t* grad_x) {
   const scalar_t* const in[1] = {grad_y};
   math::visit_two_slopes<opmath_t<scalar_t>>(act, [&](auto f) {
-    elementwise<W>(count, in, grad_x, [&](int64_t first, int64_t valid, const Values<scalar_t, W>(&value)[1]) {
-      const unsigned bits = load_bits<W>(mask, first, valid);
+    const auto fetch = [&](int64_t first, int64_t valid) { return load_bits<W>(mask, first, valid); };
+    elementwise<W>(count, in, grad_x, fetch, [&](int64_t, int64_t, unsigned bits, const Values<scalar_t, W>(&value)[1]) {
       Values<scalar_t, W> result;
 #pragma unroll
       for (int i = 0; i < W; ++i) result.element[i] = f.backward_from_mask(value[0].element[i], (bits >> i & 1u) != 0u);
@@ -189,13 +227,16 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
+__device__ __forceinline__ math::RandomSlopes slopes_of(const SeededSlopes& seeded) {
+  return {static_cast<uint64_t>(*seeded.seed), seeded.lower, seeded.upper};
+}
+
 // The slopes of elements [first, first + W).
 template <typename scalar_t, int W>
 struct DrawnSlopes {
   opmath_t<scalar_t> slope[W];
 
-  __device__ __forceinline__ DrawnSlopes(const SeededSlopes& seeded, int64_t first) {
-    const math::RandomSlopes slopes{static_cast<uint64_t>(*seeded.seed), seeded.lower, seeded.upper};
+  __device__ __forceinline__ DrawnSlopes(const math::RandomSlopes& slopes, int64_t first) {
     const uint64_t block = static_cast<uint64_t>(first) / 4;
     if constexpr (W >= 4) {
 #pragma unroll
@@ -220,18 +261,21 @@ struct DrawnSlopes {
 //   traffic  n elements read, n written, n bits written
 template <typename scalar_t, int W>
 __global__ void __launch_bounds__(kThreads)
-    rrelu_forward_kernel(SeededSlopes slopes, int64_t count, const scalar_t* x, scalar_t* y, uint8_t* mask) {
+    rrelu_forward_kernel(SeededSlopes seeded, int64_t count, const scalar_t* x, scalar_t* y, uint8_t* mask) {
   using opmath = opmath_t<scalar_t>;
+  const math::RandomSlopes slopes = slopes_of(seeded);
   const scalar_t* const in[1] = {x};
-  elementwise<W>(count, in, y, [&](int64_t first, int64_t valid, const Values<scalar_t, W>(&value)[1]) {
+  elementwise<W>(count, in, y, FetchNothing(), [&](int64_t first, int64_t valid, Nothing, const Values<scalar_t, W>(&value)[1]) {
     const DrawnSlopes<scalar_t, W> drawn(slopes, first);
     Values<scalar_t, W> result;
     unsigned bits = 0;
 #pragma unroll
     for (int i = 0; i < W; ++i) {
       const math::Rrelu<opmath> f{{drawn.slope[i]}};
-      bits |= static_cast<unsigned>(f.passes(value[0].element[i])) << i;
-      result.element[i] = f.forward(value[0].element[i]);
+      const bool passes = f.passes(value[0].element[i]);
+      bits |= static_cast<unsigned>(passes) << i;
+      // The value has the formula of the gradient, with x for grad_y.
+      result.element[i] = f.backward_from_mask(value[0].element[i], passes);
     }
     store_bits<W>(mask, first, valid, existing<W>(bits, valid));
     return result;
@@ -244,12 +288,13 @@ __global__ void __launch_bounds__(kThreads)
 //   traffic  n elements and n bits read, n written
 template <typename scalar_t, int W>
 __global__ void __launch_bounds__(kThreads)
-    rrelu_backward_kernel(SeededSlopes slopes, int64_t count, const scalar_t* grad_y, const uint8_t* mask, scalar_t* grad_x) {
+    rrelu_backward_kernel(SeededSlopes seeded, int64_t count, const scalar_t* grad_y, const uint8_t* mask, scalar_t* grad_x) {
   using opmath = opmath_t<scalar_t>;
+  const math::RandomSlopes slopes = slopes_of(seeded);
   const scalar_t* const in[1] = {grad_y};
-  elementwise<W>(count, in, grad_x, [&](int64_t first, int64_t valid, const Values<scalar_t, W>(&value)[1]) {
+  const auto fetch = [&](int64_t first, int64_t valid) { return load_bits<W>(mask, first, valid); };
+  elementwise<W>(count, in, grad_x, fetch, [&](int64_t first, int64_t, unsigned bits, const Values<scalar_t, W>(&value)[1]) {
     const DrawnSlopes<scalar_t, W> drawn(slopes, first);
-    const unsigned bits = load_bits<W>(mask, first, valid);
     Values<scalar_t, W> result;
 #pragma unroll
     for (int i = 0; i < W; ++i) {
@@ -298,12 +343,12 @@ struct ChannelOf {
 //   requires x and y dense, in the order of `shape`; both aligned to a packet, unless W = 1
 //   traffic  n elements read, n written
 template <typename scalar_t, int W>
-__global__ void __launch_bounds__(kThreads) parametric_forward_kernel(Parametric act, ChannelShape shape, int64_t count, const scalar_t* x,
-                                                                      const scalar_t* parameter, scalar_t* y) {
+__global__ void __launch_bounds__(kThreads, kBlocks) parametric_forward_kernel(Parametric act, ChannelShape shape, int64_t count,
+                                                                               const scalar_t* x, const scalar_t* parameter, scalar_t* y) {
   using opmath = opmath_t<scalar_t>;
   const scalar_t* const in[1] = {x};
   visit_parametric<scalar_t>(act, [&](auto activation) {
-    elementwise<W>(count, in, y, [&](int64_t first, int64_t, const Values<scalar_t, W>(&value)[1]) {
+    elementwise<W>(count, in, y, FetchNothing(), [&](int64_t first, int64_t, Nothing, const Values<scalar_t, W>(&value)[1]) {
       Values<scalar_t, W> result;
       ChannelOf at(shape, count, first);
 #pragma unroll
@@ -354,7 +399,7 @@ __device__ __forceinline__ void parametric_backward_packet(const ParametricBackw
 //            aligned to a packet; counters = 0
 //   traffic  2n elements read, n written
 template <typename scalar_t, int W>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     parametric_backward_run_kernel(ParametricBackward p, int parts, double* partial, unsigned* counters) {
   using opmath = opmath_t<scalar_t>;
   ParametricShared& shared = *shared_memory<ParametricShared>();
@@ -398,7 +443,7 @@ struct ParametricColumnShared {
 //            = 0, one for each column block
 //   traffic  2n elements read, n written
 template <typename scalar_t, int W>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     parametric_backward_column_kernel(ParametricBackward p, int columns, int64_t rows_of_part, double* partial, unsigned* counters) {
   using opmath = opmath_t<scalar_t>;
   auto& shared = *shared_memory<ParametricColumnShared<W>>();
@@ -456,11 +501,9 @@ void with_width(DType dtype, bool in_packets, const Function& function) {
 }
 
 // The launch of an elementwise kernel over `count` elements.
-template <int W>
-Launch over(int64_t count, int inputs) {
-  const int in_flight = W == 1 ? 4 : kBytesInFlight / (inputs * kPacketBytes);
-  const int64_t tile = int64_t{kThreads} * in_flight * W;
-  return {grid_for((count + tile - 1) / tile, kBlocksPerProcessor), kThreads};
+template <int W, int kInputs>
+Launch over(int64_t count) {
+  return {dim3(static_cast<unsigned>((count + kTileElements<W, kInputs> - 1) / kTileElements<W, kInputs>)), kThreads};
 }
 
 }  // namespace
@@ -470,10 +513,10 @@ void activation_forward(DType dtype, math::Activation act, int64_t count, const 
     using scalar_t = decltype(zero);
     constexpr int W = decltype(width)::value;
     if (mask == nullptr) {
-      launch(activation_forward_kernel<scalar_t, W>, over<W>(count, 1), act, count, static_cast<const scalar_t*>(x),
+      launch(activation_forward_kernel<scalar_t, W>, over<W, 1>(count), act, count, static_cast<const scalar_t*>(x),
              static_cast<scalar_t*>(y));
     } else {
-      launch(activation_forward_mask_kernel<scalar_t, W>, over<W>(count, 1), act, count, static_cast<const scalar_t*>(x),
+      launch(activation_forward_mask_kernel<scalar_t, W>, over<W, 1>(count), act, count, static_cast<const scalar_t*>(x),
              static_cast<scalar_t*>(y), mask);
     }
   });
@@ -486,10 +529,10 @@ void activation_backward(DType dtype, math::Activation act, Saved kind, int64_t 
     using scalar_t = decltype(zero);
     constexpr int W = decltype(width)::value;
     if (has_mask) {
-      launch(activation_backward_mask_kernel<scalar_t, W>, over<W>(count, 1), act, count, static_cast<const scalar_t*>(grad_y),
+      launch(activation_backward_mask_kernel<scalar_t, W>, over<W, 1>(count), act, count, static_cast<const scalar_t*>(grad_y),
              static_cast<const uint8_t*>(saved), static_cast<scalar_t*>(grad_x));
     } else {
-      launch(activation_backward_kernel<scalar_t, W>, over<W>(count, 2), act, kind == Saved::kOutput, count,
+      launch(activation_backward_kernel<scalar_t, W>, over<W, 2>(count), act, kind == Saved::kOutput, count,
              static_cast<const scalar_t*>(grad_y), static_cast<const scalar_t*>(saved), static_cast<scalar_t*>(grad_x));
     }
   });
@@ -499,7 +542,7 @@ void rrelu_forward(DType dtype, SeededSlopes slopes, int64_t count, const void* 
   with_width(dtype, at_packet({x, y}), [&](auto zero, auto width) {
     using scalar_t = decltype(zero);
     constexpr int W = decltype(width)::value;
-    launch(rrelu_forward_kernel<scalar_t, W>, over<W>(count, 1), slopes, count, static_cast<const scalar_t*>(x), static_cast<scalar_t*>(y),
+    launch(rrelu_forward_kernel<scalar_t, W>, over<W, 1>(count), slopes, count, static_cast<const scalar_t*>(x), static_cast<scalar_t*>(y),
            mask);
   });
 }
@@ -508,7 +551,7 @@ void rrelu_backward(DType dtype, SeededSlopes slopes, int64_t count, const void*
   with_width(dtype, at_packet({grad_y, grad_x}), [&](auto zero, auto width) {
     using scalar_t = decltype(zero);
     constexpr int W = decltype(width)::value;
-    launch(rrelu_backward_kernel<scalar_t, W>, over<W>(count, 1), slopes, count, static_cast<const scalar_t*>(grad_y), mask,
+    launch(rrelu_backward_kernel<scalar_t, W>, over<W, 1>(count), slopes, count, static_cast<const scalar_t*>(grad_y), mask,
            static_cast<scalar_t*>(grad_x));
   });
 }
@@ -518,7 +561,7 @@ void parametric_forward(const ParametricForward& p) {
   with_width(p.dtype, at_packet({p.x, p.y}), [&](auto zero, auto width) {
     using scalar_t = decltype(zero);
     constexpr int W = decltype(width)::value;
-    launch(parametric_forward_kernel<scalar_t, W>, over<W>(count, 1), p.act, p.shape, count, static_cast<const scalar_t*>(p.x),
+    launch(parametric_forward_kernel<scalar_t, W>, over<W, 1>(count), p.act, p.shape, count, static_cast<const scalar_t*>(p.x),
            static_cast<const scalar_t*>(p.parameter), static_cast<scalar_t*>(p.y));
   });
 }

@@ -187,7 +187,7 @@ struct RandomSlopes {
     const T bound(static_cast<scalar_t>(upper));
     const T drawn = fma(T(static_cast<scalar_t>(upper - lower)), uniform, T(static_cast<scalar_t>(lower)));
     // The sum may round to more than the bound.
-    return select(drawn < bound, drawn, bound);
+    return at_most(bound, drawn);
   }
 
   // The slopes of elements [4 block, 4 block + 4), in storage order.

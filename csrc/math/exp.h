@@ -147,6 +147,15 @@ GK_HOST_DEVICE scalar_t at_least(scalar_t bound, scalar_t x) {
   return bound > x ? bound : x;
 }
 
+// The smaller of the two; bound if x is nan.
+template <typename scalar_t>
+GK_HOST_DEVICE scalar_t at_most(scalar_t bound, scalar_t x) {
+  return select(x < bound, x, bound);
+}
+#if defined(__CUDA_ARCH__)
+GK_HOST_DEVICE float at_most(float bound, float x) { return fminf(x, bound); }
+#endif
+
 // 1 / (1 + e) for e in [0, 1]. The residual 1 - (1 + e) estimate is computed without rounding 1 + e.
 template <typename T>
 GK_HOST_DEVICE T inverse_of_one_plus(T e) {
