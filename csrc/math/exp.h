@@ -304,14 +304,14 @@ GK_HOST_DEVICE T multiply_half_precise_sigmoid(T a, T x) {
 
 // ---- Precision::kHalf for scalars: only GPUs compute single numbers in float32
 
-// 2^x for x <= 0. A result below the smallest normal number may be 0.
+// 2^x for x <= 0, and 0 if that is below the smallest normal number.
 GK_HOST_DEVICE float approximate_exp2(float x) {
 #if defined(__CUDA_ARCH__)
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
   return power;
 #else
-  return exp2(x);
+  return x < -126.0f ? 0.0f : exp2(x);
 #endif
 }
 
