@@ -109,17 +109,30 @@ struct LeakyRelu {
 //
 // The gradient can be computed from the output, so elu_ can work in place. That needs alpha >= 0: otherwise
 // two x give the same y, and autograd/activation.cpp keeps x or raises an error. forward selects on x < 0, so
-// that -0 stays -0.
-template <typename T>
+// that -0 stays -0. `precision` applies to scalars only.
+template <typename T, Precision precision = Precision::kFull>
 struct Elu {
   static constexpr const char* kName = "elu";
   static constexpr GradientReads kGradientReads = GradientReads::kValue;
   static constexpr bool kHasExponential = true;
   T alpha;
-  GK_HOST_DEVICE T forward(T x) const { return select(x < T(0), alpha * expm1_of_nonpositive(x), x); }
+  GK_HOST_DEVICE T forward(T x) const {
+    if constexpr (kIsHalfScalar<T, precision>) {
+      return select(x < T(0), alpha * half_precise_expm1(x), x);
+    } else {
+      return select(x < T(0), alpha * expm1_of_nonpositive(x), x);
+    }
+  }
   GK_HOST_DEVICE T backward(T grad_y, T x) const {
-    const ReducedExp<T> exp = reduce_exp(at_least(T(ExpConstants<scalar_of_t<T>>::kUnderflow), x));
-    return select(x > T(0), grad_y, multiply_scaled(grad_y, fma(alpha, exp.expm1, alpha), exp.n));
+    if constexpr (kIsHalfScalar<T, precision>) {
+      // e^x in two factors, so that neither product is far smaller or larger than the result. As in torch, inf
+      // gives nan if e^x rounds to 0.
+      const T root = select(x <= T(-104), T(0), half_precise_root_of_exp(x));
+      return select(x > T(0), grad_y, (grad_y * root) * (alpha * root));
+    } else {
+      const ReducedExp<T> exp = reduce_exp(at_least(T(ExpConstants<scalar_of_t<T>>::kUnderflow), x));
+      return select(x > T(0), grad_y, multiply_scaled(grad_y, fma(alpha, exp.expm1, alpha), exp.n));
+    }
   }
   GK_HOST_DEVICE T backward_from_output(T grad_y, T y) const { return select(y > T(0), grad_y, grad_y * (y + alpha)); }
 };
@@ -212,7 +225,7 @@ GK_HOST_DEVICE constexpr void visit(Activation act, const Function& function) {
     case ActivationKind::kLeakyRelu:
       return function(LeakyRelu<T>{parameter});
     case ActivationKind::kElu:
-      return function(Elu<T>{parameter});
+      return function(Elu<T, precision>{parameter});
     case ActivationKind::kSwish:
       return function(Swish<T, precision>{parameter});
   }

@@ -304,6 +304,9 @@ GK_HOST_DEVICE T multiply_half_precise_sigmoid(T a, T x) {
 
 // ---- Precision::kHalf for scalars: only GPUs compute single numbers in float32
 
+template <typename T, Precision precision>
+constexpr bool kIsHalfScalar = precision == Precision::kHalf && std::is_same<T, float>::value;
+
 // 2^x for x <= 0, and 0 if that is below the smallest normal number.
 GK_HOST_DEVICE float approximate_exp2(float x) {
 #if defined(__CUDA_ARCH__)
@@ -315,12 +318,22 @@ GK_HOST_DEVICE float approximate_exp2(float x) {
 #endif
 }
 
-// The logistic function from root = e^(-|x| / 2), which is a normal number down to |x| = 174, and 0 below:
-// e^-|x| would be denormal from 87 on. sigmoid(x) and 1 - sigmoid(x) have the factor root^2 = e^-|x| where
-// they are small. Their common factor has an error of 2^-23. The error of root, up to 2^-22 (1 + |x| / 2),
-// almost cancels near the zero of swish's gradient.
+// e^(x / 2) for x <= 0, which is a normal number down to x = -174, and 0 below: e^x would be denormal from -87
+// on. The relative error is up to 2^-22 (1 + |x| / 2).
+GK_HOST_DEVICE float half_precise_root_of_exp(float x) { return approximate_exp2(x * (0.5f * ExpConstants<float>::kLog2E)); }
+
+// e^x - 1 for x <= 0. Near zero it is the start of the series, because the subtraction would cancel.
+GK_HOST_DEVICE float half_precise_expm1(float x) {
+  const float difference = approximate_exp2(x * ExpConstants<float>::kLog2E) - 1.0f;
+  const float series = x * horner(x, 1.0f, 0.5f, 1.0f / 6.0f, 1.0f / 24.0f);
+  return select(x > -0.125f, series, difference);
+}
+
+// The logistic function from root = e^(-|x| / 2). sigmoid(x) and 1 - sigmoid(x) have the factor root^2 = e^-|x| where
+// they are small. Their common factor has an error of 2^-23. The error of root almost cancels near the zero of
+// swish's gradient.
 GK_HOST_DEVICE Logistic<float> half_precise_logistic(float x) {
-  const float root = approximate_exp2(negative_magnitude(x) * (0.5f * ExpConstants<float>::kLog2E));
+  const float root = half_precise_root_of_exp(negative_magnitude(x));
   const float inverse = approximate_inverse(fma(root, root, 1.0f));
   const float of_gate = select(x < 0.0f, root, 1.0f);
   const float of_complement = select(x < 0.0f, 1.0f, root);
@@ -335,7 +348,7 @@ GK_HOST_DEVICE float multiply_half_precise_sigmoid(float a, float x) {
 // with_logistic to `precision`. Vectors always have full precision.
 template <Precision precision, typename T, typename Function>
 GK_HOST_DEVICE void with_logistic_to(T x, const Function& function) {
-  if constexpr (precision == Precision::kHalf && std::is_same<T, float>::value) {
+  if constexpr (kIsHalfScalar<T, precision>) {
     function(half_precise_logistic(x));
   } else {
     with_logistic(x, function);
