@@ -10,6 +10,7 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/reduce.cuh"
+#include "cuda/values.cuh"
 
 namespace gradkernels::cuda {
 namespace {
@@ -19,33 +20,6 @@ constexpr int kThreads = 256;
 constexpr int kBlocks = 4;
 // Bytes that a thread loads before it uses the first of them. Measure with bench/bench_activation.py on a GPU.
 constexpr int kBytesInFlight = 64;
-
-// W elements in the computing type.
-template <typename scalar_t, int W>
-struct Values {
-  opmath_t<scalar_t> element[W];
-
-  __device__ __forceinline__ static Values of(const Packet<scalar_t, W>& packet) {
-    Values values;
-    if constexpr (std::is_same<scalar_t, BFloat16>::value && W > 1) {
-      // One instruction for each element of a word. nvcc would first take the word apart.
-      uint32_t word[W / 2];
-      __builtin_memcpy(word, &packet, sizeof(packet));
-#pragma unroll
-      for (int i = 0; i < W; ++i) values.element[i] = float_of(i % 2 == 0 ? word[i / 2] << 16 : word[i / 2] & 0xFFFF0000u);
-    } else {
-#pragma unroll
-      for (int i = 0; i < W; ++i) values.element[i] = static_cast<opmath_t<scalar_t>>(packet.element[i]);
-    }
-    return values;
-  }
-  __device__ __forceinline__ Packet<scalar_t, W> rounded() const {
-    Packet<scalar_t, W> packet;
-#pragma unroll
-    for (int i = 0; i < W; ++i) packet.element[i] = static_cast<scalar_t>(element[i]);
-    return packet;
-  }
-};
 
 // The packets of each input that a thread loads before it uses them, and the elements of a block.
 template <int W, int kInputs>
@@ -655,9 +629,7 @@ bool runs_across_channels(const ChannelShape& shape) { return shape.inner == 1 &
 int bytes_of_packet(DType dtype, int64_t run, std::initializer_list<const void*> pointers) {
   const int64_t size = size_of(dtype);
   for (const int bytes : {kPacketBytes, kPacketBytes / 2}) {
-    bool fits = run * size % bytes == 0 && (bytes == kPacketBytes || size == 2);
-    for (const void* pointer : pointers) fits = fits && reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
-    if (fits) return bytes;
+    if (run * size % bytes == 0 && (bytes == kPacketBytes || size == 2) && aligned(pointers, bytes)) return bytes;
   }
   return static_cast<int>(size);
 }
@@ -686,7 +658,7 @@ Launch over(int64_t count) {
 }  // namespace
 
 void activation_forward(DType dtype, math::Activation act, int64_t count, const void* x, void* y, uint8_t* mask) {
-  with_width(dtype, at_packet({x, y}), [&](auto zero, auto width) {
+  with_width(dtype, aligned({x, y}), [&](auto zero, auto width) {
     using scalar_t = decltype(zero);
     constexpr int W = decltype(width)::value;
     if (mask == nullptr) {
@@ -702,7 +674,7 @@ void activation_forward(DType dtype, math::Activation act, int64_t count, const 
 void activation_backward(DType dtype, math::Activation act, Saved kind, int64_t count, const void* grad_y, const void* saved,
                          void* grad_x) {
   const bool has_mask = kind == Saved::kMask;
-  with_width(dtype, at_packet({grad_y, has_mask ? grad_y : saved, grad_x}), [&](auto zero, auto width) {
+  with_width(dtype, aligned({grad_y, has_mask ? grad_y : saved, grad_x}), [&](auto zero, auto width) {
     using scalar_t = decltype(zero);
     constexpr int W = decltype(width)::value;
     if (has_mask) {
@@ -716,7 +688,7 @@ void activation_backward(DType dtype, math::Activation act, Saved kind, int64_t 
 }
 
 void rrelu_forward(DType dtype, SeededSlopes slopes, int64_t count, const void* x, void* y, uint8_t* mask) {
-  with_width(dtype, at_packet({x, y}), [&](auto zero, auto width) {
+  with_width(dtype, aligned({x, y}), [&](auto zero, auto width) {
     using scalar_t = decltype(zero);
     constexpr int W = decltype(width)::value;
     launch(rrelu_forward_kernel<scalar_t, W>, over<W, 1>(count), slopes, count, static_cast<const scalar_t*>(x), static_cast<scalar_t*>(y),
@@ -725,7 +697,7 @@ void rrelu_forward(DType dtype, SeededSlopes slopes, int64_t count, const void* 
 }
 
 void rrelu_backward(DType dtype, SeededSlopes slopes, int64_t count, const void* grad_y, const uint8_t* mask, void* grad_x) {
-  with_width(dtype, at_packet({grad_y, grad_x}), [&](auto zero, auto width) {
+  with_width(dtype, aligned({grad_y, grad_x}), [&](auto zero, auto width) {
     using scalar_t = decltype(zero);
     constexpr int W = decltype(width)::value;
     launch(rrelu_backward_kernel<scalar_t, W>, over<W, 1>(count), slopes, count, static_cast<const scalar_t*>(grad_y), mask,
@@ -770,7 +742,7 @@ void parametric_forward(const ParametricForward& p) {
       } else {
         run(zero, width, std::integral_constant<Span, Span::kRun>());
       }
-    } else if (at_packet({p.x, p.y})) {
+    } else if (aligned({p.x, p.y})) {
       // Packets of any elements need fewer instructions than single elements.
       run(zero, std::integral_constant<int, kPacketElements<decltype(zero)>>(), std::integral_constant<Span, Span::kAny>());
     } else {

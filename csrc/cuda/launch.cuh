@@ -148,10 +148,10 @@ __device__ __forceinline__ int64_t quotient(int64_t a, int64_t b, bool fit) {
   return fit ? static_cast<int64_t>(static_cast<unsigned>(a) / static_cast<unsigned>(b)) : a / b;
 }
 
-// Whether every pointer is aligned to a packet.
-inline bool at_packet(std::initializer_list<const void*> pointers) {
+// Whether every pointer is aligned to `bytes`, those of a packet.
+inline bool aligned(std::initializer_list<const void*> pointers, int bytes = kPacketBytes) {
   for (const void* pointer : pointers) {
-    if (reinterpret_cast<uintptr_t>(pointer) % kPacketBytes != 0) return false;
+    if (reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) != 0) return false;
   }
   return true;
 }

@@ -348,9 +348,10 @@ const DeviceLimits& device_limits() {
   return gpus.try_emplace({shared_bytes, compute_capability, simt::active_clusters()}, limits).first->second;
 }
 
-Workspace::Workspace(size_t bytes) : data_(std::malloc(bytes)) {
+Workspace::Workspace(size_t bytes) : data_(bytes > 0 ? std::malloc(bytes) : nullptr) {
+  if (bytes == 0) return;
   // An error after a launch would leave results half-written.
-  if (simt::has_launched && bytes > 0) simt::fail("a launcher allocates memory after a launch");
+  if (simt::has_launched) simt::fail("a launcher allocates memory after a launch");
   if (data_ == nullptr) throw std::bad_alloc();
   std::memset(data_, 0xFF, bytes);
 }

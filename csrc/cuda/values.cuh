@@ -1,0 +1,57 @@
+// Packets of stored elements as values in the computing type, and back. 16-bit types move in pairs: one
+// instruction widens an element of a bfloat16 pair, and one rounds two elements.
+#pragma once
+
+#include "cuda/launch.cuh"
+
+namespace gradkernels::cuda {
+
+// W elements in the computing type.
+template <typename scalar_t, int W>
+struct Values {
+  using opmath = opmath_t<scalar_t>;
+  opmath element[W];
+
+  __device__ __forceinline__ static Values of(const Packet<scalar_t, W>& packet) {
+    Values values;
+    if constexpr (std::is_same_v<scalar_t, BFloat16> && W % 2 == 0) {
+      uint32_t pair[W / 2];
+      __builtin_memcpy(pair, &packet, sizeof(pair));
+#pragma unroll
+      for (int i = 0; i < W; i += 2) {
+        values.element[i] = float_of(pair[i / 2] << 16);
+        values.element[i + 1] = float_of(pair[i / 2] & 0xFFFF0000u);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < W; ++i) values.element[i] = static_cast<opmath>(packet.element[i]);
+    }
+    return values;
+  }
+
+  __device__ __forceinline__ Packet<scalar_t, W> rounded() const {
+    Packet<scalar_t, W> packet;
+#if defined(__CUDA_ARCH__)
+    if constexpr (sizeof(scalar_t) == 2 && W % 2 == 0) {
+      uint32_t pair[W / 2];
+#pragma unroll
+      for (int i = 0; i < W; i += 2) {
+        if constexpr (std::is_same_v<scalar_t, BFloat16>) {
+          const __nv_bfloat162 two = __floats2bfloat162_rn(element[i], element[i + 1]);
+          __builtin_memcpy(&pair[i / 2], &two, sizeof(two));
+        } else {
+          const __half2 two = __floats2half2_rn(element[i], element[i + 1]);
+          __builtin_memcpy(&pair[i / 2], &two, sizeof(two));
+        }
+      }
+      __builtin_memcpy(&packet, pair, sizeof(pair));
+      return packet;
+    }
+#endif
+#pragma unroll
+    for (int i = 0; i < W; ++i) packet.element[i] = static_cast<scalar_t>(element[i]);
+    return packet;
+  }
+};
+
+}  // namespace gradkernels::cuda
