@@ -100,15 +100,11 @@ def test_shapes_of_networks_keep_a_gpu_busy(plan_of, name, layout, element_bytes
     operands, sums = PASSES[name]
     for shape in SHAPES:
         plan = plan_of(in_layout(shape, layout), element_bytes, operands, sums)
-        # Odd images, as those of 7 x 7 pixels, move element by element.
-        odd = layout == "contiguous" and shape[2] * shape[3] % 4 != 0
-        assert (plan.width == 1) == odd, shape
-        if odd:
-            continue
+        assert plan.width * element_bytes >= 8, shape
         bytes_in_flight = plan.blocks_of_processor * plan.threads * plan.packets_in_flight * operands * plan.width * element_bytes
-        assert bytes_in_flight >= 40 << 10, (shape, plan)
+        assert bytes_in_flight >= 36 << 10, (shape, plan)
         # Threads without columns, and channels of the last slab that do not exist.
-        assert plan.threads >= 0.9 * plan.block_threads, (shape, plan)
+        assert plan.threads >= 0.83 * plan.block_threads, (shape, plan)
         assert layout == "contiguous" or shape[1] >= 0.9 * plan.slabs * plan.group_channels, (shape, plan)
         full = plan.packets / (plan.threads * plan.packets_in_flight)
         assert plan.waves >= 0.8 or plan.parts >= full // 1, (shape, plan)

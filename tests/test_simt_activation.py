@@ -171,13 +171,19 @@ def test_rrelu_draws_what_the_cpu_draws(call, guarded, dtype):
         assert_bitwise_equal(f"grad_x of {size}", grad_x, expected_grad_x)
 
 
-# (rows, channels, inner): one parameter for all elements; runs that are whole packets and runs that are not;
-# rows across channels whose columns fill a block or do not; channels of more than one part.
+# (rows, channels, inner): one parameter for all elements; runs that are whole packets of 16 bytes, of 8 bytes
+# in 16 bits, or neither; rows across channels whose columns are packets of 16 bytes, of 8 bytes or neither,
+# and fill a block or do not; channels of more than one part.
 CHANNEL_SHAPES = [
     *[(1, 1, 1), (1, 1, 16_385), (1, 1, 40_000)],
     *[(2, 1, 7), (3, 3, 49), (2, 3, 64), (5, 65, 49), (9, 2, 2048)],
+    *[(64, 3, 196), (7, 2, 12), (300, 2, 100), (3, 5, 9000), (70, 1, 1028), (2000, 3, 5), (2, 600, 5)],
     *[(1, 3, 1), (257, 3, 1), (65, 64, 1), (130, 65, 1), (8200, 8, 1), (9, 520, 1)],
+    *[(70, 12, 1), (900, 20, 1), (300, 136, 1), (4100, 3, 1), (33, 2100, 1)],
 ]
+# The elements by which x and grad_y begin after an address that is aligned to a packet: 4 elements of 16 bits
+# are half a packet.
+OFFSETS = (0, 1, 4)
 
 
 @each_dtype
@@ -187,10 +193,11 @@ def test_learnt_parameter(call, guarded, act, dtype):
     for index, shape in enumerate(CHANNEL_SHAPES):
         rows, channels, inner = shape
         size = rows * channels * inner
-        x = guarded.copy(torch.randn(size).to(dtype), offset=index % 3 == 1)
-        grad_y = guarded.copy(torch.randn(size).to(dtype), offset=index % 3 == 1)
+        offset = OFFSETS[index % 3]
+        x = guarded.copy(torch.randn(size).to(dtype), offset=offset)
+        grad_y = guarded.copy(torch.randn(size).to(dtype), offset=offset)
         y, grad_x = (guarded.empty(size, dtype) for _ in range(2))
-        parameter = guarded.copy(torch.rand(channels).to(dtype) + 0.25)
+        parameter = guarded.copy(torch.rand(channels).to(dtype) + 0.25, offset=index % 5 == 3)
         grad_parameter, alone = guarded.empty(channels, dtype), guarded.empty(channels, dtype)
         call("parametric_forward", dtype, *shape, number, x, parameter, y)
         call("parametric_backward", dtype, *shape, number, grad_y, x, parameter, grad_x, grad_parameter)
@@ -212,6 +219,59 @@ def test_learnt_parameter(call, guarded, act, dtype):
         assert_accurate(f"grad_parameter {shape}", grad_parameter, weight.grad, exact, scale=scale, bound=act.share_error)
 
 
+@each_dtype
+@each_parametric
+def test_learnt_parameter_does_not_depend_on_the_packets(call, guarded, act, dtype):
+    """Packets of 16 bytes, of 8 bytes in 16 bits, and single elements give the same y and grad_x."""
+    number = {"prelu": PRELU, "swish": SWISH}[act.name]
+    for shape in ((1, 1, 2064), (3, 4, 208), (70, 40, 1)):
+        size, channels = math.prod(shape), shape[1]
+        x, grad_y = (torch.randn(size).to(dtype) for _ in range(2))
+        parameter = guarded.copy(torch.randn(channels).to(dtype))
+        results = []
+        for offset in OFFSETS:
+            operands = [guarded.copy(each, offset=offset) for each in (x, grad_y)]
+            y, grad_x = (guarded.empty(size, dtype, offset=offset) for _ in range(2))
+            call("parametric_forward", dtype, *shape, number, operands[0], parameter, y)
+            call("parametric_backward", dtype, *shape, number, operands[1], operands[0], parameter, grad_x, None)
+            results.append((y, grad_x))
+        for y, grad_x in results[1:]:
+            assert_bitwise_equal(f"y {shape}", y, results[0][0])
+            assert_bitwise_equal(f"grad_x {shape}", grad_x, results[0][1])
+
+
+@each_parametric
+def test_more_rows_than_a_thread_sums_at_once(call, guarded, act):
+    rows, channels = 4200, 128
+    x, grad_y = (guarded.copy(torch.randn(rows * channels).bfloat16()) for _ in range(2))
+    parameter = guarded.copy(torch.rand(channels).bfloat16())
+    actual = guarded.empty(channels, torch.bfloat16)
+    number = {"prelu": PRELU, "swish": SWISH}[act.name]
+    call("parametric_backward", torch.bfloat16, rows, channels, 1, number, grad_y, x, parameter, None, actual)
+    shares, sizes = exact_shares(x.view(rows, channels), grad_y.view(rows, channels), parameter.view(1, channels), act.name)
+    scale = np.sqrt(np.square(sizes).sum(0))
+    assert_accurate("grad_parameter", actual, actual, shares.sum(0), scale=scale, bound=act.share_error)
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+@pytest.mark.parametrize("beta", [1.0, 0.0, -0.0, -1.5, 2.0**-12, 96.0])
+def test_swish_of_16_bits_at_special_values(call, guarded, beta, dtype):
+    """A GPU computes 16 bits by formulas of its own. They give inf, nan and signed zeros where the CPU's do."""
+    info = torch.finfo(dtype)
+    magnitudes = [0.0, info.smallest_normal / 4, info.smallest_normal, 1.0, 20.0, 86.5, 88.0, 104.0, 178.0, 30_000.0, info.max, math.inf]
+    values = torch.tensor([math.nan, *magnitudes, *(-each for each in magnitudes)], dtype=torch.float64).to(dtype)
+    x, grad_y = (each.flatten() for each in torch.meshgrid(values, values, indexing="ij"))
+    x, grad_y = guarded.copy(x), guarded.copy(grad_y)
+    y, grad_x = (guarded.empty(x.numel(), dtype) for _ in range(2))
+    call("activation_forward", dtype, KINDS["swish"], beta, x.numel(), x, y, None)
+    call("activation_backward", dtype, KINDS["swish"], beta, INPUT, x.numel(), grad_y, x, grad_x)
+    expected = torch.ops.gradkernels.swish(x, beta), torch.ops.gradkernels.swish_backward(grad_y, x, beta)
+    for name, actual, cpu in zip(("y", "grad_x"), (y, grad_x), expected, strict=True):
+        torch.testing.assert_close(actual, cpu, rtol=info.eps, atol=info.smallest_normal * info.eps, equal_nan=True)
+        numbers = ~cpu.isnan()
+        assert torch.equal(actual.signbit()[numbers], cpu.signbit()[numbers]), name
+
+
 def test_a_gpu_that_nothing_was_built_for():
     """The message of csrc/cuda/device.h. tests/simt ends the process where torch would raise."""
     call = "load('activation')('activation_forward', x.dtype, 5, 1.0, 9, x, x, None)"
@@ -223,7 +283,7 @@ def test_a_gpu_that_nothing_was_built_for():
 
 
 def test_results_do_not_depend_on_the_order_of_blocks(call, guarded, monkeypatch):
-    for rows, channels, inner in [(1, 1, 40_000), (8200, 8, 1), (5, 3, 9001)]:
+    for rows, channels, inner in [(1, 1, 40_000), (8200, 8, 1), (4200, 3, 1), (5, 3, 9001)]:
         size = rows * channels * inner
         x, grad_y = (guarded.copy(torch.randn(size)) for _ in range(2))
         parameter = guarded.copy(torch.rand(channels))

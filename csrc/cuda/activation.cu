@@ -1,79 +1,94 @@
 // The activations on CUDA: elementwise passes over packets of 16 bytes, and sums for each channel if the
 // parameter is learnt. A thread loads several packets before it uses them. The activation is a run-time
-// argument, and each kernel contains one loop for each activation. A tensor that is not aligned to a packet
-// is walked one element at a time.
+// argument, and each kernel contains code for each activation. A tensor that is not aligned to a packet is
+// walked one element at a time. With a learnt parameter, runs or rows of 16-bit elements may also be packets
+// of 8 bytes: 14x14 elements, for example.
 #include "ops/activation.h"
 
+#include <algorithm>
 #include <type_traits>
 
+#include "cuda/channel_cut.h"
 #include "cuda/launch.cuh"
 #include "cuda/reduce.cuh"
+#include "cuda/values.cuh"
 
 namespace gradkernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-// Bytes that a thread loads before it uses the first of them, and blocks for each SM. Measure with
-// bench/bench_activation.py on a GPU.
+// Blocks that an SM holds at least, for kernels in which ptxas would otherwise move loads behind arithmetic.
+constexpr int kBlocks = 4;
+// Bytes that a thread loads before it uses the first of them. Measure with bench/bench_activation.py on a GPU.
 constexpr int kBytesInFlight = 64;
-constexpr int kBlocksPerProcessor = 8;
 
-// W elements in the computing type.
-template <typename scalar_t, int W>
-struct Values {
-  opmath_t<scalar_t> element[W];
+// The packets of each input that a thread loads before it uses them, and the elements of a block.
+template <int W, int kInputs>
+constexpr int kPacketsInFlight = W == 1                                          ? 4
+                                 : kBytesInFlight / (kInputs * kPacketBytes) > 0 ? kBytesInFlight / (kInputs * kPacketBytes)
+                                                                                 : 1;
+template <int W, int kInputs>
+constexpr int64_t kTileElements = int64_t{kThreads} * W * kPacketsInFlight<W, kInputs>;
 
-  __device__ __forceinline__ static Values of(const Packet<scalar_t, W>& packet) {
-    Values values;
+// kPackets packets of `elementwise`, which begin at element `begin` of the tensors; kWhole: all of their
+// elements exist.
+template <int W, int kPackets, bool kWhole, typename scalar_t, int kInputs, typename Fetch, typename Apply>
+__device__ __forceinline__ void packets_from(int64_t begin, int64_t count, const scalar_t* const (&in)[kInputs], scalar_t* out,
+                                             const Fetch& fetch, const Apply& apply) {
+  const int64_t mine = begin + static_cast<int64_t>(threadIdx.x) * W;
+  Packet<scalar_t, W> packet[kPackets][kInputs];
+  decltype(fetch(mine, count)) fetched[kPackets];
 #pragma unroll
-    for (int i = 0; i < W; ++i) values.element[i] = static_cast<opmath_t<scalar_t>>(packet.element[i]);
-    return values;
-  }
-  __device__ __forceinline__ Packet<scalar_t, W> rounded() const {
-    Packet<scalar_t, W> packet;
+  for (int j = 0; j < kPackets; ++j) {
+    const int64_t first = mine + j * kThreads * W;
 #pragma unroll
-    for (int i = 0; i < W; ++i) packet.element[i] = static_cast<scalar_t>(element[i]);
-    return packet;
-  }
-};
-
-// out = apply(first, valid, in...) for each packet of W elements. `first` is the index of the packet's first
-// element. `valid` is the number of elements up to the end; it may be less than W, 0 or negative, because all
-// lanes of a warp take part. `in` are the packets of the inputs.
-template <int W, typename scalar_t, int kInputs, typename Apply>
-__device__ __forceinline__ void elementwise(int64_t count, const scalar_t* const (&in)[kInputs], scalar_t* out, const Apply& apply) {
-  constexpr int kInFlight = W == 1 ? 4 : (kBytesInFlight / (kInputs * kPacketBytes) > 0 ? kBytesInFlight / (kInputs * kPacketBytes) : 1);
-  constexpr int64_t kTile = int64_t{kThreads} * kInFlight * W;
-  for (int64_t base = blockIdx.x * kTile; base < count; base += gridDim.x * kTile) {
-    const int64_t mine = base + static_cast<int64_t>(threadIdx.x) * W;
-    Packet<scalar_t, W> packet[kInFlight][kInputs];
-#pragma unroll
-    for (int j = 0; j < kInFlight; ++j) {
-      const int64_t first = mine + int64_t{j} * kThreads * W;
-#pragma unroll
-      for (int input = 0; input < kInputs; ++input) {
-        if (first + W <= count) {
-          load(packet[j][input], in[input] + first);
-        } else {
-          load_some(packet[j][input], in[input] + first, count - first, scalar_t(0.0f));
-        }
+    for (int input = 0; input < kInputs; ++input) {
+      if (kWhole || first + W <= count) {
+        load(packet[j][input], in[input] + first);
+      } else {
+        load_some(packet[j][input], in[input] + first, count - first, scalar_t(0.0f));
       }
     }
+    fetched[j] = fetch(first, kWhole ? W : count - first);
+  }
 #pragma unroll
-    for (int j = 0; j < kInFlight; ++j) {
-      const int64_t first = mine + int64_t{j} * kThreads * W;
-      Values<scalar_t, W> value[kInputs];
+  for (int j = 0; j < kPackets; ++j) {
+    const int64_t first = mine + j * kThreads * W;
+    Values<scalar_t, W> value[kInputs];
 #pragma unroll
-      for (int input = 0; input < kInputs; ++input) value[input] = Values<scalar_t, W>::of(packet[j][input]);
-      const Packet<scalar_t, W> result = apply(first, count - first, value).rounded();
-      if (first + W <= count) {
-        store(out + first, result);
-      } else {
-        store_some(out + first, result, count - first);
-      }
+    for (int input = 0; input < kInputs; ++input) value[input] = Values<scalar_t, W>::of(packet[j][input]);
+    const Packet<scalar_t, W> result = apply(first, kWhole ? W : count - first, fetched[j], value).rounded();
+    if (kWhole || first + W <= count) {
+      store(out + first, result);
+    } else {
+      store_some(out + first, result, count - first);
     }
   }
 }
+
+// out = apply(first, valid, fetched, in...) for each packet of W elements of the block's tile. `first` is the
+// index of the packet's first element. `valid` is the number of elements up to the end; it may be less than
+// W, 0 or negative, because all lanes of a warp take part. `fetched` is fetch(first, valid), which is called
+// while the packets are loaded: a load after the first store would wait for memory once more. `in` are the
+// packets of the inputs.
+template <int W, typename scalar_t, int kInputs, typename Fetch, typename Apply>
+__device__ __forceinline__ void elementwise(int64_t count, const scalar_t* const (&in)[kInputs], scalar_t* out, const Fetch& fetch,
+                                            const Apply& apply) {
+  constexpr int kInFlight = kPacketsInFlight<W, kInputs>;
+  const int64_t begin = blockIdx.x * kTileElements<W, kInputs>;
+  const int64_t end = begin + kTileElements<W, kInputs>;
+  if (end <= count) {
+    packets_from<W, kInFlight, true>(begin, count, in, out, fetch, apply);
+  } else {
+#pragma unroll 1
+    for (int64_t at = begin; at < count; at += kThreads * W) packets_from<W, 1, false>(at, count, in, out, fetch, apply);
+  }
+}
+
+struct Nothing {};
+struct FetchNothing {
+  __device__ __forceinline__ Nothing operator()(int64_t, int64_t) const { return {}; }
+};
 
 // Stores one bit for each element. One of the lanes that share a byte collects their bits and writes the
 // byte. Whole warps must call it.
@@ -89,7 +104,7 @@ __device__ __forceinline__ void store_bits(uint8_t* mask, int64_t first, int64_t
 
 template <int W>
 __device__ __forceinline__ unsigned load_bits(const uint8_t* mask, int64_t first, int64_t valid) {
-  return valid > 0 ? static_cast<unsigned>(mask[first / 8]) >> (first % 8) : 0u;
+  return valid > 0 ? static_cast<unsigned>(mask[first / 8]) >> (W == 8 ? 0 : first % 8) : 0u;
 }
 
 template <int W, typename scalar_t, typename Activation>
@@ -111,14 +126,15 @@ __device__ __forceinline__ unsigned existing(unsigned bits, int64_t valid) {
 }
 
 // y = act(x)
-//   launch   blocks of kThreads that stride over tiles
+//   launch   blocks of kThreads, one for each tile
 //   requires x and y dense, in the same order; both aligned to a packet, unless W = 1; y may be x
 //   traffic  n elements read, n written
 template <typename scalar_t, int W>
-__global__ void __launch_bounds__(kThreads) activation_forward_kernel(math::Activation act, int64_t count, const scalar_t* x, scalar_t* y) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    activation_forward_kernel(math::Activation act, int64_t count, const scalar_t* x, scalar_t* y) {
   const scalar_t* const in[1] = {x};
   math::visit<opmath_t<scalar_t>, math::kPrecisionOf<scalar_t>>(act, [&](auto f) {
-    elementwise<W>(count, in, y, [&](int64_t, int64_t, const Values<scalar_t, W>(&value)[1]) {
+    elementwise<W>(count, in, y, FetchNothing(), [&](int64_t, int64_t, Nothing, const Values<scalar_t, W>(&value)[1]) {
       Values<scalar_t, W> result;
 #pragma unroll
       for (int i = 0; i < W; ++i) result.element[i] = f.forward(value[0].element[i]);
@@ -132,11 +148,11 @@ __global__ void __launch_bounds__(kThreads) activation_forward_kernel(math::Acti
 //   requires as above; a mask of ceil(n / 8) bytes
 //   traffic  n elements read, n written, n bits written
 template <typename scalar_t, int W>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     activation_forward_mask_kernel(math::Activation act, int64_t count, const scalar_t* x, scalar_t* y, uint8_t* mask) {
   const scalar_t* const in[1] = {x};
   math::visit_two_slopes<opmath_t<scalar_t>>(act, [&](auto f) {
-    elementwise<W>(count, in, y, [&](int64_t first, int64_t valid, const Values<scalar_t, W>(&value)[1]) {
+    elementwise<W>(count, in, y, FetchNothing(), [&](int64_t first, int64_t valid, Nothing, const Values<scalar_t, W>(&value)[1]) {
       unsigned bits;
       const Values<scalar_t, W> result = forward_with_mask(f, value[0], bits);
       store_bits<W>(mask, first, valid, existing<W>(bits, valid));
@@ -150,12 +166,13 @@ __global__ void __launch_bounds__(kThreads)
 //   requires grad_y, saved and grad_x dense and aligned like x and y above; grad_x may be grad_y
 //   traffic  2n elements read, n written
 template <typename scalar_t, int W>
-__global__ void __launch_bounds__(kThreads) activation_backward_kernel(math::Activation act, bool from_output, int64_t count,
-                                                                       const scalar_t* grad_y, const scalar_t* saved, scalar_t* grad_x) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    activation_backward_kernel(math::Activation act, bool from_output, int64_t count, const scalar_t* grad_y, const scalar_t* saved,
+                               scalar_t* grad_x) {
   using opmath = opmath_t<scalar_t>;
   const scalar_t* const in[2] = {grad_y, saved};
   const auto run = [&](const auto& gradient) {
-    elementwise<W>(count, in, grad_x, [&](int64_t, int64_t, const Values<scalar_t, W>(&value)[2]) {
+    elementwise<W>(count, in, grad_x, FetchNothing(), [&](int64_t, int64_t, Nothing, const Values<scalar_t, W>(&value)[2]) {
       Values<scalar_t, W> result;
 #pragma unroll
       for (int i = 0; i < W; ++i) result.element[i] = gradient(value[0].element[i], value[1].element[i]);
@@ -175,12 +192,12 @@ __global__ void __launch_bounds__(kThreads) activation_backward_kernel(math::Act
 //   requires as above; the mask that forward wrote
 //   traffic  n elements and n bits read, n written
 template <typename scalar_t, int W>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     activation_backward_mask_kernel(math::Activation act, int64_t count, const scalar_t* grad_y, const uint8_t* mask, scalar_t* grad_x) {
   const scalar_t* const in[1] = {grad_y};
   math::visit_two_slopes<opmath_t<scalar_t>>(act, [&](auto f) {
-    elementwise<W>(count, in, grad_x, [&](int64_t first, int64_t valid, const Values<scalar_t, W>(&value)[1]) {
-      const unsigned bits = load_bits<W>(mask, first, valid);
+    const auto fetch = [&](int64_t first, int64_t valid) { return load_bits<W>(mask, first, valid); };
+    elementwise<W>(count, in, grad_x, fetch, [&](int64_t, int64_t, unsigned bits, const Values<scalar_t, W>(&value)[1]) {
       Values<scalar_t, W> result;
 #pragma unroll
       for (int i = 0; i < W; ++i) result.element[i] = f.backward_from_mask(value[0].element[i], (bits >> i & 1u) != 0u);
@@ -189,13 +206,16 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
+__device__ __forceinline__ math::RandomSlopes slopes_of(const SeededSlopes& seeded) {
+  return {static_cast<uint64_t>(*seeded.seed), seeded.lower, seeded.upper};
+}
+
 // The slopes of elements [first, first + W).
 template <typename scalar_t, int W>
 struct DrawnSlopes {
   opmath_t<scalar_t> slope[W];
 
-  __device__ __forceinline__ DrawnSlopes(const SeededSlopes& seeded, int64_t first) {
-    const math::RandomSlopes slopes{static_cast<uint64_t>(*seeded.seed), seeded.lower, seeded.upper};
+  __device__ __forceinline__ DrawnSlopes(const math::RandomSlopes& slopes, int64_t first) {
     const uint64_t block = static_cast<uint64_t>(first) / 4;
     if constexpr (W >= 4) {
 #pragma unroll
@@ -220,18 +240,21 @@ struct DrawnSlopes {
 //   traffic  n elements read, n written, n bits written
 template <typename scalar_t, int W>
 __global__ void __launch_bounds__(kThreads)
-    rrelu_forward_kernel(SeededSlopes slopes, int64_t count, const scalar_t* x, scalar_t* y, uint8_t* mask) {
+    rrelu_forward_kernel(SeededSlopes seeded, int64_t count, const scalar_t* x, scalar_t* y, uint8_t* mask) {
   using opmath = opmath_t<scalar_t>;
+  const math::RandomSlopes slopes = slopes_of(seeded);
   const scalar_t* const in[1] = {x};
-  elementwise<W>(count, in, y, [&](int64_t first, int64_t valid, const Values<scalar_t, W>(&value)[1]) {
+  elementwise<W>(count, in, y, FetchNothing(), [&](int64_t first, int64_t valid, Nothing, const Values<scalar_t, W>(&value)[1]) {
     const DrawnSlopes<scalar_t, W> drawn(slopes, first);
     Values<scalar_t, W> result;
     unsigned bits = 0;
 #pragma unroll
     for (int i = 0; i < W; ++i) {
       const math::Rrelu<opmath> f{{drawn.slope[i]}};
-      bits |= static_cast<unsigned>(f.passes(value[0].element[i])) << i;
-      result.element[i] = f.forward(value[0].element[i]);
+      const bool passes = f.passes(value[0].element[i]);
+      bits |= static_cast<unsigned>(passes) << i;
+      // The value has the formula of the gradient, with x for grad_y.
+      result.element[i] = f.backward_from_mask(value[0].element[i], passes);
     }
     store_bits<W>(mask, first, valid, existing<W>(bits, valid));
     return result;
@@ -244,12 +267,13 @@ __global__ void __launch_bounds__(kThreads)
 //   traffic  n elements and n bits read, n written
 template <typename scalar_t, int W>
 __global__ void __launch_bounds__(kThreads)
-    rrelu_backward_kernel(SeededSlopes slopes, int64_t count, const scalar_t* grad_y, const uint8_t* mask, scalar_t* grad_x) {
+    rrelu_backward_kernel(SeededSlopes seeded, int64_t count, const scalar_t* grad_y, const uint8_t* mask, scalar_t* grad_x) {
   using opmath = opmath_t<scalar_t>;
+  const math::RandomSlopes slopes = slopes_of(seeded);
   const scalar_t* const in[1] = {grad_y};
-  elementwise<W>(count, in, grad_x, [&](int64_t first, int64_t valid, const Values<scalar_t, W>(&value)[1]) {
+  const auto fetch = [&](int64_t first, int64_t valid) { return load_bits<W>(mask, first, valid); };
+  elementwise<W>(count, in, grad_x, fetch, [&](int64_t first, int64_t, unsigned bits, const Values<scalar_t, W>(&value)[1]) {
     const DrawnSlopes<scalar_t, W> drawn(slopes, first);
-    const unsigned bits = load_bits<W>(mask, first, valid);
     Values<scalar_t, W> result;
 #pragma unroll
     for (int i = 0; i < W; ++i) {
@@ -270,82 +294,136 @@ __device__ __forceinline__ void visit_parametric(Parametric act, const Function&
   }
 }
 
-// The channel of an element and, after each next(), of the next element. A packet needs the divisions only
-// once.
-struct ChannelOf {
-  int64_t inner;
-  int64_t channels;
-  int64_t within;
-  int64_t channel;
+// Places are computed in 32 bits, in which divisions are fast.
+constexpr int64_t kMostOfChannels = int64_t{1} << 30;
 
-  __device__ __forceinline__ ChannelOf(const ChannelShape& shape, int64_t count, int64_t element)
-      : inner(shape.inner), channels(shape.channels) {
-    const bool fit = count <= INT32_MAX;
-    const int64_t line = quotient(element, inner, fit);
-    within = element - line * inner;
-    channel = line - quotient(line, channels, fit) * channels;
+// Where the elements of a packet lie: in one channel; in W neighbouring channels, so inner = 1; or anywhere.
+enum class Span : uint8_t { kRun, kColumns, kAny };
+
+// The channel of an element, and the element's place in the run of its channel.
+struct Place {
+  unsigned channel;
+  unsigned within;
+
+  __device__ __forceinline__ Place(const ChannelShape& shape, int64_t element) {
+    const unsigned inner = static_cast<unsigned>(shape.inner), channels = static_cast<unsigned>(shape.channels);
+    const unsigned line = static_cast<unsigned>(element) / inner;
+    channel = line % channels;
+    within = static_cast<unsigned>(element) - line * inner;
   }
-  __device__ __forceinline__ void next() {
-    if (++within == inner) {
+  // Goes on to the next element.
+  __device__ __forceinline__ void advance(const ChannelShape& shape) {
+    if (++within == static_cast<unsigned>(shape.inner)) {
       within = 0;
-      if (++channel == channels) channel = 0;
+      if (++channel == static_cast<unsigned>(shape.channels)) channel = 0;
     }
   }
 };
 
 // y = act(x, parameter of the channel)
 //   launch   as above
-//   requires x and y dense, in the order of `shape`; both aligned to a packet, unless W = 1
+//   requires x and y dense, in the order of `shape`; both aligned to a packet, unless W = 1; packets that lie
+//            as `span` says; with kColumns the parameter aligned to a packet; at most kMostOfChannels elements,
+//            unless there is one channel
 //   traffic  n elements read, n written
-template <typename scalar_t, int W>
-__global__ void __launch_bounds__(kThreads) parametric_forward_kernel(Parametric act, ChannelShape shape, int64_t count, const scalar_t* x,
-                                                                      const scalar_t* parameter, scalar_t* y) {
+template <typename scalar_t, int W, Span span>
+__global__ void __launch_bounds__(kThreads, kBlocks) parametric_forward_kernel(Parametric act, ChannelShape shape, int64_t count,
+                                                                               const scalar_t* x, const scalar_t* parameter, scalar_t* y) {
   using opmath = opmath_t<scalar_t>;
   const scalar_t* const in[1] = {x};
   visit_parametric<scalar_t>(act, [&](auto activation) {
-    elementwise<W>(count, in, y, [&](int64_t first, int64_t, const Values<scalar_t, W>(&value)[1]) {
-      Values<scalar_t, W> result;
-      ChannelOf at(shape, count, first);
+    if constexpr (span == Span::kRun) {
+      const auto fetch = [&](int64_t first, int64_t) {
+        return static_cast<opmath>(parameter[shape.channels == 1 ? 0 : Place(shape, first).channel]);
+      };
+      elementwise<W>(count, in, y, fetch, [&](int64_t, int64_t, opmath of_packet, const Values<scalar_t, W>(&value)[1]) {
+        Values<scalar_t, W> result;
 #pragma unroll
-      for (int i = 0; i < W; ++i) {
-        result.element[i] = activation(static_cast<opmath>(parameter[at.channel])).forward(value[0].element[i]);
-        at.next();
-      }
-      return result;
-    });
+        for (int i = 0; i < W; ++i) result.element[i] = activation(of_packet).forward(value[0].element[i]);
+        return result;
+      });
+    } else {
+      elementwise<W>(count, in, y, FetchNothing(), [&](int64_t first, int64_t, Nothing, const Values<scalar_t, W>(&value)[1]) {
+        Values<scalar_t, W> of_element, result;
+        if constexpr (span == Span::kColumns) {
+          Packet<scalar_t, W> packet;
+          load(packet, parameter + static_cast<unsigned>(first) % static_cast<unsigned>(shape.channels));
+          of_element = Values<scalar_t, W>::of(packet);
+        } else {
+          Place place(shape, first);
+#pragma unroll
+          for (int i = 0; i < W; ++i, place.advance(shape)) of_element.element[i] = static_cast<opmath>(parameter[place.channel]);
+        }
+#pragma unroll
+        for (int i = 0; i < W; ++i) result.element[i] = activation(of_element.element[i]).forward(value[0].element[i]);
+        return result;
+      });
+    }
   });
 }
 
-using DoubleSum = math::Sum<double>;
+// Writes grad_x of kPackets packets, unless grad_x is null; first[k] is the index of the first element of
+// packet k. activation_of(i) is the functor of element i of a packet. add(i, share) receives the element's
+// share of the gradient of its parameter.
+template <typename scalar_t, int W, int kPackets, typename ActivationOf, typename Add>
+__device__ __forceinline__ void parametric_backward_packets(const ParametricBackward& p, const int64_t (&first)[kPackets],
+                                                            const ActivationOf& activation_of, const Add& add) {
+  Packet<scalar_t, W> grad_packet[kPackets], x_packet[kPackets];
+#pragma unroll
+  for (int k = 0; k < kPackets; ++k) {
+    load(grad_packet[k], static_cast<const scalar_t*>(p.grad_y) + first[k]);
+    load(x_packet[k], static_cast<const scalar_t*>(p.x) + first[k]);
+  }
+#pragma unroll
+  for (int k = 0; k < kPackets; ++k) {
+    const Values<scalar_t, W> gradients = Values<scalar_t, W>::of(grad_packet[k]);
+    const Values<scalar_t, W> values = Values<scalar_t, W>::of(x_packet[k]);
+    Values<scalar_t, W> result;
+#pragma unroll
+    for (int i = 0; i < W; ++i) {
+      opmath_t<scalar_t> share;
+      result.element[i] = activation_of(i).backward(gradients.element[i], values.element[i], share);
+      add(i, share);
+    }
+    if (p.grad_x != nullptr) store(static_cast<scalar_t*>(p.grad_x) + first[k], result.rounded());
+  }
+}
 
-struct ParametricShared {
-  BlockScratch<DoubleSum> scratch;
+// The packets of each tensor that a thread of the next two kernels loads before it uses them.
+template <typename scalar_t, int W>
+constexpr int kPacketsOfStep = kBytesInFlight / (2 * std::max(W * static_cast<int>(sizeof(scalar_t)), 4));
+
+// A sum of a few terms: float32 in float32, float64 with its rounding errors, because there is no wider type.
+template <typename opmath>
+struct FewTerms {
+  opmath total = opmath(0);
+
+  __device__ __forceinline__ void add(opmath x) { total += x; }
+  __device__ __forceinline__ opmath rounded() const { return total; }
+};
+template <>
+struct FewTerms<double> : ThreadSum<double> {};
+
+// The sum over the threads of a block, in thread 0.
+__device__ __forceinline__ double block_sum(const ThreadSum<float>& sum, BlockScratch<double>& scratch) {
+  return block_reduce(sum.rounded(), scratch, 0.0, Add());
+}
+__device__ __forceinline__ double block_sum(const ThreadSum<double>& sum, BlockScratch<math::Sum<double>>& scratch) {
+  const math::Sum<double> total = block_reduce(sum.value(), scratch, {0.0, 0.0}, AddSums());
+  return total.high + total.low;
+}
+
+template <typename opmath>
+struct RunShared {
+  BlockScratch<std::conditional_t<std::is_same<opmath, double>::value, math::Sum<double>, double>> scratch;
   unsigned flag;
 };
 
-// A block adds up the parameter gradients of kElementsOfPart elements. A column has at most kMostParts parts.
-constexpr int64_t kElementsOfPart = 64 * kThreads;
-constexpr int64_t kMostParts = 256;
-
-// Writes grad_x of the W elements from `first` on, unless grad_x is null. activation_of(j) is the functor of
-// element j. add(j, share) receives the element's share of the gradient of its parameter.
-template <typename scalar_t, int W, typename ActivationOf, typename Add>
-__device__ __forceinline__ void parametric_backward_packet(const ParametricBackward& p, int64_t first, const ActivationOf& activation_of,
-                                                           const Add& add) {
-  Packet<scalar_t, W> grad_packet, x_packet;
-  load(grad_packet, static_cast<const scalar_t*>(p.grad_y) + first);
-  load(x_packet, static_cast<const scalar_t*>(p.x) + first);
-  const Values<scalar_t, W> gradients = Values<scalar_t, W>::of(grad_packet);
-  const Values<scalar_t, W> values = Values<scalar_t, W>::of(x_packet);
-  Values<scalar_t, W> result;
-#pragma unroll
-  for (int j = 0; j < W; ++j) {
-    opmath_t<scalar_t> share;
-    result.element[j] = activation_of(j).backward(gradients.element[j], values.element[j], share);
-    add(j, share);
-  }
-  if (p.grad_x != nullptr) store(static_cast<scalar_t*>(p.grad_x) + first, result.rounded());
-}
+// The parts of channels that form runs: as many as give kRunBlocksPerProcessor blocks for each SM, which it
+// can hold at once, but with at least kLeastPacketsOfPart packets each. 32 bits hold the number of packets.
+constexpr int kRunBlocksPerProcessor = 6;
+constexpr int64_t kLeastPacketsOfPart = 4 * kThreads;
+constexpr int64_t kMostPacketsOfPart = int64_t{1} << 30;
 
 // grad_x = grad_y act'(x), and the gradient of each channel's parameter, if the elements of a channel form
 // runs
@@ -355,92 +433,179 @@ __device__ __forceinline__ void parametric_backward_packet(const ParametricBackw
 //   traffic  2n elements read, n written
 template <typename scalar_t, int W>
 __global__ void __launch_bounds__(kThreads)
-    parametric_backward_run_kernel(ParametricBackward p, int parts, double* partial, unsigned* counters) {
+    parametric_backward_run_kernel(ParametricBackward p, int parts, int64_t packets_of_part, double* partial, unsigned* counters) {
   using opmath = opmath_t<scalar_t>;
-  ParametricShared& shared = *shared_memory<ParametricShared>();
-  const int64_t channel = blockIdx.x / parts;
-  const int part = static_cast<int>(blockIdx.x % parts);
+  constexpr int kStep = kPacketsOfStep<scalar_t, W>;
+  auto& shared = *shared_memory<RunShared<opmath>>();
+  const int64_t channel = blockIdx.x / static_cast<unsigned>(parts);
+  const int64_t part = blockIdx.x % static_cast<unsigned>(parts);
   const int64_t packets_of_row = p.shape.inner / W;
-  const int64_t begin = part * (kElementsOfPart / W);
   const int64_t all = p.shape.rows * packets_of_row;
-  const int64_t end = begin + kElementsOfPart / W < all ? begin + kElementsOfPart / W : all;
-  const opmath parameter = static_cast<opmath>(static_cast<const scalar_t*>(p.parameter)[channel]);
+  const int64_t end = (part + 1) * packets_of_part < all ? (part + 1) * packets_of_part : all;
+  const int64_t mine = part * packets_of_part + threadIdx.x;
+  const int64_t row = quotient(mine, packets_of_row, all <= INT32_MAX);
+  const int64_t within = mine - row * packets_of_row;
+  // A step of kThreads packets goes on by whole rows and some packets, and by one row more at the end of a
+  // row. `left` counts the packets up to there; a row of more than 32 bits ends in no more than one step.
+  const int row_packets = static_cast<int>(packets_of_row < INT32_MAX ? packets_of_row : INT32_MAX);
+  const int rows_of_step = kThreads / row_packets;
+  const int rest_of_step = kThreads - rows_of_step * row_packets;
+  const int64_t row_elements = p.shape.channels * p.shape.inner;
+  const int64_t step = rows_of_step * row_elements + static_cast<int64_t>(rest_of_step) * W;
+  const int64_t to_next_row = row_elements - p.shape.inner;
+  int left = static_cast<int>(packets_of_row - within < INT32_MAX ? packets_of_row - within : INT32_MAX);
+  int64_t next = row * row_elements + channel * p.shape.inner + within * W;
+  const auto advance = [&] {
+    const int64_t here = next;
+    next += step;
+    left -= rest_of_step;
+    if (left <= 0) {
+      left += row_packets;
+      next += to_next_row;
+    }
+    return here;
+  };
 
-  ThreadSum<opmath> sum;
+  const opmath parameter = static_cast<opmath>(static_cast<const scalar_t*>(p.parameter)[channel]);
+  int packets = mine < end ? static_cast<int>((end - mine + kThreads - 1) / kThreads) : 0;
+  ThreadSum<opmath> total;
   visit_parametric<scalar_t>(p.act, [&](auto activation) {
     const auto f = activation(parameter);
-    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-      const int64_t row = quotient(i, packets_of_row, all <= INT32_MAX);
-      const int64_t first = (row * p.shape.channels + channel) * p.shape.inner + (i - row * packets_of_row) * W;
-      parametric_backward_packet<scalar_t, W>(p, first, [&](int) { return f; }, [&](int, opmath share) { sum.add(share); });
+    const auto packets_at = [&](const auto& first) {
+      FewTerms<opmath> sum;
+      parametric_backward_packets<scalar_t, W>(p, first, [&](int) { return f; }, [&](int, opmath share) { sum.add(share); });
+      total.add(sum.rounded());
+    };
+    for (; packets >= kStep; packets -= kStep) {
+      int64_t first[kStep];
+#pragma unroll
+      for (int k = 0; k < kStep; ++k) first[k] = advance();
+      packets_at(first);
+    }
+    for (; packets > 0; --packets) {
+      const int64_t first[1] = {advance()};
+      packets_at(first);
     }
   });
   if (p.grad_parameter == nullptr) return;
-  const DoubleSum total = block_reduce(sum.value(), shared.scratch, DoubleSum{0.0, 0.0}, AddSums());
-  if (threadIdx.x == 0) partial[blockIdx.x] = total.high + total.low;
-  if (!is_last_block(counters + channel, parts, &shared.flag)) return;
-  DoubleSum of_parts{0.0, 0.0};
-  for (int i = threadIdx.x; i < parts; i += kThreads) math::add(of_parts, partial[channel * parts + i]);
-  of_parts = block_reduce(of_parts, shared.scratch, DoubleSum{0.0, 0.0}, AddSums());
-  if (threadIdx.x == 0) static_cast<scalar_t*>(p.grad_parameter)[channel] = static_cast<scalar_t>(of_parts.high + of_parts.low);
+  double sum = block_sum(total, shared.scratch);
+  if (parts > 1) {
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+    if (!is_last_block(counters + channel, static_cast<unsigned>(parts), &shared.flag)) return;
+    ThreadSum<opmath> of_parts;
+    for (int i = threadIdx.x; i < parts; i += kThreads) of_parts.add(partial[channel * parts + i]);
+    sum = block_sum(of_parts, shared.scratch);
+  }
+  if (threadIdx.x == 0) static_cast<scalar_t*>(p.grad_parameter)[channel] = static_cast<scalar_t>(sum);
 }
 
-template <int W>
-struct ParametricColumnShared {
-  double sum[kThreads][W];
+constexpr int kColumnThreads = 512;
+constexpr int kColumnBlocksPerProcessor = 2;
+// Bytes of a row that a block reads, and the rows that a thread adds up before it passes its sums on.
+constexpr int kColumnBytes = 256;
+constexpr int kRowsOfSum = 32;
+
+template <typename scalar_t, int W>
+struct ColumnShared {
+  static constexpr int kPadding = kWarpThreads / W;  // against bank conflicts
+  opmath_t<scalar_t> sum[W][kColumnThreads + kPadding];
+  double group[kColumnThreads];
   unsigned flag;
 };
 
 // The same if rows run across channels
-//   launch   (column blocks, parts of the rows) blocks of kThreads; `columns` neighbouring threads take W
-//            channels each of one row, the next `columns` threads those of the next row
+//   launch   (column blocks, parts of the rows) blocks of kColumnThreads; `columns` neighbouring threads take
+//            W channels each of one row, the next `columns` threads those of the next row; columns * W is at
+//            most kColumnThreads; the last block of a column block adds up its parts, in order
 //   requires inner = 1; unless W = 1, channels a multiple of W and all tensors aligned to a packet; counters
 //            = 0, one for each column block
 //   traffic  2n elements read, n written
 template <typename scalar_t, int W>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kColumnThreads, sizeof(opmath_t<scalar_t>) == 8 ? 1 : kColumnBlocksPerProcessor)
     parametric_backward_column_kernel(ParametricBackward p, int columns, int64_t rows_of_part, double* partial, unsigned* counters) {
   using opmath = opmath_t<scalar_t>;
-  auto& shared = *shared_memory<ParametricColumnShared<W>>();
-  const int column = static_cast<int>(threadIdx.x) % columns;
-  const int lines = kThreads / columns;
-  const int line = static_cast<int>(threadIdx.x) / columns;
+  constexpr int kStep = kPacketsOfStep<scalar_t, W>;
+  auto& shared = *shared_memory<ColumnShared<scalar_t, W>>();
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lines = kColumnThreads / columns;
+  const int line = thread / columns;
   const int64_t channels = p.shape.channels;
-  const int64_t channel = (static_cast<int64_t>(blockIdx.x) * columns + column) * W;
+  const int64_t block_channel = static_cast<int64_t>(blockIdx.x) * columns * W;
+  const int64_t channel = block_channel + (thread - line * columns) * W;
   const int64_t begin = blockIdx.y * rows_of_part;
   const int64_t end = begin + rows_of_part < p.shape.rows ? begin + rows_of_part : p.shape.rows;
+  const bool works = line < lines && channel < channels;
 
-  ThreadSum<opmath> sum[W];
-  if (channel < channels) {
-    Values<scalar_t, W> parameter;
+  Values<scalar_t, W> parameter{};
+  if (works) {
 #pragma unroll
-    for (int j = 0; j < W; ++j) parameter.element[j] = static_cast<opmath>(static_cast<const scalar_t*>(p.parameter)[channel + j]);
-    visit_parametric<scalar_t>(p.act, [&](auto activation) {
-      for (int64_t row = begin + line; row < end; row += lines) {
-        parametric_backward_packet<scalar_t, W>(
-            p, row * channels + channel, [&](int j) { return activation(parameter.element[j]); },
-            [&](int j, opmath share) { sum[j].add(share); });
-      }
-    });
+    for (int i = 0; i < W; ++i) parameter.element[i] = static_cast<opmath>(static_cast<const scalar_t*>(p.parameter)[channel + i]);
+  }
+  // When sums are merged, thread t takes channel t % width; threads with the same channel form its groups.
+  const int width = columns * W;
+  const int groups = kColumnThreads / width;
+  const int group = thread / width;
+  const int place = thread - group * width;
+  const bool merges = group < groups && block_channel + place < channels;
+  // The sum of value(i) for i in [0, count), for each channel, in its thread of group 0.
+  ThreadSum<opmath> total;
+  const auto add_own = [&](int count, const auto& value) {
+    if (merges) {
+      for (int i = group; i < count; i += groups) total.add(value(i));
+    }
+  };
+  const auto merged = [&] {
+    shared.group[thread] = total.rounded();
+    __syncthreads();
+    total = {};
+    if (group == 0) {
+      for (int i = 0; i < groups; ++i) total.add(shared.group[i * width + place]);
+    }
+    return total.rounded();
+  };
+
+  for (int64_t chunk = begin; chunk < end; chunk += int64_t{kRowsOfSum} * lines) {
+    FewTerms<opmath> sum[W];
+    if (works) {
+      const int64_t chunk_end = chunk + int64_t{kRowsOfSum} * lines < end ? chunk + int64_t{kRowsOfSum} * lines : end;
+      int rows = chunk + line < chunk_end ? static_cast<int>((chunk_end - chunk - line + lines - 1) / lines) : 0;
+      const int64_t step = lines * channels;
+      int64_t next = (chunk + line) * channels + channel;
+      visit_parametric<scalar_t>(p.act, [&](auto activation) {
+        const auto rows_at = [&](const auto& first) {
+          parametric_backward_packets<scalar_t, W>(
+              p, first, [&](int i) { return activation(parameter.element[i]); }, [&](int i, opmath share) { sum[i].add(share); });
+        };
+        for (; rows >= kStep; rows -= kStep) {
+          int64_t first[kStep];
+#pragma unroll
+          for (int k = 0; k < kStep; ++k, next += step) first[k] = next;
+          rows_at(first);
+        }
+        for (; rows > 0; --rows, next += step) {
+          const int64_t first[1] = {next};
+          rows_at(first);
+        }
+      });
+    }
+    if (p.grad_parameter == nullptr) continue;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < W; ++i) shared.sum[i][thread] = sum[i].rounded();
+    __syncthreads();
+    add_own(lines, [&](int i) { return shared.sum[place % W][i * columns + place / W]; });
   }
   if (p.grad_parameter == nullptr) return;
-#pragma unroll
-  for (int j = 0; j < W; ++j) shared.sum[threadIdx.x][j] = sum[j].rounded();
-  __syncthreads();
-  if (line == 0 && channel < channels) {
-    for (int j = 0; j < W; ++j) {
-      DoubleSum total{0.0, 0.0};
-      for (int below = 0; below < lines; ++below) math::add(total, shared.sum[below * columns + column][j]);
-      partial[blockIdx.y * channels + channel + j] = total.high + total.low;
-    }
+  double sum = merged();
+  const bool writes = group == 0 && merges;
+  if (gridDim.y > 1) {
+    if (writes) partial[blockIdx.y * channels + block_channel + place] = sum;
+    if (!is_last_block(counters + blockIdx.x, gridDim.y, &shared.flag)) return;
+    total = {};
+    add_own(static_cast<int>(gridDim.y), [&](int part) { return partial[part * channels + block_channel + place]; });
+    sum = merged();
   }
-  if (!is_last_block(counters + blockIdx.x, gridDim.y, &shared.flag)) return;
-  for (int64_t c = static_cast<int64_t>(blockIdx.x) * columns * W + threadIdx.x;
-       c < (blockIdx.x + int64_t{1}) * columns * W && c < channels; c += kThreads) {
-    DoubleSum total{0.0, 0.0};
-    for (unsigned part = 0; part < gridDim.y; ++part) math::add(total, partial[part * channels + c]);
-    static_cast<scalar_t*>(p.grad_parameter)[c] = static_cast<scalar_t>(total.high + total.low);
-  }
+  if (writes) static_cast<scalar_t*>(p.grad_parameter)[block_channel + place] = static_cast<scalar_t>(sum);
 }
 
 // Calls function(scalar_t(), width): width is the number of elements of a packet if in_packets, otherwise 1.
@@ -455,12 +620,28 @@ void with_width(DType dtype, bool in_packets, const Function& function) {
   });
 }
 
+// Whether neighbouring elements are in neighbouring channels.
+bool runs_across_channels(const ChannelShape& shape) { return shape.inner == 1 && shape.channels > 1; }
+
+// Calls function(scalar_t(), width): width is the number of elements of a packet of `bytes`.
+template <typename Function>
+void with_packet(DType dtype, int bytes, const Function& function) {
+  dispatch(dtype, [&](auto zero) {
+    constexpr int kSize = static_cast<int>(sizeof(zero));
+    if (bytes == kPacketBytes) {
+      function(zero, std::integral_constant<int, kPacketBytes / kSize>());
+    } else if (kSize == 2 && bytes == kPacketBytes / 2) {
+      function(zero, std::integral_constant<int, kSize == 2 ? kPacketBytes / 2 / kSize : 1>());
+    } else {
+      function(zero, std::integral_constant<int, 1>());
+    }
+  });
+}
+
 // The launch of an elementwise kernel over `count` elements.
-template <int W>
-Launch over(int64_t count, int inputs) {
-  const int in_flight = W == 1 ? 4 : kBytesInFlight / (inputs * kPacketBytes);
-  const int64_t tile = int64_t{kThreads} * in_flight * W;
-  return {grid_for((count + tile - 1) / tile, kBlocksPerProcessor), kThreads};
+template <int W, int kInputs>
+Launch over(int64_t count) {
+  return {dim3(static_cast<unsigned>((count + kTileElements<W, kInputs> - 1) / kTileElements<W, kInputs>)), kThreads};
 }
 
 }  // namespace
@@ -470,10 +651,10 @@ void activation_forward(DType dtype, math::Activation act, int64_t count, const 
     using scalar_t = decltype(zero);
     constexpr int W = decltype(width)::value;
     if (mask == nullptr) {
-      launch(activation_forward_kernel<scalar_t, W>, over<W>(count, 1), act, count, static_cast<const scalar_t*>(x),
+      launch(activation_forward_kernel<scalar_t, W>, over<W, 1>(count), act, count, static_cast<const scalar_t*>(x),
              static_cast<scalar_t*>(y));
     } else {
-      launch(activation_forward_mask_kernel<scalar_t, W>, over<W>(count, 1), act, count, static_cast<const scalar_t*>(x),
+      launch(activation_forward_mask_kernel<scalar_t, W>, over<W, 1>(count), act, count, static_cast<const scalar_t*>(x),
              static_cast<scalar_t*>(y), mask);
     }
   });
@@ -486,10 +667,10 @@ void activation_backward(DType dtype, math::Activation act, Saved kind, int64_t 
     using scalar_t = decltype(zero);
     constexpr int W = decltype(width)::value;
     if (has_mask) {
-      launch(activation_backward_mask_kernel<scalar_t, W>, over<W>(count, 1), act, count, static_cast<const scalar_t*>(grad_y),
+      launch(activation_backward_mask_kernel<scalar_t, W>, over<W, 1>(count), act, count, static_cast<const scalar_t*>(grad_y),
              static_cast<const uint8_t*>(saved), static_cast<scalar_t*>(grad_x));
     } else {
-      launch(activation_backward_kernel<scalar_t, W>, over<W>(count, 2), act, kind == Saved::kOutput, count,
+      launch(activation_backward_kernel<scalar_t, W>, over<W, 2>(count), act, kind == Saved::kOutput, count,
              static_cast<const scalar_t*>(grad_y), static_cast<const scalar_t*>(saved), static_cast<scalar_t*>(grad_x));
     }
   });
@@ -499,7 +680,7 @@ void rrelu_forward(DType dtype, SeededSlopes slopes, int64_t count, const void* 
   with_width(dtype, at_packet({x, y}), [&](auto zero, auto width) {
     using scalar_t = decltype(zero);
     constexpr int W = decltype(width)::value;
-    launch(rrelu_forward_kernel<scalar_t, W>, over<W>(count, 1), slopes, count, static_cast<const scalar_t*>(x), static_cast<scalar_t*>(y),
+    launch(rrelu_forward_kernel<scalar_t, W>, over<W, 1>(count), slopes, count, static_cast<const scalar_t*>(x), static_cast<scalar_t*>(y),
            mask);
   });
 }
@@ -508,48 +689,89 @@ void rrelu_backward(DType dtype, SeededSlopes slopes, int64_t count, const void*
   with_width(dtype, at_packet({grad_y, grad_x}), [&](auto zero, auto width) {
     using scalar_t = decltype(zero);
     constexpr int W = decltype(width)::value;
-    launch(rrelu_backward_kernel<scalar_t, W>, over<W>(count, 1), slopes, count, static_cast<const scalar_t*>(grad_y), mask,
+    launch(rrelu_backward_kernel<scalar_t, W>, over<W, 1>(count), slopes, count, static_cast<const scalar_t*>(grad_y), mask,
            static_cast<scalar_t*>(grad_x));
   });
 }
 
 void parametric_forward(const ParametricForward& p) {
-  const int64_t count = p.shape.rows * p.shape.channels * p.shape.inner;
-  with_width(p.dtype, at_packet({p.x, p.y}), [&](auto zero, auto width) {
+  const ChannelShape& shape = p.shape;
+  const int64_t count = shape.rows * shape.channels * shape.inner;
+  if (shape.channels > 1 && count > kMostOfChannels) {
+    // Some rows at a time, or some channels of one row.
+    const bool has_rows = shape.rows > 1;
+    const int64_t lines = has_rows ? shape.rows : shape.channels;
+    const int64_t of_line = count / lines;
+    const int64_t most = std::max(int64_t{1}, kMostOfChannels / of_line);
+    for (int64_t begin = 0; begin < lines; begin += most) {
+      ParametricForward part = p;
+      (has_rows ? part.shape.rows : part.shape.channels) = std::min(most, lines - begin);
+      const int64_t bytes = begin * of_line * size_of(p.dtype);
+      part.x = static_cast<const char*>(p.x) + bytes;
+      part.y = static_cast<char*>(p.y) + bytes;
+      if (!has_rows) part.parameter = static_cast<const char*>(p.parameter) + begin * size_of(p.dtype);
+      parametric_forward(part);
+    }
+    return;
+  }
+  const auto run = [&](auto zero, auto width, auto span) {
     using scalar_t = decltype(zero);
     constexpr int W = decltype(width)::value;
-    launch(parametric_forward_kernel<scalar_t, W>, over<W>(count, 1), p.act, p.shape, count, static_cast<const scalar_t*>(p.x),
-           static_cast<const scalar_t*>(p.parameter), static_cast<scalar_t*>(p.y));
+    launch(parametric_forward_kernel<scalar_t, W, decltype(span)::value>, over<W, 1>(count), p.act, shape, count,
+           static_cast<const scalar_t*>(p.x), static_cast<const scalar_t*>(p.parameter), static_cast<scalar_t*>(p.y));
+  };
+  const bool in_columns = runs_across_channels(shape);
+  const int bytes = in_columns ? packet_bytes(shape.channels, size_of(p.dtype), alignment_of({p.x, p.y, p.parameter}))
+                               : packet_bytes(shape.channels == 1 ? kPacketBytes : shape.inner, size_of(p.dtype), alignment_of({p.x, p.y}));
+  with_packet(p.dtype, bytes, [&](auto zero, auto width) {
+    constexpr int W = decltype(width)::value;
+    if constexpr (W > 1) {
+      if (in_columns) {
+        run(zero, width, std::integral_constant<Span, Span::kColumns>());
+      } else {
+        run(zero, width, std::integral_constant<Span, Span::kRun>());
+      }
+    } else if (at_packet({p.x, p.y})) {
+      // Packets of any elements need fewer instructions than single elements.
+      run(zero, std::integral_constant<int, kPacketElements<decltype(zero)>>(), std::integral_constant<Span, Span::kAny>());
+    } else {
+      run(zero, width, std::integral_constant<Span, Span::kRun>());
+    }
   });
 }
 
 void parametric_backward(const ParametricBackward& p) {
   const ChannelShape& shape = p.shape;
-  const bool by_column = shape.inner == 1 && shape.channels > 1;
-  const int64_t run = by_column ? shape.channels : shape.inner;
-  const bool in_packets = at_packet({p.grad_y, p.x, p.grad_x}) && run % (kPacketBytes / size_of(p.dtype)) == 0;
-  with_width(p.dtype, in_packets, [&](auto zero, auto width) {
+  const bool in_columns = runs_across_channels(shape);
+  const int bytes = packet_bytes(in_columns ? shape.channels : shape.inner, size_of(p.dtype), alignment_of({p.grad_y, p.x, p.grad_x}));
+  const int64_t processors = device_limits().processors;
+  with_packet(p.dtype, bytes, [&](auto zero, auto width) {
     using scalar_t = decltype(zero);
     constexpr int W = decltype(width)::value;
-    if (by_column) {
-      int columns = kWarpThreads;
-      while (columns / 2 * W >= shape.channels && columns > 1) columns /= 2;
-      const int64_t column_blocks = (shape.channels + int64_t{columns} * W - 1) / (int64_t{columns} * W);
-      // A thread takes 32 rows; more, if there would be too many parts for the last block.
-      const int64_t lines = kThreads / columns;
-      int64_t rows_of_part = lines * 32;
-      if (rows_of_part * kMostParts < shape.rows) rows_of_part = (shape.rows + kMostParts - 1) / kMostParts;
-      const int64_t parts = (shape.rows + rows_of_part - 1) / rows_of_part;
-      const Partials<double> sums(parts * shape.channels, column_blocks);
+    if (in_columns) {
+      // Column blocks of equal width, of at most kColumnBytes.
+      constexpr int64_t kMostColumns = kColumnBytes / (W * static_cast<int64_t>(sizeof(scalar_t)));
+      const int64_t packets = shape.channels / W;
+      const int64_t column_blocks = divide_up(packets, kMostColumns);
+      const int columns = static_cast<int>(divide_up(packets, column_blocks));
+      // As many parts as the SMs hold at once, but a thread takes several rows.
+      const int64_t rows_of_step = kColumnThreads / columns * kPacketsOfStep<scalar_t, W>;
+      const int64_t most_parts = std::max(int64_t{1}, processors * kColumnBlocksPerProcessor / column_blocks);
+      const int64_t rows_of_part = std::max(rows_of_step, divide_up(shape.rows, most_parts));
+      const int64_t parts = divide_up(shape.rows, rows_of_part);
+      const Partials<double> sums(parts > 1 ? parts * shape.channels : 0, parts > 1 ? column_blocks : 0);
       launch(parametric_backward_column_kernel<scalar_t, W>,
-             {dim3(static_cast<unsigned>(column_blocks), static_cast<unsigned>(parts)), kThreads, sizeof(ParametricColumnShared<W>)}, p,
-             columns, rows_of_part, sums.values(), sums.counters());
+             {dim3(static_cast<unsigned>(column_blocks), static_cast<unsigned>(parts)), kColumnThreads, sizeof(ColumnShared<scalar_t, W>)},
+             p, columns, rows_of_part, sums.values(), sums.counters());
     } else {
-      const int64_t parts = (shape.rows * shape.inner + kElementsOfPart - 1) / kElementsOfPart;
-      const Partials<double> sums(parts * shape.channels, shape.channels);
+      const int64_t packets = shape.rows * shape.inner / W;
+      const int64_t most_parts = std::max(int64_t{1}, processors * kRunBlocksPerProcessor / shape.channels);
+      const int64_t packets_of_part = std::min(kMostPacketsOfPart, std::max(kLeastPacketsOfPart, divide_up(packets, most_parts)));
+      const int64_t parts = divide_up(packets, packets_of_part);
+      const Partials<double> sums(parts > 1 ? parts * shape.channels : 0, parts > 1 ? shape.channels : 0);
       launch(parametric_backward_run_kernel<scalar_t, W>,
-             {dim3(static_cast<unsigned>(parts * shape.channels)), kThreads, sizeof(ParametricShared)}, p, static_cast<int>(parts),
-             sums.values(), sums.counters());
+             {dim3(static_cast<unsigned>(parts * shape.channels)), kThreads, sizeof(RunShared<opmath_t<scalar_t>>)}, p,
+             static_cast<int>(parts), packets_of_part, sums.values(), sums.counters());
     }
   });
 }

@@ -47,9 +47,9 @@ constexpr int kApplyWaves = GK_APPLY_WAVES;
 // Threads of a block. In short runs, larger blocks leave fewer results to merge, and if each thread has one
 // column, a line of eight channels has up to 504.
 constexpr int kRunThreads = 256;
-constexpr int kColumnThreads = 352;
-constexpr int kSingleColumnThreads = 512;
-constexpr int threads_of(int width, bool columns) { return !columns ? kRunThreads : width > 1 ? kColumnThreads : kSingleColumnThreads; }
+constexpr int kGroupThreads = 352;
+constexpr int kSinglesThreads = 512;
+constexpr int threads_of(int width, bool columns) { return !columns ? kRunThreads : width > 1 ? kGroupThreads : kSinglesThreads; }
 
 // The most channels of a slab of short runs.
 constexpr int kMostGroupChannels = 64;
@@ -65,18 +65,22 @@ constexpr double kFullWave = 0.9;
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-// The elements of a packet: 16 bytes, if lines and pointers are aligned to them; `alignment` is that of all
-// pointers, in bytes. In short runs they are at most 4, because a thread keeps numbers for each of its columns.
-// Long runs in 16 bits may be aligned to 8 bytes only, as those of 14 x 14 pixels. Otherwise, a packet is an
-// element.
+// The bytes of a packet: 16 if runs of `run` elements and all pointers are aligned to them; 8, which is less than
+// an instruction can move, for 16-bit runs such as those of 14 x 14 pixels; otherwise those of an element.
+// `alignment` is that of all pointers.
+inline int packet_bytes(int64_t run, int64_t element_bytes, int alignment) {
+  for (const int bytes : {16, 8}) {
+    if ((bytes == 16 || element_bytes == 2) && run * element_bytes % bytes == 0 && alignment % bytes == 0) return bytes;
+  }
+  return static_cast<int>(element_bytes);
+}
+
+// The elements of a packet. In short runs they are at most 4, because a thread keeps numbers for each of its
+// columns.
 inline int width_of(const ChannelShape& shape, int element_bytes, int alignment) {
   const bool columns = shape.inner < kShortRunElements;
-  const int64_t line = !columns ? shape.inner : shape.inner == 1 ? shape.channels : 1;
-  for (int width = columns && element_bytes == 2 ? 4 : 16 / element_bytes; width * element_bytes >= 8; width /= 2) {
-    if (line % width == 0 && alignment % (width * element_bytes) == 0) return width;
-    if (element_bytes > 2) break;
-  }
-  return 1;
+  const int width = packet_bytes(columns ? shape.channels * shape.inner : shape.inner, element_bytes, alignment) / element_bytes;
+  return columns ? std::min(width, 4) : width;
 }
 
 // How many packets of each of `operands` tensors a thread loads before it uses the first of them.

@@ -109,17 +109,30 @@ struct LeakyRelu {
 //
 // The gradient can be computed from the output, so elu_ can work in place. That needs alpha >= 0: otherwise
 // two x give the same y, and autograd/activation.cpp keeps x or raises an error. forward selects on x < 0, so
-// that -0 stays -0.
-template <typename T>
+// that -0 stays -0. `precision` applies to scalars only.
+template <typename T, Precision precision = Precision::kFull>
 struct Elu {
   static constexpr const char* kName = "elu";
   static constexpr GradientReads kGradientReads = GradientReads::kValue;
   static constexpr bool kHasExponential = true;
   T alpha;
-  GK_HOST_DEVICE T forward(T x) const { return select(x < T(0), alpha * expm1_of_nonpositive(x), x); }
+  GK_HOST_DEVICE T forward(T x) const {
+    if constexpr (kIsHalfScalar<T, precision>) {
+      return select(x < T(0), alpha * half_precise_expm1(x), x);
+    } else {
+      return select(x < T(0), alpha * expm1_of_nonpositive(x), x);
+    }
+  }
   GK_HOST_DEVICE T backward(T grad_y, T x) const {
-    const ReducedExp<T> exp = reduce_exp(at_least(T(ExpConstants<scalar_of_t<T>>::kUnderflow), x));
-    return select(x > T(0), grad_y, multiply_scaled(grad_y, fma(alpha, exp.expm1, alpha), exp.n));
+    if constexpr (kIsHalfScalar<T, precision>) {
+      // e^x in two factors, so that neither product is far smaller or larger than the result. As in torch, inf
+      // gives nan if e^x rounds to 0.
+      const T root = select(x <= T(-104), T(0), half_precise_root_of_exp(x));
+      return select(x > T(0), grad_y, (grad_y * root) * (alpha * root));
+    } else {
+      const ReducedExp<T> exp = reduce_exp(at_least(T(ExpConstants<scalar_of_t<T>>::kUnderflow), x));
+      return select(x > T(0), grad_y, multiply_scaled(grad_y, fma(alpha, exp.expm1, alpha), exp.n));
+    }
   }
   GK_HOST_DEVICE T backward_from_output(T grad_y, T y) const { return select(y > T(0), grad_y, grad_y * (y + alpha)); }
 };
@@ -127,8 +140,8 @@ struct Elu {
 // swish(x) = x s with s = sigmoid(beta x), and with z = beta x: swish'(x) = s (1 + z (1 - s)); the derivative
 // by beta is x^2 s (1 - s)
 //
-// `precision` applies to y only. The gradient always has full precision, because near its zero it is the
-// difference of two terms.
+// `precision` is relative to y, and to the terms of the gradient: near its zero it is their difference. For
+// vectors it applies to y only, and the gradient has full precision.
 template <typename T, Precision precision>
 struct Swish {
   static constexpr const char* kName = "swish";
@@ -137,7 +150,7 @@ struct Swish {
   T beta;
   GK_HOST_DEVICE T forward(T x) const {
     if constexpr (precision == Precision::kHalf) {
-      return x * half_precise_sigmoid(beta * x);
+      return multiply_half_precise_sigmoid(x, beta * x);
     } else {
       T y;
       with_logistic(beta * x, [&](const auto& s) GK_INLINE_LAMBDA { y = s.scaled(x * s.gate); });
@@ -146,13 +159,13 @@ struct Swish {
   }
   GK_HOST_DEVICE T backward(T grad_y, T x) const {
     T grad_x;
-    with_logistic(beta * x, [&](const auto& s) GK_INLINE_LAMBDA { grad_x = gradient(grad_y, x, s); });
+    with_logistic_to<precision>(beta * x, [&](const auto& s) GK_INLINE_LAMBDA { grad_x = gradient(grad_y, x, s); });
     return grad_x;
   }
   // The gradient of x; grad_beta becomes the gradient of beta.
   GK_HOST_DEVICE T backward(T grad_y, T x, T& grad_beta) const {
     T grad_x;
-    with_logistic(beta * x, [&](const auto& s) GK_INLINE_LAMBDA {
+    with_logistic_to<precision>(beta * x, [&](const auto& s) GK_INLINE_LAMBDA {
       grad_beta = grad_y * (s.scaled(x * s.gate) * (x * s.complement));
       grad_x = gradient(grad_y, x, s);
     });
@@ -187,7 +200,7 @@ struct RandomSlopes {
     const T bound(static_cast<scalar_t>(upper));
     const T drawn = fma(T(static_cast<scalar_t>(upper - lower)), uniform, T(static_cast<scalar_t>(lower)));
     // The sum may round to more than the bound.
-    return select(drawn < bound, drawn, bound);
+    return at_most(bound, drawn);
   }
 
   // The slopes of elements [4 block, 4 block + 4), in storage order.
@@ -212,7 +225,7 @@ GK_HOST_DEVICE constexpr void visit(Activation act, const Function& function) {
     case ActivationKind::kLeakyRelu:
       return function(LeakyRelu<T>{parameter});
     case ActivationKind::kElu:
-      return function(Elu<T>{parameter});
+      return function(Elu<T, precision>{parameter});
     case ActivationKind::kSwish:
       return function(Swish<T, precision>{parameter});
   }

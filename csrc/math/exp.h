@@ -8,6 +8,8 @@
 // nan stays nan. Arguments that are too large or too small give 0, -1 or inf.
 #pragma once
 
+#include <type_traits>
+
 #include "common/host_device.h"
 
 namespace gradkernels::math {
@@ -144,6 +146,15 @@ template <typename scalar_t>
 GK_HOST_DEVICE scalar_t at_least(scalar_t bound, scalar_t x) {
   return bound > x ? bound : x;
 }
+
+// The smaller of the two; bound if x is nan.
+template <typename scalar_t>
+GK_HOST_DEVICE scalar_t at_most(scalar_t bound, scalar_t x) {
+  return select(x < bound, x, bound);
+}
+#if defined(__CUDA_ARCH__)
+GK_HOST_DEVICE float at_most(float bound, float x) { return fminf(x, bound); }
+#endif
 
 // 1 / (1 + e) for e in [0, 1]. The residual 1 - (1 + e) estimate is computed without rounding 1 + e.
 template <typename T>
@@ -283,16 +294,65 @@ GK_HOST_DEVICE T half_precise_inverse(T x) {
   return fma(fma(-x, estimate, T(1)), estimate, estimate);
 }
 
-// Scalars use instructions of the processor.
-GK_HOST_DEVICE float half_precise_exp(float x) { return exp2(x * ExpConstants<float>::kLog2E); }
-GK_HOST_DEVICE float half_precise_inverse(float x) { return approximate_inverse(x); }
-
-// sigmoid(x) to Precision::kHalf, for every x.
+// a sigmoid(x) to Precision::kHalf, for every x.
 template <typename T>
-GK_HOST_DEVICE T half_precise_sigmoid(T x) {
+GK_HOST_DEVICE T multiply_half_precise_sigmoid(T a, T x) {
   const T e = half_precise_exp(negative_magnitude(x));
   const T inverse = half_precise_inverse(T(1) + e);
-  return select(x < T(0), e * inverse, inverse);
+  return a * select(x < T(0), e * inverse, inverse);
+}
+
+// ---- Precision::kHalf for scalars: only GPUs compute single numbers in float32
+
+template <typename T, Precision precision>
+constexpr bool kIsHalfScalar = precision == Precision::kHalf && std::is_same<T, float>::value;
+
+// 2^x for x <= 0, and 0 if that is below the smallest normal number.
+GK_HOST_DEVICE float approximate_exp2(float x) {
+#if defined(__CUDA_ARCH__)
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+#else
+  return x < -126.0f ? 0.0f : exp2(x);
+#endif
+}
+
+// e^(x / 2) for x <= 0, which is a normal number down to x = -174, and 0 below: e^x would be denormal from -87
+// on. The relative error is up to 2^-22 (1 + |x| / 2).
+GK_HOST_DEVICE float half_precise_root_of_exp(float x) { return approximate_exp2(x * (0.5f * ExpConstants<float>::kLog2E)); }
+
+// e^x - 1 for x <= 0. Near zero it is the start of the series, because the subtraction would cancel.
+GK_HOST_DEVICE float half_precise_expm1(float x) {
+  const float difference = approximate_exp2(x * ExpConstants<float>::kLog2E) - 1.0f;
+  const float series = x * horner(x, 1.0f, 0.5f, 1.0f / 6.0f, 1.0f / 24.0f);
+  return select(x > -0.125f, series, difference);
+}
+
+// The logistic function from root = e^(-|x| / 2). sigmoid(x) and 1 - sigmoid(x) have the factor root^2 = e^-|x| where
+// they are small. Their common factor has an error of 2^-23. The error of root almost cancels near the zero of
+// swish's gradient.
+GK_HOST_DEVICE Logistic<float> half_precise_logistic(float x) {
+  const float root = half_precise_root_of_exp(negative_magnitude(x));
+  const float inverse = approximate_inverse(fma(root, root, 1.0f));
+  const float of_gate = select(x < 0.0f, root, 1.0f);
+  const float of_complement = select(x < 0.0f, 1.0f, root);
+  return {inverse * of_gate, of_gate, inverse * of_complement * of_complement};
+}
+
+GK_HOST_DEVICE float multiply_half_precise_sigmoid(float a, float x) {
+  const Logistic<float> s = half_precise_logistic(x);
+  return s.scaled(a * s.gate);
+}
+
+// with_logistic to `precision`. Vectors always have full precision.
+template <Precision precision, typename T, typename Function>
+GK_HOST_DEVICE void with_logistic_to(T x, const Function& function) {
+  if constexpr (kIsHalfScalar<T, precision>) {
+    function(half_precise_logistic(x));
+  } else {
+    with_logistic(x, function);
+  }
 }
 
 }  // namespace gradkernels::math

@@ -13,7 +13,16 @@ struct PhiloxBlock {
   Word word[4];
 };
 
-GK_HOST_DEVICE uint64_t multiply_lower(uint64_t a, uint32_t b) { return uint64_t{static_cast<uint32_t>(a)} * b; }
+GK_HOST_DEVICE uint64_t multiply_lower(uint64_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  // nvcc adds the product of the upper halves, which is 0, to each result.
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(static_cast<uint32_t>(a)), "r"(b));
+  return product;
+#else
+  return uint64_t{static_cast<uint32_t>(a)} * b;
+#endif
+}
 GK_HOST_DEVICE uint64_t upper(uint64_t a) { return a >> 32; }
 
 // Word is uint64_t, or a vector of uint64_t, which computes one block in each lane.
