@@ -207,6 +207,7 @@ __device__ __forceinline__ void load(Packet<scalar_t, kElements>& to, const scal
   __builtin_memcpy(&to, &bits, sizeof(to));
 #else
   simt::check_alignment(p, sizeof(to));
+  simt::access(p, sizeof(to), false);
   __builtin_memcpy(&to, p, sizeof(to));
 #endif
 }
@@ -228,6 +229,7 @@ __device__ __forceinline__ void store(scalar_t* p, const Packet<scalar_t, kEleme
   }
 #else
   simt::check_alignment(p, sizeof(from));
+  simt::access(p, sizeof(from), true);
   __builtin_memcpy(p, &from, sizeof(from));
 #endif
 }
@@ -236,13 +238,21 @@ __device__ __forceinline__ void store(scalar_t* p, const Packet<scalar_t, kEleme
 template <typename scalar_t, int kElements>
 __device__ __forceinline__ void load_some(Packet<scalar_t, kElements>& to, const scalar_t* p, int64_t valid, scalar_t fill) {
 #pragma unroll
-  for (int i = 0; i < kElements; ++i) to.element[i] = i < valid ? p[i] : fill;
+  for (int i = 0; i < kElements; ++i) {
+#if !defined(__CUDACC__)
+    if (i < valid) simt::access(p + i, sizeof(scalar_t), false);
+#endif
+    to.element[i] = i < valid ? p[i] : fill;
+  }
 }
 
 template <typename scalar_t, int kElements>
 __device__ __forceinline__ void store_some(scalar_t* p, const Packet<scalar_t, kElements>& from, int64_t valid) {
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
+#if !defined(__CUDACC__)
+    if (i < valid) simt::access(p + i, sizeof(scalar_t), true);
+#endif
     if (i < valid) p[i] = from.element[i];
   }
 }

@@ -15,9 +15,19 @@ std::vector<Run> runs_of(int64_t count, const int64_t* dtypes, const int64_t* co
   return runs;
 }
 
+template <typename scalar_t>
+void strided_kernel(const scalar_t* x, int64_t stride) {
+  cuda::Packet<scalar_t, 1> packet;
+  cuda::load_some(packet, x + threadIdx.x * stride, 1, scalar_t(0.0f));
+}
+
 }  // namespace
 
 extern "C" {
+
+// Each of 32 threads loads one float, `stride` floats after that of the thread before: what the count of
+// sectors is tested with.
+void strided(int64_t stride, const float* x) { cuda::launch(strided_kernel<float>, {dim3(1), dim3(32)}, x, stride); }
 
 void grad_norms(int64_t count, const int64_t* dtypes, const int64_t* counts, void* const* data, int norm, double* norms, double* max_abs,
                 int64_t* nonfinite, double* total_norm) {

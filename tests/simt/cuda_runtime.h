@@ -6,6 +6,12 @@
 // ThreadSanitizer takes fibers for threads. Only barriers, shuffles of one warp and fences order them. An
 // atomic orders nothing by itself: writes before a fence and an atomic are visible to a thread that has a
 // fence after the same atomic.
+//
+// load, store, load_some and store_some (csrc/cuda/launch.cuh) report their accesses to global memory. A GPU
+// moves sectors of 32 bytes, and all that the lanes of a warp touch with one instruction at once. The lanes
+// run one after the other here, so accesses belong together if they have the warp, the place in the code and
+// their number at this place in common. tests/test_simt_sectors.py compares the sectors that were touched with
+// the fewest that could hold the bytes.
 #pragma once
 
 #include <cstddef>
@@ -72,6 +78,8 @@ void before_atomic(void* p);
 const uint64_t* exchange(uint64_t word);
 // Ends the process if a packet is not aligned to its size, which a GPU would refuse.
 void check_alignment(const void* p, size_t bytes);
+// Counts the sectors of an access by the running thread. The return address is the place in the code.
+__attribute__((noinline)) void access(const void* p, size_t bytes, bool writes);
 
 template <typename T>
 T lane_value(T value, int lane) {

@@ -12,6 +12,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -38,6 +39,7 @@ namespace {
 
 constexpr size_t kStackBytes = 64 << 10;
 constexpr unsigned kWarpThreads = 32;
+constexpr uintptr_t kSectorBytes = 32;
 
 [[noreturn]] void fail(const char* message) {
   std::fprintf(stderr, "simt: %s\n", message);
@@ -81,7 +83,28 @@ struct Fiber {
   bool fenced;
   void* last_atomic;
   unsigned exchanges;
+  std::map<const void*, unsigned> accesses;  // at each place in the code
   void* tsan;
+};
+
+// Accesses of the lanes of a warp with the same place and number are one access of the warp.
+struct Access {
+  const Warp* warp;
+  const void* place;
+  unsigned number;
+  uintptr_t begin, end;
+  bool writes;
+
+  bool is_with(const Access& other) const { return warp == other.warp && place == other.place && number == other.number; }
+  bool operator<(const Access& other) const {
+    return std::tie(warp, place, number, begin) < std::tie(other.warp, other.place, other.number, other.begin);
+  }
+};
+
+// Of all accesses since begin_call.
+struct Sectors {
+  int64_t touched;
+  int64_t needed;  // the fewest that can hold the bytes of each access of a warp
 };
 
 struct Cluster {
@@ -109,6 +132,9 @@ int skipped_fence;
 // State of the launcher that runs between two calls of begin_call.
 bool is_watched;
 bool has_launched;
+bool counts_sectors;
+Sectors sectors_of[2];         // loads, stores
+std::vector<Access> accesses;  // of the running cluster
 
 Fiber& running() { return cluster.fibers[cluster.running]; }
 
@@ -187,6 +213,26 @@ void thread_main() {
   change_to_next();
 }
 
+void add_up_accesses() {
+  std::sort(accesses.begin(), accesses.end());
+  for (auto first = accesses.begin(); first != accesses.end();) {
+    int64_t touched = 0;
+    uintptr_t bytes = 0, end = 0, next_sector = 0;
+    auto each = first;
+    for (; each != accesses.end() && each->is_with(*first); ++each) {
+      const uintptr_t from = std::max(each->begin, end), sector = std::max(each->begin / kSectorBytes, next_sector);
+      end = std::max(end, each->end);
+      next_sector = std::max(next_sector, (each->end - 1) / kSectorBytes + 1);
+      bytes += end > from ? end - from : 0;
+      touched += next_sector > sector ? next_sector - sector : 0;
+    }
+    sectors_of[first->writes].touched += touched;
+    sectors_of[first->writes].needed += (bytes + kSectorBytes - 1) / kSectorBytes;
+    first = each;
+  }
+  accesses.clear();
+}
+
 void run_cluster(const cudaLaunchConfig_t& config, unsigned blocks, uint3 first) {
   const unsigned threads = config.blockDim.x * config.blockDim.y * config.blockDim.z;
   if (threads == 0 || threads > 1024) fail("a block has 1 to 1024 threads");
@@ -231,6 +277,7 @@ void run_cluster(const cudaLaunchConfig_t& config, unsigned blocks, uint3 first)
       fiber.fenced = false;
       fiber.last_atomic = nullptr;
       fiber.exchanges = 0;
+      fiber.accesses.clear();
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = stacks + i * kStackBytes;
       fiber.context.uc_stack.ss_size = kStackBytes;
@@ -250,6 +297,7 @@ void run_cluster(const cudaLaunchConfig_t& config, unsigned blocks, uint3 first)
   SIMT_TSAN(cluster.scheduler_tsan = __tsan_get_current_fiber());
   SIMT_TSAN(__tsan_switch_to_fiber(running().tsan, __tsan_switch_to_fiber_no_sync));
   swapcontext(&cluster.scheduler, &running().context);
+  add_up_accesses();
 }
 
 }  // namespace
@@ -333,6 +381,14 @@ void check_alignment(const void* p, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail("a packet is not aligned to its size");
 }
 
+void access(const void* p, size_t bytes, bool writes) {
+  if (!counts_sectors) return;
+  Fiber& fiber = running();
+  const void* const place = __builtin_return_address(0);
+  const auto begin = reinterpret_cast<uintptr_t>(p);
+  accesses.push_back({fiber.warp, place, fiber.accesses[place]++, begin, begin + bytes, writes});
+}
+
 }  // namespace simt
 
 namespace gradkernels::cuda {
@@ -366,6 +422,11 @@ void check(cudaError_t status) {
 extern "C" void begin_call() {
   simt::is_watched = true;
   simt::has_launched = false;
+  simt::sectors_of[0] = simt::sectors_of[1] = {0, 0};
 }
+
+extern "C" void count_sectors(int counts) { simt::counts_sectors = counts != 0; }
+// Four numbers since begin_call: touched and needed by loads, then by stores.
+extern "C" void sectors(int64_t* found) { std::memcpy(found, simt::sectors_of, sizeof(simt::sectors_of)); }
 
 extern "C" unsigned blocks_of_last_cluster() { return simt::cluster_blocks(); }
