@@ -152,7 +152,9 @@ def test_the_package_with_its_library(tmp_path):
 @pytest.mark.parametrize(("architectures", "devices"), [([], "the CPU"), (["sm_90"], "the CPU and CUDA")])
 def test_info_names_the_devices_that_were_built_for(architectures, devices, monkeypatch):
     build = {**_native.C.build_info(), "cuda_architectures": architectures}
-    monkeypatch.setattr(_native, "C", SimpleNamespace(build_info=lambda: build, instruction_set=lambda: "base"))
+    monkeypatch.setattr(
+        _native, "C", SimpleNamespace(build_info=lambda: build, instruction_set=lambda: "base", can_run_cluster=lambda blocks: True)
+    )
     rows = [line for line in info().splitlines() if re.search(r" native +float32", line)]
     assert len(rows) >= 10 and all(re.search(rf" on {devices}[;,]", row) for row in rows), rows
 

@@ -19,6 +19,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <limits>
+#include <utility>
 
 #define __global__
 #define __device__
@@ -35,8 +36,8 @@ struct dim3 : uint3 {
 };
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation, cudaErrorNoKernelImageForDevice };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
+enum cudaError_t { cudaSuccess, cudaErrorNoKernelImageForDevice, cudaErrorInvalidClusterSize };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -67,8 +68,6 @@ void run(const cudaLaunchConfig_t& config, void (*body)(const void*), const void
 
 void* shared_memory();
 int active_clusters();
-unsigned cluster_rank();
-unsigned cluster_blocks();
 void cluster_sync();
 void* of_cluster_block(void* mine, unsigned rank);
 void block_sync();
@@ -93,15 +92,21 @@ T lane_value(T value, int lane) {
 
 inline int lane() { return static_cast<int>(threadIdx.x % 32); }
 
-}  // namespace simt
-
-template <typename... Parameters, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
-  if (!simt::has_code()) return cudaErrorNoKernelImageForDevice;
-  const auto body = [&] { kernel(arguments...); };
-  simt::run(*config, [](const void* context) { (*static_cast<const decltype(body)*>(context))(); }, &body);
+// cudaLaunchKernelExC: a pointer to each argument.
+template <typename... Parameters, size_t... places>
+cudaError_t launch(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), void** arguments, std::index_sequence<places...>) {
+  if (!has_code()) return cudaErrorNoKernelImageForDevice;
+  const auto body = [&] { kernel(*static_cast<const Parameters*>(arguments[places])...); };
+  run(*config, [](const void* context) { (*static_cast<const decltype(body)*>(context))(); }, &body);
   return cudaSuccess;
 }
+template <typename... Parameters>
+cudaError_t launch(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), void** arguments) {
+  return launch(config, kernel, arguments, std::index_sequence_for<Parameters...>());
+}
+
+}  // namespace simt
+
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
   simt::set_attribute(attribute, value);
   return cudaSuccess;
@@ -115,10 +120,11 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const v
   return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t*) {
   *clusters = simt::active_clusters();
-  return cudaSuccess;
+  return *clusters < 0 ? cudaErrorInvalidClusterSize : cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
   std::memset(data, value, bytes);

@@ -7,7 +7,8 @@
 //                                                 threads still wait, so only ThreadSanitizer sees it
 //   SIMT_REVERSED=1                               blocks, and threads between barriers, run in reverse order
 //   SIMT_SHARED_BYTES, SIMT_COMPUTE_CAPABILITY    properties of the GPU
-//   SIMT_ACTIVE_CLUSTERS                          the number of clusters of any size that the GPU can hold
+//   SIMT_ACTIVE_CLUSTERS                          the number of clusters of any size that the GPU can hold; if
+//                                                 negative, asking for it is an error
 //   SIMT_BUILT_FOR                                the smallest compute capability with code
 #include <setjmp.h>
 #include <ucontext.h>
@@ -65,7 +66,6 @@ struct Warp {
 
 struct Block {
   unsigned char* shared;
-  unsigned rank;
   Barrier barrier;
   std::vector<Warp> warps;
 };
@@ -257,7 +257,6 @@ void run_cluster(const cudaLaunchConfig_t& config, unsigned blocks, uint3 first)
     // new[] aligns to 16 bytes. The memory is filled with nan, because on a GPU it has any content.
     block.shared = memory_of(shared_bytes);
     std::memset(block.shared, 0xFF, shared_bytes);
-    block.rank = b;
     reset(block.barrier, threads);
     block.warps.resize(warps);
     for (unsigned w = 0; w < warps; ++w) {
@@ -337,8 +336,6 @@ bool has_code() { return setting("SIMT_BUILT_FOR") <= gradkernels::cuda::device_
 
 void* shared_memory() { return running().block->shared; }
 int active_clusters() { return setting("SIMT_ACTIVE_CLUSTERS", 1); }
-unsigned cluster_rank() { return running().block->rank; }
-unsigned cluster_blocks() { return static_cast<unsigned>(cluster.blocks.size()); }
 void cluster_sync() { wait_at(cluster.barrier, true); }
 
 void* of_cluster_block(void* mine, unsigned rank) {
@@ -429,4 +426,4 @@ extern "C" void count_sectors(int counts) { simt::counts_sectors = counts != 0; 
 // Four numbers since begin_call: touched and needed by loads, then by stores.
 extern "C" void sectors(int64_t* found) { std::memcpy(found, simt::sectors_of, sizeof(simt::sectors_of)); }
 
-extern "C" unsigned blocks_of_last_cluster() { return simt::cluster_blocks(); }
+extern "C" unsigned blocks_of_last_cluster() { return static_cast<unsigned>(simt::cluster.blocks.size()); }
