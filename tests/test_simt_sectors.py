@@ -31,8 +31,8 @@ def guarded():
     memory.check()
 
 
-def tensors(guarded, count, size, dtype):
-    return [guarded.copy(torch.randn(size, dtype=torch.float64).abs().to(dtype)) for _ in range(count)]
+def tensors(guarded, count, size, dtype, *, offset=0):
+    return [guarded.copy(torch.randn(size, dtype=torch.float64).abs().to(dtype), offset=offset) for _ in range(count)]
 
 
 def activation_forward(act, masks, guarded, dtype):
@@ -63,14 +63,14 @@ def parametric_backward(act, shape, guarded, dtype):
     return "parametric_backward", dtype, *shape, act, grad_y, x, parameter, grad_x, grad_parameter
 
 
-def grad_norms(norm_type, guarded, dtype):
-    grads = tensors(guarded, 2, SIZE, dtype)
+def grad_norms(norm_type, offset, guarded, dtype):
+    grads = tensors(guarded, 2, SIZE, dtype, offset=offset)
     norms, max_abs, total = tensors(guarded, 3, 2, torch.float64)
     return "grad_norms", *runs(grads), NORMS[norm_type], norms, max_abs, guarded.empty(2, torch.int64), total
 
 
-def clip_with_norm(guarded, dtype):
-    return "clip_with_norm", *runs(tensors(guarded, 2, SIZE, dtype)), 1.0, torch.tensor([2.0], dtype=torch.float64)
+def clip_with_norm(offset, guarded, dtype):
+    return "clip_with_norm", *runs(tensors(guarded, 2, SIZE, dtype, offset=offset)), 1.0, torch.tensor([2.0], dtype=torch.float64)
 
 
 def clamp(guarded, dtype):
@@ -93,8 +93,11 @@ CALLS = [
     ("activation", "gradient of rrelu", partial(rrelu, "backward")),
     *(("activation", f"prelu {shape}", partial(parametric_forward, PRELU, shape)) for shape in (RUNS, COLUMNS)),
     *(("activation", f"gradient of swish {shape}", partial(parametric_backward, SWISH, shape)) for shape in (RUNS, COLUMNS)),
-    *(("clip_grad", f"norms {norm_type}", partial(grad_norms, norm_type)) for norm_type in NORMS),
-    ("clip_grad", "clipping by a norm", clip_with_norm),
+    *(("clip_grad", f"norms {norm_type}", partial(grad_norms, norm_type, 0)) for norm_type in NORMS),
+    ("clip_grad", "clipping by a norm", partial(clip_with_norm, 0)),
+    # Views of a flat buffer.
+    ("clip_grad", "norms of unaligned gradients", partial(grad_norms, 2.0, 1)),
+    ("clip_grad", "clipping unaligned gradients by a norm", partial(clip_with_norm, 1)),
     ("clip_grad", "clipping by value", clamp),
     ("optim", "rmsprop", rmsprop),
 ]
