@@ -18,6 +18,8 @@ constexpr int kThreads = 256;
 // GPU.
 constexpr int kInFlight = 4;
 constexpr int kBlocksPerProcessor = 8;
+// Without this bound, the compiler uses 40 registers for compute capability 8.0, and local memory for one more.
+constexpr int kResidentBlocks = 5;
 // A warp merges the slots of a tensor, or the block if there are more.
 constexpr int kWarps = kThreads / kWarpThreads;
 constexpr int64_t kMostSlotsOfWarp = 16 * kWarpThreads;
@@ -52,6 +54,7 @@ struct Merge {
 struct Shared {
   BlockScratch<Known> scratch;
   BlockScratch<Found> found;
+  Known of_run[kWarps];
   unsigned flag;
 };
 
@@ -227,12 +230,11 @@ __device__ double total_norm_of(const Scratch& scratch, int64_t runs, bool rescu
 //   requires the results of grad_norms_kernel for all slots; counter = 0
 //   traffic  24 bytes read for each slot
 template <Norm norm>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     grad_norms_of_runs_kernel(int64_t runs, int64_t slots, Scratch scratch, bool rescues, GradNorms out) {
   Shared& shared = *shared_memory<Shared>();
   const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
   const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
-  const auto is_rescued = [&](int64_t run) { return is_lost(scratch.run_sum[run], out.max_abs[run], out.nonfinite[run]); };
   const auto end_of = [&](int64_t run) { return run + 1 < runs ? scratch.slot_begin[run + 1] : slots; };
   const auto is_for_block = [&](int64_t run) { return end_of(run) - scratch.slot_begin[run] > kMostSlotsOfWarp; };
   // What a thread of `threads` knows of a tensor.
@@ -245,29 +247,27 @@ __global__ void __launch_bounds__(kThreads)
     }
     return known;
   };
-  const auto write = [&](int64_t run, const Known& known) {
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kWarps;
+  for (int i = 0; i < kWarps && first + i < runs; ++i) {
+    if (!is_for_block(first + i)) continue;
+    const Known known = block_reduce(share_of(first + i, static_cast<int>(threadIdx.x), kThreads), shared.scratch, Known(), Merge());
+    if (threadIdx.x == 0) shared.of_run[i] = known;
+    __syncthreads();
+  }
+  const int64_t run = first + warp;
+  if (run < runs && (!rescues || is_lost(scratch.run_sum[run], out.max_abs[run], out.nonfinite[run]))) {
+    const Known known = is_for_block(run) ? shared.of_run[warp] : warp_reduce(share_of(run, lane, kWarpThreads), Merge());
     const double sum = known.sum.high + known.sum.low;
-    if (rescues) {
+    const double root = norm == Norm::kTwo ? math::sqrt(sum) : sum;
+    if (lane == 0 && rescues) {
       // run_sum keeps its value, which shows that the tensor was rescued.
-      out.norms[run] = math::sqrt(sum) * math::rescaling(out.max_abs[run]).inverse;
-    } else {
+      out.norms[run] = root * math::rescaling(out.max_abs[run]).inverse;
+    } else if (lane == 0) {
       scratch.run_sum[run] = sum;
       out.max_abs[run] = known.max_abs;
       out.nonfinite[run] = known.nonfinite;
-      out.norms[run] = norm == Norm::kInfinity ? known.max_abs : norm == Norm::kOne ? sum : math::sqrt(sum);
+      out.norms[run] = norm == Norm::kInfinity ? known.max_abs : root;
     }
-  };
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kWarps;
-  const int64_t mine = first + warp;
-  if (mine < runs && !is_for_block(mine) && (!rescues || is_rescued(mine))) {
-    const Known known = warp_reduce(share_of(mine, lane, kWarpThreads), Merge());
-    if (lane == 0) write(mine, known);
-  }
-  for (int64_t run = first; run < first + kWarps && run < runs; ++run) {
-    if (!is_for_block(run) || (rescues && !is_rescued(run))) continue;
-    const Known known = block_reduce(share_of(run, static_cast<int>(threadIdx.x), kThreads), shared.scratch, Known(), Merge());
-    if (threadIdx.x == 0) write(run, known);
-    __syncthreads();
   }
   if (!is_last_block(scratch.counter, gridDim.x, &shared.flag)) return;
   const double total = total_norm_of<norm>(scratch, runs, rescues, out, shared);
