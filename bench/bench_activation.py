@@ -29,13 +29,23 @@ SIZES = {"16 elements": None, "64 KiB": 64 << 10, "4 MiB": 4 << 20, "64 MiB": 64
 COMPILED_FUNCTIONS = ("leaky_relu", "elu", "swish", "swish with a learnt beta")
 
 
-def case(name: str, size: str, dtype: torch.dtype = torch.float32, direction: str = WHOLE, with_compiler: bool = False) -> Case:
-    elements = 16 if SIZES[size] is None else SIZES[size] // dtype.itemsize
-    x = torch.randn(elements).to(dtype)
-    parameters = [torch.full((1,), 0.7, dtype=dtype)] if name in WITH_PARAMETER else []
+def case(
+    name: str,
+    size: str | tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    direction: str = WHOLE,
+    with_compiler: bool = False,
+    layout: str = "contiguous",
+) -> Case:
+    """size is a row of SIZES, or a shape, whose second dimension has a parameter for each channel."""
+    elements = SIZES[size] if isinstance(size, str) else None
+    shape = size if isinstance(size, tuple) else (16 if elements is None else elements // dtype.itemsize,)
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    x = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
+    parameters = [torch.full(shape[1:2] or (1,), 0.7, dtype=dtype)] if name in WITH_PARAMETER else []
     operands = [each.requires_grad_() for each in (x, *parameters)]
     # Not around zero: the gradient of a parameter would be a sum that cancels, and not one digit could be proved.
-    grad_y = torch.rand(elements).to(dtype)
+    grad_y = torch.rand(shape).to(dtype).contiguous(memory_format=memory_format)
 
     def check() -> None:
         ours, eager, exact = PROVED.get(name, FUNCTIONS[name])
@@ -49,13 +59,14 @@ def case(name: str, size: str, dtype: torch.dtype = torch.float32, direction: st
     least = dict.fromkeys(PARTS, 2 * x.nbytes + x.numel() // 8) if name == "leaky_relu" else least
     return Case(
         operator=name,
-        name=size,
+        name=str(size),
         providers={provider: called(direction, partial(each, *operands), operands, grad_y) for provider, each in functions.items()},
         prove=check,
         bytes=least.get(direction) or sum(least.values()),
         copied=x.nbytes,
         direction=direction,
         dtype=dtype,
+        layout=layout,
     )
 
 

@@ -21,15 +21,19 @@ import bench_clip_grad
 import bench_training
 from harness import COPY, Block, Blocks, Case, arguments, copy_of, header, run
 
+# EfficientNet's batch norms are followed by swish.
+SWISH_SHAPES = ((128, 32, 112, 112), (128, 96, 112, 112), (128, 144, 56, 56), (128, 240, 28, 28), (128, 672, 14, 14), (128, 1152, 7, 7))
 SHAPES = (
     *((64, 64, 112, 112), (64, 64, 56, 56), (64, 256, 56, 56), (64, 512, 28, 28), (64, 1024, 14, 14), (64, 2048, 7, 7)),
     *((256, 64, 112, 112), (256, 256, 56, 56), (256, 512, 28, 28), (256, 1024, 14, 14), (256, 2048, 7, 7)),
     *((64, 64, 320, 320), (64, 256, 80, 80), (64, 512, 40, 40), (64, 1024, 20, 20)),
-    *((128, 32, 112, 112), (128, 96, 112, 112), (128, 144, 56, 56), (128, 240, 28, 28), (128, 672, 14, 14), (128, 1152, 7, 7)),
+    *SWISH_SHAPES,
 )
 WITH_RESIDUAL = ((64, 256, 56, 56), (64, 2048, 7, 7))
 # Compiling one takes longer than measuring ten: these come last, in bfloat16.
-COMPILED_BATCH_NORMS = (((64, 256, 56, 56), "leaky_relu"), ((128, 672, 14, 14), "leaky_relu"), ((64, 256, 56, 56), "relu", True))
+COMPILED_BATCH_NORMS = (((64, 256, 56, 56), "leaky_relu"), ((128, 672, 14, 14), "swish"), ((64, 256, 56, 56), "relu", True))
+# Of a parameter for each channel.
+PARAMETRIC_SHAPES = (((64, 64, 56, 56), "contiguous"), ((64, 64, 56, 56), "channels_last"), ((64, 1024, 14, 14), "contiguous"))
 CLIPPING = (("1,000 tensors of 256", "need not clip"), ("ResNet-50", "need not clip"), ("ResNet-50", "clips"))
 TRAINED = {"ResNet-50": (64, 3, 224, 224), "EfficientNet blocks, SiLU": (64, 3, 224, 224)}
 # Beyond any L2.
@@ -43,8 +47,12 @@ WAIT_CYCLES = 2_000_000
 
 def cases_in(dtype: torch.dtype) -> list[partial[Case]]:
     made = [partial(bench_activation.case, name, "64 MiB", dtype) for name in bench_activation.FUNCTIONS]
+    parametric = product(bench_activation.WITH_PARAMETER, PARAMETRIC_SHAPES)
+    made += [partial(bench_activation.case, name, shape, dtype, layout=layout) for name, (shape, layout) in parametric]
     made += [partial(bench_clip_grad.case, f"clip_grad_norm_ that {what}", model, dtype) for model, what in CLIPPING]
-    batch_norms = [(shape, "relu", True) for shape in WITH_RESIDUAL] + [(shape, "leaky_relu", False) for shape in SHAPES]
+    batch_norms = [(shape, "relu", True) for shape in WITH_RESIDUAL] + [
+        (shape, "swish" if shape in SWISH_SHAPES else "leaky_relu", False) for shape in SHAPES
+    ]
     settings = product(batch_norms, ("contiguous", "channels_last"))
     return made + [partial(bench_batch_norm_act.case, *each, layout, dtype) for each, layout in settings]
 

@@ -24,14 +24,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench_activation import FUNCTIONS, WITH_PARAMETER
 from bench_batch_norm_act import ACTS
-from bench_cuda import HEADER_COPY_BYTES, L2_TIMES, SHAPES, milliseconds
+from bench_cuda import HEADER_COPY_BYTES, L2_TIMES, SHAPES, SWISH_SHAPES, milliseconds
 from harness import EAGER, OURS, copy_of, gk
 
 ops = torch.ops.gradkernels
 TWO_PASSES = "two passes"
 CALLS_BEFORE, CALLS = 2, 5
-# EfficientNet's batch norms are followed by swish.
-SWISH_SHAPES = SHAPES[-6:]
 ELEMENTWISE_BYTES = 64 << 20
 CLIPPED = {"ResNet-50, bfloat16": [(2048, 512)] * 20 + [(256,)] * 100, "1,000 tensors of 256": [(256,)] * 1000}
 # Name of a kernel in a table.

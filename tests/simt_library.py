@@ -88,6 +88,18 @@ def load(stem):
         function.restype = None
         function(*(as_c(argument) for argument in arguments))
 
+    def sectors(name, *arguments):
+        """Calls the launcher; returns its 32-byte sectors: (touched, needed) by loads and by stores."""
+        found = (ctypes.c_int64 * 4)()
+        library.count_sectors(1)
+        try:
+            call(name, *arguments)
+        finally:
+            library.count_sectors(0)
+        library.sectors(found)
+        return {"loads": tuple(found[:2]), "stores": tuple(found[2:])}
+
+    call.sectors = sectors
     call.blocks_of_last_cluster = library.blocks_of_last_cluster
     return call
 

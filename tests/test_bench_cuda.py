@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 import torch
 
+import bench_activation
 import bench_clip_grad
 import bench_cuda
 import harness
@@ -24,12 +25,22 @@ def test_calls_are_timed_with_a_cold_and_a_warm_cache(monkeypatch):
 
 
 def test_cases_are_made_as_the_other_scripts_make_them():
-    """Every argument fits, each shape of batch norm comes in both types and layouts, and what is compiled comes last."""
+    """Every argument fits, batch norm has every shape in both types and layouts, EfficientNet's with swish; what is compiled is last."""
     made = bench_cuda.cases()
     bound = [inspect.signature(make.func).bind(*make.args, **make.keywords).arguments for make in made]
     assert [bool(each.get("with_compiler")) for each in bound] == [False] * (len(made) - 4) + [True] * 4
-    kinds = {(each["shape"], each["layout"], each["dtype"]) for each in bound if "layout" in each}
+    batch_norms = [each for each in bound if "act" in each and "layout" in each]
+    kinds = {(each["shape"], each["layout"], each["dtype"]) for each in batch_norms}
     assert kinds == set(product(bench_cuda.SHAPES, ("contiguous", "channels_last"), (torch.bfloat16, torch.float32)))
+    assert {each["shape"] for each in batch_norms if each["act"] == "swish"} == set(bench_cuda.SWISH_SHAPES)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", bench_activation.WITH_PARAMETER)
+def test_a_parameter_for_each_channel_is_proved(name, layout):
+    case = bench_activation.case(name, (3, 5, 8, 8), torch.bfloat16, layout=layout)
+    case.prove()
+    assert (case.name, case.layout, case.bytes) == ("(3, 5, 8, 8)", layout, 5 * 2 * 3 * 5 * 64)
 
 
 @pytest.mark.parametrize(("what", "passes"), [("clips", 3), ("need not clip", 1)])

@@ -49,7 +49,7 @@ LAYERS = {
     "schema": Layer(("schema.cpp",), (r"<torch/library\.h>",), (LAUNCH, "data_ptr", r"\bfor\b")),
     "module": Layer(
         ("module.cpp",),
-        (TORCH, r"<pybind11/.*>", STANDARD, r'"(build_stamp|common/check|ops/operators|autograd/recompute|cpu/kernels)\.h"'),
+        (TORCH, r"<pybind11/.*>", STANDARD, r'"(build_stamp|common/check|ops/operators|autograd/recompute|cpu/kernels|cuda/clusters)\.h"'),
         (LAUNCH, "data_ptr"),
     ),
     "common": Layer(
@@ -91,7 +91,7 @@ LAYERS = {
     ),
     "cuda": Layer(
         ("cuda/*.cu", "cuda/*.cuh", "cuda/*.h"),
-        (STANDARD, r"<cuda\w*\.h>", OWN_TORCH_FREE, SEAM, r'"cuda/\w+\.cuh"', r'"cuda/device\.h"'),
+        (STANDARD, r"<cuda\w*\.h>", OWN_TORCH_FREE, SEAM, r'"cuda/\w+\.cuh"', r'"cuda/(device|clusters)\.h"'),
         (ATEN, LAUNCH, r"\bcpu::", r"\bcub\b", ALLOCATION),
     ),
     "cuda kernels without PTX": Layer(("cuda/*.cu", "cuda/reduce.cuh", "cuda/tensor_table.cuh"), (r".*",), (r"\basm\b",)),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from accuracy import DTYPES, assert_bitwise_equal, extended
+from accuracy import DTYPES, SIXTEEN_BITS, assert_bitwise_equal, extended
 from simt_library import DTYPE_NUMBERS, Guarded, load
 
 pytestmark = pytest.mark.slow
@@ -78,9 +78,11 @@ def exact_norm(values, norm_type):
     return magnitude.sum() if norm_type == 1 else np.sqrt(np.square(magnitude).sum())
 
 
-def assert_near(name, actual, exact):
+def assert_near(name, actual, exact, sixteen_bits=False):
+    """Within the roundings of float64 sums; with 16 bits, three roundings of float32 come first, if the norm has sums."""
     error = np.abs(extended(actual) - np.asarray(exact)) / np.maximum(np.abs(exact), 1e-300)
-    assert (error <= 4 * 2.0**-52).all(), f"{name}: {actual}, exact {exact}"
+    bound = np.where(sixteen_bits, 3 * 2.0**-24, 4 * 2.0**-52)
+    assert (error <= bound).all(), f"{name}: {actual}, exact {exact}"
 
 
 @pytest.mark.parametrize(
@@ -124,14 +126,42 @@ def test_norms(call, guarded, norm_type):
     tensors = mixed(guarded, [*SIZES, *SIZES[3:7], 12, 5, 300])
     norms, max_abs, nonfinite, total = norms_of(call, guarded, tensors, norm_type)
     values = [extended(tensor) for tensor in tensors]
-    assert_near("norms", norms, [exact_norm(each, norm_type) for each in values])
+    sixteen_bits = [tensor.element_size() == 2 and norm_type != math.inf for tensor in tensors]
+    assert_near("norms", norms, [exact_norm(each, norm_type) for each in values], sixteen_bits)
     assert_near("max_abs", max_abs, [exact_norm(each, math.inf) for each in values])
     assert not nonfinite.any()
-    assert_near("total", total, [exact_norm(np.concatenate(values), norm_type)])
+    assert_near("total", total, [exact_norm(np.concatenate(values), norm_type)], any(sixteen_bits))
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0])
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+def test_the_whole_range_of_16_bits(call, guarded, dtype, norm_type):
+    """float32 holds the squares of magnitudes around one only; eight elements with one exponent, and with mixed ones."""
+    numbers = torch.finfo(dtype)
+    exponents = torch.arange(math.log2(numbers.tiny) - 7, math.log2(numbers.max), dtype=torch.float64)
+    alike = torch.exp2(exponents).repeat_interleave(64) * (1 + torch.rand(64 * len(exponents), dtype=torch.float64))
+    mixed = alike[torch.randperm(len(alike))]
+    tensors = [guarded.copy(each.clamp(max=numbers.max).to(dtype)) for each in (*alike.split(64), *mixed.split(64), torch.zeros(64))]
+    tensors += [guarded.copy(torch.tensor([0.0, 0, 0, value, 0, 0, 0, 0], dtype=dtype)) for value in (numbers.max, numbers.smallest_normal)]
+    norms, _, _, total = norms_of(call, guarded, tensors, norm_type)
+    values = [extended(tensor) for tensor in tensors]
+    assert_near("norms", norms, [exact_norm(each, norm_type) for each in values], True)
+    assert_near("total", total, [exact_norm(np.concatenate(values), norm_type)], True)
 
 
 def test_norms_of_many_tensors(call, guarded):
     tensors = [guarded.copy(torch.randn(1 + i % 3)) for i in range(MOST_TENSORS + 2)]
+    norms, _, _, total = norms_of(call, guarded, tensors, 2.0)
+    values = [extended(tensor) for tensor in tensors]
+    assert_near("norms", norms, [exact_norm(each, 2.0) for each in values])
+    assert_near("total", total, [exact_norm(np.concatenate(values), 2.0)])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e170])
+def test_a_tensor_of_more_slots_than_a_warp_merges(call, guarded, scale):
+    """Between tensors of one slot each; 512 slots of 16,384 elements are the most for a warp."""
+    sizes = [3] * 10 + [513 * 16_384 + 1] + [5] * 10
+    tensors = [guarded.copy(torch.rand(size, dtype=torch.float64) * scale) for size in sizes]
     norms, _, _, total = norms_of(call, guarded, tensors, 2.0)
     values = [extended(tensor) for tensor in tensors]
     assert_near("norms", norms, [exact_norm(each, 2.0) for each in values])

@@ -1,7 +1,8 @@
 // Gradient clipping on CUDA: one launch computes the norms of all pieces, one merges the pieces of each
 // tensor, and one writes. The CPU does not wait for the GPU, which decides whether anything is written.
-// Squares are computed and summed in float64 for every element type, so that the square of a float32 gradient
-// cannot overflow or underflow. The squares of float64 gradients can; such gradients are read a second time.
+// Squares are computed and summed in float64, so that the square of a float32 gradient cannot overflow or
+// underflow. The squares of float64 gradients can; such gradients are read a second time. Eight squares of
+// 16-bit gradients are summed in float32 first: many GPUs have 1/64 of the arithmetic units for float64.
 #include "ops/clip_grad.h"
 
 #include "cuda/launch.cuh"
@@ -17,10 +18,27 @@ constexpr int kThreads = 256;
 // GPU.
 constexpr int kInFlight = 4;
 constexpr int kBlocksPerProcessor = 8;
+// Without this bound, the compiler uses 40 registers for compute capability 8.0, and local memory for one more.
+constexpr int kResidentBlocks = 5;
+// A warp merges the slots of a tensor, or the block if there are more.
+constexpr int kWarps = kThreads / kWarpThreads;
+constexpr int64_t kMostSlotsOfWarp = 16 * kWarpThreads;
 
 using DoubleSum = math::Sum<double>;
 
-// The norm of a piece, of a tensor or of all tensors.
+// The norm of a piece.
+struct Found {
+  double sum = 0.0;  // of |x| or x^2
+  double max_abs = 0.0;
+};
+
+struct MergeFound {
+  __device__ __forceinline__ Found operator()(const Found& a, const Found& b) const {
+    return {a.sum + b.sum, math::max_or_nan(a.max_abs, b.max_abs)};
+  }
+};
+
+// The norm of a tensor or of all tensors.
 struct Known {
   DoubleSum sum{0.0, 0.0};  // of |x| or x^2
   double max_abs = 0.0;
@@ -35,6 +53,8 @@ struct Merge {
 
 struct Shared {
   BlockScratch<Known> scratch;
+  BlockScratch<Found> found;
+  Known of_run[kWarps];
   unsigned flag;
 };
 
@@ -71,26 +91,58 @@ __device__ __forceinline__ double magnitude_of(uint64_t bits) {
   return x;
 }
 
+// Adds |x| or x^2 of up to eight 16-bit numbers to `sum`. float32 holds each of these terms exactly, unless a
+// square overflows or underflows, and their sum with three roundings. Outside of the bounds, float64 is used:
+// below 2^-100, what squares below float32's range have lost would count. `largest` is that of the numbers.
+template <Norm norm, int W>
+__device__ __forceinline__ void add_terms(double& sum, const float (&x)[W], uint32_t largest) {
+  float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+  for (int i = 0; i < W; ++i) {
+    part[i % 4] = norm == Norm::kTwo ? math::fma(x[i], x[i], part[i % 4]) : part[i % 4] + float_of(magnitude_bits(x[i]));
+  }
+  const float terms = (part[0] + part[1]) + (part[2] + part[3]);
+  if (terms <= 0x1p120f && (norm == Norm::kOne || terms >= 0x1p-100f || largest == 0u)) {
+    sum += static_cast<double>(terms);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < W; ++i) {
+    const double wide = static_cast<double>(float_of(magnitude_bits(x[i])));
+    sum += norm == Norm::kTwo ? wide * wide : wide;
+  }
+}
+
 // The norm of a thread's share of a piece.
 template <Norm norm, typename scalar_t>
-__device__ __forceinline__ Known known_of(const scalar_t* x, int64_t count, double factor) {
+__device__ __forceinline__ Found found_of(const scalar_t* x, int64_t count, double factor) {
   using opmath = opmath_t<scalar_t>;
   decltype(magnitude_bits(opmath())) largest = 0;
   double sum[2] = {0.0, 0.0};
   for_each_packet<kThreads, kInFlight>(x, count, [&](const auto& packet, int64_t, int64_t) {
     constexpr int W = sizeof(packet) / sizeof(scalar_t);
+    opmath value[W];
+    decltype(largest) largest_of_packet = 0;
 #pragma unroll
     for (int i = 0; i < W; ++i) {
       // Elements after the end are 0.
-      const opmath value = static_cast<opmath>(packet.element[i]);
-      const auto bits = magnitude_bits(value);
-      largest = bits > largest ? bits : largest;
-      [[maybe_unused]] const double wide = sizeof(opmath) == 8 ? static_cast<double>(value) * factor : static_cast<double>(value);
-      if constexpr (norm == Norm::kTwo) sum[i % 2] = math::fma(wide, wide, sum[i % 2]);
-      if constexpr (norm == Norm::kOne) sum[i % 2] += wide < 0.0 ? -wide : wide;
+      value[i] = static_cast<opmath>(packet.element[i]);
+      const auto bits = magnitude_bits(value[i]);
+      largest_of_packet = bits > largest_of_packet ? bits : largest_of_packet;
+    }
+    largest = largest_of_packet > largest ? largest_of_packet : largest;
+    if constexpr (norm != Norm::kInfinity && sizeof(scalar_t) == 2) {
+      add_terms<norm>(sum[0], value, largest_of_packet);
+    } else if constexpr (norm != Norm::kInfinity) {
+#pragma unroll
+      for (int i = 0; i < W; ++i) {
+        const double wide = sizeof(opmath) == 8 ? static_cast<double>(value[i]) * factor : static_cast<double>(value[i]);
+        if constexpr (norm == Norm::kTwo) sum[i % 2] = math::fma(wide, wide, sum[i % 2]);
+        if constexpr (norm == Norm::kOne) sum[i % 2] += wide < 0.0 ? -wide : wide;
+      }
     }
   });
-  return {{sum[0] + sum[1], 0.0}, magnitude_of(largest), 0};
+  return {sum[0] + sum[1], magnitude_of(largest)};
 }
 
 template <typename scalar_t>
@@ -125,26 +177,29 @@ __global__ void __launch_bounds__(kThreads)
     if (!is_lost(scratch.run_sum[run], out.max_abs[run], out.nonfinite[run])) return;
     factor = math::rescaling(out.max_abs[run]).factor;
   }
-  Known known;
-  dispatch(piece.dtype, [&](auto zero) {
-    const auto* x = static_cast<const decltype(zero)*>(table.pointer[0][piece.entry]) + piece.begin;
-    known = block_all_reduce(known_of<norm>(x, piece.count, factor), shared.scratch, Known(), Merge());
-    // Rare: a gradient with a nan or an inf is read twice.
-    if (!(known.max_abs - known.max_abs == 0.0)) {
-      const Known counted{{0.0, 0.0}, 0.0, nonfinite_of(x, piece.count)};
-      __syncthreads();
-      known.nonfinite = block_reduce(counted, shared.scratch, Known(), Merge()).nonfinite;
-    }
-  });
+  // Calls function(x) with the elements of the piece.
+  const auto with_elements = [&](const auto& function) {
+    dispatch(piece.dtype, [&](auto zero) { function(static_cast<const decltype(zero)*>(table.pointer[0][piece.entry]) + piece.begin); });
+  };
+  Found found;
+  with_elements([&](const auto* x) { found = found_of<norm>(x, piece.count, factor); });
+  found = block_all_reduce(found, shared.found, Found(), MergeFound());
+  int64_t nonfinite = 0;
+  // Rare: a gradient with a nan or an inf is read twice.
+  if (!(found.max_abs - found.max_abs == 0.0)) {
+    with_elements([&](const auto* x) { nonfinite = nonfinite_of(x, piece.count); });
+    nonfinite = block_reduce(Known{{0.0, 0.0}, 0.0, nonfinite}, shared.scratch, Known(), Merge()).nonfinite;
+  }
   if (threadIdx.x == 0) {
-    scratch.sum[slot] = known.sum.high + known.sum.low;
-    scratch.max_abs[slot] = known.max_abs;
-    scratch.nonfinite[slot] = known.nonfinite;
+    scratch.sum[slot] = found.sum;
+    scratch.max_abs[slot] = found.max_abs;
+    scratch.nonfinite[slot] = nonfinite;
     if (piece.is_first) scratch.slot_begin[run] = slot;
   }
 }
 
-// The norm of all tensors. All threads of the block must call it.
+// The norm of all tensors. All threads of the block must call it, after a barrier that follows the last use of
+// shared.scratch.
 template <Norm norm>
 __device__ double total_norm_of(const Scratch& scratch, int64_t runs, bool rescues, const GradNorms& out, Shared& shared) {
   Known total;
@@ -153,7 +208,6 @@ __device__ double total_norm_of(const Scratch& scratch, int64_t runs, bool rescu
     total.max_abs = math::max_or_nan(total.max_abs, norm == Norm::kTwo ? out.norms[r] : out.max_abs[r]);
     if (rescues) total.nonfinite += is_lost(scratch.run_sum[r], out.max_abs[r], out.nonfinite[r]);
   }
-  __syncthreads();
   total = block_all_reduce(total, shared.scratch, Known(), Merge());
   const double sum = total.sum.high + total.sum.low;
   if (norm == Norm::kInfinity) return total.max_abs;
@@ -172,35 +226,47 @@ __device__ double total_norm_of(const Scratch& scratch, int64_t runs, bool rescu
 }
 
 // The norm of each tensor from its slots; the last block also computes the norm of all tensors
-//   launch   a block of kThreads for each tensor
+//   launch   a block of kThreads for each kWarps tensors
 //   requires the results of grad_norms_kernel for all slots; counter = 0
 //   traffic  24 bytes read for each slot
 template <Norm norm>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     grad_norms_of_runs_kernel(int64_t runs, int64_t slots, Scratch scratch, bool rescues, GradNorms out) {
   Shared& shared = *shared_memory<Shared>();
-  const int64_t run = blockIdx.x;
-  const bool is_rescued = rescues && is_lost(scratch.run_sum[run], out.max_abs[run], out.nonfinite[run]);
-  if (!rescues || is_rescued) {
-    const int64_t end = run + 1 < runs ? scratch.slot_begin[run + 1] : slots;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
+  const auto end_of = [&](int64_t run) { return run + 1 < runs ? scratch.slot_begin[run + 1] : slots; };
+  const auto is_for_block = [&](int64_t run) { return end_of(run) - scratch.slot_begin[run] > kMostSlotsOfWarp; };
+  // What a thread of `threads` knows of a tensor.
+  const auto share_of = [&](int64_t run, int thread, int threads) {
     Known known;
-    for (int64_t slot = scratch.slot_begin[run] + threadIdx.x; slot < end; slot += kThreads) {
+    for (int64_t slot = scratch.slot_begin[run] + thread; slot < end_of(run); slot += threads) {
       math::add(known.sum, scratch.sum[slot]);
       known.max_abs = math::max_or_nan(known.max_abs, scratch.max_abs[slot]);
       known.nonfinite += scratch.nonfinite[slot];
     }
-    known = block_reduce(known, shared.scratch, Known(), Merge());
-    if (threadIdx.x == 0) {
-      const double sum = known.sum.high + known.sum.low;
-      if (is_rescued) {
-        // run_sum keeps its value, which shows that the tensor was rescued.
-        out.norms[run] = math::sqrt(sum) * math::rescaling(out.max_abs[run]).inverse;
-      } else {
-        scratch.run_sum[run] = sum;
-        out.max_abs[run] = known.max_abs;
-        out.nonfinite[run] = known.nonfinite;
-        out.norms[run] = norm == Norm::kInfinity ? known.max_abs : norm == Norm::kOne ? sum : math::sqrt(sum);
-      }
+    return known;
+  };
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kWarps;
+  for (int i = 0; i < kWarps && first + i < runs; ++i) {
+    if (!is_for_block(first + i)) continue;
+    const Known known = block_reduce(share_of(first + i, static_cast<int>(threadIdx.x), kThreads), shared.scratch, Known(), Merge());
+    if (threadIdx.x == 0) shared.of_run[i] = known;
+    __syncthreads();
+  }
+  const int64_t run = first + warp;
+  if (run < runs && (!rescues || is_lost(scratch.run_sum[run], out.max_abs[run], out.nonfinite[run]))) {
+    const Known known = is_for_block(run) ? shared.of_run[warp] : warp_reduce(share_of(run, lane, kWarpThreads), Merge());
+    const double sum = known.sum.high + known.sum.low;
+    const double root = norm == Norm::kTwo ? math::sqrt(sum) : sum;
+    if (lane == 0 && rescues) {
+      // run_sum keeps its value, which shows that the tensor was rescued.
+      out.norms[run] = root * math::rescaling(out.max_abs[run]).inverse;
+    } else if (lane == 0) {
+      scratch.run_sum[run] = sum;
+      out.max_abs[run] = known.max_abs;
+      out.nonfinite[run] = known.nonfinite;
+      out.norms[run] = norm == Norm::kInfinity ? known.max_abs : root;
     }
   }
   if (!is_last_block(scratch.counter, gridDim.x, &shared.flag)) return;
@@ -293,8 +359,8 @@ void grad_norms_of(const Run* runs, int64_t run_count, const GradNorms& out) {
     const int64_t slots = over_tables(runs, run_count, [&](const TensorTable<1>& table) {
       launch(grad_norms_kernel<norm>, {dim3(static_cast<unsigned>(table.slots())), kThreads, sizeof(Shared)}, table, scratch, rescues, out);
     });
-    launch(grad_norms_of_runs_kernel<norm>, {dim3(static_cast<unsigned>(run_count)), kThreads, sizeof(Shared)}, run_count, slots, scratch,
-           rescues, out);
+    launch(grad_norms_of_runs_kernel<norm>, {dim3(static_cast<unsigned>((run_count + kWarps - 1) / kWarps)), kThreads, sizeof(Shared)},
+           run_count, slots, scratch, rescues, out);
   }
 }
 

@@ -7,7 +7,7 @@
 //       the block's shared memory, dynamic and 16-byte aligned; T is a struct of its parts
 //   Packet, load, store, load_some, store_some
 //       elements that are moved together, to and from global memory; the last two move part of a packet
-//   cluster_rank, cluster_blocks, cluster_sync, of_cluster_block
+//   cluster_sync, of_cluster_block
 //       a cluster of blocks, and their shared memory; without clusters, a cluster has one block
 //
 // The rest is CUDA (threadIdx, __syncthreads, __shfl_down_sync, __shfl_xor_sync, __threadfence, atomicAdd,
@@ -22,6 +22,7 @@
 #include <map>
 #include <mutex>
 #include <tuple>
+#include <utility>
 
 #include "common/dispatch.h"
 #include "cuda/device.h"
@@ -33,7 +34,7 @@ constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
 constexpr int kPacketBytes = 16;
 // Every block may use this much shared memory without a request.
 constexpr size_t kPlainSharedBytes = 48 << 10;
-// Some GPUs with clusters do not support larger clusters.
+// The largest cluster that every GPU with clusters supports, if it is not a slice of a GPU.
 constexpr unsigned kMostPortableCluster = 8;
 
 // The number of elements in a packet.
@@ -77,50 +78,68 @@ class LaunchConfig {
   cudaLaunchConfig_t config_{};
 };
 
-// Requests the shared memory and the cluster size of a launch on the current device, if the launch needs the
-// request. The request applies to the kernel, in all threads. It is for all of the shared memory: a request
-// for what this launch needs could be replaced by another thread's smaller request before the launch.
-inline cudaError_t allow(const void* kernel, const Launch& to) {
-  cudaError_t status = cudaSuccess;
-  if (to.shared_bytes > kPlainSharedBytes) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device_limits().shared_bytes);
-  }
-  if (status == cudaSuccess && to.cluster > kMostPortableCluster) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
-  return status;
-}
+// What the driver has been asked about a kernel on a device. Launchers ask in every call, so answers are kept.
+struct KernelFacts {
+  std::mutex mutex;
+  bool may_use_all_shared_memory = false;
+  int ptx_version = 0;  // 0: not asked yet
+  // For a number of threads, bytes of shared memory and blocks: whether the device can run such a cluster.
+  std::map<std::tuple<unsigned, size_t, unsigned>, bool> clusters;
+};
 
-// The arguments are converted to the types of the kernel's parameters.
-template <typename... Parameters>
-void launch(void (*kernel)(Parameters...), const Launch& to, typename Exactly<Parameters>::type... arguments) {
-  if (to.grid.x == 0 || to.grid.y == 0 || to.grid.z == 0) return;
-  check(allow(reinterpret_cast<const void*>(kernel), to));
-  check(cudaLaunchKernelEx(LaunchConfig(to).get(), kernel, arguments...));
-}
-
-// Whether the device can run one cluster of this launch. A small GPU, or a slice of a GPU, may be unable to,
-// and no GPU guarantees clusters of more than kMostPortableCluster blocks. Launchers ask in every call, so
-// answers are kept.
-inline bool can_run(const void* kernel, const Launch& to) {
+inline KernelFacts& facts_of(const void* kernel) {
   static std::mutex mutex;
-  static std::map<std::tuple<const DeviceLimits*, const void*, unsigned, size_t, unsigned>, bool> answers;
+  static std::map<std::pair<const DeviceLimits*, const void*>, KernelFacts> facts;
+  const std::pair key(&device_limits(), kernel);
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [answer, is_new] = answers.try_emplace({&device_limits(), kernel, to.block.x, to.shared_bytes, to.cluster}, false);
-  if (is_new) {
-    int clusters = 0;
-    cudaError_t status = allow(kernel, to);
-    if (status == cudaSuccess) status = cudaOccupancyMaxActiveClusters(&clusters, kernel, LaunchConfig(to).get());
-    // Clears the error, which the next call would report otherwise.
-    if (status != cudaSuccess) static_cast<void>(cudaGetLastError());
-    if (status == cudaErrorMemoryAllocation) {
-      // The query loads the kernel, for which there was no memory. The next call asks again.
-      answers.erase(answer);
-      return false;
-    }
-    answer->second = status == cudaSuccess && clusters > 0;
+  return facts[key];
+}
+
+// Requests the shared memory of a launch on the current device, if the launch needs the request. The request
+// applies to the kernel, in all threads. It is for all of the shared memory: a request for what this launch
+// needs could be replaced by another thread's smaller request before the launch.
+inline void allow(const void* kernel, const Launch& to) {
+  if (to.shared_bytes <= kPlainSharedBytes) return;
+  KernelFacts& facts = facts_of(kernel);
+  const std::lock_guard<std::mutex> lock(facts.mutex);
+  if (facts.may_use_all_shared_memory) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device_limits().shared_bytes));
+  facts.may_use_all_shared_memory = true;
+}
+
+// The arguments are converted to the types of the kernel's parameters. The driver copies those that have this
+// type already, and nothing copies them before.
+template <typename... Parameters>
+void launch(void (*kernel)(Parameters...), const Launch& to, const typename Exactly<Parameters>::type&... arguments) {
+  if (to.grid.x == 0 || to.grid.y == 0 || to.grid.z == 0) return;
+  allow(reinterpret_cast<const void*>(kernel), to);
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+#if defined(__CUDACC__)
+  check(cudaLaunchKernelExC(LaunchConfig(to).get(), reinterpret_cast<const void*>(kernel), pointers));
+#else
+  check(simt::launch(LaunchConfig(to).get(), kernel, pointers));
+#endif
+}
+
+// Whether the device can run one cluster of this launch. A small GPU, or a slice of a GPU, may be unable to.
+// An error of the query is raised, except the error that means no.
+inline bool can_run(const void* kernel, const Launch& to) {
+  allow(kernel, to);
+  KernelFacts& facts = facts_of(kernel);
+  const std::lock_guard<std::mutex> lock(facts.mutex);
+  const std::tuple<unsigned, size_t, unsigned> key(to.block.x, to.shared_bytes, to.cluster);
+  const auto known = facts.clusters.find(key);
+  if (known != facts.clusters.end()) return known->second;
+  // Raises an earlier error of the process, which would be cleared below.
+  check(cudaPeekAtLastError());
+  int clusters = 0;
+  const cudaError_t status = cudaOccupancyMaxActiveClusters(&clusters, kernel, LaunchConfig(to).get());
+  if (status == cudaErrorInvalidClusterSize) {
+    static_cast<void>(cudaGetLastError());
+  } else {
+    check(status);
   }
-  return answer->second;
+  return facts.clusters[key] = clusters > 0;
 }
 
 template <typename... Parameters>
@@ -132,9 +151,14 @@ bool can_run(void (*kernel)(Parameters...), const Launch& to) {
 template <typename... Parameters>
 bool compiled_for_clusters(void (*kernel)(Parameters...)) {
   if (device_limits().compute_capability < 90) return false;
-  cudaFuncAttributes attributes{};
-  check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
-  return attributes.ptxVersion >= 90;
+  KernelFacts& facts = facts_of(reinterpret_cast<const void*>(kernel));
+  const std::lock_guard<std::mutex> lock(facts.mutex);
+  if (facts.ptx_version == 0) {
+    cudaFuncAttributes attributes{};
+    check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
+    facts.ptx_version = attributes.ptxVersion;
+  }
+  return facts.ptx_version >= 90;
 }
 
 // The blocks of a kernel that strides over `tiles` pieces of work: at most `per_processor` for each SM.
@@ -207,6 +231,7 @@ __device__ __forceinline__ void load(Packet<scalar_t, kElements>& to, const scal
   __builtin_memcpy(&to, &bits, sizeof(to));
 #else
   simt::check_alignment(p, sizeof(to));
+  simt::access(p, sizeof(to), false);
   __builtin_memcpy(&to, p, sizeof(to));
 #endif
 }
@@ -228,6 +253,7 @@ __device__ __forceinline__ void store(scalar_t* p, const Packet<scalar_t, kEleme
   }
 #else
   simt::check_alignment(p, sizeof(from));
+  simt::access(p, sizeof(from), true);
   __builtin_memcpy(p, &from, sizeof(from));
 #endif
 }
@@ -236,42 +262,26 @@ __device__ __forceinline__ void store(scalar_t* p, const Packet<scalar_t, kEleme
 template <typename scalar_t, int kElements>
 __device__ __forceinline__ void load_some(Packet<scalar_t, kElements>& to, const scalar_t* p, int64_t valid, scalar_t fill) {
 #pragma unroll
-  for (int i = 0; i < kElements; ++i) to.element[i] = i < valid ? p[i] : fill;
+  for (int i = 0; i < kElements; ++i) {
+#if !defined(__CUDACC__)
+    if (i < valid) simt::access(p + i, sizeof(scalar_t), false);
+#endif
+    to.element[i] = i < valid ? p[i] : fill;
+  }
 }
 
 template <typename scalar_t, int kElements>
 __device__ __forceinline__ void store_some(scalar_t* p, const Packet<scalar_t, kElements>& from, int64_t valid) {
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
+#if !defined(__CUDACC__)
+    if (i < valid) simt::access(p + i, sizeof(scalar_t), true);
+#endif
     if (i < valid) p[i] = from.element[i];
   }
 }
 
 // ---- Clusters, from compute capability 9.0 on
-
-__device__ __forceinline__ unsigned cluster_rank() {
-#if !defined(__CUDACC__)
-  return simt::cluster_rank();
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  unsigned rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-#else
-  return 0;
-#endif
-}
-
-__device__ __forceinline__ unsigned cluster_blocks() {
-#if !defined(__CUDACC__)
-  return simt::cluster_blocks();
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  unsigned blocks;
-  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
-  return blocks;
-#else
-  return 1;
-#endif
-}
 
 // A barrier for all threads of all blocks of the cluster. After it, all of them see what they wrote to shared
 // memory before it. A block must not end while others read its shared memory, so a cluster_sync must follow

@@ -123,35 +123,36 @@ int64_t for_each_table(const Run* runs, int64_t run_count, const PointerOf& poin
 }
 
 // Calls function(packet, first, valid) for a thread's packets of the `count` elements at x; kInFlight packets
-// are loaded at a time. A packet has 16 bytes if x is aligned to 16 bytes, otherwise one element. At the end,
-// `valid` is less than the elements of the packet, and may be 0 or negative.
+// are loaded at a time. A packet has 16 bytes; at the end, `valid` is less than its elements, and may be 0 or
+// negative. The elements before the first address that is aligned to 16 bytes are packets of one element, each
+// in its own thread: gradients that are views of a flat buffer begin anywhere.
 template <int kThreads, int kInFlight, typename scalar_t, typename Function>
 __device__ __forceinline__ void for_each_packet(const scalar_t* x, int64_t count, const Function& function) {
-  const auto walk = [&](auto width) {
-    constexpr int W = decltype(width)::value;
-    for (int64_t base = static_cast<int64_t>(threadIdx.x) * W; base < count; base += int64_t{kThreads} * kInFlight * W) {
-      Packet<scalar_t, W> packet[kInFlight];
+  constexpr int W = kPacketElements<scalar_t>;
+  const int after = static_cast<int>(reinterpret_cast<uintptr_t>(x) % kPacketBytes / sizeof(scalar_t));
+  const int head = after == 0 ? 0 : W - after < count ? W - after : static_cast<int>(count);
+  const bool has_head = static_cast<int>(threadIdx.x) < head;
+  // Loaded with the other packets and used after them.
+  Packet<scalar_t, 1> of_head;
+  if (has_head) load(of_head, x + threadIdx.x);
+  for (int64_t base = head + static_cast<int64_t>(threadIdx.x) * W; base < count; base += int64_t{kThreads} * kInFlight * W) {
+    Packet<scalar_t, W> packet[kInFlight];
 #pragma unroll
-      for (int j = 0; j < kInFlight; ++j) {
-        const int64_t first = base + int64_t{j} * kThreads * W;
-        if (first + W <= count) {
-          load(packet[j], x + first);
-        } else {
-          load_some(packet[j], x + first, count - first, scalar_t(0.0f));
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kInFlight; ++j) {
-        const int64_t first = base + int64_t{j} * kThreads * W;
-        function(packet[j], first, count - first);
+    for (int j = 0; j < kInFlight; ++j) {
+      const int64_t first = base + int64_t{j} * kThreads * W;
+      if (first + W <= count) {
+        load(packet[j], x + first);
+      } else {
+        load_some(packet[j], x + first, count - first, scalar_t(0.0f));
       }
     }
-  };
-  if (reinterpret_cast<uintptr_t>(x) % kPacketBytes == 0) {
-    walk(std::integral_constant<int, kPacketElements<scalar_t>>());
-  } else {
-    walk(std::integral_constant<int, 1>());
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) {
+      const int64_t first = base + int64_t{j} * kThreads * W;
+      function(packet[j], first, count - first);
+    }
   }
+  if (has_head) function(of_head, static_cast<int64_t>(threadIdx.x), int64_t{1});
 }
 
 // Stores a packet where for_each_packet has read it.

@@ -15,9 +15,19 @@ std::vector<Run> runs_of(int64_t count, const int64_t* dtypes, const int64_t* co
   return runs;
 }
 
+template <typename scalar_t>
+void strided_kernel(const scalar_t* x, int64_t stride) {
+  cuda::Packet<scalar_t, 1> packet;
+  cuda::load_some(packet, x + threadIdx.x * stride, 1, scalar_t(0.0f));
+}
+
 }  // namespace
 
 extern "C" {
+
+// Each of 32 threads loads one float, `stride` floats after that of the thread before: what the count of
+// sectors is tested with.
+void strided(int64_t stride, const float* x) { cuda::launch(strided_kernel<float>, {dim3(1), dim3(32)}, x, stride); }
 
 void grad_norms(int64_t count, const int64_t* dtypes, const int64_t* counts, void* const* data, int norm, double* norms, double* max_abs,
                 int64_t* nonfinite, double* total_norm) {
@@ -65,15 +75,23 @@ void pieces(int64_t count, const int64_t* dtypes, const int64_t* counts, void* c
 #if defined(SIMT_RACES)
 // Run by tests/simt_library.py under ThreadSanitizer: every kernel, on several blocks.
 int main() {
-  std::vector<float> wide(17000, 2.0f);
+  // More tensors than one block merges, of several slots and of other magnitudes.
+  constexpr int64_t kTensors = 10;
+  std::vector<float> wide(17000, 2.0f), narrow(8 * 30, 1.0f);
   std::vector<double> wider(300, 1e200);
-  const int64_t dtypes[] = {0, 1}, counts[] = {17000, 300};
-  void* data[] = {wide.data(), wider.data()};
-  double norms[2], max_abs[2], total;
-  int64_t nonfinite[2];
-  grad_norms(2, dtypes, counts, data, static_cast<int>(Norm::kTwo), norms, max_abs, nonfinite, &total);
-  clip_with_norm(2, dtypes, counts, data, 1.0, &total);
-  clamp(2, dtypes, counts, data, 0.5);
+  std::vector<int64_t> dtypes(kTensors, 0), counts(kTensors, 30), nonfinite(kTensors);
+  std::vector<void*> data;
+  for (int64_t i = 0; i < kTensors - 2; ++i) data.push_back(narrow.data() + 30 * i);
+  data.insert(data.end(), {wide.data(), wider.data()});
+  counts[kTensors - 2] = 17000;
+  counts[kTensors - 1] = 300;
+  dtypes[kTensors - 1] = 1;
+  std::vector<double> norms(kTensors), max_abs(kTensors);
+  double total;
+  grad_norms(kTensors, dtypes.data(), counts.data(), data.data(), static_cast<int>(Norm::kTwo), norms.data(), max_abs.data(),
+             nonfinite.data(), &total);
+  clip_with_norm(kTensors, dtypes.data(), counts.data(), data.data(), 1.0, &total);
+  clamp(kTensors, dtypes.data(), counts.data(), data.data(), 0.5);
   return 0;
 }
 #endif

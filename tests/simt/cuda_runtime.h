@@ -6,6 +6,12 @@
 // ThreadSanitizer takes fibers for threads. Only barriers, shuffles of one warp and fences order them. An
 // atomic orders nothing by itself: writes before a fence and an atomic are visible to a thread that has a
 // fence after the same atomic.
+//
+// load, store, load_some and store_some (csrc/cuda/launch.cuh) report their accesses to global memory. A GPU
+// moves sectors of 32 bytes, and all that the lanes of a warp touch with one instruction at once. The lanes
+// run one after the other here, so accesses belong together if they have the warp, the place in the code and
+// their number at this place in common. tests/test_simt_sectors.py compares the sectors that were touched with
+// the fewest that could hold the bytes.
 #pragma once
 
 #include <cstddef>
@@ -13,6 +19,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <limits>
+#include <utility>
 
 #define __global__
 #define __device__
@@ -29,8 +36,8 @@ struct dim3 : uint3 {
 };
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation, cudaErrorNoKernelImageForDevice };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
+enum cudaError_t { cudaSuccess, cudaErrorNoKernelImageForDevice, cudaErrorInvalidClusterSize };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -61,8 +68,6 @@ void run(const cudaLaunchConfig_t& config, void (*body)(const void*), const void
 
 void* shared_memory();
 int active_clusters();
-unsigned cluster_rank();
-unsigned cluster_blocks();
 void cluster_sync();
 void* of_cluster_block(void* mine, unsigned rank);
 void block_sync();
@@ -72,6 +77,8 @@ void before_atomic(void* p);
 const uint64_t* exchange(uint64_t word);
 // Ends the process if a packet is not aligned to its size, which a GPU would refuse.
 void check_alignment(const void* p, size_t bytes);
+// Counts the sectors of an access by the running thread. The return address is the place in the code.
+__attribute__((noinline)) void access(const void* p, size_t bytes, bool writes);
 
 template <typename T>
 T lane_value(T value, int lane) {
@@ -85,15 +92,21 @@ T lane_value(T value, int lane) {
 
 inline int lane() { return static_cast<int>(threadIdx.x % 32); }
 
-}  // namespace simt
-
-template <typename... Parameters, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
-  if (!simt::has_code()) return cudaErrorNoKernelImageForDevice;
-  const auto body = [&] { kernel(arguments...); };
-  simt::run(*config, [](const void* context) { (*static_cast<const decltype(body)*>(context))(); }, &body);
+// cudaLaunchKernelExC: a pointer to each argument.
+template <typename... Parameters, size_t... places>
+cudaError_t launch(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), void** arguments, std::index_sequence<places...>) {
+  if (!has_code()) return cudaErrorNoKernelImageForDevice;
+  const auto body = [&] { kernel(*static_cast<const Parameters*>(arguments[places])...); };
+  run(*config, [](const void* context) { (*static_cast<const decltype(body)*>(context))(); }, &body);
   return cudaSuccess;
 }
+template <typename... Parameters>
+cudaError_t launch(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), void** arguments) {
+  return launch(config, kernel, arguments, std::index_sequence_for<Parameters...>());
+}
+
+}  // namespace simt
+
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
   simt::set_attribute(attribute, value);
   return cudaSuccess;
@@ -107,10 +120,11 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const v
   return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t*) {
   *clusters = simt::active_clusters();
-  return cudaSuccess;
+  return *clusters < 0 ? cudaErrorInvalidClusterSize : cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
   std::memset(data, value, bytes);

@@ -7,11 +7,13 @@
 //                                                 threads still wait, so only ThreadSanitizer sees it
 //   SIMT_REVERSED=1                               blocks, and threads between barriers, run in reverse order
 //   SIMT_SHARED_BYTES, SIMT_COMPUTE_CAPABILITY    properties of the GPU
-//   SIMT_ACTIVE_CLUSTERS                          the number of clusters of any size that the GPU can hold
+//   SIMT_ACTIVE_CLUSTERS                          the number of clusters of any size that the GPU can hold; if
+//                                                 negative, asking for it is an error
 //   SIMT_BUILT_FOR                                the smallest compute capability with code
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -38,6 +40,7 @@ namespace {
 
 constexpr size_t kStackBytes = 64 << 10;
 constexpr unsigned kWarpThreads = 32;
+constexpr uintptr_t kSectorBytes = 32;
 
 [[noreturn]] void fail(const char* message) {
   std::fprintf(stderr, "simt: %s\n", message);
@@ -63,7 +66,6 @@ struct Warp {
 
 struct Block {
   unsigned char* shared;
-  unsigned rank;
   Barrier barrier;
   std::vector<Warp> warps;
 };
@@ -81,7 +83,28 @@ struct Fiber {
   bool fenced;
   void* last_atomic;
   unsigned exchanges;
+  std::map<const void*, unsigned> accesses;  // at each place in the code
   void* tsan;
+};
+
+// Accesses of the lanes of a warp with the same place and number are one access of the warp.
+struct Access {
+  const Warp* warp;
+  const void* place;
+  unsigned number;
+  uintptr_t begin, end;
+  bool writes;
+
+  bool is_with(const Access& other) const { return warp == other.warp && place == other.place && number == other.number; }
+  bool operator<(const Access& other) const {
+    return std::tie(warp, place, number, begin) < std::tie(other.warp, other.place, other.number, other.begin);
+  }
+};
+
+// Of all accesses since begin_call.
+struct Sectors {
+  int64_t touched;
+  int64_t needed;  // the fewest that can hold the bytes of each access of a warp
 };
 
 struct Cluster {
@@ -109,6 +132,9 @@ int skipped_fence;
 // State of the launcher that runs between two calls of begin_call.
 bool is_watched;
 bool has_launched;
+bool counts_sectors;
+Sectors sectors_of[2];         // loads, stores
+std::vector<Access> accesses;  // of the running cluster
 
 Fiber& running() { return cluster.fibers[cluster.running]; }
 
@@ -187,6 +213,26 @@ void thread_main() {
   change_to_next();
 }
 
+void add_up_accesses() {
+  std::sort(accesses.begin(), accesses.end());
+  for (auto first = accesses.begin(); first != accesses.end();) {
+    int64_t touched = 0;
+    uintptr_t bytes = 0, end = 0, next_sector = 0;
+    auto each = first;
+    for (; each != accesses.end() && each->is_with(*first); ++each) {
+      const uintptr_t from = std::max(each->begin, end), sector = std::max(each->begin / kSectorBytes, next_sector);
+      end = std::max(end, each->end);
+      next_sector = std::max(next_sector, (each->end - 1) / kSectorBytes + 1);
+      bytes += end > from ? end - from : 0;
+      touched += next_sector > sector ? next_sector - sector : 0;
+    }
+    sectors_of[first->writes].touched += touched;
+    sectors_of[first->writes].needed += (bytes + kSectorBytes - 1) / kSectorBytes;
+    first = each;
+  }
+  accesses.clear();
+}
+
 void run_cluster(const cudaLaunchConfig_t& config, unsigned blocks, uint3 first) {
   const unsigned threads = config.blockDim.x * config.blockDim.y * config.blockDim.z;
   if (threads == 0 || threads > 1024) fail("a block has 1 to 1024 threads");
@@ -211,7 +257,6 @@ void run_cluster(const cudaLaunchConfig_t& config, unsigned blocks, uint3 first)
     // new[] aligns to 16 bytes. The memory is filled with nan, because on a GPU it has any content.
     block.shared = memory_of(shared_bytes);
     std::memset(block.shared, 0xFF, shared_bytes);
-    block.rank = b;
     reset(block.barrier, threads);
     block.warps.resize(warps);
     for (unsigned w = 0; w < warps; ++w) {
@@ -231,6 +276,7 @@ void run_cluster(const cudaLaunchConfig_t& config, unsigned blocks, uint3 first)
       fiber.fenced = false;
       fiber.last_atomic = nullptr;
       fiber.exchanges = 0;
+      fiber.accesses.clear();
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = stacks + i * kStackBytes;
       fiber.context.uc_stack.ss_size = kStackBytes;
@@ -250,6 +296,7 @@ void run_cluster(const cudaLaunchConfig_t& config, unsigned blocks, uint3 first)
   SIMT_TSAN(cluster.scheduler_tsan = __tsan_get_current_fiber());
   SIMT_TSAN(__tsan_switch_to_fiber(running().tsan, __tsan_switch_to_fiber_no_sync));
   swapcontext(&cluster.scheduler, &running().context);
+  add_up_accesses();
 }
 
 }  // namespace
@@ -289,8 +336,6 @@ bool has_code() { return setting("SIMT_BUILT_FOR") <= gradkernels::cuda::device_
 
 void* shared_memory() { return running().block->shared; }
 int active_clusters() { return setting("SIMT_ACTIVE_CLUSTERS", 1); }
-unsigned cluster_rank() { return running().block->rank; }
-unsigned cluster_blocks() { return static_cast<unsigned>(cluster.blocks.size()); }
 void cluster_sync() { wait_at(cluster.barrier, true); }
 
 void* of_cluster_block(void* mine, unsigned rank) {
@@ -333,6 +378,14 @@ void check_alignment(const void* p, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail("a packet is not aligned to its size");
 }
 
+void access(const void* p, size_t bytes, bool writes) {
+  if (!counts_sectors) return;
+  Fiber& fiber = running();
+  const void* const place = __builtin_return_address(0);
+  const auto begin = reinterpret_cast<uintptr_t>(p);
+  accesses.push_back({fiber.warp, place, fiber.accesses[place]++, begin, begin + bytes, writes});
+}
+
 }  // namespace simt
 
 namespace gradkernels::cuda {
@@ -367,6 +420,11 @@ void check(cudaError_t status) {
 extern "C" void begin_call() {
   simt::is_watched = true;
   simt::has_launched = false;
+  simt::sectors_of[0] = simt::sectors_of[1] = {0, 0};
 }
 
-extern "C" unsigned blocks_of_last_cluster() { return simt::cluster_blocks(); }
+extern "C" void count_sectors(int counts) { simt::counts_sectors = counts != 0; }
+// Four numbers since begin_call: touched and needed by loads, then by stores.
+extern "C" void sectors(int64_t* found) { std::memcpy(found, simt::sectors_of, sizeof(simt::sectors_of)); }
+
+extern "C" unsigned blocks_of_last_cluster() { return static_cast<unsigned>(simt::cluster.blocks.size()); }

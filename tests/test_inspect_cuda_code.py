@@ -1,0 +1,44 @@
+"""tests/inspect_cuda_code.py on a loop of machine code, which a kernel with faults would need a GPU compiler for."""
+
+import pytest
+
+import inspect_cuda_code
+from inspect_cuda_code import Budget, Gate, Kernel, Loop
+
+# A loop from 0x10 to 0x90: a packet or, where less than a packet is left, an element; then a byte of a mask.
+LOOP = """
+/*0000*/ MOV R1, R2 ;
+/*0010*/ @P0 BRA 0x40 ;
+/*0020*/ LDG.E.128 R4, desc[UR4][R2.64] ;
+/*0030*/ BRA 0x50 ;
+/*0040*/ LDG.E.U16 R4, desc[UR4][R2.64] ;
+/*0050*/ STG.E.128.STRONG.SM desc[UR4][R6.64], R4 ;
+/*0060*/ @P1 BRA 0x80 ;
+/*0070*/ LDG.E.U8 R8, desc[UR4][R2.64] ;
+/*0080*/ IADD3 R2, R2, R9, RZ ;
+/*0090*/ @P2 BRA 0x10 ;
+/*00a0*/ EXIT ;
+"""
+
+
+def test_the_path_that_moves_packets_and_masks():
+    (loop,) = inspect_cuda_code.hot_loops(inspect_cuda_code.instructions(LOOP))
+    assert loop == Loop(instructions=8, load_bytes=16, store_bytes=16, loads_after_stores=1, strong_stores=0)
+
+
+def test_a_load_before_the_store_and_a_store_beyond_the_sm():
+    earlier = LOOP.replace("LDG.E.U8 R8, desc[UR4][R2.64]", "IADD3 R8, R8, R9, RZ").replace("STRONG.SM", "STRONG.GPU")
+    (loop,) = inspect_cuda_code.hot_loops(inspect_cuda_code.instructions(earlier))
+    assert (loop.instructions, loop.loads_after_stores, loop.strong_stores) == (7, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("registers", "most", "faults"),
+    [(64, 8, []), (65, 8, ["has 65 registers: 3 blocks"]), (32, 7, ["takes 8.0 instructions an element"])],
+)
+def test_faults(monkeypatch, registers, most, faults):
+    monkeypatch.setattr(inspect_cuda_code, "GATES", (Gate("some_kernel", 4),))
+    monkeypatch.setattr(inspect_cuda_code, "BUDGETS", (Budget("some_kernel", most, 16, loads_after_stores=True),))
+    loops = list(inspect_cuda_code.hot_loops(inspect_cuda_code.instructions(LOOP)))
+    found = list(inspect_cuda_code.faults_of(Kernel("sm_90", "some_kernel", registers, loops=loops)))
+    assert len(found) == len(faults) and all(map(str.startswith, found, faults)), found
