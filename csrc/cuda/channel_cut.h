@@ -60,7 +60,7 @@ constexpr int64_t kManyColumns = 256;
 // The last block of a slab merges the results of its parts.
 constexpr int64_t kMostParts = 320;
 // The last of several waves of blocks should not leave much of the GPU idle.
-constexpr double kFullWave = 0.9;
+constexpr double kFullWave = 0.96;
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
