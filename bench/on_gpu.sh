@@ -31,7 +31,7 @@ part() {
     return 1
   fi
   # By SIGINT, as Ctrl-C: pytest then names its failures and the benchmark makes its table. A shell ignores it in background commands.
-  timeout --signal=INT --kill-after=20 "$limit" env --default-signal=INT "$@" || status=$?
+  timeout --signal=INT --kill-after=${KILL_AFTER:-20} "$limit" env --default-signal=INT "$@" || status=$?
   echo "== $name: $((SECONDS - start)) s, exit status $status$([ $((SECONDS - start)) -lt "$limit" ] || echo ", stopped after $limit s")"
   [ -z "${OUT:-}" ] || find bench/results build/on_gpu -type f -newermt "@$STARTED" -exec cp -t "$OUT" {} +
   [ $status = 0 ] || failed="$failed $name,"
