@@ -73,47 +73,46 @@ __device__ __forceinline__ math::Moments<double> part_moments(const ChannelCut& 
   ThreadSums<scalar_t, W, kColumns> sums;
 
   Walk<W, kColumns, false> walk(cut, slab, part);
-  walk.template for_each_tile<kTile>([&](const At(&at)[kTile]) {
-    Packet<scalar_t, W> packet[kTile];
+  using TileOf = Tile<scalar_t, W, kTile>;
+  const auto load_tile = [&](const At(&at)[kTile]) { return TileOf::of(x, at); };
+  walk.template for_each_tile<kTile>(
+      load_tile, [] {},
+      [&](const At(&at)[kTile], const TileOf& tile) {
+        if (count == 0) {
+          opmath total[kValues] = {};
+          int elements = 0;
 #pragma unroll
-    for (int i = 0; i < kTile; ++i) {
-      if (at[i].exists) load(packet[i], x + at[i].element);
-    }
-    if (count == 0) {
-      opmath total[kValues] = {};
-      int elements = 0;
+          for (int i = 0; i < kTile; ++i) {
+            if (!at[i].exists) continue;
+            elements += kColumns ? 1 : W;
+            const auto value = tile[i];
+            if constexpr (kColumns) {
 #pragma unroll
-      for (int i = 0; i < kTile; ++i) {
-        if (!at[i].exists) continue;
-        elements += kColumns ? 1 : W;
-        const auto value = Values<scalar_t, W>::of(packet[i]);
-        if constexpr (kColumns) {
+              for (int k = 0; k < W; ++k) total[k] += value.element[k];
+            } else {
+              total[0] += sum_of<0, W>(value.element);
+            }
+          }
 #pragma unroll
-          for (int k = 0; k < W; ++k) total[k] += value.element[k];
-        } else {
-          total[0] += sum_of<0, W>(value.element);
+          for (int k = 0; k < kValues; ++k) {
+            if (elements > 0) about[k] = math::zero_unless_finite(total[k] / static_cast<opmath>(elements));
+          }
         }
-      }
 #pragma unroll
-      for (int k = 0; k < kValues; ++k) {
-        if (elements > 0) about[k] = math::zero_unless_finite(total[k] / static_cast<opmath>(elements));
-      }
-    }
+        for (int i = 0; i < kTile; ++i) {
+          if (!at[i].exists) continue;
+          count += kColumns ? 1 : W;
+          opmath difference[W], square[W];
+          const auto value = tile[i];
 #pragma unroll
-    for (int i = 0; i < kTile; ++i) {
-      if (!at[i].exists) continue;
-      count += kColumns ? 1 : W;
-      opmath difference[W], square[W];
-      const auto value = Values<scalar_t, W>::of(packet[i]);
-#pragma unroll
-      for (int k = 0; k < W; ++k) {
-        difference[k] = value.element[k] - about[kColumns ? k : 0];
-        square[k] = difference[k] * difference[k];
-      }
-      sums.add(difference, square);
-    }
-    sums.end_tile();
-  });
+          for (int k = 0; k < W; ++k) {
+            difference[k] = value.element[k] - about[kColumns ? k : 0];
+            square[k] = difference[k] * difference[k];
+          }
+          sums.add(difference, square);
+        }
+        sums.end_tile();
+      });
 
   double mean[kValues], m2[kValues], mean_low[kValues];
 #pragma unroll
@@ -195,43 +194,47 @@ __global__ void __launch_bounds__(threads_of(W, kColumns), kBlocks<scalar_t, W, 
   const int64_t block = gridDim.x - 1 - blockIdx.x;
   const int64_t part = block / cut.slabs;
   const Slab slab = slab_of<kColumns>(cut, block % cut.slabs);
-  if (static_cast<int>(threadIdx.x) < slab.channels) {
-    const int64_t channel = slab.first_channel + threadIdx.x;
-    double mean, invstd;
-    if (!p.training && p.running_mean != nullptr) {
-      mean = channel_value(p.parameter_dtype, p.running_mean, channel, 0.0);
-      invstd = math::inverse_std(channel_value(p.parameter_dtype, p.running_var, channel, 1.0), p.eps);
-      if (part == 0) {
-        p.mean[channel] = mean;
-        p.invstd[channel] = invstd;
-      }
-    } else {
-      mean = p.mean[channel];
-      invstd = p.invstd[channel];
-    }
-    normalisation[threadIdx.x] = channel_normalisation<opmath>(p, channel, mean, invstd);
-  }
-  __syncthreads();
   const scalar_t* const x = static_cast<const scalar_t*>(p.x);
   const scalar_t* const residual = static_cast<const scalar_t*>(p.residual);
   scalar_t* const y = static_cast<scalar_t*>(p.y);
   Walk<W, kColumns, true> walk(cut, slab, part);
   math::Normalisation<opmath> normalise[ThreadValues<W, kColumns>::kValues];
-  for_each_column<W, kColumns>(cut, slab, walk.column(), [&](int k, int channel) { normalise[k] = normalisation[channel]; });
-  walk.template for_each_tile<kTile>([&](const At(&at)[kTile]) {
-    Packet<scalar_t, W> packet[kTile], added[kTile];
-#pragma unroll
-    for (int i = 0; i < kTile; ++i) {
-      if (!at[i].exists) continue;
-      load(packet[i], x + at[i].element);
-      if constexpr (kResidual) load(added[i], residual + at[i].element);
+  struct Operands {
+    Tile<scalar_t, W, kTile> x, residual;
+  };
+  const auto load_tile = [&](const At(&at)[kTile]) {
+    Operands tile;
+    tile.x = Tile<scalar_t, W, kTile>::of(x, at);
+    if constexpr (kResidual) tile.residual = Tile<scalar_t, W, kTile>::of(residual, at);
+    return tile;
+  };
+  const auto prepare = [&] {
+    if (static_cast<int>(threadIdx.x) < slab.channels) {
+      const int64_t channel = slab.first_channel + threadIdx.x;
+      double mean, invstd;
+      if (!p.training && p.running_mean != nullptr) {
+        mean = channel_value(p.parameter_dtype, p.running_mean, channel, 0.0);
+        invstd = math::inverse_std(channel_value(p.parameter_dtype, p.running_var, channel, 1.0), p.eps);
+        if (part == 0) {
+          p.mean[channel] = mean;
+          p.invstd[channel] = invstd;
+        }
+      } else {
+        mean = p.mean[channel];
+        invstd = p.invstd[channel];
+      }
+      normalisation[threadIdx.x] = channel_normalisation<opmath>(p, channel, mean, invstd);
     }
+    __syncthreads();
+    for_each_column<W, kColumns>(cut, slab, walk.first_column(), [&](int k, int channel) { normalise[k] = normalisation[channel]; });
+  };
+  walk.template for_each_tile<kTile>(load_tile, prepare, [&](const At(&at)[kTile], const Operands& tile) {
     const auto normalised = [&](int i) {
-      Values<scalar_t, W> u = Values<scalar_t, W>::of(packet[i]);
+      Values<scalar_t, W> u = tile.x[i];
 #pragma unroll
       for (int k = 0; k < W; ++k) u.element[k] = normalise[kColumns ? k : 0](u.element[k]);
       if constexpr (kResidual) {
-        const auto value = Values<scalar_t, W>::of(added[i]);
+        const auto value = tile.residual[i];
 #pragma unroll
         for (int k = 0; k < W; ++k) u.element[k] += value.element[k];
       }
@@ -293,25 +296,18 @@ struct BackwardShared {
 // residual; then dz comes from the mask if the activation has two slopes, otherwise from x and the residual.
 template <typename scalar_t, int W, int kTile, bool kResidual>
 struct GradientOperands {
-  Packet<scalar_t, W> x[kTile], grad_y[kTile], residual[kTile];
+  using TileOf = Tile<scalar_t, W, kTile>;
+  TileOf x, grad_y, residual;
   unsigned bits[kTile];
 
-  __device__ __forceinline__ GradientOperands(const BatchNormBackward& p, const At (&at)[kTile]) {
-#pragma unroll
-    for (int i = 0; i < kTile; ++i) {
-      if (!at[i].exists) continue;
-      load(x[i], static_cast<const scalar_t*>(p.x) + at[i].element);
-      load(grad_y[i], static_cast<const scalar_t*>(p.grad_y) + at[i].element);
-    }
+  __device__ __forceinline__ GradientOperands(const BatchNormBackward& p, const At (&at)[kTile])
+      : x(TileOf::of(static_cast<const scalar_t*>(p.x), at)), grad_y(TileOf::of(static_cast<const scalar_t*>(p.grad_y), at)) {
     if constexpr (kResidual) {
+      if (p.mask != nullptr) {
 #pragma unroll
-      for (int i = 0; i < kTile; ++i) {
-        if (!at[i].exists) continue;
-        if (p.mask != nullptr) {
-          bits[i] = load_bits<W>(p.mask, at[i]);
-        } else if (p.residual != nullptr) {
-          load(residual[i], static_cast<const scalar_t*>(p.residual) + at[i].element);
-        }
+        for (int i = 0; i < kTile; ++i) bits[i] = at[i].exists ? load_bits<W>(p.mask, at[i]) : 0u;
+      } else if (p.residual != nullptr) {
+        residual = TileOf::of(static_cast<const scalar_t*>(p.residual), at);
       }
     }
   }
@@ -326,10 +322,10 @@ struct GradientOperands {
 #pragma unroll
         for (int i = 0; i < kTile; ++i) {
           if (!at[i].exists) continue;
-          auto dz = Values<scalar_t, W>::of(grad_y[i]);
+          auto dz = grad_y[i];
 #pragma unroll
           for (int k = 0; k < W; ++k) dz.element[k] = f.backward_from_mask(dz.element[k], (bits[i] >> k & 1u) != 0u);
-          function(i, Values<scalar_t, W>::of(x[i]), dz);
+          function(i, x[i], dz);
         }
       });
       return;
@@ -338,13 +334,13 @@ struct GradientOperands {
 #pragma unroll
       for (int i = 0; i < kTile; ++i) {
         if (!at[i].exists) continue;
-        const auto value = Values<scalar_t, W>::of(x[i]);
-        auto dz = Values<scalar_t, W>::of(grad_y[i]);
+        const auto value = x[i];
+        auto dz = grad_y[i];
         opmath u[W];
 #pragma unroll
         for (int k = 0; k < W; ++k) u[k] = normalise(k)(value.element[k]);
         if (kResidual && p.residual != nullptr) {
-          const auto added = Values<scalar_t, W>::of(residual[i]);
+          const auto added = residual[i];
 #pragma unroll
           for (int k = 0; k < W; ++k) u[k] += added.element[k];
         }
@@ -364,17 +360,20 @@ __device__ __forceinline__ math::GradientSums part_sums(const BatchNormBackward&
   using opmath = opmath_t<scalar_t>;
   constexpr int kTile = packets_in_flight(sizeof(scalar_t), W, 2 + kResidual);
   constexpr int kValues = ThreadValues<W, kColumns>::kValues;
-  if (static_cast<int>(threadIdx.x) < slab.channels) {
-    const int64_t channel = slab.first_channel + threadIdx.x;
-    shared.normalisation[threadIdx.x] = channel_normalisation<opmath>(p, channel, p.mean[channel], p.invstd[channel]);
-  }
-  __syncthreads();
   Walk<W, kColumns, false> walk(cut, slab, part);
   math::Normalisation<opmath> normalise[kValues];
-  for_each_column<W, kColumns>(cut, slab, walk.column(), [&](int k, int channel) { normalise[k] = shared.normalisation[channel]; });
   ThreadSums<scalar_t, W, kColumns> sums;
-  walk.template for_each_tile<kTile>([&](const At(&at)[kTile]) {
-    const GradientOperands<scalar_t, W, kTile, kResidual> operands(p, at);
+  using Operands = GradientOperands<scalar_t, W, kTile, kResidual>;
+  const auto load_tile = [&](const At(&at)[kTile]) { return Operands(p, at); };
+  const auto prepare = [&] {
+    if (static_cast<int>(threadIdx.x) < slab.channels) {
+      const int64_t channel = slab.first_channel + threadIdx.x;
+      shared.normalisation[threadIdx.x] = channel_normalisation<opmath>(p, channel, p.mean[channel], p.invstd[channel]);
+    }
+    __syncthreads();
+    for_each_column<W, kColumns>(cut, slab, walk.first_column(), [&](int k, int channel) { normalise[k] = shared.normalisation[channel]; });
+  };
+  walk.template for_each_tile<kTile>(load_tile, prepare, [&](const At(&at)[kTile], const Operands& operands) {
     const auto of_column = [&](int k) { return normalise[kColumns ? k : 0]; };
     operands.for_each(p, at, of_column, [&](int i, const Values<scalar_t, W>& x, const Values<scalar_t, W>& dz) {
       if (kResidual && p.grad_residual != nullptr) write(static_cast<scalar_t*>(p.grad_residual) + at[i].element, dz, false);
@@ -464,19 +463,22 @@ __global__ void __launch_bounds__(threads_of(W, kColumns), kBlocks<scalar_t, W, 
   auto* const coefficients = shared_memory<GradientCoefficients<opmath>>();
   const int64_t block = gridDim.x - 1 - blockIdx.x;
   const Slab slab = slab_of<kColumns>(cut, block % cut.slabs);
-  if (static_cast<int>(threadIdx.x) < slab.channels) {
-    const int64_t channel = slab.first_channel + threadIdx.x;
-    const math::GradientSums of_channel =
-        sums == nullptr ? math::GradientSums{0.0, 0.0} : math::GradientSums{sums[channel], sums[cut.channels + channel]};
-    coefficients[threadIdx.x] =
-        channel_gradient<opmath>(p, channel, count == nullptr ? static_cast<double>(cut.rows * cut.inner) : *count, of_channel);
-  }
-  __syncthreads();
   Walk<W, kColumns, true> walk(cut, slab, block / cut.slabs);
   GradientCoefficients<opmath> mine[ThreadValues<W, kColumns>::kValues];
-  for_each_column<W, kColumns>(cut, slab, walk.column(), [&](int k, int channel) { mine[k] = coefficients[channel]; });
-  walk.template for_each_tile<kTile>([&](const At(&at)[kTile]) {
-    const GradientOperands<scalar_t, W, kTile, kResidual> operands(p, at);
+  using Operands = GradientOperands<scalar_t, W, kTile, kResidual>;
+  const auto load_tile = [&](const At(&at)[kTile]) { return Operands(p, at); };
+  const auto prepare = [&] {
+    if (static_cast<int>(threadIdx.x) < slab.channels) {
+      const int64_t channel = slab.first_channel + threadIdx.x;
+      const math::GradientSums of_channel =
+          sums == nullptr ? math::GradientSums{0.0, 0.0} : math::GradientSums{sums[channel], sums[cut.channels + channel]};
+      coefficients[threadIdx.x] =
+          channel_gradient<opmath>(p, channel, count == nullptr ? static_cast<double>(cut.rows * cut.inner) : *count, of_channel);
+    }
+    __syncthreads();
+    for_each_column<W, kColumns>(cut, slab, walk.first_column(), [&](int k, int channel) { mine[k] = coefficients[channel]; });
+  };
+  walk.template for_each_tile<kTile>(load_tile, prepare, [&](const At(&at)[kTile], const Operands& operands) {
     const auto of_column = [&](int k) { return mine[kColumns ? k : 0].normalise; };
     operands.for_each(p, at, of_column, [&](int i, const Values<scalar_t, W>& x, const Values<scalar_t, W>& dz) {
       Values<scalar_t, W> grad_x;

@@ -93,7 +93,7 @@ constexpr int packets_in_flight(int element_bytes, int width, int operands) {
 // for each of 704 to 1,024 threads, an SM waits for 44 to 64 KiB at a time.
 constexpr int blocks_of_processor(int element_bytes, int width, bool columns, bool residual) {
   if (element_bytes == 8) return columns ? 1 : 2;
-  return columns ? 2 : width == 1 || residual ? 3 : 4;
+  return columns ? 2 : width * element_bytes < 16 || residual ? 3 : 4;
 }
 
 struct ChannelCut {

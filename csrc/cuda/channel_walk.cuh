@@ -57,10 +57,8 @@ class Walk {
     at_step_ = kBack ? steps_ - 1 : 0;
   }
 
-  // The steps of the block, the same for all of its threads.
-  __device__ __forceinline__ int steps() const { return steps_; }
-  // In short runs, the thread's first column.
-  __device__ __forceinline__ int column() const { return column_ * W; }
+  // In short runs, the first of the thread's columns.
+  __device__ __forceinline__ int first_column() const { return column_ * W; }
 
   __device__ __forceinline__ At next() {
     At at{element_, mask_byte_, at_step_ >= 0 && at_step_ < mine_};
@@ -93,15 +91,23 @@ class Walk {
     return at;
   }
 
-  // Calls function(at) with kTile packets at a time: at is an At[kTile]. All threads of a block call it equally
-  // often.
-  template <int kTile, typename Function>
-  __device__ __forceinline__ void for_each_tile(const Function& function) {
-    for (int done = 0; done < steps_; done += kTile) {
-      At at[kTile];
+  // use(at, load(at)) for kTile packets at a time: at is an At[kTile]. prepare() is called once, when the first
+  // packets are on their way. All threads of a block call the three equally often.
+  template <int kTile, typename Load, typename Prepare, typename Use>
+  __device__ __forceinline__ void for_each_tile(const Load& load, const Prepare& prepare, const Use& use) {
+    At at[kTile];
+    const auto step = [&] {
 #pragma unroll
       for (int i = 0; i < kTile; ++i) at[i] = next();
-      function(at);
+    };
+    step();
+    auto tile = load(at);
+    prepare();
+    for (int done = kTile;; done += kTile) {
+      use(at, tile);
+      if (done >= steps_) return;
+      step();
+      tile = load(at);
     }
   }
 
@@ -110,6 +116,22 @@ class Walk {
   int64_t element_;
   uint32_t mask_byte_;
   int column_, columns_, steps_, mine_, at_step_;
+};
+
+// The packets of a tile of one operand; those that do not exist are not defined.
+template <typename scalar_t, int W, int kTile>
+struct Tile {
+  Packet<scalar_t, W> packet[kTile];
+
+  __device__ __forceinline__ static Tile of(const scalar_t* x, const At (&at)[kTile]) {
+    Tile tile;
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) {
+      if (at[i].exists) load(tile.packet[i], x + at[i].element);
+    }
+    return tile;
+  }
+  __device__ __forceinline__ Values<scalar_t, W> operator[](int i) const { return Values<scalar_t, W>::of(packet[i]); }
 };
 
 // Writes a packet. `briefly`: see Keep.
