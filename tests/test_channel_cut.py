@@ -95,7 +95,7 @@ def test_each_element_is_in_one_part(plan_of, shape, element_bytes):
         assert len(taken) == len(set(taken)) == shape[0] * shape[1] * shape[2]
 
 
-@pytest.mark.parametrize(("name", "layout", "element_bytes"), product(PASSES, ("contiguous", "channels_last"), (2, 4)))
+@pytest.mark.parametrize(("name", "layout", "element_bytes"), list(product(PASSES, ("contiguous", "channels_last"), (2, 4))))
 def test_shapes_of_networks_keep_a_gpu_busy(plan_of, name, layout, element_bytes):
     operands, sums = PASSES[name]
     for shape in SHAPES:
