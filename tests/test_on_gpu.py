@@ -255,6 +255,16 @@ def test_nothing_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_module_counts_its_batches(momentum):
+    here, there = (gk.BatchNormAct2d(3, momentum=momentum, device=device) for device in ("cpu", "cuda"))
+    for _ in range(3):
+        x = torch.randn(2, 3, 5, 5)
+        here(x), there(x.cuda())
+        near("running_mean", there.running_mean, here.running_mean)
+        assert there.num_batches_tracked.item() == here.num_batches_tracked.item()
+
+
 def test_a_graph_replays_on_new_values():
     x, grads = torch.randn(10_000, device="cuda"), [torch.randn(1000, device="cuda") for _ in range(5)]
     side = torch.cuda.Stream()

@@ -100,7 +100,8 @@ class Kernels:
         return (*self.problem(given["grad_y"], given["x"], residual, self.mask), self.mean, self.invstd)
 
     def forward(self, training, momentum=0.1, eps=1e-5, batches=None):
-        statistics = (self.given["running_mean"], self.given["running_var"], batches)
+        """batches: num_batches_tracked, which decides the momentum and is counted."""
+        statistics = (self.given["running_mean"], self.given["running_var"], batches, batches)
         self.call("batch_norm_act_forward", *self.forward_operands(), int(training), momentum, eps, *statistics)
 
     def backward(self, training):
@@ -246,17 +247,19 @@ def test_statistics_in_evaluation_are_those_given(call, guarded):
             torch.testing.assert_close(kernels.invstd, (given["running_var"].double() + 1e-3).rsqrt(), rtol=1e-15, atol=0)
 
 
-def test_momentum_from_the_number_of_batches(call, guarded, monkeypatch):
+def test_momentum_from_the_number_of_batches(call, guarded):
     for shape in ((70, 20, 1), (2, 3, 136)):
         given = arguments(shape)
         counted, told = (Kernels(call, guarded, given, "identity") for _ in range(2))
-        counted.forward(True, momentum=0.7, batches=torch.tensor([3]))
+        batches = torch.tensor([3])
+        counted.forward(True, momentum=0.7, batches=batches)
+        assert batches.item() == 4
         told.forward(True, momentum=0.25)
         for name in ("running_mean", "running_var"):
             assert_bitwise_equal(name, counted.result()[name], told.result()[name])
 
 
-def test_only_the_gradients_that_are_needed(call, guarded, monkeypatch):
+def test_only_the_gradients_that_are_needed(call, guarded):
     """Gradients that are not needed are null pointers; the others do not change."""
     for shape, training in itertools.product([(70, 20, 1), (2, 3, 136)], (True, False)):
         given = arguments(shape)
@@ -285,7 +288,7 @@ def test_results_do_not_depend_on_the_order_of_blocks(call, guarded, monkeypatch
             assert_bitwise_equal(f"{shape} {name}", tensor, results[1].result()[name])
 
 
-def test_mask_equals_the_cpus(call, guarded, monkeypatch):
+def test_mask_equals_the_cpus(call, guarded):
     """The CPU's kernels write the same bytes, so either device can read the other's mask."""
     for shape, act in itertools.product([(9, 65, 1), (9, 12, 1), (3, 9, 49), (2, 5, 139), (2, 3, 196)], TWO_SLOPES):
         given = arguments(shape, residual=True)
@@ -297,7 +300,7 @@ def test_mask_equals_the_cpus(call, guarded, monkeypatch):
 
 
 @each_dtype
-def test_parts_for_many_processes(call, guarded, monkeypatch, dtype):
+def test_parts_for_many_processes(call, guarded, dtype):
     """Moments, their merge, y, sums and grad_x of parts of a batch, compared with one call on the whole batch."""
     for index, (rows, channels, inner) in enumerate([(70, 20, 1), (6, 9, 49), (4, 3, 2731)]):
         shape = (rows, channels, inner)

@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(threads_of(W, kColumns), kBlocks<scalar_t, W, 
 }
 
 // y = act(batch_norm(x) + residual) from mean and invstd; in evaluation, the kernel computes these from the
-// running statistics
+// running statistics; it also counts the batch
 //   launch   slabs * parts blocks, in reverse order; Normalisation[kMostGroupChannels] in shared memory
 //   requires operands dense in the order of the shape, and aligned to packets
 //   traffic  n elements read (2n with a residual), n written, n bits written if there is a mask
@@ -194,6 +194,8 @@ __global__ void __launch_bounds__(threads_of(W, kColumns), kBlocks<scalar_t, W, 
   const int64_t block = gridDim.x - 1 - blockIdx.x;
   const int64_t part = block / cut.slabs;
   const Slab slab = slab_of<kColumns>(cut, block % cut.slabs);
+  // The kernel before this one has read it for the momentum.
+  if (p.counted != nullptr && block == 0 && threadIdx.x == 0) ++*p.counted;
   const scalar_t* const x = static_cast<const scalar_t*>(p.x);
   const scalar_t* const residual = static_cast<const scalar_t*>(p.residual);
   scalar_t* const y = static_cast<scalar_t*>(p.y);

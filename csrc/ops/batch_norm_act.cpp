@@ -167,8 +167,9 @@ BatchNormActResult batch_norm_act(const at::Tensor& x, const OptionalTensor& run
   const at::Tensor batches = batches_on_device_of(x, counted, momentum);
   p.momentum = momentum.value_or(0.0);
   p.batches = data_of_batches(batches);
+  p.counted = counted_by_kernel(x, counted);
   GK_LAUNCHER(x, batch_norm_act_forward)(p);
-  if (is_given(counted)) count_batch(*counted);
+  if (is_given(counted) && p.counted == nullptr) count_batch(*counted);
   return {f.y, mean, invstd, f.mask};
 }
 

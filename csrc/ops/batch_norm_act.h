@@ -35,7 +35,8 @@ struct BatchNormForward {
   double* mean;  // written: the statistics that are applied
   double* invstd;
   void* y;
-  uint8_t* mask;  // or null; act must have two slopes
+  uint8_t* mask;     // or null; act must have two slopes
+  int64_t* counted;  // or null; on a GPU, batch_norm_act_elemt adds 1
 };
 
 // Gradients that are not needed are null. If there was a residual: act' comes from the mask if act has two

@@ -95,6 +95,14 @@ inline void count_batch(const at::Tensor& num_batches_tracked) {
   }
 }
 
+// num_batches_tracked, if kernels on the device of x can add 1 to it, which saves a kernel of its own; otherwise
+// null, and count_batch does.
+inline int64_t* counted_by_kernel(const at::Tensor& x, const OptionalTensor& num_batches_tracked) {
+  const bool can = is_given(num_batches_tracked) && x.is_cuda() && x.numel() > 0 && num_batches_tracked->device() == x.device() &&
+                   num_batches_tracked->scalar_type() == at::kLong && !num_batches_tracked->is_neg();
+  return can ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr;
+}
+
 // The operands in the layout of the kernels; operands in another layout are copied.
 struct Operands {
   at::Tensor x, residual, grad_y;

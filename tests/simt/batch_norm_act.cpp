@@ -11,7 +11,7 @@ namespace {
 BatchNormForward forward_problem(int dtype, int parameter_dtype, int64_t rows, int64_t channels, int64_t inner, int kind, double parameter,
                                  const void* x, const void* residual, const void* weight, const void* bias, double* mean, double* invstd,
                                  void* y, uint8_t* mask, int training, double momentum, double eps, void* running_mean, void* running_var,
-                                 const int64_t* batches) {
+                                 const int64_t* batches, int64_t* counted) {
   return {static_cast<DType>(dtype),
           static_cast<DType>(parameter_dtype),
           {rows, channels, inner},
@@ -29,7 +29,8 @@ BatchNormForward forward_problem(int dtype, int parameter_dtype, int64_t rows, i
           mean,
           invstd,
           y,
-          mask};
+          mask,
+          counted};
 }
 
 BatchNormBackward backward_problem(int dtype, int parameter_dtype, int64_t rows, int64_t channels, int64_t inner, int kind,
@@ -62,9 +63,10 @@ extern "C" {
 void batch_norm_act_forward(int dtype, int parameter_dtype, int64_t rows, int64_t channels, int64_t inner, int kind, double parameter,
                             const void* x, const void* residual, const void* weight, const void* bias, double* mean, double* invstd,
                             void* y, uint8_t* mask, int training, double momentum, double eps, void* running_mean, void* running_var,
-                            const int64_t* batches) {
+                            const int64_t* batches, int64_t* counted) {
   cuda::batch_norm_act_forward(forward_problem(dtype, parameter_dtype, rows, channels, inner, kind, parameter, x, residual, weight, bias,
-                                               mean, invstd, y, mask, training, momentum, eps, running_mean, running_var, batches));
+                                               mean, invstd, y, mask, training, momentum, eps, running_mean, running_var, batches,
+                                               counted));
 }
 
 void batch_norm_act_backward(int dtype, int parameter_dtype, int64_t rows, int64_t channels, int64_t inner, int kind, double parameter,
@@ -77,7 +79,7 @@ void batch_norm_act_backward(int dtype, int parameter_dtype, int64_t rows, int64
 
 void batch_norm_act_stats(int dtype, int64_t rows, int64_t channels, int64_t inner, const void* x, double* moments) {
   cuda::batch_norm_act_stats(forward_problem(dtype, dtype, rows, channels, inner, 0, 0.0, x, nullptr, nullptr, nullptr, nullptr, nullptr,
-                                             nullptr, nullptr, 1, 0.0, 0.0, nullptr, nullptr, nullptr),
+                                             nullptr, nullptr, 1, 0.0, 0.0, nullptr, nullptr, nullptr, nullptr),
                              moments);
 }
 
@@ -85,7 +87,7 @@ void batch_norm_act_gather_stats(int parameter_dtype, int64_t channels, int64_t 
                                  void* running_mean, void* running_var, const int64_t* batches, double* mean, double* invstd) {
   cuda::batch_norm_act_gather_stats(
       forward_problem(parameter_dtype, parameter_dtype, 0, channels, 0, 0, 0.0, nullptr, nullptr, nullptr, nullptr, mean, invstd, nullptr,
-                      nullptr, 1, momentum, eps, running_mean, running_var, batches),
+                      nullptr, 1, momentum, eps, running_mean, running_var, batches, nullptr),
       ranks, moments);
 }
 
@@ -93,7 +95,7 @@ void batch_norm_act_elemt(int dtype, int parameter_dtype, int64_t rows, int64_t 
                           const void* x, const void* residual, const void* weight, const void* bias, double* mean, double* invstd, void* y,
                           uint8_t* mask) {
   cuda::batch_norm_act_elemt(forward_problem(dtype, parameter_dtype, rows, channels, inner, kind, parameter, x, residual, weight, bias,
-                                             mean, invstd, y, mask, 0, 0.0, 0.0, nullptr, nullptr, nullptr));
+                                             mean, invstd, y, mask, 0, 0.0, 0.0, nullptr, nullptr, nullptr, nullptr));
 }
 
 void batch_norm_act_backward_reduce(int dtype, int parameter_dtype, int64_t rows, int64_t channels, int64_t inner, int kind,
@@ -130,7 +132,7 @@ int main() {
   const int64_t shapes[][3] = {{3, 1, 11000}, {4, 8, 49}, {500, 64, 1}};
   for (const auto& shape : shapes) {
     batch_norm_act_forward(0, 0, shape[0], shape[1], shape[2], 5, 1.0, x.data(), nullptr, weight.data(), nullptr, mean.data(),
-                           invstd.data(), y.data(), nullptr, 1, 0.1, 1e-5, nullptr, nullptr, nullptr);
+                           invstd.data(), y.data(), nullptr, 1, 0.1, 1e-5, nullptr, nullptr, nullptr, nullptr);
     batch_norm_act_backward(0, 0, shape[0], shape[1], shape[2], 5, 1.0, grad_y.data(), x.data(), nullptr, nullptr, weight.data(), nullptr,
                             mean.data(), invstd.data(), 1, grad_x.data(), grad_weight.data(), nullptr, nullptr);
   }
