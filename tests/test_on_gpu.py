@@ -122,8 +122,8 @@ def batch_norm_act(x, statistics, weight, bias, residual=None, act="swish", trai
     return gk.batch_norm_act(x, *statistics, weight, bias, training, 0.1, 1e-5, act=act, residual=residual)
 
 
-# One shape or more for each kernel: rows of channels, groups of channels, a channel for each block, a channel
-# for each cluster of blocks, and channels too long for a cluster.
+# Rows of channels, groups of channels with short runs, long runs in one part and in many; runs of whole packets
+# and of single elements.
 BATCH_NORM_SHAPES = [(130, 64), (1025, 65), (4, 3, 7, 7), (6, 65, 9, 7), (3, 2, 41, 43), (16, 5, 56, 56), (2, 1, 1100, 1100)]
 
 
@@ -224,16 +224,14 @@ def kernels_of(call):
     return re.findall(r"gradkernels::cuda::.*?(\w+_kernel)", "\n".join(launched))
 
 
-def test_clusters_hold_a_channel():
-    """Both ways give the same results, so that only the names of the kernels tell which one was taken."""
-    if torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("clusters exist from compute capability 9.0 on")
+def test_batch_norm_act_takes_two_passes():
     x, grad_y = (torch.randn(64, 256, 56, 56, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     module = gk.BatchNormAct2d(256, act="leaky_relu", device="cuda")
-    assert kernels_of(lambda: module(x)) == ["batch_norm_act_forward_kernel"]
+    assert kernels_of(lambda: module(x)) == ["batch_norm_act_stats_kernel", "batch_norm_act_normalise_kernel"]
     x.requires_grad_()
     y = module(x)
-    assert kernels_of(lambda: torch.autograd.grad(y, x, grad_y, retain_graph=True)) == ["batch_norm_act_backward_kernel"]
+    backward = ["batch_norm_act_backward_reduce_kernel", "batch_norm_act_backward_elemt_kernel"]
+    assert kernels_of(lambda: torch.autograd.grad(y, x, grad_y, retain_graph=True)) == backward
 
 
 def test_nothing_waits_for_the_gpu():
