@@ -71,7 +71,7 @@ nvidia-smi --query-gpu=name,driver_version,clocks.max.memory --format=csv,nohead
 architectures=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -u | paste -sd ';')
 for name in "$@"; do
   case $name in
-    smoke) part smoke 60 "$PYTHON" -m pytest -q -rfE tests/test_on_gpu.py -k "a_little or clusters or waits or replays" ;;
+    smoke) part smoke 60 "$PYTHON" -m pytest -q -rfE tests/test_on_gpu.py -k "a_little or two_passes or waits or replays" ;;
     profile) part profile 150 "$PYTHON" bench/profile_cuda.py --seconds 120 --out build/on_gpu/profile.json ;;
     test) part "test on a GPU" 150 "$PYTHON" -m pytest -q -rfE --junitxml=build/on_gpu/tests.xml tests/test_on_gpu.py ;;
     bench) part bench 270 "$PYTHON" bench/suite.py --only cuda --out bench/results ;;

@@ -18,9 +18,6 @@
 #include "common/check.h"
 #include "cpu/kernels.h"
 #include "ops/operators.h"
-#if defined(GK_WITH_CUDA)
-#include "cuda/clusters.h"
-#endif
 
 namespace py = pybind11;
 
@@ -52,15 +49,6 @@ py::dict build_info() {
 #endif
   info["commit"] = GK_COMMIT;
   return info;
-}
-
-// False in a library without CUDA.
-bool can_run_cluster([[maybe_unused]] unsigned blocks) {
-#if defined(GK_WITH_CUDA)
-  return cuda::can_run_cluster(blocks);
-#else
-  return false;
-#endif
 }
 
 Tensor leaky_relu(Tensor x, double negative_slope, bool inplace) {
@@ -181,7 +169,6 @@ PYBIND11_MODULE(_C, m) {
   // Other Python threads run while a kernel does.
   const py::call_guard<py::gil_scoped_release> without_gil;
   m.def("build_info", build_info);
-  m.def("can_run_cluster", can_run_cluster);
   m.def("instruction_set", [] { return cpu::kernels().name; });
   m.def("leaky_relu", leaky_relu, without_gil);
   m.def("elu", elu, without_gil);

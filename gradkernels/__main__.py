@@ -34,20 +34,6 @@ _CONDITIONS = {
 }
 
 
-# The blocks of the largest cluster that batch norm asks for.
-_CLUSTER_BLOCKS = 8
-
-
-def _clusters() -> str:
-    """Whether the GPU runs clusters of thread blocks, with which a kernel of batch norm reads its operands once."""
-    assert _native.C is not None
-    try:
-        runs = _native.C.can_run_cluster(_CLUSTER_BLOCKS)
-    except RuntimeError as error:
-        return f"unknown: {str(error).splitlines()[0]}"
-    return f"{torch.cuda.get_device_name()} {'runs' if runs else 'does not run'} clusters of {_CLUSTER_BLOCKS} thread blocks"
-
-
 def info() -> str:
     """Versions, instruction set, threads, CUDA, and for each operator what computes it and why."""
     native = _native.C
@@ -62,8 +48,6 @@ def info() -> str:
         rows += [("instruction set", f"{native.instruction_set()} in use, built: {' '.join(build['instruction_sets'])}")]
     rows += [("threads", str(torch.get_num_threads()))]
     rows += [("CUDA", f"built: {' '.join(build.get('cuda_architectures', [])) or 'none'}; {cuda}")]
-    if build.get("cuda_architectures") and torch.cuda.is_available():
-        rows += [("clusters", _clusters())]
     table = [("operator", "computed by", "why")]
     devices = "the CPU and CUDA" if build.get("cuda_architectures") else "the CPU"
     for operator, conditions in _CONDITIONS.items():

@@ -81,7 +81,6 @@ GATES = (
     Gate(r"clip_with_norm_kernel", 4, loads=True, stores=True),
     Gate(r"clamp_kernel", 4, loads=True, stores=True),
     Gate(r"rmsprop_kernel<.*>", 3, loads=True, stores=True),
-    Gate(r"cluster_probe_kernel", 8),
 )
 # A tenth above what --figures prints.
 BUDGETS = (

@@ -100,7 +100,6 @@ def load(stem):
         return {"loads": tuple(found[:2]), "stores": tuple(found[2:])}
 
     call.sectors = sectors
-    call.blocks_of_last_cluster = library.blocks_of_last_cluster
     return call
 
 

@@ -152,33 +152,9 @@ def test_the_package_with_its_library(tmp_path):
 @pytest.mark.parametrize(("architectures", "devices"), [([], "the CPU"), (["sm_90"], "the CPU and CUDA")])
 def test_info_names_the_devices_that_were_built_for(architectures, devices, monkeypatch):
     build = {**_native.C.build_info(), "cuda_architectures": architectures}
-    monkeypatch.setattr(
-        _native, "C", SimpleNamespace(build_info=lambda: build, instruction_set=lambda: "base", can_run_cluster=lambda blocks: True)
-    )
+    monkeypatch.setattr(_native, "C", SimpleNamespace(build_info=lambda: build, instruction_set=lambda: "base"))
     rows = [line for line in info().splitlines() if re.search(r" native +float32", line)]
     assert len(rows) >= 10 and all(re.search(rf" on {devices}[;,]", row) for row in rows), rows
-
-
-def fails(blocks):
-    raise RuntimeError("CUDA error: out of memory\nand more")
-
-
-@pytest.mark.parametrize(
-    ("can_run", "said"),
-    [
-        (lambda blocks: blocks == 8, "A GPU runs clusters of 8 thread blocks"),
-        (lambda blocks: False, "A GPU does not run clusters of 8 thread blocks"),
-        (fails, "unknown: CUDA error: out of memory"),
-    ],
-    ids=["yes", "no", "error"],
-)
-def test_info_says_whether_clusters_run(can_run, said, monkeypatch):
-    build = {**_native.C.build_info(), "cuda_architectures": ["sm_90"]}
-    native = SimpleNamespace(build_info=lambda: build, instruction_set=lambda: "base", can_run_cluster=can_run)
-    monkeypatch.setattr(_native, "C", native)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
-    assert re.search(rf"^clusters +{said}$", info(), flags=re.M), info()
 
 
 def test_build_info():

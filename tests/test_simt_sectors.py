@@ -5,6 +5,7 @@ the requests of the SM; results do not show it.
 """
 
 import ctypes
+import itertools
 from functools import partial
 
 import pytest
@@ -18,10 +19,17 @@ from test_simt_clip_grad import NORMS, array, runs
 pytestmark = pytest.mark.slow
 
 MOST = 1.1
+# Of runs of 14 x 14 elements in 16 bits. They have 392 bytes and begin within a sector, so the 256 bytes of a warp touch one
+# sector more than the eight that could hold them.
+MOST_OF_CUT_SECTORS = 1.15
 # Several tiles, and an end that is not a packet.
 SIZE = 40_003
 # (rows, channels, inner) of a learnt parameter, whose runs or rows are whole packets.
 RUNS, COLUMNS = (3, 5, 1024), (300, 64, 1)
+# Of batch norm: long runs that cut sectors in 16 bits, and that are whole sectors in every type; rows across channels; short
+# runs, whose packets of 4 columns lie across channels.
+CUT = (3, 8, 196)
+BATCH_NORM = (CUT, (3, 8, 3136), (600, 64, 1), (4, 16, 49))
 
 
 @pytest.fixture
@@ -63,6 +71,17 @@ def parametric_backward(act, shape, guarded, dtype):
     return "parametric_backward", dtype, *shape, act, grad_y, x, parameter, grad_x, grad_parameter
 
 
+def batch_norm(direction, shape, guarded, dtype):
+    x, y, grad_y, grad_x = tensors(guarded, 4, torch.Size(shape).numel(), dtype)
+    weight, grad_weight = tensors(guarded, 2, shape[1], torch.float32)
+    mean, invstd = tensors(guarded, 2, shape[1], torch.float64)
+    problem = dtype, torch.float32, *shape, KINDS["leaky_relu"], 0.1
+    if direction == "forward":
+        return "batch_norm_act_forward", *problem, x, None, weight, None, mean, invstd, y, None, 1, 0.1, 1e-5, None, None, None
+    known = grad_y, x, None, None, weight, None, mean, invstd
+    return "batch_norm_act_backward", *problem, *known, 1, grad_x, grad_weight, None, None
+
+
 def grad_norms(norm_type, offset, guarded, dtype):
     grads = tensors(guarded, 2, SIZE, dtype, offset=offset)
     norms, max_abs, total = tensors(guarded, 3, 2, torch.float64)
@@ -91,8 +110,12 @@ CALLS = [
     ("activation", "gradient from a mask", partial(activation_backward, "leaky_relu", MASK)),
     ("activation", "rrelu", partial(rrelu, "forward")),
     ("activation", "gradient of rrelu", partial(rrelu, "backward")),
-    *(("activation", f"prelu {shape}", partial(parametric_forward, PRELU, shape)) for shape in (RUNS, COLUMNS)),
-    *(("activation", f"gradient of swish {shape}", partial(parametric_backward, SWISH, shape)) for shape in (RUNS, COLUMNS)),
+    *(("activation", f"prelu {shape}", partial(parametric_forward, PRELU, shape)) for shape in (RUNS, COLUMNS, CUT)),
+    *(("activation", f"gradient of swish {shape}", partial(parametric_backward, SWISH, shape)) for shape in (RUNS, COLUMNS, CUT)),
+    *(
+        ("batch_norm_act", f"batch norm {direction} {shape}", partial(batch_norm, direction, shape))
+        for shape, direction in itertools.product(BATCH_NORM, ("forward", "backward"))
+    ),
     *(("clip_grad", f"norms {norm_type}", partial(grad_norms, norm_type, 0)) for norm_type in NORMS),
     ("clip_grad", "clipping by a norm", partial(clip_with_norm, 0)),
     # Views of a flat buffer.
@@ -115,7 +138,8 @@ def test_what_is_counted(stride, expected):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("library", "arguments"), [each[::2] for each in CALLS], ids=[each[1] for each in CALLS])
-def test_sectors(library, arguments, guarded, dtype):
+@pytest.mark.parametrize(("library", "name", "arguments"), CALLS, ids=[each[1] for each in CALLS])
+def test_sectors(library, name, arguments, guarded, dtype):
     found = waste(load(library).sectors(*arguments(guarded, dtype)))
-    assert found and max(found.values()) <= MOST, found
+    most = MOST_OF_CUT_SECTORS if str(CUT) in name and dtype.itemsize == 2 else MOST
+    assert found and max(found.values()) <= most, found

@@ -25,7 +25,7 @@ const DeviceLimits& device_limits() {
       C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
       return value;
     };
-    limits[device] = {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+    limits[device] = {attribute(cudaDevAttrMultiProcessorCount),
                       10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
                       attribute(cudaDevAttrL2CacheSize)};
   });

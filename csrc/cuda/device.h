@@ -17,7 +17,6 @@ cudaStream_t current_stream();
 
 struct DeviceLimits {
   int processors;          // SMs
-  int shared_bytes;        // the most shared memory of a block
   int compute_capability;  // 80 for 8.0
   int64_t l2_bytes;
 };

@@ -120,7 +120,6 @@ void batch_norm_act_backward_elemt(int dtype, int parameter_dtype, int64_t rows,
 
 #if defined(SIMT_RACES)
 // Run by tests/simt_library.py under ThreadSanitizer: kernels whose threads communicate, on several blocks.
-// The size of the shared memory decides whether blocks form clusters.
 int main() {
   constexpr int64_t kCount = 33000;
   std::vector<float> x(kCount), grad_y(kCount), y(kCount), grad_x(kCount), weight(64, 1.5f), grad_weight(64);

@@ -1,7 +1,7 @@
 // <cuda_runtime.h> for the kernels of csrc/cuda and their launchers when g++ compiles them for the host. The
-// threads of a cluster are fibers of one OS thread, which change only at barriers and shuffles. Clusters run
-// one after the other. A barrier that some threads do not reach ends the process with a message. All shared
-// memory is dynamic (csrc/cuda/launch.cuh).
+// threads of a block are fibers of one OS thread, which change only at barriers and shuffles. Blocks run one
+// after the other. A barrier that some threads do not reach ends the process with a message. All shared memory
+// is dynamic (csrc/cuda/launch.cuh).
 //
 // ThreadSanitizer takes fibers for threads. Only barriers, shuffles of one warp and fences order them. An
 // atomic orders nothing by itself: writes before a fence and an atomic are visible to a thread that has a
@@ -36,23 +36,7 @@ struct dim3 : uint3 {
 };
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorNoKernelImageForDevice, cudaErrorInvalidClusterSize };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
-struct cudaLaunchAttribute {
-  cudaLaunchAttributeID id;
-  struct {
-    uint3 clusterDim;
-  } val;
-};
-struct cudaLaunchConfig_t {
-  dim3 gridDim, blockDim;
-  size_t dynamicSmemBytes;
-  cudaStream_t stream;
-  cudaLaunchAttribute* attrs;
-  unsigned numAttrs;
-};
-
+enum cudaError_t { cudaSuccess, cudaErrorNoKernelImageForDevice };
 // Values of the running thread.
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
@@ -61,15 +45,10 @@ namespace simt {
 
 // Whether the kernels were built for the GPU.
 bool has_code();
-// Ends the process if the value depends on the launch: threads that launch one kernel would overwrite it.
-void set_attribute(cudaFuncAttribute attribute, int value);
 // Calls body(context) in every thread of the grid.
-void run(const cudaLaunchConfig_t& config, void (*body)(const void*), const void* context);
+void run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* context);
 
 void* shared_memory();
-int active_clusters();
-void cluster_sync();
-void* of_cluster_block(void* mine, unsigned rank);
 void block_sync();
 void fence();
 void before_atomic(void* p);
@@ -92,39 +71,20 @@ T lane_value(T value, int lane) {
 
 inline int lane() { return static_cast<int>(threadIdx.x % 32); }
 
-// cudaLaunchKernelExC: a pointer to each argument.
+// Calls the kernel in every thread, with the arguments that the pointers point to.
 template <typename... Parameters, size_t... places>
-cudaError_t launch(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), void** arguments, std::index_sequence<places...>) {
-  if (!has_code()) return cudaErrorNoKernelImageForDevice;
+void run(void (*kernel)(Parameters...), dim3 grid, dim3 block, void** arguments, size_t shared_bytes, std::index_sequence<places...>) {
   const auto body = [&] { kernel(*static_cast<const Parameters*>(arguments[places])...); };
-  run(*config, [](const void* context) { (*static_cast<const decltype(body)*>(context))(); }, &body);
-  return cudaSuccess;
-}
-template <typename... Parameters>
-cudaError_t launch(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), void** arguments) {
-  return launch(config, kernel, arguments, std::index_sequence_for<Parameters...>());
+  run(grid, block, shared_bytes, [](const void* context) { (*static_cast<const decltype(body)*>(context))(); }, &body);
 }
 
 }  // namespace simt
 
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
-  simt::set_attribute(attribute, value);
+template <typename... Parameters>
+cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, void** arguments, size_t shared_bytes, cudaStream_t) {
+  if (!simt::has_code()) return cudaErrorNoKernelImageForDevice;
+  simt::run(kernel, grid, block, arguments, shared_bytes, std::index_sequence_for<Parameters...>());
   return cudaSuccess;
-}
-struct cudaFuncAttributes {
-  int ptxVersion;
-};
-// Code for every GPU.
-inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
-  attributes->ptxVersion = 1000;
-  return cudaSuccess;
-}
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
-template <typename Kernel>
-cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t*) {
-  *clusters = simt::active_clusters();
-  return *clusters < 0 ? cudaErrorInvalidClusterSize : cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
   std::memset(data, value, bytes);

@@ -6,9 +6,7 @@
 //   SIMT_WITHOUT_BARRIER=k, SIMT_WITHOUT_FENCE=k  the k-th barrier or fence of each thread orders nothing;
 //                                                 threads still wait, so only ThreadSanitizer sees it
 //   SIMT_REVERSED=1                               blocks, and threads between barriers, run in reverse order
-//   SIMT_SHARED_BYTES, SIMT_COMPUTE_CAPABILITY    properties of the GPU
-//   SIMT_ACTIVE_CLUSTERS                          the number of clusters of any size that the GPU can hold; if
-//                                                 negative, asking for it is an error
+//   SIMT_COMPUTE_CAPABILITY                       of the GPU
 //   SIMT_BUILT_FOR                                the smallest compute capability with code
 #include <setjmp.h>
 #include <ucontext.h>
@@ -41,6 +39,8 @@ namespace {
 constexpr size_t kStackBytes = 64 << 10;
 constexpr unsigned kWarpThreads = 32;
 constexpr uintptr_t kSectorBytes = 32;
+// Of a block on every GPU, without a request.
+constexpr size_t kMostSharedBytes = 48 << 10;
 
 [[noreturn]] void fail(const char* message) {
   std::fprintf(stderr, "simt: %s\n", message);
@@ -56,7 +56,7 @@ struct Barrier {
   unsigned members = 0;
   unsigned arrived = 0;
   unsigned generation = 0;
-  unsigned char* order = nullptr;  // its address for the sanitizer, another one in each cluster
+  unsigned char* order = nullptr;  // its address for the sanitizer, another one in each block
 };
 
 struct Warp {
@@ -64,18 +64,11 @@ struct Warp {
   uint64_t words[2][kWarpThreads];
 };
 
-struct Block {
-  unsigned char* shared;
-  Barrier barrier;
-  std::vector<Warp> warps;
-};
-
 struct Fiber {
-  uint3 thread, place;  // threadIdx and blockIdx
+  uint3 thread;  // threadIdx
   ucontext_t context;
   jmp_buf place_in_code;
   bool has_started;
-  Block* block;
   Warp* warp;
   bool done;
   int barriers;
@@ -107,10 +100,12 @@ struct Sectors {
   int64_t needed;  // the fewest that can hold the bytes of each access of a warp
 };
 
-struct Cluster {
-  std::vector<Block> blocks;
-  std::vector<Fiber> fibers;
+// The running block.
+struct Block {
+  unsigned char* shared;
   Barrier barrier;
+  std::vector<Warp> warps;
+  std::vector<Fiber> fibers;
   size_t running;
   size_t alive;
   size_t idle;  // changes of fiber since a barrier opened or a thread ended
@@ -121,9 +116,9 @@ struct Cluster {
   const void* context;
 };
 
-Cluster cluster;
-// Shared memory, and for the sanitizer also stacks. Each cluster gets new ones, because writes of two
-// clusters to one address would be a race.
+Block block;
+// Shared memory, and for the sanitizer also stacks. Each block gets new ones, because writes of two blocks to
+// one address would be a race.
 std::vector<std::unique_ptr<unsigned char[]>> memories;
 // Kept until the launch ends: a new fiber would take over the state of a destroyed one.
 std::vector<void*> sanitized_fibers;
@@ -134,25 +129,24 @@ bool is_watched;
 bool has_launched;
 bool counts_sectors;
 Sectors sectors_of[2];         // loads, stores
-std::vector<Access> accesses;  // of the running cluster
+std::vector<Access> accesses;  // of the running block
 
-Fiber& running() { return cluster.fibers[cluster.running]; }
+Fiber& running() { return block.fibers[block.running]; }
 
 void change_to_next() {
   Fiber& from = running();
-  if (cluster.alive == 0) {
-    SIMT_TSAN(__tsan_switch_to_fiber(cluster.scheduler_tsan, __tsan_switch_to_fiber_no_sync));
-    setcontext(&cluster.scheduler);
+  if (block.alive == 0) {
+    SIMT_TSAN(__tsan_switch_to_fiber(block.scheduler_tsan, __tsan_switch_to_fiber_no_sync));
+    setcontext(&block.scheduler);
   }
-  const size_t count = cluster.fibers.size();
+  const size_t count = block.fibers.size();
   do {
-    cluster.running = (cluster.running + count + cluster.step) % count;
+    block.running = (block.running + count + block.step) % count;
   } while (running().done);
-  if (++cluster.idle > 4 * count) fail("threads wait at barriers that others do not reach");
+  if (++block.idle > 4 * count) fail("threads wait at barriers that others do not reach");
   Fiber& to = running();
   if (&to == &from) return;
   threadIdx = to.thread;
-  blockIdx = to.place;
   SIMT_TSAN(__tsan_switch_to_fiber(to.tsan, __tsan_switch_to_fiber_no_sync));
 #if defined(SIMT_RACES)
   if (from.done) {
@@ -173,7 +167,7 @@ void release_if_complete(Barrier& barrier) {
   if (barrier.arrived < barrier.members || barrier.arrived == 0) return;
   barrier.arrived = 0;
   ++barrier.generation;
-  cluster.idle = 0;
+  block.idle = 0;
 }
 
 void wait_at(Barrier& barrier, bool orders) {
@@ -200,16 +194,15 @@ unsigned char* memory_of(size_t bytes) {
 }
 
 void thread_main() {
-  cluster.body(cluster.context);
+  block.body(block.context);
   Fiber& fiber = running();
   fiber.done = true;
-  --cluster.alive;
-  cluster.idle = 0;
-  SIMT_TSAN(__tsan_release(&cluster));
+  --block.alive;
+  block.idle = 0;
+  SIMT_TSAN(__tsan_release(&block));
   // A barrier does not wait for a thread that has ended.
   leave(fiber.warp->barrier);
-  leave(fiber.block->barrier);
-  leave(cluster.barrier);
+  leave(block.barrier);
   change_to_next();
 }
 
@@ -233,13 +226,12 @@ void add_up_accesses() {
   accesses.clear();
 }
 
-void run_cluster(const cudaLaunchConfig_t& config, unsigned blocks, uint3 first) {
-  const unsigned threads = config.blockDim.x * config.blockDim.y * config.blockDim.z;
-  if (threads == 0 || threads > 1024) fail("a block has 1 to 1024 threads");
+void run_block(size_t shared_bytes) {
+  const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
   const unsigned warps = (threads + kWarpThreads - 1) / kWarpThreads;
-  cluster.blocks.resize(blocks);
-  cluster.fibers.resize(size_t{blocks} * threads);
-  const size_t stack_bytes = cluster.fibers.size() * kStackBytes;
+  block.warps.resize(warps);
+  block.fibers.resize(threads);
+  const size_t stack_bytes = threads * kStackBytes;
 #if defined(SIMT_RACES)
   unsigned char* const stacks = memory_of(stack_bytes);
 #else
@@ -248,104 +240,78 @@ void run_cluster(const cudaLaunchConfig_t& config, unsigned blocks, uint3 first)
   if (stacks_of_all.size() < stack_bytes) stacks_of_all.resize(stack_bytes);
   unsigned char* const stacks = stacks_of_all.data();
 #endif
-  const size_t shared_bytes = (config.dynamicSmemBytes + 15) / 16 * 16;
-  unsigned char* orders = memory_of(8 * (2 + blocks * size_t{1 + warps}));
+  // new[] aligns to 16 bytes. The memory is filled with nan, because on a GPU it has any content.
+  block.shared = memory_of(shared_bytes);
+  std::memset(block.shared, 0xFF, shared_bytes);
+  unsigned char* orders = memory_of(8 * size_t{2 + warps});
   const auto reset = [&orders](Barrier& barrier, unsigned members) { barrier = {members, 0, barrier.generation, orders += 8}; };
-  reset(cluster.barrier, blocks * threads);
-  for (unsigned b = 0; b < blocks; ++b) {
-    Block& block = cluster.blocks[b];
-    // new[] aligns to 16 bytes. The memory is filled with nan, because on a GPU it has any content.
-    block.shared = memory_of(shared_bytes);
-    std::memset(block.shared, 0xFF, shared_bytes);
-    reset(block.barrier, threads);
-    block.warps.resize(warps);
-    for (unsigned w = 0; w < warps; ++w) {
-      reset(block.warps[w].barrier, w + 1 < warps ? kWarpThreads : threads - w * kWarpThreads);
-    }
-    for (unsigned t = 0; t < threads; ++t) {
-      const size_t i = size_t{b} * threads + t;
-      Fiber& fiber = cluster.fibers[i];
-      fiber.thread = {t % config.blockDim.x, t / config.blockDim.x % config.blockDim.y, t / config.blockDim.x / config.blockDim.y};
-      fiber.place = {first.x + b, first.y, first.z};
-      fiber.block = &block;
-      fiber.warp = &block.warps[t / kWarpThreads];
-      fiber.done = false;
-      fiber.has_started = false;
-      fiber.barriers = 0;
-      fiber.fences = 0;
-      fiber.fenced = false;
-      fiber.last_atomic = nullptr;
-      fiber.exchanges = 0;
-      fiber.accesses.clear();
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = stacks + i * kStackBytes;
-      fiber.context.uc_stack.ss_size = kStackBytes;
-      fiber.context.uc_link = nullptr;
-      makecontext(&fiber.context, thread_main, 0);
-      SIMT_TSAN(sanitized_fibers.push_back(fiber.tsan = __tsan_create_fiber(0)));
-    }
+  reset(block.barrier, threads);
+  for (unsigned w = 0; w < warps; ++w) reset(block.warps[w].barrier, w + 1 < warps ? kWarpThreads : threads - w * kWarpThreads);
+  for (unsigned t = 0; t < threads; ++t) {
+    Fiber& fiber = block.fibers[t];
+    fiber.thread = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
+    fiber.warp = &block.warps[t / kWarpThreads];
+    fiber.done = false;
+    fiber.has_started = false;
+    fiber.barriers = 0;
+    fiber.fences = 0;
+    fiber.fenced = false;
+    fiber.last_atomic = nullptr;
+    fiber.exchanges = 0;
+    fiber.accesses.clear();
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = stacks + t * kStackBytes;
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, thread_main, 0);
+    SIMT_TSAN(sanitized_fibers.push_back(fiber.tsan = __tsan_create_fiber(0)));
   }
-  cluster.alive = cluster.fibers.size();
-  cluster.idle = 0;
-  cluster.running = cluster.step > 0 ? 0 : cluster.fibers.size() - 1;
+  block.alive = threads;
+  block.idle = 0;
+  block.running = block.step > 0 ? 0 : threads - 1;
   threadIdx = running().thread;
-  blockIdx = running().place;
-  blockDim = config.blockDim;
-  gridDim = config.gridDim;
   running().has_started = true;
-  SIMT_TSAN(cluster.scheduler_tsan = __tsan_get_current_fiber());
+  SIMT_TSAN(block.scheduler_tsan = __tsan_get_current_fiber());
   SIMT_TSAN(__tsan_switch_to_fiber(running().tsan, __tsan_switch_to_fiber_no_sync));
-  swapcontext(&cluster.scheduler, &running().context);
+  swapcontext(&block.scheduler, &running().context);
   add_up_accesses();
 }
 
 }  // namespace
 
-void run(const cudaLaunchConfig_t& config, void (*body)(const void*), const void* context) {
+void run(dim3 grid, dim3 threads, size_t shared_bytes, void (*body)(const void*), const void* context) {
   has_launched = is_watched;
-  const unsigned size = config.numAttrs == 1 ? config.attrs[0].val.clusterDim.x : 1;
-  if (config.gridDim.x % size != 0) fail("a grid is made of whole clusters");
-  if (config.dynamicSmemBytes > static_cast<size_t>(gradkernels::cuda::device_limits().shared_bytes)) fail("too much shared memory");
+  const unsigned count = threads.x * threads.y * threads.z;
+  if (count == 0 || count > 1024) fail("a block has 1 to 1024 threads");
+  if (shared_bytes > kMostSharedBytes) fail("too much shared memory");
   skipped_barrier = setting("SIMT_WITHOUT_BARRIER");
   skipped_fence = setting("SIMT_WITHOUT_FENCE");
-  cluster.step = setting("SIMT_REVERSED") == 0 ? 1 : -1;
-  cluster.body = body;
-  cluster.context = context;
-  const uint64_t clusters = uint64_t{config.gridDim.x / size} * config.gridDim.y * config.gridDim.z;
-  for (uint64_t i = 0; i < clusters; ++i) {
-    const uint64_t at = cluster.step > 0 ? i : clusters - 1 - i;
-    const unsigned per_row = config.gridDim.x / size;
-    run_cluster(config, size,
-                {static_cast<unsigned>(at % per_row) * size, static_cast<unsigned>(at / per_row % config.gridDim.y),
-                 static_cast<unsigned>(at / per_row / config.gridDim.y)});
+  block.step = setting("SIMT_REVERSED") == 0 ? 1 : -1;
+  block.body = body;
+  block.context = context;
+  gridDim = grid;
+  blockDim = threads;
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  for (uint64_t i = 0; i < blocks; ++i) {
+    const uint64_t at = block.step > 0 ? i : blocks - 1 - i;
+    blockIdx = {static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
+                static_cast<unsigned>(at / grid.x / grid.y)};
+    run_block(shared_bytes);
   }
   // The launch ends before the next operation on the stream begins.
-  SIMT_TSAN(__tsan_acquire(&cluster));
+  SIMT_TSAN(__tsan_acquire(&block));
   for ([[maybe_unused]] void* fiber : sanitized_fibers) SIMT_TSAN(__tsan_destroy_fiber(fiber));
   sanitized_fibers.clear();
   memories.clear();
 }
 
-void set_attribute(cudaFuncAttribute attribute, int value) {
-  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize && value != gradkernels::cuda::device_limits().shared_bytes) {
-    fail("a kernel's limit on shared memory is not that of the GPU");
-  }
-}
-
 bool has_code() { return setting("SIMT_BUILT_FOR") <= gradkernels::cuda::device_limits().compute_capability; }
 
-void* shared_memory() { return running().block->shared; }
-int active_clusters() { return setting("SIMT_ACTIVE_CLUSTERS", 1); }
-void cluster_sync() { wait_at(cluster.barrier, true); }
-
-void* of_cluster_block(void* mine, unsigned rank) {
-  if (rank >= cluster.blocks.size()) fail("no such block in the cluster");
-  return cluster.blocks[rank].shared + (static_cast<unsigned char*>(mine) - running().block->shared);
-}
+void* shared_memory() { return block.shared; }
 
 void block_sync() {
   Fiber& fiber = running();
-  wait_at(fiber.block->barrier, ++fiber.barriers != skipped_barrier);
+  wait_at(block.barrier, ++fiber.barriers != skipped_barrier);
 }
 
 void fence() {
@@ -393,12 +359,8 @@ namespace gradkernels::cuda {
 cudaStream_t current_stream() { return nullptr; }
 
 const DeviceLimits& device_limits() {
-  // A GPU of its own for each combination of settings, because launchers keep the limits of a GPU.
-  static std::map<std::tuple<int, int, int>, DeviceLimits> gpus;
-  const int shared_bytes = simt::setting("SIMT_SHARED_BYTES", 227 << 10);
-  const int compute_capability = simt::setting("SIMT_COMPUTE_CAPABILITY", 90);
-  const DeviceLimits limits{2, shared_bytes, compute_capability, 4 << 20};
-  return gpus.try_emplace({shared_bytes, compute_capability, simt::active_clusters()}, limits).first->second;
+  static const DeviceLimits limits{2, simt::setting("SIMT_COMPUTE_CAPABILITY", 90), 4 << 20};
+  return limits;
 }
 
 Workspace::Workspace(size_t bytes) : data_(bytes > 0 ? std::malloc(bytes) : nullptr) {
@@ -426,5 +388,3 @@ extern "C" void begin_call() {
 extern "C" void count_sectors(int counts) { simt::counts_sectors = counts != 0; }
 // Four numbers since begin_call: touched and needed by loads, then by stores.
 extern "C" void sectors(int64_t* found) { std::memcpy(found, simt::sectors_of, sizeof(simt::sectors_of)); }
-
-extern "C" unsigned blocks_of_last_cluster() { return static_cast<unsigned>(simt::cluster.blocks.size()); }
