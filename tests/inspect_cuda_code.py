@@ -2,14 +2,16 @@
 
     python tests/inspect_cuda_code.py [--figures] build/cuda/lib/gradkernels/_C.*.so
 
-For every kernel on every architecture it checks the local memory (which holds spills), how many blocks the
-registers of an SM hold, and its hot loops: the innermost loops that move packets. A hot loop has to move 16
-bytes with each instruction, within a budget of instructions per element, with loads before stores, and with
-stores that need not be visible beyond the SM at once. GATES and BUDGETS have the limits; a kernel without a
-row in GATES is an error. --figures prints what the rows limit, for new rows. cuobjdump comes with the CUDA
-toolkit or with triton; object files of nvcc may be given too.
+For every kernel on every architecture it checks how many blocks the registers of an SM hold, and its hot code: the
+innermost loops that move packets, or the way through a kernel that moves them without a loop. Local memory, which
+holds spills, may be accessed there as often as a row says. Hot code has to move the bytes of a packet with each
+instruction, within a budget of instructions per element, with loads before stores, and with stores that need
+not be visible beyond the SM at once. GATES and BUDGETS have the limits; a kernel without a row in GATES is an
+error. --figures prints what the rows limit, for new rows. cuobjdump comes with the CUDA toolkit or with triton;
+object files of nvcc may be given too.
 """
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -19,9 +21,10 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-THREADS = 256
 REGISTERS_OF_SM = 65_536
-MOST_THREADS_OF_SM = 2048
+MOST_WARPS_OF_SM = 64
+# An SM has four parts, each with its registers and warps.
+PARTS_OF_SM = 4
 PACKET_BYTES = 16
 
 
@@ -30,24 +33,33 @@ class Gate:
     """The limits of a kernel.
 
     kernel: a pattern for the name with template arguments.
-    blocks: how many blocks of 256 threads the registers of an SM have to hold.
-    loads, stores: whether a loop has to move 16 bytes at a time.
+    blocks: how many blocks of `threads` threads the registers of an SM have to hold.
+    loads, stores: whether a loop has to move packets of `bytes` bytes.
+    once: whether a thread moves its packets without a loop, except in the last block.
+    acts: whether there is a way for each activation, or else for packets that exist and for those that do not.
+    local: how many instructions of an innermost loop that moves packets may access local memory.
     """
 
     kernel: str
     blocks: int
     loads: bool = False
     stores: bool = False
+    threads: int = 256
+    bytes: int = PACKET_BYTES
+    once: bool = False
+    acts: bool = False
+    local: int = 0
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The limits of a kernel's hot loops, of each if there are several.
+    """The limits of a kernel's hot code, of each piece if there are several.
 
     kernel: a pattern as in Gate.
     most: instructions for each element, on the path that moves whole packets.
     bytes: what is loaded for each element. A kernel with a loop for each dtype has PACKET_BYTES, so that most is for
         each packet.
+    most_of_swish: the same on the path of swish, the only activation with an inverse.
     loads_after_stores: whether a load may wait for a store of the same iteration.
 
     Instructions are counted for the architectures that packages are built for. Compute capability 7.5 converts bfloat16 by
@@ -58,23 +70,59 @@ class Budget:
     most: float
     bytes: int
     loads_after_stores: bool = False
+    most_of_swish: float | None = None
 
 
-# The second template argument of the activations' kernels is the number of elements that are moved at once.
-ONE = r"<.*, 1>"
-PACKETS = r"<.*, [248]>"
-# batch_norm_act: two blocks on an SM, or one for kernels that compute in float64.
-FLOAT64 = "<double, .*>"
+# The second template argument of the activations' kernels is the number of elements that are moved at once. With a
+# learnt parameter it may be 4 in 16 bits.
+SIXTEEN_BITS = r"<(BFloat16|Float16), "
+PACKETS = r"<.*, [248](, \(Span\)[012])?>"
+ONE = r"<.*, 1(, \(Span\)[012])?>"
+EIGHT_BYTES = rf"{SIXTEEN_BITS}4(, \(Span\)[012])?>"
+
+
+def of_batch_norm() -> Iterator[Gate]:
+    """Of each type, width, columns and residual, as csrc/cuda/channel_cut.h has threads and blocks."""
+    of_types = ((SIXTEEN_BITS, 2, (8, 4, 1)), ("<float, ", 4, (4, 1)), ("<double, ", 8, (2, 1)))
+    for (types, element_bytes, widths), columns, residual in itertools.product(of_types, (False, True), (False, True)):
+        for width in widths:
+            threads = 256 if not columns else 352 if width > 1 else 512
+            of_runs = 2 if element_bytes == 8 else 3 if width == 1 or residual else 4
+            blocks = of_runs if not columns else 1 if element_bytes == 8 else 2
+            packets = width > 1
+            limits = {"threads": threads, "bytes": width * element_bytes if packets else PACKET_BYTES, "acts": True}
+            # Of what a thread keeps for each of its columns, some numbers are in local memory on sm_100.
+            if element_bytes == 2 and width == 4:
+                limits["local"] = 12
+            arguments = rf"{types}{width}, {str(columns).lower()}"
+            if not residual:
+                yield Gate(rf"batch_norm_act_stats_kernel{arguments}>", blocks, loads=packets, **limits)
+            # Only with a residual there is grad_residual to store.
+            arguments = f"{arguments}, {str(residual).lower()}>"
+            yield Gate(rf"batch_norm_act_backward_reduce_kernel{arguments}", blocks, loads=packets, stores=packets and residual, **limits)
+            yield Gate(rf"batch_norm_act_(normalise|backward_elemt)_kernel{arguments}", blocks, loads=packets, stores=packets, **limits)
+
+
 GATES = (
-    Gate(rf"(activation|rrelu|parametric)_(forward|forward_mask|backward|backward_mask)_kernel{PACKETS}", 3, loads=True, stores=True),
-    Gate(rf"(activation|rrelu|parametric)_(forward|forward_mask|backward|backward_mask)_kernel{ONE}", 3),
-    Gate(rf"parametric_backward_(run|column)_kernel{PACKETS}", 2, loads=True, stores=True),
-    Gate(rf"parametric_backward_(run|column)_kernel{ONE}", 2),
-    *(
-        Gate(f"batch_norm_act_{name}_kernel{arguments}", blocks, loads=True, stores=name != "stats")
-        for name in ("stats", "normalise", "forward", "backward_reduce", "backward_elemt", "backward")
-        for arguments, blocks in ((FLOAT64, 1), ("<.*>", 2))
+    Gate(rf"parametric_forward_kernel{EIGHT_BYTES}", 3, loads=True, stores=True, bytes=8, once=True, acts=True),
+    Gate(rf"parametric_backward_run_kernel{EIGHT_BYTES}", 2, loads=True, stores=True, bytes=8),
+    Gate(rf"parametric_backward_column_kernel{EIGHT_BYTES}", 2, loads=True, stores=True, threads=512, bytes=8),
+    Gate(
+        rf"(activation|rrelu|parametric)_(forward|forward_mask|backward|backward_mask)_kernel{PACKETS}",
+        3,
+        loads=True,
+        stores=True,
+        once=True,
+        acts=True,
     ),
+    Gate(rf"(activation|rrelu|parametric)_(forward|forward_mask|backward|backward_mask)_kernel{ONE}", 3),
+    Gate(rf"parametric_backward_run_kernel{PACKETS}", 2, loads=True, stores=True),
+    Gate(rf"parametric_backward_run_kernel{ONE}", 2),
+    Gate(r"parametric_backward_column_kernel<double, 2>", 1, loads=True, stores=True, threads=512),
+    Gate(r"parametric_backward_column_kernel<double, 1>", 1, threads=512),
+    Gate(rf"parametric_backward_column_kernel{PACKETS}", 2, loads=True, stores=True, threads=512),
+    Gate(rf"parametric_backward_column_kernel{ONE}", 2, threads=512),
+    *of_batch_norm(),
     Gate(r"batch_norm_act_gather_stats_kernel", 4),
     Gate(r"grad_norms_kernel<.*>", 4, loads=True),
     Gate(r"grad_norms_of_runs_kernel<.*>", 4),
@@ -82,8 +130,25 @@ GATES = (
     Gate(r"clamp_kernel", 4, loads=True, stores=True),
     Gate(r"rmsprop_kernel<.*>", 3, loads=True, stores=True),
 )
-# A tenth above what --figures prints.
+WHOLE, SHORT_RUNS = rf"{SIXTEEN_BITS}8(, false)?", rf"{SIXTEEN_BITS}4, true"
+# A tenth above what --figures prints, of 16-bit types where the types are kernels of their own.
 BUDGETS = (
+    Budget(rf"activation_forward_kernel{WHOLE}>", 5.4, 2, most_of_swish=14.3),
+    Budget(rf"activation_forward_mask_kernel{WHOLE}>", 7.9, 2),
+    Budget(rf"activation_backward_kernel{WHOLE}>", 9.0, 4, most_of_swish=22),
+    Budget(rf"activation_backward_mask_kernel{WHOLE}>", 5.7, 2),
+    Budget(rf"parametric_forward_kernel{WHOLE}, \(Span\)0>", 5.7, 2, most_of_swish=17.7),
+    Budget(rf"batch_norm_act_stats_kernel{WHOLE}>", 11.5, 2),
+    Budget(rf"batch_norm_act_stats_kernel{SHORT_RUNS}>", 14.3, 2),
+    Budget(rf"batch_norm_act_normalise_kernel{WHOLE}, false>", 11.0, 2, most_of_swish=20.0),
+    Budget(rf"batch_norm_act_normalise_kernel{SHORT_RUNS}, false>", 11.5, 2, most_of_swish=20.5),
+    Budget(rf"batch_norm_act_normalise_kernel{WHOLE}, true>", 17.1, 4, most_of_swish=22.7),
+    Budget(rf"batch_norm_act_backward_reduce_kernel{WHOLE}, false>", 14.5, 4, most_of_swish=30.4),
+    Budget(rf"batch_norm_act_backward_reduce_kernel{SHORT_RUNS}, false>", 17.6, 4, most_of_swish=33.4),
+    Budget(rf"batch_norm_act_backward_elemt_kernel{WHOLE}, false>", 16.2, 4, most_of_swish=32.0),
+    Budget(rf"batch_norm_act_backward_elemt_kernel{SHORT_RUNS}, false>", 18.5, 4, most_of_swish=34.2),
+    # With a residual there are two ways: from its mask or from itself.
+    Budget(rf"batch_norm_act_backward_(reduce|elemt)_kernel{WHOLE}, true>", 22.1, 4, most_of_swish=38.0),
     Budget(r"grad_norms_kernel<\(Norm\)[01]>", 65, PACKET_BYTES),
     Budget(r"grad_norms_kernel<\(Norm\)2>", 45, PACKET_BYTES),
     Budget(r"clip_with_norm_kernel", 76, PACKET_BYTES),
@@ -97,14 +162,17 @@ COUNTED = ("sm_80", "sm_90", "sm_100")
 
 
 @dataclass(frozen=True)
-class Loop:
-    """A hot loop, on the path that moves most, and of these the shortest."""
+class Way:
+    """A way through hot code: of those that move most, the shortest. In kernels of activations, there is one for those that
+    need no exponential, of these the one with the most arithmetic, and one for swish.
+    """
 
     instructions: int
     load_bytes: int
     store_bytes: int
     loads_after_stores: int
     strong_stores: int
+    is_swish: bool = False
 
 
 @dataclass
@@ -113,14 +181,20 @@ class Kernel:
     name: str
     registers: int = 0
     local_bytes: int = 0
+    local: int = 0
     loads: bool = False
     stores: bool = False
-    loops: list[Loop] = field(default_factory=list)
+    ways: list[Way] = field(default_factory=list)
 
     @property
-    def blocks(self) -> int:
-        """Of 256 threads, as many as the registers of an SM hold, which gives them to warps in eights for each thread."""
-        return min(MOST_THREADS_OF_SM // THREADS, REGISTERS_OF_SM // (-(-max(self.registers, 1) // 8) * 8 * THREADS))
+    def gate(self) -> Gate | None:
+        return next((gate for gate in GATES if re.fullmatch(gate.kernel, self.name)), None)
+
+    def blocks(self, threads: int) -> int:
+        """As many as the registers of an SM hold, which gives them to warps in eights for each thread."""
+        of_warp = -(-max(self.registers, 1) // 8) * 8 * 32
+        warps = min(MOST_WARPS_OF_SM, REGISTERS_OF_SM // PARTS_OF_SM // of_warp * PARTS_OF_SM)
+        return warps // (threads // 32)
 
 
 def tool(name: str) -> str:
@@ -171,13 +245,13 @@ def moved_bytes(text: str, instruction: str) -> int:
     return {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}[width.group(1)] if width else 4
 
 
-def is_packet(text: str) -> bool:
-    return moved_bytes(text, "LDG") == PACKET_BYTES or moved_bytes(text, "STG") == PACKET_BYTES
+def is_packet(text: str, size: int) -> bool:
+    return moved_bytes(text, "LDG") == size or moved_bytes(text, "STG") == size
 
 
-def is_wanted(text: str) -> bool:
+def is_wanted(text: str, size: int) -> bool:
     """Whether an instruction moves a packet or a byte of a mask."""
-    return is_packet(text) or moved_bytes(text, "LDG") == 1 or moved_bytes(text, "STG") == 1
+    return is_packet(text, size) or moved_bytes(text, "LDG") == 1 or moved_bytes(text, "STG") == 1
 
 
 def is_slow(text: str) -> bool:
@@ -185,67 +259,120 @@ def is_slow(text: str) -> bool:
     return moved_bytes(text, "STG") == 2 or moved_bytes(text, "LDG") == 2 or "CALL" in text
 
 
-def loads_after_stores(texts: list[str], follow: list[list[int]], begin: int, end: int) -> int:
-    """How many loads of a loop can follow a store of a packet in the same iteration."""
+class Flow:
+    """The places of a function in an order in which only `backward` goes back, and the loops: head, then all places."""
+
+    def __init__(self, follow: list[list[int]]) -> None:
+        self.backward: set[tuple[int, int]] = set()
+        open_places, done, finished = {0}, {0}, []
+        stack = [(0, iter(follow[0]))]
+        while stack:
+            place, ahead = stack[-1]
+            after = next(ahead, None)
+            if after is None:
+                stack.pop()
+                open_places.discard(place)
+                finished.append(place)
+            elif after in open_places:
+                self.backward.add((place, after))
+            elif after not in done:
+                done.add(after)
+                open_places.add(after)
+                stack.append((after, iter(follow[after])))
+        self.order = finished[::-1]
+        self.ahead = {place: [each for each in follow[place] if (place, each) not in self.backward] for place in self.order}
+        before: dict[int, list[int]] = {}
+        for place in self.order:
+            for after in follow[place]:
+                before.setdefault(after, []).append(place)
+        self.loops: dict[int, set[int]] = {}
+        for end, head in self.backward:
+            loop = self.loops.setdefault(head, {head})
+            left = [end]
+            while left:
+                place = left.pop()
+                if place not in loop:
+                    loop.add(place)
+                    left += before.get(place, [])
+
+    def ends_of(self, head: int) -> set[int]:
+        return {end for end, target in self.backward if target == head}
+
+
+def loads_after_stores(texts: list[str], flow: Flow, inside: set[int], size: int) -> int:
+    """How many loads can follow a store of a packet, in a loop in the same iteration."""
     after: set[int] = set()
     loads = 0
-    for place in range(begin, end + 1):
-        if moved_bytes(texts[place], "STG") == PACKET_BYTES or place in after:
-            after.update(each for each in follow[place] if each > place)
-        loads += place in after and moved_bytes(texts[place], "LDG") > 0
+    for place in flow.order:
+        if place in inside and (moved_bytes(texts[place], "STG") == size or place in after):
+            after.update(flow.ahead[place])
+        loads += place in inside and place in after and moved_bytes(texts[place], "LDG") > 0
     return loads
 
 
-def hot_loops(code: list[tuple[int, str]]) -> Iterator[Loop]:
-    """The innermost loops that move packets."""
-    follow = successors_of(code)
-    texts = [text for _, text in code]
-    found = [(target, place) for place in range(len(code)) for target in follow[place] if target <= place]
-    found = [(begin, end) for begin, end in found if any(is_packet(text) for text in texts[begin : end + 1])]
-    for begin, end in found:
-        if any((begin, end) != other and begin <= other[0] and other[1] <= end for other in found):
+# The special functions on a way, and the end of all ways.
+PLAIN, EXPONENTIAL, SWISH = range(3)
+END = -1
+
+
+def ways_through(texts: list[str], flow: Flow, inside: set[int], begin: int, ends: set[int], gate: Gate) -> Iterator[Way]:
+    """The best way through these places; if there is a way for each activation, the best without an exponential and of swish."""
+    # For each place and the special functions before it: what is moved quickly, arithmetic, minus instructions, and where from.
+    # A kernel that stores nothing could leave out packets that it has loaded; that way has less arithmetic.
+    best: dict[tuple[int, int], tuple[int, int, int, tuple[int, int] | None]] = {(begin, PLAIN): (0, 0, 0, None)}
+    for at in ((place, kind) for place in flow.order if place in inside for kind in (PLAIN, EXPONENTIAL, SWISH)):
+        if at not in best:
             continue
-        # The best way to each place: what is moved quickly, minus instructions, and the place before.
-        best: dict[int, tuple[int, int, int]] = {begin: (0, 0, -1)}
-        for place in range(begin, end + 1):
-            if place not in best:
-                continue
-            moved, instructions, _ = best[place]
-            mine = (moved + is_wanted(texts[place]) - is_slow(texts[place]), instructions - 1, place)
-            for after in follow[place]:
-                if place < after <= end:
-                    best[after] = max(best.get(after, mine), mine)
-        if end not in best:
-            continue
-        path, place = [], end
-        while place >= 0:
-            path.append(texts[place])
-            place = best[place][2]
-        path.reverse()
-        if any(is_packet(text) for text in path):
-            yield Loop(
+        text = texts[at[0]]
+        moved, work, count, _ = best[at]
+        kind = at[1]
+        if gate.acts:
+            kind = max(kind, SWISH if "MUFU.RCP" in text else EXPONENTIAL if "MUFU.EX2" in text else PLAIN)
+            work += re.search(r"\b([FD](ADD|MUL|FMA)|MUFU)\b", text) is not None
+        mine = (moved + is_wanted(text, gate.bytes) - is_slow(text), work, count - 1, at)
+        for after in flow.ahead[at[0]] + [END] * (at[0] in ends):
+            if (after, kind) not in best or best[after, kind][:3] < mine[:3]:
+                best[after, kind] = mine
+    for kind in (PLAIN, SWISH):
+        before = best[END, kind][3] if (END, kind) in best else None
+        path = []
+        while before is not None:
+            path.append(texts[before[0]])
+            before = best[before][3]
+        packets = [text for text in path if is_packet(text, gate.bytes)]
+        if packets:
+            yield Way(
                 len(path),
-                sum(moved_bytes(text, "LDG") for text in path if is_packet(text)),
-                sum(moved_bytes(text, "STG") for text in path if is_packet(text)),
-                loads_after_stores(texts, follow, begin, end),
+                sum(moved_bytes(text, "LDG") for text in packets),
+                sum(moved_bytes(text, "STG") for text in packets),
+                loads_after_stores(texts, flow, inside, gate.bytes),
                 sum(re.search(r"\bSTG\b.*STRONG\.(GPU|SYS)", text) is not None for text in path),
+                kind == SWISH,
             )
 
 
-def moves_packets_in_a_loop(code: list[tuple[int, str]], pattern: str) -> bool:
-    """Whether an instruction that matches can be reached from itself."""
-    follow = successors_of(code)
-    for start, (_, text) in enumerate(code):
-        if re.search(pattern, text):
-            seen, ahead = set(), list(follow[start])
-            while ahead:
-                place = ahead.pop()
-                if place == start:
-                    return True
-                if place not in seen:
-                    seen.add(place)
-                    ahead += follow[place]
-    return False
+def hot_loops(flow: Flow, texts: list[str], size: int) -> dict[int, set[int]]:
+    """The innermost loops that move packets: their heads and all their places."""
+    moving = {head: loop for head, loop in sorted(flow.loops.items()) if any(is_packet(texts[place], size) for place in loop)}
+    return {head: loop for head, loop in moving.items() if not any(other in loop for other in moving if other != head)}
+
+
+def inspect_code(kernel: Kernel, code: list[tuple[int, str]]) -> None:
+    """Fills in what the machine code says."""
+    gate = kernel.gate or Gate(kernel.name, 0)
+    flow = Flow(successors_of(code))
+    texts = [text for _, text in code]
+    hot = hot_loops(flow, texts, gate.bytes)
+    if gate.once:
+        whole = set(flow.order)
+        kernel.ways = list(ways_through(texts, flow, whole, 0, {place for place in whole if not flow.ahead[place]}, gate))
+    else:
+        kernel.ways = [way for head, loop in hot.items() for way in ways_through(texts, flow, loop, head, flow.ends_of(head), gate)]
+    kernel.loads, kernel.stores = (
+        any(moved_bytes(texts[place], name) == gate.bytes for loop in hot.values() for place in loop) for name in ("LDG", "STG")
+    )
+    for loop in (hot or flow.loops).values():
+        kernel.local = max(kernel.local, sum(re.search(r"\b(LDL|STL)\b", texts[place]) is not None for place in loop))
 
 
 def kernels_of(library: str) -> Iterator[Kernel]:
@@ -261,52 +388,51 @@ def kernels_of(library: str) -> Iterator[Kernel]:
         sass = output_of(cuobjdump, "--dump-sass", "--gpu-architecture", architecture, library)
         for part in re.split(r"\n\s*Function : ", sass)[1:]:
             symbol = part.split("\n", 1)[0].strip()
-            code = instructions(part)
-            kernel = found[symbol]
-            kernel.loads = moves_packets_in_a_loop(code, r"\bLDG\.E\.\S*128|\bLDG\.128|\bLD\.E\.128|\bLDGSTS\.\S*128")
-            kernel.loops = list(hot_loops(code))
-            kernel.stores = moves_packets_in_a_loop(code, r"\bSTG\.E\.\S*128|\bSTG\.128|\bST\.E\.128")
+            inspect_code(found[symbol], instructions(part))
         yield from found.values()
 
 
 def faults_of(kernel: Kernel) -> Iterator[str]:
-    gate = next((gate for gate in GATES if re.fullmatch(gate.kernel, kernel.name)), None)
+    gate = kernel.gate
     if gate is None:
         yield "has no row in GATES"
         return
-    if kernel.local_bytes > 0:
-        yield f"has {kernel.local_bytes} bytes of local memory for each thread"
-    if kernel.blocks < gate.blocks:
-        yield f"has {kernel.registers} registers: {kernel.blocks} blocks on an SM, fewer than {gate.blocks}"
+    if kernel.local > gate.local:
+        yield f"accesses local memory {kernel.local} times in a loop, more than {gate.local}"
+    blocks = kernel.blocks(gate.threads)
+    if blocks < gate.blocks:
+        yield f"has {kernel.registers} registers: {blocks} blocks on an SM, fewer than {gate.blocks}"
     if gate.loads and not kernel.loads:
-        yield "has no loop with 16-byte loads"
+        yield f"has no loop with {gate.bytes}-byte loads"
     if gate.stores and not kernel.stores:
-        yield "has no loop with 16-byte stores"
+        yield f"has no loop with {gate.bytes}-byte stores"
+    if any(way.strong_stores > 0 for way in kernel.ways):
+        yield "has stores in hot code that are visible beyond the SM"
     budget = next((budget for budget in BUDGETS if re.fullmatch(budget.kernel, kernel.name)), None)
-    if any(loop.strong_stores > 0 for loop in kernel.loops):
-        yield "has stores in a loop that are visible beyond the SM"
     if budget is None:
         return
-    if not kernel.loops:
-        yield "has no hot loop"
-    for loop in kernel.loops:
-        is_counted = kernel.architecture in COUNTED and loop.load_bytes > 0
-        if is_counted and loop.instructions * budget.bytes > budget.most * loop.load_bytes:
-            yield f"takes {loop.instructions * budget.bytes / loop.load_bytes:.1f} instructions an element, more than {budget.most}"
-        if loop.loads_after_stores > 0 and not budget.loads_after_stores:
-            yield f"has {loop.loads_after_stores} loads after a store in a loop"
+    if not kernel.ways:
+        yield "has no hot code"
+    for way in kernel.ways:
+        most = budget.most_of_swish if way.is_swish else budget.most
+        if most is not None and kernel.architecture in COUNTED and way.load_bytes > 0:
+            each = way.instructions * budget.bytes / way.load_bytes
+            if each > most:
+                yield f"takes {each:.1f} instructions an element{' in swish' if way.is_swish else ''}, more than {most}"
+        if way.loads_after_stores > 0 and not budget.loads_after_stores:
+            yield f"has {way.loads_after_stores} loads after a store in hot code"
 
 
 def figures_of(kernel: Kernel) -> Iterator[str]:
     yield (
-        f"{kernel.architecture} {kernel.name}: {kernel.registers} registers, {kernel.blocks} blocks on an SM, "
-        f"{kernel.local_bytes} bytes of local memory"
+        f"{kernel.architecture} {kernel.name}: {kernel.registers} registers, {kernel.blocks(kernel.gate.threads if kernel.gate else 256)} "
+        f"blocks on an SM, {kernel.local_bytes} bytes of local memory, {kernel.local} accesses in a loop"
     )
-    for loop in kernel.loops:
-        each = f"{loop.instructions * PACKET_BYTES / loop.load_bytes:.1f} for 16 loaded bytes" if loop.load_bytes else "no loads"
+    for way in kernel.ways:
+        each = f"{way.instructions * PACKET_BYTES / way.load_bytes:.1f} for 16 loaded bytes" if way.load_bytes else "no loads"
         yield (
-            f"  {loop.instructions} instructions, {each}; {loop.load_bytes} bytes loaded, {loop.store_bytes} stored, "
-            f"{loop.loads_after_stores} loads after stores"
+            f"  {way.instructions} instructions{' in swish' if way.is_swish else ''}, {each}; {way.load_bytes} bytes loaded, "
+            f"{way.store_bytes} stored, {way.loads_after_stores} loads after stores"
         )
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 import inspect_cuda_code
-from inspect_cuda_code import Budget, Gate, Kernel, Loop
+from inspect_cuda_code import Budget, Gate, Kernel, Way
 
 # A loop from 0x10 to 0x90: a packet or, where less than a packet is left, an element; then a byte of a mask.
 LOOP = """
@@ -21,15 +21,54 @@ LOOP = """
 """
 
 
+def ways_of(text):
+    kernel = Kernel("sm_90", "some_kernel")
+    inspect_cuda_code.inspect_code(kernel, inspect_cuda_code.instructions(text))
+    return kernel.ways
+
+
 def test_the_path_that_moves_packets_and_masks():
-    (loop,) = inspect_cuda_code.hot_loops(inspect_cuda_code.instructions(LOOP))
-    assert loop == Loop(instructions=8, load_bytes=16, store_bytes=16, loads_after_stores=1, strong_stores=0)
+    (way,) = ways_of(LOOP)
+    assert way == Way(instructions=8, load_bytes=16, store_bytes=16, loads_after_stores=1, strong_stores=0)
 
 
 def test_a_load_before_the_store_and_a_store_beyond_the_sm():
     earlier = LOOP.replace("LDG.E.U8 R8, desc[UR4][R2.64]", "IADD3 R8, R8, R9, RZ").replace("STRONG.SM", "STRONG.GPU")
-    (loop,) = inspect_cuda_code.hot_loops(inspect_cuda_code.instructions(earlier))
-    assert (loop.instructions, loop.loads_after_stores, loop.strong_stores) == (7, 0, 1)
+    (way,) = ways_of(earlier)
+    assert (way.instructions, way.loads_after_stores, way.strong_stores) == (7, 0, 1)
+
+
+# A way for each of two activations. The second packet of a tile may not exist, and nothing is stored.
+ACTIVATIONS = """
+/*0000*/ MOV R1, R2 ;
+/*0010*/ LDG.E.128 R4, desc[UR4][R2.64] ;
+/*0020*/ LDL R9, [R1] ;
+/*0030*/ @P0 BRA 0x70 ;
+/*0040*/ FMUL R4, R4, R9 ;
+/*0050*/ @P1 BRA 0xa0 ;
+/*0060*/ FMUL R5, R5, R9 ;
+/*0068*/ BRA 0xa0 ;
+/*0070*/ MUFU.EX2 R4, R4 ;
+/*0080*/ MUFU.RCP R4, R4 ;
+/*0090*/ FMUL R4, R4, R9 ;
+/*00a0*/ @P2 BRA 0x10 ;
+/*00b0*/ EXIT ;
+"""
+
+
+def test_a_way_for_each_activation_leaves_out_no_packet(monkeypatch):
+    monkeypatch.setattr(inspect_cuda_code, "GATES", (Gate("some_kernel", 4, acts=True),))
+    plain, swish = ways_of(ACTIVATIONS)
+    assert (plain.instructions, plain.is_swish, swish.instructions, swish.is_swish) == (8, False, 7, True)
+
+
+def test_local_memory_in_a_loop(monkeypatch):
+    for most, faults in ((1, []), (0, ["accesses local memory 1 times in a loop, more than 0"])):
+        monkeypatch.setattr(inspect_cuda_code, "GATES", (Gate("some_kernel", 4, local=most),))
+        monkeypatch.setattr(inspect_cuda_code, "BUDGETS", ())
+        kernel = Kernel("sm_90", "some_kernel")
+        inspect_cuda_code.inspect_code(kernel, inspect_cuda_code.instructions(ACTIVATIONS))
+        assert list(inspect_cuda_code.faults_of(kernel)) == faults
 
 
 @pytest.mark.parametrize(
@@ -39,6 +78,6 @@ def test_a_load_before_the_store_and_a_store_beyond_the_sm():
 def test_faults(monkeypatch, registers, most, faults):
     monkeypatch.setattr(inspect_cuda_code, "GATES", (Gate("some_kernel", 4),))
     monkeypatch.setattr(inspect_cuda_code, "BUDGETS", (Budget("some_kernel", most, 16, loads_after_stores=True),))
-    loops = list(inspect_cuda_code.hot_loops(inspect_cuda_code.instructions(LOOP)))
-    found = list(inspect_cuda_code.faults_of(Kernel("sm_90", "some_kernel", registers, loops=loops)))
+    ways = ways_of(LOOP)
+    found = list(inspect_cuda_code.faults_of(Kernel("sm_90", "some_kernel", registers, ways=ways)))
     assert len(found) == len(faults) and all(map(str.startswith, found, faults)), found
