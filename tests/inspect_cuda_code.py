@@ -87,13 +87,13 @@ def of_batch_norm() -> Iterator[Gate]:
     for (types, element_bytes, widths), columns, residual in itertools.product(of_types, (False, True), (False, True)):
         for width in widths:
             threads = 256 if not columns else 352 if width > 1 else 512
-            of_runs = 2 if element_bytes == 8 else 3 if width == 1 or residual else 4
+            of_runs = 2 if element_bytes == 8 else 3 if width * element_bytes < 16 or residual else 4
             blocks = of_runs if not columns else 1 if element_bytes == 8 else 2
             packets = width > 1
             limits = {"threads": threads, "bytes": width * element_bytes if packets else PACKET_BYTES, "acts": True}
             # Of what a thread keeps for each of its columns, some numbers are in local memory on sm_100.
             if element_bytes == 2 and width == 4:
-                limits["local"] = 12
+                limits["local"] = 16
             arguments = rf"{types}{width}, {str(columns).lower()}"
             if not residual:
                 yield Gate(rf"batch_norm_act_stats_kernel{arguments}>", blocks, loads=packets, **limits)

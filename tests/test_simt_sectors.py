@@ -77,7 +77,7 @@ def batch_norm(direction, shape, guarded, dtype):
     mean, invstd = tensors(guarded, 2, shape[1], torch.float64)
     problem = dtype, torch.float32, *shape, KINDS["leaky_relu"], 0.1
     if direction == "forward":
-        return "batch_norm_act_forward", *problem, x, None, weight, None, mean, invstd, y, None, 1, 0.1, 1e-5, None, None, None
+        return "batch_norm_act_forward", *problem, x, None, weight, None, mean, invstd, y, None, 1, 0.1, 1e-5, None, None, None, None
     known = grad_y, x, None, None, weight, None, mean, invstd
     return "batch_norm_act_backward", *problem, *known, 1, grad_x, grad_weight, None, None
 

@@ -74,9 +74,8 @@ __device__ __forceinline__ math::Moments<double> part_moments(const ChannelCut& 
 
   Walk<W, kColumns, false> walk(cut, slab, part);
   using TileOf = Tile<scalar_t, W, kTile>;
-  const auto load_tile = [&](const At(&at)[kTile]) { return TileOf::of(x, at); };
   walk.template for_each_tile<kTile>(
-      load_tile, [] {},
+      TileOf{x, {}}, [] {},
       [&](const At(&at)[kTile], const TileOf& tile) {
         if (count == 0) {
           opmath total[kValues] = {};
@@ -102,14 +101,11 @@ __device__ __forceinline__ math::Moments<double> part_moments(const ChannelCut& 
         for (int i = 0; i < kTile; ++i) {
           if (!at[i].exists) continue;
           count += kColumns ? 1 : W;
-          opmath difference[W], square[W];
+          opmath difference[W];
           const auto value = tile[i];
 #pragma unroll
-          for (int k = 0; k < W; ++k) {
-            difference[k] = value.element[k] - about[kColumns ? k : 0];
-            square[k] = difference[k] * difference[k];
-          }
-          sums.add(difference, square);
+          for (int k = 0; k < W; ++k) difference[k] = value.element[k] - about[kColumns ? k : 0];
+          sums.add(difference, difference, difference);
         }
         sums.end_tile();
       });
@@ -180,6 +176,18 @@ __global__ void __launch_bounds__(threads_of(W, kColumns), kBlocks<scalar_t, W, 
   if (lane.writes) finish_channel(p, moments, lane.channel, math::rounded(found));
 }
 
+template <typename scalar_t, int W, int kTile, bool kResidual>
+struct ForwardOperands {
+  Tile<scalar_t, W, kTile> x, residual;
+
+  __device__ __forceinline__ explicit ForwardOperands(const BatchNormForward& p)
+      : x{static_cast<const scalar_t*>(p.x), {}}, residual{static_cast<const scalar_t*>(p.residual), {}} {}
+  __device__ __forceinline__ void load(const At (&at)[kTile]) {
+    x.load(at);
+    if constexpr (kResidual) residual.load(at);
+  }
+};
+
 // y = act(batch_norm(x) + residual) from mean and invstd; in evaluation, the kernel computes these from the
 // running statistics; it also counts the batch
 //   launch   slabs * parts blocks, in reverse order; Normalisation[kMostGroupChannels] in shared memory
@@ -196,20 +204,10 @@ __global__ void __launch_bounds__(threads_of(W, kColumns), kBlocks<scalar_t, W, 
   const Slab slab = slab_of<kColumns>(cut, block % cut.slabs);
   // The kernel before this one has read it for the momentum.
   if (p.counted != nullptr && block == 0 && threadIdx.x == 0) ++*p.counted;
-  const scalar_t* const x = static_cast<const scalar_t*>(p.x);
-  const scalar_t* const residual = static_cast<const scalar_t*>(p.residual);
   scalar_t* const y = static_cast<scalar_t*>(p.y);
   Walk<W, kColumns, true> walk(cut, slab, part);
   math::Normalisation<opmath> normalise[ThreadValues<W, kColumns>::kValues];
-  struct Operands {
-    Tile<scalar_t, W, kTile> x, residual;
-  };
-  const auto load_tile = [&](const At(&at)[kTile]) {
-    Operands tile;
-    tile.x = Tile<scalar_t, W, kTile>::of(x, at);
-    if constexpr (kResidual) tile.residual = Tile<scalar_t, W, kTile>::of(residual, at);
-    return tile;
-  };
+  using Operands = ForwardOperands<scalar_t, W, kTile, kResidual>;
   const auto prepare = [&] {
     if (static_cast<int>(threadIdx.x) < slab.channels) {
       const int64_t channel = slab.first_channel + threadIdx.x;
@@ -230,7 +228,7 @@ __global__ void __launch_bounds__(threads_of(W, kColumns), kBlocks<scalar_t, W, 
     __syncthreads();
     for_each_column<W, kColumns>(cut, slab, walk.first_column(), [&](int k, int channel) { normalise[k] = normalisation[channel]; });
   };
-  walk.template for_each_tile<kTile>(load_tile, prepare, [&](const At(&at)[kTile], const Operands& tile) {
+  walk.template for_each_tile<kTile>(Operands(p), prepare, [&](const At(&at)[kTile], const Operands& tile) {
     const auto normalised = [&](int i) {
       Values<scalar_t, W> u = tile.x[i];
 #pragma unroll
@@ -298,18 +296,24 @@ struct BackwardShared {
 // residual; then dz comes from the mask if the activation has two slopes, otherwise from x and the residual.
 template <typename scalar_t, int W, int kTile, bool kResidual>
 struct GradientOperands {
-  using TileOf = Tile<scalar_t, W, kTile>;
-  TileOf x, grad_y, residual;
+  Tile<scalar_t, W, kTile> x, grad_y, residual;
+  const uint8_t* mask;
   unsigned bits[kTile];
 
-  __device__ __forceinline__ GradientOperands(const BatchNormBackward& p, const At (&at)[kTile])
-      : x(TileOf::of(static_cast<const scalar_t*>(p.x), at)), grad_y(TileOf::of(static_cast<const scalar_t*>(p.grad_y), at)) {
+  __device__ __forceinline__ explicit GradientOperands(const BatchNormBackward& p)
+      : x{static_cast<const scalar_t*>(p.x), {}},
+        grad_y{static_cast<const scalar_t*>(p.grad_y), {}},
+        residual{static_cast<const scalar_t*>(p.residual), {}},
+        mask(p.mask) {}
+  __device__ __forceinline__ void load(const At (&at)[kTile]) {
+    x.load(at);
+    grad_y.load(at);
     if constexpr (kResidual) {
-      if (p.mask != nullptr) {
+      if (mask != nullptr) {
 #pragma unroll
-        for (int i = 0; i < kTile; ++i) bits[i] = at[i].exists ? load_bits<W>(p.mask, at[i]) : 0u;
-      } else if (p.residual != nullptr) {
-        residual = TileOf::of(static_cast<const scalar_t*>(p.residual), at);
+        for (int i = 0; i < kTile; ++i) bits[i] = at[i].exists ? load_bits<W>(mask, at[i]) : 0u;
+      } else if (residual.from != nullptr) {
+        residual.load(at);
       }
     }
   }
@@ -366,7 +370,6 @@ __device__ __forceinline__ math::GradientSums part_sums(const BatchNormBackward&
   math::Normalisation<opmath> normalise[kValues];
   ThreadSums<scalar_t, W, kColumns> sums;
   using Operands = GradientOperands<scalar_t, W, kTile, kResidual>;
-  const auto load_tile = [&](const At(&at)[kTile]) { return Operands(p, at); };
   const auto prepare = [&] {
     if (static_cast<int>(threadIdx.x) < slab.channels) {
       const int64_t channel = slab.first_channel + threadIdx.x;
@@ -375,14 +378,14 @@ __device__ __forceinline__ math::GradientSums part_sums(const BatchNormBackward&
     __syncthreads();
     for_each_column<W, kColumns>(cut, slab, walk.first_column(), [&](int k, int channel) { normalise[k] = shared.normalisation[channel]; });
   };
-  walk.template for_each_tile<kTile>(load_tile, prepare, [&](const At(&at)[kTile], const Operands& operands) {
+  walk.template for_each_tile<kTile>(Operands(p), prepare, [&](const At(&at)[kTile], const Operands& operands) {
     const auto of_column = [&](int k) { return normalise[kColumns ? k : 0]; };
     operands.for_each(p, at, of_column, [&](int i, const Values<scalar_t, W>& x, const Values<scalar_t, W>& dz) {
       if (kResidual && p.grad_residual != nullptr) write(static_cast<scalar_t*>(p.grad_residual) + at[i].element, dz, false);
-      opmath product[W];
+      opmath difference[W];
 #pragma unroll
-      for (int k = 0; k < W; ++k) product[k] = dz.element[k] * (x.element[k] - normalise[kColumns ? k : 0].mean_high);
-      sums.add(dz.element, product);
+      for (int k = 0; k < W; ++k) difference[k] = x.element[k] - normalise[kColumns ? k : 0].mean_high;
+      sums.add(dz.element, dz.element, difference);
     });
     sums.end_tile();
   });
@@ -468,7 +471,6 @@ __global__ void __launch_bounds__(threads_of(W, kColumns), kBlocks<scalar_t, W, 
   Walk<W, kColumns, true> walk(cut, slab, block / cut.slabs);
   GradientCoefficients<opmath> mine[ThreadValues<W, kColumns>::kValues];
   using Operands = GradientOperands<scalar_t, W, kTile, kResidual>;
-  const auto load_tile = [&](const At(&at)[kTile]) { return Operands(p, at); };
   const auto prepare = [&] {
     if (static_cast<int>(threadIdx.x) < slab.channels) {
       const int64_t channel = slab.first_channel + threadIdx.x;
@@ -480,7 +482,7 @@ __global__ void __launch_bounds__(threads_of(W, kColumns), kBlocks<scalar_t, W, 
     __syncthreads();
     for_each_column<W, kColumns>(cut, slab, walk.first_column(), [&](int k, int channel) { mine[k] = coefficients[channel]; });
   };
-  walk.template for_each_tile<kTile>(load_tile, prepare, [&](const At(&at)[kTile], const Operands& operands) {
+  walk.template for_each_tile<kTile>(Operands(p), prepare, [&](const At(&at)[kTile], const Operands& operands) {
     const auto of_column = [&](int k) { return mine[kColumns ? k : 0].normalise; };
     operands.for_each(p, at, of_column, [&](int i, const Values<scalar_t, W>& x, const Values<scalar_t, W>& dz) {
       Values<scalar_t, W> grad_x;

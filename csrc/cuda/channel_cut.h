@@ -100,7 +100,7 @@ struct ChannelCut {
   int64_t rows, channels, inner;
   int64_t row_stride;       // elements from one row to the next
   int64_t mask_row_stride;  // bytes
-  int64_t line_packets;
+  uint32_t line_packets;
   int64_t packets;  // of a slab
   int64_t slabs;
   int group_channels;  // of a slab
@@ -109,7 +109,8 @@ struct ChannelCut {
   int lanes;           // the threads that merge the sums of one channel, a power of two
   int parts;           // of a slab
   // The steps from a thread's packet to its next one, and the corrections if that is one line further.
-  int64_t column_step, element_step, mask_step, element_wrap, mask_wrap;
+  int64_t element_step, element_wrap;
+  uint32_t column_step, mask_step, mask_wrap;
 };
 
 // The channels of a slab of short runs: as few columns idle in the last slab as can be. The columns of a slab
@@ -138,7 +139,7 @@ inline ChannelCut cut_of(const ChannelShape& shape, int width) {
   cut.group_channels = columns ? static_cast<int>(group_of(shape)) : 1;
   const int64_t bytes_of_line = divide_up(cut.group_channels * shape.inner, 8);
   cut.mask_row_stride = columns ? divide_up(cut.row_stride, 8) : shape.channels * bytes_of_line;
-  cut.line_packets = bytes_of_line * 8 / width;
+  cut.line_packets = static_cast<uint32_t>(bytes_of_line * 8 / width);
   cut.packets = shape.rows * cut.line_packets;
   cut.slabs = divide_up(shape.channels, cut.group_channels);
   const int threads = threads_of(width, columns);
@@ -151,12 +152,12 @@ inline ChannelCut cut_of(const ChannelShape& shape, int width) {
 inline ChannelCut in_parts(ChannelCut cut, int64_t parts) {
   cut.parts = static_cast<int>(parts);
   const int64_t step = parts * cut.threads;
-  const int64_t rows = step / cut.line_packets;
-  cut.column_step = step % cut.line_packets;
-  cut.element_step = rows * cut.row_stride + cut.column_step * cut.width;
-  cut.mask_step = rows * cut.mask_row_stride + cut.column_step * cut.width / 8;
-  cut.element_wrap = cut.row_stride - cut.line_packets * cut.width;
-  cut.mask_wrap = cut.mask_row_stride - cut.line_packets * cut.width / 8;
+  const int64_t rows = step / cut.line_packets, width = cut.width;
+  cut.column_step = static_cast<uint32_t>(step % cut.line_packets);
+  cut.element_step = rows * cut.row_stride + int64_t{cut.column_step} * width;
+  cut.mask_step = static_cast<uint32_t>(rows * cut.mask_row_stride + int64_t{cut.column_step} * width / 8);
+  cut.element_wrap = cut.row_stride - int64_t{cut.line_packets} * width;
+  cut.mask_wrap = static_cast<uint32_t>(cut.mask_row_stride - int64_t{cut.line_packets} * width / 8);
   return cut;
 }
 

@@ -148,7 +148,7 @@ __device__ __forceinline__ T sum_of(const T (&x)[W]) {
   }
 }
 
-// A thread's sums of two quantities, one for each of its columns, or one of each in a long run. Elements of one
+// A thread's sums of a and of b c, one of each for each of its columns, or one in a long run. Elements of one
 // column are added up in the computing type and then in float64: those of a packet, in 16-bit types those of a
 // tile.
 template <typename scalar_t, int W, bool kColumns>
@@ -158,16 +158,22 @@ struct ThreadSums {
   ThreadSum<opmath> first[kValues], second[kValues];
   opmath tile_first[kValues] = {}, tile_second[kValues] = {};
 
-  __device__ __forceinline__ void add(const opmath (&a)[W], const opmath (&b)[W]) {
+  __device__ __forceinline__ void add(const opmath (&a)[W], const opmath (&b)[W], const opmath (&c)[W]) {
     if constexpr (kColumns) {
 #pragma unroll
       for (int k = 0; k < W; ++k) {
         tile_first[k] += a[k];
-        tile_second[k] += b[k];
+        tile_second[k] = math::fma(b[k], c[k], tile_second[k]);
       }
+    } else if constexpr (W == 1) {
+      tile_first[0] += a[0];
+      tile_second[0] = math::fma(b[0], c[0], tile_second[0]);
     } else {
+      opmath products[W / 2];
+#pragma unroll
+      for (int k = 0; k < W / 2; ++k) products[k] = math::fma(b[k + W / 2], c[k + W / 2], b[k] * c[k]);
       tile_first[0] += sum_of<0, W>(a);
-      tile_second[0] += sum_of<0, W>(b);
+      tile_second[0] += sum_of<0, W / 2>(products);
     }
     if constexpr (sizeof(scalar_t) > 2) end_tile();
   }

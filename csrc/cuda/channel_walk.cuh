@@ -49,87 +49,88 @@ class Walk {
     mine_ = first < cut.packets ? static_cast<int>(quotient(cut.packets - 1 - first, step, fit)) + 1 : 0;
     if constexpr (kBack) first += (steps_ - 1) * step;
     const int64_t row = quotient(first, cut.line_packets, fit);
-    column_ = static_cast<int>(first - row * cut.line_packets);
-    element_ = slab.element + row * cut.row_stride + column_ * W;
-    mask_byte_ = static_cast<uint32_t>(slab.mask_byte + row * cut.mask_row_stride + column_ * W / 8);
-    columns_ = static_cast<int>(slab.columns);
-    if (kColumns && (static_cast<int>(threadIdx.x) >= cut.threads || column_ * W >= columns_)) mine_ = 0;
+    column_ = static_cast<uint32_t>(first - row * cut.line_packets);
+    element_ = slab.element + row * cut.row_stride + static_cast<int64_t>(column_) * W;
+    mask_byte_ = static_cast<uint32_t>(slab.mask_byte + row * cut.mask_row_stride + static_cast<int64_t>(column_) * W / 8);
+    columns_ = static_cast<uint32_t>(slab.columns / W);
+    if (kColumns && (static_cast<int>(threadIdx.x) >= cut.threads || column_ >= columns_)) mine_ = 0;
     at_step_ = kBack ? steps_ - 1 : 0;
   }
 
   // In short runs, the first of the thread's columns.
-  __device__ __forceinline__ int first_column() const { return column_ * W; }
+  __device__ __forceinline__ int first_column() const { return static_cast<int>(column_) * W; }
 
   __device__ __forceinline__ At next() {
-    At at{element_, mask_byte_, at_step_ >= 0 && at_step_ < mine_};
-    if constexpr (kPadded) at.exists = at.exists && column_ * W < columns_;
+    // In a walk back, the steps before the first one are large unsigned numbers.
+    At at{element_, mask_byte_, static_cast<uint32_t>(at_step_) < static_cast<uint32_t>(mine_)};
+    if constexpr (kPadded) at.exists = at.exists && column_ < columns_;
     if constexpr (kBack) {
       --at_step_;
       element_ -= cut_.element_step;
-      mask_byte_ -= static_cast<uint32_t>(cut_.mask_step);
+      mask_byte_ -= cut_.mask_step;
       if constexpr (!kColumns) {
-        column_ -= static_cast<int>(cut_.column_step);
-        if (column_ < 0) {
-          column_ += static_cast<int>(cut_.line_packets);
+        const bool wraps = column_ < cut_.column_step;
+        column_ -= cut_.column_step;
+        if (wraps) {
+          column_ += cut_.line_packets;
           element_ -= cut_.element_wrap;
-          mask_byte_ -= static_cast<uint32_t>(cut_.mask_wrap);
+          mask_byte_ -= cut_.mask_wrap;
         }
       }
     } else {
       ++at_step_;
       element_ += cut_.element_step;
-      mask_byte_ += static_cast<uint32_t>(cut_.mask_step);
+      mask_byte_ += cut_.mask_step;
       if constexpr (!kColumns) {
-        column_ += static_cast<int>(cut_.column_step);
+        column_ += cut_.column_step;
         if (column_ >= cut_.line_packets) {
-          column_ -= static_cast<int>(cut_.line_packets);
+          column_ -= cut_.line_packets;
           element_ += cut_.element_wrap;
-          mask_byte_ += static_cast<uint32_t>(cut_.mask_wrap);
+          mask_byte_ += cut_.mask_wrap;
         }
       }
     }
     return at;
   }
 
-  // use(at, load(at)) for kTile packets at a time: at is an At[kTile]. prepare() is called once, when the first
-  // packets are on their way. All threads of a block call the three equally often.
-  template <int kTile, typename Load, typename Prepare, typename Use>
-  __device__ __forceinline__ void for_each_tile(const Load& load, const Prepare& prepare, const Use& use) {
+  // tile.load(at) and use(at, tile) for kTile packets at a time: at is an At[kTile]. prepare() is called once, when
+  // the first packets are on their way. All threads of a block call the three equally often.
+  template <int kTile, typename Tile, typename Prepare, typename Use>
+  __device__ __forceinline__ void for_each_tile(Tile&& tile, const Prepare& prepare, const Use& use) {
     At at[kTile];
     const auto step = [&] {
 #pragma unroll
       for (int i = 0; i < kTile; ++i) at[i] = next();
     };
     step();
-    auto tile = load(at);
+    tile.load(at);
     prepare();
     for (int done = kTile;; done += kTile) {
       use(at, tile);
       if (done >= steps_) return;
       step();
-      tile = load(at);
+      tile.load(at);
     }
   }
 
  private:
   const ChannelCut& cut_;
   int64_t element_;
-  uint32_t mask_byte_;
-  int column_, columns_, steps_, mine_, at_step_;
+  uint32_t mask_byte_, column_, columns_;
+  int steps_, mine_, at_step_;
 };
 
 // The packets of a tile of one operand; those that do not exist are not defined.
 template <typename scalar_t, int W, int kTile>
 struct Tile {
+  const scalar_t* from;
   Packet<scalar_t, W> packet[kTile];
 
-  __device__ __forceinline__ static Tile of(const scalar_t* x, const At (&at)[kTile]) {
-    Tile tile;
+  __device__ __forceinline__ void load(const At (&at)[kTile]) {
 #pragma unroll
     for (int i = 0; i < kTile; ++i) {
-      if (at[i].exists) load(tile.packet[i], x + at[i].element);
+      if (at[i].exists) cuda::load(packet[i], from + at[i].element);
     }
-    return tile;
   }
   __device__ __forceinline__ Values<scalar_t, W> operator[](int i) const { return Values<scalar_t, W>::of(packet[i]); }
 };
