@@ -1,6 +1,6 @@
 """Builds gradkernels._C with torch's BuildExtension; the metadata is in pyproject.toml.
 
-This file selects the sources and the flags, and writes build_stamp.h, with which csrc/module.cpp reports how
+This file selects the sources and the flags, and writes build_stamp.h, with which csrc/build_info.cpp says how
 the library was built.
 """
 
@@ -34,7 +34,8 @@ STAMP = Path("build/generated", torch.__version__, "build_stamp.h").absolute()
 CUDA_FOUND = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None and torch.cuda.is_available()
 CUDA = CUDA_FOUND or os.environ.get("FORCE_CUDA") == "1"
 CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp")) if CUDA else []
-SOURCES = sorted(set(glob("csrc/**/*.cpp", recursive=True)) - set(glob("csrc/cuda/*.cpp")))
+# The files that include torch are compiled through those of units/.
+SOURCES = sorted(["csrc/build_info.cpp", *glob("csrc/cpu/*.cpp"), *glob("csrc/units/*.cpp")])
 
 # -fno-math-errno and -fno-trapping-math let loops vectorise and change no value. -ffp-contract=off uses fma
 # only where the source says so, so that forward and backward agree. -g0 undoes the -g among Python's flags.
@@ -97,7 +98,7 @@ class BuildWithStamp(cpp_extension.BuildExtension):
             f'#define GK_COMMIT "{commit()}"\n'
             f'#define GK_CUDA_ARCHITECTURES "{cuda_architectures()}"\n'
         )
-        # Written only if it differs, because ninja compiles module.cpp again after every write.
+        # Written only if it differs, because ninja compiles build_info.cpp again after every write.
         if not STAMP.exists() or STAMP.read_text() != stamp:
             STAMP.parent.mkdir(parents=True, exist_ok=True)
             STAMP.write_text(stamp)
@@ -115,7 +116,7 @@ setup(
             "gradkernels._C",
             SOURCES + CUDA_SOURCES,
             include_dirs=[os.path.abspath("csrc"), str(STAMP.parent)],
-            depends=sorted(glob("csrc/**/*.h", recursive=True)),
+            depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cpp", recursive=True)),
             extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
             extra_link_args=LINK_FLAGS,
         )

@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "autograd/recompute.h"
-#include "build_stamp.h"
+#include "build_info.h"
 #include "common/check.h"
 #include "cpu/kernels.h"
 #include "ops/operators.h"
@@ -27,11 +27,8 @@ namespace {
 using at::Tensor;
 using ops::OptionalTensor;
 
-// gradkernels/_native.py looks for these bytes in the file before it loads the file: loading a library that
-// was built for another torch can end the process.
-__attribute__((used)) constexpr char kStamp[] = "gradkernels-built-for-torch=" GK_BUILT_FOR_TORCH;
-
-py::dict build_info() {
+py::dict build_info_dict() {
+  const BuildInfo& built = build_info();
   py::list instruction_sets;
   instruction_sets.append(cpu::kernels_base.name);
 #if defined(__x86_64__)
@@ -39,15 +36,15 @@ py::dict build_info() {
   instruction_sets.append(cpu::kernels_avx512.name);
 #endif
   py::dict info;
-  info["torch"] = GK_BUILT_FOR_TORCH;
+  info["torch"] = built.torch;
   info["instruction_sets"] = instruction_sets;
-  info["cuda_architectures"] = py::str(GK_CUDA_ARCHITECTURES).attr("split")();
+  info["cuda_architectures"] = py::str(built.cuda_architectures).attr("split")();
 #if defined(__clang__)
   info["compiler"] = "clang " __clang_version__;
 #else
   info["compiler"] = "g++ " __VERSION__;
 #endif
-  info["commit"] = GK_COMMIT;
+  info["commit"] = built.commit;
   return info;
 }
 
@@ -168,7 +165,7 @@ void rmsprop_(const Tensors& params, const Tensors& grads, const Tensors& square
 PYBIND11_MODULE(_C, m) {
   // Other Python threads run while a kernel does.
   const py::call_guard<py::gil_scoped_release> without_gil;
-  m.def("build_info", build_info);
+  m.def("build_info", build_info_dict);
   m.def("instruction_set", [] { return cpu::kernels().name; });
   m.def("leaky_relu", leaky_relu, without_gil);
   m.def("elu", elu, without_gil);

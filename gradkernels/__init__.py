@@ -4,22 +4,29 @@ All public names are in this namespace. Importing it always works: if the compil
 torch's operators compute the same functions, and a warning says why and which command fixes it.
 """
 
+import importlib
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 
-from gradkernels import _native, init, optim
+from gradkernels import _native, optim
 from gradkernels.activation import ELU, LeakyReLU, PReLU, RReLU, Swish, elu, leaky_relu, prelu, rrelu, swish
 from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, batch_norm_act
 from gradkernels.clip_grad import GradReport, clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm, grad_report
-from gradkernels.conversion.convert import convert, revert
-from gradkernels.conversion.fold import fold
-from gradkernels.conversion.report import ConversionReport
-from gradkernels.diagnosis.diagnose import Diagnosis, diagnose
-from gradkernels.diagnosis.monitor import GradientMonitor
 from gradkernels.optim import ClippingHandle, attach_clipping
 from gradkernels.recompute import recompute
 from gradkernels.sync_batch_norm_act import SyncBatchNormAct, convert_sync_batch_norm
+
+# Loaded at first use, by the table below: together they take longer to load than all the rest, and the
+# operators do not need them.
+if TYPE_CHECKING:
+    from gradkernels import init
+    from gradkernels.conversion.convert import convert, revert
+    from gradkernels.conversion.fold import fold
+    from gradkernels.conversion.report import ConversionReport
+    from gradkernels.diagnosis.diagnose import Diagnosis, diagnose
+    from gradkernels.diagnosis.monitor import GradientMonitor
 
 __version__ = "0.2.0.dev0"
 
@@ -60,6 +67,36 @@ __all__ = [
     "rrelu",
     "swish",
 ]
+
+# Name -> the module to load. Loading it defines the package that it lies in, too.
+_AT_FIRST_USE = {
+    "ConversionReport": "conversion.report",
+    "Diagnosis": "diagnosis.diagnose",
+    "GradientMonitor": "diagnosis.monitor",
+    "conversion": "conversion.fold",
+    "convert": "conversion.convert",
+    "diagnose": "diagnosis.diagnose",
+    "diagnosis": "diagnosis.diagnose",
+    "fold": "conversion.fold",
+    "init": "init",
+    "revert": "conversion.convert",
+}
+
+# A type checker that saw __getattr__ would accept every name.
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        if name not in _AT_FIRST_USE:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = importlib.import_module(f"{__name__}.{_AT_FIRST_USE[name]}")
+        if name not in globals():
+            globals()[name] = getattr(module, name)
+        return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_AT_FIRST_USE})
+
 
 # As torch does for its own modules. Our comparisons of sizes only check arguments, and a trace may leave them
 # out.

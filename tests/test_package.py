@@ -30,6 +30,23 @@ def test_public_callable_has_an_example(name):
     assert not callable(public) or ">>>" in public.__doc__
 
 
+def test_import_loads_only_the_operators():
+    """conversion, diagnosis and init take longer to load than all the rest, and are loaded at first use."""
+    program = """
+import sys, gradkernels
+late = {"gradkernels.conversion", "gradkernels.diagnosis", "gradkernels.init"}
+assert not late & set(sys.modules), late & set(sys.modules)
+assert set(gradkernels.__all__) <= set(dir(gradkernels))
+from gradkernels import *
+assert late <= set(sys.modules)
+assert convert is gradkernels.convert and convert is gradkernels.conversion.convert.convert
+assert gradkernels.diagnosis.diagnose.diagnose is diagnose
+assert gradkernels.init is init and not hasattr(gradkernels, "nothing")
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 FUNCTIONAL, CLIPPING = torch.nn.functional, torch.nn.utils
 # Ours -> what it stands for: every argument of that, by its name, in its place and with its default, comes before those of our own.
 STANDS_FOR = {

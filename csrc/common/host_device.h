@@ -16,6 +16,9 @@
 // of a lambda.
 #define GK_INLINE inline __attribute__((always_inline))
 #define GK_INLINE_LAMBDA __attribute__((always_inline))
+// Never inlined, also not by GK_FLATTEN: a function for each channel or for the end of a line, which would be
+// compiled again in every loop.
+#define GK_CALLED __attribute__((noinline))
 // Inlines all that a function calls, at once, the lambdas of its loops too. In a deep nest of lambdas this
 // takes GCC half the time of lambdas that are forced inline one into the other, each of which is optimised
 // again at every level. Such a function captures by value what its loops read: a reference would lead out of

@@ -129,13 +129,32 @@ GK_FLATTEN math::Moments<double> long_run_moments(const scalar_t* x, const Lines
   return moments;
 }
 
-// The moments of each column. The columns of a channel are merged at the end.
+// The moments of each column of the lines.
+struct ColumnMoments {
+  Columns<double> mean, mean_low, m2, m2_low;
+
+  explicit GK_INLINE ColumnMoments(const Lines& lines) : mean(lines), mean_low(lines), m2(lines), m2_low(lines) {}
+
+  // Merges the moments of `rows` rows more into those of a vector of columns.
+  GK_CALLED void merge(int64_t column, double rows_before, double rows, Vec<double> about, Vec<double> sum, Vec<double> sum_of_squares) {
+    using D = Vec<double>;
+    const auto merged =
+        math::merge(math::Moments<D>{D(rows_before), mean.load(column), m2.load(column), mean_low.load(column), m2_low.load(column)},
+                    math::moments_about(about, D(rows), sum, sum_of_squares));
+    mean.store(column, merged.mean);
+    mean_low.store(column, merged.mean_low);
+    m2_low.store(column, merged.m2_low);
+    m2.store(column, merged.m2);
+  }
+};
+
+// The columns of a channel are merged at the end.
 template <typename scalar_t>
 GK_FLATTEN void short_run_moments(const scalar_t* x, const Lines& lines, math::Moments<double>* out) {
   using opmath = opmath_t<scalar_t>;
   using V = Vec<opmath>;
   using D = Vec<double>;
-  Columns<double> means(lines), mean_lows(lines), m2s(lines), m2_lows(lines);
+  ColumnMoments moments(lines);
   double rows_before = 0.0;
   // Many rows, so that merges cost little (and for float64, where every merge rounds, are few); few enough
   // for the second-level cache.
@@ -164,19 +183,15 @@ GK_FLATTEN void short_run_moments(const scalar_t* x, const Lines& lines, math::M
       for_each_part<opmath>([&](auto part) GK_INLINE_LAMBDA {
         const int64_t j = i + part.kIndex * D::kLanes;
         const auto sum_of = [&](int n) GK_INLINE_LAMBDA { return accumulators.sum(n, part).high + accumulators.sum(n, part).low; };
-        const auto merged = math::merge(math::Moments<D>{D(rows_before), means.load(j), m2s.load(j), mean_lows.load(j), m2_lows.load(j)},
-                                        math::moments_about(widen(mean, part.kIndex), D(rows), sum_of(0), sum_of(1)));
-        means.store(j, merged.mean);
-        mean_lows.store(j, merged.mean_low);
-        m2_lows.store(j, merged.m2_low);
-        m2s.store(j, merged.m2);
+        moments.merge(j, rows_before, rows, widen(mean, part.kIndex), sum_of(0), sum_of(1));
       });
     });
     rows_before += rows;
   });
   for (int64_t c = 0; c < lines.channels(); ++c) {
-    out[c] = math::merge_of_equal_counts(rows_before, lines.inner, means.value + c * lines.inner, mean_lows.value + c * lines.inner,
-                                         m2s.value + c * lines.inner, m2_lows.value + c * lines.inner);
+    const int64_t first = c * lines.inner;
+    out[c] = math::merge_of_equal_counts(rows_before, lines.inner, moments.mean.value + first, moments.mean_low.value + first,
+                                         moments.m2.value + first, moments.m2_low.value + first);
   }
 }
 
@@ -195,7 +210,7 @@ void batch_norm_moments_kernel(const BatchNormForward& p, Slab slab, math::Momen
 
 // ---- Forward
 
-GK_INLINE double channel_value(DType dtype, const void* values, int64_t channel, double otherwise) {
+GK_CALLED double channel_value(DType dtype, const void* values, int64_t channel, double otherwise) {
   if (values == nullptr) return otherwise;
   return dispatch(dtype, [&](auto zero) { return static_cast<double>(static_cast<const decltype(zero)*>(values)[channel]); });
 }

@@ -17,12 +17,12 @@ constexpr bool kCallsActivation = false;
 #endif
 
 template <math::Precision precision, typename V>
-__attribute__((noinline)) GK_FLATTEN V forward_of(math::Activation act, V x) {
+GK_CALLED GK_FLATTEN V forward_of(math::Activation act, V x) {
   return math::AnyActivation<V, precision>{act}.forward(x);
 }
 // Gradients have one precision only.
 template <typename V>
-__attribute__((noinline)) GK_FLATTEN V backward_of(math::Activation act, V grad_y, V x) {
+GK_CALLED GK_FLATTEN V backward_of(math::Activation act, V grad_y, V x) {
   return math::AnyActivation<V, math::Precision::kFull>{act}.backward(grad_y, x);
 }
 
@@ -87,12 +87,12 @@ GK_INLINE void visit_parametric(Parametric act, const Function& function) {
 }
 
 template <math::Precision precision, typename V>
-__attribute__((noinline)) GK_FLATTEN V forward_of(Parametric act, V parameter, V x) {
+GK_CALLED GK_FLATTEN V forward_of(Parametric act, V parameter, V x) {
   visit_parametric<V, precision>(act, [&](auto functor_of) GK_INLINE_LAMBDA { x = functor_of(parameter).forward(x); });
   return x;
 }
 template <typename V>
-__attribute__((noinline)) GK_FLATTEN V backward_of(Parametric act, V parameter, V grad_y, V x, V& grad_parameter) {
+GK_CALLED GK_FLATTEN V backward_of(Parametric act, V parameter, V grad_y, V x, V& grad_parameter) {
   visit_parametric<V, math::Precision::kFull>(
       act, [&](auto functor_of) GK_INLINE_LAMBDA { grad_y = functor_of(parameter).backward(grad_y, x, grad_parameter); });
   return grad_y;

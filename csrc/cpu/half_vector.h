@@ -85,7 +85,7 @@ GK_INLINE HalfWords from_float(X x, BFloat16) {
 // One lane after the other, for processors without the instruction. Not inlined, because every load and store
 // has one.
 template <typename X>
-__attribute__((noinline)) FloatRegister to_float_by_lanes(X x) {
+GK_CALLED FloatRegister to_float_by_lanes(X x) {
   FloatRegister r;
   for (int i = 0; i < Vec<float>::kRegisterLanes; ++i) {
     Float16 lane;
@@ -95,7 +95,7 @@ __attribute__((noinline)) FloatRegister to_float_by_lanes(X x) {
   return r;
 }
 template <typename X>
-__attribute__((noinline)) HalfWords from_float_by_lanes(X x) {
+GK_CALLED HalfWords from_float_by_lanes(X x) {
   HalfWords r;
   for (int i = 0; i < Vec<float>::kRegisterLanes; ++i) r[i] = Float16(x[i]).bits;
   return r;

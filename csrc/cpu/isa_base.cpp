@@ -1,4 +1,8 @@
-// The kernels for every processor of the architecture. On x86-64 they use SSE2.
+// The kernels for every processor of the architecture. On x86-64 they use SSE2, and only processors without
+// AVX2 run them. So GCC compiles them with -O1: 13 % more instructions, in two thirds of the time.
+#if defined(__x86_64__) && !defined(__clang__)
+#pragma GCC optimize("O1")
+#endif
 namespace gradkernels::cpu {
 namespace {
 constexpr int kRegisterBytes = 16;

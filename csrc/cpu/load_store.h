@@ -61,14 +61,14 @@ GK_INLINE void store(scalar_t* target, AllLanes, Vec<opmath_t<scalar_t>> value) 
 
 // One element after the other, for processors without AVX-512. Not inlined, because every loop ends with one.
 template <typename T>
-__attribute__((noinline)) Vec<opmath_t<T>> load_elements(const T* source, int count, Vec<opmath_t<T>> fill) {
+GK_CALLED Vec<opmath_t<T>> load_elements(const T* source, int count, Vec<opmath_t<T>> fill) {
   T lane[Vec<opmath_t<T>>::kLanes];
   store(lane, fill);
   for (int i = 0; i < count; ++i) lane[i] = source[i];
   return load(lane);
 }
 template <typename T>
-__attribute__((noinline)) void store_elements(T* target, int count, Vec<opmath_t<T>> value) {
+GK_CALLED void store_elements(T* target, int count, Vec<opmath_t<T>> value) {
   T lane[Vec<opmath_t<T>>::kLanes];
   store(lane, value);
   for (int i = 0; i < count; ++i) target[i] = lane[i];

@@ -449,7 +449,7 @@ at::Tensor rrelu_backward(const at::Tensor& grad_y, const at::Tensor& mask, c10:
 
 }  // namespace meta
 
-void add_kernels(torch::Library& m) {
+void add_activation_kernels(torch::Library& m) {
   m.impl("leaky_relu", on_device<leaky_relu>);
   m.impl("leaky_relu_", on_device<leaky_relu_>);
   m.impl("leaky_relu_with_mask", on_device<leaky_relu_with_mask>);
@@ -483,9 +483,9 @@ void add_composites(torch::Library& m) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gradkernels, CPU, m) { add_kernels(m); }
+TORCH_LIBRARY_IMPL(gradkernels, CPU, m) { add_activation_kernels(m); }
 #if defined(GK_WITH_CUDA)
-TORCH_LIBRARY_IMPL(gradkernels, CUDA, m) { add_kernels(m); }
+TORCH_LIBRARY_IMPL(gradkernels, CUDA, m) { add_activation_kernels(m); }
 #endif
 
 TORCH_LIBRARY_IMPL(gradkernels, Meta, m) {

@@ -203,16 +203,16 @@ BatchNormActGradients batch_norm_act_backward_meta(const at::Tensor& grad_y, con
   return Backward(grad_y, x, mean, invstd, weight, bias, residual, mask, act, act_param, output_mask).gradients();
 }
 
-void add_kernels(torch::Library& m) {
+void add_batch_norm_act_kernels(torch::Library& m) {
   m.impl("batch_norm_act", on_device<batch_norm_act>);
   m.impl("batch_norm_act_backward", on_device<batch_norm_act_backward>);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gradkernels, CPU, m) { add_kernels(m); }
+TORCH_LIBRARY_IMPL(gradkernels, CPU, m) { add_batch_norm_act_kernels(m); }
 #if defined(GK_WITH_CUDA)
-TORCH_LIBRARY_IMPL(gradkernels, CUDA, m) { add_kernels(m); }
+TORCH_LIBRARY_IMPL(gradkernels, CUDA, m) { add_batch_norm_act_kernels(m); }
 #endif
 
 TORCH_LIBRARY_IMPL(gradkernels, Meta, m) {

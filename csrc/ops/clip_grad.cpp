@@ -121,7 +121,7 @@ void clip_grads_with_norm_meta(at::TensorList grads, double, const at::Tensor&) 
 
 void clip_grad_value_meta(at::TensorList grads, double) { check_tensors(grads); }
 
-void add_kernels(torch::Library& m) {
+void add_clip_grad_kernels(torch::Library& m) {
   m.impl("grad_norms", on_device<grad_norms>);
   m.impl("clip_grads_with_norm_", on_device<clip_grads_with_norm_>);
   m.impl("clip_grad_value_", on_device<clip_grad_value_>);
@@ -129,9 +129,9 @@ void add_kernels(torch::Library& m) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gradkernels, CPU, m) { add_kernels(m); }
+TORCH_LIBRARY_IMPL(gradkernels, CPU, m) { add_clip_grad_kernels(m); }
 #if defined(GK_WITH_CUDA)
-TORCH_LIBRARY_IMPL(gradkernels, CUDA, m) { add_kernels(m); }
+TORCH_LIBRARY_IMPL(gradkernels, CUDA, m) { add_clip_grad_kernels(m); }
 #endif
 
 TORCH_LIBRARY_IMPL(gradkernels, Meta, m) {
