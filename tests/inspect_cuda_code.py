@@ -91,7 +91,8 @@ def of_batch_norm() -> Iterator[Gate]:
             blocks = of_runs if not columns else 1 if element_bytes == 8 else 2
             packets = width > 1
             limits = {"threads": threads, "bytes": width * element_bytes if packets else PACKET_BYTES, "acts": True}
-            # Of what a thread keeps for each of its columns, some numbers are in local memory on sm_100.
+            # On sm_100, some of what a thread keeps across a tile of small packets is in local memory: its numbers for columns, or
+            # places.
             if element_bytes == 2 and width == 4:
                 limits["local"] = 16
             arguments = rf"{types}{width}, {str(columns).lower()}"
@@ -239,7 +240,7 @@ def successors_of(code: list[tuple[int, str]]) -> list[list[int]]:
 
 def moved_bytes(text: str, instruction: str) -> int:
     """By an access to global memory with this instruction, LDG or STG; 0 for another instruction."""
-    if not re.search(rf"\b{instruction}\b", text):
+    if instruction not in text or not re.search(rf"\b{instruction}\b", text):
         return 0
     width = re.search(r"\.(128|64|U16|S16|U8|S8)\b", text)
     return {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}[width.group(1)] if width else 4
