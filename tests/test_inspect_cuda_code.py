@@ -1,5 +1,7 @@
 """tests/inspect_cuda_code.py on a loop of machine code, which a kernel with faults would need a GPU compiler for."""
 
+import re
+
 import pytest
 
 import inspect_cuda_code
@@ -29,7 +31,15 @@ def ways_of(text):
 
 def test_the_path_that_moves_packets_and_masks():
     (way,) = ways_of(LOOP)
-    assert way == Way(instructions=8, load_bytes=16, store_bytes=16, loads_after_stores=1, strong_stores=0)
+    # The load behind the store is for the next iteration.
+    assert way == Way(instructions=8, load_bytes=16, store_bytes=16, loads_after_stores=0, strong_stores=0)
+
+
+def test_a_load_between_stores():
+    load, store = "LDG.E.U8 R8, desc[UR4][R2.64]", re.search(r"STG\S+ [^;]*;", LOOP)[0]
+    mask = re.search(rf"/\*(\w+)\*/ {re.escape(load)} ;\n", LOOP)
+    (way,) = ways_of(LOOP.replace(mask[0], f"{mask[0]}/*{int(mask[1], 16) + 4:04x}*/ {store}\n"))
+    assert (way.store_bytes, way.loads_after_stores) == (32, 1)
 
 
 def test_a_load_before_the_store_and_a_store_beyond_the_sm():
