@@ -19,8 +19,6 @@ namespace {
 constexpr int kThreads = 256;
 // Blocks that an SM holds at least, for kernels in which ptxas would otherwise move loads behind arithmetic.
 constexpr int kBlocks = 4;
-// Bytes that a thread loads before it uses the first of them. Measure with bench/bench_activation.py on a GPU.
-constexpr int kBytesInFlight = 64;
 
 // The packets of each input that a thread loads before it uses them, and the elements of a block.
 template <int W, int kInputs>

@@ -2,9 +2,29 @@
 // instruction widens an element of a bfloat16 pair, and one rounds two elements.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/launch.cuh"
 
 namespace gradkernels::cuda {
+
+// Rounds two elements, which become neighbours.
+__device__ __forceinline__ void round_pair(float first, float second, BFloat16* to) {
+#if defined(__CUDA_ARCH__)
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  __builtin_memcpy(to, &pair, sizeof(pair));
+#else
+  to[0] = BFloat16(first), to[1] = BFloat16(second);
+#endif
+}
+__device__ __forceinline__ void round_pair(float first, float second, Float16* to) {
+#if defined(__CUDA_ARCH__)
+  const __half2 pair = __floats2half2_rn(first, second);
+  __builtin_memcpy(to, &pair, sizeof(pair));
+#else
+  to[0] = Float16(first), to[1] = Float16(second);
+#endif
+}
 
 // W elements in the computing type.
 template <typename scalar_t, int W>
@@ -31,25 +51,13 @@ struct Values {
 
   __device__ __forceinline__ Packet<scalar_t, W> rounded() const {
     Packet<scalar_t, W> packet;
-#if defined(__CUDA_ARCH__)
     if constexpr (sizeof(scalar_t) == 2 && W % 2 == 0) {
-      uint32_t pair[W / 2];
 #pragma unroll
-      for (int i = 0; i < W; i += 2) {
-        if constexpr (std::is_same_v<scalar_t, BFloat16>) {
-          const __nv_bfloat162 two = __floats2bfloat162_rn(element[i], element[i + 1]);
-          __builtin_memcpy(&pair[i / 2], &two, sizeof(two));
-        } else {
-          const __half2 two = __floats2half2_rn(element[i], element[i + 1]);
-          __builtin_memcpy(&pair[i / 2], &two, sizeof(two));
-        }
-      }
-      __builtin_memcpy(&packet, pair, sizeof(pair));
-      return packet;
+      for (int i = 0; i < W; i += 2) round_pair(element[i], element[i + 1], &packet.element[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < W; ++i) packet.element[i] = static_cast<scalar_t>(element[i]);
     }
-#endif
-#pragma unroll
-    for (int i = 0; i < W; ++i) packet.element[i] = static_cast<scalar_t>(element[i]);
     return packet;
   }
 };
