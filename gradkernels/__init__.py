@@ -68,15 +68,15 @@ __all__ = [
     "swish",
 ]
 
-# Name -> the module to load. Loading it defines the package that it lies in, too.
+# Name -> the module to load, which has the name or is it.
 _AT_FIRST_USE = {
     "ConversionReport": "conversion.report",
     "Diagnosis": "diagnosis.diagnose",
     "GradientMonitor": "diagnosis.monitor",
-    "conversion": "conversion.fold",
+    "conversion": "conversion",
     "convert": "conversion.convert",
     "diagnose": "diagnosis.diagnose",
-    "diagnosis": "diagnosis.diagnose",
+    "diagnosis": "diagnosis",
     "fold": "conversion.fold",
     "init": "init",
     "revert": "conversion.convert",

@@ -47,6 +47,16 @@ assert gradkernels.init is init and not hasattr(gradkernels, "nothing")
     assert result.returncode == 0, result.stderr
 
 
+def test_packages_have_their_modules_when_they_are_imported_alone():
+    program = """
+import gradkernels.conversion, gradkernels.diagnosis
+gradkernels.conversion.convert.convert, gradkernels.conversion.fold.fold, gradkernels.conversion.report
+gradkernels.diagnosis.diagnose.diagnose, gradkernels.diagnosis.monitor.GradientMonitor
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 FUNCTIONAL, CLIPPING = torch.nn.functional, torch.nn.utils
 # Ours -> what it stands for: every argument of that, by its name, in its place and with its default, comes before those of our own.
 STANDS_FOR = {

@@ -9,3 +9,7 @@ Each file imports only from those before it in this list:
   themselves), rewrite.py, block.py (the class of a converted block).
 * Whole models: check.py, report.py, convert.py, fold.py (batch norms that go into weights, for inference).
 """
+
+from gradkernels.conversion import convert, fold
+
+__all__ = ["convert", "fold"]

@@ -8,3 +8,7 @@ monitor.py (GradientMonitor) reports a training. recorder.py records it in hooks
 forward_hooks.py in hooks of modules, and deferred.py keeps the numbers on their device. plots.py draws for
 both.
 """
+
+from gradkernels.diagnosis import diagnose, monitor
+
+__all__ = ["diagnose", "monitor"]
