@@ -52,13 +52,16 @@ def plan_of(tmp_path_factory):
         pytest.skip("there is no g++")
     library = tmp_path_factory.mktemp("cut") / "channel_cut.so"
     subprocess.run([compiler, *FLAGS, "-fPIC", "-shared", "tests/simt/channel_cut.cpp", "-o", library], cwd=ROOT, check=True)
-    function = ctypes.CDLL(str(library)).plan_of
+    cut = ctypes.CDLL(str(library))
 
-    def call(shape, element_bytes, operands=1, sums=True, residual=False, alignment=16, processors=PROCESSORS):
+    def call(shape, element_bytes, operands=1, sums=True, residual=False, masked=False, alignment=16, processors=PROCESSORS):
         values = (ctypes.c_int64 * len(fields(Plan)))()
-        function(*map(ctypes.c_int64, shape), element_bytes, alignment, operands, int(residual), int(sums), processors, values)
+        cut.plan_of(
+            *map(ctypes.c_int64, shape), element_bytes, alignment, operands, int(residual), int(masked), int(sums), processors, values
+        )
         return Plan(*values)
 
+    call.library = cut
     return call
 
 
@@ -88,8 +91,10 @@ def elements_of_parts(shape, plan):
     "shape", [(5, 3, 196), (3, 2, 49 * 3), (7, 20, 1), (33, 65, 1), (9, 12, 1), (6, 9, 49), (4, 3, 64), (200, 8, 7)], ids=str
 )
 def test_each_element_is_in_one_part(plan_of, shape, element_bytes):
-    for alignment in (16, 8, element_bytes):
-        plan = plan_of(shape, element_bytes, alignment=alignment, processors=2)
+    for alignment, masked in product((16, 8, element_bytes), (False, True)):
+        plan = plan_of(shape, element_bytes, masked=masked, alignment=alignment, processors=2)
+        # Threads that share a byte of the mask are neighbours.
+        assert not masked or plan.line_packets * plan.width % 8 == 0 == plan.threads * plan.width % 8
         assert plan.width * element_bytes <= max(alignment, element_bytes) and plan.threads <= plan.block_threads
         taken = list(elements_of_parts(shape, plan))
         assert len(taken) == len(set(taken)) == shape[0] * shape[1] * shape[2]
@@ -111,6 +116,19 @@ def test_shapes_of_networks_keep_a_gpu_busy(plan_of, name, layout, element_bytes
         assert plan.waves / -(-plan.waves // 1) >= 0.75 or plan.parts >= full // 1, (shape, plan)
         # The last block of a slab reads this, from L2, while nothing else may be left to do.
         assert not sums or plan.parts * plan.group_channels * 24 <= 256 << 10, (shape, plan)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_few_channels_leave_no_thread_idle(plan_of, channels):
+    plan = plan_of((802_816, channels, 1), 2)
+    assert plan.threads >= 0.98 * plan.block_threads and plan.line_packets * plan.width == channels
+
+
+def test_what_32_bits_cannot_count(plan_of):
+    can_cut = plan_of.library.can_cut
+    can_cut.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int]
+    assert can_cut(2**20, 64, 2**12, 0) and can_cut(2**20, 64, 2**8, 1) and can_cut(1, 1, 2**31 - 1, 1)
+    assert not can_cut(1, 1, 2**31, 0) and not can_cut(2**32, 1, 1, 1) and can_cut(2**32, 1, 1, 0)
 
 
 def table(plan_of):

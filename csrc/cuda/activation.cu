@@ -88,16 +88,11 @@ struct FetchNothing {
   __device__ __forceinline__ Nothing operator()(int64_t, int64_t) const { return {}; }
 };
 
-// Stores one bit for each element. One of the lanes that share a byte collects their bits and writes the
-// byte. Whole warps must call it.
+// Stores one bit for each element. Whole warps must call it.
 template <int W>
 __device__ __forceinline__ void store_bits(uint8_t* mask, int64_t first, int64_t valid, unsigned bits) {
-  constexpr int kLanes = W < 8 ? 8 / W : 1;
-  const int place = static_cast<int>(threadIdx.x) % kLanes;
-  bits <<= W * place;
-#pragma unroll
-  for (int distance = 1; distance < kLanes; distance *= 2) bits |= __shfl_xor_sync(kWholeWarp, bits, distance);
-  if (place == 0 && valid > 0) mask[first / 8] = static_cast<uint8_t>(bits);
+  bits = byte_of_bits<W>(bits);
+  if (first % 8 == 0 && valid > 0) mask[first / 8] = static_cast<uint8_t>(bits);
 }
 
 template <int W>

@@ -7,6 +7,7 @@
 #include "ops/batch_norm_act.h"
 
 #include <initializer_list>
+#include <stdexcept>
 #include <type_traits>
 
 #include "cuda/channel_sums.cuh"
@@ -527,7 +528,10 @@ using Width = std::integral_constant<int, kValue>;
 // Calls function(scalar_t(), width, columns) with the type, the elements of a packet and whether runs are short,
 // the latter two as integral_constants.
 template <typename Function>
-void visit_cut(DType dtype, const ChannelShape& shape, std::initializer_list<const void*> operands, const Function& function) {
+void visit_cut(DType dtype, const ChannelShape& shape, bool masked, std::initializer_list<const void*> operands, const Function& function) {
+  if (!can_cut(shape, masked)) {
+    throw std::runtime_error("batch_norm_act on CUDA: a channel of an image has at most 2^31 - 1 elements, and the mask 2^32 - 1 bytes");
+  }
   dispatch(dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     constexpr int kWhole = kPacketElements<scalar_t>;
@@ -545,16 +549,16 @@ void visit_cut(DType dtype, const ChannelShape& shape, std::initializer_list<con
 
 template <typename Function>
 void visit_cut(const BatchNormForward& p, const Function& function) {
-  visit_cut(p.dtype, p.shape, {p.x, p.residual, p.y}, function);
+  visit_cut(p.dtype, p.shape, p.mask != nullptr, {p.x, p.residual, p.y}, function);
 }
 template <typename Function>
 void visit_cut(const BatchNormBackward& p, const Function& function) {
-  visit_cut(p.dtype, p.shape, {p.grad_y, p.x, p.residual, p.grad_x, p.grad_residual}, function);
+  visit_cut(p.dtype, p.shape, p.mask != nullptr, {p.grad_y, p.x, p.residual, p.grad_x, p.grad_residual}, function);
 }
 
 template <typename scalar_t, int W>
-ChannelCut cut_of(const ChannelShape& shape, int operands, bool residual, Pass pass) {
-  return cut_for(shape, sizeof(scalar_t), W, operands, residual, pass, device_limits().processors);
+ChannelCut cut_here(const ChannelShape& shape, int operands, bool residual, bool masked, Pass pass) {
+  return cut_for(shape, sizeof(scalar_t), W, operands, residual, masked, pass, device_limits().processors);
 }
 
 // Whether two tensors do not fit into L2, so that what is written should leave it first.
@@ -565,10 +569,12 @@ bool exceeds_cache(DType dtype, const ChannelShape& shape) {
 // Whether a backward has anything to read or to write for a residual.
 bool has_residual(const BatchNormBackward& p) { return p.residual != nullptr || p.mask != nullptr || p.grad_residual != nullptr; }
 
-template <typename Shared>
-Launch as_launch(const ChannelCut& cut, bool columns, int number = 1) {
+// With `kNumber` times Shared in shared memory.
+template <typename Shared, int kNumber = 1>
+Launch as_launch(const ChannelCut& cut, bool columns) {
+  static_assert(kNumber * sizeof(Shared) <= kPlainSharedBytes, "more shared memory would have to be asked for");
   return {dim3(static_cast<unsigned>(cut.slabs * cut.parts)), dim3(static_cast<unsigned>(threads_of(cut.width, columns))),
-          sizeof(Shared) * number};
+          kNumber * sizeof(Shared)};
 }
 
 // Memory for the results that the blocks of a slab leave for the last one; empty if a slab has one block.
@@ -580,7 +586,7 @@ Partials<Found> partials(const ChannelCut& cut) {
 template <typename scalar_t, int W, bool kColumns>
 void launch_stats(const BatchNormForward& p, double* moments) {
   using opmath = opmath_t<scalar_t>;
-  const ChannelCut cut = cut_of<scalar_t, W>(p.shape, 1, false, Pass::kSums);
+  const ChannelCut cut = cut_here<scalar_t, W>(p.shape, 1, false, false, Pass::kSums);
   const auto of_parts = partials<PartMoments<opmath>>(cut);
   launch(batch_norm_act_stats_kernel<scalar_t, W, kColumns>, as_launch<ForwardShared<W, kColumns, opmath>>(cut, kColumns), p, cut, moments,
          of_parts.values(), of_parts.counters());
@@ -588,15 +594,15 @@ void launch_stats(const BatchNormForward& p, double* moments) {
 
 template <typename scalar_t, int W, bool kColumns, bool kResidual>
 void launch_normalise(const BatchNormForward& p) {
-  const ChannelCut cut = cut_of<scalar_t, W>(p.shape, 1, kResidual, Pass::kResults);
+  const ChannelCut cut = cut_here<scalar_t, W>(p.shape, 1, kResidual, p.mask != nullptr, Pass::kResults);
   launch(batch_norm_act_normalise_kernel<scalar_t, W, kColumns, kResidual>,
-         as_launch<math::Normalisation<opmath_t<scalar_t>>>(cut, kColumns, kMostGroupChannels), p, cut,
+         as_launch<math::Normalisation<opmath_t<scalar_t>>, kMostGroupChannels>(cut, kColumns), p, cut,
          p.training && exceeds_cache(p.dtype, p.shape));
 }
 
 template <typename scalar_t, int W, bool kColumns, bool kResidual>
 void launch_backward_reduce(const BatchNormBackward& p, double* sums) {
-  const ChannelCut cut = cut_of<scalar_t, W>(p.shape, 2, kResidual, Pass::kSums);
+  const ChannelCut cut = cut_here<scalar_t, W>(p.shape, 2, kResidual, p.mask != nullptr, Pass::kSums);
   const auto of_parts = partials<math::GradientSums>(cut);
   launch(batch_norm_act_backward_reduce_kernel<scalar_t, W, kColumns, kResidual>,
          as_launch<BackwardShared<W, kColumns, opmath_t<scalar_t>>>(cut, kColumns), p, cut, sums, of_parts.values(), of_parts.counters());
@@ -604,9 +610,9 @@ void launch_backward_reduce(const BatchNormBackward& p, double* sums) {
 
 template <typename scalar_t, int W, bool kColumns, bool kResidual>
 void launch_backward_elemt(const BatchNormBackward& p, const double* sums, const double* count) {
-  const ChannelCut cut = cut_of<scalar_t, W>(p.shape, 2, kResidual, Pass::kResults);
+  const ChannelCut cut = cut_here<scalar_t, W>(p.shape, 2, kResidual, p.mask != nullptr, Pass::kResults);
   launch(batch_norm_act_backward_elemt_kernel<scalar_t, W, kColumns, kResidual>,
-         as_launch<GradientCoefficients<opmath_t<scalar_t>>>(cut, kColumns, kMostGroupChannels), p, cut, sums, count,
+         as_launch<GradientCoefficients<opmath_t<scalar_t>>, kMostGroupChannels>(cut, kColumns), p, cut, sums, count,
          exceeds_cache(p.dtype, p.shape));
 }
 

@@ -1,12 +1,13 @@
-// How batch_norm_act on CUDA cuts a tensor into the work of blocks and threads. Host code without CUDA: the
-// tests call it too (tests/test_channel_cut.py).
+// How batch_norm_act on CUDA cuts a tensor into the work of blocks and threads. This file includes nothing of CUDA,
+// and the tests call it on the host (tests/test_channel_cut.py); kernels call its constexpr functions too, which
+// nvcc allows with the flags of torch.
 //
 //   tensor   rows x channels x inner (common/shape.h)
 //   slab     the channels whose statistics are computed together, in all rows: one channel if runs are long
 //            (inner >= kShortRunElements), otherwise a group of neighbouring channels
 //   line     the elements of a slab in one row: a channel's run, or the columns of the group
-//   packet   `width` neighbours of a line, which a thread moves at once; a line of packets is padded to whole
-//            bytes of the mask, and packets of a slab are counted line by line
+//   packet   `width` neighbours of a line, which a thread moves at once; with a mask, a line of packets is padded
+//            to whole bytes of it; packets of a slab are counted line by line
 //   part     what one block takes of a slab: of each `threads` packets in turn, every parts-th
 //
 //   Long runs, slab = channel 1:                        Short runs, slab = channels 0 to 3:
@@ -34,15 +35,15 @@ namespace gradkernels::cuda {
 #ifndef GK_BYTES_IN_FLIGHT
 #define GK_BYTES_IN_FLIGHT 64
 #endif
-#ifndef GK_SUMS_WAVES
-#define GK_SUMS_WAVES 1
+#ifndef GK_SUM_WAVES
+#define GK_SUM_WAVES 1
 #endif
-#ifndef GK_APPLY_WAVES
-#define GK_APPLY_WAVES 2
+#ifndef GK_RESULT_WAVES
+#define GK_RESULT_WAVES 2
 #endif
 constexpr int kBytesInFlight = GK_BYTES_IN_FLIGHT;
-constexpr int kSumsWaves = GK_SUMS_WAVES;
-constexpr int kApplyWaves = GK_APPLY_WAVES;
+constexpr int kSumWaves = GK_SUM_WAVES;
+constexpr int kResultWaves = GK_RESULT_WAVES;
 
 // Threads of a block. In short runs, larger blocks leave fewer results to merge, and if each thread has one
 // column, a line of eight channels has up to 504.
@@ -57,7 +58,8 @@ constexpr int kMostGroupChannels = 64;
 // there are many channels, so that there are fewer slabs.
 constexpr int kGroupColumns = 32;
 constexpr int64_t kManyColumns = 256;
-// The last block of a slab merges the results of its parts.
+// The last block of a slab merges the results of its parts: at most 256 KiB (tests/test_channel_cut.py), which take
+// about three microseconds by the speed of an SM's loads from L2.
 constexpr int64_t kMostParts = 320;
 // The last of several waves of blocks should not leave much of the GPU idle.
 constexpr double kFullWave = 0.96;
@@ -89,8 +91,9 @@ constexpr int packets_in_flight(int element_bytes, int width, int operands) {
   return packets < 1 ? 1 : packets < 8 / operands ? packets : 8 / operands;
 }
 
-// The blocks that an SM can hold, which limit the registers of a thread: an SM has 65,536. With 64 bytes in flight
-// for each of 704 to 1,024 threads, an SM waits for 44 to 64 KiB at a time.
+// The blocks that an SM can hold, which limit the registers of a thread: an SM has 65,536. An SM waits for 36 to
+// 64 KiB at a time, which docs/design/cuda.md has for each shape; for 16 KiB if packets are single elements of 16
+// bits.
 constexpr int blocks_of_processor(int element_bytes, int width, bool columns, bool residual) {
   if (element_bytes == 8) return columns ? 1 : 2;
   return columns ? 2 : width * element_bytes < 16 || residual ? 3 : 4;
@@ -127,8 +130,16 @@ inline int64_t group_of(const ChannelShape& shape) {
   return best;
 }
 
-// The cut in packets of `width`, without parts.
-inline ChannelCut cut_of(const ChannelShape& shape, int width) {
+// Whether the numbers of 32 bits below can count the packets of a line and the bytes of the mask.
+inline bool can_cut(const ChannelShape& shape, bool masked) {
+  const int64_t lines = shape.rows * (shape.inner < kShortRunElements ? 1 : shape.channels);
+  const int64_t line = shape.inner < kShortRunElements ? shape.channels * shape.inner : shape.inner;
+  return shape.inner <= INT32_MAX && (!masked || lines * divide_up(line, 8) <= UINT32_MAX);
+}
+
+// The cut in packets of `width`, without parts. masked: a line is padded to whole bytes of the mask, so that threads
+// that share one are neighbours.
+inline ChannelCut cut_of(const ChannelShape& shape, int width, bool masked) {
   ChannelCut cut{};
   cut.rows = shape.rows;
   cut.channels = shape.channels;
@@ -137,9 +148,9 @@ inline ChannelCut cut_of(const ChannelShape& shape, int width) {
   cut.width = width;
   const bool columns = shape.inner < kShortRunElements;
   cut.group_channels = columns ? static_cast<int>(group_of(shape)) : 1;
-  const int64_t bytes_of_line = divide_up(cut.group_channels * shape.inner, 8);
-  cut.mask_row_stride = columns ? divide_up(cut.row_stride, 8) : shape.channels * bytes_of_line;
-  cut.line_packets = static_cast<uint32_t>(bytes_of_line * 8 / width);
+  const int64_t line = cut.group_channels * shape.inner;
+  cut.mask_row_stride = columns ? divide_up(cut.row_stride, 8) : shape.channels * divide_up(line, 8);
+  cut.line_packets = static_cast<uint32_t>((masked ? round_up(line, 8) : round_up(line, width)) / width);
   cut.packets = shape.rows * cut.line_packets;
   cut.slabs = divide_up(shape.channels, cut.group_channels);
   const int threads = threads_of(width, columns);
@@ -183,11 +194,12 @@ inline ChannelCut in_waves(const ChannelCut& cut, int64_t resident, int64_t wave
 enum class Pass : uint8_t { kSums, kResults };
 
 // The cut of a pass that reads `operands` tensors, and those of a residual, on a GPU of `processors` SMs.
-inline ChannelCut cut_for(const ChannelShape& shape, int element_bytes, int width, int operands, bool residual, Pass pass, int processors) {
+inline ChannelCut cut_for(const ChannelShape& shape, int element_bytes, int width, int operands, bool residual, bool masked, Pass pass,
+                          int processors) {
   const bool columns = shape.inner < kShortRunElements, sums = pass == Pass::kSums;
   const int64_t resident = int64_t{blocks_of_processor(element_bytes, width, columns, residual)} * processors;
   const int packets = packets_in_flight(element_bytes, width, operands + residual);
-  return in_waves(cut_of(shape, width), resident, sums ? kSumsWaves : kApplyWaves, packets, sums ? kMostParts : INT32_MAX);
+  return in_waves(cut_of(shape, width, masked), resident, sums ? kSumWaves : kResultWaves, packets, sums ? kMostParts : INT32_MAX);
 }
 
 }  // namespace gradkernels::cuda

@@ -149,8 +149,8 @@ __device__ __forceinline__ T sum_of(const T (&x)[W]) {
 }
 
 // A thread's sums of a and of b c, one of each for each of its columns, or one in a long run. Elements of one
-// column are added up in the computing type and then in float64: those of a packet, in 16-bit types those of a
-// tile.
+// column are added up in the computing type and then in float64: those of a tile in 16-bit types and in packets of
+// columns, otherwise those of a packet.
 template <typename scalar_t, int W, bool kColumns>
 struct ThreadSums {
   using opmath = opmath_t<scalar_t>;
@@ -175,7 +175,7 @@ struct ThreadSums {
       tile_first[0] += sum_of<0, W>(a);
       tile_second[0] += sum_of<0, W / 2>(products);
     }
-    if constexpr (sizeof(scalar_t) > 2) end_tile();
+    if constexpr (sizeof(scalar_t) > 2 && !(kColumns && W > 1)) end_tile();
   }
   __device__ __forceinline__ void end_tile() {
 #pragma unroll

@@ -25,8 +25,7 @@ __device__ __forceinline__ Slab slab_of(const ChannelCut& cut, int64_t index) {
   return {first, channels, channels * cut.inner, first * cut.inner, first * cut.inner / 8};
 }
 
-// Where a packet lies, and whether it exists. 32 bits are enough for the mask: no GPU holds 2^35 elements of x,
-// residual and y.
+// Where a packet lies, and whether it exists. can_cut says why 32 bits are enough for the mask.
 struct At {
   int64_t element;
   uint32_t mask_byte;
@@ -36,7 +35,7 @@ struct At {
 // Walks the packets of one thread, one after the other, or from the last one back.
 template <int W, bool kColumns, bool kBack>
 class Walk {
-  // Whether a line is padded to whole bytes of the mask.
+  // Whether a line may be padded to whole bytes of the mask.
   static constexpr bool kPadded = !kColumns && W < 8;
 
  public:
@@ -93,23 +92,23 @@ class Walk {
     return at;
   }
 
-  // tile.load(at) and use(at, tile) for kTile packets at a time: at is an At[kTile]. prepare() is called once, when
+  // operands.load(at) and use(at, operands) for kTile packets at a time: at is an At[kTile]. prepare() is called once, when
   // the first packets are on their way. All threads of a block call the three equally often.
-  template <int kTile, typename Tile, typename Prepare, typename Use>
-  __device__ __forceinline__ void for_each_tile(Tile&& tile, const Prepare& prepare, const Use& use) {
+  template <int kTile, typename Operands, typename Prepare, typename Use>
+  __device__ __forceinline__ void for_each_tile(Operands&& operands, const Prepare& prepare, const Use& use) {
     At at[kTile];
     const auto step = [&] {
 #pragma unroll
       for (int i = 0; i < kTile; ++i) at[i] = next();
     };
     step();
-    tile.load(at);
+    operands.load(at);
     prepare();
     for (int done = kTile;; done += kTile) {
-      use(at, tile);
+      use(at, operands);
       if (done >= steps_) return;
       step();
-      tile.load(at);
+      operands.load(at);
     }
   }
 
@@ -145,16 +144,11 @@ __device__ __forceinline__ void write(scalar_t* y, const Values<scalar_t, W>& va
   }
 }
 
-// Writes the mask's bits of a packet. One of the threads that share a byte collects their bits. All threads of a
-// block must call it.
+// Writes the mask's bits of a packet. All threads of a block must call it.
 template <int W>
 __device__ __forceinline__ void store_bits(uint8_t* mask, const At& at, unsigned bits) {
-  constexpr int kLanes = 8 / W;
-  const int place = static_cast<int>(threadIdx.x) % kLanes;
-  bits = at.exists ? bits << (W * place) : 0u;
-#pragma unroll
-  for (int distance = 1; distance < kLanes; distance *= 2) bits |= __shfl_xor_sync(kWholeWarp, bits, distance);
-  if (place == 0 && at.exists) mask[at.mask_byte] = static_cast<uint8_t>(bits);
+  bits = byte_of_bits<W>(at.exists ? bits : 0u);
+  if (static_cast<int>(threadIdx.x) % (8 / W) == 0 && at.exists) mask[at.mask_byte] = static_cast<uint8_t>(bits);
 }
 
 template <int W>

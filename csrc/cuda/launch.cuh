@@ -27,6 +27,8 @@ namespace gradkernels::cuda {
 constexpr int kWarpThreads = 32;
 constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
 constexpr int kPacketBytes = 16;
+// A block may use this much shared memory without a request.
+constexpr size_t kPlainSharedBytes = 48 << 10;
 
 // The number of elements in a packet.
 template <typename scalar_t>

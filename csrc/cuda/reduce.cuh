@@ -31,11 +31,11 @@ __device__ __forceinline__ T from_lane_above(T value, int distance) {
   return value;
 }
 
-// Combines the values of the first kLanes lanes, a power of two. Only lane 0 gets the result.
-template <int kLanes = kWarpThreads, typename T, typename Combine>
+// Combines the values of a warp. Only lane 0 gets the result.
+template <typename T, typename Combine>
 __device__ __forceinline__ T warp_reduce(T value, const Combine& combine) {
 #pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) value = combine(value, from_lane_above(value, distance));
+  for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) value = combine(value, from_lane_above(value, distance));
   return value;
 }
 

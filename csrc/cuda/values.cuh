@@ -62,4 +62,15 @@ struct Values {
   }
 };
 
+// A byte of a mask from the bits of W neighbours each: those of the threads that share a byte, which the first of them
+// writes. Whole warps must call it.
+template <int W>
+__device__ __forceinline__ unsigned byte_of_bits(unsigned bits) {
+  constexpr int kLanes = W < 8 ? 8 / W : 1;
+  bits <<= W * (static_cast<int>(threadIdx.x) % kLanes);
+#pragma unroll
+  for (int distance = 1; distance < kLanes; distance *= 2) bits |= __shfl_xor_sync(kWholeWarp, bits, distance);
+  return bits;
+}
+
 }  // namespace gradkernels::cuda
