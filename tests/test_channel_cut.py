@@ -3,63 +3,25 @@ what the cut of the shapes of bench_cuda.py leaves in flight, idle and to be mer
 docs/design/cuda.md is made here.
 """
 
-import ctypes
 import shutil
-import subprocess
-from dataclasses import dataclass, fields
 from itertools import product
-from pathlib import Path
 
 import pytest
 
+import channel_cut
 from bench_cuda import SHAPES
-from simt_library import FLAGS, ROOT
 
-# An H200.
-PROCESSORS = 132
 # A pass: its name, how many tensors it reads, and whether it is one for sums.
 PASSES = {"stats": (1, True), "normalise": (1, False), "backward_reduce": (2, True), "backward_elemt": (2, False)}
 LONG_RUN = 64
 
 
-@dataclass
-class Plan:
-    width: int
-    blocks_of_processor: int
-    block_threads: int
-    threads: int
-    packets_in_flight: int
-    slabs: int
-    group_channels: int
-    parts: int
-    lanes: int
-    line_packets: int
-    packets: int
-
-    @property
-    def blocks(self):
-        return self.slabs * self.parts
-
-    @property
-    def waves(self):
-        return self.blocks / (self.blocks_of_processor * PROCESSORS)
-
-
 @pytest.fixture(scope="module")
-def plan_of(tmp_path_factory):
+def plan_of():
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("there is no g++")
-    library = tmp_path_factory.mktemp("cut") / "channel_cut.so"
-    subprocess.run([compiler, *FLAGS, "-fPIC", "-shared", "tests/simt/channel_cut.cpp", "-o", library], cwd=ROOT, check=True)
-    function = ctypes.CDLL(str(library)).plan_of
-
-    def call(shape, element_bytes, operands=1, sums=True, residual=False, alignment=16, processors=PROCESSORS):
-        values = (ctypes.c_int64 * len(fields(Plan)))()
-        function(*map(ctypes.c_int64, shape), element_bytes, alignment, operands, int(residual), int(sums), processors, values)
-        return Plan(*values)
-
-    return call
+    return channel_cut.compiled_by(compiler)
 
 
 def in_layout(shape, layout):
@@ -125,4 +87,4 @@ def table(plan_of):
 
 
 def test_the_table_of_the_documentation(plan_of):
-    assert table(plan_of) in (Path(ROOT) / "docs/design/cuda.md").read_text(), table(plan_of)
+    assert table(plan_of) in (channel_cut.ROOT / "docs/design/cuda.md").read_text(), table(plan_of)
