@@ -1,9 +1,11 @@
 """On a GPU: the time of each kernel by itself, from torch's profiler, with a cold L2 cache.
 
 What a kernel's design predicts is a time without launches, gaps and Python; bench_cuda.py has what a call costs. Each case is measured as
-gradkernels and as torch do it. Least traffic, E = bytes of x: 2E forward, 3E backward; the share in parentheses is the time that a copy of
-2 GiB takes for this traffic, of the time measured. Batch norm in training reads up to E more forward and 2E more backward: what its second
-pass reads again and the cache has not kept. A line of JSON is written after each case.
+gradkernels and as torch do it. The share in parentheses is the time that a copy of 2 GiB takes for the least traffic, of the time measured.
+Least traffic, E = bytes of x: 2E forward and 3E backward; leaky_relu and rrelu, whose backward reads a mask of one bit an element instead
+of x, 2E + E/32 each (E/16 in 16-bit types); clipping that clips 3E, and clipping that need not clip E, of gradients of E bytes. Batch norm
+in training reads up to E more forward and 2E more backward: what its second pass reads again and the cache has not kept. A line of JSON is
+written after each case.
 """
 
 import argparse
@@ -14,11 +16,10 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -30,10 +31,17 @@ from harness import EAGER, OURS, copy_of, gk
 CALLS_BEFORE, CALLS = 2, 5
 ELEMENTWISE_BYTES = 64 << 20
 CLIPPED = {"ResNet-50, bfloat16": [(2048, 512)] * 20 + [(256,)] * 100, "1,000 tensors of 256": [(256,)] * 1000}
-# Name of a kernel in a table.
-NAME_CHARACTERS = 44
+MASKED = ("leaky_relu", "rrelu")
 
 Calls = dict[str, Callable[[], Any]]
+
+
+class Measured(NamedTuple):
+    """A case: the bytes of its tensor, the least bytes that each part moves, and the calls of each provider, by part."""
+
+    bytes: int
+    least: dict[str, int]
+    providers: dict[str, Calls]
 
 
 def kernels_of(call: Callable[[], Any], flush: Callable[[], Any]) -> dict[str, float]:
@@ -63,7 +71,7 @@ def kernels_of(call: Callable[[], Any], flush: Callable[[], Any]) -> dict[str, f
     }
 
 
-def batch_norm_calls(shape: tuple[int, ...], channels_last: bool, act: str, dtype: torch.dtype) -> tuple[Tensor, dict[str, Calls]]:
+def batch_norm_calls(shape: tuple[int, ...], channels_last: bool, act: str, dtype: torch.dtype) -> Measured:
     """Forward and backward of each provider, in training."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     x, grad_y = (torch.randn(shape).to(dtype, memory_format=memory_format) for _ in range(2))
@@ -75,17 +83,17 @@ def batch_norm_calls(shape: tuple[int, ...], channels_last: bool, act: str, dtyp
         OURS: lambda *statistics: gk.batch_norm_act(x, *statistics, weight, bias, True, 0.1, 1e-5, act=act),
         EAGER: lambda *statistics: ACTS[act](F.batch_norm(x, *statistics, weight, bias, True, 0.1, 1e-5)),
     }
-    calls: dict[str, Calls] = {
+    providers: dict[str, Calls] = {
         name: {
             "forward": partial(forward, *running),
             "backward": partial(torch.autograd.grad, forward(*recorded), leaves, grad_y, retain_graph=True),
         }
         for name, forward in forwards.items()
     }
-    return x.detach(), calls
+    return Measured(x.nbytes, {"forward": 2 * x.nbytes, "backward": 3 * x.nbytes}, providers)
 
 
-def activation_calls(name: str, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> tuple[Tensor, dict[str, Calls]]:
+def activation_calls(name: str, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> Measured:
     """Forward and backward of each provider; with a shape, its last dimension has a parameter for each channel."""
     x = torch.randn(shape or (ELEMENTWISE_BYTES // dtype.itemsize,)).to(dtype)
     if shape and len(shape) == 4:
@@ -95,26 +103,30 @@ def activation_calls(name: str, dtype: torch.dtype, shape: tuple[int, ...] | Non
     leaves = [each.requires_grad_() for each in (x, *parameters)]
     ours, eager, _ = FUNCTIONS[name]
     forwards = {OURS: partial(ours, *leaves), EAGER: partial(eager, *leaves)}
-    return x.detach(), {
+    mask_bytes = x.numel() // 8 if name in MASKED else 0
+    least = {"forward": 2 * x.nbytes + mask_bytes, "backward": 2 * x.nbytes + mask_bytes if mask_bytes else 3 * x.nbytes}
+    providers: dict[str, Calls] = {
         provider: {"forward": forward, "backward": partial(torch.autograd.grad, forward(), leaves, grad_y, retain_graph=True)}
         for provider, forward in forwards.items()
     }
+    return Measured(x.nbytes, least, providers)
 
 
-def clipping_calls(shapes: list[tuple[int, ...]]) -> tuple[Tensor, dict[str, Calls]]:
+def clipping_calls(shapes: list[tuple[int, ...]]) -> Measured:
     parameters = [torch.nn.Parameter(torch.randn(shape).bfloat16()) for shape in shapes]
     for each in parameters:
         each.grad = torch.randn_like(each)
-    grads = torch.cat([each.grad.flatten() for each in parameters])
+    grad_bytes = sum(each.nbytes for each in parameters)
     # Each call clips what the one before has left.
     norms = (0.5**i for i in itertools.count())
-    return grads, {
+    providers: dict[str, Calls] = {
         name: {"clips": lambda clip=clip: clip(parameters, next(norms)), "need not": partial(clip, parameters, 1e9)}
         for name, clip in ((OURS, gk.clip_grad_norm_), (EAGER, torch.nn.utils.clip_grad_norm_))
     }
+    return Measured(grad_bytes, {"clips": 3 * grad_bytes, "need not": grad_bytes}, providers)
 
 
-def cases() -> Iterator[tuple[str, Callable[[], tuple[Tensor, dict[str, Calls]]]]]:
+def cases() -> Iterator[tuple[str, Callable[[], Measured]]]:
     for dtype in (torch.bfloat16, torch.float32):
         for shape in SHAPES:
             act = "swish" if shape in SWISH_SHAPES else "leaky_relu"
@@ -154,16 +166,15 @@ def main() -> None:
                 left_out += 1
                 continue
             try:
-                x, providers = make()
-                row: dict[str, Any] = {"case": name, "bytes": x.nbytes, "copy_bytes_per_us": bytes_per_us}
+                case = make()
+                row: dict[str, Any] = {"case": name, "bytes": case.bytes, "least_bytes": case.least, "copy_bytes_per_us": bytes_per_us}
                 said = []
                 for provider in options.providers:
-                    for part, call in providers.get(provider, {}).items():
+                    for part, call in case.providers.get(provider, {}).items():
                         kernels = kernels_of(call, flush)
                         row[f"{provider}, {part}"] = kernels
-                        least = (3 if part in ("backward", "clips") else 2) * x.nbytes / bytes_per_us
                         total = sum(kernels.values())
-                        said.append(f"{provider[:2]}{part[0]} {total:.1f} ({least / total:.0%})")
+                        said.append(f"{provider[:2]}{part[0]} {total:.1f} ({case.least[part] / bytes_per_us / total:.0%})")
                 print(f"{name}: {'; '.join(said)}", flush=True)
             except Exception as error:
                 row = {"case": name, "failed": f"{type(error).__name__}: {error}"}

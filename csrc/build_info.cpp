@@ -1,5 +1,5 @@
-// The only file that is compiled again after every commit: module.cpp takes half a minute. build_stamp.h is
-// written by setup.py.
+// Compiled again after every commit, as device.cpp is with CUDA, and nothing else: module.cpp takes half a
+// minute. build_stamp.h is written by setup.py.
 #include "build_info.h"
 
 #include "build_stamp.h"

@@ -1,8 +1,9 @@
 """Gradients as one vector: its norm, clipping by norm and by value, and a report on each parameter.
 
-One pass reads every gradient once and sums in float64. Gradients that need no clipping are not written.
-torch's functions do the whole call if the kernels do not support it (other norms, dtypes, layouts, devices).
-For DTensors the kernels compute on the local shards (sharded.py).
+One pass reads every gradient once and sums in float64 (16-bit gradients on a GPU by eights in float32 first).
+Gradients that need no clipping are not written. torch's functions do the whole call if the kernels do not
+support it (other norms, dtypes, layouts, devices). For DTensors the kernels compute on the local shards
+(sharded.py).
 """
 
 import math
@@ -34,10 +35,10 @@ def clip_grad_norm_(
         g = g min(1, max_norm / (total_norm + 1e-6))
 
     A total norm of nan makes every gradient nan, and inf makes gradients 0 or nan, as in torch. Norm and
-    coefficient are computed in float64. So gradients are clipped correctly where torch's norm overflows or
-    vanishes: float32 gradients from about 1e19 on, and float16 gradients with a norm above 65504. The
-    returned norm is rounded to the dtype of the gradients, and may be inf there. error_if_nonfinite checks
-    the norm before rounding.
+    coefficient are computed in float64, except that a GPU adds eight terms of 16-bit gradients in float32
+    first. So gradients are clipped correctly where torch's norm overflows or vanishes: float32 gradients
+    from about 1e19 on, and float16 gradients with a norm above 65504. The returned norm is rounded to the
+    dtype of the gradients, and may be inf there. error_if_nonfinite checks the norm before rounding.
 
     Args:
         parameters: a tensor, an iterable of tensors, a module, or (name, parameter) pairs. Parameters without

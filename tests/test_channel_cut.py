@@ -3,66 +3,30 @@ what the cut of the shapes of bench_cuda.py leaves in flight, idle and to be mer
 docs/design/cuda.md is made here.
 """
 
-import ctypes
 import shutil
-import subprocess
-from dataclasses import dataclass, fields
 from itertools import product
-from pathlib import Path
 
 import pytest
 
+import channel_cut
 from bench_cuda import SHAPES
-from simt_library import FLAGS, ROOT
 
-# An H200.
-PROCESSORS = 132
 # A pass: its name, how many tensors it reads, and whether it is one for sums.
 PASSES = {"stats": (1, True), "normalise": (1, False), "backward_reduce": (2, True), "backward_elemt": (2, False)}
 LONG_RUN = 64
 
 
-@dataclass
-class Plan:
-    width: int
-    blocks_of_processor: int
-    block_threads: int
-    threads: int
-    packets_in_flight: int
-    slabs: int
-    group_channels: int
-    parts: int
-    lanes: int
-    line_packets: int
-    packets: int
-
-    @property
-    def blocks(self):
-        return self.slabs * self.parts
-
-    @property
-    def waves(self):
-        return self.blocks / (self.blocks_of_processor * PROCESSORS)
-
-
 @pytest.fixture(scope="module")
-def plan_of(tmp_path_factory):
+def cut():
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("there is no g++")
-    library = tmp_path_factory.mktemp("cut") / "channel_cut.so"
-    subprocess.run([compiler, *FLAGS, "-fPIC", "-shared", "tests/simt/channel_cut.cpp", "-o", library], cwd=ROOT, check=True)
-    cut = ctypes.CDLL(str(library))
+    return channel_cut.ChannelCut(compiler)
 
-    def call(shape, element_bytes, operands=1, sums=True, residual=False, masked=False, alignment=16, processors=PROCESSORS):
-        values = (ctypes.c_int64 * len(fields(Plan)))()
-        cut.plan_of(
-            *map(ctypes.c_int64, shape), element_bytes, alignment, operands, int(residual), int(masked), int(sums), processors, values
-        )
-        return Plan(*values)
 
-    call.library = cut
-    return call
+@pytest.fixture
+def plan_of(cut):
+    return cut.plan_of
 
 
 def in_layout(shape, layout):
@@ -124,11 +88,9 @@ def test_few_channels_leave_no_thread_idle(plan_of, channels):
     assert plan.threads >= 0.98 * plan.block_threads and plan.line_packets * plan.width == channels
 
 
-def test_what_32_bits_cannot_count(plan_of):
-    can_cut = plan_of.library.can_cut
-    can_cut.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int]
-    assert can_cut(2**20, 64, 2**12, 0) and can_cut(2**20, 64, 2**8, 1) and can_cut(1, 1, 2**31 - 1, 1)
-    assert not can_cut(1, 1, 2**31, 0) and not can_cut(2**32, 1, 1, 1) and can_cut(2**32, 1, 1, 0)
+def test_what_32_bits_cannot_count(cut):
+    assert cut.can_cut((2**20, 64, 2**12), False) and cut.can_cut((2**20, 64, 2**8), True) and cut.can_cut((1, 1, 2**31 - 1), True)
+    assert not cut.can_cut((1, 1, 2**31), False) and not cut.can_cut((2**32, 1, 1), True) and cut.can_cut((2**32, 1, 1), False)
 
 
 def table(plan_of):
@@ -143,4 +105,4 @@ def table(plan_of):
 
 
 def test_the_table_of_the_documentation(plan_of):
-    assert table(plan_of) in (Path(ROOT) / "docs/design/cuda.md").read_text(), table(plan_of)
+    assert table(plan_of) in (channel_cut.ROOT / "docs/design/cuda.md").read_text(), table(plan_of)

@@ -1,6 +1,7 @@
 """tests/inspect_cuda_code.py on a loop of machine code, which a kernel with faults would need a GPU compiler for."""
 
 import re
+import shutil
 
 import pytest
 
@@ -74,11 +75,33 @@ def test_a_way_for_each_activation_leaves_out_no_packet(monkeypatch):
 
 def test_local_memory_in_a_loop(monkeypatch):
     for most, faults in ((1, []), (0, ["accesses local memory 1 times in a loop, more than 0"])):
-        monkeypatch.setattr(inspect_cuda_code, "GATES", (Gate("some_kernel", 4, local=most),))
+        monkeypatch.setattr(inspect_cuda_code, "GATES", (Gate("some_kernel", 4, local={"sm_90": most}),))
         monkeypatch.setattr(inspect_cuda_code, "BUDGETS", ())
         kernel = Kernel("sm_90", "some_kernel")
         inspect_cuda_code.inspect_code(kernel, inspect_cuda_code.instructions(ACTIVATIONS))
         assert list(inspect_cuda_code.faults_of(kernel)) == faults
+
+
+def test_loads_between_stores_need_no_row_in_budgets(monkeypatch):
+    monkeypatch.setattr(inspect_cuda_code, "BUDGETS", ())
+    way = Way(instructions=8, load_bytes=16, store_bytes=16, loads_after_stores=2, strong_stores=0)
+    for most, faults in ((2, []), (1, ["has 2 loads after a store in hot code, more than 1"])):
+        monkeypatch.setattr(inspect_cuda_code, "GATES", (Gate("some_kernel", 4, loads_after_stores=most),))
+        assert list(inspect_cuda_code.faults_of(Kernel("sm_90", "some_kernel", ways=[way]))) == faults
+
+
+def test_the_limits_of_batch_norm_are_those_of_its_cut():
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++")
+    found = {}
+    for name in ("stats_kernel<BFloat16, 8, false>", "stats_kernel<BFloat16, 4, true>", "normalise_kernel<double, 1, true, true>"):
+        gate = Kernel("sm_90", f"batch_norm_act_{name}").gate
+        found[name.partition("<")[2]] = (gate.threads, gate.blocks, gate.bytes, gate.loads, gate.stores)
+    assert found == {
+        "BFloat16, 8, false>": (256, 4, 16, True, False),
+        "BFloat16, 4, true>": (352, 2, 8, True, False),
+        "double, 1, true, true>": (512, 1, 16, False, False),
+    }
 
 
 @pytest.mark.parametrize(
@@ -87,7 +110,7 @@ def test_local_memory_in_a_loop(monkeypatch):
 )
 def test_faults(monkeypatch, registers, most, faults):
     monkeypatch.setattr(inspect_cuda_code, "GATES", (Gate("some_kernel", 4),))
-    monkeypatch.setattr(inspect_cuda_code, "BUDGETS", (Budget("some_kernel", most, 16, loads_after_stores=True),))
+    monkeypatch.setattr(inspect_cuda_code, "BUDGETS", (Budget("some_kernel", most, 16),))
     ways = ways_of(LOOP)
     found = list(inspect_cuda_code.faults_of(Kernel("sm_90", "some_kernel", registers, ways=ways)))
     assert len(found) == len(faults) and all(map(str.startswith, found, faults)), found

@@ -1,7 +1,7 @@
 """The CUDA kernels of batch_norm_act, run on the host (tests/simt): the bounds of the operators, every seam.
 
 A tensor here is (rows, channels, inner). For (N, C, *, *) inner is the number of pixels of an image, for
-channels_last and (N, C) it is 1. The simulated GPU runs eight blocks at once.
+channels_last and (N, C) it is 1. The simulated GPU runs 2 to 8 blocks at once.
 """
 
 import itertools
@@ -21,9 +21,9 @@ pytestmark = pytest.mark.slow
 
 # From this length on, the kernels process each run of a channel by itself (csrc/common/shape.h).
 LONG_RUN = 64
-# (rows, channels, inner). A block has 256 threads in long runs, 512 in short ones. A thread takes packets of 1 to
-# 8 elements, up to 8 of them before it sums. Rows that are not whole packets, or not whole bytes of the mask;
-# groups of channels that are not full.
+# (rows, channels, inner). A block has 256 threads in long runs; in short ones 352 if packets have several columns, and
+# 512 for single elements. A thread takes packets of 1 to 8 elements, up to 8 of them before it sums. Rows that are not
+# whole packets, or not whole bytes of the mask; groups of channels that are not full.
 SHAPES = [
     *[(2, 1, 1), (3, 3, 1), (9, 64, 1), (5, 65, 1), (33, 8, 1), (257, 64, 1), (1025, 65, 1), (700, 100, 1), (67, 12, 1), (3000, 20, 1)],
     *[(2, 3, 2), (5, 65, 7), (4, 3, 49), (6, 8, 49), (3, 65, 49), (65, 9, 16), (2, 5, 63)],
@@ -39,6 +39,8 @@ SHAPES = [
         (2, 1, 8193),
         (9, 1, 3136),
         (5, 3, 196),
+        # Several parts of 8-byte packets, in lines that are padded to bytes of the mask.
+        (90, 1, 196),
         (40, 2, 100),
     ],
 ]

@@ -21,7 +21,7 @@ struct DeviceLimits {
   int64_t l2_bytes;
 };
 
-// The limits of the current device, read once for each device. Their address identifies the device.
+// The limits of the current device, read once for each device.
 const DeviceLimits& device_limits();
 
 // Memory for one call from torch's allocator, on the current stream; null for 0 bytes. It may be freed while

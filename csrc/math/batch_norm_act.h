@@ -193,8 +193,9 @@ GK_HOST_DEVICE Normalisation<scalar_t> normalisation(double mean, double invstd,
 
 // The sums over a channel that every gradient needs: S1 = sum dz and S2 = sum dz (x - mean), where dz is the
 // gradient at the output of the normalisation. grad_bias = S1, grad_weight = invstd S2. A term is a product
-// in the computing type, and eight terms are added up in that type: float32 terms of 2^125 and more may give
-// inf. The gradients of the channel are then inf too, as in torch.
+// in the computing type, and eight terms (on a GPU in 16 bits up to 16, those of a tile) are added up in that
+// type: float32 terms of 2^125 (2^124) and more may give inf. The gradients of the channel are then inf too, as
+// in torch.
 struct GradientSums {
   double dz;
   double dz_x;

@@ -6,7 +6,7 @@
 using namespace gradkernels;
 
 // How a pass that reads `operands` tensors, and merges sums or does not, is run on a GPU of `processors` SMs, as `Plan` of
-// tests/test_channel_cut.py.
+// tests/channel_cut.py.
 extern "C" void plan_of(int64_t rows, int64_t channels, int64_t inner, int element_bytes, int alignment, int operands, int residual,
                         int masked, int sums, int processors, int64_t* plan) {
   const ChannelShape shape{rows, channels, inner};
