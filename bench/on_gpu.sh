@@ -11,6 +11,7 @@ cd "$(dirname "$0")/.." || exit
 readonly PARTS="build smoke profile test bench suite sanitize"
 # Of a call, in seconds: a part that is stopped has 20 more to report.
 readonly ENDS=${ENDS:-330}
+[[ $ENDS =~ ^[0-9]+$ ]] || { echo "on_gpu.sh: ENDS is a number of seconds, not $ENDS" && exit 2; }
 STARTED=$(date +%s)
 PYTHON=${PYTHON:-$(command -v python3 || echo python)}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
@@ -71,7 +72,9 @@ nvidia-smi --query-gpu=name,driver_version,clocks.max.memory --format=csv,nohead
 architectures=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -u | paste -sd ';')
 for name in "$@"; do
   case $name in
-    smoke) part smoke 60 "$PYTHON" -m pytest -q -rfE tests/test_on_gpu.py -k "a_little or two_passes or waits or replays" ;;
+    # Tests that are skipped show nothing.
+    smoke) part smoke 60 bash -c 'set -o pipefail; "$@" | tee build/on_gpu/smoke.log && ! grep -q " skipped" build/on_gpu/smoke.log' - \
+      "$PYTHON" -m pytest -q -rfE tests/test_on_gpu.py -k "a_little or two_passes or waits or replays" ;;
     profile) part profile 150 "$PYTHON" bench/profile_cuda.py --seconds 120 --out build/on_gpu/profile.json ;;
     test) part "test on a GPU" 150 "$PYTHON" -m pytest -q -rfE --junitxml=build/on_gpu/tests.xml tests/test_on_gpu.py ;;
     bench) part bench 270 "$PYTHON" bench/suite.py --only cuda --out bench/results ;;

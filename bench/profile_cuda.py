@@ -148,8 +148,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON, a line for each case")
     parser.add_argument("--seconds", type=float, default=120, metavar="N", help="cases that would begin later are left out")
     parser.add_argument("--only", nargs="*", default=[""], metavar="TEXT", help="the cases whose names contain one of these")
-    parser.add_argument("--providers", nargs="*", default=[OURS, EAGER], metavar="NAME")
+    parser.add_argument("--providers", nargs="*", default=[OURS, EAGER], choices=[OURS, EAGER])
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("profile_cuda: torch finds no GPU here, so that nothing is measured")
+    chosen = [(name, make) for name, make in cases() if any(text in name for text in options.only)]
+    if not chosen:
+        raise SystemExit(f"profile_cuda: no case has {' or '.join(options.only)} in its name")
     ends = time.monotonic() + options.seconds
     torch.manual_seed(0)
     torch.set_default_device("cuda")
@@ -157,11 +162,9 @@ def main() -> None:
     bytes_per_us = 2 * HEADER_COPY_BYTES / statistics.median(milliseconds(copy_of(HEADER_COPY_BYTES))) / 1e3
     options.out.parent.mkdir(parents=True, exist_ok=True)
     print(f"copy of 2 GiB: {bytes_per_us / 1e3:.0f} GB/s")
-    left_out = 0
+    left_out = failed = 0
     with options.out.open("w") as file:
-        for name, make in cases():
-            if not any(text in name for text in options.only):
-                continue
+        for name, make in chosen:
             if time.monotonic() > ends:
                 left_out += 1
                 continue
@@ -177,11 +180,14 @@ def main() -> None:
                         said.append(f"{provider[:2]}{part[0]} {total:.1f} ({case.least[part] / bytes_per_us / total:.0%})")
                 print(f"{name}: {'; '.join(said)}", flush=True)
             except Exception as error:
+                failed += 1
                 row = {"case": name, "failed": f"{type(error).__name__}: {error}"}
                 print(f"{name}: {row['failed'][:300]}", flush=True)
             file.write(json.dumps(row) + "\n")
             file.flush()
-    print(f"{left_out} cases left out for lack of time")
+    print(f"{len(chosen)} cases: {left_out} left out for lack of time, {failed} failed")
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ case "$*" in
   *is_available*) exit ${AVAILABLE:-0} ;;
   *setup.py*) exit ${BUILD:-0} ;;
   *profile_cuda.py*) echo measured > build/on_gpu/profile.json; trap '' INT; [ -z "${HANGS:-}" ] || sleep 60 ;;
-  *pytest*) echo tested > build/on_gpu/tests.xml ;;
+  *pytest*) echo tested > build/on_gpu/tests.xml; echo "${SAYS:-8 passed}" ;;
 esac
 """
 
@@ -49,7 +49,7 @@ def test_the_parts_that_decide_most_come_first(run):
     done, calls, files = run()
     assert done.returncode == 0 and "failed: nothing" in done.stdout, done.stdout + done.stderr
     places = [calls.index(part) for part in ("setup.py", "-k a_little", "profile_cuda.py", "--junitxml")]
-    assert places == sorted(places) and files == {"profile.json", "tests.xml"}
+    assert places == sorted(places) and files == {"profile.json", "smoke.log", "tests.xml"}
 
 
 def test_nothing_runs_after_a_failed_build(run):
@@ -62,7 +62,17 @@ def test_without_torchs_gpu_nothing_passes(run):
     assert done.returncode == 1 and "torch finds no GPU" in done.stdout and "pytest" not in calls
 
 
+def test_a_smoke_test_that_is_skipped_fails(run):
+    done, _, _ = run("smoke", SAYS="8 skipped, 109 deselected")
+    assert done.returncode == 1 and "failed: smoke" in done.stdout
+
+
+def test_a_limit_that_is_no_number_is_refused(run):
+    done, calls, _ = run(ENDS="soon")
+    assert done.returncode == 2 and "ENDS is a number of seconds, not soon" in done.stdout and not calls
+
+
 def test_a_part_that_hangs_is_stopped_and_what_was_written_is_kept(run):
     done, _, files = run("smoke", "profile", "test", HANGS="1", ENDS="2", KILL_AFTER="1")
     assert done.returncode == 1 and "failed: profile, test on a GPU" in done.stdout, done.stdout
-    assert files == {"profile.json", "tests.xml"}
+    assert files == {"profile.json", "smoke.log", "tests.xml"}
