@@ -39,7 +39,7 @@ namespace gradkernels::cuda {
 #define GK_SUM_WAVES 1
 #endif
 #ifndef GK_RESULT_WAVES
-#define GK_RESULT_WAVES 2
+#define GK_RESULT_WAVES 1
 #endif
 constexpr int kBytesInFlight = GK_BYTES_IN_FLIGHT;
 constexpr int kSumWaves = GK_SUM_WAVES;
