@@ -634,7 +634,7 @@ void with_packet(DType dtype, int bytes, const Function& function) {
 // The launch of an elementwise kernel over `count` elements.
 template <int W, int kInputs>
 Launch over(int64_t count) {
-  return {dim3(static_cast<unsigned>((count + kTileElements<W, kInputs> - 1) / kTileElements<W, kInputs>)), kThreads};
+  return {dim3(static_cast<unsigned>(divide_up(count, kTileElements<W, kInputs>))), kThreads};
 }
 
 }  // namespace
