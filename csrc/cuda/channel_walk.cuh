@@ -119,16 +119,18 @@ class Walk {
   int steps_, mine_, at_step_;
 };
 
-// The packets of a tile of one operand; those that do not exist are not defined.
+// The packets of a tile of one operand; those that do not exist are not defined. They are kept in words: of a packet that
+// may not be loaded, the compiler would move each element of 16 bits by itself.
 template <typename scalar_t, int W, int kTile>
 struct Tile {
+  using Word = std::conditional_t<sizeof(Packet<scalar_t, W>) % 4 == 0, uint32_t, scalar_t>;
   const scalar_t* from;
-  Packet<scalar_t, W> packet[kTile];
+  Packet<Word, sizeof(Packet<scalar_t, W>) / sizeof(Word)> packet[kTile];
 
   __device__ __forceinline__ void load(const At (&at)[kTile]) {
 #pragma unroll
     for (int i = 0; i < kTile; ++i) {
-      if (at[i].exists) cuda::load(packet[i], from + at[i].element);
+      if (at[i].exists) cuda::load(packet[i], reinterpret_cast<const Word*>(from + at[i].element));
     }
   }
   __device__ __forceinline__ Values<scalar_t, W> operator[](int i) const { return Values<scalar_t, W>::of(packet[i]); }

@@ -26,25 +26,39 @@ __device__ __forceinline__ void round_pair(float first, float second, Float16* t
 #endif
 }
 
+// Widens two neighbours, the first of which is in the lower half.
+__device__ __forceinline__ void widen_pair(uint32_t pair, BFloat16, float& first, float& second) {
+  first = float_of(pair << 16);
+  second = float_of(pair & 0xFFFF0000u);
+}
+__device__ __forceinline__ void widen_pair(uint32_t pair, Float16, float& first, float& second) {
+  Float16 half[2];
+  __builtin_memcpy(half, &pair, sizeof(half));
+  first = static_cast<float>(half[0]);
+  second = static_cast<float>(half[1]);
+}
+
 // W elements in the computing type.
 template <typename scalar_t, int W>
 struct Values {
   using opmath = opmath_t<scalar_t>;
   opmath element[W];
 
-  __device__ __forceinline__ static Values of(const Packet<scalar_t, W>& packet) {
+  // `packet` has the bits of W elements.
+  template <typename Stored>
+  __device__ __forceinline__ static Values of(const Stored& packet) {
+    static_assert(sizeof(packet) == W * sizeof(scalar_t), "a packet of W elements");
     Values values;
-    if constexpr (std::is_same_v<scalar_t, BFloat16> && W % 2 == 0) {
+    if constexpr (sizeof(scalar_t) == 2 && W % 2 == 0) {
       uint32_t pair[W / 2];
       __builtin_memcpy(pair, &packet, sizeof(pair));
 #pragma unroll
-      for (int i = 0; i < W; i += 2) {
-        values.element[i] = float_of(pair[i / 2] << 16);
-        values.element[i + 1] = float_of(pair[i / 2] & 0xFFFF0000u);
-      }
+      for (int i = 0; i < W; i += 2) widen_pair(pair[i / 2], scalar_t(0.0f), values.element[i], values.element[i + 1]);
     } else {
+      scalar_t element[W];
+      __builtin_memcpy(element, &packet, sizeof(element));
 #pragma unroll
-      for (int i = 0; i < W; ++i) values.element[i] = static_cast<opmath>(packet.element[i]);
+      for (int i = 0; i < W; ++i) values.element[i] = static_cast<opmath>(element[i]);
     }
     return values;
   }
