@@ -256,7 +256,7 @@ def test_more_rows_than_a_thread_sums_at_once(call, guarded, act):
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
 @pytest.mark.parametrize("beta", [1.0, 0.0, -0.0, -1.5, 2.0**-12, 96.0])
 def test_swish_of_16_bits_at_special_values(call, guarded, beta, dtype):
-    """A GPU computes 16 bits by formulas of its own. They give inf, nan and signed zeros where the CPU's do."""
+    """A GPU computes 16 bits by formulas of its own. They give inf, nan and signed zeros where the CPU's do, unless sigmoid is 0."""
     info = torch.finfo(dtype)
     magnitudes = [0.0, info.smallest_normal / 4, info.smallest_normal, 1.0, 20.0, 86.5, 88.0, 104.0, 178.0, 30_000.0, info.max, math.inf]
     values = torch.tensor([math.nan, *magnitudes, *(-each for each in magnitudes)], dtype=torch.float64).to(dtype)
@@ -266,7 +266,11 @@ def test_swish_of_16_bits_at_special_values(call, guarded, beta, dtype):
     call("activation_forward", dtype, KINDS["swish"], beta, x.numel(), x, y, None)
     call("activation_backward", dtype, KINDS["swish"], beta, INPUT, x.numel(), grad_y, x, grad_x)
     expected = torch.ops.gradkernels.swish(x, beta), torch.ops.gradkernels.swish_backward(grad_y, x, beta)
-    for name, actual, cpu in zip(("y", "grad_x"), (y, grad_x), expected, strict=True):
+    # torch's sigmoid is 0 from -88.8 down. Then grad_x is grad_y times 0, where the CPU's may be a number.
+    gone = beta * x.float() < -103.9
+    assert not (grad_x[gone].abs() > 0).any()
+    for name, actual, cpu, told in zip(("y", "grad_x"), (y, grad_x), expected, (gone | ~gone, ~gone), strict=True):
+        actual, cpu = actual[told], cpu[told]
         torch.testing.assert_close(actual, cpu, rtol=info.eps, atol=info.smallest_normal * info.eps, equal_nan=True)
         numbers = ~cpu.isnan()
         assert torch.equal(actual.signbit()[numbers], cpu.signbit()[numbers]), name

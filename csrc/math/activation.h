@@ -149,23 +149,23 @@ struct Swish {
   static constexpr bool kHasExponential = true;
   T beta;
   GK_HOST_DEVICE T forward(T x) const {
-    if constexpr (precision == Precision::kHalf) {
+    if constexpr (precision == Precision::kHalf && !kIsHalfScalar<T, precision>) {
       return multiply_half_precise_sigmoid(x, beta * x);
     } else {
       T y;
-      with_logistic(beta * x, [&](const auto& s) GK_INLINE_LAMBDA { y = s.scaled(x * s.gate); });
+      with_logistic_to<precision>(beta, x, [&](const auto& s) GK_INLINE_LAMBDA { y = s.scaled(x * s.gate); });
       return y;
     }
   }
   GK_HOST_DEVICE T backward(T grad_y, T x) const {
     T grad_x;
-    with_logistic_to<precision>(beta * x, [&](const auto& s) GK_INLINE_LAMBDA { grad_x = gradient(grad_y, x, s); });
+    with_logistic_to<precision>(beta, x, [&](const auto& s) GK_INLINE_LAMBDA { grad_x = gradient(grad_y, x, s); });
     return grad_x;
   }
   // The gradient of x; grad_beta becomes the gradient of beta.
   GK_HOST_DEVICE T backward(T grad_y, T x, T& grad_beta) const {
     T grad_x;
-    with_logistic_to<precision>(beta * x, [&](const auto& s) GK_INLINE_LAMBDA {
+    with_logistic_to<precision>(beta, x, [&](const auto& s) GK_INLINE_LAMBDA {
       grad_beta = grad_y * (s.scaled(x * s.gate) * (x * s.complement));
       grad_x = gradient(grad_y, x, s);
     });

@@ -307,7 +307,7 @@ GK_HOST_DEVICE T multiply_half_precise_sigmoid(T a, T x) {
 template <typename T, Precision precision>
 constexpr bool kIsHalfScalar = precision == Precision::kHalf && std::is_same<T, float>::value;
 
-// 2^x for x <= 0, and 0 if that is below the smallest normal number.
+// 2^x, and 0 if that is below the smallest normal number.
 GK_HOST_DEVICE float approximate_exp2(float x) {
 #if defined(__CUDA_ARCH__)
   float power;
@@ -315,6 +315,16 @@ GK_HOST_DEVICE float approximate_exp2(float x) {
   return power;
 #else
   return x < -126.0f ? 0.0f : exp2(x);
+#endif
+}
+
+// a b for a product of at most 1, and 0 for nan.
+GK_HOST_DEVICE float multiply_saturated(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __saturatef(a * b);
+#else
+  const float product = a * b;
+  return product > 0.0f ? (product < 1.0f ? product : 1.0f) : 0.0f;
 #endif
 }
 
@@ -329,29 +339,23 @@ GK_HOST_DEVICE float half_precise_expm1(float x) {
   return select(x > -0.125f, series, difference);
 }
 
-// The logistic function from root = e^(-|x| / 2). sigmoid(x) and 1 - sigmoid(x) have the factor root^2 = e^-|x| where
-// they are small. Their common factor has an error of 2^-23. The error of root almost cancels near the zero of
-// swish's gradient.
-GK_HOST_DEVICE Logistic<float> half_precise_logistic(float x) {
-  const float root = half_precise_root_of_exp(negative_magnitude(x));
-  const float inverse = approximate_inverse(fma(root, root, 1.0f));
-  const float of_gate = select(x < 0.0f, root, 1.0f);
-  const float of_complement = select(x < 0.0f, 1.0f, root);
-  return {inverse * of_gate, of_gate, inverse * of_complement * of_complement};
+// sigmoid(beta x) = kUnit / (kUnit + e) with e = kUnit e^-(beta x): the sum has a normal inverse as long as the gate is
+// at least the smallest denormal number. From beta x = -104 down the gate is 0, as torch's is from -88.8, and so is the
+// complement, also if e is inf. The relative error of e is up to 2^-20 + 2^-24 |beta x|.
+GK_HOST_DEVICE NearLogistic<float> half_precise_logistic(float beta, float x) {
+  constexpr float kUnit = 0x1p-24f;
+  const float e = approximate_exp2(fma(beta * -ExpConstants<float>::kLog2E, x, -24.0f));
+  const float inverse = approximate_inverse(kUnit + e);
+  return {inverse * kUnit, multiply_saturated(e, inverse)};
 }
 
-GK_HOST_DEVICE float multiply_half_precise_sigmoid(float a, float x) {
-  const Logistic<float> s = half_precise_logistic(x);
-  return s.scaled(a * s.gate);
-}
-
-// with_logistic to `precision`. Vectors always have full precision.
+// with_logistic(beta x, function) to `precision`. Vectors always have full precision.
 template <Precision precision, typename T, typename Function>
-GK_HOST_DEVICE void with_logistic_to(T x, const Function& function) {
+GK_HOST_DEVICE void with_logistic_to(T beta, T x, const Function& function) {
   if constexpr (kIsHalfScalar<T, precision>) {
-    function(half_precise_logistic(x));
+    function(half_precise_logistic(beta, x));
   } else {
-    with_logistic(x, function);
+    with_logistic(beta * x, function);
   }
 }
 
