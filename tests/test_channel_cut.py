@@ -80,6 +80,8 @@ def test_shapes_of_networks_keep_a_gpu_busy(plan_of, name, layout, element_bytes
         assert plan.waves / -(-plan.waves // 1) >= 0.75 or plan.parts >= full // 1, (shape, plan)
         # The last block of a slab reads this, from L2, while nothing else may be left to do.
         assert not sums or plan.parts * plan.group_channels * 24 <= 256 << 10, (shape, plan)
+        # It has six waits, each for six parts of a thread.
+        assert not sums or plan.parts <= 6 * 6 * plan.lanes, (shape, plan)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])

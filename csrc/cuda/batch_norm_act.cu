@@ -115,7 +115,7 @@ __device__ __forceinline__ math::Moments<double> part_moments(const ChannelCut& 
 #pragma unroll
   for (int k = 0; k < kValues; ++k) {
     math::Moments<double> mine{0.0, 0.0, 0.0, 0.0, 0.0};
-    if (count > 0) mine = thread_moments(static_cast<double>(about[k]), static_cast<double>(count), sums.first[k], sums.second[k]);
+    if (count > 0) mine = moments_of_sums(static_cast<double>(about[k]), static_cast<double>(count), sums.first[k], sums.second[k]);
     mean[k] = mine.mean;
     m2[k] = mine.m2 + mine.m2_low;
     mean_low[k] = mine.mean_low;

@@ -59,7 +59,7 @@ constexpr int kMostGroupChannels = 64;
 constexpr int kGroupColumns = 32;
 constexpr int64_t kManyColumns = 256;
 // The last block of a slab merges the results of its parts: at most 256 KiB (tests/test_channel_cut.py), which take
-// about three microseconds by the speed of an SM's loads from L2.
+// about three microseconds by the speed of an SM's loads from L2, in at most six waits (for_each_set).
 constexpr int64_t kMostParts = 320;
 // The last of several waves of blocks should not leave much of the GPU idle.
 constexpr double kFullWave = 0.96;

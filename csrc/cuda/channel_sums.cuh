@@ -8,41 +8,62 @@
 
 namespace gradkernels::cuda {
 
+// The moments of elements, from the sums of their differences from `about`, and of the squares.
+__device__ __forceinline__ math::Moments<double> moments_of_sums(double about, double count, const ThreadSum<float>& sum,
+                                                                 const ThreadSum<float>& squares) {
+  const double step = sum.total * (1.0 / count);
+  return {count, about + step, squares.total - sum.total * step, 0.0, 0.0};
+}
+__device__ __forceinline__ math::Moments<double> moments_of_sums(double about, double count, const ThreadSum<double>& sum,
+                                                                 const ThreadSum<double>& squares) {
+  return math::moments_about(about, count, sum.value(), squares.value());
+}
+
+// Calls use(set(i)) for the sets of this lane: of 0 ... sets - 1 every lanes-th. It loads several before it uses the first:
+// the sets of parts are in global memory, and the last block has nothing else to do than to wait for them.
+template <typename Found, typename Set, typename Use>
+__device__ __forceinline__ void for_each_set(int lanes, int sets, const Set& set, const Use& use) {
+  constexpr int kLoaded = 6;
+  for (int first = static_cast<int>(threadIdx.x) % lanes; first < sets; first += kLoaded * lanes) {
+    Found found[kLoaded];
+#pragma unroll
+    for (int j = 0; j < kLoaded; ++j) found[j] = first + j * lanes < sets ? set(first + j * lanes) : Found{};
+#pragma unroll
+    for (int j = 0; j < kLoaded; ++j) use(found[j]);
+  }
+}
+
 // Merges set(0) ... set(sets - 1) into `merged`. `lanes` threads work together, and each of them gets the
 // result. Only float64 data have low parts.
+//
+// The moments are summed about the mean of the first set, which has as many elements as any: as with the first tile of a
+// thread, what cancels is at most `sets` times what remains.
 template <typename opmath, typename Set>
 __device__ __forceinline__ void merge(math::Moments<double>& merged, int lanes, int sets, const Set& set) {
   ThreadSum<float> count;  // exact
-  ThreadSum<opmath> total, m2;
-  for (int i = static_cast<int>(threadIdx.x) % lanes; i < sets; i += lanes) {
-    const math::Moments<double> one = set(i);
+  ThreadSum<opmath> first, second;
+  const double about = sets > 0 ? math::zero_unless_finite(set(0).mean) : 0.0;
+  for_each_set<math::Moments<double>>(lanes, sets, set, [&](const math::Moments<double>& one) {
+    const math::TermsAbout terms = math::terms_about(about, one);
     count.add(one.count);
-    total.add(math::total_of(one));
-  }
+    first.add(terms.first);
+    second.add(terms.second);
+  });
   count.add_over_lanes(lanes);
-  total.add_over_lanes(lanes);
-  math::Sum<double> mean{0.0, 0.0};
+  first.add_over_lanes(lanes);
+  second.add_over_lanes(lanes);
+  merged = {};
   // Of a channel that does not exist, there are no sets.
-  if (count.total > 0.0) {
-    if constexpr (std::is_same_v<opmath, double>) {
-      mean = math::quotient_of(total.value(), count.total);
-    } else {
-      mean.high = total.total / count.total;
-    }
-  }
-  for (int i = static_cast<int>(threadIdx.x) % lanes; i < sets; i += lanes) m2.add(math::m2_about(mean, set(i)));
-  m2.add_over_lanes(lanes);
-  merged = {count.total, mean.high, m2.value().high, mean.low, m2.value().low};
+  if (count.total > 0.0) merged = moments_of_sums(about, count.total, first, second);
 }
 
 template <typename opmath, typename Set>
 __device__ __forceinline__ void merge(math::GradientSums& merged, int lanes, int sets, const Set& set) {
   ThreadSum<opmath> dz, dz_x;
-  for (int i = static_cast<int>(threadIdx.x) % lanes; i < sets; i += lanes) {
-    const math::GradientSums one = set(i);
+  for_each_set<math::GradientSums>(lanes, sets, set, [&](const math::GradientSums& one) {
     dz.add(one.dz);
     dz_x.add(one.dz_x);
-  }
+  });
   dz.add_over_lanes(lanes);
   dz_x.add_over_lanes(lanes);
   merged = {dz.rounded(), dz_x.rounded()};
@@ -62,17 +83,6 @@ struct Lane {
         exists(in_slab < slab.channels),
         writes(exists && static_cast<int>(threadIdx.x) % cut.lanes == 0) {}
 };
-
-// The moments of a thread's elements, from the sums of their differences from `about`, and of the squares.
-__device__ __forceinline__ math::Moments<double> thread_moments(double about, double count, const ThreadSum<float>& sum,
-                                                                const ThreadSum<float>& squares) {
-  const double step = sum.total * (1.0 / count);
-  return {count, about + step, squares.total - sum.total * step, 0.0, 0.0};
-}
-__device__ __forceinline__ math::Moments<double> thread_moments(double about, double count, const ThreadSum<double>& sum,
-                                                                const ThreadSum<double>& squares) {
-  return math::moments_about(about, count, sum.value(), squares.value());
-}
 
 // The moments of a part in memory. Only float64 data have low parts.
 template <typename opmath>

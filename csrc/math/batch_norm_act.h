@@ -119,17 +119,21 @@ GK_HOST_DEVICE Moments<double> moments_of(double count, const Each& each) {
   return moments_about(about, count, sum, squares);
 }
 
-// The moments of the union of many sets, without a division for each set: the mean is the sum of total_of
-// over the sets, divided by the count of all elements; M2 is the sum of m2_about that mean.
-GK_HOST_DEVICE Sum<double> total_of(const Moments<double>& set) {
-  const Sum<double> total = product_of(set.count, set.mean);
-  return {total.high, fma(set.count, set.mean_low, total.low)};
-}
-GK_HOST_DEVICE Sum<double> m2_about(const Sum<double>& mean, const Moments<double>& set) {
-  const double difference = (set.mean - mean.high) + (set.mean_low - mean.low);
-  Sum<double> m2{set.m2, set.m2_low};
-  add(m2, set.count * difference * difference);
-  return m2;
+// The terms of a set in the sums of x - about and of (x - about)^2 over many sets. moments_about of the sums are the
+// moments of the union, without a division for each set.
+struct TermsAbout {
+  Sum<double> first;
+  Sum<double> second;
+};
+GK_HOST_DEVICE TermsAbout terms_about(double about, const Moments<double>& set) {
+  Sum<double> difference{set.mean, set.mean_low};
+  add(difference, -about);
+  Sum<double> first = product_of(set.count, difference.high);
+  first.low = fma(set.count, difference.low, first.low);
+  Sum<double> second = product_of(first.high, difference.high);
+  second.low = fma(first.high, difference.low, fma(first.low, difference.high, second.low)) + set.m2_low;
+  add(second, set.m2);
+  return {first, second};
 }
 
 // 1 / sqrt(var + eps). Every output is multiplied with this number, so one Newton step with the exact
