@@ -752,7 +752,7 @@ void parametric_backward(const ParametricBackward& p) {
       const int64_t most_parts = std::max(int64_t{1}, processors * kColumnBlocksPerProcessor / column_blocks);
       const int64_t rows_of_part = std::max(rows_of_step, divide_up(shape.rows, most_parts));
       const int64_t parts = divide_up(shape.rows, rows_of_part);
-      const Partials<double> sums(parts > 1 ? parts * shape.channels : 0, parts > 1 ? column_blocks : 0);
+      const Partials<double> sums(parts, shape.channels, column_blocks);
       launch(parametric_backward_column_kernel<scalar_t, W>,
              {dim3(static_cast<unsigned>(column_blocks), static_cast<unsigned>(parts)), kColumnThreads, sizeof(ColumnShared<scalar_t, W>)},
              p, columns, rows_of_part, sums.values(), sums.counters());
@@ -761,7 +761,7 @@ void parametric_backward(const ParametricBackward& p) {
       const int64_t most_parts = std::max(int64_t{1}, processors * kRunBlocksPerProcessor / shape.channels);
       const int64_t packets_of_part = std::min(kMostPacketsOfPart, std::max(kLeastPacketsOfPart, divide_up(packets, most_parts)));
       const int64_t parts = divide_up(packets, packets_of_part);
-      const Partials<double> sums(parts > 1 ? parts * shape.channels : 0, parts > 1 ? shape.channels : 0);
+      const Partials<double> sums(parts, shape.channels, shape.channels);
       launch(parametric_backward_run_kernel<scalar_t, W>,
              {dim3(static_cast<unsigned>(parts * shape.channels)), kThreads, sizeof(RunShared<opmath_t<scalar_t>>)}, p,
              static_cast<int>(parts), packets_of_part, sums.values(), sums.counters());

@@ -577,17 +577,11 @@ Launch as_launch(const ChannelCut& cut, bool columns) {
           kNumber * sizeof(Shared)};
 }
 
-// Memory for the results that the blocks of a slab leave for the last one; empty if a slab has one block.
-template <typename Found>
-Partials<Found> partials(const ChannelCut& cut) {
-  return cut.parts > 1 ? Partials<Found>(cut.parts * cut.channels, cut.slabs) : Partials<Found>(0, 0);
-}
-
 template <typename scalar_t, int W, bool kColumns>
 void launch_stats(const BatchNormForward& p, double* moments) {
   using opmath = opmath_t<scalar_t>;
   const ChannelCut cut = cut_here<scalar_t, W>(p.shape, 1, false, false, Pass::kSums);
-  const auto of_parts = partials<PartMoments<opmath>>(cut);
+  const Partials<PartMoments<opmath>> of_parts(cut.parts, cut.channels, cut.slabs);
   launch(batch_norm_act_stats_kernel<scalar_t, W, kColumns>, as_launch<ForwardShared<W, kColumns, opmath>>(cut, kColumns), p, cut, moments,
          of_parts.values(), of_parts.counters());
 }
@@ -603,7 +597,7 @@ void launch_normalise(const BatchNormForward& p) {
 template <typename scalar_t, int W, bool kColumns, bool kResidual>
 void launch_backward_reduce(const BatchNormBackward& p, double* sums) {
   const ChannelCut cut = cut_here<scalar_t, W>(p.shape, 2, kResidual, p.mask != nullptr, Pass::kSums);
-  const auto of_parts = partials<math::GradientSums>(cut);
+  const Partials<math::GradientSums> of_parts(cut.parts, cut.channels, cut.slabs);
   launch(batch_norm_act_backward_reduce_kernel<scalar_t, W, kColumns, kResidual>,
          as_launch<BackwardShared<W, kColumns, opmath_t<scalar_t>>>(cut, kColumns), p, cut, sums, of_parts.values(), of_parts.counters());
 }

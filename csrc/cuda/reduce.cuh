@@ -86,21 +86,23 @@ __device__ __forceinline__ bool is_last_block(unsigned* counter, unsigned blocks
   return *flag != 0u;
 }
 
-// Global memory for the results that blocks leave for the last block: `values` numbers of type T,
-// uninitialised, and counters, which are 0.
+// Global memory for the results that blocks leave for the last block: `values` of type T for each part,
+// uninitialised, and counters, which are 0. A single part leaves none, and there is no memory.
 template <typename T>
 class Partials {
  public:
-  Partials(int64_t values, int64_t counters)
-      : value_bytes_(static_cast<size_t>(values) * sizeof(T)), memory_(value_bytes_ + static_cast<size_t>(counters) * sizeof(unsigned)) {
+  Partials(int64_t parts, int64_t values, int64_t counters)
+      : value_bytes_(parts > 1 ? static_cast<size_t>(parts * values) * sizeof(T) : 0),
+        counter_bytes_(parts > 1 ? static_cast<size_t>(counters) * sizeof(unsigned) : 0),
+        memory_(value_bytes_ + counter_bytes_) {
     static_assert(alignof(T) % alignof(unsigned) == 0, "counters stand behind the values");
-    if (counters > 0) check(cudaMemsetAsync(this->counters(), 0, static_cast<size_t>(counters) * sizeof(unsigned), current_stream()));
+    if (parts > 1) check(cudaMemsetAsync(this->counters(), 0, counter_bytes_, current_stream()));
   }
   T* values() const { return static_cast<T*>(memory_.data()); }
   unsigned* counters() const { return reinterpret_cast<unsigned*>(static_cast<unsigned char*>(memory_.data()) + value_bytes_); }
 
  private:
-  size_t value_bytes_;
+  size_t value_bytes_, counter_bytes_;
   Workspace memory_;
 };
 
