@@ -421,8 +421,8 @@ constexpr int64_t kMostPacketsOfPart = int64_t{1} << 30;
 // grad_x = grad_y act'(x), and the gradient of each channel's parameter, if the elements of a channel form
 // runs
 //   launch   parts * channels blocks of kThreads; the last block of a channel adds up its parts, in order
-//   requires tensors dense, in the order of `shape`; unless W = 1, inner a multiple of W and all tensors
-//            aligned to a packet; counters = 0
+//   requires tensors dense, in the order of `shape`; unless W = 1, inner a multiple of W or a single run of at
+//            least W, and all tensors aligned to a packet; counters = 0
 //   traffic  2n elements read, n written
 template <typename scalar_t, int W>
 __global__ void __launch_bounds__(kThreads)
@@ -464,20 +464,26 @@ __global__ void __launch_bounds__(kThreads)
   ThreadSum<opmath> total;
   visit_parametric<scalar_t>(p.act, [&](auto activation) {
     const auto f = activation(parameter);
-    const auto packets_at = [&](const auto& first) {
+    const auto packets_at = [&](auto width, const auto& first) {
       FewTerms<opmath> sum;
-      parametric_backward_packets<scalar_t, W>(p, first, [&](int) { return f; }, [&](int, opmath share) { sum.add(share); });
+      parametric_backward_packets<scalar_t, decltype(width)::value>(
+          p, first, [&](int) { return f; }, [&](int, opmath share) { sum.add(share); });
       total.add(sum.rounded());
     };
+    using Packets = std::integral_constant<int, W>;
     for (; packets >= kStep; packets -= kStep) {
       int64_t first[kStep];
 #pragma unroll
       for (int k = 0; k < kStep; ++k) first[k] = advance();
-      packets_at(first);
+      packets_at(Packets(), first);
     }
     for (; packets > 0; --packets) {
       const int64_t first[1] = {advance()};
-      packets_at(first);
+      packets_at(Packets(), first);
+    }
+    if (part == parts - 1 && static_cast<int>(threadIdx.x) < p.shape.inner % W) {
+      const int64_t first[1] = {all * W + static_cast<int>(threadIdx.x)};
+      packets_at(std::integral_constant<int, 1>(), first);
     }
   });
   if (p.grad_parameter == nullptr) return;
@@ -736,7 +742,11 @@ void parametric_forward(const ParametricForward& p) {
 void parametric_backward(const ParametricBackward& p) {
   const ChannelShape& shape = p.shape;
   const bool in_columns = runs_across_channels(shape);
-  const int bytes = packet_bytes(in_columns ? shape.channels : shape.inner, size_of(p.dtype), alignment_of({p.grad_y, p.x, p.grad_x}));
+  // A single run may end with less than a packet.
+  const int64_t run = in_columns                                                        ? shape.channels
+                      : shape.rows * shape.channels == 1 && shape.inner >= kPacketBytes ? kPacketBytes
+                                                                                        : shape.inner;
+  const int bytes = packet_bytes(run, size_of(p.dtype), alignment_of({p.grad_y, p.x, p.grad_x}));
   const int64_t processors = device_limits().processors;
   with_packet(p.dtype, bytes, [&](auto zero, auto width) {
     using scalar_t = decltype(zero);
