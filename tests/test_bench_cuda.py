@@ -1,4 +1,4 @@
-"""bench/bench_cuda.py without a GPU: that it times both states of the L2 cache, and that its cases can be made."""
+"""bench/bench_cuda.py and profile_cuda.py without a GPU: that both states of the L2 cache are timed, and that the cases can be made."""
 
 import inspect
 from itertools import product
@@ -10,6 +10,7 @@ import bench_activation
 import bench_clip_grad
 import bench_cuda
 import harness
+import profile_cuda
 
 
 def test_calls_are_timed_with_a_cold_and_a_warm_cache(monkeypatch):
@@ -49,3 +50,23 @@ def test_clipping_in_16_bits_is_proved_and_goes_on_from_call_to_call(what, passe
     case.prove()
     first, *_, last = (case.providers["gradkernels"]() for _ in range(20))
     assert case.bytes == passes * 512_000 and (last < first) == (what == "clips")
+
+
+def test_profiled_cases_have_every_shape_and_can_be_called(monkeypatch):
+    """Made small, each part of each case returns what torch's does, in shape and type."""
+    monkeypatch.setattr(profile_cuda, "ELEMENTWISE_BYTES", 64)
+    made = list(profile_cuda.cases())
+    assert len(made) == len(dict(made))
+    bound = [inspect.signature(make.func).bind(*make.args, **make.keywords).arguments for _, make in made]
+    kinds = {(each["shape"], each["channels_last"], each["dtype"]) for each in bound if "act" in each}
+    assert kinds == set(product(bench_cuda.SHAPES, (False, True), (torch.bfloat16, torch.float32)))
+    for (name, make), arguments in zip(made, bound, strict=True):
+        small = {"shape": tuple(min(each, 5) for each in arguments.get("shape", ())), "shapes": [(3,), (2, 2)]}
+        measured = make.func(**arguments | {key: value for key, value in small.items() if key in arguments})
+        assert set(measured.providers) == {"gradkernels", "eager"}, name
+        for part in measured.least:
+            results = [calls[part]() for calls in measured.providers.values()]
+            ours, torchs = (
+                [(each.shape, each.dtype) for each in (result if isinstance(result, tuple) else (result,))] for result in results
+            )
+            assert ours == torchs, (name, part)
