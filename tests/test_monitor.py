@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradkernels as gk
 from gradkernels import text
-from gradkernels.diagnosis import plots, recorder
+from gradkernels.diagnosis import plots
 
 OPTIMIZERS = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
@@ -571,17 +571,18 @@ def reads(model, optimizer, steps):
     return counted.count
 
 
-def test_a_step_does_not_wait_and_norms_are_fetched_for_many_steps(monkeypatch):
-    monkeypatch.setattr(recorder, "_STEPS_PER_READ", 6)
+@pytest.mark.parametrize("alarm", [None, "warn"])
+def test_a_step_does_not_wait_and_norms_are_fetched_for_many_steps(alarm):
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     without = reads(model, optimizer, 5)
-    with gk.GradientMonitor(model, activations_every=2) as monitor:
+    with gk.GradientMonitor(model, activations_every=2, alarm=alarm, read_every=6) as monitor:
         assert reads(model, optimizer, 5) == without
         assert len(monitor._recorder.unread) > 5
         step(model, optimizer)
         step(model, optimizer)
-        assert len(monitor._recorder.unread) == 1, "the first six steps were fetched together, and the seventh was not"
+        kinds = 3 if alarm is None else 4
+        assert len(monitor._recorder.unread) == kinds, "the first six steps were fetched together, and the seventh was not"
     assert len(monitor.to_dict()["steps"]) == 7
 
 
@@ -814,13 +815,13 @@ def test_nothing_to_monitor(model):
 
 
 @pytest.mark.parametrize("count", [0, -1, 2.5, 1.0, "2", math.nan])
-@pytest.mark.parametrize("name", ["every", "activations_every"])
+@pytest.mark.parametrize("name", ["every", "activations_every", "read_every"])
 def test_intervals_are_whole_numbers_from_one_on(name, count):
     before = hooks_of(network())
-    with pytest.raises(ValueError, match=f"every and activations_every must be whole numbers from 1 on, not .*{count!r}"):
+    with pytest.raises(ValueError, match=f"^{name} must be a whole number from 1 on, not {count!r}"):
         gk.GradientMonitor(network(), **{name: count})
     assert hooks_of(network()) == before
-    with pytest.raises(ValueError, match="not None and 10"):
+    with pytest.raises(ValueError, match="every must be a whole number from 1 on, not None"):
         gk.GradientMonitor(network(), every=None)
 
 

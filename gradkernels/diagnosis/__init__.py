@@ -5,8 +5,8 @@ nonfinite.py follows nan and inf in it, and backward_graph.py says which layers 
 judges the layers with the thresholds of thresholds.py, and cures.py says what to change.
 
 monitor.py (GradientMonitor) reports a training. recorder.py records it in hooks of optimizers,
-forward_hooks.py in hooks of modules, and deferred.py keeps the numbers on their device. plots.py draws for
-both.
+forward_hooks.py in hooks of modules, deferred.py keeps the numbers on their device, and watch.py raises the
+alarms. plots.py draws for both.
 """
 
 from gradkernels.diagnosis import diagnose, monitor

@@ -33,6 +33,8 @@ from gradkernels.layers import WEIGHTS
 LARGEST_UPDATE = 1e-2
 # The suggested norm for clipping, which is that of most recipes.
 MAX_NORM = 1.0
+# Clipping that compares a step with the steps before it, for gradients that explode in some steps only.
+POLICY_LINE = "gradkernels.attach_clipping(optimizer, gradkernels.clipping.ZScore())"
 
 ACTIVATION, INITIALISATION, BATCH_NORM, RESIDUAL = "activation", "initialisation", "batch norm", "residual connections"
 CLIPPING, LEARNING_RATE, STATISTICS, ARITHMETIC, LOSS = "clipping", "learning rate", "batch statistics", "arithmetic", "loss"

@@ -37,7 +37,10 @@ class Stopwatch:
 
 
 class Unread:
-    """Numbers that still lie on their devices, each with the function that receives them."""
+    """Numbers that still lie on their devices, each with the function that receives them.
+
+    A monitor may be pickled at any time, so these are partials of methods and not local functions.
+    """
 
     def __init__(self) -> None:
         self._waiting: list[tuple[Tensor, Callable[[Tensor], None]]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -130,9 +131,7 @@ class ActivationRecorder:
 
     @torch.no_grad()
     def _record(self, name: str, y: Tensor) -> None:
-        statistics = self.statistics.setdefault(self._step, {})
+        self._unread.add(statistics_of(y, self._unit_dim), partial(self._receive, self._step, name))
 
-        def receive(numbers: Tensor) -> None:
-            statistics[name] = ActivationStatistics(*numbers.tolist())
-
-        self._unread.add(statistics_of(y, self._unit_dim), receive)
+    def _receive(self, step: int, name: str, numbers: Tensor) -> None:
+        self.statistics.setdefault(step, {})[name] = ActivationStatistics(*numbers.tolist())

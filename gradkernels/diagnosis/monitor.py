@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from os import PathLike
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -19,7 +19,8 @@ from torch import nn
 from gradkernels import text
 from gradkernels.diagnosis import plots
 from gradkernels.diagnosis.recorder import GRADIENT, UPDATE, WEIGHT, Recorder
-from gradkernels.layers import unwrapped
+from gradkernels.diagnosis.watch import Alarm
+from gradkernels.layers import kind_of, unwrapped
 
 _FIGURES = ("gradient_norm", "weight_norm", "update_ratio")
 
@@ -45,6 +46,24 @@ class GradientMonitor:
     take turns make one step together. Gradients that are clipped before step(), or inside it by
     attach_clipping or RMSprop(max_norm=), are recorded clipped, unless record_gradients() is called before.
 
+    An alarm hears of each layer whose gradient is not healthy, as alarm(name, step, reason, value):
+
+        exploding    the norm is 6 standard deviations or more above the past of the layer; value is their
+                     number
+        collapsing   the norm is 6 or more below its past in 3 steps in a row; value is negative
+        vanishing    the usual norm of late is less than 1e-3 times the largest one of the layers after it
+                     (except for a normalisation), or 0 for 25 steps; value is the share
+        non-finite   the norm is nan or inf; value is the norm
+
+    The past is that of the logarithm of the norm: a mean and a standard deviation (0.25 at least) that move
+    with a decay of 0.97, after 25 steps with a gradient. A norm enters it as if it were at most 3 standard
+    deviations away. Each layer and reason is reported when it begins. The alarm hears of every step, whatever
+    `every` is, but not at once, because a step does not wait for the device: it is called every `read_every`
+    steps, when a report is read, and in remove(), for the steps that are complete by then. With an alarm,
+    gradients are read when step() is called, before attach_clipping or RMSprop(max_norm=) clips them; with a
+    closure they are read after the step. If the alarm raises exceptions, the first one is logged with its
+    traceback, and training goes on.
+
     Layers are in the order in which their first forward pass began. A frozen layer is recorded from the step
     on in which it first requires a gradient. A layer that is added to the model or replaced needs a new
     monitor. Parameters without elements are ignored. A sparse gradient counts as the dense gradient. A
@@ -60,11 +79,18 @@ class GradientMonitor:
         every: the interval between recorded steps. 1 records each step.
         activations_every: the interval between steps with activations, which are recorded in the first
             forward pass in training mode. None records none.
+        alarm: a function of (name, step, reason, value); "warn" for a RuntimeWarning per step and reason;
+            None for no alarm.
+        read_every: the interval between steps that fetch numbers from the device.
 
     Raises:
-        TypeError: model is not a torch.nn.Module, or holds a torch.jit.ScriptModule.
-        ValueError: no parameter requires a gradient, or every or activations_every is not a whole number from
-            1 on.
+        TypeError: model is not a torch.nn.Module, or holds a torch.jit.ScriptModule; or alarm cannot be
+            called.
+        ValueError: no parameter requires a gradient; every, activations_every or read_every is not a whole
+            number from 1 on; or alarm is a text other than "warn".
+
+    Source: of the past of a norm: Kumar et al., "ZClip: Adaptive Spike Mitigation for LLM Pre-Training",
+    2025.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -80,15 +106,37 @@ class GradientMonitor:
         ([0, 1, 2], ['0', '2'], 3)
         >>> print(monitor.table().splitlines()[1].split())
         ['layer', '|g|', '|w|', '|dw|/|w|', 'mean', 'std', 'negative', 'never>0']
+
+        >>> def alarm(name, step, reason, value):
+        ...     print(f"step {step}: {name} is {reason}: {value}")
+        >>> with gk.GradientMonitor(model, alarm=alarm):
+        ...     model[2].weight.grad[0, 0] = torch.nan
+        ...     optimizer.step()
+        step 0: 2 is non-finite: nan
     """
 
-    def __init__(self, model: nn.Module, every: int = 1, activations_every: int | None = 10) -> None:
-        if not all(isinstance(count, Integral) and count >= 1 for count in (every, 1 if activations_every is None else activations_every)):
-            raise ValueError(f"every and activations_every must be whole numbers from 1 on, not {every!r} and {activations_every!r}")
+    def __init__(
+        self,
+        model: nn.Module,
+        every: int = 1,
+        activations_every: int | None = 10,
+        *,
+        alarm: Alarm | Literal["warn"] | None = None,
+        read_every: int = 32,
+    ) -> None:
+        intervals = {"every": every, "activations_every": activations_every, "read_every": read_every}
+        for name, interval in intervals.items():
+            is_none = interval is None and name == "activations_every"
+            if not is_none and not (isinstance(interval, Integral) and interval >= 1):
+                raise ValueError(f"{name} must be a whole number from 1 on, not {interval!r}")
+        if isinstance(alarm, str) and alarm != "warn":
+            raise ValueError(f'alarm must be a function or "warn", not {alarm!r}')
+        if alarm is not None and alarm != "warn" and not callable(alarm):
+            raise TypeError(f"alarm must be a function of (name, step, reason, value), not {kind_of(alarm)}")
         self.model = unwrapped(model)
         self.every = every
         self.activations_every = activations_every
-        self._recorder = Recorder(self.model, every, activations_every)
+        self._recorder = Recorder(self.model, every, activations_every, alarm, read_every)
         # The id of a writer -> the writer and the last step that it got. Writers need not be hashable or have
         # weak references. The id of a writer that is kept is not used again.
         self._written: dict[int, tuple[Writer, int]] = {}
@@ -102,7 +150,7 @@ class GradientMonitor:
         self.remove()
 
     def remove(self) -> None:
-        """Remove every hook. What was recorded stays."""
+        """Remove every hook, and let the alarm hear of the last steps. What was recorded stays."""
         self._recorder.detach()
 
     def record_gradients(self) -> None:
