@@ -103,7 +103,7 @@ def test_exploding(model):
     assert "exploding" in str(diagnosis) and "vanishing" not in str(diagnosis)
 
 
-@pytest.mark.parametrize("model", [mlp(nn.ELU, norm=True), Recurrent(0.5), mlp(nn.ReLU, 3)], ids=["batch norm", "recurrent", "shallow"])
+@pytest.mark.parametrize("model", [mlp(nn.ELU, norm=True), Recurrent(1.3), mlp(nn.ReLU, 3)], ids=["batch norm", "recurrent", "shallow"])
 def test_healthy(model):
     diagnosis = diagnosed(model)
     assert set(words(diagnosis).values()) == {("healthy",)}

@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradkernels as gk
-from gradkernels.diagnosis import thresholds
+from gradkernels.diagnosis import watch
 
 LAYERS = ["0", "2", "4"]
-WARM_UP = thresholds.WARM_UP_STEPS
+WARM_UP = watch.WARM_UP_STEPS
 
 
 def network():

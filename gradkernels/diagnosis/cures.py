@@ -16,16 +16,20 @@ from torch import nn
 from gradkernels.acts import ACTS
 from gradkernels.diagnosis.nonfinite import Origin
 from gradkernels.diagnosis.probe import Layer, Probe
+from gradkernels.diagnosis.recurrent import TimeSteps
 from gradkernels.diagnosis.verdicts import (
     BADLY_INITIALISED,
     DEAD,
     EXPLODING,
+    EXPLODING_OVER_TIME,
     SATURATED,
     TINY_BATCH,
     VANISHING,
+    VANISHING_OVER_TIME,
     Verdict,
     has_enough_statistics,
     is_near_zero,
+    verdict_over_time,
 )
 from gradkernels.layers import WEIGHTS
 
@@ -38,15 +42,18 @@ POLICY_LINE = "gradkernels.attach_clipping(optimizer, gradkernels.clipping.ZScor
 
 ACTIVATION, INITIALISATION, BATCH_NORM, RESIDUAL = "activation", "initialisation", "batch norm", "residual connections"
 CLIPPING, LEARNING_RATE, STATISTICS, ARITHMETIC, LOSS = "clipping", "learning rate", "batch statistics", "arithmetic", "loss"
+POLICY, RECURRENCE = "clipping policy", "recurrence"
 SAFE = (INITIALISATION, CLIPPING, LEARNING_RATE)
 # Verdict -> cure -> how much the verdict asks for it. The sum over all layers ranks the cures.
 _ASKS_FOR: dict[str, dict[str, float]] = {
-    EXPLODING: {INITIALISATION: 3, CLIPPING: 2.5, BATCH_NORM: 2, LEARNING_RATE: 1},
+    EXPLODING: {INITIALISATION: 3, CLIPPING: 2.5, POLICY: 2.25, BATCH_NORM: 2, LEARNING_RATE: 1},
     VANISHING: {INITIALISATION: 3, BATCH_NORM: 2.5, RESIDUAL: 2},
     DEAD: {ACTIVATION: 3, INITIALISATION: 2, LEARNING_RATE: 1},
     SATURATED: {ACTIVATION: 4, INITIALISATION: 3, BATCH_NORM: 2},
     BADLY_INITIALISED: {INITIALISATION: 4},
     TINY_BATCH: {STATISTICS: 3},
+    EXPLODING_OVER_TIME: {CLIPPING: 2.5, POLICY: 2.25},
+    VANISHING_OVER_TIME: {RECURRENCE: 3},
 }
 # A gradient that vanishes because of one of these activations asks for another activation, too.
 _SATURATING = ("sigmoid", "tanh", "hardsigmoid", "hardtanh")
@@ -95,6 +102,9 @@ def cures(judged: list[Verdict], probed: Probe) -> list[Cure]:
                     continue
                 # The activation after an output layer belongs to the loss.
                 scores[LOSS if cure == ACTIVATION and not layer.layers_after else cure] += weight
+    for time_steps in probed.time_steps if probed.finite else ():
+        for cure, weight in _ASKS_FOR.get(verdict_over_time(time_steps.norms), {}).items():
+            scores[cure] += weight
     ranked = sorted(scores, key=lambda name: -scores[name])
     coefficient = clip_coefficient(probed.total_norm) if CLIPPING in scores else 1.0
     return [cure for cure in (_describe(name, judged, probed, coefficient) for name in ranked) if cure is not None]
@@ -119,6 +129,11 @@ def _describe(name: str, judged: list[Verdict], probed: Probe, coefficient: floa
     elif name == CLIPPING:
         norm = f"; the total gradient norm is {probed.total_norm:.3g}" if math.isfinite(probed.total_norm) else ""
         described = f"bounds every step{norm}", f"gk.clip_grad_norm_(model, max_norm={MAX_NORM})    # between backward() and step()"
+    elif name == POLICY:
+        why = "compares the norm of a step with those before it, for a model that is healthy in most steps and explodes in some"
+        described = why, f"{POLICY_LINE}    # instead of a fixed max_norm"
+    elif name == RECURRENCE:
+        described = _recurrence(probed.time_steps)
     elif name == LEARNING_RATE:
         rate = learning_rate(judged, coefficient)
         described = "makes smaller steps, if the model was healthy before some step", "lr = lr / 10"
@@ -146,6 +161,29 @@ def _activation(judged: list[Verdict]) -> tuple[str, str]:
     if first.layer.act_module is None:
         return why, f"gk.{function}(x)    # instead of {act}(x) after {first.name}"
     return why, f"{_submodule(first.layer.act_module)} = gk.{module}()    # and likewise after all other layers"
+
+
+def _recurrence(sequences: list[TimeSteps]) -> tuple[str, str] | None:
+    """The cure for the first recurrent layer whose gradient vanishes over time; None for gates without biases."""
+    first = next(time_steps for time_steps in sequences if verdict_over_time(time_steps.norms) == VANISHING_OVER_TIME)
+    module, name, count = first.module, first.module_name, len(first.norms)
+    if isinstance(module, nn.LSTM | nn.LSTMCell | nn.GRU | nn.GRUCell):
+        if not module.bias:
+            return None
+        # Tallec, Ollivier, "Can recurrent neural networks warp time?", 2018. The second gate of both keeps the
+        # state. The first one of an LSTM adds to it: shut, so that the sum of many steps does not saturate.
+        units, size = module.hidden_size, f"{math.log(count):.2g}"
+        why = f"the gate of {first.name} that keeps the state then stays open for {count} steps; at 0 it halves the state in each"
+        line = f"bias = {_submodule(name)}.bias_hh{first.suffix}.data; bias[{units}:{2 * units}] = {size}"
+        if isinstance(module, nn.LSTM | nn.LSTMCell):
+            line += f"; bias[:{units}] = -{size}"
+        return why, f"{line}    # log of the number of steps; training starts over"
+    why = f"{first.name} multiplies the gradient by its weight in every step, and a gated cell passes it on by a sum"
+    if isinstance(module, nn.RNN):
+        return why, f"{_submodule(name)} = nn.LSTM({module.extra_repr()})    # or nn.GRU"
+    if isinstance(module, nn.RNNCell):
+        return why, f"{_submodule(name)} = nn.LSTMCell({module.input_size}, {module.hidden_size})    # or nn.GRUCell"
+    return why, f"nn.LSTMCell(inputs, units)    # or nn.GRUCell, instead of {first.name}"
 
 
 def _is_at_fault(layer_verdict: Verdict) -> bool:

@@ -10,7 +10,7 @@ import copy
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any
 
@@ -22,7 +22,16 @@ from gradkernels import init, text
 from gradkernels.diagnosis import plots
 from gradkernels.diagnosis.cures import CLIPPING, INITIALISATION, LEARNING_RATE, MAX_NORM, clip_coefficient, cures, learning_rate
 from gradkernels.diagnosis.probe import Layer, Probe, probe
-from gradkernels.diagnosis.verdicts import HEALTHY, NON_FINITE, VERDICTS, Verdict, origin_sentence, output_layers, verdicts
+from gradkernels.diagnosis.verdicts import (
+    HEALTHY,
+    NON_FINITE,
+    VERDICTS,
+    Verdict,
+    origin_sentence,
+    output_layers,
+    verdict_over_time,
+    verdicts,
+)
 from gradkernels.layers import kind_of, unwrapped
 from gradkernels.preserved import preserved
 
@@ -33,6 +42,8 @@ class Diagnosis:
     Attributes:
         layers: a Verdict for each module with parameters of its own that require a gradient and have
             elements, in the order in which the modules ran.
+        time_steps: recurrent layer -> the norm of the gradient of its hidden state after each time step, in
+            the order in which the steps ran. Of an LSTM the state is h and c.
         cures: the Cures, in the order to try them. loss: the loss of the batch. total_norm: the norm of all
             gradients as one vector.
         origin: the sentence on where nan or inf in the loss or the gradients came from; None if both are
@@ -57,6 +68,7 @@ class Diagnosis:
         self.loss, self.total_norm = probed.loss, probed.total_norm
         self.origin = origin_sentence(probed)
         self.layers = verdicts(probed)
+        self.time_steps = {time_steps.name: time_steps.norms for time_steps in probed.time_steps}
         self.cures = cures(self.layers, probed)
         self.after: Diagnosis | None = None
         self.applied: list[str] = []
@@ -102,6 +114,8 @@ class Diagnosis:
             ends = (self._first, self._last)
             lines.append(text.first_to_last({layer.name: layer.gradient for layer in ends if layer.gradient is not None}))
         lines += ["", self.table()]
+        if self.time_steps:
+            lines += ["", *text.columns(self._rows_over_time(), left=(0, 5))]
         reasons = self._reasons()
         if reasons:
             lines += ["", "why", *reasons]
@@ -114,6 +128,14 @@ class Diagnosis:
         elif self.applied:
             lines += ["", *self.applied]
         return "\n".join(lines)
+
+    def _rows_over_time(self) -> list[Sequence[str]]:
+        rows: list[Sequence[str]] = [("hidden state", "time steps", "first |g|", "last |g|", "first / last", "verdict")]
+        for name, norms in self.time_steps.items():
+            first, last = norms[0], next(norm for norm in reversed(norms) if norm)
+            figures = [text.three_digits(value) for value in (first, last, first / last)]
+            rows.append((name, str(len(norms)), *figures, verdict_over_time(norms)))
+        return rows
 
     def _reasons(self) -> list[str]:
         """One line for all layers with the same verdicts, with the reason of the first of them."""
@@ -153,6 +175,7 @@ class Diagnosis:
                 {"name": judged.name, "kind": judged.kind, "verdicts": list(judged.verdicts), "why": judged.why, **judged.figures()}
                 for judged in self.layers
             ],
+            "time_steps": {name: list(norms) for name, norms in self.time_steps.items()},
             "cures": [cure._asdict() for cure in self.cures],
             "applied": list(self.applied),
             "after": None if self.after is None else self.after.to_dict(),
@@ -160,6 +183,9 @@ class Diagnosis:
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw the gradient norm of every layer over depth, in the colour of its verdict, next to the cures.
+
+        Of a model with recurrent layers, a second picture below shows the gradient norm of the hidden states
+        over the time steps.
 
         Args:
             path: the file to write: .png, .pdf or .svg.
@@ -182,6 +208,7 @@ class Diagnosis:
             [judged.layer.gradient for judged in self.layers],
             after,
             remarks,
+            [(name, verdict_over_time(norms), norms) for name, norms in self.time_steps.items()],
         )
 
 
@@ -224,8 +251,14 @@ def diagnose(model: nn.Module, batch: tuple[Any, Any], loss_fn: Callable[[Any, A
 
     Layers of a residual branch that ends in factors up to 1e-3, as zero gammas and LayerScale do, are not
     vanishing: the branch opens as it learns. nan and inf that reach neither the loss nor a gradient, such as
-    the -inf of an attention mask, are ignored. A recurrent layer is one layer: what vanishes between its time
-    steps is not observed.
+    the -inf of an attention mask, are ignored.
+
+    A recurrent layer is one layer. What happens between its time steps is shown below the table: the norm of
+    the gradient of the hidden state after each step. It is vanishing over time if that of the first step is
+    below 1e-3 times the largest one, and exploding over time if it is above 1e3 times that of the last step.
+    Observed are torch's RNN, LSTM and GRU, whose steps are computed one by one for this, their cells, and any
+    module that is called 3 times or more and each time depends on its last output. If the loss reads every
+    step and not only the last ones, the gradient of a state includes that of its own step.
 
     Afterwards the model, its gradients, running statistics, buffers, training flags and hooks, the batch, and
     the random numbers of torch, Python and numpy are as before, also after an exception. A model in

@@ -8,16 +8,18 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
+from itertools import cycle
 from os import PathLike
 from typing import TYPE_CHECKING, TypeGuard
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, FigureBase
 
 # The colours of all pictures, also those of the examples.
 BAD, FAIR, GOOD, INK, PALE = "#c0392b", "#c8860a", "#1f7a4d", "#444444", "#8a8a8a"
 _INCHES_PER_LAYER = 0.21
+_INCHES_OVER_TIME = 3.4
 # Axes and colours span at least four decades. A smaller difference is normal and must not look like a large
 # one.
 _MIN_RANGE = 1e4
@@ -96,6 +98,19 @@ def _mark_edges(axes: Axes, norms: Sequence[float | None], colours: Sequence[str
             x, align = (0.01, "left") if zeros[place] else (0.99, "right")
             transform = axes.get_yaxis_transform()
             axes.text(x, place, f"{norm:g}", color=colours[place], ha=align, va="center", fontsize=9, weight="bold", transform=transform)
+
+
+def _draw_over_time(axes: Axes, over_time: Sequence[tuple[str, str, Sequence[float]]]) -> None:
+    """Draw a line for each recurrent layer, from its first time step to its last."""
+    axes.set_yscale("log")
+    for (name, verdict, norms), style in zip(over_time, cycle(("-", "--", ":", "-.")), strict=False):
+        drawn = [norm if _is_drawn(norm) else math.nan for norm in norms]
+        axes.plot(range(len(norms)), drawn, style, marker=".", color=_COLOURS[verdict], label=f"{name}: {verdict}")
+    lowest, highest = axes.get_ylim()
+    axes.set_ylim(min(lowest, highest / _MIN_RANGE), highest)
+    axes.grid(axis="y", color="#e6e6e6")
+    axes.legend(frameon=False, fontsize=9)
+    dress(axes, "gradient of the hidden state after each time step", "time step", "gradient norm")
 
 
 def gradient_flow(
@@ -179,6 +194,8 @@ _COLOURS = {
     "BN with tiny batch": "#c46fa8",
     "no gradient": "#9a9a9a",
     "healthy": GOOD,
+    "vanishing over time": "#2f6fb3",
+    "exploding over time": BAD,
 }
 
 
@@ -190,8 +207,9 @@ def verdicts(
     norms: Sequence[float | None],
     after: Sequence[float | None] | None,
     remarks: Sequence[str],
+    over_time: Sequence[tuple[str, str, Sequence[float]]],
 ) -> None:
-    """Draw the gradient norm of each layer in the colour of its verdict.
+    """Draw the gradient norm of each layer, and of each time step, in the colour of its verdict.
 
     Args:
         path: the file to write.
@@ -201,9 +219,16 @@ def verdicts(
         norms: the gradient norm of each layer, or None.
         after: the same after the safe cures; None if they were not applied.
         remarks: the lines next to the picture.
+        over_time: (name, verdict, gradient norm of each time step) of each recurrent layer.
     """
     figure = _figure(len(layers), 13)
-    flow, words = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    of_layers: FigureBase = figure
+    if over_time:
+        height = figure.get_figheight()
+        figure.set_figheight(height + _INCHES_OVER_TIME)
+        of_layers, of_steps = figure.subfigures(2, 1, height_ratios=(height, _INCHES_OVER_TIME), squeeze=False)[:, 0]
+        _draw_over_time(of_steps.subplots(), over_time)
+    flow, words = of_layers.subplots(1, 2, width_ratios=(1.25, 1))
     if after is not None:
         _draw_flow(flow, after, joined, "#8cc5a6", "with the safe cures")
     _draw_flow(flow, norms, joined, "#cccccc", "")

@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from gradkernels.acts import ACTS
 from gradkernels.diagnosis.backward_graph import BackwardGraph
 from gradkernels.diagnosis.nonfinite import NonfiniteTracker, Origin, is_written, nonfinite, operator_name, storage_of
+from gradkernels.diagnosis.recurrent import TimeStepObserver, TimeSteps
 from gradkernels.diagnosis.thresholds import FLAT_SLOPE
 from gradkernels.gradients import tensor_norms
 from gradkernels.layers import NORMS, WEIGHTS, by_first_call, layer_name, learns, unit_dim, unwrapped
@@ -151,12 +152,14 @@ class Probe:
         total_norm: the norm of all gradients together.
         origin: where nan or inf in the loss or the gradients came from; None if all is finite or it is
             unknown.
+        time_steps: the gradients of the hidden states of recurrent layers.
     """
 
     layers: list[Layer]
     loss: float
     total_norm: float
     origin: Origin | None = None
+    time_steps: list[TimeSteps] = field(default_factory=list)
 
     @property
     def finite(self) -> bool:
@@ -295,7 +298,7 @@ def probe(model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[[Any, A
     for name in parameters:
         layer = layers.setdefault(layer_name(name), Layer(layer_name(name), model.get_submodule(name.rpartition(".")[0])))
         layer.parameters.append(name)
-    observer = _Observer()
+    observer, over_time = _Observer(), TimeStepObserver()
     with preserved(model, inputs, targets), ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -304,6 +307,7 @@ def probe(model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[[Any, A
         observer.tracker.record_initial_nonfinite(model, inputs, targets)
         try:
             observer.attach(model, layers)
+            over_time.attach(model)
             if not model.training:
                 model.train()
             with observer:
@@ -311,18 +315,20 @@ def probe(model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[[Any, A
                 observer.phase = "loss"
                 loss = loss_fn(y, targets)
                 _check_loss(loss)
+                over_time.watch()
                 observer.phase, observer.layer = "backward", None
                 grads = torch.autograd.grad(loss, [*parameters.values()], allow_unused=True)
             _check_gradients(grads)
         finally:
             observer.detach()
+            over_time.detach()
         in_order = [layers[name] for name in by_first_call(layers, observer.called)]
         parameters_of = {layer.name: [parameters[name] for name in layer.parameters] for layer in in_order}
         _relate(in_order, BackwardGraph(loss, parameters_of, observer.outputs))
         total_norm = _read_norms(in_order, parameters, grads)
         tracker = observer.tracker
         origin = tracker.origin_of(nonfinite(loss.detach())) or tracker.origin_of(nonfinite(grads))
-        return Probe(in_order, loss.item(), total_norm, origin)
+        return Probe(in_order, loss.item(), total_norm, origin, over_time.norms())
 
 
 def _learning_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

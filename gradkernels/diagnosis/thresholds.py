@@ -1,6 +1,4 @@
-"""Every threshold of a verdict of diagnose and of an alarm of GradientMonitor, with its reason.
-
-verdicts.py, probe.py and watch.py compare with them.
+"""Every threshold of a verdict of diagnose, with its reason. verdicts.py and probe.py compare with them.
 
 After a change, adapt the table in the docstring of diagnose (a decimal or a fraction, not per cent), the table
 in docs/guide/diagnose.md, and the tests on both sides of a threshold (tests/test_diagnose.py).
@@ -45,20 +43,3 @@ MIN_SCALE, MAX_SCALE = 0.25, 2.5
 # BN with tiny batch: batch statistics of fewer samples, or of fewer values per channel, are noise (Wu, He,
 # "Group Normalization", 2018, figure 1).
 MIN_BATCH, MIN_VALUES_PER_CHANNEL = 4, 16
-
-# exploding or collapsing, as an alarm: the norm of a layer's gradient is this many standard deviations from
-# its own past, on a logarithmic axis. Smaller deviations occur in healthy trainings
-# (test_a_healthy_training_raises_no_alarm).
-ALARM_DEVIATIONS = 6.0
-# A norm enters the past as if it were at most this many standard deviations from it. So a spike hardly moves
-# the past, and a change that lasts becomes part of it.
-LARGEST_ADDED = 3.0
-# Below its past it must stay for this many steps: one batch that the model has learned already is healthy.
-COLLAPSING_STEPS = 3
-# A smaller standard deviation counts as this one. So a norm must change by a factor of exp(6 * 0.25) = 4.5 at
-# least, also if the training is so quiet that a change of 2 % lies far from the past.
-MIN_DEVIATION = 0.25
-# The past is an exponential moving average with this decay, and is long enough after this many steps (Kumar
-# et al., "ZClip", 2025). A gradient that is exactly 0 for so many steps counts as vanishing.
-PAST_DECAY = 0.97
-WARM_UP_STEPS = 25

@@ -1,6 +1,7 @@
 """The verdicts on every layer, each with its reason in figures. The thresholds are in thresholds.py."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ from gradkernels.layers import NORMS, WEIGHTS
 
 NON_FINITE, BADLY_INITIALISED, DEAD, SATURATED = "non-finite", "badly initialised", "dead", "saturated"
 EXPLODING, VANISHING, TINY_BATCH, NO_GRADIENT, HEALTHY = "exploding", "vanishing", "BN with tiny batch", "no gradient", "healthy"
+VANISHING_OVER_TIME, EXPLODING_OVER_TIME = "vanishing over time", "exploding over time"
 # The worst first, and causes before their effects.
 VERDICTS = (NON_FINITE, DEAD, SATURATED, EXPLODING, VANISHING, BADLY_INITIALISED, TINY_BATCH, NO_GRADIENT, HEALTHY)
 
@@ -81,6 +83,16 @@ def verdicts(probed: Probe) -> list[Verdict]:
         why = "; ".join(reasons[verdict] for verdict in names if verdict in reasons)
         judged.append(Verdict(layer.name, type(layer.module).__name__, names, why, layer))
     return judged
+
+
+def verdict_over_time(norms: Sequence[float]) -> str:
+    """The verdict on the gradients of hidden states, which flow from the last time step to the first."""
+    if not all(map(math.isfinite, norms)):
+        return NON_FINITE
+    last = next(norm for norm in reversed(norms) if norm)
+    if norms[0] > EXPLODING_SHARE * last:
+        return EXPLODING_OVER_TIME
+    return VANISHING_OVER_TIME if norms[0] < VANISHING_SHARE * max(norms) else HEALTHY
 
 
 def output_layers(layer: Layer) -> list[Layer]:

@@ -1,7 +1,7 @@
 """The alarms of GradientMonitor: which layer's gradient explodes, collapses, vanishes or is not finite.
 
 A layer is compared with its own past and with the layers after it. The norms come from recorder.py, some
-steps at a time, so a step does not wait for them. The thresholds are in thresholds.py.
+steps at a time, so a step does not wait for them.
 """
 
 from __future__ import annotations
@@ -20,19 +20,28 @@ from torch import Tensor
 from gradkernels import text
 from gradkernels.diagnosis.cures import POLICY_LINE
 from gradkernels.diagnosis.forward_hooks import CallOrder
-from gradkernels.diagnosis.thresholds import (
-    ALARM_DEVIATIONS,
-    COLLAPSING_STEPS,
-    LARGEST_ADDED,
-    MIN_DEVIATION,
-    PAST_DECAY,
-    VANISHING_SHARE,
-    WARM_UP_STEPS,
-)
+from gradkernels.diagnosis.thresholds import VANISHING_SHARE
 
 Alarm: TypeAlias = Callable[[str, int, str, float], object]
 
 EXPLODING, COLLAPSING, VANISHING, NON_FINITE = "exploding", "collapsing", "vanishing", "non-finite"
+
+# exploding or collapsing: the norm of a layer's gradient is this many standard deviations from
+# its own past, on a logarithmic axis. Smaller deviations occur in healthy trainings
+# (test_a_healthy_training_raises_no_alarm).
+ALARM_DEVIATIONS = 6.0
+# A norm enters the past as if it were at most this many standard deviations from it. So a spike hardly moves
+# the past, and a change that lasts becomes part of it.
+LARGEST_ADDED = 3.0
+# Below its past it must stay for this many steps: one batch that the model has learned already is healthy.
+COLLAPSING_STEPS = 3
+# A smaller standard deviation counts as this one. So a norm must change by a factor of exp(6 * 0.25) = 4.5 at
+# least, also if the training is so quiet that a change of 2 % lies far from the past.
+MIN_DEVIATION = 0.25
+# The past is an exponential moving average with this decay, and is long enough after this many steps (Kumar
+# et al., "ZClip", 2025). A gradient that is exactly 0 for so many steps counts as vanishing.
+PAST_DECAY = 0.97
+WARM_UP_STEPS = 25
 
 # What a warning says of the first layer, whose value takes the place of {}.
 _EXPLANATIONS = {
