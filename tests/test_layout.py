@@ -114,6 +114,7 @@ PACKAGE = (
     ("activation", "batch_norm_act", "clip_grad", "selftest"),
     ("init", "optim", "sync_batch_norm_act"),
     ("conversion", "diagnosis"),
+    ("integrations",),
     ("__init__",),
     ("__main__",),
 )

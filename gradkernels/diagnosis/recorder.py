@@ -47,15 +47,15 @@ class StepNorms:
 
 
 class _GradientNorms(NamedTuple):
-    """Norms of gradients that were read before the step.
+    """Norms of gradients that were read before the optimizer's step.
 
     Attributes:
-        step: the step that had begun last.
+        last: the last step that they belong to.
         places: the places of the parameters with a gradient.
         norms: their norms.
     """
 
-    step: int
+    last: int
     places: list[int]
     norms: Tensor
 
@@ -168,13 +168,16 @@ class Recorder:
             )
 
     def record_gradients(self) -> None:
-        """Read the gradients now instead of after the next step."""
-        if self._is_read(self._step + 1):
-            self._time(self._step + 1, self.learning, self._read_early)
+        """Read the gradients now instead of after the next step, or the step that is running."""
+        running = None if self._running is None else self._running()
+        is_inside = running is not None and running_steps(running) > 0
+        step = self._step if is_inside else self._step + 1
+        if self._is_read(step):
+            self._time(step, self.learning, lambda: self._read_early(step))
 
     @torch.no_grad()
-    def _read_early(self) -> None:
-        self._early = self._read_gradients(self._learning_of(range(len(self.parameters))))
+    def _read_early(self, step: int) -> None:
+        self._early = self._read_gradients(step, self._learning_of(range(len(self.parameters))))
 
     def _is_recorded(self, step: int) -> bool:
         return step % self._every == 0
@@ -198,9 +201,9 @@ class Recorder:
         pairs = [(place, grad) for place in places if (grad := self.parameters[place].grad) is not None]
         return [place for place, _ in pairs], [grad for _, grad in pairs]
 
-    def _read_gradients(self, places: Iterable[int]) -> _GradientNorms:
+    def _read_gradients(self, step: int, places: Iterable[int]) -> _GradientNorms:
         with_gradient, grads = self._gradients_of(places)
-        return _GradientNorms(self._step, with_gradient, tensor_norms(grads)[0])
+        return _GradientNorms(step, with_gradient, tensor_norms(grads)[0])
 
     def _places_of(self, optimizer: Optimizer) -> list[int]:
         """The places of the parameters that an optimizer holds and that learn now."""
@@ -247,13 +250,13 @@ class Recorder:
         # An alarm has to see gradients before attach_clipping clips them. With a closure they do not exist
         # yet.
         if self.watch is not None and not self._has_early() and not has_closure:
-            read = self._read_gradients(places)
+            read = self._read_gradients(self._step, places)
             # GradScaler leaves the division to a fused optimizer.
             scale = getattr(optimizer, "grad_scale", None)
             self._at_start = read if scale is None else read._replace(norms=read.norms / scale.to(read.norms))
 
     def _has_early(self) -> bool:
-        return self._early is not None and self._early.step >= self._step - 1
+        return self._early is not None and self._step <= self._early.last
 
     def _take_snapshots(self, places: list[int]) -> None:
         for place in places:
