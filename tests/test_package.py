@@ -104,6 +104,16 @@ def test_the_command_says_its_version():
     assert (result.returncode, result.stdout) == (0, f"gradkernels {gradkernels.__version__}\n"), result.stderr
 
 
+@pytest.mark.parametrize("command", [["info"], ["--help"]], ids=lambda command: command[0])
+def test_a_reader_that_has_seen_enough_is_no_error(command):
+    """As in python -m gradkernels info | true."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run([sys.executable, "-m", "gradkernels", *command], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert result.stderr == ""
+
+
 # Each of these needs the trainer that it is named after.
 TRAINERS = {"gradkernels.integrations." + name: name for name in ("lightning", "pytorch_lightning", "transformers", "ultralytics")}
 
