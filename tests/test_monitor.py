@@ -278,6 +278,34 @@ def test_gradients_before_clipping():
     assert math.hypot(*clipped) == pytest.approx(1e-3, rel=1e-2), "an early record counts for one step only"
 
 
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_gradients_recorded_in_a_closure_belong_to_its_step(every):
+    """The first two steps record theirs before clipping, and the third does not."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    expected = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model, *batch())
+        loss.backward()
+        if len(expected) < 2:
+            monitor.record_gradients()
+        expected.append(norms_of(model, lambda _, parameter: parameter.grad))
+        gk.clip_grad_norm_(model, 1e-3)
+        return loss
+
+    with gk.GradientMonitor(model, every=every) as monitor:
+        for _ in range(3):
+            optimizer.step(closure)
+    found = dict(zip(monitor.to_dict()["steps"], monitor.to_dict()["gradient_norm"], strict=True))
+    assert [*found] == [*range(0, 3, every)]
+    for step in {0, 1} & {*found}:
+        assert found[step] == pytest.approx(expected[step], rel=1e-7)
+    if 2 in found:
+        assert math.hypot(*found[2]) == pytest.approx(1e-3, rel=1e-2)
+
+
 @pytest.mark.parametrize("early", [False, True], ids=["after step()", "by record_gradients()"])
 @pytest.mark.parametrize(
     "clipping",

@@ -61,8 +61,9 @@ class GradientMonitor:
     `every` is, but not at once, because a step does not wait for the device: it is called every `read_every`
     steps, when a report is read, and in remove(), for the steps that are complete by then. With an alarm,
     gradients are read when step() is called, before attach_clipping or RMSprop(max_norm=) clips them; with a
-    closure they are read after the step. If the alarm raises exceptions, the first one is logged with its
-    traceback, and training goes on.
+    closure they are read after the step. A step that a fused optimizer skips for GradScaler, since the scaled
+    gradients overflowed, is reported as non-finite. If the alarm raises exceptions, the first one is logged
+    with its traceback, and training goes on.
 
     Layers are in the order in which their first forward pass began. A frozen layer is recorded from the step
     on in which it first requires a gradient. A layer that is added to the model or replaced needs a new
@@ -154,7 +155,10 @@ class GradientMonitor:
         self._recorder.detach()
 
     def record_gradients(self) -> None:
-        """Record the gradients now, between backward() and clipping, instead of after the next step."""
+        """Record the gradients now, between backward() and clipping, instead of after the step.
+
+        The step is the next one, or inside a closure the one that is running.
+        """
         self._recorder.record_gradients()
 
     def to_dict(self) -> dict[str, Any]:
