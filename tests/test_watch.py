@@ -326,6 +326,19 @@ def test_an_exception_in_the_alarm_is_reported_once_and_changes_nothing(alarm, c
     assert record.exc_info[0] is (ZeroDivisionError if alarm is failing else RuntimeWarning)
 
 
+def test_an_alarm_may_read_reports():
+    model, heard = network(), Heard()
+
+    def alarm(*event):
+        heard(*event)
+        assert f"step {event[1]}" in monitor.table(event[1])
+
+    with gk.GradientMonitor(model, alarm=alarm) as monitor:
+        train(model, Idle(model.parameters()), 70, plant(model, "2", dict.fromkeys((3, 5, 33, 60, 69), math.nan)))
+    assert [step for _, step, _, _ in heard] == [3, 5, 33, 60, 69]
+    assert not monitor._recorder.watch._has_failed
+
+
 def test_what_stops_a_program_is_not_held_back():
     def interrupt(name, step, reason, value):
         raise KeyboardInterrupt

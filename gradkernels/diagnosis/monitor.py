@@ -63,7 +63,8 @@ class GradientMonitor:
     gradients are read when step() is called, before attach_clipping or RMSprop(max_norm=) clips them; with a
     closure they are read after the step. A step that a fused optimizer skips for GradScaler, since the scaled
     gradients overflowed, is reported as non-finite. If the alarm raises exceptions, the first one is logged
-    with its traceback, and training goes on.
+    with its traceback, and training goes on. The alarm may read reports of the monitor; it must not call
+    remove(), because it is called inside a step.
 
     Layers are in the order in which their first forward pass began. A frozen layer is recorded from the step
     on in which it first requires a gradient. A layer that is added to the model or replaced needs a new

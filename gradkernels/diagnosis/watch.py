@@ -26,8 +26,8 @@ Alarm: TypeAlias = Callable[[str, int, str, float], object]
 
 EXPLODING, COLLAPSING, VANISHING, NON_FINITE = "exploding", "collapsing", "vanishing", "non-finite"
 
-# exploding or collapsing: the norm of a layer's gradient is this many standard deviations from
-# its own past, on a logarithmic axis. Smaller deviations occur in healthy trainings
+# exploding or collapsing: the norm of a layer's gradient is this many standard deviations from its own past,
+# on a logarithmic axis. Smaller deviations occur in healthy trainings
 # (test_a_healthy_training_raises_no_alarm).
 ALARM_DEVIATIONS = 6.0
 # A norm enters the past as if it were at most this many standard deviations from it. So a spike hardly moves
@@ -136,11 +136,12 @@ class Watch:
 
     def judge(self, steps: range) -> None:
         """Judge those of these steps that wait, in their order, and call the alarm."""
-        waiting = sorted(step for step in self._waiting if step in steps)
+        # The alarm may read a report, which judges: by then none of these steps waits any more.
+        waiting = {step: self._waiting.pop(step) for step in sorted(self._waiting) if step in steps}
         names = self._order.sort(dict.fromkeys(self._layers)) if waiting else []
-        for step in waiting:
+        for step, norms in waiting.items():
             norms_of: dict[str, list[float]] = {}
-            for place, norm in self._waiting.pop(step).items():
+            for place, norm in norms.items():
                 norms_of.setdefault(self._layers[place], []).append(norm)
             self._call(self._events(step, {name: math.hypot(*norms_of[name]) for name in names if name in norms_of}))
 
