@@ -258,7 +258,9 @@ def test_transformers_own_clipping_is_refused(tmp_path):
 # ultralytics
 
 
-def test_ultralytics_trains_a_converted_model(tmp_path):
+def test_ultralytics_trains_a_converted_model(tmp_path, monkeypatch):
+    # The tests of torch, which conftest.py imports, freeze the flags of cuDNN; ultralytics sets them.
+    monkeypatch.setitem(torch.backends.disable_global_flags.__globals__, "__allow_nonbracketed_mutation_flag", True)
     convert = integration("ultralytics").convert
     ultralytics = trainer_package("ultralytics")
     model, classes = ultralytics.YOLO("yolo11n-cls.yaml", task="classify"), {}
@@ -276,7 +278,7 @@ def test_ultralytics_trains_a_converted_model(tmp_path):
 
     model.add_callback("on_pretrain_routine_end", convert)
     model.add_callback("on_train_start", look)
-    options = {"imgsz": 32, "batch": 4, "workers": 0, "device": "cpu", "amp": False, "plots": False, "verbose": False}
+    options = {"imgsz": 32, "batch": 4, "workers": 0, "device": "cpu", "amp": False, "plots": False, "deterministic": False}
     model.train(data=str(tmp_path / "data"), epochs=1, project=str(tmp_path), **options)
     assert classes.get("BatchNorm2d", 0) < classes["BatchNormAct2d"]
     assert not any(isinstance(module, gk.BatchNormAct2d) for module in model.model.modules()), "a checkpoint needs no gradkernels"
