@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gradkernels import _native, optim
+from gradkernels import _native, clipping, optim
 from gradkernels.activation import ELU, LeakyReLU, PReLU, RReLU, Swish, elu, leaky_relu, prelu, rrelu, swish
 from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, batch_norm_act
 from gradkernels.clip_grad import GradReport, clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm, grad_report
@@ -51,6 +51,7 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "clipping",
     "convert",
     "convert_sync_batch_norm",
     "diagnose",

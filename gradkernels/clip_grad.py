@@ -19,7 +19,7 @@ from gradkernels import _native, reference, sharded, text
 from gradkernels.gradients import NORM_TYPES, Gradients, can_be_any_dtype, tensor_norms
 
 Parameters: TypeAlias = Tensor | nn.Module | Iterable[Tensor | tuple[str, Tensor]]
-_Entries: TypeAlias = list[Tensor | tuple[str, Tensor]]
+Entries: TypeAlias = list[Tensor | tuple[str, Tensor]]
 
 
 def clip_grad_norm_(
@@ -88,7 +88,7 @@ def clip_grad_norm_(
             total_norm: Tensor
             total_norm, is_refused = result
             if is_refused:
-                raise RuntimeError(_nonfinite_message(norm_type) + _first_nonfinite_sentence(entries))
+                raise RuntimeError(_nonfinite_message(norm_type) + first_nonfinite_sentence(entries))
             return total_norm
 
     tensors = _tensors(entries)
@@ -97,7 +97,7 @@ def clip_grad_norm_(
         if gradients.supports(norm_type):
             total_norm = gradients.total_norm(norm_type)
             if error_if_nonfinite and not total_norm.isfinite():
-                raise RuntimeError(_nonfinite_message(norm_type) + _first_nonfinite_sentence(entries))
+                raise RuntimeError(_nonfinite_message(norm_type) + first_nonfinite_sentence(entries))
             gradients.scale_(max_norm, total_norm)
             return gradients.as_torch_returns(total_norm)
     try:
@@ -105,7 +105,7 @@ def clip_grad_norm_(
     except RuntimeError as error:
         if str(error) != _nonfinite_message(norm_type):
             raise
-        raise RuntimeError(str(error) + _first_nonfinite_sentence(entries)) from None
+        raise RuntimeError(str(error) + first_nonfinite_sentence(entries)) from None
 
 
 def get_total_norm(
@@ -353,7 +353,7 @@ def _gradient_versions(parameters: list[Tensor]) -> list[tuple[int, int] | None]
     return [None if grad is None else (id(grad), 0 if grad.is_inference() else grad._version) for grad in grads]
 
 
-def _entries(parameters: Parameters) -> _Entries:
+def _entries(parameters: Parameters) -> Entries:
     if isinstance(parameters, Tensor):
         return [parameters]
     if isinstance(parameters, nn.Module):
@@ -368,7 +368,7 @@ def _name_and_tensor(entry: Tensor | tuple[str, Tensor]) -> tuple[str | None, Te
     return cast("tuple[str, Tensor]", entry) if is_pair else (None, cast(Tensor, entry))
 
 
-def _tensors(entries: _Entries) -> list[Tensor]:
+def _tensors(entries: Entries) -> list[Tensor]:
     return [_name_and_tensor(entry)[1] if isinstance(entry, tuple) else entry for entry in entries]
 
 
@@ -392,15 +392,20 @@ def _scattered(values: Tensor, positions: Tensor, count: int) -> Tensor:
     return scattered.index_copy_(0, positions, values)
 
 
+def nonfinite_sentence(norm_type: float) -> str:
+    """torch's words."""
+    return f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be clipped"
+
+
 def _nonfinite_message(norm_type: float) -> str:
     """torch's message."""
     return (
-        f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be clipped. "
+        f"{nonfinite_sentence(norm_type)}. "
         "To disable this error and scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
     )
 
 
-def _first_nonfinite_sentence(entries: _Entries) -> str:
+def first_nonfinite_sentence(entries: Entries) -> str:
     """For the end of an error message; empty if all gradients are finite and only their norm is not."""
     report = grad_report(entries)
     name = report.first_nonfinite()

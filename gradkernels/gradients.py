@@ -62,8 +62,11 @@ class Gradients:
         total_norm = total_norm.to(self.tensors[0].device, dtype)
         return sharded.as_torch_returns(total_norm, self.tensors) if self.is_sharded else total_norm
 
-    def scale_(self, max_norm: float, total_norm: Tensor) -> None:
+    def scale_(self, max_norm: float | Tensor, total_norm: Tensor) -> None:
         """Multiplies by min(1, max_norm / (total_norm + 1e-6)), a float64; does not write if this is 1."""
+        if isinstance(max_norm, Tensor):
+            # The operator takes a number. A norm with the same coefficient for the bound 1 needs no wait.
+            max_norm, total_norm = 1.0, (total_norm + 1e-6) / max_norm - 1e-6
         if self.kernels is not None:
             # The dispatcher looks at the devices of all arguments, so the norm must be on the device of the
             # gradients. If it is, the host does not wait for its value.

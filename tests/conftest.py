@@ -39,7 +39,7 @@ settings.load_profile("test")
 WITHOUT_NATIVE = {"test_native", "test_layout"}
 ON_A_GPU_TOO = {
     *("test_activation", "test_activation_parameter", "test_activation_samples", "test_activation_transforms", "test_rrelu"),
-    *("test_batch_norm_act", "test_clip_grad", "test_optim"),
+    *("test_batch_norm_act", "test_clip_grad", "test_clipping", "test_optim"),
 }
 
 

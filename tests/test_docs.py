@@ -104,7 +104,11 @@ def test_figures_stand_in_the_recorded_table(page):
     assert len(cells) >= 15 and not [cell for cell in cells if cell not in recorded]
 
 
-NAMES = [*gradkernels.__all__, *(f"init.{name}" for name in gradkernels.init.__all__), "optim.RMSprop"]
+NAMES = [
+    *gradkernels.__all__,
+    *(f"init.{name}" for name in gradkernels.init.__all__),
+    *("optim.RMSprop", "clipping.Percentile", "clipping.ZScore"),
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

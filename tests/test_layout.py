@@ -110,7 +110,7 @@ LAYOUT_OF_A_STEM = (
 # operators know nothing of conversion and diagnosis, and those nothing of each other.
 PACKAGE = (
     ("_native", "acts", "layers", "preserved", "sharded", "text"),
-    ("gradients", "recompute", "reference"),
+    ("clipping", "gradients", "recompute", "reference"),
     ("activation", "batch_norm_act", "clip_grad", "selftest"),
     ("init", "optim", "sync_batch_norm_act"),
     ("conversion", "diagnosis"),
