@@ -2,7 +2,8 @@
 
 Least traffic, G = bytes of all gradients: 1G where clip_grad_norm_ finds nothing to clip, 3G where it scales; torch always moves 3G.
 Clamping is 2G, a report 1G. A step of RMSprop reads parameter, gradient and average and writes two of them, 5G, and 1G more for the norm; a
-clipped step of AdamW reads four and writes three, takes the norm, and writes the gradients that it scales, 9G.
+clipped step of AdamW reads four and writes three, takes the norm, and writes the gradients that it scales, 9G. Adaptive clipping reads
+weights and gradients, 2G, and writes the gradients that it scales, 3G. A policy is compared with a bound that never clips, and with none.
 """
 
 import itertools
@@ -80,6 +81,22 @@ def value_clipping(function: Callable[..., Any], parameters: Parameters) -> Step
     return lambda: function(parameters, bound())
 
 
+def adaptive_by_torch(parameters: Parameters, clip_factor: float) -> None:
+    """The loop of timm's adaptive_clip_grad."""
+    for each in parameters:
+        dims = tuple(range(1, each.dim())) or None
+        with torch.no_grad():
+            weight_norm, norm = (torch.linalg.vector_norm(x, dim=dims, keepdim=True) for x in (each, each.grad))
+            bound = weight_norm.clamp(min=1e-3) * clip_factor
+            clipped = each.grad * (bound / norm.clamp(min=1e-6))
+            each.grad.copy_(torch.where(norm < bound, each.grad, clipped))
+
+
+def adaptive(clips: bool, function: Callable[..., Any], parameters: Parameters) -> Step:
+    bound = falling(0.1) if clips else lambda: 1e9
+    return lambda: function(parameters, bound())
+
+
 def report_by_torch(parameters: Parameters) -> list[Tensor]:
     grads = [each.grad for each in parameters]
     norms, largest = ([function(each) for each in grads] for function in (torch.linalg.vector_norm, lambda grad: grad.abs().max()))
@@ -118,6 +135,18 @@ def adamw(is_attached: bool, parameters: Parameters) -> Step:
     return step
 
 
+def adamw_with(max_norm: Any, parameters: Parameters) -> Step:
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    if max_norm is not None:
+        gk.attach_clipping(optimizer, max_norm)
+    return optimizer.step
+
+
+def policies(policy: Any) -> dict[str, Maker]:
+    """Proved by their first step, in which they do not clip."""
+    return {EAGER: partial(adamw_with, None), "attach_clipping(1e9)": partial(adamw_with, 1e9), OURS: partial(adamw_with, policy)}
+
+
 def rmsprops(max_norm: float | None) -> dict[str, Maker]:
     theirs = {EAGER: partial(rmsprop, max_norm, None), "torch, foreach=True": partial(rmsprop, max_norm, True)}
     return theirs | {OURS: lambda parameters: gk.optim.RMSprop(parameters, max_norm=max_norm).step}
@@ -138,9 +167,17 @@ OPERATORS: dict[str, tuple[dict[str, Maker], int]] = {
     "optim.RMSprop": (rmsprops(None), 5),
     "optim.RMSprop with max_norm": (rmsprops(1.0), 6),
     "AdamW with attach_clipping": (makers(adamw, False, True), 9),
+    "adaptive_clip_grad_ that clips": (makers(partial(adaptive, True), adaptive_by_torch, gk.adaptive_clip_grad_), 3),
+    "adaptive_clip_grad_ that need not clip": (makers(partial(adaptive, False), adaptive_by_torch, gk.adaptive_clip_grad_), 2),
+    "AdamW with Percentile": (policies(gk.clipping.Percentile(q=100.0)), 8),
+    "AdamW with ZScore": (policies(gk.clipping.ZScore()), 8),
+    "AdamW with Adaptive": (policies(gk.clipping.Adaptive(clip_factor=1e9)), 9),
 }
 # Making the large model takes longer than measuring it.
-OF_GPT2 = ("clip_grad_norm_ that clips", "clip_grad_norm_ that need not clip", "optim.RMSprop", "AdamW with attach_clipping")
+OF_GPT2 = (
+    *("clip_grad_norm_ that clips", "clip_grad_norm_ that need not clip", "optim.RMSprop", "AdamW with attach_clipping"),
+    *("AdamW with Percentile", "AdamW with ZScore", "AdamW with Adaptive"),
+)
 
 
 def results(name: str, provider: str, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -137,6 +137,10 @@ void clip_grads_with_norm_(const Tensors& grads, double max_norm, const Tensor& 
 
 void clip_grad_value_(const Tensors& grads, double clip_value) { call<ops::ClipGradValueInplace>(grads, clip_value); }
 
+void adaptive_clip_grad_(const Tensors& params, const Tensors& grads, double clip_factor, double eps, double norm_type) {
+  call<ops::AdaptiveClipGradInplace>(params, grads, clip_factor, eps, norm_type);
+}
+
 // Whether every parameter has a kernel and no gaps, and its gradient and state have its dtype, shape and
 // strides.
 bool rmsprop_supports(const Tensors& params, const std::vector<Tensors>& lists) {
@@ -179,6 +183,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("grad_norms", grad_norms, without_gil);
   m.def("clip_grads_with_norm_", clip_grads_with_norm_, without_gil);
   m.def("clip_grad_value_", clip_grad_value_, without_gil);
+  m.def("adaptive_clip_grad_", adaptive_clip_grad_, without_gil);
   m.def("rmsprop_supports", rmsprop_supports);
   m.def("rmsprop_", rmsprop_, without_gil);
   py::class_<autograd::Packed>(m, "_Packed");

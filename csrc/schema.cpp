@@ -83,6 +83,8 @@ TORCH_LIBRARY(gradkernels, m) {
   m.def("grad_norms(Tensor[] grads, float norm_type) -> (Tensor norms, Tensor max_abs, Tensor nonfinite, Tensor total_norm)", tags);
   m.def("clip_grads_with_norm_(Tensor(a!)[] grads, float max_norm, Tensor total_norm) -> ()", tags);
   m.def("clip_grad_value_(Tensor(a!)[] grads, float clip_value) -> ()", tags);
+  // params: one for each gradient. norm_type: 1, 2 or inf.
+  m.def("adaptive_clip_grad_(Tensor[] params, Tensor(a!)[] grads, float clip_factor, float eps, float norm_type) -> ()", tags);
 
   // One step. Each gradient is multiplied with grad_coefficient first, but not written. grad_avgs: empty
   // unless centered. momentum_buffers: empty without momentum.

@@ -13,7 +13,15 @@ import torch
 from gradkernels import _native, clipping, optim
 from gradkernels.activation import ELU, LeakyReLU, PReLU, RReLU, Swish, elu, leaky_relu, prelu, rrelu, swish
 from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, batch_norm_act
-from gradkernels.clip_grad import GradReport, clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm, grad_report
+from gradkernels.clip_grad import (
+    GradReport,
+    adaptive_clip_grad_,
+    clip_grad_norm_,
+    clip_grad_value_,
+    clip_grads_with_norm_,
+    get_total_norm,
+    grad_report,
+)
 from gradkernels.optim import ClippingHandle, attach_clipping
 from gradkernels.recompute import recompute
 from gradkernels.sync_batch_norm_act import SyncBatchNormAct, convert_sync_batch_norm
@@ -46,6 +54,7 @@ __all__ = [
     "Swish",
     "SyncBatchNormAct",
     "__version__",
+    "adaptive_clip_grad_",
     "attach_clipping",
     "batch_norm_act",
     "clip_grad_norm_",

@@ -30,6 +30,7 @@ _CONDITIONS = {
     "batch_norm_act": "",
     "clip_grad_norm_": ", norm_type 1, 2 and inf",
     "clip_grad_value_": "",
+    "adaptive_clip_grad_": ", norm_type 1, 2 and inf",
     "grad_report": ", norm_type 1, 2 and inf",
     "optim.RMSprop": "",
 }

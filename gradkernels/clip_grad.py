@@ -1,4 +1,4 @@
-"""Gradients as one vector: its norm, clipping by norm and by value, and a report on each parameter.
+"""Gradients as one vector: its norm, clipping by norm and by value; clipping by unit; a report on each parameter.
 
 One pass reads every gradient once and sums in float64 (16-bit gradients on a GPU by eights in float32 first).
 Gradients that need no clipping are not written. torch's functions do the whole call if the kernels do not
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gradkernels import _native, reference, sharded, text
-from gradkernels.gradients import NORM_TYPES, Gradients, can_be_any_dtype, tensor_norms
+from gradkernels.gradients import NORM_TYPES, Gradients, can_be_any_dtype, kernels_for, tensor_norms
 
 Parameters: TypeAlias = Tensor | nn.Module | Iterable[Tensor | tuple[str, Tensor]]
 Entries: TypeAlias = list[Tensor | tuple[str, Tensor]]
@@ -223,6 +223,56 @@ def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | 
             gradients.clamp_(clip_value)
         elif gradients.tensors:
             reference.clip_grad_value_(tensors, clip_value, foreach)
+
+
+def adaptive_clip_grad_(parameters: Parameters, clip_factor: float = 0.01, eps: float = 1e-3, norm_type: float = 2.0) -> None:
+    """Scale each unit's gradient in place to a share of the norm of its weights, as timm's adaptive_clip_grad (AGC).
+
+        g_i = g_i clip_factor max(|w_i|, eps) / max(|g_i|, 1e-6)            if |g_i| >= clip_factor max(|w_i|, eps)
+
+    w_i and g_i are the weights and the gradients of unit i: a slice along the first dimension, such as a row
+    of a Linear or a filter of a convolution; a tensor of fewer than two dimensions is one unit. Norms are
+    computed in float64, except that a GPU adds eight terms of 16-bit gradients in float32 first. A unit is
+    read and scaled while it lies in cache; units that need no scaling are not written.
+
+    Args:
+        parameters: as for clip_grad_norm_. The paper leaves out the parameters of the last layer.
+        clip_factor: the largest ratio of the norm of a gradient to that of its weights; no unit.
+        eps: the least norm of weights, so that weights of zero can train; in units of the weights.
+        norm_type: p of the norms; 1, 2 and inf have kernels.
+
+    Raises:
+        RuntimeError: a gradient is sparse, or elements of a gradient share memory. Or parameters belong to a
+            FullyShardedDataParallel model (FSDP1).
+        TypeError: parameters contains something other than tensors and (name, tensor) pairs, or an option is
+            not a number.
+
+    Source: Brock, De, Smith, Simonyan, "High-Performance Large-Scale Image Recognition Without
+    Normalization", 2021.
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> weight = torch.ones(2, 2, requires_grad=True)
+        >>> weight.grad = torch.tensor([[3.0, 4.0], [0.003, 0.004]])
+        >>> gk.adaptive_clip_grad_(weight)
+        >>> weight.grad
+        tensor([[0.0085, 0.0113],
+                [0.0030, 0.0040]])
+    """
+    entries = _entries(parameters)
+    tensors = _tensors(entries)
+    sharded.refuse_fsdp1_pieces(tensors)
+    clip_factor, eps, norm_type = float(clip_factor), float(eps), float(norm_type)
+    grads = _grads(tensors)
+    if any(grad.layout != torch.strided for grad in grads):
+        raise RuntimeError("adaptive_clip_grad_ does not support sparse gradients, because their units are not stored whole")
+    params = [tensor for tensor in tensors if tensor.grad is not None]
+    kernels = kernels_for([*params, *grads]) if norm_type in NORM_TYPES else None
+    with torch.no_grad():
+        if kernels is not None and all(param.dtype == grad.dtype for param, grad in zip(params, grads, strict=True)):
+            kernels.adaptive_clip_grad_(params, grads, clip_factor, eps, norm_type)
+        else:
+            reference.adaptive_clip_grad_(params, clip_factor, eps, norm_type)
 
 
 class GradReport:

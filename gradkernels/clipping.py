@@ -141,6 +141,38 @@ class ZScore:
         return torch.where(is_spike, spike_bound, math.inf), new_state
 
 
+@dataclass(frozen=True)
+class Adaptive:
+    """Clips each unit by the norm of its weights, as adaptive_clip_grad_ (AGC). It has no state.
+
+    Args:
+        clip_factor: the largest ratio of the norm of a gradient to that of its weights, greater than 0.
+
+    Raises:
+        ValueError: clip_factor is not positive.
+        TypeError: clip_factor is not a number.
+
+    Source: Brock, De, Smith, Simonyan, "High-Performance Large-Scale Image Recognition Without
+    Normalization", 2021.
+
+    Example:
+        >>> import torch, gradkernels as gk
+        >>> weight = torch.ones(4, requires_grad=True)
+        >>> optimizer = torch.optim.SGD([weight], lr=1.0)
+        >>> handle = gk.attach_clipping(optimizer, gk.clipping.Adaptive())
+        >>> weight.grad = torch.full((4,), 3.0)
+        >>> optimizer.step()
+        >>> weight.grad, handle.last_norm
+        (tensor([0.0100, 0.0100, 0.0100, 0.0100]), tensor(6.))
+    """
+
+    clip_factor: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not self.clip_factor > 0:
+            raise ValueError(f"clip_factor must be a positive ratio of norms, got {self.clip_factor}")
+
+
 # The policies whose bound depends on the norms of the steps before.
 Tracking: TypeAlias = Percentile | ZScore
-Policy: TypeAlias = Tracking
+Policy: TypeAlias = Tracking | Adaptive

@@ -36,7 +36,7 @@ class Gradients:
         self.is_sharded = not torch.compiler.is_compiling() and sharded.supports(tensors)
         self.local = sharded.local_tensors(tensors) if self.is_sharded else tensors
         self._groups = sharded.groups_of(tensors) if self.is_sharded else []
-        self.kernels = _kernels_for(self.local)
+        self.kernels = kernels_for(self.local)
 
     def supports(self, norm_type: float = 2.0) -> bool:
         """Whether the methods here can replace torch's functions for these gradients."""
@@ -53,7 +53,7 @@ class Gradients:
         if not (self.is_sharded and norm_type in NORM_TYPES):
             return _norms(self.tensors, norm_type, self.kernels)[3]
         counted = [[self.local[i] for i in group.counted] for group in self._groups]
-        norms = [_norms(tensors, norm_type, _kernels_for(tensors))[3] for tensors in counted]
+        norms = [_norms(tensors, norm_type, kernels_for(tensors))[3] for tensors in counted]
         return sharded.reduce_total_norm(self.local, self._groups, norm_type, norms)
 
     def as_torch_returns(self, total_norm: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def tensor_norms(tensors: list[Tensor], norm_type: float = 2.0) -> Norms:
     return Gradients([tensor.coalesce().values() if tensor.is_sparse else tensor for tensor in tensors]).norms(norm_type)
 
 
-def _kernels_for(tensors: list[Tensor]) -> ModuleType | None:
+def kernels_for(tensors: list[Tensor]) -> ModuleType | None:
     """gradkernels._C if it supports all of these tensors, else None; None for an empty list."""
     native = _native.library()
     if native is None or not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):

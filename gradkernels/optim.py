@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.rmsprop import rmsprop
 
 from gradkernels import _native, clipping, sharded
-from gradkernels.clip_grad import clip_grad_norm_, first_nonfinite_sentence, nonfinite_sentence
+from gradkernels.clip_grad import adaptive_clip_grad_, clip_grad_norm_, first_nonfinite_sentence, nonfinite_sentence
 from gradkernels.gradients import Gradients
 
 _Closure: TypeAlias = Callable[[], Any]
@@ -323,7 +323,9 @@ class ClippingHandle:
     @max_norm.setter
     def max_norm(self, max_norm: MaxNorm) -> None:
         if not isinstance(max_norm, clipping.Policy):
-            max_norm = None if max_norm is None else float(max_norm)
+            max_norm = _number_or_none(max_norm)
+        elif isinstance(max_norm, clipping.Adaptive) and self._skip_above is not None:
+            raise ValueError("skip_above multiplies a bound of the total norm, and Adaptive has none")
         if max_norm is None:
             groups = self._optimizer.param_groups
             if not any("max_norm" in group for group in groups):
@@ -424,9 +426,9 @@ class ClippingHandle:
             optimizer.__dict__["found_inf"] = (
                 skips.float() if found_inf is None else torch.maximum(found_inf.to(skips.device), skips.float())
             )
-            records, skipped = records & ~skips, skipped.to(skips.device) + skips
+            records, skipped = records & ~skips, skipped.to(skips.device, non_blocking=True) + skips
         self._after_step = skipped, {name: torch.where(records, after[name], before[name]) for name in before}
-        if reads_amp and self._max_norm is not None and _are_scaled_by_torch(params, gradients):
+        if reads_amp and isinstance(self._max_norm, float | clipping.Tracking) and _are_scaled_by_torch(params, gradients):
             _fold(optimizer, parts[0], amp_scale)
             return
         if amp_scale is not None:
@@ -436,6 +438,8 @@ class ClippingHandle:
                 grad.copy_(grad.to(wide) / amp_scale.to(grad.device))
             # found_inf stays: by it, the step skips the update. GradScaler deletes both attributes.
             optimizer.__dict__["grad_scale"] = None
+        if isinstance(self._max_norm, clipping.Adaptive):
+            adaptive_clip_grad_(params, self._max_norm.clip_factor, norm_type=self.norm_type)
         for part in parts:
             if part.max_norm is not None:
                 part.gradients.scale_(part.max_norm, part.norm)
@@ -461,9 +465,11 @@ class ClippingHandle:
             ]
             return unscaled(total_norm), parts, {}, {}
         total_norm = unscaled(gradients.total_norm(self.norm_type))
-        if isinstance(self._max_norm, float):
-            return total_norm, [_Part(gradients, total_norm, self._max_norm)], {}, {}
-        before = {name: value.to(total_norm.device) for name, value in self._state.items()} or self._max_norm.initial_state(total_norm)
+        if not isinstance(self._max_norm, clipping.Tracking):
+            max_norm = None if isinstance(self._max_norm, clipping.Adaptive) else self._max_norm
+            return total_norm, [_Part(gradients, total_norm, max_norm)], {}, {}
+        state = self._state or self._max_norm.initial_state(total_norm)
+        before = {name: value.to(total_norm.device, non_blocking=True) for name, value in state.items()}
         bound, after = self._max_norm.bound(before, total_norm)
         return total_norm, [_Part(gradients, total_norm, bound)], before, after
 
@@ -633,11 +639,11 @@ def attach_clipping(
         g = g min(1, max_norm / (total_norm + 1e-6))
 
     torch's fused SGD, Adam, AdamW and Adagrad scale gradients as they read them, which saves the pass that
-    writes clipped gradients. For other optimizers, for DTensors, with max_norm=None, and if a gradient does
-    not have the strides of its parameter, the gradients are scaled in place. With torch.amp.GradScaler the
-    norm is that of the unscaled gradients, and the same step unscales, clips, and skips on inf. A step leaves
-    nothing on the optimizer, also if it raises an error. The state_dict does not change. A copy or a pickle of
-    the optimizer does not clip, because it has no hooks.
+    writes clipped gradients. For other optimizers, for DTensors, with max_norm=None or Adaptive, and if a
+    gradient does not have the strides of its parameter, the gradients are scaled in place. With
+    torch.amp.GradScaler the norm is that of the unscaled gradients, and the same step unscales, clips, and
+    skips on inf. A step leaves nothing on the optimizer, also if it raises an error. The state_dict does not
+    change. A copy or a pickle of the optimizer does not clip, because it has no hooks.
 
     A skipped step does not change parameters, the optimizer's state, its step counts, or the policy's state.
     torch's fused optimizers skip without a wait for the GPU, except that SGD with momentum waits until its
@@ -651,7 +657,7 @@ def attach_clipping(
         max_norm: the largest total norm allowed, in units of the gradients. None: each group has a bound of
             its own, param_group["max_norm"]; a group whose value is None is not clipped. If a checkpoint
             without this key is loaded, the values seen here hold. Or a policy that chooses the bound of each
-            step: gradkernels.clipping.Percentile or ZScore.
+            step, gradkernels.clipping.Percentile or ZScore, or that clips each unit, gradkernels.clipping.Adaptive.
         norm_type: p; 1, 2 and inf have kernels.
         nonfinite: what a step does if the total norm is nan or inf. "propagate": it clips, and nan and inf
             spread as in clip_grad_norm_. "skip": it is skipped, and counted in handle.skipped. "raise": it
@@ -665,7 +671,8 @@ def attach_clipping(
 
     Raises:
         ValueError: optimizer is LBFGS, or a ZeroRedundancyOptimizer with overlap_with_ddp=True; no group has
-            the max_norm that None refers to; nonfinite is another word; or skip_above is not positive.
+            the max_norm that None refers to; nonfinite is another word; or skip_above is not positive, or
+            given with Adaptive.
         TypeError: optimizer is not an Optimizer, or it is a wrapper without hooks that does not hold exactly
             one optimizer; or max_norm is not a number, None or a policy.
         RuntimeError: the parameters are pieces of a FullyShardedDataParallel model (FSDP1): call

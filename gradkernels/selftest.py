@@ -103,6 +103,12 @@ def clip_grad_value_(library: ModuleType, operands: Tensors) -> Tensors:
     return grads_of(parameters)
 
 
+def adaptive_clip_grad_(library: ModuleType, operands: Tensors) -> Tensors:
+    parameters = gradients(operands)
+    library.adaptive_clip_grad_(parameters, 0.1, 1e-3, 2.0)
+    return grads_of(parameters)
+
+
 def grad_norms(library: ModuleType, operands: Tensors) -> Tensors:
     if library is not reference:
         report = library.grad_report(gradients(operands))
@@ -133,6 +139,7 @@ OPERATORS: dict[str, Compute] = {
     "batch_norm_act, eval": partial(batch_norm_act, act="leaky_relu", training=False),
     "clip_grad_norm_": clip_grad_norm_,
     "clip_grad_value_": clip_grad_value_,
+    "adaptive_clip_grad_": adaptive_clip_grad_,
     "grad_report": grad_norms,
     "optim.RMSprop": rmsprop,
 }

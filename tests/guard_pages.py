@@ -68,6 +68,9 @@ def calls(shape, dtype, at_end):
         gk.clip_grad_norm_(parameters, 1e-3)
         gk.clip_grad_value_(parameters, 1e-4)
         gk.grad_report(parameters)
+        weights = torch.nn.Parameter(operand(*shape))
+        weights.grad = operand(*shape)
+        gk.adaptive_clip_grad_(weights, 1e-4)
 
     def rmsprop():
         parameter = torch.nn.Parameter(operand(*shape))

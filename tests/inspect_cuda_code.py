@@ -152,6 +152,8 @@ GATES = (
     Gate(r"grad_norms_of_runs_kernel<.*>", 4),
     Gate(r"clip_with_norm_kernel", 4, loads=True, stores=True),
     Gate(r"clamp_kernel", 4, loads=True, stores=True),
+    Gate(r"adaptive_clip_kernel<\(Norm\)., 256>", 3, loads=True, stores=True),
+    Gate(r"adaptive_clip_kernel<\(Norm\)., 32>", 24, loads=True, stores=True, threads=32),
     Gate(r"rmsprop_kernel<.*>", 3, loads=True, stores=True),
 )
 WHOLE, FLOATS = rf"{SIXTEEN_BITS}8(, false)?", r"<float, 4"

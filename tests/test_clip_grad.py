@@ -648,7 +648,7 @@ def test_a_norm_on_the_device_of_the_gradients_is_not_copied(monkeypatch):
     """meta stands for a GPU, whose numbers cannot be read without waiting for it."""
     passed = []
     kernels = types.SimpleNamespace(clip_grads_with_norm_=lambda *arguments: passed.append(arguments))
-    monkeypatch.setattr("gradkernels.gradients._kernels_for", lambda tensors: kernels)
+    monkeypatch.setattr("gradkernels.gradients.kernels_for", lambda tensors: kernels)
     grads, total_norm = [torch.empty(3, device="meta")], torch.empty((), device="meta")
     gk.clip_grads_with_norm_(parameters_with(grads), 1.0, total_norm)
     assert len(passed) == 1 and passed[0][2] is total_norm
@@ -751,6 +751,168 @@ def test_clip_grad_value_counts_versions_and_leaves_the_neighbours():
     gk.clip_grad_value_(parameters_with([piece]), 1.0)
     assert piece._version == version + 1
     assert_bitwise_equal("memory around the gradient", torch.cat([buffer[:3], buffer[4000:]]), torch.cat([before[:3], before[4000:]]))
+
+
+# adaptive clipping
+
+
+UNITS = [(), (5,), (70_001,), (4, 7), (300, 9), (33, 65), (2, 70_001), (1, 200_003), (8, 3, 3, 3), (5, 4, 2, 3, 2), (6, 0), (0, 4), (0,)]
+
+
+def weights_and_gradients(dtype=torch.float32):
+    """Weights of usual sizes, of 0 and of 1e3; gradients around the bound of their unit."""
+    made = []
+    for i, shape in enumerate(UNITS):
+        unit = (shape[0], *[1] * (len(shape) - 1)) if len(shape) > 1 else ()
+        scale = 10 ** (2 * torch.rand(unit, dtype=torch.float64) - 1)
+        weight = torch.randn(shape, dtype=torch.float64) * (1.0, 0.0, 1e3)[i % 3 if i > 3 else 0]
+        largest = max(1.0, weight.abs().max().item()) if weight.numel() else 1.0
+        made.append(nn.Parameter(weight.to(dtype)))
+        made[-1].grad = (torch.randn(shape, dtype=torch.float64) * 0.01 * largest * scale).to(dtype)
+    return made
+
+
+def adaptively_clipped(parameter, clip_factor=0.01, eps=1e-3, norm_type=2.0):
+    """The formula of timm's adaptive_clip_grad, in float64."""
+    weight, grad = parameter.detach().double(), parameter.grad.double()
+    if grad.numel() == 0:
+        return grad
+    dims = tuple(range(1, grad.dim())) if grad.dim() > 1 else None
+    weight_norm, grad_norm = (torch.linalg.vector_norm(each, norm_type, dims, keepdim=True) for each in (weight, grad))
+    max_norm = weight_norm.clamp(min=eps) * clip_factor
+    return torch.where(grad_norm < max_norm, grad, grad * (max_norm / grad_norm.clamp(min=1e-6)))
+
+
+def assert_adaptively_clips(parameters, *options, bound=1.0):
+    """Each gradient within `bound` ulp of the exact one."""
+    expected = [adaptively_clipped(parameter, *options) for parameter in parameters]
+    gk.adaptive_clip_grad_(parameters, *options)
+    for parameter, exact in zip(parameters, expected, strict=True):
+        numbers = torch.finfo(parameter.dtype)
+        unit = (exact.abs() * numbers.eps).clamp(min=numbers.smallest_normal * numbers.eps)
+        errors = ((parameter.grad.double() - exact).abs() / unit)[exact.isfinite()]
+        assert not errors.numel() or errors.max() <= bound, f"{tuple(exact.shape)}: {errors.max()} ulp"
+        assert_close(parameter.grad.isnan(), exact.isnan())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf, 3.0], ids=str)
+def test_adaptive_clipping_is_timms(norm_type, dtype):
+    # In float64, the rounding of torch's norms shows.
+    bound = 100.0 if dtype == torch.float64 else 1.0
+    for options in ((), (0.05, 0.3), (1e-9,), (1e9,), (-0.01,)):
+        options = (*options, *(0.01, 1e-3)[len(options) :], norm_type)
+        assert_adaptively_clips(weights_and_gradients(dtype), *options, bound=bound)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf], ids=str)
+def test_adaptive_clipping_spreads_what_is_not_finite(norm_type):
+    for value in (math.nan, math.inf):
+        for of_weights in (False, True):
+            parameters = weights_and_gradients()
+            for parameter in parameters[1:9]:
+                with torch.no_grad():
+                    (parameter if of_weights else parameter.grad)[-1].fill_(value)
+            assert_adaptively_clips(parameters, 0.01, 1e-3, norm_type)
+
+
+def test_adaptive_clipping_beyond_float32_and_float64():
+    for scale, dtype in ((1e30, torch.float32), (1e-30, torch.float32), (1e200, torch.float64), (1e-200, torch.float64)):
+        parameter = nn.Parameter(torch.tensor([[3.0, 4.0], [6.0, 8.0]], dtype=dtype) * scale)
+        parameter.grad = parameter.detach() * torch.tensor([[1.0], [1e-3]], dtype=dtype)
+        expected = torch.tensor([[0.03, 0.04], [6e-3, 8e-3]], dtype=dtype) * scale if scale > 1 else None
+        before = parameter.grad.clone()
+        gk.adaptive_clip_grad_(parameter, eps=0.0)
+        # timm divides by 1e-6 at least.
+        exact = before * 0.01 * scale * torch.tensor([[5.0], [1e6]], dtype=dtype).clamp(max=1e2 / scale) / 1e-6 if scale < 1 else expected
+        assert_close(parameter.grad[0], exact[0], rtol=1e-6, atol=0)
+        assert_close(parameter.grad[1], before[1] if scale > 1 else parameter.grad[1], rtol=0, atol=0)
+
+
+def test_adaptive_clipping_of_other_memory_formats():
+    """Parameter and gradient lie in orders of their own; some have gaps, or units in pieces."""
+
+    def made(memory):
+        torch.manual_seed(0)
+        parameter = nn.Parameter(memory(torch.randn(6, 4, 3, 2)))
+        parameter.grad = torch.randn(6, 4, 3, 2)
+        return parameter
+
+    formats = {
+        "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+        "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        "gaps": lambda x: torch.stack([x, x], -1)[..., 0],
+        "contiguous": lambda x: x,
+    }
+    for of_weight, of_grad in itertools.product(formats, formats):
+        parameter = made(formats[of_weight])
+        parameter.grad = formats[of_grad](parameter.grad)
+        version = parameter.grad._version
+        assert_adaptively_clips([parameter])
+        assert parameter.grad._version > version
+
+
+def test_adaptive_clipping_has_the_same_bits_for_any_number_of_threads(each_thread_count):
+    def run():
+        torch.manual_seed(1)
+        parameters = weights_and_gradients()
+        gk.adaptive_clip_grad_(parameters)
+        return [parameter.grad for parameter in parameters]
+
+    for one, two in zip(*each_thread_count(run), strict=True):
+        assert_bitwise_equal("gradient", one, two)
+
+
+def test_adaptive_clipping_writes_the_clipped_units_only(monkeypatch):
+    """A module is taken, a parameter without a gradient is not, and torch's operators give the same result."""
+    results = []
+    for library in (_native.C, None):
+        monkeypatch.setattr(_native, "C", library)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(1.0)
+                parameter.grad = torch.full_like(parameter, 1e-3)
+        model[1].bias.grad = None
+        model[0].weight.grad[2] = 7.0
+        before = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+        assert gk.adaptive_clip_grad_(model) is None
+        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        changed = [(old != new).any(-1).nonzero().flatten().tolist() for old, new in zip(before, grads, strict=True)]
+        assert changed == [[2], [], []]
+        results.append(grads)
+    assert_close(*results)
+
+
+def test_adaptive_clipping_refuses_before_it_writes():
+    fine = weights_and_gradients()[1]
+    before = fine.grad.clone()
+    sparse = nn.Parameter(torch.ones(3, 2))
+    sparse.grad = torch.eye(3, 2).to_sparse()
+    with pytest.raises(RuntimeError, match="adaptive_clip_grad_ does not support sparse gradients"):
+        gk.adaptive_clip_grad_([fine, sparse])
+    overlapping = nn.Parameter(torch.ones(3, 2))
+    overlapping.grad = torch.ones(1).expand(3, 2)
+    with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
+        gk.adaptive_clip_grad_([fine, overlapping])
+    for wrong in (("much",), (0.01, None)):
+        with pytest.raises((TypeError, ValueError)):
+            gk.adaptive_clip_grad_([fine], *wrong)
+    assert_bitwise_equal("gradient", fine.grad, before)
+    with pytest.raises(RuntimeError, match="got 2 parameters, but 1 gradients"):
+        OPS.adaptive_clip_grad_([fine, fine], [fine.grad], 0.01, 1e-3, 2.0)
+    with pytest.raises(RuntimeError, match="parameter 0 and its gradient must have the same dtype, device and shape"):
+        OPS.adaptive_clip_grad_([fine], [fine.grad.double()], 0.01, 1e-3, 2.0)
+    with pytest.raises(ValueError, match="norm_type must be 1, 2 or inf, got 3"):
+        OPS.adaptive_clip_grad_([fine], [fine.grad], 0.01, 1e-3, 3.0)
+
+
+def test_adaptive_clipping_under_compile():
+    torch._dynamo.reset()
+    parameters = weights_and_gradients()[1:5]
+    expected = [adaptively_clipped(parameter).float() for parameter in parameters]
+    torch.compile(lambda: gk.adaptive_clip_grad_(parameters), fullgraph=True, backend="aot_eager")()
+    assert_close([parameter.grad for parameter in parameters], expected)
 
 
 # the report
@@ -889,6 +1051,7 @@ def test_opcheck():
         for max_norm in (0.1, 100.0):
             opcheck(OPS.clip_grads_with_norm_.default, (grads, max_norm, total_norm))
         opcheck(OPS.clip_grad_value_.default, (grads, 0.1))
+        opcheck(OPS.adaptive_clip_grad_.default, ([torch.randn_like(grad) for grad in grads], grads, 0.1, 1e-3, 2.0))
     opcheck(OPS.grad_norms.default, ([torch.randn(3, requires_grad=True)], 2.0))
 
 
@@ -1028,6 +1191,7 @@ TAKING_PARAMETERS = {
     "clip_grad_norm_": lambda parameters: gk.clip_grad_norm_(parameters, 1.0),
     "of order 3": lambda parameters: gk.clip_grad_norm_(parameters, 1.0, 3.0),
     "clip_grad_value_": lambda parameters: gk.clip_grad_value_(parameters, 1.0),
+    "adaptive_clip_grad_": gk.adaptive_clip_grad_,
     "clip_grads_with_norm_": lambda parameters: gk.clip_grads_with_norm_(parameters, 1.0, torch.tensor(5.0)),
     "grad_report": gk.grad_report,
 }

@@ -143,6 +143,21 @@ def scenario_replicated():
     assert_clips(make, 0, True)
 
 
+def scenario_adaptive_clipping():
+    """Units that lie on one rank, and units in pieces."""
+    mesh = mesh_1d()
+    torch.manual_seed(1)
+    for weight, grad in zip(gradients(), gradients(), strict=True):
+        expected = nn.Parameter(weight)
+        expected.grad = grad.clone()
+        gk.adaptive_clip_grad_(expected, 0.5)
+        for placement in (Shard(0), Shard(grad.dim() - 1), Replicate()):
+            param = nn.Parameter(distribute_tensor(weight, mesh, [placement]))
+            param.grad = distribute_tensor(grad, mesh, [placement])
+            gk.adaptive_clip_grad_(param, 0.5)
+            assert_close(whole(param.grad), expected.grad)
+
+
 def scenario_with_plain_tensors():
     mesh = mesh_1d()
 
@@ -417,6 +432,7 @@ def scenario_default_device_elsewhere():
 SCENARIOS = [
     scenario_one_mesh,
     scenario_replicated,
+    scenario_adaptive_clipping,
     scenario_with_plain_tensors,
     scenario_what_is_not_finite,
     scenario_squares_that_leave_float64,

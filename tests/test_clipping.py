@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import gradkernels as gk
 from gradkernels import optim
-from gradkernels.clipping import Percentile, ZScore
+from gradkernels.clipping import Adaptive, Percentile, ZScore
 
 OPTIMIZERS = {
     "SGD": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, dampening=0.3, fused=True),
@@ -122,6 +122,29 @@ def test_a_policy_clips_as_in_the_paper(policy, optimizer, where_the_norm_is):
         # A fused step of torch divides by a float32.
         assert_close([param.detach() for param in ours], [param.detach() for param in theirs], rtol=1e-6, atol=1e-6)
     assert clipped[30] and clipped[31] and clipped[55]
+
+
+@each_optimizer
+@pytest.mark.parametrize("scaled", [False, True])
+def test_adaptive_clipping_in_a_step(scaled, optimizer):
+    ours = parameters(torch.float32)
+    theirs = copies(ours)
+    our_optimizer, their_optimizer = OPTIMIZERS[optimizer](ours), OPTIMIZERS[optimizer](theirs)
+    handle = gk.attach_clipping(our_optimizer, Adaptive(clip_factor=0.1), nonfinite="skip")
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=scaled)
+    for step in range(3):
+        scaler.scale(torch.ones(()))
+        set_gradients(ours, 3.0, step, scaler.get_scale())
+        set_gradients(theirs, 3.0, step)
+        scaler.step(our_optimizer)
+        scaler.update()
+        gk.adaptive_clip_grad_(theirs, 0.1)
+        their_optimizer.step()
+        assert_close([param.detach() for param in ours], [param.detach() for param in theirs])
+        assert_close(handle.last_norm, torch.tensor(3.0))
+    set_gradients(ours, math.nan, 0)
+    our_optimizer.step()
+    assert handle.skipped == 1 and handle.state_dict()["policy"] == "Adaptive"
 
 
 @each_policy
@@ -425,6 +448,12 @@ def test_groups_with_bounds_of_their_own(norm_type, scaled, optimizer):
         (lambda params: Percentile(window=0), ValueError, r"window must be at least 1 norm, got 0"),
         (lambda params: Percentile(window=2.5), TypeError, "integer"),
         (lambda params: Percentile("much"), TypeError, "not supported between"),
+        (lambda params: Adaptive(clip_factor=-0.01), ValueError, "clip_factor must be a positive ratio of norms, got -0.01"),
+        (
+            lambda params: gk.attach_clipping(torch.optim.SGD(params), Adaptive(), skip_above=2.0),
+            ValueError,
+            "skip_above multiplies a bound of the total norm, and Adaptive has none",
+        ),
         (lambda params: ZScore(threshold=0), ValueError, "threshold must be a positive z-score, got 0"),
         (lambda params: ZScore(decay=1.0), ValueError, r"decay must be in \[0, 1\), got 1.0"),
         (lambda params: gk.attach_clipping(torch.optim.LBFGS(params), Percentile()), ValueError, "does not support LBFGS"),

@@ -118,6 +118,7 @@ CALLS = {
     "clip_grad_norm_, p = 3": clipped(lambda made: gk.clip_grad_norm_(made.model, 1.0, 3.0)),
     "clip_grad_norm_ of halves and complex numbers": lambda made: gk.clip_grad_norm_(made.halves, 1.0),
     "clip_grad_value_": clipped(lambda made: gk.clip_grad_value_(made.model, 0.1)),
+    "adaptive_clip_grad_": clipped(lambda made: gk.adaptive_clip_grad_(made.model)),
     "clip_grads_with_norm_": clipped(lambda made: gk.clip_grads_with_norm_(made.model, 1.0, made.total_norm)),
     "get_total_norm": lambda made: gk.get_total_norm(made.grads()),
     "grad_report": lambda made: report_of(made, made.model),

@@ -107,7 +107,7 @@ def test_figures_stand_in_the_recorded_table(page):
 NAMES = [
     *gradkernels.__all__,
     *(f"init.{name}" for name in gradkernels.init.__all__),
-    *("optim.RMSprop", "clipping.Percentile", "clipping.ZScore"),
+    *("optim.RMSprop", "clipping.Adaptive", "clipping.Percentile", "clipping.ZScore"),
 ]
 
 

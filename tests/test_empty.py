@@ -63,6 +63,7 @@ def test_clipping_ignores_an_update_of_rank_0(library, monkeypatch):
         lambda model: gk.clip_grad_norm_(model, 0.01),
         lambda model: gk.clip_grad_norm_(model, 0.01, 3.0),
         lambda model: gk.clip_grad_value_(model, 0.01),
+        gk.adaptive_clip_grad_,
         lambda model: gk.clip_grads_with_norm_(model, 0.01, torch.tensor(3.0)),
         lambda model: gk.get_total_norm([each.grad for each in model.parameters() if each.grad is not None]),
         lambda model: gk.grad_report(model).clip_(0.01),

@@ -50,6 +50,8 @@ def operation(name):
     module = gk.BatchNormAct1d(CHANNELS, act="swish")
     buffers = [*module.state_dict().values()]
     halves = [buffer.half() for buffer in buffers[2:4]]
+    square = nn.Parameter(torch.randn(CHANNELS // 64, 64))
+    square.grad = torch.randn(64, CHANNELS // 64).t()
     dense = nn.Parameter(torch.randn(CHANNELS))
     dense.grad = torch.randn(CHANNELS)
     optimizer = gk.optim.RMSprop([dense], centered=True, max_norm=1.0)
@@ -70,6 +72,7 @@ def operation(name):
         "rrelu in place": (lambda: gk.rrelu(gapped, training=True, inplace=True), [gapped]),
         "clip_grad_norm_": (lambda: gk.clip_grad_norm_([parameter], 0.1), [parameter, parameter.grad]),
         "clip_grad_value_": (lambda: gk.clip_grad_value_([parameter], 0.1), [parameter, parameter.grad]),
+        "adaptive_clip_grad_": (lambda: gk.adaptive_clip_grad_([square], 0.1), [square, square.grad]),
         "RMSprop": (optimizer.step, [dense, dense.grad]),
     }
     return calls.get(name) or calls.keys()
@@ -114,7 +117,7 @@ def failing_malloc(tmp_path_factory):
 
 def test_out_of_memory_half_way(failing_malloc):
     printed = run("-c", OUT_OF_MEMORY, folder=ROOT, LD_PRELOAD=str(failing_malloc))
-    assert len(printed.splitlines()) == 12, printed
+    assert len(printed.splitlines()) == 13, printed
 
 
 def network():

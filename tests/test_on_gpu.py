@@ -239,6 +239,48 @@ def test_batch_norm_act_takes_two_passes():
     assert kernels_of(lambda: torch.autograd.grad(y, x, grad_y, retain_graph=True)) == backward
 
 
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_adaptive_clipping(dtype, norm_type):
+    """Units of one thread, of a warp and of a block, and more tensors than one launch takes."""
+    shapes = [(), (7,), (5, 9), (3, 2047), (3, 2048), (2, 40_001), (300_001,), (16, 8, 3, 3), *[(4, 3)] * 1000]
+    params, grads = ([torch.randn(shape).to(dtype) for shape in shapes] for _ in range(2))
+    grads = [grad * 0.1 ** (i % 4) for i, grad in enumerate(grads)]
+    on_gpu = [grad.cuda() for grad in grads]
+    torch.ops.gradkernels.adaptive_clip_grad_(params, grads, 0.01, 1e-3, norm_type)
+    torch.ops.gradkernels.adaptive_clip_grad_([param.cuda() for param in params], on_gpu, 0.01, 1e-3, norm_type)
+    numbers = torch.finfo(dtype)
+    rtol = (16 if dtype == torch.float64 else 2) * numbers.eps
+    for actual, wanted in zip(on_gpu, grads, strict=True):
+        torch.testing.assert_close(actual.cpu(), wanted, rtol=rtol, atol=numbers.smallest_normal * numbers.eps)
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD])
+def test_skipped_steps_do_not_wait_for_the_gpu(make):
+    grads = [torch.randn(1000, device="cuda") for _ in range(5)]
+    parameters = parameters_with(grads)
+    optimizer = make(parameters, lr=0.1, fused=True)
+    handle = gk.attach_clipping(optimizer, gk.clipping.ZScore(), nonfinite="skip", skip_above=10.0)
+    optimizer.step()
+    before = [parameter.detach().clone() for parameter in parameters]
+    grads[3][2] = torch.nan
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(parameter, old) for parameter, old in zip(parameters, before, strict=True))
+    assert handle.skipped == 1 and handle.state_dict()["state"]["count"] == 1
+    handle.max_norm = gk.clipping.Percentile()
+    grads[3][2] = 1.0
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+        gk.adaptive_clip_grad_(parameters)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_nothing_waits_for_the_gpu():
     x, grads = torch.randn(10_000, device="cuda", requires_grad=True), [torch.randn(1000, device="cuda") for _ in range(5)]
     module = gk.BatchNormAct1d(10, momentum=None, device="cuda")

@@ -215,6 +215,38 @@ def test_clipping_by_value(call, guarded, limit):
         assert_bitwise_equal(f"{actual.numel()} {actual.dtype}", actual, each)
 
 
+@pytest.mark.parametrize("norm_type", NORMS)
+@pytest.mark.parametrize("scale", [1.0, 1e-170, 1e170])
+def test_adaptive_clipping(call, guarded, scale, norm_type):
+    """Units of one thread, of a warp and of a block, and more tensors than a table has entries."""
+    shapes = [(1, 1), (5, 7), (3, 2047), (3, 2048), (2, 20_001), (1, 40_000), *[(2, 3)] * 1000]
+    params, grads, dtypes = [], [], []
+    for i, (units, elements) in enumerate(shapes):
+        # float64 alone has squares that leave float64.
+        dtypes.append(DTYPES[i % 4] if scale == 1.0 else torch.float64)
+        param = torch.randn(units, elements, dtype=torch.float64) * scale
+        grad = torch.randn(units, elements, dtype=torch.float64) * scale * 0.1 ** torch.randint(0, 4, (units, 1))
+        params.append(guarded.copy(param.to(dtypes[-1]), offset=i % 3 == 1))
+        grads.append(guarded.copy(grad.to(dtypes[-1]), offset=i % 3 == 2))
+    grads[1][3], params[3][1] = math.nan, math.inf
+    expected = [grad.reshape(shape).clone() for grad, shape in zip(grads, shapes, strict=True)]
+    reshaped = [param.reshape(shape) for param, shape in zip(params, shapes, strict=True)]
+    for kind in DTYPES:
+        chosen = [i for i, dtype in enumerate(dtypes) if dtype == kind]
+        if chosen:
+            torch.ops.gradkernels.adaptive_clip_grad_([reshaped[i] for i in chosen], [expected[i] for i in chosen], 0.01, 0.0, norm_type)
+    elements, units = array([shape[1] for shape in shapes]), array([shape[0] for shape in shapes])
+    numbers = array([DTYPE_NUMBERS[dtype] for dtype in dtypes])
+    addresses = (array([each.data_ptr() for each in tensors], ctypes.c_void_p) for tensors in (grads, params))
+    grad_addresses, param_addresses = addresses
+    call("adaptive_clip", len(shapes), numbers, elements, grad_addresses, units, param_addresses, NORMS[norm_type], 0.01, 0.0)
+    for actual, each in zip(grads, expected, strict=True):
+        # Norms differ in their last bits, and with them the rounding of an element.
+        numbers = torch.finfo(each.dtype)
+        rtol = (16 if each.dtype == torch.float64 else 2) * numbers.eps
+        torch.testing.assert_close(actual, each.flatten(), rtol=rtol, atol=numbers.smallest_normal * numbers.eps, equal_nan=True)
+
+
 @each_dtype
 @pytest.mark.parametrize("centered", [False, True], ids=["plain", "centered"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

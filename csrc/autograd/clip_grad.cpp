@@ -27,6 +27,12 @@ void clip_grad_value_(at::TensorList grads, double clip_value) {
   increment_versions(grads);
 }
 
+void adaptive_clip_grad_(at::TensorList params, at::TensorList grads, double clip_factor, double eps, double norm_type) {
+  check_versions_count(grads);
+  call_below_version_counting<ops::AdaptiveClipGradInplace>(params, grads, clip_factor, eps, norm_type);
+  increment_versions(grads);
+}
+
 void rmsprop_(at::TensorList params, at::TensorList grads, at::TensorList square_avgs, at::TensorList grad_avgs,
               at::TensorList momentum_buffers, double lr, double alpha, double eps, double weight_decay, double momentum,
               double grad_coefficient) {
@@ -40,7 +46,7 @@ void rmsprop_(at::TensorList params, at::TensorList grads, at::TensorList square
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gradkernels, Autograd, m) {
-  for (const char* name : {"grad_norms", "clip_grads_with_norm_", "clip_grad_value_", "rmsprop_"}) {
+  for (const char* name : {"grad_norms", "clip_grads_with_norm_", "clip_grad_value_", "adaptive_clip_grad_", "rmsprop_"}) {
     m.impl(name, torch::CppFunction::makeFallthrough());
   }
 }
@@ -48,6 +54,7 @@ TORCH_LIBRARY_IMPL(gradkernels, Autograd, m) {
 TORCH_LIBRARY_IMPL(gradkernels, ADInplaceOrView, m) {
   m.impl("clip_grads_with_norm_", clip_grads_with_norm_);
   m.impl("clip_grad_value_", clip_grad_value_);
+  m.impl("adaptive_clip_grad_", adaptive_clip_grad_);
   m.impl("rmsprop_", rmsprop_);
 }
 

@@ -19,15 +19,26 @@ struct Chunk {
 
 class Chunks {
  public:
+  // Large enough that the overhead of a chunk is negligible and that a task is worth the start of a thread,
+  // about ten microseconds.
+  static constexpr int64_t kChunkElements = 65536;
+
   // count_of(i) is the number of elements of tensor i.
   template <typename CountOf>
-  Chunks(int64_t tensor_count, const CountOf& count_of) {
+  Chunks(int64_t tensor_count, const CountOf& count_of) : Chunks(tensor_count, count_of, [](int64_t) { return int64_t{1}; }) {}
+
+  // The same, with chunks of whole units: unit_of(i) is the number of elements of a unit of tensor i, at most
+  // kChunkElements.
+  template <typename CountOf, typename UnitOf>
+  Chunks(int64_t tensor_count, const CountOf& count_of, const UnitOf& unit_of) {
     chunks_.reserve(tensor_count);
     int64_t task_elements = kTaskElements;
     for (int64_t tensor = 0; tensor < tensor_count; ++tensor) {
       const int64_t elements = count_of(tensor);
-      for (int64_t begin = 0; begin < elements; begin += kChunkElements) {
-        const int64_t count = elements - begin < kChunkElements ? elements - begin : kChunkElements;
+      if (elements == 0) continue;
+      const int64_t chunk_elements = kChunkElements - kChunkElements % unit_of(tensor);
+      for (int64_t begin = 0; begin < elements; begin += chunk_elements) {
+        const int64_t count = elements - begin < chunk_elements ? elements - begin : chunk_elements;
         if (task_elements + count > kTaskElements) {
           first_of_task_.push_back(size());
           task_elements = 0;
@@ -60,9 +71,6 @@ class Chunks {
   }
 
  private:
-  // Large enough that the overhead of a chunk is negligible and that a task is worth the start of a thread,
-  // about ten microseconds.
-  static constexpr int64_t kChunkElements = 65536;
   static constexpr int64_t kTaskElements = 65536;
   // The overhead of a chunk takes as long as this many elements.
   static constexpr int64_t kChunkCostElements = 256;

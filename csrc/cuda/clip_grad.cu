@@ -3,6 +3,7 @@
 // Squares are computed and summed in float64, so that the square of a float32 gradient cannot overflow or
 // underflow. The squares of float64 gradients can; such gradients are read a second time. Eight squares of
 // 16-bit gradients are summed in float32 first: many GPUs have 1/64 of the arithmetic units for float64.
+// Adaptive clipping takes one launch: a block measures a unit, and scales it while it lies in L2.
 #include "ops/clip_grad.h"
 
 #include "cuda/launch.cuh"
@@ -113,13 +114,13 @@ __device__ __forceinline__ void add_terms(double& sum, const float (&x)[W], uint
   }
 }
 
-// The norm of a thread's share of a piece.
-template <Norm norm, typename scalar_t>
+// The norm of a thread's share of a piece, of which each of `threads` threads has one.
+template <Norm norm, int threads, typename scalar_t>
 __device__ __forceinline__ Found found_of(const scalar_t* x, int64_t count, double factor) {
   using opmath = opmath_t<scalar_t>;
   decltype(magnitude_bits(opmath())) largest = 0;
   double sum[2] = {0.0, 0.0};
-  for_each_packet<kThreads, kInFlight>(x, count, [&](const auto& packet, int64_t, int64_t) {
+  for_each_packet<threads, kInFlight>(x, count, [&](const auto& packet, int64_t, int64_t) {
     constexpr int W = sizeof(packet) / sizeof(scalar_t);
     opmath value[W];
     decltype(largest) largest_of_packet = 0;
@@ -155,11 +156,6 @@ __device__ __forceinline__ int64_t nonfinite_of(const scalar_t* x, int64_t count
   return nonfinite;
 }
 
-// Whether the squares of a tensor have overflowed or underflowed although its norm may be representable.
-__device__ __forceinline__ bool is_lost(double sum, double max_abs, int64_t nonfinite) {
-  return nonfinite == 0 && max_abs != 0.0 && !math::is_safe_square_sum(sum);
-}
-
 // The norm of each slot, and where the slots of each tensor begin; with `rescues`, only for tensors whose
 // squares are lost, rescaled
 //   launch   a block of kThreads for each slot of the table
@@ -174,7 +170,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t run = table.first_tensor + piece.entry;
   double factor = 1.0;
   if (rescues) {
-    if (!is_lost(scratch.run_sum[run], out.max_abs[run], out.nonfinite[run])) return;
+    if (!math::squares_are_lost(scratch.run_sum[run], out.max_abs[run])) return;
     factor = math::rescaling(out.max_abs[run]).factor;
   }
   // Calls function(x) with the elements of the piece.
@@ -182,7 +178,7 @@ __global__ void __launch_bounds__(kThreads)
     dispatch(piece.dtype, [&](auto zero) { function(static_cast<const decltype(zero)*>(table.pointer[0][piece.entry]) + piece.begin); });
   };
   Found found;
-  with_elements([&](const auto* x) { found = found_of<norm>(x, piece.count, factor); });
+  with_elements([&](const auto* x) { found = found_of<norm, kThreads>(x, piece.count, factor); });
   found = block_all_reduce(found, shared.found, Found(), MergeFound());
   int64_t nonfinite = 0;
   // Rare: a gradient with a nan or an inf is read twice.
@@ -206,7 +202,7 @@ __device__ double total_norm_of(const Scratch& scratch, int64_t runs, bool rescu
   for (int64_t r = threadIdx.x; r < runs; r += kThreads) {
     math::add(total.sum, scratch.run_sum[r]);
     total.max_abs = math::max_or_nan(total.max_abs, norm == Norm::kTwo ? out.norms[r] : out.max_abs[r]);
-    if (rescues) total.nonfinite += is_lost(scratch.run_sum[r], out.max_abs[r], out.nonfinite[r]);
+    if (rescues) total.nonfinite += math::squares_are_lost(scratch.run_sum[r], out.max_abs[r]);
   }
   total = block_all_reduce(total, shared.scratch, Known(), Merge());
   const double sum = total.sum.high + total.sum.low;
@@ -255,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     __syncthreads();
   }
   const int64_t run = first + warp;
-  if (run < runs && (!rescues || is_lost(scratch.run_sum[run], out.max_abs[run], out.nonfinite[run]))) {
+  if (run < runs && (!rescues || math::squares_are_lost(scratch.run_sum[run], out.max_abs[run]))) {
     const Known known = is_for_block(run) ? shared.of_run[warp] : warp_reduce(share_of(run, lane, kWarpThreads), Merge());
     const double sum = known.sum.high + known.sum.low;
     const double root = norm == Norm::kTwo ? math::sqrt(sum) : sum;
@@ -274,41 +270,44 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   if (threadIdx.x == 0) *out.total_norm = total;
 }
 
+// x *= coefficient, by each of `threads` threads for its share. As on the CPU, the product is computed in float64
+// and rounded once, because a coefficient may be too small for float32 when the product is not. For 16-bit
+// elements it is computed in float32 if the coefficient is a normal float32: the rounding to 16 bits hides that
+// of float32.
+template <int threads, typename scalar_t>
+__device__ __forceinline__ void scale(scalar_t* x, int64_t count, double coefficient) {
+  const auto scale_by = [&](auto factor) {
+    for_each_packet<threads, kInFlight>(x, count, [&](auto packet, int64_t first, int64_t valid) {
+      constexpr int W = sizeof(packet) / sizeof(scalar_t);
+#pragma unroll
+      for (int i = 0; i < W; ++i) {
+        packet.element[i] = static_cast<scalar_t>(static_cast<decltype(factor)>(packet.element[i]) * factor);
+      }
+      store_valid(x + first, packet, valid);
+    });
+  };
+  const double magnitude = coefficient < 0.0 ? -coefficient : coefficient;
+  const bool fits_float = !(magnitude < 0x1p-126 || magnitude > 0x1p127) || magnitude == 0.0;
+  if (sizeof(scalar_t) == 2 && fits_float) {
+    scale_by(static_cast<float>(coefficient));
+  } else {
+    scale_by(coefficient);
+  }
+}
+
 // x *= coefficient
 //   launch   blocks of kThreads that stride over the slots of the table, last slot first, because the last
 //            slots are still in L2
 //   requires the total norm in global memory
 //   traffic  n elements read, n written; none if math::leaves_unscaled
-//
-// As on the CPU, the product is computed in float64 and rounded once, because a coefficient may be too small
-// for float32 when the product is not. For 16-bit elements it is computed in float32 if the coefficient is a
-// normal float32: the rounding to 16 bits hides that of float32.
 __global__ void __launch_bounds__(kThreads)
     clip_with_norm_kernel(const __grid_constant__ TensorTable<1> table, double max_norm, const double* total_norm) {
   const double coefficient = math::clip_coefficient(*total_norm, max_norm);
   if (math::leaves_unscaled(coefficient)) return;
-  const double magnitude = coefficient < 0.0 ? -coefficient : coefficient;
-  const bool fits_float = !(magnitude < 0x1p-126 || magnitude > 0x1p127) || magnitude == 0.0;
   for (int64_t slot = table.slots() - 1 - blockIdx.x; slot >= 0; slot -= gridDim.x) {
     const Piece piece = table.piece(slot);
     dispatch(piece.dtype, [&](auto zero) {
-      using scalar_t = decltype(zero);
-      scalar_t* x = static_cast<scalar_t*>(table.pointer[0][piece.entry]) + piece.begin;
-      const auto scale = [&](auto factor) {
-        for_each_packet<kThreads, kInFlight>(x, piece.count, [&](auto packet, int64_t first, int64_t valid) {
-          constexpr int W = sizeof(packet) / sizeof(scalar_t);
-#pragma unroll
-          for (int i = 0; i < W; ++i) {
-            packet.element[i] = static_cast<scalar_t>(static_cast<decltype(factor)>(packet.element[i]) * factor);
-          }
-          store_valid(x + first, packet, valid);
-        });
-      };
-      if (sizeof(scalar_t) == 2 && fits_float) {
-        scale(static_cast<float>(coefficient));
-      } else {
-        scale(coefficient);
-      }
+      scale<kThreads>(static_cast<decltype(zero)*>(table.pointer[0][piece.entry]) + piece.begin, piece.count, coefficient);
     });
   }
 }
@@ -338,6 +337,109 @@ __global__ void __launch_bounds__(kThreads) clamp_kernel(const __grid_constant__
       });
     });
   }
+}
+
+// A list of parameters and gradients as an argument of a kernel, cut into units.
+struct UnitTable {
+  static constexpr int kMostEntries = (kTableBytes - 16) / 33 - 1;
+
+  const void* param[kMostEntries];
+  void* grad[kMostEntries];
+  int64_t elements[kMostEntries];          // of a unit
+  int64_t units_before[kMostEntries + 1];  // of the entries before
+  DType dtype[kMostEntries];
+  int32_t entries;
+
+  __device__ __forceinline__ int entry_of(int64_t unit) const {
+    int low = 0, high = entries;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      if (units_before[middle] <= unit) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+};
+
+// The norm of `count` elements; all threads of the block get it.
+template <Norm norm, int threads, typename scalar_t>
+__device__ __forceinline__ double norm_of(const scalar_t* x, int64_t count, BlockScratch<Found>& scratch) {
+  math::Rescaling rescaled{1.0, 1.0};
+  while (true) {
+    // The barrier stands between two uses of the scratch.
+    __syncthreads();
+    const Found found = block_all_reduce(found_of<norm, threads>(x, count, rescaled.factor), scratch, Found(), MergeFound());
+    if (norm == Norm::kInfinity) return found.max_abs;
+    if (norm == Norm::kOne) return found.sum;
+    if (sizeof(scalar_t) < 8 || rescaled.factor != 1.0 || !math::squares_are_lost(found.sum, found.max_abs)) {
+      return math::sqrt(found.sum) * rescaled.inverse;
+    }
+    rescaled = math::rescaling(found.max_abs);
+  }
+}
+
+// A unit with fewer elements is for a block of one warp.
+constexpr int64_t kWarpUnitElements = 2048;
+
+// grad *= coefficient, for each unit its own
+//   launch   blocks of `threads` that stride over the units of the table
+//   requires no two gradients in the same memory
+//   traffic  2n elements read; n read again and written in the units that are clipped
+template <Norm norm, int threads>
+__global__ void __launch_bounds__(threads) adaptive_clip_kernel(const __grid_constant__ UnitTable table, double clip_factor, double eps) {
+  BlockScratch<Found>& scratch = *shared_memory<BlockScratch<Found>>();
+  for (int64_t unit = blockIdx.x; unit < table.units_before[table.entries]; unit += gridDim.x) {
+    const int entry = table.entry_of(unit);
+    const int64_t count = table.elements[entry];
+    const int64_t begin = (unit - table.units_before[entry]) * count;
+    dispatch(table.dtype[entry], [&](auto zero) {
+      using scalar_t = decltype(zero);
+      scalar_t* const grad = static_cast<scalar_t*>(table.grad[entry]) + begin;
+      const scalar_t* const param = static_cast<const scalar_t*>(table.param[entry]) + begin;
+      double param_norm = 0.0, grad_norm = 0.0;
+      // One loop for both, because the code of a norm is long.
+#pragma unroll 1
+      for (int i = 0; i < 2; ++i) {
+        param_norm = grad_norm;
+        grad_norm = norm_of<norm, threads>(i == 0 ? param : grad, count, scratch);
+      }
+      const double coefficient = math::adaptive_clip_coefficient(param_norm, grad_norm, clip_factor, eps);
+      if (!math::leaves_unscaled(coefficient)) scale<threads>(grad, count, coefficient);
+    });
+  }
+}
+
+// Clips the units for blocks of `threads`: those of one warp are short.
+template <Norm norm, int threads>
+void adaptive_clip_by(const UnitRun* runs, int64_t run_count, double clip_factor, double eps) {
+  UnitTable table;
+  table.entries = 0;
+  table.units_before[0] = 0;
+  const auto finish = [&] {
+    const dim3 grid = grid_for(table.units_before[table.entries], kBlocksPerProcessor * kThreads / threads);
+    launch(adaptive_clip_kernel<norm, threads>, {grid, threads, sizeof(BlockScratch<Found>)}, table, clip_factor, eps);
+    table.entries = 0;
+  };
+  for (int64_t r = 0; r < run_count; ++r) {
+    if ((runs[r].elements < kWarpUnitElements) != (threads == kWarpThreads)) continue;
+    const int entry = table.entries++;
+    table.param[entry] = runs[r].param;
+    table.grad[entry] = runs[r].grad;
+    table.elements[entry] = runs[r].elements;
+    table.dtype[entry] = runs[r].dtype;
+    table.units_before[entry + 1] = table.units_before[entry] + runs[r].units;
+    if (table.entries == UnitTable::kMostEntries) finish();
+  }
+  finish();
+}
+
+template <Norm norm>
+void adaptive_clip_of(const UnitRun* runs, int64_t run_count, double clip_factor, double eps) {
+  adaptive_clip_by<norm, kWarpThreads>(runs, run_count, clip_factor, eps);
+  adaptive_clip_by<norm, kThreads>(runs, run_count, clip_factor, eps);
 }
 
 // Calls launch(table) for the tables of the runs.
@@ -382,6 +484,12 @@ void clamp(const Run* runs, int64_t run_count, double limit) {
   over_tables(runs, run_count, [&](const TensorTable<1>& table) {
     launch(clamp_kernel, {grid_for(table.slots(), kBlocksPerProcessor), kThreads}, table, limit);
   });
+}
+
+void adaptive_clip(const UnitRun* runs, int64_t run_count, Norm norm, double clip_factor, double eps) {
+  if (norm == Norm::kTwo) return adaptive_clip_of<Norm::kTwo>(runs, run_count, clip_factor, eps);
+  if (norm == Norm::kOne) return adaptive_clip_of<Norm::kOne>(runs, run_count, clip_factor, eps);
+  return adaptive_clip_of<Norm::kInfinity>(runs, run_count, clip_factor, eps);
 }
 
 }  // namespace gradkernels::cuda

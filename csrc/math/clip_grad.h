@@ -1,5 +1,5 @@
-// The arithmetic of clipping by global norm (Pascanu, Mikolov and Bengio 2013), in float64: float32 squares
-// overflow from 1.8e19 on.
+// The arithmetic of clipping by global norm (Pascanu, Mikolov and Bengio 2013) and of adaptive gradient
+// clipping (Brock et al. 2021), in float64: float32 squares overflow from 1.8e19 on.
 #pragma once
 
 #include "common/host_device.h"
@@ -12,6 +12,13 @@ GK_HOST_DEVICE double clip_coefficient(double total_norm, double max_norm) { ret
 
 // False for nan: as in torch, all gradients then become nan.
 GK_HOST_DEVICE bool leaves_unscaled(double coefficient) { return coefficient >= 1.0; }
+
+// The coefficient of a unit with weights w and gradients g in adaptive gradient clipping, with timm's bounds:
+// clip_factor max(|w|, eps) / max(|g|, 1e-6), or 1 if |g| < clip_factor max(|w|, eps). It is nan if a norm is.
+GK_HOST_DEVICE double adaptive_clip_coefficient(double param_norm, double grad_norm, double clip_factor, double eps) {
+  const double max_norm = (param_norm < eps ? eps : param_norm) * clip_factor;
+  return grad_norm < max_norm ? 1.0 : max_norm / (grad_norm < 1e-6 ? 1e-6 : grad_norm);
+}
 
 // min(max(x, -limit), limit), in torch's order, which matters if limit < 0. nan stays nan.
 template <typename T>
@@ -33,6 +40,11 @@ constexpr double kSmallestSafeSquareSum = 1e-280;
 constexpr double kLargestSafeSquareSum = 1e300;
 
 GK_HOST_DEVICE bool is_safe_square_sum(double sum) { return sum >= kSmallestSafeSquareSum && sum <= kLargestSafeSquareSum; }
+
+// Whether the squares of a tensor have overflowed or underflowed although its norm may be representable.
+GK_HOST_DEVICE bool squares_are_lost(double sum, double max_abs) {
+  return max_abs - max_abs == 0.0 && max_abs != 0.0 && !is_safe_square_sum(sum);
+}
 
 struct Rescaling {
   double factor;

@@ -108,6 +108,52 @@ void clip_grad_value_(at::TensorList grads, double clip_value) {
   write_each_once(grads, [&](const Run* runs, int64_t count) { GK_LAUNCHER(first, clamp)(runs, count, clip_value); });
 }
 
+int64_t elements_of_unit(const at::Tensor& x) { return x.dim() < 2 ? x.numel() : x.numel() / x.size(0); }
+
+// x, or a copy of it in which the elements of a unit follow each other. x must have elements.
+at::Tensor with_dense_units(const at::Tensor& x) {
+  const bool is_one_unit = x.dim() < 2 || x.size(0) == 1;
+  return x.is_non_overlapping_and_dense() && (is_one_unit || x.stride(0) == elements_of_unit(x)) ? x : x.contiguous();
+}
+
+void check_adaptive(at::TensorList params, at::TensorList grads, double norm_type) {
+  norm_of(norm_type);
+  check_tensors(params);
+  check_tensors(grads);
+  TORCH_CHECK(params.size() == grads.size(), "adaptive_clip_grad_: got ", params.size(), " parameters, but ", grads.size(), " gradients");
+  for (size_t i = 0; i < grads.size(); ++i) {
+    TORCH_CHECK(same_dtype_and_device(params[i], grads[i]) && params[i].sizes() == grads[i].sizes(), "adaptive_clip_grad_: parameter ", i,
+                " and its gradient must have the same dtype, device and shape");
+  }
+}
+
+void adaptive_clip_grad_(at::TensorList params, at::TensorList grads, double clip_factor, double eps, double norm_type) {
+  check_adaptive(params, grads, norm_type);
+  check_writable(grads);
+  if (grads.empty()) return;
+  const auto launch = GK_LAUNCHER(grads.front(), adaptive_clip);
+  const auto clip = [&](at::TensorList some_params, at::TensorList some_grads) {
+    std::vector<UnitRun> runs;
+    // Of each pair, to keep copies until the kernel has been launched.
+    std::vector<std::pair<at::Tensor, at::Tensor>> dense;
+    for (size_t i = 0; i < some_grads.size(); ++i) {
+      if (some_grads[i].numel() == 0) continue;
+      const auto& [param, grad] = dense.emplace_back(with_dense_units(some_params[i]), with_dense_units(some_grads[i]));
+      const int64_t elements = elements_of_unit(grad);
+      runs.push_back({dtype_of(grad), grad.numel() / elements, elements, param.const_data_ptr(), grad.data_ptr()});
+    }
+    launch(runs.data(), static_cast<int64_t>(runs.size()), norm_of(norm_type), clip_factor, eps);
+    size_t next = 0;
+    for (const at::Tensor& grad : some_grads) {
+      if (grad.numel() == 0) continue;
+      const at::Tensor& written = dense[next++].second;
+      if (!written.is_same(grad)) grad.copy_(written);
+    }
+  };
+  if (disjoint(grads)) return clip(params, grads);
+  for (size_t i = 0; i < grads.size(); ++i) clip(params.slice(i, 1), grads.slice(i, 1));
+}
+
 // For tracing: only shapes.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> grad_norms_meta(at::TensorList grads, double norm_type) {
   norm_of(norm_type);
@@ -121,10 +167,15 @@ void clip_grads_with_norm_meta(at::TensorList grads, double, const at::Tensor&) 
 
 void clip_grad_value_meta(at::TensorList grads, double) { check_tensors(grads); }
 
+void adaptive_clip_grad_meta(at::TensorList params, at::TensorList grads, double, double, double norm_type) {
+  check_adaptive(params, grads, norm_type);
+}
+
 void add_clip_grad_kernels(torch::Library& m) {
   m.impl("grad_norms", on_device<grad_norms>);
   m.impl("clip_grads_with_norm_", on_device<clip_grads_with_norm_>);
   m.impl("clip_grad_value_", on_device<clip_grad_value_>);
+  m.impl("adaptive_clip_grad_", on_device<adaptive_clip_grad_>);
 }
 
 }  // namespace
@@ -138,6 +189,7 @@ TORCH_LIBRARY_IMPL(gradkernels, Meta, m) {
   m.impl("grad_norms", grad_norms_meta);
   m.impl("clip_grads_with_norm_", clip_grads_with_norm_meta);
   m.impl("clip_grad_value_", clip_grad_value_meta);
+  m.impl("adaptive_clip_grad_", adaptive_clip_grad_meta);
 }
 
 }  // namespace gradkernels

@@ -13,6 +13,16 @@ struct Run {
   void* data;
 };
 
+// A parameter and its gradient as units: the slices along the first dimension; a tensor of fewer than two
+// dimensions is one unit. The elements of a unit follow each other in memory, in both tensors, in any order.
+struct UnitRun {
+  DType dtype;
+  int64_t units;
+  int64_t elements;  // of a unit, at least 1
+  const void* param;
+  void* grad;
+};
+
 enum class Norm : uint8_t { kOne, kTwo, kInfinity };
 
 // Arrays with one number for each run, and the norm of all runs. They are in memory of the runs' device.
@@ -37,6 +47,10 @@ void clip_with_norm(const Run* runs, int64_t run_count, double max_norm, const d
 // share memory.
 void clamp(const Run* runs, int64_t run_count, double limit);
 
+// Multiplies every unit of the gradients with math::adaptive_clip_coefficient, unless that leaves it unscaled.
+// No two gradients may share memory.
+void adaptive_clip(const UnitRun* runs, int64_t run_count, Norm norm, double clip_factor, double eps);
+
 }  // namespace cpu
 
 // The same for GPUs, in a library built with CUDA.
@@ -45,6 +59,7 @@ namespace cuda {
 decltype(cpu::grad_norms) grad_norms;
 decltype(cpu::clip_with_norm) clip_with_norm;
 decltype(cpu::clamp) clamp;
+decltype(cpu::adaptive_clip) adaptive_clip;
 
 }  // namespace cuda
 }  // namespace gradkernels

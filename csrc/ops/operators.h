@@ -122,6 +122,10 @@ struct ClipGradValueInplace {
   static constexpr const char* kName = "gradkernels::clip_grad_value_";
   using Signature = void(at::TensorList, double);
 };
+struct AdaptiveClipGradInplace {
+  static constexpr const char* kName = "gradkernels::adaptive_clip_grad_";
+  using Signature = void(at::TensorList, at::TensorList, double, double, double);
+};
 struct RmspropInplace {
   static constexpr const char* kName = "gradkernels::rmsprop_";
   using Signature = void(at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList, double, double, double, double,

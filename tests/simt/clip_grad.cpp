@@ -43,6 +43,14 @@ void clamp(int64_t count, const int64_t* dtypes, const int64_t* counts, void* co
   cuda::clamp(runs_of(count, dtypes, counts, data).data(), count, limit);
 }
 
+// param: of each tensor. units, elements: the number of units, and of the elements of one.
+void adaptive_clip(int64_t count, const int64_t* dtypes, const int64_t* elements, void* const* grad, const int64_t* units,
+                   void* const* param, int norm, double clip_factor, double eps) {
+  std::vector<UnitRun> runs;
+  for (int64_t i = 0; i < count; ++i) runs.push_back({static_cast<DType>(dtypes[i]), units[i], elements[i], param[i], grad[i]});
+  cuda::adaptive_clip(runs.data(), count, static_cast<Norm>(norm), clip_factor, eps);
+}
+
 // The pieces of tensors with these counts. `out` gets four numbers for each slot: tensor, first element,
 // number of elements, is_first. The data is not read, so tensors may have any size. found: the numbers of
 // tables and of slots.
@@ -92,6 +100,12 @@ int main() {
              nonfinite.data(), &total);
   clip_with_norm(kTensors, dtypes.data(), counts.data(), data.data(), 1.0, &total);
   clamp(kTensors, dtypes.data(), counts.data(), data.data(), 0.5);
+  // Several units, of one warp and of a block; the tensors are their own parameters.
+  std::vector<int64_t> elements{3000, 30, 30}, units{5, 1, 3};
+  std::vector<void*> grads{wide.data(), narrow.data(), wider.data()};
+  std::vector<int64_t> dtypes_of_grads{0, 0, 1};
+  adaptive_clip(3, dtypes_of_grads.data(), elements.data(), grads.data(), units.data(), grads.data(), static_cast<int>(Norm::kTwo), 0.01,
+                1e-3);
   return 0;
 }
 #endif
