@@ -3,7 +3,7 @@
 One pass reads every gradient once and sums in float64 (16-bit gradients on a GPU by eights in float32 first).
 Gradients that need no clipping are not written. torch's functions do the whole call if the kernels do not
 support it (other norms, dtypes, layouts, devices). For DTensors the kernels compute on the local shards
-(sharded.py).
+(sharded.py), and for sparse gradients on their values (gradients.py).
 """
 
 import math
@@ -43,7 +43,7 @@ def clip_grad_norm_(
     Args:
         parameters: a tensor, an iterable of tensors, a module, or (name, parameter) pairs. Parameters without
             a gradient are skipped. DTensors and plain tensors may be mixed; plain tensors must be the same on
-            every rank.
+            every rank. Sparse gradients are clipped with torch 2.14 or newer, as by torch.
         max_norm: the largest total norm allowed, in units of the gradients.
         norm_type: p; 1, 2 and inf have kernels.
         error_if_nonfinite: raise an error if the total norm is nan or inf, before anything is scaled.
@@ -219,7 +219,7 @@ def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | 
     clip_value = float(clip_value)
     gradients = Gradients(_grads(tensors))
     with torch.no_grad():
-        if gradients.is_sharded or (gradients.kernels is not None and can_be_any_dtype(clip_value)):
+        if gradients.is_sharded or (gradients.kernels is not None and not gradients.has_sparse and can_be_any_dtype(clip_value)):
             gradients.clamp_(clip_value)
         elif gradients.tensors:
             reference.clip_grad_value_(tensors, clip_value, foreach)

@@ -1,7 +1,8 @@
-"""A list of gradients: norms, total norm, scaling and clamping, for plain tensors and DTensors.
+"""A list of gradients: norms, total norm, scaling and clamping, for plain tensors, DTensors and sparse tensors.
 
 clip_grad.py and optim.py collect the gradients of a call once and call the methods of Gradients. The kernels
-compute on this rank's part of each gradient; then sharded.py reduces over the ranks.
+compute on this rank's part of each gradient; then sharded.py reduces over the ranks. A sparse gradient counts
+as its coalesced values, and its stored values are scaled, which is the same.
 """
 
 import functools
@@ -21,13 +22,19 @@ Norms: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 NORM_TYPES = (2.0, math.inf, 1.0)
 
 
+# torch clips sparse gradients from this version on. Before, its functions raise an error, and so do ours.
+_TORCH_CLIPS_SPARSE = torch.torch_version.TorchVersion(torch.__version__) >= "2.14"
+
+
 class Gradients:
     """A list of gradients.
 
     Attributes:
         tensors: the gradients.
-        local: this rank's parts of the gradients: the shards of DTensors, and the plain tensors.
+        local: this rank's parts of the gradients, dense: the shards of DTensors, the values of sparse tensors,
+            and the plain tensors.
         is_sharded: whether some gradients are DTensors, which are all sharded or replicated.
+        has_sparse: whether some gradients are sparse and torch clips them; they are scaled, and not clamped.
         kernels: gradkernels._C if it supports `local`, else None; None for an empty list.
     """
 
@@ -35,6 +42,11 @@ class Gradients:
         self.tensors = tensors
         self.is_sharded = not torch.compiler.is_compiling() and sharded.supports(tensors)
         self.local = sharded.local_tensors(tensors) if self.is_sharded else tensors
+        self.has_sparse = _TORCH_CLIPS_SPARSE and not self.is_sharded and any(map(_is_sparse, tensors))
+        self._scaled = self.local
+        if self.has_sparse:
+            self.local = [_values(tensor) for tensor in tensors]
+            self._scaled = [tensor._values() if _is_sparse(tensor) else tensor for tensor in tensors]
         self._groups = sharded.groups_of(tensors) if self.is_sharded else []
         self.kernels = kernels_for(self.local)
 
@@ -46,12 +58,12 @@ class Gradients:
         """The Norms of the whole gradients, the same on every rank."""
         if self.is_sharded and norm_type in NORM_TYPES:
             return sharded.reduce_norms(self.local, self._groups, norm_type, _norms(self.local, norm_type, self.kernels))
-        return _norms(self.tensors, norm_type, self.kernels)
+        return _norms(self.tensors if self.is_sharded else self.local, norm_type, self.kernels)
 
     def total_norm(self, norm_type: float) -> Tensor:
         """The norm of all gradients as one vector: 0-d, float64, the same on every rank."""
         if not (self.is_sharded and norm_type in NORM_TYPES):
-            return _norms(self.tensors, norm_type, self.kernels)[3]
+            return self.norms(norm_type)[3]
         counted = [[self.local[i] for i in group.counted] for group in self._groups]
         norms = [_norms(tensors, norm_type, kernels_for(tensors))[3] for tensors in counted]
         return sharded.reduce_total_norm(self.local, self._groups, norm_type, norms)
@@ -70,9 +82,9 @@ class Gradients:
         if self.kernels is not None:
             # The dispatcher looks at the devices of all arguments, so the norm must be on the device of the
             # gradients. If it is, the host does not wait for its value.
-            self.kernels.clip_grads_with_norm_(self.local, max_norm, total_norm.to(self.local[0].device))
+            self.kernels.clip_grads_with_norm_(self._scaled, max_norm, total_norm.to(self.local[0].device))
         else:
-            _scale_with_torch_(self.local, max_norm, total_norm)
+            _scale_with_torch_(self._scaled, max_norm, total_norm)
         self._increment_versions()
 
     def clamp_(self, clip_value: float) -> None:
@@ -89,6 +101,8 @@ class Gradients:
     def _increment_versions(self) -> None:
         if self.is_sharded:
             sharded.increment_versions(self.tensors)
+        elif self.has_sparse:
+            torch.autograd.graph.increment_version([tensor for tensor in self.tensors if _is_sparse(tensor)])
 
 
 def can_be_any_dtype(clip_value: float) -> bool:
@@ -98,7 +112,15 @@ def can_be_any_dtype(clip_value: float) -> bool:
 
 def tensor_norms(tensors: list[Tensor], norm_type: float = 2.0) -> Norms:
     """Gradients(tensors).norms; a sparse tensor counts as a dense one."""
-    return Gradients([tensor.coalesce().values() if tensor.is_sparse else tensor for tensor in tensors]).norms(norm_type)
+    return Gradients([_values(tensor) for tensor in tensors]).norms(norm_type)
+
+
+def _is_sparse(tensor: Tensor) -> bool:
+    return tensor.layout == torch.sparse_coo
+
+
+def _values(tensor: Tensor) -> Tensor:
+    return tensor.coalesce().values() if _is_sparse(tensor) else tensor
 
 
 def kernels_for(tensors: list[Tensor]) -> ModuleType | None:

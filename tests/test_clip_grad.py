@@ -531,6 +531,28 @@ def test_sparse_gradients_are_torchs(sparse_first):
     assert text == expected[1] or text.endswith("that of parameter 0")
 
 
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf], ids=str)
+def test_sparse_gradients_are_clipped_as_dense_ones(norm_type, monkeypatch):
+    """As from torch 2.14 on, which scales the stored values and takes the norm of the coalesced ones."""
+    monkeypatch.setattr("gradkernels.gradients._TORCH_CLIPS_SPARSE", True)
+    for sparse in (
+        torch.sparse_coo_tensor([[0, 2, 0]], [1.0, 4.0, 2.0], (5,), check_invariants=True),
+        torch.sparse_coo_tensor([[3, 1, 3]], torch.randn(3, 4), (5, 4), check_invariants=True),
+        torch.eye(3).to_sparse(),
+        torch.sparse_coo_tensor(torch.zeros(1, 0), [], (5,), check_invariants=True),
+    ):
+        for clips in (lambda p: gk.clip_grad_norm_(p, 0.1, norm_type), lambda p: gk.grad_report(p, norm_type).clip_(0.1).float()):
+            grads = [torch.randn(64), sparse.clone()]
+            dense = [grad.to_dense() for grad in clones(grads)]
+            version = grads[1]._version
+            total = clips(parameters_with(grads))
+            assert_close(total, clips(parameters_with(dense)))
+            assert_close([grad.to_dense() for grad in grads], dense)
+            assert grads[1]._version > version
+    expected = outcome(torch.nn.utils.clip_grad_value_, parameters_with([torch.eye(3).to_sparse()]), 0.1)
+    assert_same_outcome("clamped", outcome(gk.clip_grad_value_, parameters_with([torch.eye(3).to_sparse()]), 0.1), expected)
+
+
 def test_report_on_sparse_gradients():
     """The same report as for dense gradients with these values."""
     sparse = torch.sparse_coo_tensor([[0, 2, 0]], [1.0, math.nan, 2.0], (5,), check_invariants=True)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import gradkernels as gk
-from gradkernels import optim
+from gradkernels import gradients, optim
 from gradkernels.clipping import Adaptive, Percentile, ZScore
 
 OPTIMIZERS = {
@@ -360,6 +360,30 @@ def test_an_exception_leaves_the_policy_as_it_was(optimizer):
     hook.remove()
     assert_close(snapshot(params, ours), before, rtol=0, atol=0)
     assert_close(handle.state_dict()["state"], policy, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adagrad])
+def test_sparse_gradients_in_a_step(make, monkeypatch):
+    """An embedding with sparse gradients, and a dense layer. Before torch 2.14, clipping them is torch's error."""
+    torch_clips = gradients._TORCH_CLIPS_SPARSE
+    start = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 2))
+
+    def trained(clips_sparse, sparse):
+        monkeypatch.setattr("gradkernels.gradients._TORCH_CLIPS_SPARSE", clips_sparse)
+        model = copy.deepcopy(start)
+        model[0].sparse = sparse
+        optimizer = make(model.parameters(), lr=0.1)
+        handle = gk.attach_clipping(optimizer, Percentile(q=50.0), nonfinite="skip")
+        for factor in (3.0, 1.0, math.nan, 2.0):
+            optimizer.zero_grad()
+            (model(torch.tensor([1, 3, 1])).square().sum() * factor).backward()
+            optimizer.step()
+        return [param.detach() for param in model.parameters()], handle.skipped, handle.last_norm
+
+    assert_close(trained(True, True), trained(True, False))
+    if not torch_clips:
+        with pytest.raises(NotImplementedError, match=r"linalg_vector_norm.*Sparse"):
+            trained(False, True)
 
 
 def test_two_handles_skip_each_for_itself():
