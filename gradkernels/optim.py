@@ -301,7 +301,7 @@ class ClippingHandle:
             except _StepSkippedError as skipped:
                 if skipped.handle is not self:
                     raise
-                result = skipped.loss
+                result, self._after_step = skipped.loss, None
             except BaseException:
                 # Only GradScaler sets found_inf, and it does not remove its two attributes after an
                 # exception.
@@ -369,7 +369,7 @@ class ClippingHandle:
         if policy != self._policy_name():
             raise ValueError(f"the state is that of {policy or 'a number'}, but this handle clips to {self._policy_name() or 'a number'}")
         expected = self._max_norm.initial_state(torch.zeros((), device="cpu")) if isinstance(self._max_norm, clipping.Tracking) else {}
-        for name in {*expected, *state} if state else ():
+        for name in sorted({*expected, *state}) if state else ():
             found, wanted = (list(each[name].shape) if name in each else None for each in (state, expected))
             if found != wanted:
                 raise ValueError(f"the state has {name!r} of shape {found}, but {self._max_norm} needs {wanted}")
@@ -495,7 +495,7 @@ class ClippingHandle:
     ) -> Tensor | None:
         """Raises _StepSkippedError; or whether torch's fused step is to skip, as a tensor on a GPU. None: it is not."""
         # The first step of a fused SGD makes momentum buffers, which it leaves uninitialised if it skips.
-        begins_momentum = reads_amp and _begins_momentum(optimizer)
+        begins_momentum = _begins_momentum(optimizer)
         if found_inf is not None and begins_momentum and found_inf:
             raise _StepSkippedError(self, loss)
         conditions = [~total_norm.isfinite()] if self._nonfinite == "skip" else []
@@ -642,8 +642,9 @@ def attach_clipping(
     writes clipped gradients. For other optimizers, for DTensors, with max_norm=None or Adaptive, and if a
     gradient does not have the strides of its parameter, the gradients are scaled in place. With
     torch.amp.GradScaler the norm is that of the unscaled gradients, and the same step unscales, clips, and
-    skips on inf. A step leaves nothing on the optimizer, also if it raises an error. The state_dict does not
-    change. A copy or a pickle of the optimizer does not clip, because it has no hooks.
+    skips on inf. A step leaves nothing on the optimizer, also if it raises an error, and the policy's state
+    is then as before; gradients that were scaled in place stay scaled. The state_dict does not change. A copy
+    or a pickle of the optimizer does not clip, because it has no hooks.
 
     A skipped step does not change parameters, the optimizer's state, its step counts, or the policy's state.
     torch's fused optimizers skip without a wait for the GPU, except that SGD with momentum waits until its

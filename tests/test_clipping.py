@@ -265,11 +265,17 @@ def test_a_skipped_step_did_not_happen(scaled, bound, case, optimizer, where_the
     assert len(our_optimizer.state_dict()["state"]) == 3
 
 
-def test_a_step_that_grad_scaler_skips_first_leaves_no_momentum():
+class CallsSuper(torch.optim.SGD):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, CallsSuper])
+def test_a_step_that_grad_scaler_skips_first_leaves_no_momentum(kind):
     """torch's fused SGD would leave an uninitialised buffer, and use it in the next step."""
     params = parameters(torch.float32)
     expected = copies(params)
-    optimizer = OPTIMIZERS["SGD"](params)
+    optimizer = kind(params, lr=0.1, momentum=0.9, dampening=0.3, fused=True)
     gk.attach_clipping(optimizer, 1e9)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for norm in (math.inf, 1.0):
