@@ -367,18 +367,17 @@ struct UnitTable {
 // The norm of `count` elements; all threads of the block get it.
 template <Norm norm, int threads, typename scalar_t>
 __device__ __forceinline__ double norm_of(const scalar_t* x, int64_t count, BlockScratch<Found>& scratch) {
-  math::Rescaling rescaled{1.0, 1.0};
-  while (true) {
+  const auto found_by = [&](double factor) {
     // The barrier stands between two uses of the scratch.
     __syncthreads();
-    const Found found = block_all_reduce(found_of<norm, threads>(x, count, rescaled.factor), scratch, Found(), MergeFound());
-    if (norm == Norm::kInfinity) return found.max_abs;
-    if (norm == Norm::kOne) return found.sum;
-    if (sizeof(scalar_t) < 8 || rescaled.factor != 1.0 || !math::squares_are_lost(found.sum, found.max_abs)) {
-      return math::sqrt(found.sum) * rescaled.inverse;
-    }
-    rescaled = math::rescaling(found.max_abs);
-  }
+    return block_all_reduce(found_of<norm, threads>(x, count, factor), scratch, Found(), MergeFound());
+  };
+  const Found found = found_by(1.0);
+  if (norm == Norm::kInfinity) return found.max_abs;
+  if (norm == Norm::kOne) return found.sum;
+  if (sizeof(scalar_t) < 8 || !math::squares_are_lost(found.sum, found.max_abs)) return math::sqrt(found.sum);
+  const math::Rescaling rescaled = math::rescaling(found.max_abs);
+  return math::sqrt(found_by(rescaled.factor).sum) * rescaled.inverse;
 }
 
 // A unit with fewer elements is for a block of one warp.
@@ -395,20 +394,16 @@ __global__ void __launch_bounds__(threads) adaptive_clip_kernel(const __grid_con
     const int entry = table.entry_of(unit);
     const int64_t count = table.elements[entry];
     const int64_t begin = (unit - table.units_before[entry]) * count;
+    double coefficient = 1.0;
     dispatch(table.dtype[entry], [&](auto zero) {
       using scalar_t = decltype(zero);
-      scalar_t* const grad = static_cast<scalar_t*>(table.grad[entry]) + begin;
-      const scalar_t* const param = static_cast<const scalar_t*>(table.param[entry]) + begin;
-      double param_norm = 0.0, grad_norm = 0.0;
-      // One loop for both, because the code of a norm is long.
-#pragma unroll 1
-      for (int i = 0; i < 2; ++i) {
-        param_norm = grad_norm;
-        grad_norm = norm_of<norm, threads>(i == 0 ? param : grad, count, scratch);
-      }
-      const double coefficient = math::adaptive_clip_coefficient(param_norm, grad_norm, clip_factor, eps);
-      if (!math::leaves_unscaled(coefficient)) scale<threads>(grad, count, coefficient);
+      const double param_norm = norm_of<norm, threads>(static_cast<const scalar_t*>(table.param[entry]) + begin, count, scratch);
+      const double grad_norm = norm_of<norm, threads>(static_cast<const scalar_t*>(table.grad[entry]) + begin, count, scratch);
+      coefficient = math::adaptive_clip_coefficient(param_norm, grad_norm, clip_factor, eps);
     });
+    if (math::leaves_unscaled(coefficient)) continue;
+    dispatch(table.dtype[entry],
+             [&](auto zero) { scale<threads>(static_cast<decltype(zero)*>(table.grad[entry]) + begin, count, coefficient); });
   }
 }
 
