@@ -81,7 +81,7 @@ class Case:
             "lower": lambda: 0.1,
             "upper": lambda: 0.3,
             **dict.fromkeys(("lr", "alpha", "eps", "weight_decay", "grad_coefficient"), lambda: 0.1),
-            **dict.fromkeys(("negative_slope", "act_param", "max_norm", "clip_value"), lambda: 0.1),
+            **dict.fromkeys(("negative_slope", "act_param", "max_norm", "clip_value", "clip_factor"), lambda: 0.1),
         }
         return made[argument]()
 
