@@ -16,20 +16,23 @@ constexpr bool kCallsActivation = kRegisterBytes == 16;
 constexpr bool kCallsActivation = false;
 #endif
 
-template <math::Precision precision, typename V>
+// Vectors have one precision only.
+template <typename V>
+using AnyActivation = math::AnyActivation<V, math::Precision::kFull>;
+
+template <typename V>
 GK_CALLED GK_FLATTEN V forward_of(math::Activation act, V x) {
-  return math::AnyActivation<V, precision>{act}.forward(x);
+  return AnyActivation<V>{act}.forward(x);
 }
-// Gradients have one precision only.
 template <typename V>
 GK_CALLED GK_FLATTEN V backward_of(math::Activation act, V grad_y, V x) {
-  return math::AnyActivation<V, math::Precision::kFull>{act}.backward(grad_y, x);
+  return AnyActivation<V>{act}.backward(grad_y, x);
 }
 
-template <typename V, math::Precision precision>
+template <typename V>
 struct CalledActivation {
   math::Activation act;
-  GK_INLINE V forward(V x) const { return forward_of<precision>(act, x); }
+  GK_INLINE V forward(V x) const { return forward_of(act, x); }
   GK_INLINE V backward(V grad_y, V x) const { return backward_of(act, grad_y, x); }
 };
 
@@ -38,9 +41,9 @@ template <typename scalar_t, typename Function>
 GK_INLINE void visit_functor(math::Activation act, const Function& function) {
   using V = Vec<opmath_t<scalar_t>>;
   if constexpr (kCallsActivation) {
-    function(CalledActivation<V, math::kPrecisionOf<scalar_t>>{act});
+    function(CalledActivation<V>{act});
   } else {
-    math::visit<V, math::kPrecisionOf<scalar_t>>(act, function);
+    math::visit<V, math::Precision::kFull>(act, function);
   }
 }
 template <typename V, typename Function>
@@ -61,9 +64,9 @@ GK_INLINE void visit_few_functors(math::Activation act, const Function& function
   if constexpr (kCallsActivation || sizeof(scalar_t) == 4) {
     visit_functor<scalar_t>(act, function);
   } else if (kRegisterBytes == 64 && act.kind == math::ActivationKind::kSwish) {
-    function(math::Swish<V, math::kPrecisionOf<scalar_t>>{V(static_cast<opmath_t<scalar_t>>(act.parameter))});
+    function(math::Swish<V, math::Precision::kFull>{V(static_cast<opmath_t<scalar_t>>(act.parameter))});
   } else {
-    function(math::AnyActivation<V, math::kPrecisionOf<scalar_t>>{act});
+    function(AnyActivation<V>{act});
   }
 }
 template <typename scalar_t, typename Function>
@@ -77,43 +80,41 @@ GK_INLINE void visit_few_functors_of_two_slopes(math::Activation act, const Func
 }
 
 // Calls function(functor_of); functor_of(parameter) is the functor.
-template <typename V, math::Precision precision, typename Function>
+template <typename V, typename Function>
 GK_INLINE void visit_parametric(Parametric act, const Function& function) {
   if (act == Parametric::kPrelu) {
     function([](V parameter) GK_INLINE_LAMBDA { return math::LeakyRelu<V>{parameter}; });
   } else {
-    function([](V parameter) GK_INLINE_LAMBDA { return math::Swish<V, precision>{parameter}; });
+    function([](V parameter) GK_INLINE_LAMBDA { return math::Swish<V, math::Precision::kFull>{parameter}; });
   }
 }
 
-template <math::Precision precision, typename V>
+template <typename V>
 GK_CALLED GK_FLATTEN V forward_of(Parametric act, V parameter, V x) {
-  visit_parametric<V, precision>(act, [&](auto functor_of) GK_INLINE_LAMBDA { x = functor_of(parameter).forward(x); });
+  visit_parametric<V>(act, [&](auto functor_of) GK_INLINE_LAMBDA { x = functor_of(parameter).forward(x); });
   return x;
 }
 template <typename V>
 GK_CALLED GK_FLATTEN V backward_of(Parametric act, V parameter, V grad_y, V x, V& grad_parameter) {
-  visit_parametric<V, math::Precision::kFull>(
-      act, [&](auto functor_of) GK_INLINE_LAMBDA { grad_y = functor_of(parameter).backward(grad_y, x, grad_parameter); });
+  visit_parametric<V>(act, [&](auto functor_of) GK_INLINE_LAMBDA { grad_y = functor_of(parameter).backward(grad_y, x, grad_parameter); });
   return grad_y;
 }
 
-template <typename V, math::Precision precision>
+template <typename V>
 struct CalledParametric {
   Parametric act;
   V parameter;
-  GK_INLINE V forward(V x) const { return forward_of<precision>(act, parameter, x); }
+  GK_INLINE V forward(V x) const { return forward_of(act, parameter, x); }
   GK_INLINE V backward(V grad_y, V x, V& grad_parameter) const { return backward_of(act, parameter, grad_y, x, grad_parameter); }
 };
 
 template <typename scalar_t, typename Function>
 GK_INLINE void visit_functor_of_parameter(Parametric act, const Function& function) {
   using V = Vec<opmath_t<scalar_t>>;
-  constexpr math::Precision precision = math::kPrecisionOf<scalar_t>;
   if constexpr (kCallsActivation) {
-    function([=](V parameter) GK_INLINE_LAMBDA { return CalledParametric<V, precision>{act, parameter}; });
+    function([=](V parameter) GK_INLINE_LAMBDA { return CalledParametric<V>{act, parameter}; });
   } else {
-    visit_parametric<V, precision>(act, function);
+    visit_parametric<V>(act, function);
   }
 }
 

@@ -29,14 +29,14 @@ GK_INLINE Words widen_words(X x) {
   return __builtin_convertvector(x, Words);
 }
 
-// The lower 16 bits of each word.
+// Words below 2^16 as 16-bit words.
 template <typename X>
 GK_INLINE HalfWords narrow_words(X x) {
 #if defined(__x86_64__)
   if constexpr (kRegisterBytes == 64) return reinterpret_cast<HalfWords>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(x)));
   if constexpr (kRegisterBytes == 32) {
-    const __m256i packed = _mm256_packus_epi32(reinterpret_cast<__m256i>(x & 0xFFFFu), reinterpret_cast<__m256i>(x & 0xFFFFu));
-    return reinterpret_cast<HalfWords>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+    const __m256i words = reinterpret_cast<__m256i>(x);
+    return reinterpret_cast<HalfWords>(_mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
   }
 #endif
   return __builtin_convertvector(x, HalfWords);

@@ -130,8 +130,7 @@ struct Elu {
       const T root = select(x <= T(-104), T(0), half_precise_root_of_exp(x));
       return select(x > T(0), grad_y, (grad_y * root) * (alpha * root));
     } else {
-      const ReducedExp<T> exp = reduce_exp(at_least(T(ExpConstants<scalar_of_t<T>>::kUnderflow), x));
-      return select(x > T(0), grad_y, multiply_scaled(grad_y, fma(alpha, exp.expm1, alpha), exp.n));
+      return select(x > T(0), grad_y, multiply_exp(grad_y, alpha, x));
     }
   }
   GK_HOST_DEVICE T backward_from_output(T grad_y, T y) const { return select(y > T(0), grad_y, grad_y * (y + alpha)); }
@@ -140,8 +139,8 @@ struct Elu {
 // swish(x) = x s with s = sigmoid(beta x), and with z = beta x: swish'(x) = s (1 + z (1 - s)); the derivative
 // by beta is x^2 s (1 - s)
 //
-// `precision` is relative to y, and to the terms of the gradient: near its zero it is their difference. For
-// vectors it applies to y only, and the gradient has full precision.
+// `precision` applies to scalars only. It is relative to y, and to the terms of the gradient: near its zero it is
+// their difference.
 template <typename T, Precision precision>
 struct Swish {
   static constexpr const char* kName = "swish";
@@ -149,34 +148,27 @@ struct Swish {
   static constexpr bool kHasExponential = true;
   T beta;
   GK_HOST_DEVICE T forward(T x) const {
-    if constexpr (precision == Precision::kHalf && !kIsHalfScalar<T, precision>) {
-      return multiply_half_precise_sigmoid(x, beta * x);
-    } else {
-      T y;
-      with_logistic_to<precision>(beta, x, [&](const auto& s) GK_INLINE_LAMBDA { y = s.scaled(x * s.gate); });
-      return y;
-    }
+    return with_logistic_to<precision>(beta, x, [&](const auto& s) GK_INLINE_LAMBDA { return s.times(x); });
   }
   GK_HOST_DEVICE T backward(T grad_y, T x) const {
-    T grad_x;
-    with_logistic_to<precision>(beta, x, [&](const auto& s) GK_INLINE_LAMBDA { grad_x = gradient(grad_y, x, s); });
-    return grad_x;
+    return with_logistic_to<precision>(beta, x, [&](const auto& s) GK_INLINE_LAMBDA { return s.scaled(grad_y * s.slope(x, beta)); });
   }
   // The gradient of x; grad_beta becomes the gradient of beta.
   GK_HOST_DEVICE T backward(T grad_y, T x, T& grad_beta) const {
-    T grad_x;
-    with_logistic_to<precision>(beta, x, [&](const auto& s) GK_INLINE_LAMBDA {
-      grad_beta = grad_y * (s.scaled(x * s.gate) * (x * s.complement));
-      grad_x = gradient(grad_y, x, s);
+    const Gradients both = with_logistic_to<precision>(beta, x, [&](const auto& s) GK_INLINE_LAMBDA {
+      return Gradients{s.scaled(grad_y * s.slope(x, beta)), grad_y * (s.scaled(x * s.gate) * (x * s.complement))};
     });
-    return grad_x;
+    grad_beta = both.beta;
+    return both.x;
   }
 
  private:
-  // Without z, which may be inf when x is not, and would then be multiplied with 0.
-  template <typename Logistic>
-  GK_HOST_DEVICE T gradient(T grad_y, T x, const Logistic& s) const {
-    return s.scaled(grad_y * fma(x * s.gate, beta * s.complement, s.gate));
+  struct Gradients {
+    T x, beta;
+  };
+  template <typename Condition>
+  friend GK_HOST_DEVICE Gradients select(const Condition& condition, const Gradients& if_true, const Gradients& if_false) {
+    return {select(condition, if_true.x, if_false.x), select(condition, if_true.beta, if_false.beta)};
   }
 };
 

@@ -4,8 +4,8 @@
 // The steps are: argument reduction x = n ln 2 + r with |r| <= ln(2) / 2 (Cody and Waite), a minimax
 // polynomial for (e^r - 1 - r) / r^2, and scaling by 2^n. Scaling comes last, so that a denormal result is
 // rounded once. On processors with fma, the errors of elu and swish are at most 2.2 ulp, and those of their
-// gradients at most 2.6 ulp of the largest term (tests/test_activation.py); without fma they are at most 4.
-// nan stays nan. Arguments that are too large or too small give 0, -1 or inf.
+// gradients at most 2.6 and 4 ulp of the largest term (tests/test_activation.py); without fma they are at
+// most 4. nan stays nan. Arguments that are too large or too small give 0, -1 or inf.
 #pragma once
 
 #include <type_traits>
@@ -23,6 +23,17 @@ enum class Precision { kFull, kHalf };
 template <typename scalar_t>
 constexpr Precision kPrecisionOf = sizeof(scalar_t) == 2 ? Precision::kHalf : Precision::kFull;
 
+// A constant as a T. Vectors that have too few registers for the constants of an exponential specialise this
+// (cpu/vector.h).
+template <typename T, const scalar_of_t<T>& kValue>
+struct Constant {
+  static GK_HOST_DEVICE T get() { return T(kValue); }
+};
+template <typename T, const scalar_of_t<T>& kValue>
+GK_HOST_DEVICE T constant() {
+  return Constant<T, kValue>::get();
+}
+
 // c0 + c1 r + c2 r^2 + ... by Horner's rule
 template <typename T>
 GK_HOST_DEVICE T horner(T, scalar_of_t<T> c) {
@@ -38,29 +49,40 @@ struct ExpConstants;
 
 template <>
 struct ExpConstants<float> {
+  static constexpr float kOne = 1.0f;
+  static constexpr float kExpm1Floor = -60.0f;  // e^x - 1 rounds to -1 for far larger x already
   static constexpr float kLog2E = 1.44269504088896341f;
-  static constexpr float kLn2High = 0.693359375f;  // nine bits: n * kLn2High is exact
-  static constexpr float kLn2Low = -2.12194440054690583e-4f;
+  // ln 2 = high + low, both negated here. The high part has nine bits: n * kMinusLn2High is exact.
+  static constexpr float kMinusLn2High = -0.693359375f;
+  static constexpr float kMinusLn2Low = 2.12194440054690583e-4f;
+  static constexpr float kNear = -44.0f;        // see is_near
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
   static constexpr float kUnderflow = -170.0f;  // e^x rounds to 0 for far larger x already; half the exponent is still normal
   static constexpr uint32_t kOneBits = 0x3F800000u;
   static constexpr int kMantissaBits = 23;
   using bits_t = uint32_t;
 
+  static constexpr float kSeries0 = 0.49999994f, kSeries1 = 0.16666521f, kSeries2 = 0.041668266f, kSeries3 = 0.0083686756f,
+                         kSeries4 = 0.0013820690f;
+
   // (e^r - 1 - r) / r^2: e^r to 3.2e-9. In Estrin's order: a shorter chain than Horner's for the same
   // operations.
   template <typename T>
   static GK_HOST_DEVICE T series(T r, T square) {
-    const T upper = fma(T(0.0013820690f), square, horner(r, 0.041668266f, 0.0083686756f));
-    return fma(upper, square, horner(r, 0.49999994f, 0.16666521f));
+    const T lower = fma(constant<T, kSeries1>(), r, constant<T, kSeries0>());
+    const T upper = fma(constant<T, kSeries3>(), r, constant<T, kSeries2>());
+    return fma(fma(constant<T, kSeries4>(), square, upper), square, lower);
   }
 };
 
 template <>
 struct ExpConstants<double> {
+  static constexpr double kOne = 1.0;
+  static constexpr double kExpm1Floor = -60.0;
   static constexpr double kLog2E = 1.44269504088896338700e+00;
-  static constexpr double kLn2High = 6.93145751953125e-1;  // twenty bits
-  static constexpr double kLn2Low = 1.42860682030941723212e-6;
+  static constexpr double kMinusLn2High = -6.93145751953125e-1;  // twenty bits
+  static constexpr double kMinusLn2Low = -1.42860682030941723212e-6;
+  static constexpr double kNear = -44.0;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kUnderflow = -1400.0;
   static constexpr uint64_t kOneBits = 0x3FF0000000000000u;
@@ -75,15 +97,15 @@ struct ExpConstants<double> {
   }
 };
 
-// 2^n for an integer n that is the exponent of a normal number
+// 2^n from n + kRound, for an integer n that is the exponent of a normal number. Otherwise it is arbitrary.
 template <typename scalar_t>
-GK_HOST_DEVICE scalar_t exp2_of_integer(scalar_t n) {
+GK_HOST_DEVICE scalar_t exp2_of_rounded(scalar_t rounded) {
   using C = ExpConstants<scalar_t>;
   union {
     scalar_t value;
     typename C::bits_t bits;
   } pun;
-  pun.value = n + C::kRound;
+  pun.value = rounded;
   pun.bits = (pun.bits << C::kMantissaBits) + C::kOneBits;
   return pun.value;
 }
@@ -96,28 +118,30 @@ struct Exp2Halves {
   T second;
 };
 template <typename T>
-GK_HOST_DEVICE Exp2Halves<T> exp2_halves(T n) {
+GK_HOST_DEVICE Exp2Halves<T> exp2_halves(T rounded) {
   const T round(ExpConstants<scalar_of_t<T>>::kRound);
-  const T half = fma(n, T(scalar_of_t<T>(0.5)), round) - round;
-  return {exp2_of_integer(half), exp2_of_integer(n - half)};
+  const T n = rounded - round;
+  const T half = fma(n, T(scalar_of_t<T>(0.5)), round);
+  return {exp2_of_rounded(half), exp2_of_rounded(n - (half - round) + round)};
 }
 
-// x 2^n, for the same n. A vector overloads scale_by_exp2 if its instruction set has an instruction for it.
+// x 2^n from rounded = n + kRound, for an integer n that is the exponent of a normal number.
 template <typename T>
-GK_HOST_DEVICE T scale_by_halves(T x, T n) {
-  const Exp2Halves<T> scale = exp2_halves(n);
-  return x * scale.first * scale.second;
-}
-template <typename scalar_t>
-GK_HOST_DEVICE scalar_t scale_by_exp2(scalar_t x, scalar_t n) {
-  return scale_by_halves(x, n);
+GK_HOST_DEVICE T scale_by_exp2(T x, T rounded) {
+  return x * exp2_of_rounded(rounded);
 }
 
-// x 2^n for an integer n. x and the result must be normal numbers; other results are arbitrary. The overload
-// for vectors adds n to the bits of the exponent.
+// The same, where x and the result must be normal numbers; other results are arbitrary. The
+// overload for vectors adds n to the bits of the exponent.
 template <typename scalar_t>
-GK_HOST_DEVICE scalar_t scale_normal_by_exp2(scalar_t x, scalar_t n) {
-  return x * exp2_of_integer(n);
+GK_HOST_DEVICE scalar_t add_exponent(scalar_t x, scalar_t rounded) {
+  return x * exp2_of_rounded(rounded);
+}
+
+// a / b for a normal b whose inverse is normal. A vector overloads it if that is faster than its division.
+template <typename T>
+GK_HOST_DEVICE T quotient(T a, T b) {
+  return a / b;
 }
 
 // 1 / x to at least 12 bits. A Newton step refines it.
@@ -163,69 +187,60 @@ GK_HOST_DEVICE T inverse_of_one_plus(T e) {
   return fma(estimate, fma(-e, estimate, T(1) - estimate), estimate);
 }
 
-// The same for every e >= 0 with a normal inverse. For a small estimate, 1 - estimate would be rounded; 1 - e
-// estimate is rounded less.
-template <typename T>
-GK_HOST_DEVICE T inverse_of_one_plus_any(T e) {
-  const T estimate = approximate_inverse(T(1) + e);
-  return fma(estimate, fma(-e, estimate, T(1)) - estimate, estimate);
-}
-
-// e^x = 2^n (1 + expm1)
+// e^x = 2^n (1 + expm1), with rounded = n + kRound
 template <typename T>
 struct ReducedExp {
-  T n;
+  T rounded;
   T expm1;
 };
 
-// Valid for |x| <= -kUnderflow. For other x, n is far (see kFarExponent) and expm1 is arbitrary.
+// Valid for |x| <= -kUnderflow. For other x, the result is arbitrary.
 template <typename T>
 GK_HOST_DEVICE ReducedExp<T> reduce_exp(T x) {
   using C = ExpConstants<scalar_of_t<T>>;
-  const T round(C::kRound);
-  const T n = fma(x, T(C::kLog2E), round) - round;
-  const T r = fma(n, T(-C::kLn2Low), fma(n, T(-C::kLn2High), x));
+  const T rounded = fma(x, constant<T, C::kLog2E>(), constant<T, C::kRound>());
+  const T n = rounded - constant<T, C::kRound>();
+  const T r = fma(n, constant<T, C::kMinusLn2Low>(), fma(n, constant<T, C::kMinusLn2High>(), x));
   const T square = r * r;
-  return {n, fma(square, C::series(r, square), r)};
+  return {rounded, fma(square, C::series(r, square), r)};
 }
 
-// An exponent below this is far: 2^n must then be applied in two factors. Exponents above 0 do not occur
-// where this matters.
-constexpr int kFarExponent = -64;
-
-// Whether any lane of a vector has a far exponent; nan counts as far. A vector without one takes a shorter
-// way. For a scalar, the branch would cost more than it saves, so the answer is always true.
+// Whether e^x is a normal number, for all lanes of a vector x <= 0 and by a wide margin: 2^n then needs no two
+// factors, and neither does its inverse. nan is not near. A vector whose lanes are all near takes a shorter way. For a
+// scalar, the branch would cost more than it saves, so the answer is always false.
 template <typename scalar_t>
-GK_HOST_DEVICE constexpr bool has_far_exponent(scalar_t) {
-  return true;
+GK_HOST_DEVICE constexpr bool all_near(scalar_t) {
+  return false;
 }
-// The lanes whose exponents are not far.
+// The lanes that are near.
 template <typename scalar_t>
-GK_HOST_DEVICE constexpr bool is_near_exponent(scalar_t) {
+GK_HOST_DEVICE constexpr bool is_near(scalar_t) {
   return false;
 }
 
-// The product of a, b and 2^n, for an integer n <= 0 and a number b that is not tiny. 2^n alone may be
-// denormal or 0 although the product is not, so it is applied in two factors. If n is not far, b is
-// multiplied with both of them before a, which may be very large: a lane's result then does not depend on the
-// other lanes. The same order is used if a is inf or nan. As in torch, inf then gives nan if b 2^n rounds to
-// 0.
+// a b e^x for x <= 0 and a number b that is not tiny. 2^n alone may be denormal or 0 although the product is
+// not, so it is applied in two factors. If x is near, b is multiplied with both of them before a, which may be
+// very large: a lane's result then does not depend on the other lanes. The same order is used if a is inf or
+// nan. As in torch, inf then gives nan if b e^x rounds to 0.
 template <typename T>
-GK_HOST_DEVICE T multiply_scaled(T a, T b, T n) {
-  if (!has_far_exponent(n)) return a * scale_by_exp2(b, n);
-  const Exp2Halves<T> scale = exp2_halves(n);
+GK_HOST_DEVICE T multiply_exp(T a, T b, T x) {
+  using C = ExpConstants<scalar_of_t<T>>;
+  const ReducedExp<T> exp = reduce_exp(at_least(constant<T, C::kUnderflow>(), x));
+  b = fma(b, exp.expm1, b);
+  if (all_near(x)) return a * scale_by_exp2(b, exp.rounded);
+  const Exp2Halves<T> scale = exp2_halves(exp.rounded);
   const T part = b * scale.first;
-  return select((n >= T(scalar_of_t<T>(kFarExponent))) | (a - a != T(0)), a * (part * scale.second), a * part * scale.second);
+  return select((x >= T(C::kNear)) | (a - a != T(0)), a * (part * scale.second), a * part * scale.second);
 }
 
 // e^x - 1 for x <= 0, as 2^n (e^r - 1) + (2^n - 1). Near zero it has full precision, where the subtraction
 // e^x - 1 would cancel.
 template <typename T>
 GK_HOST_DEVICE T expm1_of_nonpositive(T x) {
-  const T floor(scalar_of_t<T>(-60));  // the result rounds to -1 for far larger x already
-  const ReducedExp<T> reduced = reduce_exp(at_least(floor, x));
-  const T scale = exp2_of_integer(reduced.n);
-  return fma(scale, reduced.expm1, scale - T(1));
+  using C = ExpConstants<scalar_of_t<T>>;
+  const ReducedExp<T> reduced = reduce_exp(at_least(constant<T, C::kExpm1Floor>(), x));
+  const T scale = exp2_of_rounded(reduced.rounded);
+  return fma(scale, reduced.expm1, scale - constant<T, C::kOne>());
 }
 
 // sigmoid(x) = gate scale and 1 - sigmoid(x) = complement, both with full relative precision for every x.
@@ -239,67 +254,54 @@ struct Logistic {
 
   // a sigmoid(x), where product is a gate
   GK_HOST_DEVICE T scaled(T product) const { return product * scale; }
+  GK_HOST_DEVICE T times(T a) const { return scaled(a * gate); }
+  // gate (1 + b c complement). b c may be inf when b and c are not, and would then be multiplied with 0.
+  GK_HOST_DEVICE T slope(T b, T c) const { return fma(b * gate, c * complement, gate); }
 };
 
-// The same with scale = 1.
+// The same with scale = 1, if every number in 1 / (1 + e^-x) is normal.
 template <typename T>
 struct NearLogistic {
+  ReducedExp<T> exp;  // e^-x
   T gate;
   T complement;
 
   GK_HOST_DEVICE T scaled(T product) const { return product; }
+  // Divides by 1 + e^-x = (1 + 2^n expm1) + 2^n, which is rounded less than 1 + (1 + expm1) 2^n.
+  GK_HOST_DEVICE T times(T a) const {
+    const T power = exp2_of_rounded(exp.rounded);
+    return quotient(a, fma(power, exp.expm1, constant<T, ExpConstants<scalar_of_t<T>>::kOne>()) + power);
+  }
+  // Here b c is finite.
+  GK_HOST_DEVICE T slope(T b, T c) const { return fma(b * (c * complement), gate, gate); }
 };
 
-// Calls function(logistic) with a NearLogistic if that is precise for x, otherwise with a Logistic. The
-// result of a lane does not depend on the other lanes.
+template <typename T>
+GK_HOST_DEVICE NearLogistic<T> near_logistic(const ReducedExp<T>& exp) {
+  const T one = constant<T, ExpConstants<scalar_of_t<T>>::kOne>();
+  const T e = add_exponent(one + exp.expm1, exp.rounded);
+  const T gate = quotient(one, one + e);
+  return {exp, gate, e * gate};
+}
+
+// function(logistic) with a NearLogistic if that is precise for x, otherwise with a Logistic. The result of a
+// lane does not depend on the other lanes.
 template <typename T, typename Function>
-GK_HOST_DEVICE void with_logistic(T x, const Function& function) {
-  // sigmoid(x) = 1 / (1 + e^-x), if every number in it is normal.
-  const ReducedExp<T> near = reduce_exp(-x);
-  const T distance = negative_magnitude(near.n);
-  const T near_exp = scale_normal_by_exp2(T(1) + near.expm1, near.n);
-  const T near_gate = inverse_of_one_plus_any(near_exp);
-  // Each expression where its rounding error is smallest: 1 - gate for a gate below 1/2, whose rounding error
-  // is negligible compared with 1.
-  const auto negative = x < T(0);
-  const T near_complement = select(negative, T(1) - near_gate, near_exp * near_gate);
-  if (!has_far_exponent(distance)) return function(NearLogistic<T>{near_gate, near_complement});
-  // Otherwise with e^-|x|. Below the floor it is 0 and not a tiny number, so that swish(-inf) is nan, as in
-  // torch.
+GK_HOST_DEVICE auto with_logistic(T x, const Function& function) {
+  const T distance = negative_magnitude(x);
+  const auto near = function(near_logistic(reduce_exp(-x)));
+  if (all_near(distance)) return near;
+  // e^-|x|. Below the floor it is 0 and not a tiny number, so that swish(-inf) is nan, as in torch.
   const T floor(ExpConstants<scalar_of_t<T>>::kUnderflow);
-  const auto is_near = is_near_exponent(distance);
-  const ReducedExp<T> far = reduce_exp(at_least(floor, negative_magnitude(x)));
-  const Exp2Halves<T> scale = exp2_halves(far.n);
+  const ReducedExp<T> far = reduce_exp(at_least(floor, distance));
+  const Exp2Halves<T> scale = exp2_halves(far.rounded);
   const T e = (T(1) + far.expm1) * scale.first * scale.second;
   const T inverse = inverse_of_one_plus(e);
   const T part = select(x < floor, T(0), inverse * scale.first);
-  function(Logistic<T>{select(is_near, near_gate, select(negative, fma(part, far.expm1, part), inverse)),
-                       select(is_near, T(1), select(negative, scale.second, T(1))),
-                       select(is_near, near_complement, select(negative, inverse, e * inverse))});
-}
-
-// e^x for x <= 0, and 1 / x for x >= 1, to Precision::kHalf.
-template <typename T>
-GK_HOST_DEVICE T half_precise_exp(T x) {
-  using C = ExpConstants<float>;
-  const T round(C::kRound), log2_e(C::kLog2E);
-  x = at_least(T(C::kUnderflow), x);
-  const T n = fma(x, log2_e, round) - round;
-  const T r = fma(x, log2_e, -n);
-  return scale_by_exp2(horner(r, 1.0f, 0.69312419f, 0.24024099f, 0.055906425f, 0.0095828532f), n);
-}
-template <typename T>
-GK_HOST_DEVICE T half_precise_inverse(T x) {
-  const T estimate = approximate_inverse(x);
-  return fma(fma(-x, estimate, T(1)), estimate, estimate);
-}
-
-// a sigmoid(x) to Precision::kHalf, for every x.
-template <typename T>
-GK_HOST_DEVICE T multiply_half_precise_sigmoid(T a, T x) {
-  const T e = half_precise_exp(negative_magnitude(x));
-  const T inverse = half_precise_inverse(T(1) + e);
-  return a * select(x < T(0), e * inverse, inverse);
+  const auto negative = x < T(0);
+  return select(is_near(distance), near,
+                function(Logistic<T>{select(negative, fma(part, far.expm1, part), inverse), select(negative, scale.second, T(1)),
+                                     select(negative, inverse, e * inverse)}));
 }
 
 // ---- Precision::kHalf for scalars: only GPUs compute single numbers in float32
@@ -342,20 +344,20 @@ GK_HOST_DEVICE float half_precise_expm1(float x) {
 // sigmoid(beta x) = kUnit / (kUnit + e) with e = kUnit e^-(beta x): the sum has a normal inverse as long as the gate is
 // at least the smallest denormal number. From beta x = -104 down the gate is 0, as torch's is from -88.8, and so is the
 // complement, also if e is inf. The relative error of e is up to 2^-20 + 2^-24 |beta x|.
-GK_HOST_DEVICE NearLogistic<float> half_precise_logistic(float beta, float x) {
+GK_HOST_DEVICE Logistic<float> half_precise_logistic(float beta, float x) {
   constexpr float kUnit = 0x1p-24f;
   const float e = approximate_exp2(fma(beta * -ExpConstants<float>::kLog2E, x, -24.0f));
   const float inverse = approximate_inverse(kUnit + e);
-  return {inverse * kUnit, multiply_saturated(e, inverse)};
+  return {inverse * kUnit, 1.0f, multiply_saturated(e, inverse)};
 }
 
 // with_logistic(beta x, function) to `precision`. Vectors always have full precision.
 template <Precision precision, typename T, typename Function>
-GK_HOST_DEVICE void with_logistic_to(T beta, T x, const Function& function) {
+GK_HOST_DEVICE auto with_logistic_to(T beta, T x, const Function& function) {
   if constexpr (kIsHalfScalar<T, precision>) {
-    function(half_precise_logistic(beta, x));
+    return function(half_precise_logistic(beta, x));
   } else {
-    with_logistic(beta * x, function);
+    return with_logistic(beta * x, function);
   }
 }
 
