@@ -35,8 +35,8 @@ TORCH_LIBRARY(gradkernels, m) {
   m.def("rrelu_backward(Tensor grad_y, Tensor mask, SymInt[] stride, Tensor seed, float lower, float upper) -> Tensor grad_x", tags);
 
   // mean, invstd: float64 [C], the statistics that were applied. mask: uint8, empty unless act has two slopes
-  // and there is a residual; a bit is 1 where the slope of act is 1, and lines fill whole bytes (mask_bytes
-  // in ops/batch_norm_act.h). num_batches_tracked: it is incremented in training, and momentum None then
+  // and there is a residual; a bit is 1 where the slope of act is 1, in an order that only the kernels know (mask_bytes
+  // in ops/batch_norm_act.h is its size). num_batches_tracked: it is incremented in training, and momentum None then
   // means 1 / num_batches_tracked.
   m.def(
       "batch_norm_act(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight, Tensor? bias, Tensor? residual, "

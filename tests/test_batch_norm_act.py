@@ -125,6 +125,18 @@ def test_channels_last(shape, act, residual, training, dtype):
     assert y.stride() == call(reference.batch_norm_act, given, training, act)["y"].stride()
 
 
+# Rows of all channels that are no whole vectors, several of which make a line; many parts, each with a last line
+# that is shorter. Then channels that are too many for one slab.
+@each_dtype
+@pytest.mark.parametrize("act", ["leaky_relu", "swish"])
+@pytest.mark.parametrize("shape", [(2, 17, 90, 91), (1, 3, 151, 150), (3, 100, 30, 31), (1, 1100, 23, 23), (1, 2056, 23, 23)], ids=str)
+def test_rows_that_are_folded_and_cut(shape, act, dtype):
+    given = arguments(shape, dtype, residual=True)
+    for name in ("x", "grad_y", "residual"):
+        given[name] = given[name].contiguous(memory_format=torch.channels_last)
+    assert_all_accurate(given, True, act)
+
+
 @pytest.mark.parametrize("inputs", HARD_INPUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(8, 2, 90, 91), (65_521, 2)], ids=str)

@@ -105,14 +105,12 @@ void parametric_forward_kernel(const ParametricForward& p, Slab slab) {
     using Runs = decltype(runs);
     const scalar_t* x = static_cast<const scalar_t*>(p.x);
     scalar_t* y = static_cast<scalar_t*>(p.y);
-    Runs::for_each_lines(p.shape, slab, [=, &p](const Lines& lines) GK_INLINE_LAMBDA {
+    Runs::template for_each_lines<opmath_t<scalar_t>>(p.shape, slab, [=, &p](const Lines& lines) GK_INLINE_LAMBDA {
       const typename Runs::template Coefficients<Parameter, opmath_t<scalar_t>> parameters(lines,
                                                                                            parameter_of_channel<scalar_t>(p.parameter));
       Runs::template for_each<scalar_t>(
           lines, streamed(p.shape, y, nullptr), [&](int64_t column) GK_INLINE_LAMBDA { return functor_of(parameters.at(column).value); },
-          [&](const auto& f, Position at, auto lanes) {
-            store(y + at.element, lanes, f.forward(load(x + at.element, lanes)), at.past_caches);
-          });
+          [&](const auto& f, Position at, auto lanes) { store_first(y, at, lanes, f.forward(load(x + at.element, lanes))); });
     });
   });
 }
@@ -126,7 +124,7 @@ void parametric_backward_kernel(const ParametricBackward& p, Slab slab, double* 
     const scalar_t* grad_y = static_cast<const scalar_t*>(p.grad_y);
     const scalar_t* x = static_cast<const scalar_t*>(p.x);
     scalar_t* grad_x = static_cast<scalar_t*>(p.grad_x);
-    Runs::for_each_lines(p.shape, slab, [=, &p](const Lines& lines) GK_INLINE_LAMBDA {
+    Runs::template for_each_lines<opmath_t<scalar_t>>(p.shape, slab, [=, &p](const Lines& lines) GK_INLINE_LAMBDA {
       const typename Runs::template Coefficients<Parameter, opmath> parameters(lines, parameter_of_channel<scalar_t>(p.parameter));
       typename Runs::template Sums<opmath, 1> sums(lines);
       sums.add(
@@ -137,7 +135,7 @@ void parametric_backward_kernel(const ParametricBackward& p, Slab slab, double* 
             // Lanes after the end have a grad_y of 0. Their x is 1, so that the gradient is 0 even if the
             // parameter is inf.
             const V gradient = f.backward(load(grad_y + at.element, lanes), load(x + at.element, lanes, V(1)), grad_parameter);
-            if (grad_x != nullptr) store(grad_x + at.element, lanes, gradient, at.past_caches);
+            if (grad_x != nullptr) store_first(grad_x, at, lanes, gradient);
             terms.template add<0>(grad_parameter);
           });
       for (int64_t c = 0; c < lines.channels(); ++c) out[lines.channel_begin + c - slab.channel_begin] = sums.of_channel(lines, c, 0);

@@ -5,6 +5,7 @@
 #include "ops/batch_norm_act.h"
 
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -64,6 +65,26 @@ void finish_channel(const BatchNormBackward& p, int64_t channel, const math::Gra
   });
 }
 
+// The merged result of `parts` parts of a channel, `stride` results apart. Sums about the first part's mean take no
+// divisions, of which math::merge has several for each part. What cancels in them is at most `parts` times what remains.
+math::Moments<double> merged_parts(const math::Moments<double>* first, int64_t parts, int64_t stride) {
+  const double about = math::zero_unless_finite(first->mean);
+  double count = 0.0;
+  math::Sum<double> sum{0.0, 0.0}, squares{0.0, 0.0};
+  for (int64_t i = 0; i < parts; ++i) {
+    const math::TermsAbout terms = math::terms_about(about, first[i * stride]);
+    count += first[i * stride].count;
+    sum = math::sum_of(sum, terms.first);
+    squares = math::sum_of(squares, terms.second);
+  }
+  return math::moments_about(about, count, sum, squares);
+}
+math::GradientSums merged_parts(const math::GradientSums* first, int64_t parts, int64_t stride) {
+  math::GradientSums merged = *first;
+  for (int64_t i = 1; i < parts; ++i) merged = math::merge(merged, first[i * stride]);
+  return merged;
+}
+
 // Two passes over the slabs. reduce(slab, out, copy) writes a partial result for each channel of the slab.
 // finish(channel, result) receives the merged result of a channel, and apply(slab, results, copy) runs after
 // it. If slabs hold whole channels, one task does all three for a slab, and `copy` is memory of `copy_bytes`
@@ -85,10 +106,18 @@ void reduce_then_apply(const Slabs& slabs, int64_t channels, int64_t copy_bytes,
   }
   slabs.for_each([&](int64_t i) { reduce_slab(i, nullptr); });
   for (int64_t c = 0; c < channels; ++c) {
-    for (int64_t part = 1; part < slabs.parts(); ++part) partial[c] = math::merge(partial[c], partial[part * channels + c]);
+    partial[c] = merged_parts(&partial[c], slabs.parts(), channels);
     finish(c, partial[c]);
   }
   slabs.for_each([&](int64_t i) { apply(slabs[slabs.size() - 1 - i], partial.data(), nullptr); });
+}
+
+// Where lines are folded (cpu/lines.h), the bits of a mask follow each other without gaps, and its last bytes are
+// not used. They are written nonetheless: a result must not depend on what was in its memory.
+void clear_end_of_mask(const BatchNormForward& p) {
+  if (p.mask == nullptr || p.shape.inner >= kShortRunElements) return;
+  const int64_t used = divide_up(p.shape.rows * p.shape.channels * p.shape.inner, 8);
+  std::memset(p.mask + used, 0, mask_bytes(p.shape.rows, p.shape.channels, p.shape.inner) - used);
 }
 
 }  // namespace
@@ -97,6 +126,7 @@ void batch_norm_act_forward(const BatchNormForward& p) {
   const Slabs slabs(p.shape);
   const Kernels& isa = kernels();
   if (p.training) {
+    clear_end_of_mask(p);
     reduce_then_apply<math::Moments<double>>(
         slabs, p.shape.channels, /*copy_bytes=*/0,
         [&](Slab slab, math::Moments<double>* out, void*) { isa.batch_norm_moments(p, slab, out); },
@@ -164,6 +194,7 @@ void batch_norm_act_gather_stats(const BatchNormForward& p, int64_t ranks, const
 }
 
 void batch_norm_act_elemt(const BatchNormForward& p) {
+  clear_end_of_mask(p);
   const Slabs slabs(p.shape);
   const Kernels& isa = kernels();
   slabs.for_each([&](int64_t i) { isa.batch_norm_normalise(p, slabs[i]); });

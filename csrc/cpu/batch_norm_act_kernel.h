@@ -58,13 +58,14 @@ GK_INLINE T on_grid(T about, T magnitude) {
 // The first quarter of a tile, or more. Differences from the sample's mean m are safe from cancellation,
 // whatever the order of the elements: if the sample is the share f of the tile, the variance of the tile is
 // at least f / (1 - f) times the square of the distance between m and the mean of the tile.
+constexpr int64_t kSampleShare = 4;
+GK_INLINE int64_t sample_end(int64_t begin, int64_t end) { return begin + (end - begin + kSampleShare - 1) / kSampleShare; }
 GK_INLINE Lines sample_of(const Lines& tile) {
-  constexpr int64_t kShare = 4;
   Lines sample = tile;
-  if (tile.row_end - tile.row_begin >= kShare) {
-    sample.row_end = tile.row_begin + (tile.row_end - tile.row_begin + kShare - 1) / kShare;
+  if (tile.row_end - tile.row_begin >= kSampleShare) {
+    sample.row_end = sample_end(tile.row_begin, tile.row_end);
   } else {
-    sample.end = tile.begin + (tile.end - tile.begin + kShare - 1) / kShare;
+    sample.end = sample_end(tile.begin, tile.end);
   }
   return sample;
 }
@@ -129,69 +130,87 @@ GK_FLATTEN math::Moments<double> long_run_moments(const scalar_t* x, const Lines
   return moments;
 }
 
-// The moments of each column of the lines.
-struct ColumnMoments {
+// The moments of each channel of the lines.
+struct ChannelMoments {
+  double count = 0.0;
   Columns<double> mean, mean_low, m2, m2_low;
 
-  explicit GK_INLINE ColumnMoments(const Lines& lines) : mean(lines), mean_low(lines), m2(lines), m2_low(lines) {}
+  explicit GK_INLINE ChannelMoments(const Lines& lines) : mean(lines), mean_low(lines), m2(lines), m2_low(lines) {}
 
-  // Merges the moments of `rows` rows more into those of a vector of columns.
-  GK_CALLED void merge(int64_t column, double rows_before, double rows, Vec<double> about, Vec<double> sum, Vec<double> sum_of_squares) {
+  // Merges `added` elements more into the moments of each of the first `channels` channels. `sums` are about `about`.
+  GK_CALLED void merge(int64_t channels, double added, const Columns<double>& about, const Columns<double> (&sums)[2]) {
     using D = Vec<double>;
-    const auto merged =
-        math::merge(math::Moments<D>{D(rows_before), mean.load(column), m2.load(column), mean_low.load(column), m2_low.load(column)},
-                    math::moments_about(about, D(rows), sum, sum_of_squares));
-    mean.store(column, merged.mean);
-    mean_low.store(column, merged.mean_low);
-    m2_low.store(column, merged.m2_low);
-    m2.store(column, merged.m2);
+    for (int64_t c = 0; c < channels; c += D::kLanes) {
+      const auto merged = math::merge(math::Moments<D>{D(count), mean.load(c), m2.load(c), mean_low.load(c), m2_low.load(c)},
+                                      math::moments_about(about.load(c), D(added), sums[0].load(c), sums[1].load(c)));
+      mean.store(c, merged.mean);
+      mean_low.store(c, merged.mean_low);
+      m2_low.store(c, merged.m2_low);
+      m2.store(c, merged.m2);
+    }
+    count += added;
   }
 };
 
-// The columns of a channel are merged at the end.
 template <typename scalar_t>
 GK_FLATTEN void short_run_moments(const scalar_t* x, const Lines& lines, math::Moments<double>* out) {
   using opmath = opmath_t<scalar_t>;
   using V = Vec<opmath>;
-  using D = Vec<double>;
-  ColumnMoments moments(lines);
-  double rows_before = 0.0;
-  // Many rows, so that merges cost little (and for float64, where every merge rounds, are few); few enough
-  // for the second-level cache.
-  for_each_tile(lines, sizeof(opmath) == sizeof(double) ? 128 : 64, lines.end, [&](const Lines& tile) GK_INLINE_LAMBDA {
-    const double rows = static_cast<double>(tile.row_end - tile.row_begin);
-    const V weight(static_cast<opmath>(1.0 / rows));
-    Columns<opmath> about(tile);
-    for_each_position(tile, Streamed<scalar_t>{nullptr, 1}, RunAhead{}, [&](Position at, auto lanes) {
+  // Many rows, so that merges cost little; few enough that the sample stays in the second-level cache.
+  constexpr int64_t kTileRows = 256;
+  const int64_t channels = lines.channels();
+  const int64_t whole = lines.whole_end();
+  ChannelMoments moments(lines);
+  Columns<double> about_of_channel, sums_of_channel[2];
+  Lines tile = lines;
+  for (; tile.row_begin < lines.row_end; tile.row_begin = tile.row_end) {
+    if (tile.row_begin < whole) {
+      tile.row_end = tile.row_begin + kTileRows < whole ? tile.row_begin + kTileRows : whole;
+      tile.last_end = tile.end;
+    } else {
+      tile.row_end = lines.row_end;
+      tile.end = tile.last_end = lines.last_end;
+    }
+    Lines sample = tile;
+    sample.row_end = sample_end(tile.row_begin, tile.row_end);
+    const V weight(static_cast<opmath>(1.0 / static_cast<double>(sample.elements_per_channel())));
+    Columns<opmath> about(sample);
+    for_each_position(sample, Streamed<scalar_t>{nullptr, 1}, RunAhead{}, [&](Position at, auto lanes) {
       about.store(at.column, fma(load(x + at.element, lanes), weight, about.load(at.column)));
     });
-    for_each_vector<opmath>(0, lines.end, [&](int64_t i, auto lanes) {
-      const scalar_t* column = x + tile.offset + tile.row_begin * tile.row_stride + i;
-      const scalar_t* const end = x + tile.offset + tile.row_end * tile.row_stride + i;
-      V magnitude(0);
-      for (const scalar_t* some = column; some < end && some < column + 4 * tile.row_stride; some += tile.row_stride) {
-        magnitude = magnitude + negative_magnitude(load(some, lanes));
+    for (int64_t c = 0; c < channels; ++c) {
+      const scalar_t* first = x + sample.offset + c * lines.inner;
+      opmath mean(0), magnitude(0);
+      ShortRuns::for_each_column_of(tile, c, [&](int64_t i) { mean += about.value[i]; });
+      for (int64_t row = sample.row_begin; row < sample.row_end && row < sample.row_begin + 4; ++row) {
+        magnitude = magnitude + math::negative_magnitude(static_cast<opmath>(first[row * sample.row_stride]));
       }
-      const V mean = on_grid(about.load(i), magnitude);
-      Accumulators<opmath, 2> accumulators;
-      if constexpr (decltype(lanes)::kAll) {
-        for (; column + 8 * tile.row_stride <= end; column += 8 * tile.row_stride) {
-          add_differences(accumulators, column, tile.row_stride, mean);
+      mean = static_cast<opmath>(static_cast<scalar_t>(on_grid(mean, magnitude)));
+      ShortRuns::for_each_column_of(tile, c, [&](int64_t i) { about.value[i] = mean; });
+      about_of_channel.value[c] = static_cast<double>(mean);
+    }
+    ShortRuns::Sums<opmath, 2> sums(tile);
+    for (int64_t row = tile.row_begin; row < tile.row_end; row += kTerms) {
+      const int64_t rows = row + kTerms < tile.row_end ? kTerms : tile.row_end - row;
+      const scalar_t* line = x + tile.offset + row * tile.row_stride;
+      for_each_vector<opmath>(0, tile.end, [&](int64_t column, auto lanes) {
+        const V center = about.load(column);
+        Accumulators<opmath, 2> added;
+        if (decltype(lanes)::kAll && rows == kTerms) {
+          add_differences(added, line + column, tile.row_stride, center);
+        } else {
+          for (int64_t i = 0; i < rows; ++i) add_difference(added, load(line + i * tile.row_stride + column, lanes, center) - center);
         }
-      }
-      for (; column < end; column += tile.row_stride) add_difference(accumulators, load(column, lanes, mean) - mean);
-      for_each_part<opmath>([&](auto part) GK_INLINE_LAMBDA {
-        const int64_t j = i + part.kIndex * D::kLanes;
-        const auto sum_of = [&](int n) GK_INLINE_LAMBDA { return accumulators.sum(n, part).high + accumulators.sum(n, part).low; };
-        moments.merge(j, rows_before, rows, widen(mean, part.kIndex), sum_of(0), sum_of(1));
+        sums.add(column, added);
       });
-    });
-    rows_before += rows;
-  });
-  for (int64_t c = 0; c < lines.channels(); ++c) {
-    const int64_t first = c * lines.inner;
-    out[c] = math::merge_of_equal_counts(rows_before, lines.inner, moments.mean.value + first, moments.mean_low.value + first,
-                                         moments.m2.value + first, moments.m2_low.value + first);
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int n = 0; n < 2; ++n) sums_of_channel[n].value[c] = sums.of_channel(tile, c, n);
+    }
+    moments.merge(channels, static_cast<double>(tile.elements_per_channel()), about_of_channel, sums_of_channel);
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    out[c] = {moments.count, moments.mean.value[c], moments.m2.value[c], moments.mean_low.value[c], moments.m2_low.value[c]};
   }
 }
 
@@ -200,10 +219,10 @@ void batch_norm_moments_kernel(const BatchNormForward& p, Slab slab, math::Momen
     using scalar_t = decltype(zero);
     const scalar_t* x = static_cast<const scalar_t*>(p.x);
     if (p.shape.inner >= kShortRunElements) {
-      LongRuns::for_each_lines(p.shape, slab,
-                               [&](const Lines& lines) { out[lines.channel_begin - slab.channel_begin] = long_run_moments(x, lines); });
+      LongRuns::for_each_lines<opmath_t<scalar_t>>(
+          p.shape, slab, [&](const Lines& lines) { out[lines.channel_begin - slab.channel_begin] = long_run_moments(x, lines); });
     } else {
-      ShortRuns::for_each_lines(p.shape, slab, [&](const Lines& lines) { short_run_moments(x, lines, out); });
+      ShortRuns::for_each_lines<opmath_t<scalar_t>>(p.shape, slab, [&](const Lines& lines) { short_run_moments(x, lines, out); });
     }
   });
 }
@@ -233,7 +252,7 @@ void batch_norm_normalise_kernel(const BatchNormForward& p, Slab slab) {
     visit_runs(p.shape, [&](auto runs) {
       using Runs = decltype(runs);
       const auto for_each_vector_of_slab = [&](const auto& function) {
-        Runs::for_each_lines(p.shape, slab, [=, &p, &function](const Lines& lines) GK_INLINE_LAMBDA {
+        Runs::template for_each_lines<opmath>(p.shape, slab, [=, &p, &function](const Lines& lines) GK_INLINE_LAMBDA {
           const typename Runs::template Coefficients<math::Normalisation, opmath> coefficients(
               lines, [&](int64_t channel) GK_INLINE_LAMBDA { return channel_normalisation<opmath>(p, channel); });
           Runs::template for_each<scalar_t>(
@@ -246,14 +265,14 @@ void batch_norm_normalise_kernel(const BatchNormForward& p, Slab slab) {
           for_each_vector_of_slab([=, mask = p.mask](V u, Position at, auto lanes) {
             u = u + load_first(residual, at, lanes);
             store_bits<opmath>(mask + at.mask_byte, lanes, f.passes(u));
-            store(y + at.element, lanes, f.forward(u), at.past_caches);
+            store_first(y, at, lanes, f.forward(u));
           });
         });
       } else {
         visit_few_functors<scalar_t>(p.act, [&](auto f) GK_FLATTEN {
           for_each_vector_of_slab([=](V u, Position at, auto lanes) {
             if (residual != nullptr) u = u + load_first(residual, at, lanes);
-            store(y + at.element, lanes, f.forward(u), at.past_caches);
+            store_first(y, at, lanes, f.forward(u));
           });
         });
       }
@@ -307,7 +326,7 @@ void batch_norm_gradient_sums_kernel(const BatchNormBackward& p, Slab slab, math
     visit_runs(p.shape, [&](auto runs) {
       using Runs = decltype(runs);
       visit_gradient<scalar_t>(p, nullptr, [&](auto dz_of) GK_FLATTEN {
-        Runs::for_each_lines(p.shape, slab, [=, &p](const Lines& lines) GK_INLINE_LAMBDA {
+        Runs::template for_each_lines<opmath>(p.shape, slab, [=, &p](const Lines& lines) GK_INLINE_LAMBDA {
           const typename Runs::template Coefficients<math::Normalisation, opmath> coefficients(
               lines, [&](int64_t channel) GK_INLINE_LAMBDA { return channel_normalisation<opmath>(p, channel); });
           typename Runs::template Sums<opmath, 2> sums(lines);
@@ -316,7 +335,7 @@ void batch_norm_gradient_sums_kernel(const BatchNormBackward& p, Slab slab, math
               [&](const auto& normalise, Position at, auto lanes, auto& terms) {
                 const Vec<opmath> x = load_first(x_data, at, lanes);
                 const Vec<opmath> dz = dz_of(normalise, x, at, lanes);
-                if (grad_residual != nullptr) store(grad_residual + at.element, lanes, dz, at.past_caches);
+                if (grad_residual != nullptr) store_first(grad_residual, at, lanes, dz);
                 if (copy != nullptr) store(copy + at.copied, lanes, dz);
                 terms.template add<0>(dz);
                 terms.template add_product<1>(dz, x - normalise.mean_high);
@@ -333,14 +352,19 @@ void batch_norm_gradient_sums_kernel(const BatchNormBackward& p, Slab slab, math
   });
 }
 
+// A normalisation and the InputGradient that shares its mean and its scale.
 template <typename T>
 struct GradientCoefficients {
   math::Normalisation<T> normalise;
-  math::InputGradient<T> input;
+  T dz_mean_high;
+  T slope;
+  T offset;
+
+  GK_INLINE math::InputGradient<T> input() const { return {normalise.mean_high, dz_mean_high, normalise.scale, slope, offset}; }
 
   template <typename U, typename Function>
   GK_INLINE GradientCoefficients<U> map(const Function& function) const {
-    return {normalise.template map<U>(function), input.template map<U>(function)};
+    return {normalise.template map<U>(function), function(dz_mean_high), function(slope), function(offset)};
   }
 };
 
@@ -364,20 +388,20 @@ void batch_norm_gradient_input_kernel(const BatchNormBackward& p, Slab slab, con
     visit_runs(p.shape, [&](auto runs) {
       using Runs = decltype(runs);
       visit_gradient<scalar_t>(source, static_cast<const opmath*>(dz_copy), [&](auto dz_of) GK_FLATTEN {
-        Runs::for_each_lines(p.shape, slab, [=, &p, mask = source.mask](const Lines& lines) GK_INLINE_LAMBDA {
+        Runs::template for_each_lines<opmath>(p.shape, slab, [=, &p, mask = source.mask](const Lines& lines) GK_INLINE_LAMBDA {
           const typename Runs::template Coefficients<GradientCoefficients, opmath> coefficients(
               lines, [&](int64_t channel) GK_INLINE_LAMBDA {
-                return GradientCoefficients<opmath>{
-                    channel_normalisation<opmath>(p, channel),
-                    math::input_gradient<opmath>(p.mean[channel], p.invstd[channel],
-                                                 channel_value(p.parameter_dtype, p.weight, channel, 1.0), count, sums[channel])};
+                const auto input = math::input_gradient<opmath>(
+                    p.mean[channel], p.invstd[channel], channel_value(p.parameter_dtype, p.weight, channel, 1.0), count, sums[channel]);
+                return GradientCoefficients<opmath>{channel_normalisation<opmath>(p, channel), input.dz_mean_high, input.slope,
+                                                    input.offset};
               });
           Runs::template for_each<scalar_t>(
               lines, streamed(p.shape, grad_x, mask), [&](int64_t column) GK_INLINE_LAMBDA { return coefficients.at(column); },
               [&](const auto& c, Position at, auto lanes) {
                 const V x = load_first(x_data, at, lanes);
                 const V dz = dz_of(c.normalise, x, at, lanes);
-                store(grad_x + at.element, lanes, training ? c.input.training(dz, x) : c.input.evaluation(dz), at.past_caches);
+                store_first(grad_x, at, lanes, training ? c.input().training(dz, x) : c.input().evaluation(dz));
               });
         });
       });

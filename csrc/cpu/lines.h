@@ -19,6 +19,13 @@
 //     row 1    [x x x   x x x   x x x]  . . .   . . .
 //     column    0 1 2   3 4 5   6 7 8
 //
+// If the slab has all channels, its rows follow each other in memory without gaps. Some rows together are
+// then folded into one line, so that the line consists of whole vectors. Rows of 3 columns, 8 in a line:
+//
+//     line 0   [x x x   x x x   x x x   x x x   x x x   x x x   x x x   x x x]
+//     line 1   [x x x   x x x   x x x]                          the last rows
+//     column    0 1 2   3 4 5   6 7 8   ...                         21 22 23
+//
 // The lambdas of their loops are inlined only into a function with GK_FLATTEN (common/host_device.h).
 // LongRuns and ShortRuns have the same members, so that a kernel is written once for both.
 #pragma once
@@ -33,17 +40,22 @@ namespace gradkernels::cpu {
 namespace {
 
 // Lines of a slab, one in each of the rows [row_begin, row_end). The line of a row consists of the elements
-// [begin, end), counted from the element offset + row * row_stride of the operand.
+// [begin, end), counted from the element offset + row * row_stride of the operand. The last line ends at
+// last_end. If rows of the operand are folded, each line counts as one row here.
 struct Lines {
   int64_t channel_begin, channel_end;
   int64_t inner;
   int64_t row_begin, row_end;
-  int64_t begin, end;
+  int64_t begin, end, last_end;
   int64_t offset, row_stride;
   int64_t mask_offset, mask_row_stride;  // bytes
 
   GK_INLINE int64_t channels() const { return channel_end - channel_begin; }
   GK_INLINE int64_t elements_per_channel() const { return (row_end - row_begin) * (end - begin) / channels(); }
+  GK_INLINE int64_t end_of(int64_t row) const { return row + 1 < row_end ? end : last_end; }
+  // The end of the lines that end at `end`.
+  GK_INLINE int64_t whole_end() const { return last_end < end ? row_end - 1 : row_end; }
+  GK_INLINE bool is_gapless() const { return end - begin == row_stride; }
 };
 
 // Cuts the lines into tiles of at most `rows` rows and `width` columns, and calls tile(part) for each tile.
@@ -55,7 +67,7 @@ GK_INLINE void for_each_tile(const Lines& lines, int64_t rows, int64_t width, co
       part.row_begin = row;
       part.row_end = row + rows < lines.row_end ? row + rows : lines.row_end;
       part.begin = begin;
-      part.end = begin + width < lines.end ? begin + width : lines.end;
+      part.end = part.last_end = begin + width < lines.end ? begin + width : lines.end;
       tile(part);
     }
   }
@@ -95,6 +107,17 @@ template <typename scalar_t, typename Lanes>
 GK_INLINE Vec<opmath_t<scalar_t>> load_first(const scalar_t* data, Position at, Lanes lanes) {
   if (at.ahead != 0) prefetch(data + at.element + at.ahead);
   return load(data + at.element, lanes);
+}
+
+// Stores a vector of an output. The element that will be stored `at.ahead` elements later is prefetched for writing:
+// the first stores of a run would otherwise wait until their cache lines are read.
+template <typename scalar_t, typename Lanes>
+GK_INLINE void store_first(scalar_t* data, Position at, Lanes lanes, Vec<opmath_t<scalar_t>> value) {
+#if defined(__x86_64__)
+  // Processors without this instruction do nothing.
+  if (at.ahead != 0 && !at.past_caches) asm volatile("prefetchw %0" : : "m"(data[at.element + at.ahead]));
+#endif
+  store(data + at.element, lanes, value, at.past_caches);
 }
 
 // Which run to prefetch while the kernel works on another run: the run that begins `elements` elements later.
@@ -294,12 +317,12 @@ struct LongRuns {
   }
 
   // Calls function(lines) for each channel of the slab.
-  template <typename Function>
+  template <typename opmath, typename Function>
   static GK_INLINE void for_each_lines(const ChannelShape& shape, Slab s, const Function& function) {
     const int64_t line_bytes = (shape.inner + 7) / 8;
     for (int64_t channel = s.channel_begin; channel < s.channel_end; ++channel) {
-      function(Lines{channel, channel + 1, shape.inner, s.row_begin, s.row_end, s.inner_begin, s.inner_end, channel * shape.inner,
-                     shape.channels * shape.inner, channel * line_bytes, shape.channels * line_bytes});
+      function(Lines{channel, channel + 1, shape.inner, s.row_begin, s.row_end, s.inner_begin, s.inner_end, s.inner_end,
+                     channel * shape.inner, shape.channels * shape.inner, channel * line_bytes, shape.channels * line_bytes});
     }
   }
 
@@ -377,7 +400,8 @@ struct Columns {
   alignas(64) T value[kMaxColumns + Vec<T>::kLanes];
 
   Columns() = default;
-  explicit GK_INLINE Columns(const Lines& lines) {
+  explicit GK_INLINE Columns(const Lines& lines) { clear(lines); }
+  GK_INLINE void clear(const Lines& lines) {
     for (int64_t i = 0; i < lines.end; i += Vec<T>::kLanes) store(i, Vec<T>(T(0)));
   }
   GK_INLINE Vec<T> load(int64_t column) const { return Vec<T>::load(value + column); }
@@ -387,17 +411,54 @@ struct Columns {
   GK_INLINE void spread(int64_t column, int64_t count, T x) {
     for (int64_t i = 0; i < count; i += Vec<T>::kLanes) store(column + i, Vec<T>(x));
   }
+  // Copies the first `period` columns to the columns up to `end`, again and again.
+  GK_INLINE void repeat(int64_t period, int64_t end) {
+    for (int64_t i = period; i < end; ++i) value[i] = value[i - period];
+  }
 };
 
 struct ShortRuns {
   // Calls function(lines) once, with the lines of the slab.
-  template <typename Function>
+  template <typename opmath, typename Function>
   static GK_INLINE void for_each_lines(const ChannelShape& shape, Slab s, const Function& function) {
-    const int64_t columns = shape.channels * shape.inner;
+    const int64_t row_stride = shape.channels * shape.inner;
     const int64_t first = s.channel_begin * shape.inner;
-    // `first` is a multiple of 8 (cpu/slabs.h), so that no two slabs share a byte of the mask.
-    function(Lines{s.channel_begin, s.channel_end, shape.inner, s.row_begin, s.row_end, 0, (s.channel_end - s.channel_begin) * shape.inner,
-                   first, columns, first / 8, (columns + 7) / 8});
+    const int64_t columns = (s.channel_end - s.channel_begin) * shape.inner;
+    const int64_t rows = s.row_end - s.row_begin;
+    Lines lines{s.channel_begin, s.channel_end, shape.inner, s.row_begin, s.row_end, 0,
+                columns,         columns,       first,       row_stride,  first / 8, (row_stride + 7) / 8};
+    const int64_t folds = columns == row_stride ? rows_of_line<opmath>(rows, columns) : 1;
+    if (folds > 1) {
+      // s.row_begin is a multiple of 8 (cpu/slabs.h): no two slabs share a byte of the mask.
+      const int64_t elements = rows * columns;
+      lines.offset = s.row_begin * columns;
+      lines.mask_offset = lines.offset / 8;
+      lines.end = lines.row_stride = folds * columns;
+      lines.mask_row_stride = lines.end / 8;
+      lines.row_begin = 0;
+      lines.row_end = (elements + lines.end - 1) / lines.end;
+      lines.last_end = elements - (lines.row_end - 1) * lines.end;
+    }
+    function(lines);
+  }
+
+  // How many rows of a slab without gaps make a line: as few as make whole vectors and kLeastColumns; one, if
+  // these were too many columns, or more rows than there are.
+  template <typename opmath>
+  static GK_INLINE int64_t rows_of_line(int64_t rows, int64_t columns) {
+    constexpr int64_t kLeastColumns = 64;
+    int64_t folds = Vec<opmath>::kLanes;
+    while (folds % 2 == 0 && columns * (folds / 2) % Vec<opmath>::kLanes == 0) folds /= 2;
+    folds *= (kLeastColumns + folds * columns - 1) / (folds * columns);
+    return folds <= rows && folds * columns <= kMaxColumns ? folds : 1;
+  }
+
+  // Calls function(column) for each column of channel channel_begin + c.
+  template <typename Function>
+  static GK_INLINE void for_each_column_of(const Lines& lines, int64_t c, const Function& function) {
+    for (int64_t first = c * lines.inner; first < lines.end; first += lines.channels() * lines.inner) {
+      for (int64_t i = first; i < first + lines.inner; ++i) function(i);
+    }
   }
 
   // Divides the rows [first, last) into blocks of one row or of four rows. In each block, calls
@@ -412,26 +473,24 @@ struct ShortRuns {
   template <typename scalar_t, typename Function>
   static GK_INLINE void for_each_block(const Lines& lines, int64_t first, int64_t last, int64_t values, const Function& function) {
     using opmath = opmath_t<scalar_t>;
-    constexpr int64_t kCachedBytes = 16 * 1024;
+    constexpr int64_t kCachedBytes = 24 * 1024;
     constexpr int64_t kForeseenBytes = 4096;
     const int64_t bytes = (lines.end - lines.begin) * values * static_cast<int64_t>(sizeof(opmath));
-    const bool is_gapless = lines.end - lines.begin == lines.row_stride;
-    const auto for_each_vector_of = [&](int64_t row, int64_t row_end, int64_t ahead) {
-      for_each_vector<opmath>(lines.begin, lines.end, [&](int64_t column, auto lanes) { function(column, lanes, row, row_end, ahead); });
+    const auto for_each_vector_of = [&](int64_t row, int64_t row_end, int64_t end, int64_t ahead) {
+      for_each_vector<opmath>(lines.begin, end, [&](int64_t column, auto lanes) { function(column, lanes, row, row_end, ahead); });
     };
-    const int64_t rows = is_gapless && bytes <= kCachedBytes ? 1 : 4;
-    // A branch in the loop costs more if vectors are wider. So AVX-512 has a separate loop for blocks of one
-    // row. Narrower vectors use one loop for both, because a second loop would double the compiled code.
-    if constexpr (kRegisterBytes == 64) {
-      if (rows == 1) {
-        for (int64_t row = first; row < last; ++row) for_each_vector_of(row, row + 1, 0);
-        return;
-      }
+    if (lines.is_gapless() && bytes <= kCachedBytes) {
+      for (int64_t row = first; row < last; ++row) for_each_vector_of(row, row + 1, lines.end_of(row), 0);
+      return;
     }
+    constexpr int64_t kRows = 4;
     const bool fetches_ahead = kRegisterBytes == 64 && lines.row_stride * static_cast<int64_t>(sizeof(scalar_t)) < kForeseenBytes;
-    for (int64_t row = first; row < last; row += rows) {
-      const int64_t row_end = row + rows < last ? row + rows : last;
-      for_each_vector_of(row, row_end, fetches_ahead && row_end + rows <= lines.row_end ? rows * lines.row_stride : 0);
+    const int64_t whole = lines.whole_end();
+    for (int64_t row = first, row_end; row < last; row = row_end) {
+      const int64_t end = row < whole && whole < last ? whole : last;
+      row_end = row + kRows < end ? row + kRows : end;
+      const bool fetches = fetches_ahead && row_end + kRows <= lines.row_end;
+      for_each_vector_of(row, row_end, lines.end_of(row), fetches ? kRows * lines.row_stride : 0);
     }
   }
 
@@ -459,6 +518,7 @@ struct ShortRuns {
           return member++;
         });
       }
+      for (Columns<opmath>& member : member_) member.repeat(column, lines.end);
     }
     GK_INLINE C<Vec<opmath>> at(int64_t column) const {
       int member = 0;
@@ -474,24 +534,29 @@ struct ShortRuns {
   class Sums {
    public:
     explicit GK_INLINE Sums(const Lines& lines) {
-      for (int n = 0; n < N; ++n) high_[n] = low_[n] = Columns<double>(lines);
+      for (int n = 0; n < N; ++n) {
+        high_[n].clear(lines);
+        low_[n].clear(lines);
+      }
     }
     GK_INLINE double of_channel(const Lines& lines, int64_t c, int n) const {
       math::Sum<double> sum{0.0, 0.0};
-      for (int64_t i = c * lines.inner; i < (c + 1) * lines.inner; ++i) {
+      for_each_column_of(lines, c, [&](int64_t i) GK_INLINE_LAMBDA {
         if constexpr (sizeof(opmath) == sizeof(double)) {
           math::add(sum, high_[n].value[i]);
         } else {
           sum.high += high_[n].value[i];
         }
         sum.low += low_[n].value[i];
-      }
+      });
       return math::rounded(sum);
     }
     template <typename scalar_t, typename OfColumn, typename Function>
     GK_INLINE void add(const Lines& lines, Streamed<scalar_t> streamed, const OfColumn& of_column, const Function& function) {
-      for (int64_t first = lines.row_begin; first < lines.row_end; first += kTerms) {
-        const int64_t last = first + kTerms < lines.row_end ? first + kTerms : lines.row_end;
+      const int64_t whole = lines.whole_end();
+      for (int64_t first = lines.row_begin, last; first < lines.row_end; first = last) {
+        // A shorter line has terms of its own, because the columns after its end get their sums before it.
+        last = first < whole ? (first + kTerms < whole ? first + kTerms : whole) : lines.row_end;
         const auto block = [&](int64_t column, auto lanes, int64_t row, int64_t row_end, int64_t ahead) {
           const auto values = of_column(column);
           const auto add_rows = [&](auto& terms) {
@@ -512,7 +577,7 @@ struct ShortRuns {
           }
           add(column, sums);
         };
-        for_each_block<scalar_t>(lines, first, last, sizeof(of_column(0)) / sizeof(Vec<opmath>) + N, block);
+        for_each_block<scalar_t>(lines, first, last, sizeof(of_column(0)) / sizeof(Vec<opmath>) + 2 * N, block);
       }
       if (streamed.output != nullptr) stream_fence();
     }

@@ -59,7 +59,7 @@ GK_INLINE void store(scalar_t* target, AllLanes, Vec<opmath_t<scalar_t>> value) 
 
 // ---- The first lanes of a vector
 
-// One element after the other, for processors without AVX-512. Not inlined, because every loop ends with one.
+// One element after the other, for processors without AVX2. Not inlined, because every loop ends with one.
 template <typename T>
 GK_CALLED Vec<opmath_t<T>> load_elements(const T* source, int count, Vec<opmath_t<T>> fill) {
   T lane[Vec<opmath_t<T>>::kLanes];
@@ -73,6 +73,93 @@ GK_CALLED void store_elements(T* target, int count, Vec<opmath_t<T>> value) {
   store(lane, value);
   for (int i = 0; i < count; ++i) target[i] = lane[i];
 }
+
+// AVX2 loads the first lanes of 32 and 64 bits by a mask. Stores by a mask take some processors 20 times as long as
+// others, and 16 bits have no masks: these are pieces of 4, 2 and 1 elements.
+#if defined(__x86_64__)
+template <typename T>
+GK_INLINE typename Vec<T>::Mask first_lanes(int count) {
+  static constexpr typename IntegerOf<T>::type window[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  typename Vec<T>::Mask mask;
+  for (int i = 0; i < Vec<T>::kRegisters; ++i) {
+    __builtin_memcpy(&mask.part[i], window + 8 - count + i * Vec<T>::kRegisterLanes, sizeof(mask.part[i]));
+  }
+  return mask;
+}
+
+template <typename T>
+GK_INLINE Vec<opmath_t<T>> load_pieces(const T* source, int count, Vec<opmath_t<T>> fill) {
+  const auto mask = first_lanes<opmath_t<T>>(count);
+  Vec<opmath_t<T>> loaded;
+  if constexpr (sizeof(T) == 2) {
+    uint64_t first = 0, second = 0;
+    if (count >= 4) {
+      __builtin_memcpy(&first, source, 8);
+      __builtin_memcpy(&second, source + count - 4, 8);
+      second = second >> 8 * (8 - count) >> 8 * (8 - count);
+    } else {
+      if ((count & 1) != 0) first = source[count - 1].bits;
+      if ((count & 2) != 0) {
+        uint32_t two;
+        __builtin_memcpy(&two, source, 4);
+        first = first << 32 | two;
+      }
+    }
+    const __m128i words = _mm_set_epi64x(static_cast<int64_t>(second), static_cast<int64_t>(first));
+    loaded.part[0] = to_float(reinterpret_cast<HalfWords>(words), T());
+  }
+  if constexpr (sizeof(T) == 4) loaded.part[0] = _mm256_maskload_ps(source, reinterpret_cast<__m256i>(mask.part[0]));
+  if constexpr (sizeof(T) == 8) {
+    for (int i = 0; i < 2; ++i) loaded.part[i] = _mm256_maskload_pd(source + 4 * i, reinterpret_cast<__m256i>(mask.part[i]));
+  }
+  return select(mask, loaded, fill);
+}
+
+template <typename T>
+GK_INLINE void store_pieces(T* target, int count, Vec<opmath_t<T>> value) {
+  const bool has_four = (count & 4) != 0, has_two = (count & 2) != 0;
+  T* const after_four = target + (count & 4);
+  T* const after_two = target + (count & 6);
+  if constexpr (sizeof(T) == 2) {
+    __m128i rest = reinterpret_cast<__m128i>(from_float(value.part[0], T()));
+    if (has_four) {
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(target), rest);
+      rest = _mm_unpackhi_epi64(rest, rest);
+    }
+    uint64_t words = static_cast<uint64_t>(_mm_cvtsi128_si64(rest));
+    if (has_two) {
+      __builtin_memcpy(after_four, &words, 4);
+      words >>= 32;
+    }
+    if ((count & 1) != 0) __builtin_memcpy(after_two, &words, 2);
+  }
+  if constexpr (sizeof(T) == 4) {
+    __m128 rest = _mm256_castps256_ps128(value.part[0]);
+    if (has_four) {
+      _mm_storeu_ps(target, rest);
+      rest = _mm256_extractf128_ps(value.part[0], 1);
+    }
+    if (has_two) {
+      _mm_storel_pi(reinterpret_cast<__m64*>(after_four), rest);
+      rest = _mm_movehl_ps(rest, rest);
+    }
+    if ((count & 1) != 0) _mm_store_ss(after_two, rest);
+  }
+  if constexpr (sizeof(T) == 8) {
+    __m256d half = value.part[0];
+    if (has_four) {
+      _mm256_storeu_pd(target, half);
+      half = value.part[1];
+    }
+    __m128d rest = _mm256_castpd256_pd128(half);
+    if (has_two) {
+      _mm_storeu_pd(after_four, rest);
+      rest = _mm256_extractf128_pd(half, 1);
+    }
+    if ((count & 1) != 0) _mm_store_sd(after_two, rest);
+  }
+}
+#endif
 
 // The other lanes come from `fill`, whose values T must be able to represent. Memory after `count` elements
 // is not touched.
@@ -89,6 +176,7 @@ GK_INLINE Vec<opmath_t<T>> load(const T* source, SomeLanes lanes, Vec<opmath_t<T
     if constexpr (sizeof(T) == 8) fill.part[0] = _mm512_mask_loadu_pd(fill.part[0], static_cast<__mmask8>(mask), source);
     return fill;
   }
+  if constexpr (kRegisterBytes == 32) return load_pieces(source, lanes.count, fill);
 #endif
   return load_elements(source, lanes.count, fill);
 }
@@ -105,6 +193,7 @@ GK_INLINE void store(T* target, SomeLanes lanes, Vec<opmath_t<T>> value) {
     if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(target, static_cast<__mmask8>(mask), value.part[0]);
     return;
   }
+  if constexpr (kRegisterBytes == 32) return store_pieces(target, lanes.count, value);
 #endif
   store_elements(target, lanes.count, value);
 }

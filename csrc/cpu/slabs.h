@@ -22,8 +22,6 @@ constexpr int64_t kWholeElementsOfMany = 1024 * 1024;
 // worth a thread.
 constexpr int64_t kPartElements = 64 * 1024;
 constexpr int64_t kGrainElements = 16 * 1024;
-// A slab of fewer columns is slow to read, because its rows are short and have gaps between them.
-constexpr int64_t kNarrowColumns = 256;
 // A part has at least this many rows, which share the work of preparing its columns.
 constexpr int64_t kLeastRows = 256;
 
@@ -39,19 +37,25 @@ class Slabs {
       channels_ = 1;
       if (goes_twice && shape.channels >= kManyChannels) limit = kWholeElementsOfMany;
     } else {
-      // Loops want wide slabs, threads want many. A multiple of 8 channels makes slabs begin at whole bytes
-      // of the mask. If even narrow slabs had to be cut by rows, they are as wide as possible: the rows of a
-      // part then follow each other in memory.
-      const int64_t wish = std::clamp(elements * shape.channels / 16, kGrainElements, 2 * kPartElements) / shape.rows;
-      const int64_t columns = elements * kNarrowColumns > limit ? kMaxColumns : std::clamp<int64_t>(wish, kShortRunElements, kMaxColumns);
-      channels_ = std::min(std::max<int64_t>(columns / shape.inner / 8 * 8, 8), shape.channels);
+      // Loops want wide slabs, threads want many. With a multiple of 8 channels, slabs begin at whole bytes of
+      // the mask. If there are enough rows to be cut, slabs are as wide as possible: the rows of a part then
+      // follow each other in memory, or have few gaps.
+      const int64_t most = kMaxColumns / std::max<int64_t>(shape.inner, 1) / 8 * 8;
+      if (shape.rows >= 2 * kLeastRows) {
+        limit = kPartElements;
+        channels_ = divide_up(shape.channels, divide_up(shape.channels, most));
+      } else {
+        channels_ =
+            std::min(std::clamp(elements * shape.channels / 16, kGrainElements, 2 * kPartElements) / std::max<int64_t>(elements, 1), most);
+      }
+      channels_ = std::min(divide_up(std::max<int64_t>(channels_, 1), 8) * 8, shape.channels);
     }
     if (elements * channels_ > limit) {
       if (shape.inner >= kShortRunElements) {
         rows_ = std::clamp<int64_t>(kPartElements / shape.inner, 1, shape.rows);
         inner_ = std::min(shape.inner, kPartElements);
       } else {
-        rows_ = std::min(std::max(kPartElements / (channels_ * shape.inner), kLeastRows), shape.rows);
+        rows_ = std::min(std::max(divide_up(kPartElements, channels_ * shape.inner * 8) * 8, kLeastRows), shape.rows);
       }
     }
     channel_slabs_ = divide_up(shape.channels, channels_);

@@ -55,37 +55,6 @@ GK_HOST_DEVICE Moments<T> merge(const Moments<T>& a, const Moments<T>& b) {
   return {count, mean.high, m2.high, mean.low, m2.low};
 }
 
-// The moments of the union of `sets` sets of `count` elements each. The mean is the mean of the means; M2
-// includes the differences between the means. This takes few divisions, where merging the sets one after the
-// other takes several for each. The first mean is subtracted from all, because a sum of large means of one
-// sign would lose digits.
-GK_HOST_DEVICE Moments<double> merge_of_equal_counts(double count, int64_t sets, const double* mean, const double* mean_low,
-                                                     const double* m2, const double* m2_low) {
-  if (sets == 1) return {count, mean[0], m2[0], mean_low[0], m2_low[0]};
-  const double number = static_cast<double>(sets);
-  Sum<double> delta_sum{0.0, 0.0};
-  for (int64_t i = 0; i < sets; ++i) {
-    add(delta_sum, mean[i]);
-    add(delta_sum, -mean[0]);
-    delta_sum.low += mean_low[i];
-  }
-  const double mean_delta = delta_sum.high / number;
-  // The mean is mean[0] + mean_delta + merged_low.
-  const double merged_low = (fma(-mean_delta, number, delta_sum.high) + delta_sum.low) / number;
-  Sum<double> within{0.0, 0.0};
-  double between = 0.0;
-  for (int64_t i = 0; i < sets; ++i) {
-    const double difference = (mean[i] - mean[0] - mean_delta) + (mean_low[i] - merged_low);
-    add(within, m2[i]);
-    within.low += m2_low[i];
-    between = fma(difference, difference, between);
-  }
-  Sum<double> merged{mean[0], merged_low};
-  add(merged, mean_delta);
-  add(within, count * between);
-  return {count * number, merged.high, within.high, merged.low, within.low};
-}
-
 // moments_about from sums with low parts.
 GK_HOST_DEVICE Moments<double> moments_about(double about, double count, const Sum<double>& sum, const Sum<double>& sum_of_squares) {
   const Sum<double> correction = quotient_of(sum, count);

@@ -9,7 +9,8 @@
 namespace gradkernels {
 
 // The number of bytes of the 1-bit mask that is kept for backward. Every line fills whole bytes; a line is a
-// channel's run or, if runs are short, a row across all channels.
+// channel's run or, if runs are short, a row across all channels. On the CPU, rows that are folded
+// (cpu/lines.h) need less.
 template <typename Int>
 Int mask_bytes(const Int& rows, const Int& channels, const Int& inner) {
   if (inner < kShortRunElements) return rows * ((channels * inner + 7) / 8);
