@@ -70,7 +70,7 @@ class Gradients:
 
     def as_torch_returns(self, total_norm: Tensor) -> Tensor:
         """total_norm with the device, dtype and class (Tensor or DTensor) of torch's total norm."""
-        dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in self.tensors})
+        dtype = functools.reduce(torch.promote_types, {tensor.dtype.to_real() for tensor in self.tensors})
         total_norm = total_norm.to(self.tensors[0].device, dtype)
         return sharded.as_torch_returns(total_norm, self.tensors) if self.is_sharded else total_norm
 

@@ -147,6 +147,19 @@ def test_adaptive_clipping_in_a_step(scaled, optimizer):
     assert handle.skipped == 1 and handle.state_dict()["policy"] == "Adaptive"
 
 
+@pytest.mark.parametrize("bound", [None, 0.5, Percentile(q=50.0), ZScore(), Adaptive()], ids=str)
+def test_complex_gradients_have_a_real_norm(bound):
+    """No kernel takes them, and torch's total norm of them is real."""
+    params = [nn.Parameter(torch.randn(3, dtype=dtype)) for dtype in (torch.complex64, torch.float32)]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    expected = torch.nn.utils.get_total_norm([param.grad for param in params])
+    optimizer = torch.optim.SGD([{"params": params, "max_norm": 0.5}], lr=0.1)
+    handle = gk.attach_clipping(optimizer, bound, nonfinite="skip")
+    optimizer.step()
+    assert_close(handle.last_norm, expected)
+
+
 @each_policy
 def test_a_saved_policy_goes_on_exactly(policy):
     made, _ = POLICIES[policy]
