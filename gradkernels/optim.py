@@ -373,8 +373,7 @@ class ClippingHandle:
             found, wanted = (list(each[name].shape) if name in each else None for each in (state, expected))
             if found != wanted:
                 raise ValueError(f"the state has {name!r} of shape {found}, but {self._max_norm} needs {wanted}")
-        self._state = {name: value.clone() for name, value in state.items()}
-        self.skipped = skipped.clone()
+        self._state, self.skipped = {name: value.clone() for name, value in state.items()}, skipped.clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
@@ -426,7 +425,7 @@ class ClippingHandle:
             optimizer.__dict__["found_inf"] = (
                 skips.float() if found_inf is None else torch.maximum(found_inf.to(skips.device), skips.float())
             )
-            records, skipped = records & ~skips, skipped.to(skips.device, non_blocking=True) + skips
+            records, skipped = records & ~skips, _moved(skipped, skips.device) + skips
         self._after_step = skipped, {name: torch.where(records, after[name], before[name]) for name in before}
         if reads_amp and isinstance(self._max_norm, float | clipping.Tracking) and _are_scaled_by_torch(params, gradients):
             _fold(optimizer, parts[0], amp_scale)
@@ -469,7 +468,7 @@ class ClippingHandle:
             max_norm = None if isinstance(self._max_norm, clipping.Adaptive) else self._max_norm
             return total_norm, [_Part(gradients, total_norm, max_norm)], {}, {}
         state = self._state or self._max_norm.initial_state(total_norm)
-        before = {name: value.to(total_norm.device, non_blocking=True) for name, value in state.items()}
+        before = {name: _moved(value, total_norm.device) for name, value in state.items()}
         bound, after = self._max_norm.bound(before, total_norm)
         return total_norm, [_Part(gradients, total_norm, bound)], before, after
 
@@ -537,6 +536,11 @@ class _StepSkippedError(BaseException):
 
 def _number_or_none(max_norm: Any) -> float | None:
     return None if max_norm is None else float(max_norm)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, without a wait for a GPU unless the host is to read it."""
+    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def _is_on_host(tensor: Tensor) -> bool:

@@ -210,6 +210,36 @@ def test_a_state_of_another_policy_is_refused():
     assert_close(handle.state_dict()["state"], before["state"], equal_nan=True)
 
 
+def test_a_state_that_cannot_be_copied_changes_nothing():
+    params = parameters()
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    handle = gk.attach_clipping(optimizer, ZScore())
+    set_gradients(params, 1.0, 0)
+    optimizer.step()
+    with pytest.raises(AttributeError):
+        handle.load_state_dict({"policy": "ZScore", "state": {}, "skipped": 2})
+    assert handle.state_dict()["state"]["count"] == 1
+
+
+def test_a_copy_to_the_host_is_waited_for():
+    """torch's other copies from a GPU are read before they have arrived."""
+    params = parameters()
+    optimizer = torch.optim.SGD(params, lr=0.1, fused=True)
+    handle = gk.attach_clipping(optimizer, Percentile(), nonfinite="skip")
+
+    class Watches(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            is_unsafe = function is torch.Tensor.to and args[1] == torch.device("cpu") and (kwargs or {}).get("non_blocking")
+            assert not is_unsafe
+            return function(*args, **(kwargs or {}))
+
+    for norm in (1.0, 1.0, math.nan, 1.0):
+        set_gradients(params, norm, 0)
+        with Watches():
+            optimizer.step()
+    assert handle.skipped == 1
+
+
 def test_a_changed_bound_holds_from_the_next_step_on():
     params = parameters()
     optimizer = torch.optim.SGD(params, lr=0.1)
