@@ -669,7 +669,8 @@ def attach_clipping(
             raises a RuntimeError with the name of the first parameter whose gradient is not finite, which
             waits for the device in every step. GradScaler skips its own steps under each of them.
         skip_above: skip the step, and count it in handle.skipped, if the norm is above skip_above times the
-            bound; with max_norm=None, if the norm of any group is.
+            bound; with max_norm=None, if the norm of any group is. A policy does not learn from skipped
+            steps, so if all later norms are that large, all later steps are skipped.
 
     Returns:
         A handle with `.remove()`, `.last_norm`, `.skipped`, and the policy's `.state_dict()`.
@@ -681,7 +682,8 @@ def attach_clipping(
         TypeError: optimizer is not an Optimizer, or it is a wrapper without hooks that does not hold exactly
             one optimizer; or max_norm is not a number, None or a policy.
         RuntimeError: the parameters are pieces of a FullyShardedDataParallel model (FSDP1): call
-            model.clip_grad_norm_(max_norm).
+            model.clip_grad_norm_(max_norm). In step(): a gradient is sparse, and torch is older than 2.14 or
+            max_norm is Adaptive.
 
     Example:
         >>> import torch, gradkernels as gk
