@@ -131,7 +131,7 @@ class ZScore:
         std = variance.sqrt()
         z = (total_norm - mean) / (std + _EPS)
         is_spike = (z > self.threshold) & ~warms_up
-        spike_bound = mean + self.threshold**2 / z * std
+        spike_bound = mean + self.threshold * (self.threshold / z) * std
         norm = torch.where(is_spike, spike_bound, total_norm)
         # In the warm-up each norm has the same weight, which Welford's update of the variance needs.
         weight = torch.where(warms_up, 1 / count.to(mean.dtype), 1 - self.decay)
