@@ -166,8 +166,7 @@ struct Swish {
   struct Gradients {
     T x, beta;
   };
-  template <typename Condition>
-  friend GK_HOST_DEVICE Gradients select(const Condition& condition, const Gradients& if_true, const Gradients& if_false) {
+  friend GK_HOST_DEVICE Gradients select(decltype(T(0) < T(0)) condition, const Gradients& if_true, const Gradients& if_false) {
     return {select(condition, if_true.x, if_false.x), select(condition, if_true.beta, if_false.beta)};
   }
 };
