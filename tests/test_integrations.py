@@ -5,6 +5,7 @@ all, install lightning, pytorch_lightning, transformers, accelerate and ultralyt
 own, and run there: pytest -m "" tests/test_integrations.py
 """
 
+import copy
 import importlib
 
 import pytest
@@ -79,8 +80,8 @@ class Heard(list):
 LIGHTNINGS = {"lightning": "lightning.pytorch", "pytorch_lightning": "pytorch_lightning"}
 
 
-def fit(name, callbacks, fused=True, fails_at=None, **options):
-    """Train a LightningModule. Returns it, its optimizer, and what was logged, by step."""
+def fit(name, callbacks, fused=True, fails_at=None, checkpoint=None, **options):
+    """Train a LightningModule, from a checkpoint on if there is one. Returns it, its optimizer, and what was logged, by step."""
     trainer_package(name)
     package = importlib.import_module(LIGHTNINGS[name])
     loggers = importlib.import_module(f"{LIGHTNINGS[name]}.loggers.logger")
@@ -95,6 +96,9 @@ def fit(name, callbacks, fused=True, fails_at=None, **options):
             if batch_idx == fails_at:
                 raise ZeroDivisionError
             return F.cross_entropy(self.model(batch[0]), batch[1])
+
+        def test_step(self, batch, batch_idx):
+            pass
 
         def on_after_backward(self):
             plant(self.model[2], self.global_step)
@@ -115,9 +119,9 @@ def fit(name, callbacks, fused=True, fails_at=None, **options):
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     module = Classifier()
     trainer = package.Trainer(
-        max_epochs=1, accelerator="cpu", logger=Logger(), callbacks=callbacks, **{"log_every_n_steps": 1, **quiet, **options}
+        accelerator="cpu", logger=Logger(), callbacks=callbacks, **{"max_epochs": 1, "log_every_n_steps": 1, **quiet, **options}
     )
-    trainer.fit(module, DataLoader(TensorDataset(*batches()), batch_size=16))
+    trainer.fit(module, DataLoader(TensorDataset(*batches()), batch_size=16), ckpt_path=checkpoint)
     return module, rows
 
 
@@ -185,6 +189,52 @@ def test_lightning_passes_arguments_on(name):
     assert watch.monitor.to_dict()["steps"] == [*range(0, STEPS, 7)]
 
 
+POLICIES = [gk.clipping.Percentile(window=50), gk.clipping.ZScore()]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
+@pytest.mark.parametrize("name", LIGHTNINGS)
+def test_lightning_goes_on_with_the_state_of_a_policy(name, policy, tmp_path):
+    def clip():
+        return integration(name).ClipGradients(policy, nonfinite="skip", skip_above=20.0)
+
+    whole, _ = fit(name, [clip()], max_epochs=2)
+    first, checkpoint = clip(), tmp_path / "checkpoint"
+    fit(name, [first])[0].trainer.save_checkpoint(checkpoint)
+    resumed, after = clip(), []
+
+    class Remember(importlib.import_module(LIGHTNINGS[name]).Callback):
+        def on_train_start(self, trainer, pl_module):
+            after.append(copy.deepcopy(resumed.state_dict()))
+
+    module, _ = fit(name, [resumed, Remember()], max_epochs=2, checkpoint=checkpoint)
+    assert all(map(torch.equal, module.model.state_dict().values(), whole.model.state_dict().values()))
+    (before,), (loaded,) = first.state_dict()["handles"], after[0]["handles"]
+    torch.testing.assert_close(loaded["state"], before["state"], rtol=0, atol=0, equal_nan=True)
+    assert loaded["skipped"] == 1, "the spike"
+
+
+@pytest.mark.parametrize("name", LIGHTNINGS)
+def test_lightning_begins_without_a_history_if_the_policy_is_another(name, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    fit(name, [integration(name).ClipGradients(gk.clipping.ZScore())])[0].trainer.save_checkpoint(checkpoint)
+    match = "ClipGradients begins without a history: the state is that of ZScore, but this handle clips to a number"
+    with pytest.warns(RuntimeWarning, match=match):
+        fit(name, [integration(name).ClipGradients(1.0)], max_epochs=2, checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("name", LIGHTNINGS)
+def test_lightning_forgets_the_history_for_another_fit(name, tmp_path):
+    """As another fold of a cross-validation."""
+    callback = integration(name).ClipGradients(gk.clipping.Percentile(window=50))
+    one, _ = fit(name, [callback])
+    checkpoint = tmp_path / "checkpoint"
+    one.trainer.save_checkpoint(checkpoint)
+    one.trainer.test(one, DataLoader(TensorDataset(*batches()), batch_size=16), ckpt_path=checkpoint, verbose=False)
+    two, _ = fit(name, [callback])
+    assert all(map(torch.equal, one.model.state_dict().values(), two.model.state_dict().values()))
+
+
 # transformers
 
 
@@ -237,6 +287,14 @@ def test_transformers_clips_as_a_plain_loop_does(tmp_path, fused):
     assert [row["gradient_norm"] for row in history if "loss" in row] == pytest.approx(norms)
     optimizer.step()
     assert callback.handle.last_norm.item() == pytest.approx(norms[-1]), "it has stopped"
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
+def test_transformers_clips_to_a_policy(tmp_path, policy):
+    callback = integration("transformers").ClipGradients(policy, nonfinite="skip", skip_above=20.0)
+    train(tmp_path, [callback])
+    saved = callback.handle.state_dict()
+    assert saved["state"]["count"] == STEPS - 1 and saved["skipped"] == 1, "the spike"
 
 
 def test_transformers_names_the_layer_that_explodes(tmp_path):

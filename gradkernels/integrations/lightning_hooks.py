@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 from torch.optim import Optimizer
@@ -18,8 +19,11 @@ class ClipGradients:
     Unlike gradient_clip_val this works with fused optimizers in 16-bit mixed precision. Each optimizer clips its
     own gradients. The metric is "gradient_norm", with a number if there are several optimizers.
 
+    A checkpoint holds the state of a policy and the number of skipped steps, and fit(ckpt_path=) goes on with
+    them. If max_norm is another kind of policy by then, it begins without a history, and a warning says so.
+
     Args:
-        max_norm: as in attach_clipping.
+        max_norm: as in attach_clipping, also a policy.
         **options: further arguments of attach_clipping.
 
     Raises:
@@ -29,12 +33,37 @@ class ClipGradients:
     def __init__(self, max_norm: Any, **options: Any) -> None:
         self.max_norm, self.options = max_norm, options
         self.handles: list[ClippingHandle] = []
+        # The states of the handles: those of a checkpoint, for the next fit(), and those at the end of the last.
+        self._loaded: list[dict[str, Any]] = []
+        self._last: list[dict[str, Any]] = []
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        # test(ckpt_path=) loads a state too, which is not for a later fit().
+        self._loaded = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"handles": [handle.state_dict() for handle in self.handles] or self._last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = state_dict["handles"]
+        self._load()
+
+    def _load(self) -> None:
+        """Give the handles the states of a checkpoint. Some strategies load it after on_fit_start."""
+        if self.handles:
+            for handle, state in zip(self.handles, self._loaded, strict=False):
+                try:
+                    handle.load_state_dict(state)
+                except ValueError as error:
+                    warnings.warn(f"ClipGradients begins without a history: {error}", RuntimeWarning, stacklevel=2)
+            self._loaded = []
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.gradient_clip_val:
             raise ValueError(f"ClipGradients and gradient_clip_val={trainer.gradient_clip_val} would both clip: remove one of them")
         for optimizer in trainer.optimizers:
             self.handles.append(attach_clipping(optimizer, self.max_norm, **self.options))
+        self._load()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
         for place, handle in enumerate(self.handles):
@@ -48,6 +77,7 @@ class ClipGradients:
         self._remove()
 
     def _remove(self) -> None:
+        self._last = self.state_dict()["handles"]
         while self.handles:
             self.handles.pop().remove()
 

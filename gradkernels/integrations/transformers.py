@@ -28,9 +28,14 @@ class ClipGradients(TrainerCallback):
     The metric is "gradient_norm". The Trainer calls its loggers before the callbacks it was given; to let them
     have the metric, put the callback first: trainer.callback_handler.callbacks.insert(0, callback).
 
+    A checkpoint does not hold the state of a policy. The guide shows how to save handle.state_dict() with it.
+
     Args:
-        max_norm: as in attach_clipping.
+        max_norm: as in attach_clipping, also a policy.
         **options: further arguments of attach_clipping.
+
+    Attributes:
+        handle: what attach_clipping returned, from the start of train() on.
 
     Raises:
         ValueError: when train() starts, if the Trainer clips itself: its max_grad_norm is 1 unless it is set to
