@@ -209,6 +209,16 @@ def test_a_module_that_is_called_step_by_step():
     assert diagnosis.time_steps["decoder"][0] < diagnosis.time_steps["decoder"][-1]
 
 
+@pytest.mark.parametrize(
+    "shared", [nn.Tanh(), nn.Dropout(0.1), nn.PReLU(init=0.1), nn.LayerNorm(UNITS)], ids=lambda shared: type(shared).__name__
+)
+def test_what_the_layers_of_a_deep_network_share_is_no_recurrence(shared):
+    linears = [nn.Linear(INPUTS if place == 0 else UNITS, UNITS) for place in range(12)]
+    model = nn.Sequential(*[layer for linear in linears for layer in (linear, shared)], nn.Linear(UNITS, 2))
+    x, target = batch()
+    assert gk.diagnose(model, (x[0], target), F.cross_entropy).time_steps == {}
+
+
 def test_layers_and_directions_have_names():
     """The head reads one step of each direction: of the reversed one the first that ran."""
     diagnosis = gk.diagnose(Sequence(nn.LSTM, num_layers=2, bidirectional=True), batch(), F.cross_entropy)

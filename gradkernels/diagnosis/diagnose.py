@@ -257,8 +257,9 @@ def diagnose(model: nn.Module, batch: tuple[Any, Any], loss_fn: Callable[[Any, A
     the gradient of the hidden state after each step. It is vanishing over time if that of the first step is
     below 1e-3 times the largest one, and exploding over time if it is above 1e3 times that of the last step.
     Observed are torch's RNN, LSTM and GRU, whose steps are computed one by one for this, their cells, and any
-    module that is called 3 times or more and each time depends on its last output. If the loss reads every
-    step and not only the last ones, the gradient of a state includes that of its own step.
+    module with a matrix as parameter that is called 3 times or more and each time depends on its last output.
+    If the loss reads every step and not only the last ones, the gradient of a state includes that of its own
+    step.
 
     Afterwards the model, its gradients, running statistics, buffers, training flags and hooks, the batch, and
     the random numbers of torch, Python and numpy are as before, also after an exception. A model in

@@ -1,8 +1,8 @@
 """The gradient of hidden states, time step by time step: whether it vanishes or explodes on its way back in time.
 
 torch's RNN, LSTM and GRU compute all time steps in one operator, which does not show the states between them.
-During a probe they compute the same step by step. Of other modules, those are recurrent that are called
-several times and each time depend on their last output, such as cells in a loop.
+During a probe they compute the same step by step. Of other modules, those are recurrent that hold a matrix,
+are called several times, and each time depend on their last output, such as cells in a loop.
 """
 
 from __future__ import annotations
@@ -122,6 +122,9 @@ class TimeStepObserver:
 
     def _recurrences_of(self, module: nn.Module) -> dict[str, list[Step]]:
         """Suffix -> the states of the longest recurrence of a module."""
+        # Layers of a deep network may share an activation or a normalisation, which is no hidden state.
+        if not any(parameter.dim() > 1 for parameter in module.parameters()):
+            return {}
         found = {suffix: max(_recurrences(calls), key=len) for suffix, calls in self._calls[module].items()}
         return {suffix: steps for suffix, steps in found.items() if len(steps) >= (2 if module in self._unrolled else _MIN_STEPS)}
 
