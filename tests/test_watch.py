@@ -114,8 +114,8 @@ def expected_alarms(rows):
         usual |= {place: 0.0 for place in range(len(row)) if zeros[place] >= 25}
         for place, norm in usual.items():
             largest = max((usual[after] for after in usual if after > place), default=0.0)
-            if norm < 1e-3 * largest:
-                found[place, "vanishing"] = norm / largest
+            if norm == 0 or norm < 1e-3 * largest:
+                found[place, "vanishing"] = norm and norm / largest
         alarms += [(str(2 * place), step, reason, value) for (place, reason), value in found.items() if (place, reason) not in before]
         before = {*found}
     return sorted(alarms)
@@ -170,6 +170,17 @@ def test_a_layer_without_any_gradient_vanishes():
     with gk.GradientMonitor(model, alarm=heard):
         train(model, torch.optim.SGD(model.parameters(), lr=0.01), 3 * WARM_UP, plant(model, "2", dict.fromkeys(range(10, 500), 0.0)))
     assert heard == [("2", 10 + WARM_UP - 1, "vanishing", 0.0)]
+
+
+def test_a_network_without_any_gradient_vanishes(recwarn):
+    """As behind a relu that is dead for every sample."""
+    model = network()
+    layers = ("0", "2", "4")
+    heard = Heard()
+    with gk.GradientMonitor(model, alarm=heard), gk.GradientMonitor(model, alarm="warn"):
+        train(model, Idle(model.parameters()), 2 * WARM_UP, lambda step: [plant(model, name, {step: 0.0})(step) for name in layers])
+    assert heard == [(name, WARM_UP - 1, "vanishing", 0.0) for name in layers]
+    assert [str(each.message) for each in recwarn] == [f"step {WARM_UP - 1}: vanishing gradient in 0, 2, 4; the norm in 0 is 0 for 25 steps"]
 
 
 def test_a_reason_is_reported_when_it_begins():

@@ -50,6 +50,7 @@ _EXPLANATIONS = {
     VANISHING: "{:.3g} times the largest of the layers after it",
     NON_FINITE: "{}. gradkernels.diagnose(model, batch, loss_fn) finds the operator that produced it",
 }
+_EXPLANATION_OF_ZERO = f"{{:.3g}} for {WARM_UP_STEPS} steps"
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -165,14 +166,17 @@ class Watch:
         return [(COLLAPSING, deviations)] if past.below >= COLLAPSING_STEPS else []
 
     def _vanishing(self, norms: Mapping[str, float]) -> dict[str, float]:
-        """Layer -> its usual norm as a share of the largest usual norm of the layers after it, if that is too small."""
+        """Layer -> its usual norm as a share of the largest usual norm of the layers after it, if that is too small.
+
+        A usual norm of 0 is too small, whatever the layers after it have.
+        """
         shares, largest = {}, 0.0
         for name in reversed([*norms]):
             typical = self._pasts[name].typical()
             if typical is None:
                 continue
-            if typical < VANISHING_SHARE * largest and name not in self._exempt:
-                shares[name] = typical / largest
+            if typical == 0 or (typical < VANISHING_SHARE * largest and name not in self._exempt):
+                shares[name] = typical and typical / largest
             largest = max(largest, typical)
         return dict(reversed(shares.items()))
 
@@ -198,5 +202,7 @@ def _warn(events: Sequence[Event]) -> None:
         if group:
             first = group[0]
             names = text.first_names([event.name for event in group])
+            if reason == VANISHING and first.value == 0:
+                explanation = _EXPLANATION_OF_ZERO
             what = f"the norm in {first.name} is {explanation.format(abs(first.value))}"
             warnings.warn(f"step {first.step}: {reason} gradient in {names}; {what}", RuntimeWarning, stacklevel=2)
