@@ -125,6 +125,12 @@ def fit(name, callbacks, fused=True, fails_at=None, checkpoint=None, **options):
     return module, rows
 
 
+def scaler_plugin(name):
+    """For 16-mixed, with a GradScaler. Lightning itself replaces it by bf16-mixed on the CPU."""
+    plugins = importlib.import_module(f"{LIGHTNINGS[name]}.plugins")
+    return plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", LIGHTNINGS)
 def test_lightning_clips_as_a_plain_loop_does(name, fused):
@@ -136,7 +142,7 @@ def test_lightning_clips_as_a_plain_loop_does(name, fused):
     assert not callback.handles and "step" not in vars(module.optimizer)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])  # 16-mixed: with a GradScaler
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", LIGHTNINGS)
 def test_lightning_names_the_layer_that_explodes(name, fused, precision):
@@ -145,9 +151,7 @@ def test_lightning_names_the_layer_that_explodes(name, fused, precision):
     watch = module.WatchGradients(heard)
     options = {"precision": precision}
     if precision == "16-mixed":
-        # Lightning itself replaces it by bf16-mixed on the CPU.
-        plugins = importlib.import_module(f"{LIGHTNINGS[name]}.plugins")
-        options = {"plugins": plugins.MixedPrecision(precision, "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))}
+        options = {"plugins": scaler_plugin(name)}
     _, rows = fit(name, [watch, module.ClipGradients(MAX_NORM)], fused, log_every_n_steps=10, **options)
     assert heard == [("model.2", SPIKE, "exploding")]
     assert watch.monitor.to_dict()["steps"] == [0, 10, 20, 30]
@@ -156,6 +160,19 @@ def test_lightning_names_the_layer_that_explodes(name, fused, precision):
     assert all(0.01 < norm < 10 for norm in logged.values()), "unscaled, and before clipping"
     assert "activation_mean/model.0" in rows[10]
     assert hooks() == before
+
+
+@pytest.mark.parametrize("name", LIGHTNINGS)
+def test_lightning_logs_nothing_for_a_first_step_that_the_scaler_skips(name):
+    class Overflow(trainer_package(LIGHTNINGS[name]).Callback):
+        def on_after_backward(self, trainer, pl_module):
+            if trainer.global_step == 0:
+                pl_module.model[0].weight.grad.fill_(torch.inf)
+
+    watch = integration(name).WatchGradients(None)
+    _, rows = fit(name, [watch, Overflow()], fused=False, plugins=scaler_plugin(name))
+    assert watch.monitor.to_dict()["steps"] == [*range(STEPS - 1)]
+    assert "gradient_norm/model.0" in rows[1]
 
 
 @pytest.mark.parametrize("name", LIGHTNINGS)
@@ -306,6 +323,25 @@ def test_transformers_names_the_layer_that_explodes(tmp_path):
     assert watch.monitor.to_dict()["steps"] == [0, 10, 20, 30]
     assert all(0.01 < rows[step]["gradient_norm/model.2"] < 10 for step in (10, 20, 30))
     assert hooks() == before
+
+
+def test_transformers_trains_again_after_an_exception(tmp_path):
+    """train() ends without a call of on_train_end then."""
+    before, heard = hooks(), Heard()
+    module = integration("transformers")
+    callbacks = [module.WatchGradients(heard), module.ClipGradients(MAX_NORM)]
+
+    class Fail(trainer_package("transformers").TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path, [*callbacks, Fail()])
+    assert len(hooks()) == len(before) + 2 and callbacks[1].handle is not None
+    abandoned = callbacks[1].handle._optimizer
+    train(tmp_path, callbacks)
+    assert hooks() == before
+    assert "step" not in vars(abandoned)
 
 
 def test_transformers_own_clipping_is_refused(tmp_path):

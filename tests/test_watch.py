@@ -180,7 +180,9 @@ def test_a_network_without_any_gradient_vanishes(recwarn):
     with gk.GradientMonitor(model, alarm=heard), gk.GradientMonitor(model, alarm="warn"):
         train(model, Idle(model.parameters()), 2 * WARM_UP, lambda step: [plant(model, name, {step: 0.0})(step) for name in layers])
     assert heard == [(name, WARM_UP - 1, "vanishing", 0.0) for name in layers]
-    assert [str(each.message) for each in recwarn] == [f"step {WARM_UP - 1}: vanishing gradient in 0, 2, 4; the norm in 0 is 0 for 25 steps"]
+    assert [str(each.message) for each in recwarn] == [
+        f"step {WARM_UP - 1}: vanishing gradient in 0, 2, 4; the norm in 0 is 0 for 25 steps"
+    ]
 
 
 def test_a_reason_is_reported_when_it_begins():

@@ -29,6 +29,10 @@ from gradkernels.optim import running_steps
 GRADIENT, WEIGHT, UPDATE = range(3)
 
 
+class NothingRecordedError(RuntimeError):
+    """There is no step to report."""
+
+
 class StepNorms:
     """The norms of one step for P parameters.
 
@@ -157,13 +161,13 @@ class Recorder:
         """Fetch all norms.
 
         Raises:
-            RuntimeError: no step was recorded.
+            NothingRecordedError: no step was recorded.
         """
         self.unread.fetch()
         # Another optimizer may still belong to the last step.
         self._judge(self._step)
         if not self.steps:
-            raise RuntimeError(
+            raise NothingRecordedError(
                 "GradientMonitor has not recorded a step yet: it records when an optimizer that holds parameters of the model steps"
             )
 

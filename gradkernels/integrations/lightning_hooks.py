@@ -116,7 +116,7 @@ class WatchGradients:
             self.monitor.record_gradients()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
-        if trainer.log_every_n_steps and trainer.global_step and trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
             self._log(trainer)
 
     def _log(self, trainer: Any) -> None:
@@ -126,8 +126,7 @@ class WatchGradients:
                     logger.log_metrics(metrics, step=step)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.global_step:
-            self._log(trainer)
+        self._log(trainer)
         self._remove()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

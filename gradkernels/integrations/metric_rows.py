@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from gradkernels.diagnosis.monitor import GradientMonitor
+from gradkernels.diagnosis.recorder import NothingRecordedError
 
 
 class MetricRows:
@@ -24,6 +27,8 @@ class MetricRows:
 
     def new(self) -> dict[int, dict[str, float]]:
         """The trainer's step -> metrics, of the steps recorded since the last call."""
-        self._monitor.to_tensorboard(self)
+        # GradScaler may have skipped every step so far.
+        with suppress(NothingRecordedError):
+            self._monitor.to_tensorboard(self)
         rows, self._rows = self._rows, {}
         return rows

@@ -49,6 +49,7 @@ class ClipGradients(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.max_grad_norm:
             raise ValueError(f"ClipGradients and max_grad_norm={args.max_grad_norm} would both clip: set max_grad_norm=0")
+        self._remove()
         self.handle = attach_clipping(kwargs["optimizer"], self.max_norm, **self.options)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -56,6 +57,10 @@ class ClipGradients(TrainerCallback):
             _add({"gradient_norm": self.handle.last_norm.item()}, kwargs["logs"], state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._remove()
+
+    def _remove(self) -> None:
+        """Also before train(): one that an exception ended has not called on_train_end."""
         if self.handle is not None:
             self.handle.remove()
 
@@ -83,6 +88,7 @@ class WatchGradients(TrainerCallback):
         self._rows: MetricRows | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._remove()
         options = {"every": state.logging_steps, "activations_every": state.logging_steps, **self.options}
         self.monitor = GradientMonitor(kwargs["model"], alarm=self.alarm, **options)
         self._rows = MetricRows(self.monitor, state.global_step)
@@ -94,5 +100,9 @@ class WatchGradients(TrainerCallback):
                 _add(rows[max(rows)], kwargs["logs"], state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._remove()
+
+    def _remove(self) -> None:
+        """Also before train(): one that an exception ended has not called on_train_end."""
         if self.monitor is not None:
             self.monitor.remove()
