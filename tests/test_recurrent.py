@@ -219,6 +219,20 @@ def test_what_the_layers_of_a_deep_network_share_is_no_recurrence(shared):
     assert gk.diagnose(model, (x[0], target), F.cross_entropy).time_steps == {}
 
 
+def test_of_equal_parts_of_a_sequence_the_last_counts():
+    """The gradient does not reach the part before it, as in truncated backpropagation through time."""
+
+    class Truncated(Loop):
+        def forward(self, x):
+            h = None
+            for step, part in enumerate(x):
+                h = self.cell(part, h if h is None or step % 4 else h.detach())
+            return self.head(h)
+
+    norms = gk.diagnose(Truncated(nn.GRUCell(INPUTS, UNITS)), batch(12), F.cross_entropy).time_steps["cell"]
+    assert len(norms) == 4 and all(norms)
+
+
 def test_layers_and_directions_have_names():
     """The head reads one step of each direction: of the reversed one the first that ran."""
     diagnosis = gk.diagnose(Sequence(nn.LSTM, num_layers=2, bidirectional=True), batch(), F.cross_entropy)

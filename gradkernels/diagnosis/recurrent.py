@@ -121,11 +121,11 @@ class TimeStepObserver:
         self._found.append((time_steps, gradients))
 
     def _recurrences_of(self, module: nn.Module) -> dict[str, list[Step]]:
-        """Suffix -> the states of the longest recurrence of a module."""
+        """Suffix -> the states of the longest recurrence of a module; of equal ones the last, which is closest to the loss."""
         # Layers of a deep network may share an activation or a normalisation, which is no hidden state.
         if not any(parameter.dim() > 1 for parameter in module.parameters()):
             return {}
-        found = {suffix: max(_recurrences(calls), key=len) for suffix, calls in self._calls[module].items()}
+        found = {suffix: max(reversed([*_recurrences(calls)]), key=len) for suffix, calls in self._calls[module].items()}
         return {suffix: steps for suffix, steps in found.items() if len(steps) >= (2 if module in self._unrolled else _MIN_STEPS)}
 
     def norms(self) -> list[TimeSteps]:
