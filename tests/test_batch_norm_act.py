@@ -1283,6 +1283,16 @@ def test_deterministic_mode(act):
                 assert_same_bits(call(gk.batch_norm_act, given, training, act), expected)
 
 
+# The rows of the last part are fewer than make a line of whole vectors.
+@pytest.mark.parametrize("shape", [(65_537, 1), (7_714, 17), (5, 17)], ids=str)
+def test_a_mask_is_written_whole(shape):
+    x = torch.randn(shape)
+    with DeterministicGuard(True):
+        *_, mask = OPS.batch_norm_act(x, None, None, None, None, x - 100, None, True, 0.1, 1e-5, "relu", 0.0)
+    assert mask.numel() > 0
+    assert not mask.any()
+
+
 def test_backward_again_and_after_the_graph_is_freed():
     x = torch.randn(4, 3, requires_grad=True)
     y = gk.BatchNormAct1d(3)(x).square().sum()

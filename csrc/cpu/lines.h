@@ -20,7 +20,8 @@
 //     column    0 1 2   3 4 5   6 7 8
 //
 // If the slab has all channels, its rows follow each other in memory without gaps. Some rows together are
-// then folded into one line, so that the line consists of whole vectors. Rows of 3 columns, 8 in a line:
+// then folded into one line, so that the line consists of whole vectors. Rows of 3 columns, 8 in a line (in
+// truth more, see rows_of_line):
 //
 //     line 0   [x x x   x x x   x x x   x x x   x x x   x x x   x x x   x x x]
 //     line 1   [x x x   x x x   x x x]                          the last rows
@@ -427,7 +428,7 @@ struct ShortRuns {
     const int64_t rows = s.row_end - s.row_begin;
     Lines lines{s.channel_begin, s.channel_end, shape.inner, s.row_begin, s.row_end, 0,
                 columns,         columns,       first,       row_stride,  first / 8, (row_stride + 7) / 8};
-    const int64_t folds = columns == row_stride ? rows_of_line<opmath>(rows, columns) : 1;
+    const int64_t folds = columns == row_stride ? rows_of_line<opmath>(shape.rows, columns) : 1;
     if (folds > 1) {
       // s.row_begin is a multiple of 8 (cpu/slabs.h): no two slabs share a byte of the mask.
       const int64_t elements = rows * columns;
@@ -442,8 +443,9 @@ struct ShortRuns {
     function(lines);
   }
 
-  // How many rows of a slab without gaps make a line: as few as make whole vectors and kLeastColumns; one, if
-  // these were too many columns, or more rows than there are.
+  // How many rows without gaps make a line: as few as make whole vectors and kLeastColumns; one, if these were
+  // too many columns, or more than the rows of the tensor. It is the same for all slabs of a tensor, although the
+  // last slab may have fewer rows than a line: the bits of the mask then have one order.
   template <typename opmath>
   static GK_INLINE int64_t rows_of_line(int64_t rows, int64_t columns) {
     constexpr int64_t kLeastColumns = 64;
