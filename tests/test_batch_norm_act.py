@@ -319,6 +319,18 @@ def test_gradients_at_the_ends_of_the_range(channels_last, shape, scales, device
         assert_all_accurate(given, True, act, most=ULP_BOUND)
 
 
+@each_act
+@pytest.mark.parametrize("shape", [(97, 3), (101, 17), (2, 3, 101)], ids=str)
+def test_sums_do_not_see_the_lanes_after_the_end(shape, act, device):
+    """A vector that elements do not fill has zeros after them, which may be farther from the mean than float32 reaches."""
+    if device != "cpu":
+        pytest.skip("a GPU has no vectors")
+    given = arguments(shape)
+    given |= {"x": torch.full(shape, 1e30), "running_mean": torch.full(shape[1:2], 1e30), "running_var": torch.full(shape[1:2], 1e-30)}
+    for name, tensor in bits_of(call(gk.batch_norm_act, given, False, act, eps=0.0)).items():
+        assert tensor.isfinite().all(), name
+
+
 @pytest.mark.parametrize("shape", [(8, 3, 56, 56), (2, 1, 300, 300), (1000, 300), (32, 64, 7, 7), (100_003, 2)], ids=str)
 @pytest.mark.parametrize("act", ["leaky_relu", "swish"])
 def test_same_bits_for_any_number_of_threads(shape, act, each_thread_count):

@@ -337,8 +337,10 @@ void batch_norm_gradient_sums_kernel(const BatchNormBackward& p, Slab slab, math
                 const Vec<opmath> dz = dz_of(normalise, x, at, lanes);
                 if (grad_residual != nullptr) store_first(grad_residual, at, lanes, dz);
                 if (copy != nullptr) store(copy + at.copied, lanes, dz);
-                terms.template add<0>(dz);
-                terms.template add_product<1>(dz, x - normalise.mean_high);
+                // The other lanes are columns too if rows are folded, and their dz is nan if the normalised 0 is inf.
+                const Vec<opmath> term = used_lanes(lanes, dz);
+                terms.template add<0>(term);
+                terms.template add_product<1>(term, used_lanes(lanes, x - normalise.mean_high));
               });
           for (int64_t c = 0; c < lines.channels(); ++c) {
             const int64_t channel = lines.channel_begin + c;

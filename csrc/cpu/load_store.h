@@ -74,19 +74,29 @@ GK_CALLED void store_elements(T* target, int count, Vec<opmath_t<T>> value) {
   for (int i = 0; i < count; ++i) target[i] = lane[i];
 }
 
-// AVX2 loads the first lanes of 32 and 64 bits by a mask. Stores by a mask take some processors 20 times as long as
-// others, and 16 bits have no masks: these are pieces of 4, 2 and 1 elements.
-#if defined(__x86_64__)
 template <typename T>
 GK_INLINE typename Vec<T>::Mask first_lanes(int count) {
-  static constexpr typename IntegerOf<T>::type window[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  static constexpr typename IntegerOf<T>::type window[32] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
   typename Vec<T>::Mask mask;
   for (int i = 0; i < Vec<T>::kRegisters; ++i) {
-    __builtin_memcpy(&mask.part[i], window + 8 - count + i * Vec<T>::kRegisterLanes, sizeof(mask.part[i]));
+    __builtin_memcpy(&mask.part[i], window + 16 - count + i * Vec<T>::kRegisterLanes, sizeof(mask.part[i]));
   }
   return mask;
 }
 
+// x in the used lanes, 0 in the others.
+template <typename T>
+GK_INLINE Vec<T> used_lanes(AllLanes, Vec<T> x) {
+  return x;
+}
+template <typename T>
+GK_INLINE Vec<T> used_lanes(SomeLanes lanes, Vec<T> x) {
+  return select(first_lanes<T>(lanes.count), x, Vec<T>(T(0)));
+}
+
+// AVX2 loads the first lanes of 32 and 64 bits by a mask. Stores by a mask take some processors 20 times as long as
+// others, and 16 bits have no masks: these are pieces of 4, 2 and 1 elements.
+#if defined(__x86_64__)
 template <typename T>
 GK_INLINE Vec<opmath_t<T>> load_pieces(const T* source, int count, Vec<opmath_t<T>> fill) {
   const auto mask = first_lanes<opmath_t<T>>(count);
