@@ -161,7 +161,8 @@ GK_FLATTEN void short_run_moments(const scalar_t* x, const Lines& lines, math::M
   const int64_t channels = lines.channels();
   const int64_t whole = lines.whole_end();
   ChannelMoments moments(lines);
-  Columns<double> about_of_channel, sums_of_channel[2];
+  Columns<double> about_of_channel(lines), sums_of_channel[2];
+  for (Columns<double>& sum : sums_of_channel) sum.clear(lines);
   Lines tile = lines;
   for (; tile.row_begin < lines.row_end; tile.row_begin = tile.row_end) {
     if (tile.row_begin < whole) {

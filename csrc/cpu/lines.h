@@ -466,9 +466,10 @@ struct ShortRuns {
   // Divides the rows [first, last) into blocks of one row or of four rows. In each block, calls
   // function(column, lanes, row, row_end, ahead) for each vector of columns.
   //
-  // Each column has `values` numbers of type opmath. In a block of four rows, they are loaded once for all
-  // four rows. Blocks of one row read memory in its order. Blocks have four rows in two cases: the numbers of
-  // all columns do not stay in the first-level cache from row to row, or memory has gaps between the rows.
+  // Each column has numbers of its own, of as many bytes as `values` numbers of type opmath. In a block of four
+  // rows, they are loaded once for all four rows. Blocks of one row read memory in its order. Blocks have four
+  // rows in two cases: the numbers of all columns do not stay in the first-level cache from row to row, or memory
+  // has gaps between the rows.
   //
   // With AVX-512 and blocks of four rows, the next block is prefetched. It is not prefetched if the distance
   // of two rows is a page or more, because the processor predicts such rows itself.
