@@ -26,8 +26,10 @@ CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu
 VERSIONS = 2.11.0 $(TORCH) $(shell .venv/bin/pip index versions torch 2> /dev/null | sed -n 's/^torch (\([^+)]*\).*/\1/p')
 TRY_INSTALL := .venv/bin/pip install --quiet --dry-run --no-deps --ignore-installed
 # One process for each core. tests/conftest.py divides torch's threads among them, and leaves each two at least:
-# more than there are cores, so threads that wait must not keep a core.
-PYTEST := OMP_WAIT_POLICY=passive .venv/bin/python -m pytest --numprocesses=$(MAX_JOBS) --dist=worksteal
+# more than there are cores, so threads that wait must not keep a core. A test that hangs ends its process, which
+# prints where it was, and the other tests go on.
+PYTEST := OMP_WAIT_POLICY=passive .venv/bin/python -m pytest --numprocesses=$(MAX_JOBS) --dist=worksteal \
+  -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 # The tests of the operators that start no processes.
 OF_OPERATORS := $(addprefix tests/test_,activation*.py rrelu.py batch_norm_act.py clip_grad.py optim.py)
 SANITIZED := $(OF_OPERATORS) tests/test_fuzz.py

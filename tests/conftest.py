@@ -17,6 +17,7 @@ from importlib.util import find_spec, module_from_spec
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch import distributed
 
 from gradkernels import _native
 
@@ -106,6 +107,19 @@ def each_thread_count(device):
 
     yield run
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def process_group():
+    """torch.distributed with this process alone.
+
+    The group outlives what the test makes. DistributedDataParallel keeps the group too, and if it is the last to
+    do so, its destructor waits for Gloo's threads, which may be waiting for Python's lock.
+    """
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    group = distributed.group.WORLD
+    yield group
+    distributed.destroy_process_group()
 
 
 @pytest.fixture

@@ -305,15 +305,11 @@ def test_torch_compile_takes_it_in_one_graph():
     assert_same({key.replace("_orig_mod.", ""): each for key, each in step(compiled, x).items()}, step(expected, x))
 
 
-def test_distributed_data_parallel(tmp_path):
+def test_distributed_data_parallel(process_group):
     model, x = network("MLP")
     expected = step(copy.deepcopy(model), x)
     gk.convert(model)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        actual = step(nn.parallel.DistributedDataParallel(model), x)
-    finally:
-        torch.distributed.destroy_process_group()
+    actual = step(nn.parallel.DistributedDataParallel(model), x)
     assert_same({key.replace("module.", ""): each for key, each in actual.items()}, expected)
 
 

@@ -1079,16 +1079,13 @@ def test_a_module_that_returns_its_parameter_keeps_no_hook():
 
 
 @pytest.mark.parametrize("wrap", ["compile", "DistributedDataParallel"])
-def test_wrapped_models(wrap):
+def test_wrapped_models(wrap, request):
     model = mlp(nn.Sigmoid)
     if wrap == "compile":
         diagnosis = diagnosed(torch.compile(model, backend="eager"))
     else:
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        try:
-            diagnosis = diagnosed(nn.parallel.DistributedDataParallel(model))
-        finally:
-            torch.distributed.destroy_process_group()
+        request.getfixturevalue("process_group")
+        diagnosis = diagnosed(nn.parallel.DistributedDataParallel(model))
     assert words(diagnosis)["linear0"] == ("vanishing",)
     assert diagnosis.layers[0].layer.act == "sigmoid"
 

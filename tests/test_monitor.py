@@ -617,15 +617,11 @@ def test_a_step_does_not_wait_and_norms_are_fetched_for_many_steps(alarm):
 # Wrappers
 
 
-def test_distributed_data_parallel_without_its_prefix():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        model = nn.parallel.DistributedDataParallel(network())
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        with gk.GradientMonitor(model) as monitor:
-            step(model, optimizer)
-    finally:
-        torch.distributed.destroy_process_group()
+def test_distributed_data_parallel_without_its_prefix(process_group):
+    model = nn.parallel.DistributedDataParallel(network())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gk.GradientMonitor(model) as monitor:
+        step(model, optimizer)
     found = monitor.to_dict()
     assert found["layers"] == ["0", "1", "3", "5"]
     assert found["gradient_norm"] == [pytest.approx(norms_of(model.module, lambda _, parameter: parameter.grad), rel=1e-7)]

@@ -545,8 +545,7 @@ def test_gradients_that_a_fused_step_cannot_scale(case, scaled, device, monkeypa
     make, grad_of = NOT_SCALED_BY_TORCH[case]
     tensor = torch.ones(3, 4)
     if case == "DTensor":
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        request.addfinalizer(torch.distributed.destroy_process_group)
+        request.getfixturevalue("process_group")
         tensor = distribute_tensor(tensor, init_device_mesh("cpu", (1,)), [Shard(0)])
     elif device != "cpu" and "," in case:
         pytest.skip("on a GPU torch refuses gradients with other strides than their parameters")
