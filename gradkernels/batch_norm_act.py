@@ -130,15 +130,22 @@ def _batch_norm_act(
 def forward_of(bn: _BatchNorm, x: Tensor, residual: Tensor | None, act: str, act_param: float) -> Tensor:
     """act(bn(x) + residual), from the fields and the mode of any of torch's batch normalisations."""
     bn._check_input_dim(x)
-    running_mean, running_var = bn.running_mean, bn.running_var
+    # For five tensors, nn.Module.__getattr__ would take a tenth of a small call. A tensor that is not registered, such
+    # as a parametrized weight, is another attribute.
+    registered = {**bn._parameters, **bn._buffers}
+
+    def tensor(name: str) -> Tensor | None:
+        return registered[name] if name in registered else getattr(bn, name)
+
+    running_mean, running_var = tensor("running_mean"), tensor("running_var")
     training = bn.training or (running_mean is None and running_var is None)
     num_batches_tracked = None
     if bn.training:
         if bn.track_running_stats:
-            num_batches_tracked = bn.num_batches_tracked
+            num_batches_tracked = tensor("num_batches_tracked")
         else:
             running_mean = running_var = None
-    tensors = (x, running_mean, running_var, bn.weight, bn.bias, residual, num_batches_tracked)
+    tensors = (x, running_mean, running_var, tensor("weight"), tensor("bias"), residual, num_batches_tracked)
     return _batch_norm_act(*tensors, training, bn.momentum, bn.eps, act, act_param)
 
 
