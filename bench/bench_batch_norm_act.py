@@ -1,17 +1,25 @@
 """Training batch norm + activation: gk.BatchNormAct* compared with act(bn(x) + residual) of torch.nn.
 
 Least traffic, E = bytes of x: forward 2E, backward 3E; with a residual 3E and 4E. float64 is not measured: the reference is no better than
-what it would have to prove (bench_accuracy.py has long double).
+what it would have to prove (bench_accuracy.py has long double). The last ten cases are drawn anew in each run; the header has their seed.
+oneDNN, which fuses relu too, is measured where g++ finds it (onednn.cpp); it always writes into the same outputs.
 """
 
 import copy
-from functools import partial
+import ctypes
+import random
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness import COMPILED, EAGER, OURS, PARTS, WHOLE, Case, answers, arguments, called, compiled, gk, prove, run
+from harness import COMPILED, EAGER, OURS, PARTS, WHOLE, Case, answers, arguments, called, compiled, gk, header, prove, run
 
 ACTS = {"relu": F.relu, "leaky_relu": F.leaky_relu, "elu": F.elu, "swish": F.silu}
 LAST, BFLOAT16 = {"layout": "channels_last"}, {"dtype": torch.bfloat16}
@@ -35,7 +43,45 @@ CASES = (
     ((32, 64, 56, 56), "leaky_relu", BFLOAT16),
     ((32, 1024, 14, 14), "swish", {"residual": True} | LAST | BFLOAT16),
     ((32, 64, 56, 56), "leaky_relu", {"dtype": torch.float16}),
+    *((shape, "relu", LAST) for shape in ((32, 64, 56, 56), (12, 192, 33, 33), (20, 1536, 7, 7), (24, 80, 48, 48), (6, 17, 150, 150))),
 )
+DRAWN_ELEMENTS = range(1 << 16, 1 << 23)
+
+
+def drawn(numbers: random.Random, count: int = 10) -> Iterator[tuple[tuple[int, ...], str, dict[str, Any]]]:
+    """More of CASES: channels from 3 to 2,048, most of them no power of two, and any batch and sides."""
+    while count:
+        n, c, h, w = numbers.randint(1, 64), int(2 ** numbers.uniform(1.6, 11)), numbers.randint(5, 160), numbers.randint(5, 160)
+        if n * c * h * w in DRAWN_ELEMENTS:
+            count -= 1
+            yield (n, c, h, w), numbers.choice(list(ACTS)), {"residual": numbers.random() < 0.5} | numbers.choice(({}, LAST))
+
+
+@cache
+def onednn() -> ctypes.CDLL | None:
+    library = Path(tempfile.mkdtemp(prefix="gradkernels-onednn-"), "onednn.so")
+    command = ["g++", "-O2", "-shared", "-fPIC", str(Path(__file__).with_name("onednn.cpp")), "-o", str(library), "-ldnnl"]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    found = ctypes.CDLL(str(library))
+    found.onednn_step.restype = ctypes.c_void_p
+    return found
+
+
+def with_onednn(x: Tensor, weight: Tensor, grad_y: Tensor) -> tuple[dict[str, Callable[[], None]], dict[str, Tensor]]:
+    """oneDNN as a provider, if it is here, and the outputs that it writes."""
+    library, outputs = onednn(), {"y": torch.empty_like(x), "gradient 0": torch.empty_like(x)}
+    if library is None:
+        return {}, {}
+    tensors = (x, weight, grad_y, *outputs.values())
+    step = library.onednn_step(*map(ctypes.c_int64, x.shape), *(ctypes.c_void_p(each.data_ptr()) for each in tensors))
+
+    def call(_: tuple[Tensor, ...] = tensors) -> None:
+        library.onednn_run(ctypes.c_void_p(step))
+
+    return {"oneDNN": call}, outputs
 
 
 class Eager(nn.Module):
@@ -81,16 +127,23 @@ def case(
         wide, exact = [each.detach().double().requires_grad_() for each in operands], copy.deepcopy(modules[EAGER]).double()
         before_act = copy.deepcopy(exact.bn)(wide[0]) + (wide[1] if residual else 0)
         # Rounding decides on which side of the kink such an element lies.
-        given = torch.where(before_act.detach().abs() < 1e-5, 0, grad_y)
-        prove(*(results(modules[name], operands, given) for name in (OURS, EAGER)), results(exact, wide, given.double()))
+        grad_y.masked_fill_(before_act.detach().abs() < 1e-5, 0)
+        right = results(exact, wide, grad_y.double())
+        prove(*(results(modules[name], operands, grad_y) for name in (OURS, EAGER)), right)
+        for call in of_onednn.values():
+            call()
+        for name, output in outputs.items():
+            torch.testing.assert_close(output, right[name].float(), rtol=1e-4, atol=1e-4)
 
+    has_onednn = (act, residual, layout, direction) == ("relu", False, "channels_last", WHOLE)
+    of_onednn, outputs = with_onednn(operands[0], weight, grad_y) if has_onednn else ({}, {})
     forwards = {EAGER: modules[EAGER]} | ({COMPILED: compiled(modules[EAGER])} if with_compiler else {}) | {OURS: modules[OURS]}
     inputs = {provider: [*operands, *module.parameters()] for provider, module in forwards.items()}
     least = {"forward": (2 + residual) * grad_y.nbytes, "backward": (3 + residual) * grad_y.nbytes}
     return Case(
         operator="batch_norm_act",
         name=f"{act}{' + residual' * residual} {shape}",
-        providers={name: called(direction, partial(each, *operands), inputs[name], grad_y) for name, each in forwards.items()},
+        providers={name: called(direction, partial(each, *operands), inputs[name], grad_y) for name, each in forwards.items()} | of_onednn,
         prove=check,
         bytes=least.get(direction) or sum(least.values()),
         copied=grad_y.nbytes,
@@ -101,6 +154,7 @@ def case(
 
 
 if __name__ == "__main__":
-    options = arguments(__doc__)
-    cases = [partial(case, shape, act, **settings) for shape, act, settings in (CASES[:2] if options.quick else CASES)]
-    run("batch norm + activation, training", cases, options)
+    options, seed = arguments(__doc__), random.randrange(1000)
+    chosen = CASES[:2] if options.quick else (*CASES, *drawn(random.Random(seed)))
+    cases = [partial(case, shape, act, **settings) for shape, act, settings in chosen]
+    run("batch norm + activation, training", cases, options, header(options.quick) | {"seed of the drawn cases": seed})

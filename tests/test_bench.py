@@ -2,7 +2,9 @@
 
 import argparse
 import itertools
+import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import bench_batch_norm_act
 import bench_training
 import harness
 import report
@@ -109,6 +112,24 @@ def test_large_outputs_are_measured_in_both_states_which_differ_in_page_faults()
 def test_all_scripts_together_keep_the_times_that_are_promised():
     assert sum(harness.SECONDS[stem] + harness.START_SECONDS for stem in SCRIPTS) < 600
     assert (harness.QUICK_SECONDS + harness.START_SECONDS) * len(SCRIPTS) < 60
+
+
+def test_the_seed_gives_the_drawn_cases_again():
+    first, again, other = (list(bench_batch_norm_act.drawn(random.Random(seed))) for seed in (1, 1, 2))
+    assert first == again != other
+    assert len(first) == 10
+    for shape, act, settings in first:
+        assert (1 << 16) <= math.prod(shape) < (1 << 23)
+        assert act in bench_batch_norm_act.ACTS
+        assert {"residual"} <= settings.keys() <= {"residual", "layout"}
+
+
+def test_the_results_of_onednn_are_checked(monkeypatch):
+    make = partial(bench_batch_norm_act.case, (2, 24, 5, 5), "relu", layout="channels_last")
+    make().prove()
+    monkeypatch.setattr(bench_batch_norm_act, "with_onednn", lambda x, *_: ({"oneDNN": lambda: None}, {"y": torch.zeros_like(x)}))
+    with pytest.raises(AssertionError, match="not close"):
+        make().prove()
 
 
 def test_figures_of_a_row():
