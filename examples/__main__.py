@@ -15,7 +15,7 @@ try:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    from examples import chain_rule, clipping, cures, dying_relu, parity, simple_net
+    from examples import chain_rule, clipping, cures, dying_relu, parity, simple_net, spikes
     from examples.experiment import Results, Setting, load
 except ModuleNotFoundError as error:
     raise SystemExit(
@@ -31,6 +31,7 @@ EXPERIMENTS: dict[str, tuple[str, Callable[[Setting], Results]]] = {
     "simple-net": ("784-300-100-10 with batch norm after ReLU and before it", simple_net.batch_norm_order),
     "deep-net": ("100-1000-1000-1000-1000-1 with and without gradient clipping", clipping.deep_net),
     "rnn": ("a recurrent network over 100 steps, with and without gradient clipping", clipping.rnn),
+    "spikes": ("spoilt batches and one with nan: not clipped, clipped, and four policies", spikes.run),
     "parity": ("vanishing, exploding and a plain network, with torch.nn and with gradkernels", parity.run),
 }
 

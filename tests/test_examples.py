@@ -5,9 +5,11 @@ can be replaced.
 """
 
 import gzip
+import itertools
 import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 from functools import partial
@@ -22,7 +24,7 @@ from torch import nn
 
 import gradkernels as gk
 from examples import __main__ as demo
-from examples import chain_rule, clipping, cures, dying_relu, experiment, parity, simple_net
+from examples import chain_rule, clipping, cures, dying_relu, experiment, parity, simple_net, spikes
 from gradkernels import _native
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -263,6 +265,50 @@ def test_gradient_through_time_is_that_of_the_rest_of_the_network(digits):
         last = reader.rnn(sequence[step:], state)[1]
         nn.functional.cross_entropy(reader.classify(last[0]), target).backward()
         assert through_time[100 - step] == pytest.approx(state.grad.norm().item(), rel=1e-4)
+
+
+# Spikes
+
+
+def test_only_the_planted_batches_are_spoilt(digits):
+    healthy = [batch for epoch in digits.epochs(0, range(10)) for batch in epoch]
+    for step, (found, expected) in enumerate(zip(spikes.batches(digits, 0), healthy, strict=False), start=1):
+        x, target = expected
+        is_spoilt, has_nan = step in spikes.SPOILT, step == spikes.WITH_NAN
+        assert torch.equal(found[0].nan_to_num(x[0, 0].item()), 255 * x if is_spoilt else x)
+        assert found[0].isnan().sum() == has_nan
+        assert torch.equal(found[1].sort().values, target.sort().values)
+        assert torch.equal(found[1], target) != is_spoilt
+    assert step == spikes.STEPS
+
+
+@pytest.mark.parametrize("network", spikes.NETWORKS)
+def test_a_spoilt_batch_makes_the_gradient_about_a_thousand_times_larger(network, digits):
+    model, (first, *_) = spikes.NETWORKS[network](0), spikes.SPOILT
+    optimizer = torch.optim.Adam(model.parameters(), lr=spikes.LR)
+    handle, norms = gk.attach_clipping(optimizer, 1.0), []
+    for x, target in itertools.islice(spikes.batches(digits, 0), first):
+        experiment.forward_backward(model, x, target)
+        optimizer.step()
+        norms.append(handle.last_norm.item())
+    assert 300 < norms[-1] / statistics.median(norms[-11:-1]) < 3000
+
+
+def test_an_unexpected_course_is_reported():
+    nan = math.nan
+    courses = {way: spikes.Course([1.0, nan], before_nan=0.9) for way in spikes.WAYS}
+    courses[spikes.NOT_CLIPPED] = spikes.Course([1.0, nan], before_nan=0.1)
+    courses[spikes.SKIP] = spikes.Course([1.0, 1.0], before_nan=0.9, skipped=4)
+    spikes.check_courses("small", courses)
+    agc = next(way for way in spikes.WAYS if way.name == "AGC")
+    for way, course, words in (
+        (agc, spikes.Course([1.0, 1.0], before_nan=0.9), "only 'ZClip and skip' to survive a nan; the small network, AGC, survives"),
+        (spikes.SKIP, spikes.Course([1.0, nan], before_nan=0.9, skipped=4), "the small network, ZClip and skip, is lost"),
+        (agc, spikes.Course([1.0, nan], before_nan=0.12), r"AGC, to learn more than 10\.0%, .* its accuracy is 12\.0%"),
+        (spikes.SKIP, spikes.Course([1.0, 1.0], before_nan=0.9, skipped=3), "4 skipped steps of the small network; there are 3"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            spikes.check_courses("small", {**courses, way: course})
 
 
 # Parity
