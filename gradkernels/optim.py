@@ -653,7 +653,8 @@ def attach_clipping(
     A skipped step does not change parameters, the optimizer's state, its step counts, or the policy's state.
     torch's fused optimizers skip without a wait for the GPU, except that SGD with momentum waits until its
     first step that is not skipped. Any other optimizer waits once in every step, as GradScaler does. On the
-    CPU nothing waits.
+    CPU nothing waits. Post-hooks of step() do not run after a skipped step, unless a fused optimizer skips on a
+    GPU.
 
     Args:
         optimizer: any optimizer except LBFGS. Gradients of a closure are clipped after each call of the

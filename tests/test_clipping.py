@@ -459,6 +459,23 @@ def test_a_monitor_records_the_steps_around_a_skipped_one():
         assert "nan" not in monitor.table()
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_skipped_step_runs_no_post_hooks_and_the_alarm_hears_of_it(fused):
+    weight, hooks, heard = nn.Linear(4, 2, bias=False), [], []
+    optimizer = torch.optim.Adam(weight.parameters(), fused=fused)
+    optimizer.register_step_post_hook(lambda *_: hooks.append("post"))
+    gk.attach_clipping(optimizer, 1.0, nonfinite="skip")
+    for is_early in (False, True):
+        with gk.GradientMonitor(weight, alarm=lambda *event: heard.append(event[:3])) as monitor:
+            for value in (1.0, math.nan, 1.0):
+                weight.weight.grad = torch.full_like(weight.weight, value)
+                if is_early:
+                    monitor.record_gradients()
+                optimizer.step()
+    assert hooks == ["post"] * 4
+    assert heard == [("(model)", 1, "non-finite")] * 2
+
+
 # groups
 
 

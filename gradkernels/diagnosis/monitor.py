@@ -62,9 +62,10 @@ class GradientMonitor:
     steps, when a report is read, and in remove(), for the steps that are complete by then. With an alarm,
     gradients are read when step() is called, before attach_clipping or RMSprop(max_norm=) clips them; with a
     closure they are read after the step. A step that a fused optimizer skips for GradScaler, since the scaled
-    gradients overflowed, is reported as non-finite. If the alarm raises exceptions, the first one is logged
-    with its traceback, and training goes on. The alarm may read reports of the monitor; it must not call
-    remove(), because it is called inside a step.
+    gradients overflowed, is reported as non-finite. The alarm hears of steps that attach_clipping skips, but not
+    with a closure. If the alarm raises exceptions, the first one is logged with its traceback, and training goes
+    on. The alarm may read reports of the monitor; it must not call remove(), because it is called inside a step.
+    A monitor whose alarm is a lambda or a local function can be copied, but not pickled.
 
     Layers are in the order in which their first forward pass began. A frozen layer is recorded from the step
     on in which it first requires a gradient. A layer that is added to the model or replaced needs a new

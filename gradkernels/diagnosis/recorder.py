@@ -251,13 +251,18 @@ class Recorder:
     def _read_before_step(self, optimizer: Optimizer, places: list[int], has_closure: bool) -> None:
         if self._is_recorded(self._step):
             self._take_snapshots(places)
-        # An alarm has to see gradients before attach_clipping clips them. With a closure they do not exist
-        # yet.
-        if self.watch is not None and not self._has_early() and not has_closure:
-            read = self._read_gradients(self._step, places)
-            # GradScaler leaves the division to a fused optimizer.
-            scale = getattr(optimizer, "grad_scale", None)
-            self._at_start = read if scale is None else read._replace(norms=read.norms / scale.to(read.norms))
+        # An alarm has to see gradients before attach_clipping clips them, and also those of a step that it skips,
+        # after which no post-hook runs. With a closure they do not exist yet.
+        if self.watch is not None and not has_closure:
+            read = self._early if self._early is not None and self._has_early() else self._read_scaled(optimizer, places)
+            self._at_start = read
+            self.unread.add(read.norms, partial(self.watch.receive, self._step, read.places))
+
+    def _read_scaled(self, optimizer: Optimizer, places: list[int]) -> _GradientNorms:
+        """Read the gradients, without the scale of a GradScaler that leaves the division to a fused optimizer."""
+        read = self._read_gradients(self._step, places)
+        scale = getattr(optimizer, "grad_scale", None)
+        return read if scale is None else read._replace(norms=read.norms / scale.to(read.norms))
 
     def _has_early(self) -> bool:
         return self._early is not None and self._step <= self._early.last
@@ -302,5 +307,5 @@ class Recorder:
             self.unread.add(of_weights, partial(step.receive, WEIGHT, places))
             self.unread.add(of_updates, partial(step.receive, UPDATE, places))
             self.unread.add(read.norms, partial(step.receive, GRADIENT, read.places))
-        if self.watch is not None:
+        if self.watch is not None and self._at_start is None:
             self.unread.add(read.norms, partial(self.watch.receive, self._step, read.places))
