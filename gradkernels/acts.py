@@ -82,6 +82,7 @@ ACTS = {
         ),
         Act("elu", F.elu, "value", "alpha", 1.0, modules={nn.ELU: "alpha"}, spellings=dict.fromkeys((F.elu, F.elu_), "alpha")),
         Act("swish", swish, "value", "beta", 1.0, modules={nn.SiLU: None}, spellings={F.silu: None}),
+        Act("hardswish", lambda x, _: F.hardswish(x), "value", modules={nn.Hardswish: None}, spellings={F.hardswish: None}),
     )
 }
 

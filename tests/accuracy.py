@@ -9,6 +9,8 @@ gradkernels.reference run in float64. For float64 they come from the formulas in
 double (64 bits of mantissa on x86); the tests compare these formulas with gradkernels.reference.
 """
 
+import math
+
 import numpy as np
 import torch
 
@@ -150,6 +152,19 @@ def assert_same_outcome(name, actual, expected):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{name}: {text}")
 
 
+def swept():
+    """float32 numbers of every size, denormals too, and many where exp saturates; then inf, 0 and nan."""
+    bits = (2.0 ** torch.arange(-149, 128, dtype=torch.float64)).float().view(torch.int32)
+    neighbours = (bits[:, None] + torch.arange(-64, 65)).clamp(0, 0x7F7FFFFF).to(torch.int32).view(torch.float32).flatten()
+    random_bits = torch.randint(0, 0x7F800000, (200_000,), dtype=torch.int32).view(torch.float32)
+    dense = torch.cat([torch.rand(200_000) * 4, torch.rand(100_000) * 110])
+    ends = torch.cat([torch.linspace(start, start + 3, 20_001) for start in (15.0, 16.5, 86.5, 87.0, 88.0, 102.0, 103.5)])
+    largest = torch.tensor([torch.finfo(torch.float32).max, math.inf, 0.0])
+    positive = torch.cat([neighbours, random_bits, dense, ends, largest])
+    # nan is not last, because torch's gradient at a nan differs in the elements left over from whole vectors.
+    return torch.cat([torch.tensor([math.nan]), positive, -positive])
+
+
 def exact_act(u, act, param):
     """act(u) and its derivative, with torch's choice at the kinks."""
     one, zero = np.ones_like(u), np.zeros_like(u)
@@ -163,6 +178,8 @@ def exact_act(u, act, param):
         return np.where(u > 0, u, param * u), np.where(u > 0, one, param * one)
     if act == "elu":
         return np.where(u > 0, u, param * np.expm1(np.minimum(u, 0))), np.where(u > 0, one, param * np.exp(np.minimum(u, 0)))
+    if act == "hardswish":
+        return u * (np.clip(u, -3, 3) + 3) / 6, np.where(u <= -3, zero, np.where(u >= 3, one, (2 * u + 3) / 6))
     if act == "swish":
         with np.errstate(over="ignore"):
             gate = 1 / (1 + np.exp(-param * u))
@@ -180,11 +197,14 @@ def activation_scales(x, grad_y, act, param, *, reads_output=False):
     """The size of the terms of y and grad_x where rounding them costs more than 2 ulp of the result, else 0.
 
     elu's gradient may be computed from the output, as grad_y * (y + alpha). swish rounds beta * x unless beta
-    is 1, and exp multiplies this error by |beta x|. Its gradient is a sum of two terms of either sign.
+    is 1, and exp multiplies this error by |beta x|. The gradients of swish and hardswish are sums of two terms
+    of either sign.
     """
     x, grad_y, param = extended(x), abs(extended(grad_y)), extended(param)
     if act == "elu":
         return 0.0, grad_y * abs(param) * reads_output
+    if act == "hardswish":
+        return 0.0, grad_y * (abs(x) <= 3) * (abs(np.clip(x, -3, 3)) / 3 + 0.5)
     if act == "swish":
         with np.errstate(all="ignore"):
             z = param * x

@@ -16,7 +16,9 @@ ACTS = {name: PARAMS.get(name, act.default) for name, act in acts.ACTS.items()}
 # The same as the operators take it: a number also where the act has no parameter.
 NUMBERS = {name: param or 0.0 for name, param in ACTS.items()}
 TWO_SLOPES = tuple(name for name, act in acts.ACTS.items() if act.saves == "mask")
-KINKS = {"relu": (0,), "leaky_relu": (0,), "relu6": (0, 6)}
+KINKS = {"relu": (0,), "leaky_relu": (0,), "relu6": (0, 6), "hardswish": (-3, 3)}
+# Slopes that are greater than 1 by more than a tenth.
+STEEPEST = {"hardswish": 1.5}
 MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 # Inputs that are hard for the statistics: name -> x, made from normally distributed values.
@@ -111,7 +113,7 @@ def without_kinks(given, training, act, eps=1e-5):
     return given | {"grad_y": torch.where(near, 0, given["grad_y"])}
 
 
-def scales_of(given, training, momentum, eps):
+def scales_of(given, training, act, momentum, eps):
     """The size of the terms of each result: for sums over a channel their norm, for y and grad_x the largest.
 
     A mean in float64 has an error of half an ulp, because there is no wider type. In every result that
@@ -125,7 +127,7 @@ def scales_of(given, training, momentum, eps):
     norm, norm_of_weight = (np.sqrt(np.square(terms).sum(axes)) for terms in (grad_y, grad_y * normalised))
     gain = invstd * abs(extended(1.0 if given["weight"] is None else given["weight"]))
     offset = abs(mean) * invstd if given["x"].dtype == torch.float64 else 0 * invstd
-    gain_of_gradient = gain * abs(grad_y).max(axes)
+    gain_of_gradient = gain * abs(grad_y).max(axes) * STEEPEST.get(act, 1)
     return {
         "y": (offset * gain).max(),
         "grad_weight": np.maximum(norm, norm_of_weight) + offset * norm,
@@ -150,5 +152,5 @@ def judged(given, training, act, momentum=0.1, eps=1e-5):
     ours = call(gk.batch_norm_act, given, training, act, momentum, eps)
     theirs = call(reference.batch_norm_act, given, training, act, momentum, eps)
     exact = exact_result(given, training, act, momentum, eps)
-    scales = scales_of(given, training, momentum, eps)
+    scales = scales_of(given, training, act, momentum, eps)
     return {name: (ours[name], theirs[name], exact[name], scales.get(name, 0.0)) for name in ours if ours[name] is not None}

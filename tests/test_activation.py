@@ -26,6 +26,7 @@ from accuracy import (
     assert_same_outcome,
     exact_activation,
     outcome,
+    swept,
 )
 from activation_calls import (
     ACTIVATIONS,
@@ -489,19 +490,6 @@ SWEPT = {
     ("swish", 1.0): (max(2.2, ULP_BOUND), 4.0),
     ("swish", 1.7): (max(2.2, ULP_BOUND), 4.0),
 }
-
-
-def swept():
-    """float32 numbers of every size, denormals too, and many where exp saturates; then inf, 0 and nan."""
-    bits = (2.0 ** torch.arange(-149, 128, dtype=torch.float64)).float().view(torch.int32)
-    neighbours = (bits[:, None] + torch.arange(-64, 65)).clamp(0, 0x7F7FFFFF).to(torch.int32).view(torch.float32).flatten()
-    random_bits = torch.randint(0, 0x7F800000, (200_000,), dtype=torch.int32).view(torch.float32)
-    dense = torch.cat([torch.rand(200_000) * 4, torch.rand(100_000) * 110])
-    ends = torch.cat([torch.linspace(start, start + 3, 20_001) for start in (15.0, 16.5, 86.5, 87.0, 88.0, 102.0, 103.5)])
-    largest = torch.tensor([torch.finfo(torch.float32).max, math.inf, 0.0])
-    positive = torch.cat([neighbours, random_bits, dense, ends, largest])
-    # nan is not last, because torch's gradient at a nan differs in the elements left over from whole vectors.
-    return torch.cat([torch.tensor([math.nan]), positive, -positive])
 
 
 @pytest.mark.parametrize("name,param", SWEPT)

@@ -31,10 +31,13 @@ from accuracy import (
     SIXTEEN_BITS,
     ULP_BOUND,
     WIDE_DTYPES,
+    activation_scales,
     assert_accurate,
     assert_bitwise_equal,
+    exact_activation,
     exact_batch_norm_act,
     outcome,
+    swept,
 )
 from batch_norm_act_calls import (
     ACTS,
@@ -123,6 +126,25 @@ def test_channels_last(shape, act, residual, training, dtype):
     assert_all_accurate(given, training, act)
     y = call(gk.batch_norm_act, given, training, act)["y"]
     assert y.stride() == call(reference.batch_norm_act, given, training, act)["y"].stride()
+
+
+@each_act
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_act_over_the_whole_range(act, dtype):
+    """With a mean of 0, a variance of 1 and no eps, the activation gets x. In 16 bits, every number."""
+    x = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype) if dtype in SIXTEEN_BITS else swept()[::7].to(dtype)
+    x = x[: x.numel() // 8 * 8].view(-1, 8).requires_grad_()
+    number = torch.tensor(NUMBERS[act], dtype=torch.float32).item()
+    y = gk.batch_norm_act(x, torch.zeros(8, dtype=dtype), torch.ones(8, dtype=dtype), eps=0.0, act=act, act_param=ACTS[act] and number)
+    torchs = acts.ACTS[act].function(x, number)
+    grad_x, torchs_grad_x = (torch.autograd.grad(each, x, torch.ones_like(x))[0] for each in (y, torchs))
+    with np.errstate(all="ignore"):
+        exact_y, exact_grad_x = exact_activation(x.detach(), torch.ones_like(x), act, number)
+        scales = activation_scales(x.detach(), torch.ones_like(x), act, number)
+    told = torch.from_numpy(~np.isnan(exact_y))
+    assert_bitwise_equal("numbers", ~y.isnan(), told)
+    for what, *each, scale in (("y", y, torchs, exact_y, scales[0]), ("grad_x", grad_x, torchs_grad_x, exact_grad_x, scales[1])):
+        assert_accurate(what, *(of.detach()[told] for of in each[:2]), each[2][told], scale=np.broadcast_to(scale, told.shape)[told])
 
 
 # Rows of all channels that are no whole vectors, several of which make a line; many parts, each with a last line
@@ -250,9 +272,9 @@ def test_nan_and_inf(value, training, act):
         for name in bits_of(ours):
             channel = 1 if ours[name].dim() > 1 else 0
             assert_bitwise_equal(name, ours[name].select(channel, 1), clean[name].select(channel, 1))
-            # At a nan torch's gradient is 0 for relu6 and nan for elu in whole vectors, and grad_y in the
+            # At a nan torch's gradient is 0 for relu6 and nan for elu and hardswish in whole vectors, and grad_y in the
             # elements left over.
-            if name.startswith("grad") and act in ("relu6", "elu") and (training or math.isnan(value)):
+            if name.startswith("grad") and act in ("relu6", "elu", "hardswish") and (training or math.isnan(value)):
                 continue
             for touched in (0, 2):
                 our, their = (each[name].select(channel, touched) for each in (ours, theirs))
@@ -823,7 +845,7 @@ class ResidualBlock(nn.Module):
         self.native = native
         self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2))
         self.bn1, self.bn2 = (gk.BatchNormAct2d(channels, act=act) if native else nn.BatchNorm2d(channels) for _ in range(2))
-        self.act = {"relu": F.relu, "leaky_relu": F.leaky_relu, "swish": F.silu}[act]
+        self.act = {"relu": F.relu, "leaky_relu": F.leaky_relu, "swish": F.silu, "hardswish": F.hardswish}[act]
 
     def forward(self, x):
         if self.native:
@@ -831,7 +853,7 @@ class ResidualBlock(nn.Module):
         return self.act(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x))))) + x)
 
 
-@pytest.mark.parametrize("act,tensors,torchs_tensors", [("relu", 4, 4), ("leaky_relu", 4, 6), ("swish", 4, 6)])
+@pytest.mark.parametrize("act,tensors,torchs_tensors", [("relu", 4, 4), ("leaky_relu", 4, 6), ("swish", 4, 6), ("hardswish", 4, 6)])
 def test_bytes_kept_by_twenty_residual_blocks(act, tensors, torchs_tensors):
     """The number of tensors of the size of x that a block keeps, as documented. Ours may also keep a mask."""
     x = torch.randn(4, 16, 12, 12)
@@ -845,7 +867,7 @@ def test_bytes_kept_by_twenty_residual_blocks(act, tensors, torchs_tensors):
         kept.append(sum(storages.values()) / x.nbytes)
     ours, torchs = kept
     of_statistics = 20 * 2 * 2 * 8 * 16 / x.nbytes
-    of_masks = 0 if act == "swish" else 20 / 32
+    of_masks = 20 / 32 if act in TWO_SLOPES else 0
     assert ours == pytest.approx(1 + 20 * tensors + of_statistics + of_masks)
     assert torchs == pytest.approx(1 + 20 * torchs_tensors, abs=1)
 

@@ -120,7 +120,7 @@ class Kernels:
 def assert_all_accurate(result, given, training, act, momentum=0.1, eps=1e-5, most=math.inf):
     theirs = call_operator(reference.batch_norm_act, given, training, act, momentum, eps)
     exact = exact_result(given, training, act, momentum, eps)
-    scales = scales_of(given, training, momentum, eps)
+    scales = scales_of(given, training, act, momentum, eps)
     for name, actual in result.items():
         if actual is not None:
             assert_accurate(name, actual, theirs[name], exact[name], per="tensor", scale=scales.get(name, 0.0), most=most)

@@ -25,7 +25,7 @@
 
 namespace gradkernels::math {
 
-enum class ActivationKind : uint8_t { kIdentity, kRelu, kRelu6, kLeakyRelu, kElu, kSwish };
+enum class ActivationKind : uint8_t { kIdentity, kRelu, kRelu6, kLeakyRelu, kElu, kSwish, kHardswish };
 
 // What the gradient of an activation reads besides grad_y.
 enum class GradientReads : uint8_t {
@@ -171,6 +171,25 @@ struct Swish {
   }
 };
 
+// hardswish(x) = x h with h = min(max(x + 3, 0), 6) / 6; the gradient in between is x / 3 + 1 / 2
+template <typename T>
+struct Hardswish {
+  static constexpr const char* kName = "hardswish";
+  static constexpr GradientReads kGradientReads = GradientReads::kValue;
+  static constexpr bool kHasExponential = false;
+  GK_HOST_DEVICE T forward(T x) const {
+    // The quotient by 6 is rounded about once, without a division: 1 / 6 has two parts.
+    constexpr bool kIsFloat = sizeof(scalar_of_t<T>) == sizeof(float);
+    const scalar_of_t<T> high = kIsFloat ? 0x1.555554p-3 : 0x1.5555555555555p-3, low = kIsFloat ? 0x1.555556p-27 : 0x1.5555555555555p-57;
+    const T sum = x + T(3);
+    return x * select(x <= T(-3), T(0), select(x >= T(3), T(1), fma(sum, T(high), sum * T(low))));
+  }
+  GK_HOST_DEVICE T backward(T grad_y, T x) const {
+    const T slope = fma(x, T(static_cast<scalar_of_t<T>>(1.0 / 3.0)), T(static_cast<scalar_of_t<T>>(0.5)));
+    return select(x <= T(-3), T(0), select(x >= T(3), grad_y, grad_y * slope));
+  }
+};
+
 // rrelu(x) = x for x > 0, a x otherwise; a is drawn for each element. As in torch, nothing is drawn for a
 // nan, whose gradient is grad_y.
 template <typename T>
@@ -219,6 +238,8 @@ GK_HOST_DEVICE constexpr void visit(Activation act, const Function& function) {
       return function(Elu<T, precision>{parameter});
     case ActivationKind::kSwish:
       return function(Swish<T, precision>{parameter});
+    case ActivationKind::kHardswish:
+      return function(Hardswish<T>{});
   }
 }
 

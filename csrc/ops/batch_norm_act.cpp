@@ -11,6 +11,8 @@
 #include <ATen/ops/elu_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/hardswish.h>
+#include <ATen/ops/hardswish_backward.h>
 #include <ATen/ops/hardtanh_backward.h>
 #include <ATen/ops/leaky_relu.h>
 #include <ATen/ops/leaky_relu_backward.h>
@@ -68,6 +70,9 @@ Composite composite_of(ActivationKind kind) {
               [](const Tensor& grad_y, const Tensor& z, double alpha) { return at::elu_backward(grad_y, alpha, 1, 1, false, z); }};
     case ActivationKind::kSwish:
       return {composite::swish, composite::swish_backward};
+    case ActivationKind::kHardswish:
+      return {[](const Tensor& z, double) { return at::hardswish(z); },
+              [](const Tensor& grad_y, const Tensor& z, double) { return at::hardswish_backward(grad_y, z); }};
   }
   TORCH_INTERNAL_ASSERT(false);
 }

@@ -44,7 +44,7 @@ ACTIVATION_FUNCTIONS: dict[Any, Callable[..., Any]] = {
 }
 # Functions and methods that are activations without a kernel.
 OTHER_FUNCTIONS = {
-    *(F.celu, F.gelu, F.glu, F.hardsigmoid, F.hardswish, F.hardtanh, F.logsigmoid, F.mish, F.rrelu, F.selu, F.softplus, F.softsign),
+    *(F.celu, F.gelu, F.glu, F.hardsigmoid, F.hardtanh, F.logsigmoid, F.mish, F.rrelu, F.selu, F.softplus, F.softsign),
     *(F.sigmoid, torch.sigmoid, "sigmoid", F.tanh, torch.tanh, "tanh"),
 }
 # Modules that a forward may loop over or index without calling them.

@@ -81,7 +81,7 @@ NONLINEARITIES: dict[str, Nonlinearity] = {
     "leaky_relu": Nonlinearity("he", lambda slope: _leaky_moment(slope, slope), {"negative_slope": 0.01}),
     "prelu": Nonlinearity("he", lambda slope: _leaky_moment(slope, slope), {"weight": 0.25}),
     "rrelu": Nonlinearity("he", _leaky_moment, {"lower": 1 / 8, "upper": 1 / 3}),
-    **_computed("he", "gelu", "mish", "hardswish", "logsigmoid"),
+    **_computed("he", "gelu", "mish", "logsigmoid"),
     **_computed("he", "celu", alpha=1.0),
     **_computed("he", "softplus", beta=1.0),
     # glu(a, b) = a sigmoid(b), and E[a^2] = 1.
