@@ -161,8 +161,10 @@ template <typename scalar_t>
 GK_INLINE Streamed<scalar_t> streamed(const ChannelShape& shape, const scalar_t* output, const uint8_t* mask) {
   // To choose this size, measure with bench/bench_batch_norm_act.py.
   constexpr int64_t kStreamedBytes = 16 * 1024 * 1024;
+  // 16-bit elements fill half a register. Past the caches, 16 bytes at a time are slower than through them.
+  constexpr bool kPays = sizeof(scalar_t) > 2 || kRegisterBytes == 64;
   const bool large = shape.rows * shape.channels * shape.inner * static_cast<int64_t>(sizeof(scalar_t)) >= kStreamedBytes;
-  return {large ? output : nullptr, mask == nullptr ? 1 : 8};
+  return {kPays && large ? output : nullptr, mask == nullptr ? 1 : 8};
 }
 
 // The position of the vector at `column` of a row. `begin` is the position of the row's column 0.
