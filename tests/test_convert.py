@@ -751,6 +751,21 @@ class Halved:
         self.value = self.value * 0.5
 
 
+class Sizes:
+    """The configuration of a model, as transformers' models have one."""
+
+    def __init__(self):
+        self.scale, self.scales = 2.0, [2.0]
+
+
+def written_out(head, *body, then="pass"):
+    """A forward so long that Python needs more than a byte for a jump and for a name."""
+    namespace = {}
+    source = f"def forward(self, x):\n    {head}\n        " + "\n        ".join(body) + f"\n    {then}\n    return self.act(self.bn(x))"
+    exec(source, globals(), namespace)
+    return namespace["forward"]
+
+
 # The forward, and the reason in the report for the first batch norm.
 LEFT = {
     "a closure beside its twin": (by_twins(times(3.0), times([2.0])), "reads factors, a list"),
@@ -763,7 +778,6 @@ LEFT = {
     "a list of the class": (lambda self, x: self.of_class.append(1) or self.act(self.bn(x)), "writes Written.of_class"),
     "a class by another name": (by_another_name, "reads Config, a class with attributes"),
     "a class by getattr": (lambda self, x: F.leaky_relu(self.bn(x), getattr(Config, "sl" + "ope")), "reads Config, a class"),
-    "an attribute of super()": (lambda self, x: self.act(self.bn(x)) if not super(Block, self).dump_patches else x, "reads super()"),
     "call is None": (lambda self, x: self.act(self.bn(x)) if self.conv(x) is not None else x, "compares a value by `is`"),
     "item of a dict is None": (in_an_item, "compares a value by `is`"),
     "operator.is_": (lambda self, x: x if operator.is_(self.conv(x), None) else self.act(self.bn(x)), "calls operator.is_"),
@@ -813,11 +827,33 @@ LEFT = {
     "has an attribute": (lambda self, x: x if hasattr(x, "tag") else self.act(self.bn(x)), "checks whether a value has tag"),
     "text": (lambda self, x: self.act(self.bn(x)) if f"{x.shape[0]}" == "4" else x, "turns a value into text"),
     "class by name": (lambda self, x: self.act(self.bn(x)) if self.bn.__class__ is nn.BatchNorm2d else x, "asks for the class"),
-    "optional argument": (lambda self, x, y=None: self.act(self.bn(x if y is None else y)), "optional argument, y"),
+    "optional argument that may change": (lambda self, x, y=[]: self.act(self.bn(x)), "an optional argument, y, whose default may change"),
     "var arguments": (lambda self, *x: self.act(self.bn(*x)), "optional argument, x"),
     "training": (lambda self, x: self.act(self.bn(x)) if self.training else self.bn(x), "reads self.training"),
     "mode of a child": (lambda self, x: self.act(self.bn(x)) if self.conv.training else self.bn(x), "reads self.conv.training"),
-    "type": (lambda self, x: self.act(self.bn(x)) if isinstance(x, torch.Tensor) else x, "checks the type of its input"),
+    "type of what it computes": (
+        lambda self, x: self.act(self.bn(x)) if isinstance(self.conv(x), torch.Tensor) else x,
+        "checks the type of a value that it computes",
+    ),
+    "abstract type": (
+        lambda self, x: x if isinstance(x, collections.abc.Callable) else self.act(self.bn(x)),
+        "checks the type of its input with an abstract class",
+    ),
+    "type with a dtype": (
+        lambda self, x: self.bn(x) if isinstance(x, torch.DoubleTensor) else x,
+        "reads torch.DoubleTensor, a class for which",
+    ),
+    "type while it is read": (
+        lambda self, x: self.bn(x) if isinstance(x, torch.fx.Proxy) else x,
+        "reads torch.fx.Proxy, a class for which",
+    ),
+    "an object": (lambda self, x: self.act(self.bn(x)) * getattr(self.config, "sc" + "ale"), "reads self.config, a Sizes"),
+    "a list of an object": (lambda self, x: self.act(self.bn(x)) * self.config.scales[0], "reads self.config, a Sizes"),
+    "a global name among many": (
+        written_out("if not self.flag:", *map("n{}".format, range(300)), then="x = x * SLOPE"),
+        "reads SLOPE, a float",
+    ),
+    "is, before many": (written_out("y = x * 1\n    if y is not None:", *["x = x + 0"] * 100), "compares a value by `is`"),
     "is_tensor": (lambda self, x: self.act(self.bn(x)) if torch.is_tensor(x) else x, "calls torch.is_tensor"),
     "data": (lambda self, x: self.act(self.bn(x)) if x.sum() > -1e9 else x, "cannot be traced by torch.fx: TraceError"),
     "shape": (lambda self, x: self.act(self.bn(x)) if x.shape[0] > 1 else x, "cannot be traced by torch.fx: TraceError"),
@@ -861,7 +897,7 @@ LEFT = {
         lambda self, x: torch._inductor.config and self.act(self.bn(x)),
         "reads torch._inductor",
     ),
-    "decorated": (torch.no_grad()(lambda self, x: self.act(self.bn(x))), "optional argument, kwargs"),
+    "decorated": (torch.no_grad()(lambda self, x: self.act(self.bn(x))), "optional argument, args"),
     "checkpoint": (
         lambda self, x: torch.utils.checkpoint.checkpoint(lambda x: self.act(self.bn(x)), x, use_reentrant=False),
         "calls torch.utils.checkpoint.checkpoint",
@@ -921,7 +957,7 @@ def test_what_is_left_alone(name):
     model = block(forward, **plain)
     type(model).calls, type(model).count = 0, Counting.__dict__["count"]
     model.child, model.doubled, model.parts = Child(), Doubled(), nn.ModuleDict()
-    model.root, type(model).of_class = np.sqrt(2.0), [0]
+    model.root, type(model).of_class, model.config = np.sqrt(2.0), [0], Sizes()
     type(model).cached = functools.lru_cache(lambda self: 2.0)
     counts = Counting.calls, dict(add_.__dict__), list(counted.__defaults__[0])
     expected, actual, report = converted(model)
@@ -986,6 +1022,16 @@ def asserts(self, x):
     return self.act(self.bn(x))
 
 
+def with_an_off_branch(self, x):
+    if not self.flag:
+        import warnings
+
+        warnings.warn(f"{SWITCHES} {SLOPE}", stacklevel=1)
+        print(random.random(), torch.is_grad_enabled())
+        x = torch.utils.checkpoint.checkpoint(self.bn, x)
+    return self.act(self.bn(x))
+
+
 class Pair(NamedTuple):
     first: torch.Tensor
     second: torch.Tensor = None
@@ -1007,15 +1053,145 @@ READ = {
     "submodule is None": lambda self, x: self.act(self.bn(x)) if self.conv.bias is not None else x,
     "class of a submodule": lambda self, x: self.act(self.bn(x)) if isinstance(self.bn, nn.BatchNorm2d) else x,
     "what tensors have": lambda self, x: self.act(self.bn(x)).to(x.dtype).view(x.shape),
+    "optional argument": lambda self, x, y=None: self.act(self.bn(x if y is None else y)),
+    "optional arguments": lambda self, x, y=1, *, z=2.0, **more: self.act(self.bn(x)) * y * z * (3 if more else 2),
+    "type": lambda self, x: self.act(self.bn(x)) if isinstance(x, torch.Tensor) and not isinstance(x, (list, tuple)) else x,
+    "a branch that is off": with_an_off_branch,
+    "scripting": lambda self, x: x if torch.jit.is_scripting() else self.act(self.bn(x)),
+    "an attribute of an object": lambda self, x: self.act(self.bn(x)) * self.config.scale,
 }
 
 
 @pytest.mark.parametrize("name", READ)
 def test_what_is_read(name):
-    expected, actual, report = converted(block(READ[name], parts=nn.ModuleDict({"0": nn.Identity()})))
+    expected, actual, report = converted(block(READ[name], parts=nn.ModuleDict({"0": nn.Identity()}), config=Sizes()))
     assert next(row for row in report.rows if row.name == "bn").is_fused, report
     x = X()
     assert_same(step(actual, x), step(expected, x))
+
+
+def test_an_attribute_of_super_is_a_reason():
+    class OfSuper(Block):
+        def forward(self, x):
+            return x if super().dump_patches else self.act(self.bn(x))
+
+    assert "reads super().dump_patches" in gk.convert(OfSuper(nn.ReLU())).rows[0].why
+
+
+def test_an_optional_argument_beside_one_that_must_have_a_name_is_a_reason():
+    assert "optional argument, y, beside one that" in gk.convert(block(lambda self, x, y=None, *, z: self.act(self.bn(x)))).rows[0].why
+
+
+def test_optional_arguments_that_are_given():
+    def forward(self, x, y=None, *, scale=2, **more):
+        if y is not None:
+            x = self.bn(y) * (x + SLOPE)
+        return self.act(self.bn(x)) * (scale + len(more))
+
+    expected, actual, _ = converted(block(forward))
+    x = X()
+    for args, kwargs, is_default in (
+        ((x,), {}, True),
+        ((), {"x": x}, True),
+        ((x, None), {}, True),
+        ((x,), {"y": None, "scale": 2}, True),
+        ((x, x), {}, False),
+        ((x,), {"y": x}, False),
+        ((x,), {"scale": 3}, False),
+        ((x,), {"other": 3}, False),
+        ((x,), {"more": 3}, False),
+    ):
+        torch.testing.assert_close(actual(*args, **kwargs), expected(*args, **kwargs))
+        with torch.no_grad(), Operators() as seen:
+            copy.deepcopy(actual)(*args, **kwargs)
+        assert seen.ours["relu"] == is_default, (kwargs, seen.ours)
+    for args, kwargs in (((), {}), ((x, None, 2), {}), ((x, None), {"y": None}), ((x,), {"x": x})):
+        for each in (expected, actual):
+            with pytest.raises(TypeError):
+                each(*args, **kwargs)
+
+
+def of_tensor_or_list(self, x):
+    if isinstance(x, torch.Tensor):
+        x = [x]
+    return self.act(self.bn(torch.cat(x, 0)))
+
+
+def of_tensor_or_pair(self, x):
+    if not isinstance(x, torch.Tensor):
+        x, y = x
+        return F.elu(self.bn(x) + y)
+    return F.leaky_relu(self.bn(x))
+
+
+class OwnTensor(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("forward", [of_tensor_or_list, of_tensor_or_pair])
+def test_a_forward_that_takes_a_tensor_or_a_list(forward):
+    expected, actual, report = converted(block(forward))
+    assert not any(row.becomes is None for row in report.rows if "Batch" in row.found)
+    for x, is_known in (
+        (X(), True),
+        ([X(), X()], True),
+        ((X(), X()), False),
+        (nn.Parameter(X()), False),
+        (X().as_subclass(OwnTensor), None),
+    ):
+        torch.testing.assert_close(actual(x), expected(x))
+        torch.testing.assert_close(actual(x=x), expected(x=x))
+        if is_known is not None:
+            assert ("identity" not in operators(copy.deepcopy(actual), x).ours) == is_known
+    for x in (X(), X().requires_grad_()):
+        torch.testing.assert_close(torch.compile(actual, fullgraph=True, backend="eager")([x, x]), expected([x, x]))
+
+
+class OfTensorOrList(Block):
+    forward = of_tensor_or_list
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle], ids=lambda each: each.__name__)
+def test_a_copy_of_a_forward_that_takes_a_tensor_or_a_list(copied):
+    expected, actual, _ = converted(OfTensorOrList(nn.ReLU()).double())
+    made = copied(actual)
+    for x in (X(), [X(), X()]):
+        torch.testing.assert_close(made(x), expected(x))
+        assert operators(copy.deepcopy(made), x).ours == {"relu": 1}
+
+
+def test_a_forward_that_takes_only_a_list():
+    def forward(self, x):
+        if isinstance(x, torch.Tensor):
+            raise TypeError("not a list")
+        return self.act(self.bn(x[0]))
+
+    expected, actual, report = converted(block(forward))
+    assert report.rows[0].is_fused
+    x = X()
+    torch.testing.assert_close(actual([x]), expected([x]))
+    for each in (expected, actual):
+        with pytest.raises(TypeError, match="not a list"):
+            each(x)
+
+
+@pytest.mark.parametrize("forward", [lambda self, x, y=None: elu_then(self, x, y), lambda self, x, y: elu_then(self, x, y)])
+def test_an_elu_whose_output_another_argument_writes(forward):
+    expected, actual, _ = converted(block(forward, nn.ELU()))
+    assert type(actual.act) is nn.ELU
+    x = X()
+    results = [model(x, x) for model in (expected, actual)]
+    for result in results:
+        result.sum().backward()
+    torch.testing.assert_close(results[1], results[0])
+    assert_same(*({name: each.grad for name, each in model.named_parameters() if each.grad is not None} for model in (actual, expected)))
+
+
+def elu_then(self, x, y):
+    h = self.act(self.conv(x))
+    if y is not None:
+        h += y
+    return self.conv(h)
 
 
 @pytest.mark.parametrize("returned", [iter, dict.fromkeys, tuple, list], ids=["generator", "dict", "tuple", "list"])
@@ -1166,8 +1342,8 @@ def test_a_method_that_freezes_by_the_class_of_a_module():
 
 
 def test_asking_for_what_conversion_does_not_change_is_no_reason():
-    def forward(self, x, y=None):
-        if y is not None:
+    def forward(self, x, *y):
+        if y:
             print(self.__class__.__name__, type(self.conv) is nn.Linear)
         return self.act(self.bn(x))
 
@@ -1480,6 +1656,9 @@ CHANGES = {
     "order of a dict": lambda model, seen: model.nested["order"].update(a=model.nested["order"].pop("a")),
     "shadowed submodule": lambda model, seen: model.__dict__.update(act=nn.ELU()),
     "a class": lambda model, seen: setattr(model, "kind", nn.Identity),
+    "an attribute of an object": lambda model, seen: setattr(model.config, "scale", 3.0),
+    "an attribute of an object that is gone": lambda model, seen: setattr(model, "config", types.SimpleNamespace(scale=3.0)),
+    "flag of a branch that is off": lambda model, seen: setattr(model, "is_on", True),
     "longer list in a dict": lambda model, seen: model.stages["a"].append(nn.BatchNorm2d(3).double()),
 }
 
@@ -1502,9 +1681,12 @@ def test_what_changes_after_conversion(name):
         y = y if issubclass(self.kind, nn.Conv2d) else y * 2
         for each in self.stages["a"]:
             y = each(y)
+        if self.is_on:
+            y = y * SLOPE * len(SWITCHES)
+        y = y * self.config.scale
         return y if self.optional is None else self.optional(y)
 
-    model = block(forward, nn.LeakyReLU(0.2))
+    model = block(forward, nn.LeakyReLU(0.2), config=Sizes(), is_on=False)
     model.conv.scale = 1.0
     model.nested, type(model).shared, type(model).kind = {"scales": [2.0], "order": {"a": 1.0, "b": 0.0}}, [1.0], nn.Conv2d
     type(model).scaled, model.stages = lambda self, y: y * 2, nn.ModuleDict({"a": nn.ModuleList()})
@@ -1789,7 +1971,7 @@ def test_the_printed_report():
 
 
 def test_the_report_says_what_hides_the_place_of_an_activation():
-    report = gk.convert(block(lambda self, x, y=None: self.act(self.bn(x)) + self.blocks[0](x), blocks=nn.ModuleList([nn.GELU()])))
+    report = gk.convert(block(lambda self, x, *y: self.act(self.bn(x)) + self.blocks[0](x), blocks=nn.ModuleList([nn.GELU()])))
     assert [(row.name, row.why) for row in report.rows] == [
         ("bn", "the forward of Written has an optional argument, y"),
         ("act", "the forward of Written has an optional argument, y"),
@@ -1893,6 +2075,21 @@ def test_what_is_not_folded(name):
     folded, x = gk.fold(model), X()
     assert isinstance(folded.bn, nn.BatchNorm2d)
     assert_same({"output": folded(x).detach()}, {"output": model.eval()(x).detach()}, bound=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("forward", "arguments"),
+    [
+        (lambda self, x, y: self.conv(x) if y is None else self.bn(self.conv(x)), (None,)),
+        (lambda self, x, y=True: self.bn(self.conv(x)) if y else self.conv(x), (False,)),
+        (lambda self, x: self.bn(self.conv(x)) if isinstance(x, torch.Tensor) else self.conv(x[0]), ()),
+    ],
+)
+def test_fold_where_other_arguments_take_another_way(forward, arguments):
+    model = block(forward)
+    model.bn(X() + 0.5)
+    x = X() if arguments else [X()]
+    assert_same({"output": gk.fold(model)(x, *arguments).detach()}, {"output": model.eval()(x, *arguments).detach()})
 
 
 class Cell(nn.Module):

@@ -17,12 +17,12 @@ import torch
 from torch import nn
 from torch.fx import Proxy
 
-from gradkernels.conversion.bytecode import MISSING, is_attribute_written_out
-from gradkernels.conversion.purity import Unreadable, is_function_of_its_arguments, is_torchs, own_classes
+from gradkernels.conversion.bytecode import MISSING, attribute_after, is_attribute_written_out
+from gradkernels.conversion.purity import Unreadable, is_constant, is_function_of_its_arguments, is_torchs, own_classes
 
 # The names from a block to one of its submodules; empty for the block itself.
 Path = tuple[str, ...]
-# (the module, the name of an attribute) -> its value.
+# (the module, the name of an attribute, or two names with a dot for an attribute of its value) -> its value.
 Reads = dict[tuple[Path, str], Any]
 
 # Stands for a hook in a set of id() of called modules. A hook may write the attributes of any module.
@@ -106,7 +106,12 @@ def recorded(module: nn.Module, reads: Reads, called: set[int]) -> Iterator[None
         if (name in own or _is_default(type(self), path, name)) and name not in OF_EVERY_MODULE:
             if name != "training" and (id(self) in called or HOOKED in called):
                 raise Unreadable(f"reads {_dotted(path, name)} after a call that may write it")
-            _note(path, reads, name, value)
+            after = None if is_comparable(value) or is_torchs(frame) else attribute_after(frame)
+            if after is not None and is_constant(of_value := getattr(value, after, MISSING)):
+                # Of an object only this attribute is read.
+                reads[path, f"{name}.{after}"] = of_value
+            else:
+                _note(path, reads, name, value)
         elif not is_torchs(frame) and isinstance(value, MethodType) and value.__self__ is self and own_classes(type(self)):
             # A method that is set on the instance later is another value.
             reads[path, name] = value.__func__

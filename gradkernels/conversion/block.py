@@ -54,10 +54,11 @@ def converted_class(base: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         rewritten = self.__dict__.get(FORWARD)
-        # A forward may compare an argument with None, which no graph records.
-        has_none = any(argument is None for argument in (*args, *kwargs.values()))
-        if isinstance(rewritten, RewrittenForward) and base.forward is rewritten.original and not has_none and rewritten.holds(self):
-            return rewritten.function(self, *args, **kwargs)
+        while isinstance(rewritten, RewrittenForward) and base.forward is rewritten.original:
+            arguments = rewritten.arguments(args, kwargs)
+            if arguments is not None and rewritten.holds(self):
+                return rewritten.function(self, *arguments[0], **arguments[1])
+            rewritten = rewritten.otherwise
         return base.forward(self, *args, **kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 # Stands for the value of a name or an attribute that has none.
 MISSING: Any = object()
+# Stands for the offset of every instruction of a code.
+EVERYWHERE = -1
 # How code asks for the class of an object. isinstance and issubclass give the same answer for a subclass. The
 # other ways give the class itself.
 CLASS_TESTS = frozenset(("isinstance", "issubclass"))
@@ -38,6 +40,7 @@ class Read(NamedTuple):
     """A global name or a variable of an enclosing function, as far as a code follows its attributes.
 
     Attributes:
+        offset: where the code loads the name.
         names: the name, then the attributes.
         value: the value at the end; MISSING if there is none.
         holder: the object that has the last attribute; None without attributes.
@@ -45,6 +48,7 @@ class Read(NamedTuple):
         is_called: whether the value is called, or is an argument of isinstance or issubclass.
     """
 
+    offset: int
     names: list[str]
     value: Any
     holder: Any
@@ -74,11 +78,11 @@ def reads(code: CodeType, closure: Mapping[str, Any], global_names: Mapping[str,
             is_tested = after.opname.startswith(("CALL", "PRECALL", "BUILD_TUPLE", "LOAD_GLOBAL")) and any(
                 before.argval in CLASS_TESTS for before in instructions[max(place - 8, 0) : place]
             )
-            yield Read(names, value, holder, after.opname in _WRITES, is_tested or _is_for_call(last))
+            yield Read(instruction.offset, names, value, holder, after.opname in _WRITES, is_tested or _is_for_call(last))
 
 
-def refusal(code: CodeType, closure: Container[str]) -> str | None:
-    """Why no graph stands for a forward with this code; None if the code alone is no reason.
+def refusals(code: CodeType, closure: Container[str]) -> Iterator[tuple[int, str]]:
+    """What no graph can stand for: the offset of an instruction, and why a forward must not get there.
 
     Args:
         code: the code of one function.
@@ -88,23 +92,45 @@ def refusal(code: CodeType, closure: Container[str]) -> str | None:
     for place, (instruction, after) in enumerate(pairwise(instructions)):
         is_attribute = instruction.opname in _ATTRIBUTES
         if is_attribute and instruction.argval == "__class__":
-            return "reads __class__, which conversion changes"
+            yield instruction.offset, "reads __class__, which conversion changes"
         if is_attribute and not _is_for_call(instruction) and _is_of_super(instructions, place):
-            return f"reads super().{instruction.argval}"
+            yield instruction.offset, f"reads super().{instruction.argval}"
         if _is_comparison_by_is(after):
             for operand in _operands(instructions, place + 1):
                 if not operand.opname.startswith(("LOAD_", "STORE_")) and not _is_getattr(instructions, instructions.index(operand)):
-                    return "compares a value by `is`"
+                    yield after.offset, "compares a value by `is`"
         if instruction.opname == "IMPORT_NAME":
-            return f"imports {instruction.argval}"
+            yield instruction.offset, f"imports {instruction.argval}"
         is_closure = instruction.opname == "STORE_DEREF" and instruction.argval in closure
         if is_closure or instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-            return f"writes {instruction.argval}"
+            yield instruction.offset, f"writes {instruction.argval}"
         if instruction.opname.startswith("MATCH_"):
-            return "matches a value with a pattern"
+            yield instruction.offset, "matches a value with a pattern"
         if instruction.opname in _EXCEPTS or (instruction.opname, after.opname) == ("PUSH_EXC_INFO", "POP_TOP"):
-            return "catches exceptions"
-    return None
+            # What an except clause catches may not happen while the forward is read.
+            yield EVERYWHERE, "catches exceptions"
+
+
+def with_places(code: CodeType) -> Iterator[tuple[int | None, CodeType]]:
+    """Like with_nested, with the offset at which `code` makes the function; None for `code` itself."""
+    yield None, code
+    for instruction in _instructions(code):
+        if isinstance(instruction.argval, CodeType):
+            yield from ((instruction.offset, nested) for nested in with_nested(instruction.argval))
+
+
+@functools.lru_cache(maxsize=4096)
+def starts(code: CodeType) -> dict[int, int]:
+    """For the offset of each instruction, the one that a frame has when Python is about to run it.
+
+    They differ for an instruction whose argument has more than one byte.
+    """
+    at, first = {}, None
+    for instruction in dis.get_instructions(code):
+        first = instruction.offset if first is None else first
+        at[instruction.offset] = first
+        first = first if instruction.opname == "EXTENDED_ARG" else None
+    return at
 
 
 @functools.lru_cache(maxsize=4096)
@@ -125,7 +151,7 @@ def locals_compared(code: CodeType) -> dict[int, tuple[list[str], bool]]:
         # An instruction that loads two names holds them as a tuple.
         names = [name for argval in locals_ for name in (argval if isinstance(argval, tuple) else (argval,))]
         if names:
-            comparisons[instruction.offset] = names, with_none
+            comparisons[starts(code)[instruction.offset]] = names, with_none
     return comparisons
 
 
@@ -186,6 +212,16 @@ def with_nested(code: CodeType) -> Iterator[CodeType]:
 def is_attribute_written_out(frame: FrameType) -> bool:
     """Whether a frame reads an attribute as `value.name` now, not by getattr, hasattr or isinstance."""
     return dis.opname[frame.f_code.co_code[frame.f_lasti]] in _ATTRIBUTES
+
+
+def attribute_after(frame: FrameType) -> str | None:
+    """The attribute that a frame reads next of what it reads now by `value.name`; None for any other use."""
+    instructions = _instructions(frame.f_code)
+    place = next((place for place, instruction in enumerate(instructions) if instruction.offset == frame.f_lasti), None)
+    if place is None or instructions[place].opname not in _ATTRIBUTES:
+        return None
+    after = instructions[place + 1]
+    return str(after.argval) if after.opname in _ATTRIBUTES and not _is_for_call(after) else None
 
 
 def unpacked_count(frame: FrameType) -> int | None:

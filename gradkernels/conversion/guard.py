@@ -23,6 +23,7 @@ from gradkernels.acts import ACTS
 from gradkernels.batch_norm_act import forward_of
 from gradkernels.conversion.attributes import Path
 from gradkernels.conversion.bytecode import MISSING
+from gradkernels.conversion.trace import optional_arguments
 
 # Names in a __dict__. Of a block: its rewritten forward.
 FORWARD = "_rewritten_forward"
@@ -109,6 +110,9 @@ class RewrittenForward:
         asks_for_classes: the block's own forward calls isinstance or issubclass, so the classes of children
             count.
         shared: paths that led to one object at that time. The code uses the first of them.
+        kinds: (place among the arguments, name, class) of each argument whose class the block's own forward
+            asks for.
+        otherwise: the rewritten forward for arguments of another class; None if there is none.
     """
 
     source: str
@@ -120,6 +124,11 @@ class RewrittenForward:
     original: Callable[..., Any]
     asks_for_classes: bool
     shared: tuple[tuple[Path, ...], ...]
+    kinds: tuple[tuple[int, str, type], ...] = ()
+    otherwise: "RewrittenForward | None" = None
+    optional: Mapping[str, Any] = field(init=False, compare=False, repr=False)
+    by_place: tuple[str, ...] = field(init=False, compare=False, repr=False)
+    required: int = field(init=False, compare=False, repr=False)
     function: Callable[..., Any] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -129,6 +138,11 @@ class RewrittenForward:
         linecache.cache[file] = (len(self.source), None, self.source.splitlines(True), file)
         exec(compile(self.source, file, "exec"), namespace)
         object.__setattr__(self, "function", namespace["forward"])
+        object.__setattr__(self, "required", namespace["forward"].__code__.co_argcount - 1)
+        optional = optional_arguments(self.original)
+        object.__setattr__(self, "optional", {name: argument.default for name, argument in optional.items()})
+        places = tuple(name for name, argument in optional.items() if argument.kind is argument.POSITIONAL_OR_KEYWORD)
+        object.__setattr__(self, "by_place", places)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return bool, (self.residual,)
@@ -136,13 +150,33 @@ class RewrittenForward:
     def __deepcopy__(self, memo: dict[int, Any]) -> "RewrittenForward":
         return self
 
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The arguments without the optional ones; None if the graph is not that of a call with them."""
+        if self.optional:
+            more = dict(zip(self.by_place, args[self.required :], strict=False))
+            if len(args) > self.required + len(more) or not more.keys().isdisjoint(kwargs):
+                return None
+            more |= {name: value for name, value in kwargs.items() if name in self.optional}
+            if any(value is not self.optional[name] for name, value in more.items()):
+                return None
+            args, kwargs = args[: self.required], {name: value for name, value in kwargs.items() if name not in more}
+            if len(args) + len(kwargs) != self.required:
+                return None
+        for place, name, kind in self.kinds:
+            if type(args[place] if place < len(args) else kwargs.get(name)) is not kind:
+                return None
+        # A forward may compare an argument with None, which no graph records.
+        return None if any(argument is None for argument in (*args, *kwargs.values())) else (args, kwargs)
+
     def holds(self, block: nn.Module) -> bool:
         """Whether the block meets every condition now, and nothing else needs the block's own forward."""
         if _has_any_global_hook() or torch.fx._symbolic_trace.is_fx_symbolic_tracing() or _native.is_for_onnx():
             return False
         for path, name, value in self.attributes:
             module = child(block, path)
-            current = class_before(module) if name == "__class__" else getattr(module, name, MISSING)
+            current: Any = module
+            for part in name.split("."):
+                current = class_before(module) if part == "__class__" else getattr(current, part, MISSING)
             if isinstance(current, MethodType):
                 current = current.__func__
             if not _is_same(current, value):

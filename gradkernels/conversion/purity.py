@@ -4,8 +4,11 @@ A forward is read by running it once. A value that it took from elsewhere would 
 each Python function that the forward calls is judged by the names in its code before it runs. Functions and
 classes are taken to stay the same. Functions of torch, math and Python may be called if their results are
 known to depend on their arguments alone. Any other name is a reason to leave the forward alone. So is code
-that no graph can hold, such as an except clause, a context manager of the user's, or `is` between tensors
-(bytecode.py).
+that no graph can hold, such as a context manager of the user's, or `is` between tensors (bytecode.py).
+
+Such an instruction ends the reading when it is about to run. In a branch that is not taken it does not
+matter: the values that choose the branch are compared at each call. An except clause ends the reading in any
+case.
 """
 
 import builtins
@@ -56,6 +59,8 @@ _OF_MODULES = {
 _SWITCHES = frozenset(("eval", "train", "training", "requires_grad", "requires_grad_"))
 # The attribute in which a class of named tuples has its defaults.
 _DEFAULTS = "_field_defaults"
+# The key in a node's `meta` of a value whose class the forward asks for, or that it compares with None.
+ASKED = "gradkernels_asked"
 _LIBRARIES = frozenset(("torch", "gradkernels", *sys.stdlib_module_names))
 _Result = TypeVar("_Result")
 
@@ -82,7 +87,7 @@ def run_watched(function: Callable[[], _Result]) -> _Result:
     Raises:
         Unreadable: code may read or write something that changes.
     """
-    judged: set[Any] = set()
+    judged: dict[Any, dict[int, str]] = {}
     problems: list[Unreadable] = []
 
     def on_call(frame: FrameType, event: str, argument: object) -> None:
@@ -92,33 +97,44 @@ def run_watched(function: Callable[[], _Result]) -> _Result:
         key = (frame.f_code, *(id(frame.f_locals.get(name)) for name in frame.f_code.co_freevars))
         if key not in judged and frame.f_code not in judged:
             try:
-                is_of_forward = _judge_call(frame)
-            except Unreadable as problem:
+                refused = _judge_call(frame)
                 # Checked only here: it reads f_locals of other frames.
+                if refused and _is_no_part_of_the_forward(frame):
+                    return
+            except Unreadable as problem:
                 if _is_no_part_of_the_forward(frame):
                     return
                 problems.append(problem)
                 raise
-            if not is_of_forward:
+            if refused is None:
                 return
-            judged.add(key)
-            judged.update(code for code in with_nested(frame.f_code) if code is not frame.f_code or not code.co_freevars)
-        if bytecode.locals_compared(frame.f_code):
+            judged[key] = refused
+            # The functions that are written inside it were judged with it.
+            judged.update({code: {} for code in with_nested(frame.f_code) if code is not frame.f_code})
+        refused = judged.get(key, {})
+        compared = bytecode.locals_compared(frame.f_code)
+        if refused or compared:
             sys.settrace(lambda *_: None)
-            frame.f_trace, frame.f_trace_opcodes = on_opcode, True
+            frame.f_trace, frame.f_trace_opcodes = functools.partial(on_opcode, refused, compared), True
             # Again: Python 3.12 starts to trace opcodes only here, Python 3.13 at f_trace_opcodes.
             sys.settrace(lambda *_: None)
 
-    def on_opcode(frame: FrameType, event: str, argument: object) -> Callable[..., Any]:
+    def on_opcode(refused: Any, compared: Any, frame: FrameType, event: str, argument: object) -> Any:
         if event == "opcode":
-            names, with_none = bytecode.locals_compared(frame.f_code).get(frame.f_lasti, ((), False))
+            if frame.f_lasti in refused:
+                problems.append(Unreadable(refused[frame.f_lasti]))
+                raise problems[-1]
+            names, with_none = compared.get(frame.f_lasti, ((), False))
             for name in names:
                 value: Any = frame.f_locals.get(name)
-                # A call with an argument that is None goes to the forward itself.
-                if issubclass(type(value), Proxy) and not (with_none and value.node.op == "placeholder"):
+                if not issubclass(type(value), Proxy):
+                    continue
+                if not with_none or value.node.op != "placeholder":
                     problems.append(Unreadable("compares a value by `is`"))
                     raise problems[-1]
-        return on_opcode
+                # A call with an argument that is None goes to the forward itself.
+                value.node.meta[ASKED] = True
+        return frame.f_trace
 
     def run() -> _Result:
         sys.setprofile(on_call)
@@ -156,8 +172,8 @@ def _is_no_part_of_the_forward(frame: FrameType) -> bool:
     return False
 
 
-def _judge_call(frame: FrameType) -> bool:
-    """Whether a frame runs code of the forward, and not torch's or Python's.
+def _judge_call(frame: FrameType) -> dict[int, str] | None:
+    """The offsets of the instructions that a frame must not run, and why; None for code of torch or Python.
 
     Raises:
         Unreadable: the frame must not run.
@@ -165,7 +181,7 @@ def _judge_call(frame: FrameType) -> bool:
     name, caller = frame.f_code.co_name, frame.f_back
     if is_torchs(frame):
         if caller is None or is_torchs(caller):
-            return False
+            return None
         if frame.f_code in _OF_MODULES:
             raise Unreadable(f"calls {_OF_MODULES[frame.f_code]} of a module, which no graph records")
         if frame.f_globals.get("__name__") in _OF_MODES:
@@ -173,47 +189,50 @@ def _judge_call(frame: FrameType) -> bool:
         if name in ("__init__", "__enter__"):
             kind = type(frame.f_locals.get(frame.f_code.co_varnames[0]))
             raise Unreadable(f"makes or enters a {kind.__name__}, which no graph records")
-        return False
-    if _is_pythons(frame):
+        return None
+    if is_pythons(frame):
         # Functions of Python are judged by name where the forward uses them, and torch.fx calls them too. But
         # the wrapper of warnings.deprecated has the name of the user's function.
-        if _top(frame) == "warnings" and caller is not None and not (is_torchs(caller) or _is_pythons(caller)):
+        if _top(frame) == "warnings" and caller is not None and not (is_torchs(caller) or is_pythons(caller)):
             raise Unreadable("warns")
-        return False
+        return None
     if name == "__exit__":
         raise Unreadable("enters a context manager that is not torch's")
-    _judge(frame)
-    return True
+    refused: dict[int, str] = {}
+    closure = {name: frame.f_locals[name] for name in frame.f_code.co_freevars if name in frame.f_locals}
+    for place, code in bytecode.with_places(frame.f_code):
+        for offset, reason in _refused(code, closure, {**frame.f_builtins, **frame.f_globals}):
+            if offset == bytecode.EVERYWHERE:
+                raise Unreadable(reason)
+            refused.setdefault(bytecode.starts(frame.f_code)[offset if place is None else place], reason)
+    return refused
 
 
-def _is_pythons(frame: FrameType) -> bool:
+def is_pythons(frame: FrameType) -> bool:
+    """Whether the code of a frame is Python's."""
     return _top(frame) in sys.stdlib_module_names or _top(frame).startswith("namedtuple_")
 
 
-def _judge(frame: FrameType) -> None:
-    """Judges the code of a frame and of the functions that are written inside it.
-
-    Raises:
-        Unreadable: the code uses something that may change.
-    """
-    closure = {name: frame.f_locals[name] for name in frame.f_code.co_freevars if name in frame.f_locals}
-    for code in with_nested(frame.f_code):
-        reason = bytecode.refusal(code, closure)
-        if reason is not None:
-            raise Unreadable(reason)
-        for read in bytecode.reads(code, closure, {**frame.f_builtins, **frame.f_globals}):
-            dotted, value = ".".join(read.names), read.value
-            if read.is_written and not _is_constant(value):
-                raise Unreadable(f"writes an attribute of {dotted}")
-            if isinstance(value, type) and not is_of_library(value) and not read.is_called:
-                raise Unreadable(f"reads {dotted}, a class with attributes, which may change without notice")
-            if (len(read.names) == 1 and dotted in closure and _is_constant(value)) or _stays(value, read.holder):
-                continue
-            if callable(value):
-                raise Unreadable(f"calls {dotted}, which no graph records")
-            if value is MISSING:
-                raise Unreadable(f"reads {dotted}, which is made at its first use")
-            raise Unreadable(f"reads {dotted}, a {type(value).__name__}, which may change without notice")
+def _refused(code: CodeType, closure: dict[str, Any], global_names: dict[str, Any]) -> Iterator[tuple[int, str]]:
+    """The offset of each instruction of a code that must not run, and why."""
+    yield from bytecode.refusals(code, closure)
+    for read in bytecode.reads(code, closure, global_names):
+        dotted, value = ".".join(read.names), read.value
+        if read.is_written and not is_constant(value):
+            yield read.offset, f"writes an attribute of {dotted}"
+        elif isinstance(value, type) and not is_of_library(value) and not read.is_called:
+            yield read.offset, f"reads {dotted}, a class with attributes, which may change without notice"
+        elif isinstance(value, type) and (issubclass(value, Proxy) or isinstance(value, type(torch.FloatTensor))):
+            # isinstance gives these an answer of their own for a value that torch.fx traces.
+            yield read.offset, f"reads {dotted}, a class for which a value is another than while its forward is read"
+        elif (len(read.names) == 1 and dotted in closure and is_constant(value)) or _stays(value, read.holder):
+            continue
+        elif callable(value):
+            yield read.offset, f"calls {dotted}, which no graph records"
+        elif value is MISSING:
+            yield read.offset, f"reads {dotted}, which is made at its first use"
+        else:
+            yield read.offset, f"reads {dotted}, a {type(value).__name__}, which may change without notice"
 
 
 def names_from_forward(kind: type) -> set[str]:
@@ -229,10 +248,10 @@ def goes_by_names(kind: type) -> bool:
         for read in bytecode.reads(code, {}, {**vars(builtins), **function.__globals__}):
             if read.names[-1] in ("getattr", "attrgetter", "methodcaller", "vars", "eval", "exec"):
                 return False
-            if not (_is_constant(read.value) or _stays(read.value, read.holder) or isinstance(read.value, BuiltinFunctionType)):
+            if not (is_constant(read.value) or _stays(read.value, read.holder) or isinstance(read.value, BuiltinFunctionType)):
                 return False
     values = [value for function in functions for value in _closure_of(function)]
-    return all(_is_constant(value) or _stays(value, None) for value in values)
+    return all(is_constant(value) or _stays(value, None) for value in values)
 
 
 def classes_asked(kind: type) -> Iterator[set[Any]]:
@@ -305,10 +324,10 @@ def _closure_of(function: FunctionType) -> list[Any]:
     return [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
 
 
-def _is_constant(value: object) -> bool:
+def is_constant(value: object) -> bool:
     """Whether a value cannot change, so that only an assignment changes a variable that holds it."""
     if isinstance(value, (tuple, frozenset)):
-        return all(map(_is_constant, value))
+        return all(map(is_constant, value))
     return value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device))
 
 
@@ -350,7 +369,7 @@ def is_function_of_its_arguments(function: Any) -> bool:
     if not isinstance(function, FunctionType):
         return False
     defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-    return all(_is_constant(value) or _stays(value, None) for value in defaults)
+    return all(is_constant(value) or _stays(value, None) for value in defaults)
 
 
 def _is_class_of_values(kind: type) -> bool:

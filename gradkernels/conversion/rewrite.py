@@ -5,6 +5,7 @@ called where the batch norm was called. With an addition, the kernel is called w
 calls was. No call between the two places may then write what the kernel reads (aliasing.py).
 """
 
+import dataclasses
 import keyword
 import re
 import unicodedata
@@ -58,6 +59,21 @@ def rewrite_forward(block: nn.Module, residual: bool) -> RewriteResult:
         residual: whether additions may be fused.
     """
     reading = read(block)
+    result = _rewrite(block, reading, residual)
+    if reading.asks_for_class:
+        # A forward that asks whether its argument is a tensor gets a list or a tensor.
+        of_list = _rewrite(block, read(block, list), residual)
+        result.sites += [site for site in of_list.sites if site not in result.sites]
+        result.kept |= of_list.kept
+        if result.forward is None or of_list.forward is None:
+            result.forward = result.forward or of_list.forward
+        else:
+            result.forward = dataclasses.replace(result.forward, otherwise=of_list.forward)
+        result.problem = result.problem and of_list.problem
+    return result
+
+
+def _rewrite(block: nn.Module, reading: Reading, residual: bool) -> RewriteResult:
     try:
         if reading.graph is None:
             result = rewrite_norm_act(block, reading, residual)
@@ -226,7 +242,8 @@ class Rewriter:
         module = self.module(node)
         if module is not None:
             if is_activation(module):
-                keeps = keeps_output(module) and self.aliasing.may_be_written(node)
+                # A call with other arguments may write it where this graph does not.
+                keeps = keeps_output(module) and (self.reading.is_partial or self.aliasing.may_be_written(node))
                 yield Site(module, type(module).__name__, why=KEEPS_ITS_OUTPUT if keeps else "", keeps_output=keeps)
             return
         if node.op not in ("call_function", "call_method"):
@@ -273,6 +290,7 @@ class Rewriter:
             type(self.block).forward,
             self.asks_for_classes,
             shared_in(self.block),
+            self.reading.kinds,
         )
 
 

@@ -1,9 +1,10 @@
 """Reads the forward of one module as a torch.fx graph, in which every submodule is a leaf.
 
 A graph has the calls of a forward, but not its Python code. So it stands for the forward only if nothing is
-lost: the forward does not branch on data or on optional arguments, reads nothing from elsewhere (purity.py),
-writes no attribute (attributes.py), switches no mode, and has the same graph in training and in evaluation.
-Anything else is a reason to leave it alone. Reading leaves the module as it was.
+lost: the forward does not branch on data, reads nothing from elsewhere (purity.py), writes no attribute
+(attributes.py), switches no mode, and has the same graph in training and in evaluation. Anything else is a
+reason to leave it alone. The graph is that of a call without optional arguments, with arguments of one class
+if the forward asks for it. Reading leaves the module as it was.
 """
 
 import dataclasses
@@ -25,7 +26,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradkernels.conversion.attributes import HOOKED, Path, Reads, containers, in_mode, recorded
 from gradkernels.conversion.bytecode import is_attribute_written_out, unpacked_count
-from gradkernels.conversion.purity import Unreadable, is_torchs, own_classes, run_watched, writes_into_containers
+from gradkernels.conversion.purity import (
+    ASKED,
+    Unreadable,
+    is_constant,
+    is_pythons,
+    is_torchs,
+    own_classes,
+    run_watched,
+    writes_into_containers,
+)
 
 # torch.fx patches nn.Module while it reads a forward, and attributes.py does too.
 _ONE_AT_A_TIME = threading.Lock()
@@ -40,6 +50,11 @@ class Reading:
         graph: the graph of the forward; None if there is a problem.
         problem: why no graph stands for the forward, as a verb that follows "the forward of X".
         attributes: (path of the module, name, value) of each attribute that the forward read.
+        kinds: (place among the arguments, name, class) of each argument whose class the forward asks for.
+            The graph is that of a call with these classes.
+        asks_for_class: whether the forward asks for the class of an argument.
+        is_partial: whether other arguments lead to another graph: optional ones, ones of another class, or
+            None.
         by_mode: the graphs in training and in evaluation, if the only problem is that the forward reads
             `training`.
     """
@@ -47,6 +62,9 @@ class Reading:
     graph: Graph | None
     problem: str | None
     attributes: tuple[tuple[Path, str, Any], ...] = ()
+    kinds: tuple[tuple[int, str, type], ...] = ()
+    asks_for_class: bool = False
+    is_partial: bool = False
     by_mode: tuple[Graph, Graph] | None = None
 
 
@@ -118,14 +136,23 @@ def unpack(values: Any, count: int) -> tuple[Any, ...]:
     return unpacked
 
 
-def _refuse_class(proxy: Proxy) -> type[Proxy]:
-    if not is_torchs(sys._getframe(1)):
-        raise Unreadable("checks the type of its input")
-    return _ReadingProxy
+def _class_of(proxy: Proxy) -> type:
+    frame = sys._getframe(1)
+    if is_torchs(frame):
+        return _ReadingProxy
+    if proxy.node.op != "placeholder":
+        raise Unreadable("checks the type of a value that it computes")
+    if is_pythons(frame):
+        # An abstract class asks for the class of the proxy too.
+        raise Unreadable("checks the type of its input with an abstract class")
+    tracer = cast(_Tracer, proxy.tracer)
+    tracer.asked.add(str(proxy.node.target))
+    proxy.node.meta[ASKED] = True
+    return tracer.kind
 
 
 # Proxy records `a += b` as `a + b`, and answers isinstance with its own class.
-_RECORDED = {"__class__": property(_refuse_class), **{f"__{name}__": _in_place(name) for name in IN_PLACE}}
+_RECORDED = {"__class__": property(_class_of), **{f"__{name}__": _in_place(name) for name in IN_PLACE}}
 _ReadingProxy: type[Proxy] = type("_ReadingProxy", (_Recorded,), _RECORDED)
 _ReadingAttribute: type[Attribute] = type("_ReadingAttribute", (_Recorded, Attribute), _RECORDED)
 
@@ -157,7 +184,7 @@ class _Tracer(Tracer):
     # Buffers are nodes then. As plain tensors they would be written in place during reading.
     proxy_buffer_attributes = True
 
-    def __init__(self, called: set[int]) -> None:
+    def __init__(self, called: set[int], kind: type, asked: set[str]) -> None:
         # The functions of this package are nodes, like torch's. Else torch.fx would trace into them.
         modules: Any = (math, sys.modules["gradkernels"])
         super().__init__(autowrap_modules=modules)
@@ -168,6 +195,10 @@ class _Tracer(Tracer):
         # id() of the lists and dicts that are attributes of the modules.
         self.containers: set[int] = set()
         self.called = called
+        # The class of an argument whose class the forward asks for.
+        self.kind = kind
+        # The names of these arguments.
+        self.asked = asked
         self.thread = threading.get_ident()
 
     def traced(self, module: nn.Module) -> Graph:
@@ -219,6 +250,14 @@ class _Tracer(Tracer):
             raise Unreadable(f"makes a {type(a).__name__}, which a graph would make from its fields alone")
         return super().create_arg(a)
 
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        optional = optional_arguments(root_fn)
+        if not optional:
+            return super().create_args_for_root(root_fn, is_module, concrete_args)
+        # Python gives the others their defaults.
+        names = [name for name in _arguments(root_fn) if name not in optional]
+        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
@@ -241,25 +280,53 @@ def has_own_forward(module: nn.Module) -> bool:
     return forward is nn.Sequential.forward or not (getattr(forward, "__module__", None) or "").startswith("torch.")
 
 
-def read(module: nn.Module) -> Reading:
-    """Reads the forward of one module as it is now."""
-    problem = _why_not_readable(module)
+def optional_arguments(forward: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The arguments of a forward that a call may leave out, `**` included."""
+    arguments = _arguments(forward).items()
+    return {name: each for name, each in arguments if each.default is not each.empty or each.kind is each.VAR_KEYWORD}
+
+
+def _arguments(forward: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The arguments of a forward without the module."""
+    # The arguments of the decorator count, not those of the function that it wraps.
+    return dict(list(inspect.signature(forward, follow_wrapped=False).parameters.items())[1:])
+
+
+def read(module: nn.Module, kind: type = torch.Tensor) -> Reading:
+    """Reads the forward of one module as it is now.
+
+    Args:
+        module: the module.
+        kind: the class of the arguments whose class the forward asks for.
+    """
+    problem = _why_not_readable(module) or _why_not_optional(module)
     if problem is not None:
         return Reading(None, problem)
+    asked: set[str] = set()
     try:
-        (training, reads), (evaluation, evaluation_reads) = (_trace(module, mode) for mode in (True, False))
+        (training, reads), (evaluation, evaluation_reads) = (_trace(module, mode, kind, asked) for mode in (True, False))
     except Unreadable as reason:
-        return Reading(None, str(reason))
+        return Reading(None, str(reason), asks_for_class=bool(asked))
     except Exception as error:
         first_line = str(error).partition("\n")[0]
-        return Reading(None, f"cannot be traced by torch.fx: {type(error).__name__}: {first_line}")
+        problem = f"cannot be traced by torch.fx: {type(error).__name__}: {first_line}"
+        return Reading(None, problem, asks_for_class=bool(asked))
     attributes = evaluation_reads | reads
     modes = sorted(path for path, name in attributes if name == "training")
     if modes:
         return Reading(None, f"reads {'.'.join(('self', *modes[0]))}.training", by_mode=(training, evaluation))
     if str(training) != str(evaluation):
         return Reading(None, "differs between training and evaluation")
-    return Reading(training, None, tuple((*place, value) for place, value in sorted(attributes.items())))
+    arguments = enumerate(str(node.target) for node in training.find_nodes(op="placeholder"))
+    kinds = tuple((place, name, kind) for place, name in arguments if name in asked)
+    return Reading(
+        training,
+        None,
+        tuple((*place, value) for place, value in sorted(attributes.items())),
+        kinds,
+        asks_for_class=bool(asked),
+        is_partial=_is_partial(module, training),
+    )
 
 
 def read_evaluation(module: nn.Module) -> tuple[Graph, set[Path]] | None:
@@ -270,8 +337,10 @@ def read_evaluation(module: nn.Module) -> tuple[Graph, set[Path]] | None:
     if _why_not_readable(module) is not None:
         return None
     try:
-        graph, reads = _trace(module, training=False)
+        graph, reads = _trace(module, False, torch.Tensor, set())
     except Exception:
+        return None
+    if _is_partial(module, graph):
         return None
     return graph, {path for path, name in reads if path and name not in ("training", "__class__")}
 
@@ -284,23 +353,44 @@ def _why_not_readable(module: nn.Module) -> str | None:
         return "is set on the instance"
     if not isinstance(inspect.getattr_static(type(module), "forward"), FunctionType):
         return "is not a plain function"
-    # The arguments of the decorator count, not those of the function that it wraps.
-    for parameter in list(inspect.signature(type(module).forward, follow_wrapped=False).parameters.values())[1:]:
-        if parameter.name == "self":
-            return "has a second argument named self"
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or parameter.default is not parameter.empty:
-            return f"has an optional argument, {parameter.name}"
+    arguments = inspect.signature(type(module).forward, follow_wrapped=False).parameters
+    for name, parameter in arguments.items():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            return f"has an optional argument, {name}"
+    return "has a second argument named self" if "self" in list(arguments)[1:] else None
+
+
+def _why_not_optional(module: nn.Module) -> str | None:
+    """Why no graph can stand for a call without the optional arguments; None if one can."""
+    optional = optional_arguments(type(module).forward)
+    required = [parameter for name, parameter in _arguments(type(module).forward).items() if name not in optional]
+    if optional and any(parameter.kind is parameter.KEYWORD_ONLY for parameter in required):
+        return f"has an optional argument, {next(iter(optional))}, beside one that must have a name"
+    for name, argument in optional.items():
+        if argument.kind is not argument.VAR_KEYWORD and not is_constant(argument.default):
+            return f"has an optional argument, {name}, whose default may change"
     return None
 
 
-def _trace(module: nn.Module, training: bool) -> tuple[Graph, Reads]:
-    """The graph in one mode, and the attributes of the module and its submodules that the forward read."""
+def _is_partial(module: nn.Module, graph: Graph) -> bool:
+    return bool(optional_arguments(type(module).forward)) or any(ASKED in node.meta for node in graph.nodes)
+
+
+def _trace(module: nn.Module, training: bool, kind: type, asked: set[str]) -> tuple[Graph, Reads]:
+    """The graph in one mode, and the attributes of the module and its submodules that the forward read.
+
+    Args:
+        module: the module.
+        training: the mode.
+        kind: the class of the arguments whose class the forward asks for.
+        asked: gets the names of these arguments.
+    """
     reads: Reads = {}
     called: set[int] = set()
 
     def trace() -> Graph:
         with recorded(module, reads, called):
-            return _Tracer(called).traced(module)
+            return _Tracer(called, kind, asked).traced(module)
 
     with _ONE_AT_A_TIME, in_mode(module, training):
         graph = run_watched(trace)
