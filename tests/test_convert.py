@@ -1767,6 +1767,77 @@ def test_standalone_functions_become_ours(forward):
     assert_same(step(actual, x), step(expected, x))
 
 
+def used_again(self, x):
+    y = self.conv(x)
+    return self.act(y) + y
+
+
+def written_through_a_view(self, x):
+    y = self.conv(x)
+    rows = y.view(-1)
+    return self.conv(self.act(y)) * rows.mean()
+
+
+# A SiLU in place, and whether nothing else reads its input.
+SILU_IN_PLACE = {
+    "module": (lambda self, x: self.conv(self.act(self.conv(x))), True),
+    "function": (lambda self, x: self.conv(F.silu(self.conv(x), inplace=True)), True),
+    "function by place": (lambda self, x: self.conv(F.silu(self.conv(x), True)), True),
+    "function by name": (lambda self, x: self.conv(F.silu(input=self.conv(x), inplace=True)), True),
+    "past an identity": (lambda self, x: self.conv(self.act(self.blocks[0](self.conv(x)))), True),
+    "a sum": (lambda self, x: self.conv(self.act(self.conv(x) + x)), True),
+    "argument": (lambda self, x: self.act(x), False),
+    "argument past an identity": (lambda self, x: self.act(self.blocks[0](x)), False),
+    "view of the argument": (lambda self, x: self.act(x.view(x.shape)) + x, False),
+    "used again": (used_again, False),
+    "used again by a view": (written_through_a_view, False),
+    "function used again": (lambda self, x: (lambda y: F.silu(y, inplace=True) + y)(self.conv(x)), False),
+    "module of unknown code": (lambda self, x: self.act(self.child(x)), False),
+}
+
+
+@pytest.mark.parametrize("name", SILU_IN_PLACE)
+def test_a_silu_in_place(name):
+    forward, is_only_reader = SILU_IN_PLACE[name]
+    expected, actual, report = converted(block(forward, nn.SiLU(True), child=Child(), blocks=nn.ModuleList([nn.Identity()])))
+    row = next(row for row in report.rows if row.found in ("SiLU", "silu") and (row.name == "act") != name.startswith("function"))
+    assert (row.becomes == "swish") == is_only_reader and ("it is in place" in row.why) != is_only_reader, report
+    assert type(actual.act) is nn.SiLU
+    x = X()
+    assert_same(step(actual, x), step(expected, x))
+    for model in (actual, expected):
+        # A tensor that the activation writes.
+        y = x.clone()
+        with torch.no_grad():
+            model.act(y)
+        torch.testing.assert_close(y, F.silu(x))
+
+
+CHANGES_BESIDE_A_SILU = {
+    "hook that keeps what the convolution returns": lambda model, seen: model.conv.register_forward_hook(
+        lambda module, inputs, output: seen.append(output)
+    ),
+    "hook on the activation": lambda model, seen: model.act.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0])),
+    "activation": lambda model, seen: setattr(model, "act", nn.ReLU()),
+    "convolution": lambda model, seen: setattr(model, "conv", nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES_BESIDE_A_SILU)
+def test_what_changes_beside_a_silu_in_place_after_conversion(name):
+    expected, actual, report = converted(block(lambda self, x: self.act(self.conv(x)) * 2, nn.SiLU(True)))
+    assert next(row.becomes for row in report.rows if row.name == "act") == "swish"
+    seen = [], []
+    for each, its in zip((expected, actual), seen, strict=True):
+        CHANGES_BESIDE_A_SILU[name](each, its)
+    x = X()
+    with torch.no_grad():
+        inputs = x.clone(), x.clone()
+        torch.testing.assert_close(actual(inputs[1]), expected(inputs[0]))
+    torch.testing.assert_close(inputs[1], inputs[0])
+    torch.testing.assert_close(seen[1], seen[0])
+
+
 def test_modules_in_a_forward_that_cannot_be_read_take_torchs_keyword():
     def forward(self, x):
         y = self.conv(input=x if x.sum() < math.inf else -x)
@@ -1785,7 +1856,7 @@ def test_modules_in_a_forward_that_cannot_be_read_take_torchs_keyword():
     ("module", "why"), [(nn.ReLU(), "nothing to fuse"), (nn.SiLU(True), "in place"), (nn.RReLU(), "other slopes"), (nn.GELU(), "no kernel")]
 )
 def test_activations_that_stay(module, why):
-    _, actual, report = converted(nn.Sequential(nn.Conv2d(3, 3, 1), module))
+    _, actual, report = converted(nn.Sequential(nn.Identity(), module))
     assert type(actual[1]) is type(module) and report.rows[0].becomes is None and why in report.rows[0].why
 
 

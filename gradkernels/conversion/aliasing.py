@@ -38,7 +38,7 @@ class Aliasing:
 
         It may if it is returned, or if a call that uses it may write it or return a view of it.
         """
-        return not all(self._is_fresh(user) and not self._writes(user) for user in node.users)
+        return not all(self.is_fresh(user) and not self._writes(user) for user in node.users)
 
     def why_it_cannot_move(self, chain: Chain, residual: Node, addition: Node) -> str:
         """Why the kernel cannot be called where the chain ends; "" if it can."""
@@ -60,11 +60,11 @@ class Aliasing:
                 if node.target is normalize:
                     return "it may be called again before its output is added"
                 return f"{name_of(node)}, called between it and its activation, may read or write its statistics"
-            if not self._is_fresh(node) and read_at_end.intersection(node.all_input_nodes):
+            if not self.is_fresh(node) and read_at_end.intersection(node.all_input_nodes):
                 return f"{name_of(node)}, called between it and its activation, may write its input or the residual"
         if ACTS[chain.act].saves == "value":
             for node in residual_aliases:
-                writers = [user for user in node.users if order[user] > order[last] and not self._is_fresh(user) and self._writes(user)]
+                writers = [user for user in node.users if order[user] > order[last] and not self.is_fresh(user) and self._writes(user)]
                 if writers:
                     return f"{name_of(writers[0])} writes the residual, which the gradient of {chain.act} needs"
         return ""
@@ -93,12 +93,12 @@ class Aliasing:
             if node.op in ("placeholder", "get_attr"):
                 # Two arguments may be one tensor.
                 stack += [other for other in self.graph.nodes if other.op in ("placeholder", "get_attr")]
-            elif not self._is_fresh(node):
+            elif not self.is_fresh(node):
                 stack += node.all_input_nodes
-            stack += [user for user in node.users if not self._is_fresh(user)]
+            stack += [user for user in node.users if not self.is_fresh(user)]
         return aliases
 
-    def _is_fresh(self, node: Node) -> bool:
+    def is_fresh(self, node: Node) -> bool:
         """Whether a node certainly writes no argument and shares no memory with one."""
         module = called_module(self.block, node)
         if module is not None:

@@ -8,7 +8,7 @@ from gradkernels.conversion.guard import RewrittenForward
 
 # Reasons that hold for a module and for a function.
 KEEPS_ITS_OUTPUT = "gradkernels.ELU keeps its output for the gradient, and something may write into that output"
-IS_IN_PLACE = "it is in place, which the kernel is not"
+IS_IN_PLACE = "it is in place, which the kernel is not, and something else may read its input"
 NOTHING_TO_FUSE = "torch's is kept: without a batch norm there is nothing to fuse"
 
 

@@ -233,15 +233,44 @@ class Rewriter:
         for node in chain.expected:
             module = self.module(node)
             if module is not None:
-                path = tuple(str(node.target).split("."))
-                self.expected[path] = expected(path, module)
+                self.expect(node, module)
         self.changed = True
+
+    def is_only_reader(self, node: Node) -> bool:
+        """Whether nothing but this node reads its input, so that the node may as well leave it unwritten.
+
+        The modules that compute the input are expected to stay if the answer is True.
+        """
+        if len(node.all_input_nodes) != 1:
+            return False
+        (x,) = node.all_input_nodes
+        passed = [x]
+        while type(self.module(x)) is nn.Identity and len(x.args) == 1 and len(x.all_input_nodes) == 1:
+            (x,) = x.all_input_nodes
+            passed.append(x)
+        modules = {value: module for value in passed if (module := self.module(value)) is not None}
+        is_known = not any(has_hooks(module) or module._modules for module in modules.values())
+        if not is_known or not self.aliasing.is_fresh(x) or any(len(value.users) != 1 for value in passed):
+            return False
+        for value, module in modules.items():
+            self.expect(value, module)
+        return True
+
+    def expect(self, node: Node, module: nn.Module) -> None:
+        path = tuple(str(node.target).split("."))
+        self.expected[path] = expected(path, module)
 
     def at_activation(self, node: Node) -> Iterator[Site]:
         """The site of an activation that is not fused. Yields nothing for any other node."""
         module = self.module(node)
         if module is not None:
-            if is_activation(module):
+            if self.is_silu_in_place(node, module):
+                # The module keeps its class: another forward may call it for what it writes.
+                self.expect(node, module)
+                node.op, node.target = "call_function", activation.swish
+                self.changed = True
+                yield Site(module, type(module).__name__, "swish", absorbed=(module,))
+            elif is_activation(module):
                 # A call with other arguments may write it where this graph does not.
                 keeps = keeps_output(module) and (self.reading.is_partial or self.aliasing.may_be_written(node))
                 yield Site(module, type(module).__name__, why=KEEPS_ITS_OUTPUT if keeps else "", keeps_output=keeps)
@@ -258,16 +287,23 @@ class Rewriter:
         elif node.target in OTHER_FUNCTIONS:
             yield Site(None, name, why=f"there is no kernel for {name}")
 
+    def is_silu_in_place(self, node: Node, module: nn.Module) -> bool:
+        """Whether a node calls a SiLU in place, and one that is not in place can take its place."""
+        is_in_place = type(module) is nn.SiLU and module.inplace and not has_hooks(module)
+        return is_in_place and len(node.args) == 1 and not node.kwargs and self.is_only_reader(node)
+
     def at_function(self, node: Node, name: str) -> Site:
         """The site of a call of one of ACTIVATION_FUNCTIONS. Makes the node call our function if it can."""
         is_elu_out_of_place = node.target is F.elu and not (len(node.args) > 2 or node.kwargs.get("inplace"))
-        if node.target is F.silu and (node.kwargs.get("inplace") or len(node.args) > 1):
+        is_silu_in_place = node.target is F.silu and (node.kwargs.get("inplace") or len(node.args) > 1)
+        if is_silu_in_place and not self.is_only_reader(node):
             return Site(None, name, why=IS_IN_PLACE)
         if has_scale(node):
             return Site(None, name, why=f"it {HAS_SCALE}")
         if is_elu_out_of_place and self.aliasing.may_be_written(node):
             return Site(None, name, why=KEEPS_ITS_OUTPUT)
         if node.target is F.silu:
+            node.args = node.args[:1]
             node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
         if node.target in (F.leaky_relu_, F.elu_):
             node.kwargs = {**node.kwargs, "inplace": True}
