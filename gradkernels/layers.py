@@ -1,6 +1,8 @@
 """Facts about layers of a model: kinds, names, the order in which they run, the dimension of their units."""
 
+import functools
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,11 +27,17 @@ def check_model(model: object) -> None:
         raise TypeError(f"model must be a torch.nn.Module, not {kind_of(model)}")
 
 
-def added_names(kind: type[nn.Module], replacement: type[nn.Module]) -> set[str]:
+def added_names(kind: type[nn.Module], replacement: type[nn.Module]) -> frozenset[str]:
     """The names that an instance of `replacement` has, and an instance of `kind` does not have."""
+    # torch.compile gives classes more names.
+    return _names_of_instances((replacement, *dir(replacement))) - _names_of_instances((kind, *dir(kind)))
+
+
+@functools.cache
+def _names_of_instances(kind_and_names: tuple[Any, ...]) -> frozenset[str]:
     # The class alone does not show what __init__ sets. Each class that is replaced takes 1 as its argument.
     with torch.device("meta"):
-        return {*dir(replacement(1))} - {*dir(kind(1))}
+        return frozenset(dir(kind_and_names[0](1)))
 
 
 def why_not_replaced(module: nn.Module, replacement: type[nn.Module], *more: str) -> str:

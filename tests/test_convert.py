@@ -1329,7 +1329,7 @@ class Refusing(nn.Identity):
 
 
 def test_modes_that_cannot_be_set_are_not_set_by_reading():
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()).eval().append(Refusing())
+    model = Traced(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()).eval().append(Refusing())
     gk.convert(model)
     assert [each.training for each in model.modules()] == [False] * 4 + [True]
 
@@ -1414,6 +1414,15 @@ def test_reading_makes_no_class_that_a_registry_sees():
     assert [type(each) for each in model] == [Net, Plain] and type(model[0].bn) is gk.BatchNormAct2d
 
 
+class Traced(nn.Sequential):
+    """Like nn.Sequential, whose own forward is known and is not traced."""
+
+    def forward(self, x):
+        for module in self:
+            x = module(x)
+        return x
+
+
 def profiled(kind):
     if kind == "cProfile":
         return cProfile.Profile()
@@ -1437,7 +1446,7 @@ def is_seen_after(work, profiler):
 @pytest.mark.parametrize("of", [gk.convert, gk.fold])
 @pytest.mark.parametrize("profiler", ["cProfile", "torch.profiler"])
 def test_reading_under_a_profiler(profiler, of):
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()).eval()
+    model = Traced(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()).eval()
     made = []
     # The profiler of torch 2.11 does not record functions of Python.
     assert is_seen_after(lambda: made.append(of(copy.deepcopy(model))), profiler) == is_seen_after(lambda: None, profiler)
@@ -1458,7 +1467,7 @@ def test_reading_leaves_trace_functions_the_collector_and_warnings_alone():
     gc.callbacks.append(collected)
     sys.setprofile(traced)
     try:
-        report = gk.convert(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
+        report = gk.convert(Traced(nn.BatchNorm2d(3), nn.ReLU()))
         gc.collect()
         assert sys.getprofile() is traced and sys.gettrace() is tracer
     finally:
@@ -1470,7 +1479,7 @@ def test_reading_leaves_trace_functions_the_collector_and_warnings_alone():
 
 def test_reading_in_one_thread_disturbs_no_other():
     working, stop, rounds = nn.Sequential(nn.Linear(3, 3), nn.ReLU()), threading.Event(), []
-    models = [nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()) for _ in range(20)]
+    models = [Traced(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()) for _ in range(20)]
 
     def work():
         while not stop.is_set():
@@ -1490,7 +1499,7 @@ def test_reading_in_one_thread_disturbs_no_other():
 
 
 def test_reading_does_not_depend_on_the_callers_modes():
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+    model = Traced(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
     with torch.inference_mode(), torch.autocast("cpu"), torch.device("meta"):
         assert gk.convert(model).rows[0].is_fused
 
@@ -1516,7 +1525,7 @@ def test_what_is_finalized_meanwhile_is_no_part_of_the_forward():
     try:
         Cycle()
         gc.set_threshold(1)
-        model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+        model = Traced(nn.BatchNorm2d(3), nn.ReLU())
         assert gk.convert(model).rows[0].is_fused
     finally:
         gc.set_threshold(*threshold)
@@ -1933,6 +1942,92 @@ def test_an_exception_leaves_the_model_as_it_was(during, converted_before, monke
         gk.convert(model, check=x[:, :2] if during == "check" else x)
     assert [(type(module), module.__dict__) for module in model.modules()] == before
     assert all(torch.equal(*each) for each in zip(buffers, model.buffers(), strict=True))
+
+
+# equal blocks are read once
+
+
+# What differs in the second of two blocks of one class.
+DIFFERENCES = {
+    "nothing": lambda model: None,
+    "flag": lambda model: setattr(model, "flag", False),
+    "attribute that was not there": lambda model: setattr(model, "absent", 3.0),
+    "attribute that cannot be compared": lambda model: setattr(model, "absent", torch.tensor(3.0)),
+    "slope": lambda model: setattr(model.act, "negative_slope", 0.5),
+    "activation": lambda model: setattr(model, "act", nn.ELU()),
+    "activation in place": lambda model: setattr(model, "act", nn.LeakyReLU(inplace=True)),
+    "batch norm": lambda model: setattr(model, "bn", nn.InstanceNorm2d(3).double()),
+    "submodule None": lambda model: setattr(model, "conv2", None),
+    "one convolution twice": lambda model: setattr(model, "conv2", model.conv),
+    "one weight twice": lambda model: setattr(model.conv2, "weight", model.conv.weight),
+    "hook": lambda model: model.bn.register_forward_hook(lambda module, inputs, output: output * 2),
+    "forward of its own": lambda model: setattr(model, "forward", types.MethodType(lambda self, x: F.elu(self.bn(x)), model)),
+    "more modules": lambda model: model.blocks.append(nn.SiLU()),
+    "an order of names": lambda model: model._modules.update(conv=model._modules.pop("conv")),
+    "a mode": lambda model: model.bn.eval(),
+}
+
+
+def of_two_convolutions(self, x):
+    y = self.act(self.bn(self.conv(x))) * getattr(self, "absent", 1.0)
+    y = y if self.conv2 is None else F.conv2d(y, self.conv2.weight) + self.conv2(x)
+    for module in self.blocks:
+        y = module(y)
+    return y * 2 if self.flag else y
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_a_block_that_differs_from_one_that_was_read(name, order, monkeypatch):
+    first = block(of_two_convolutions, nn.LeakyReLU(0.2), conv2=nn.Conv2d(3, 3, 1).double())
+    second = copy.deepcopy(first)
+    DIFFERENCES[name](second)
+    read = []
+    monkeypatch.setattr(rewrite, "read", lambda *arguments: read.append(arguments) or trace.read(*arguments))
+    expected, actual, report = converted(nn.Sequential(*[first, second, copy.deepcopy(first)][::order]))
+    x = X()
+    assert_same(step(actual, x), step(expected, x))
+    assert {row.is_fused for row in report.rows if row.name == ("0.bn" if order == 1 else "2.bn")} == {True}
+    # Of the Sequential no batch norm and no activation is a child.
+    reads_more = name not in ("nothing", "slope", "activation in place", "a mode")
+    assert len(read) == 1 + reads_more
+
+
+def test_nothing_is_traced_without_a_batch_norm_or_an_activation_of_ours(monkeypatch):
+    monkeypatch.setattr(trace, "_trace", None)
+
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Conv2d(3, 3, 1), nn.GELU(), nn.ReLU())
+
+        def forward(self, x):
+            return self.inner(x) + x
+
+    report = gk.convert(nn.Sequential(*[Plain() for _ in range(3)]))
+    assert {(row.found, row.why) for row in report.rows} == {
+        ("GELU", "there is no kernel for GELU"),
+        ("ReLU", "torch's is kept: without a batch norm there is nothing to fuse"),
+    }
+
+
+@pytest.mark.parametrize("name", ["silu", "SiLU"])
+def test_functions_of_a_block_without_a_batch_norm_are_found(name):
+    function = nn.SiLU if name == "SiLU" else F.silu
+    model = block(lambda self, x: self.conv(self.function(self.conv(x))), function=function() if name == "SiLU" else function)
+    model.bn = model.act = nn.Identity()
+    assert [row.becomes for row in gk.convert(model).rows if row.found == name] == [{"silu": "swish", "SiLU": "gradkernels.SiLU"}[name]]
+
+
+def test_a_progress_line_is_for_a_terminal(monkeypatch):
+    convert, lines = importlib.import_module("gradkernels.conversion.convert"), []
+    tqdm = types.SimpleNamespace(tqdm=lambda modules, *_, **__: lines.append(len(modules)) or modules)
+    monkeypatch.setitem(sys.modules, "tqdm", tqdm)
+    for is_terminal in (False, True):
+        monkeypatch.setattr(convert.sys, "stderr", types.SimpleNamespace(isatty=lambda is_terminal=is_terminal: is_terminal))
+        assert gk.convert(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())).rows[0].is_fused and len(lines) == is_terminal
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert gk.convert(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())).rows[0].is_fused
 
 
 # the report

@@ -6,6 +6,7 @@ reading, every attribute is as it was before.
 """
 
 import copy
+import operator
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ Path = tuple[str, ...]
 # (the module, the name of an attribute, or two names with a dot for an attribute of its value) -> its value.
 Reads = dict[tuple[Path, str], Any]
 
+# Stands for a value that cannot be compared, for which the forward is left alone.
+NOT_COMPARABLE = object()
 # Stands for a hook in a set of id() of called modules. A hook may write the attributes of any module.
 HOOKED = 0
 # The attributes that every nn.Module has, without `training`, which forwards may read.
@@ -167,8 +170,10 @@ def _note(path: Path, reads: Reads, name: str, value: Any) -> None:
     if (path, name) in reads or issubclass(type(value), Proxy):
         return
     if not is_comparable(value):
+        reads[path, name] = NOT_COMPARABLE
         raise Unreadable(f"reads {_dotted(path, name)}, a {type(value).__name__}, which may change without notice")
     if isinstance(value, (list, dict, set)) and not value:
+        reads[path, name] = copy.copy(value)
         raise Unreadable(f"reads {_dotted(path, name)}, an empty {type(value).__name__}, which may be filled later")
     reads[path, name] = copy.deepcopy(value)
 
@@ -194,13 +199,13 @@ def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
     of_classes = {kind: _attributes_of(kind) for kind in classes}
     named = [(f"self.{name}", value) for state in before for name, value in state.items()]
     named += [(f"{kind.__name__}.{name}", value) for kind, state in of_classes.items() for name, value in state.items()]
-    contents = [(name, container, copy.copy(container)) for name, value in named for container in containers(value)]
+    contents = [(name, container, _contents(container)) for name, value in named for container in containers(value)]
     written: list[str] = []
     try:
         yield
     finally:
         for name, container, content in contents:
-            if _identities(container) != _identities(content):
+            if not _is_identical(_contents(container), content):
                 written.append(name)
                 container.clear()
                 container.extend(content) if isinstance(container, list) else container.update(content)
@@ -231,11 +236,15 @@ def _attributes_of(kind: type) -> dict[str, Any]:
 
 
 def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    if _is_identical(_contents(before), _contents(after)):
+        return []
     return [name for name in {**after, **before} if after.get(name, MISSING) is not before.get(name, MISSING)]
 
 
 def containers(value: Any) -> Iterator[Any]:
     """The value itself if it is a list, dict, set or tuple, and all of these inside it, without repeats."""
+    if not isinstance(value, (list, dict, set, tuple)):
+        return
     stack, seen = [value], set()
     while stack:
         container = stack.pop()
@@ -256,8 +265,15 @@ def _items(container: Any) -> list[Any]:
     return list(container.values() if isinstance(container, dict) else container)
 
 
-def _identities(container: Any) -> list[tuple[int, ...]]:
-    """The contents of a container by id(): == may be elementwise, or give a proxy."""
-    if isinstance(container, dict):
-        return [(id(key), id(value)) for key, value in container.items()]
-    return [(id(value),) for value in container]
+def _contents(container: Any) -> list[Any]:
+    return list(container.items()) if isinstance(container, dict) else list(container)
+
+
+def _is_identical(left: list[Any], right: list[Any]) -> bool:
+    """Whether two contents are the same objects: == may be elementwise, or give a proxy."""
+    if len(left) != len(right):
+        return False
+    return all(
+        a is b or (type(a) is type(b) is tuple and len(a) == len(b) and all(map(operator.is_, a, b)))
+        for a, b in zip(left, right, strict=True)
+    )

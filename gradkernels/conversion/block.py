@@ -15,7 +15,7 @@ from torch import nn
 
 from gradkernels._native import refuse_script
 from gradkernels.conversion.guard import BASE, FORWARD, RewrittenForward
-from gradkernels.conversion.rewrite import rewrite_forward
+from gradkernels.conversion.rewrite import Reader, rewrite_forward
 
 # The function that pickle calls to make an object of a class without a __reduce__ of its own.
 _NEW_OBJECT = object().__reduce_ex__(2)[0]
@@ -76,7 +76,7 @@ def converted_class(base: type[nn.Module]) -> type[nn.Module]:
             self.__dict__.pop(FORWARD)
             kind = type(self)
             object.__setattr__(self, "__class__", base)
-            rewritten = rewrite_forward(self, residual).forward
+            rewritten = rewrite_forward(self, residual, Reader()).forward
             object.__setattr__(self, "__class__", kind)
             if rewritten is not None:
                 self.__dict__[FORWARD] = rewritten

@@ -6,6 +6,8 @@ gets a forward that computes both in one kernel (guard.py). All forwards are rea
 changed. After an exception the model is as it was.
 """
 
+import sys
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -19,7 +21,15 @@ from gradkernels.conversion.attributes import restore
 from gradkernels.conversion.block import converted_class, why_not_derived
 from gradkernels.conversion.check import Observation, largest_difference
 from gradkernels.conversion.guard import FORWARD, ORIGINAL, RewrittenForward, base_class
-from gradkernels.conversion.patterns import ACTIVATION_MODULES, BATCH_NORMS, OURS, is_activation, keeps_output, why_kept
+from gradkernels.conversion.patterns import (
+    ACTIVATION_MODULES,
+    BATCH_NORMS,
+    OURS,
+    is_activation,
+    keeps_output,
+    may_call_an_activation,
+    why_kept,
+)
 from gradkernels.conversion.purity import attributes_looked_for, classes_asked
 from gradkernels.conversion.report import ConversionReport, Row
 from gradkernels.conversion.result import IS_IN_PLACE, KEEPS_ITS_OUTPUT, NOTHING_TO_FUSE, Site
@@ -155,12 +165,15 @@ class _Plan:
         self.rows: list[Row] = []
         self.notes: list[str] = []
         self.forwards: dict[nn.Module, RewrittenForward] = {}
+        self.reader = rewrite.Reader()
         self.names = {module: name for name, module in model.named_modules()}
+        # Blocks whose forward was not read, because it calls no batch norm and no activation with a kernel.
+        self.unread: set[nn.Module] = set()
         # Blocks whose forward could not be read or cannot be replaced -> why.
         self.problems: dict[nn.Module, str] = {}
         # Modules whose class must stay, because of their attributes or of what code above them asks -> why.
         self.kept = {module: why for module in self.names if (why := why_kept(module))}
-        sites = [(block, site) for block in self.names for site in self.read(block, residual)]
+        sites = [(block, site) for block in _with_progress(self.names) for site in self.read(block, residual)]
         self.keep_what_is_asked_for()
         # Modules that are called somewhere without being fused, and may get our class.
         self.alone = {site.module for _, site in sites if site.module is not None and site.label is None}
@@ -185,7 +198,10 @@ class _Plan:
         """The sites in the forward of one module. Notes the rewritten forward, or why there is none."""
         if not trace.has_own_forward(block):
             return []
-        result = rewrite.rewrite_forward(block, residual)
+        if not may_call_an_activation(block):
+            self.unread.add(block)
+            return []
+        result = rewrite.rewrite_forward(block, residual, self.reader)
         self.kept |= result.kept
         if result.problem is not None:
             self.problems[block] = result.problem
@@ -245,6 +261,8 @@ class _Plan:
             name = name.rpartition(".")[0]
             if block in self.problems:
                 return f"the forward of {type(block).__name__} {self.problems[block]}"
+            if block in self.unread:
+                return ""
             if not isinstance(block, (nn.ModuleList, nn.ModuleDict)):
                 break
         return "no forward that could be read calls it"
@@ -264,6 +282,18 @@ class _Plan:
             elif module in self.forwards:
                 module.__dict__[FORWARD] = self.forwards[module]
                 object.__setattr__(module, "__class__", converted_class(kind))
+
+
+def _with_progress(modules: Collection[nn.Module]) -> Iterable[nn.Module]:
+    """The modules, with a progress line in a terminal beyond two seconds, if tqdm is installed."""
+    if not sys.stderr.isatty():
+        return modules
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return modules
+    progress: Iterable[nn.Module] = tqdm(modules, "convert", leave=False, unit=" modules", delay=2)
+    return progress
 
 
 def _activation_alone(module: nn.Module) -> tuple[str | None, str]:

@@ -173,13 +173,7 @@ class RewrittenForward:
         if _has_any_global_hook() or torch.fx._symbolic_trace.is_fx_symbolic_tracing() or _native.is_for_onnx():
             return False
         for path, name, value in self.attributes:
-            module = child(block, path)
-            current: Any = module
-            for part in name.split("."):
-                current = class_before(module) if part == "__class__" else getattr(current, part, MISSING)
-            if isinstance(current, MethodType):
-                current = current.__func__
-            if not _is_same(current, value):
+            if not is_same(attribute(block, path, name), value):
                 return False
         for path, children in self.children:
             if children_of(child(block, path), self.asks_for_classes) != children:
@@ -190,15 +184,24 @@ class RewrittenForward:
         return all(condition.holds(block) for condition in self.expected)
 
 
-def _is_same(current: Any, value: Any) -> bool:
+def attribute(block: nn.Module, path: Path, name: str) -> Any:
+    """An attribute of a submodule, or of its value if the name has a dot; MISSING if there is none."""
+    module = child(block, path)
+    value: Any = module
+    for part in name.split("."):
+        value = class_before(module) if part == "__class__" else getattr(value, part, MISSING)
+    return value.__func__ if isinstance(value, MethodType) else value
+
+
+def is_same(current: Any, value: Any) -> bool:
     """Like ==, but 2 and 2.0, 0.0 and -0.0, and two orders of a dict are different."""
     # A tensor in the place of a number has an == of its own.
     if type(current) is not type(value):
         return False
     if isinstance(value, dict):
-        return len(current) == len(value) and all(map(_is_same, current.items(), value.items()))
+        return len(current) == len(value) and all(map(is_same, current.items(), value.items()))
     if isinstance(value, (list, tuple)):
-        return len(current) == len(value) and all(map(_is_same, current, value))
+        return len(current) == len(value) and all(map(is_same, current, value))
     same: bool = current == value
     return same and (type(value) is not float or math.copysign(1.0, current) == math.copysign(1.0, value))
 

@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gradkernels import activation
 from gradkernels.acts import act_of_module, act_of_spelling, check_act, resolve_act
 from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
-from gradkernels.conversion.attributes import Path
+from gradkernels.conversion.attributes import Path, held
 from gradkernels.conversion.guard import ORIGINAL, Expected, has_hooks, normalize
+from gradkernels.conversion.purity import functions_from_forward, names_from_forward
 from gradkernels.layers import added_names, why_not_replaced
 
 # torch's class -> ours, which computes the same as long as its `act` is "identity".
@@ -118,6 +120,30 @@ def is_activation(module: nn.Module) -> bool:
         or (type(module).__module__ == "torch.nn.modules.activation" and not isinstance(module, nn.MultiheadAttention))
         or isinstance(module, (activation.PReLU, activation.RReLU))
     )
+
+
+def may_call_an_activation(block: nn.Module) -> bool:
+    """Whether the forward of a module may call a batch norm or an activation that is computed or reported."""
+    # A Sequential calls its children. Another forward may come to every module below it.
+    is_sequential = type(block).forward is nn.Sequential.forward
+    below = block.children() if is_sequential else block.modules()
+    if any(isinstance(part, (_BatchNorm, *ACTIVATION_MODULES)) for part in below):
+        return True
+    if is_sequential:
+        return False
+    functions = functions_from_forward(type(block)).union(
+        value
+        for attribute in block.__dict__.values()
+        for value in held(attribute)
+        if isinstance(value, (FunctionType, BuiltinFunctionType))
+    )
+    return any(map(_is_reported, functions)) or any(map(_is_reported, names_from_forward(type(block))))
+
+
+def _is_reported(target: Any) -> bool:
+    """Whether a function or the name of a method is an activation or a batch norm."""
+    known = act_of_spelling(target) is not None or target in ACTIVATION_FUNCTIONS or target in OTHER_FUNCTIONS
+    return known or target in (F.batch_norm, torch.batch_norm)
 
 
 def activation_name(node: Node, module: nn.Module | None) -> str | None:

@@ -71,7 +71,12 @@ class Unreadable(Exception):
 
 def is_torchs(frame: FrameType) -> bool:
     """Whether the code of a frame is torch's or this package's."""
-    return _top(frame) in ("torch", "gradkernels")
+    return _is_torchs(frame.f_globals.get("__name__"))
+
+
+@functools.cache
+def _is_torchs(module: object) -> bool:
+    return str(module).partition(".")[0] in ("torch", "gradkernels")
 
 
 def _top(frame: FrameType) -> str:
@@ -79,10 +84,13 @@ def _top(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
-def run_watched(function: Callable[[], _Result]) -> _Result:
-    """Calls a function in a thread of its own, and judges all code that it calls before that code runs.
+def run_watched(function: Callable[[Callable[[], None]], _Result]) -> _Result:
+    """Calls a function in a thread of its own, and judges code that it calls before that code runs.
 
     The thread has no profiler, tracer or torch mode; those of the caller are not touched.
+
+    Args:
+        function: gets a function to call when the judging has to begin.
 
     Raises:
         Unreadable: code may read or write something that changes.
@@ -91,7 +99,11 @@ def run_watched(function: Callable[[], _Result]) -> _Result:
     problems: list[Unreadable] = []
 
     def on_call(frame: FrameType, event: str, argument: object) -> None:
-        if event != "call":
+        caller = frame.f_back
+        # First of all, and without a call of Python's: this function runs at each call and return in the thread.
+        if event != "call" or (
+            _is_torchs(frame.f_globals.get("__name__")) and (caller is None or _is_torchs(caller.f_globals.get("__name__")))
+        ):
             return
         # Two functions with the same code differ in the values of their closures.
         key = (frame.f_code, *(id(frame.f_locals.get(name)) for name in frame.f_code.co_freevars))
@@ -137,9 +149,8 @@ def run_watched(function: Callable[[], _Result]) -> _Result:
         return frame.f_trace
 
     def run() -> _Result:
-        sys.setprofile(on_call)
         try:
-            return function()
+            return function(lambda: sys.setprofile(on_call))
         finally:
             sys.setprofile(None)
             sys.settrace(None)
@@ -180,8 +191,6 @@ def _judge_call(frame: FrameType) -> dict[int, str] | None:
     """
     name, caller = frame.f_code.co_name, frame.f_back
     if is_torchs(frame):
-        if caller is None or is_torchs(caller):
-            return None
         if frame.f_code in _OF_MODULES:
             raise Unreadable(f"calls {_OF_MODULES[frame.f_code]} of a module, which no graph records")
         if frame.f_globals.get("__name__") in _OF_MODES:
@@ -238,6 +247,13 @@ def _refused(code: CodeType, closure: dict[str, Any], global_names: dict[str, An
 def names_from_forward(kind: type) -> set[str]:
     """Every name in the code of a forward and of the methods and functions it leads to, except torch's."""
     return {name for code, _ in _code_from(kind, ["forward"]) for name in bytecode.names_in(code)}
+
+
+def functions_from_forward(kind: type) -> set[Any]:
+    """Every function that the code of a forward names, and of the methods and functions that it leads to."""
+    code = _code_from(kind, ["forward"])
+    values = [read.value for part, function in code for read in bytecode.reads(part, {}, function.__globals__)]
+    return {value for value in values if isinstance(value, (FunctionType, BuiltinFunctionType))}
 
 
 def goes_by_names(kind: type) -> bool:
@@ -390,9 +406,14 @@ def is_of_library(kind: type) -> bool:
     return kind.__module__.partition(".")[0] in _LIBRARIES
 
 
-def own_classes(kind: type) -> list[type]:
+def own_classes(kind: type) -> tuple[type, ...]:
     """The class and its bases without those of libraries."""
-    return [base for base in kind.__mro__ if not is_of_library(base)]
+    return _own_classes(kind.__mro__)
+
+
+@functools.cache
+def _own_classes(kinds: tuple[type, ...]) -> tuple[type, ...]:
+    return tuple(kind for kind in kinds if not is_of_library(kind))
 
 
 @functools.cache

@@ -5,11 +5,13 @@ called where the batch norm was called. With an addition, the kernel is called w
 calls was. No call between the two places may then write what the kernel reads (aliasing.py).
 """
 
+import copy
 import dataclasses
 import keyword
 import re
 import unicodedata
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,9 +22,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gradkernels import activation
 from gradkernels.acts import act_of_spelling
 from gradkernels.conversion.aliasing import Aliasing
-from gradkernels.conversion.attributes import Path
+from gradkernels.conversion.attributes import NOT_COMPARABLE, Path, Reads, is_comparable
 from gradkernels.conversion.bytecode import CLASS_TESTS, MISSING
-from gradkernels.conversion.guard import Children, Expected, RewrittenForward, children_of, has_hooks, normalize, shared_in
+from gradkernels.conversion.guard import (
+    Children,
+    Expected,
+    RewrittenForward,
+    attribute,
+    children_of,
+    has_hooks,
+    is_same,
+    normalize,
+    shared_in,
+)
 from gradkernels.conversion.norm_act_layers import rewrite_norm_act
 from gradkernels.conversion.patterns import (
     ACTIVATION_FUNCTIONS,
@@ -51,18 +63,56 @@ from gradkernels.sync_batch_norm_act import SyncBatchNormAct
 _ChildrenOnTheWay = tuple[tuple[Path, Children], ...]
 
 
-def rewrite_forward(block: nn.Module, residual: bool) -> RewriteResult:
+class Reader:
+    """Reads forwards, each only once for all blocks that do not differ in what the forward reads."""
+
+    def __init__(self) -> None:
+        # The shape of a block and the class of arguments -> what was read, and which attributes were.
+        self._known: dict[Any, list[tuple[Reads, Reading]]] = {}
+
+    def read(self, block: nn.Module, kind: type = torch.Tensor) -> Reading:
+        """Reads the forward of one block as it is now.
+
+        Args:
+            block: any module.
+            kind: the class of the arguments whose class the forward asks for.
+        """
+        known = self._known.setdefault((_shape(block), kind), [])
+        reading = next((reading for reads, reading in known if _is_read_again(block, reads)), None)
+        if reading is None:
+            reads: Reads = {}
+            reading = read(block, kind, reads)
+            known.append((reads, reading))
+        # Rewriting changes the graph.
+        return reading if reading.graph is None else dataclasses.replace(reading, graph=copy.deepcopy(reading.graph))
+
+
+def _shape(block: nn.Module) -> tuple[Any, ...]:
+    """What a reading may depend on besides the attributes that it records."""
+    parts = dict(block.named_modules())
+    kinds = [(name, type(part), has_hooks(part), children_of(part, False)) for name, part in parts.items()]
+    return tuple(kinds), shared_in(block)
+
+
+def _is_read_again(block: nn.Module, reads: Reads) -> bool:
+    """Whether a block has the attributes that were read of another one."""
+    pairs = ((attribute(block, *place), value) for place, value in reads.items())
+    return all(not is_comparable(current) if value is NOT_COMPARABLE else is_same(current, value) for current, value in pairs)
+
+
+def rewrite_forward(block: nn.Module, residual: bool, reader: Reader) -> RewriteResult:
     """Reads the forward of one block and returns a rewritten one. The block is not changed.
 
     Args:
         block: any module.
         residual: whether additions may be fused.
+        reader: reads the forward.
     """
-    reading = read(block)
+    reading = reader.read(block)
     result = _rewrite(block, reading, residual)
     if reading.asks_for_class:
         # A forward that asks whether its argument is a tensor gets a list or a tensor.
-        of_list = _rewrite(block, read(block, list), residual)
+        of_list = _rewrite(block, reader.read(block, list), residual)
         result.sites += [site for site in of_list.sites if site not in result.sites]
         result.kept |= of_list.kept
         if result.forward is None or of_list.forward is None:

@@ -184,27 +184,27 @@ class _Tracer(Tracer):
     # Buffers are nodes then. As plain tensors they would be written in place during reading.
     proxy_buffer_attributes = True
 
-    def __init__(self, called: set[int], kind: type, asked: set[str]) -> None:
+    def __init__(self, root: nn.Module, called: set[int], kind: type, asked: set[str]) -> None:
         # The functions of this package are nodes, like torch's. Else torch.fx would trace into them.
         modules: Any = (math, sys.modules["gradkernels"])
         super().__init__(autowrap_modules=modules)
-        self.modes = _modes()
         # Values that the forward read by an attribute or an index, and values that it turned into text.
         self.read_values: list[Node] = []
         self.printed: list[Node] = []
-        # id() of the lists and dicts that are attributes of the modules.
-        self.containers: set[int] = set()
+        # The lists and dicts that are attributes of the modules. By id(): a graph has a copy of a list at each
+        # place where it is used.
+        values = [value for part in root.modules() for value in part.__dict__.values()]
+        self.containers = {id(container) for value in values for container in containers(value)}
         self.called = called
         # The class of an argument whose class the forward asks for.
         self.kind = kind
         # The names of these arguments.
         self.asked = asked
-        self.thread = threading.get_ident()
 
-    def traced(self, module: nn.Module) -> Graph:
-        # By id(): a graph has a copy of a list at each place where it is used.
-        values = [value for part in module.modules() for value in part.__dict__.values()]
-        self.containers = {id(container) for value in values for container in containers(value)}
+    def traced(self, module: nn.Module, watch: Callable[[], None]) -> Graph:
+        self.watch = watch
+        # Those of the thread that reads.
+        self.modes, self.thread = _modes(), threading.get_ident()
         no_tensors: Any = _NoTensors
         with no_tensors():
             graph = self.trace(module)
@@ -226,15 +226,16 @@ class _Tracer(Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
-        if any("__call__" in kind.__dict__ for kind in own_classes(type(m))):
+        if _has_own_call(m):
             raise Unreadable(f"calls a {type(m).__name__}, whose class has its own __call__")
-        if any(map(own_classes, map(type, m.modules()))):
-            self.called.update(map(id, m.modules()))
+        parts = _parts(m)
+        if any(map(own_classes, map(type, parts))):
+            self.called.update(map(id, parts))
             arguments = [container for value in (*args, *kwargs.values()) for container in containers(value)]
             passed = [container for container in arguments if not isinstance(container, tuple)]
-            if passed and any(writes_into_containers(type(part)) for part in m.modules()):
+            if passed and any(writes_into_containers(type(part)) for part in parts):
                 raise Unreadable(f"passes a {type(passed[0]).__name__} to a {type(m).__name__}, which may write into it")
-        if any(part._forward_hooks or part._forward_pre_hooks for part in m.modules()):
+        if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
             self.called.add(HOOKED)
         return super().call_module(m, forward, args, kwargs)
 
@@ -251,6 +252,8 @@ class _Tracer(Tracer):
         return super().create_arg(a)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        # What torch.fx does before is no part of the forward.
+        self.watch()
         optional = optional_arguments(root_fn)
         if not optional:
             return super().create_args_for_root(root_fn, is_module, concrete_args)
@@ -292,37 +295,74 @@ def _arguments(forward: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return dict(list(inspect.signature(forward, follow_wrapped=False).parameters.items())[1:])
 
 
-def read(module: nn.Module, kind: type = torch.Tensor) -> Reading:
+def _sequential(module: nn.Module) -> Graph | None:
+    """The graph of a plain nn.Sequential; None for any other module."""
+    kind = type(module)
+    own = [name for base in own_classes(kind) for name in vars(base)]
+    is_plain = kind.forward is nn.Sequential.forward and not {"__iter__", "__getattr__", "__getattribute__", "_modules"}.intersection(own)
+    children = module._modules.values()
+    if not is_plain or any(child is None or _has_own_call(child) or isinstance(child, torch.jit.ScriptModule) for child in children):
+        return None
+    graph = Graph()
+    value = graph.placeholder("input")
+    for name in module._modules:
+        value = graph.call_module(name, (value,))
+    graph.output(value)
+    return graph
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    """A module and all below it. While a forward is read, each call and each attribute of a module takes long."""
+    parts, stack = {}, [module]
+    while stack:
+        part = stack.pop()
+        if id(part) not in parts:
+            parts[id(part)] = part
+            stack += [child for child in object.__getattribute__(part, "__dict__")["_modules"].values() if child is not None]
+    return [*parts.values()]
+
+
+def _has_own_call(module: nn.Module) -> bool:
+    return any("__call__" in kind.__dict__ for kind in own_classes(type(module)))
+
+
+def read(module: nn.Module, kind: type, reads: Reads) -> Reading:
     """Reads the forward of one module as it is now.
 
     Args:
         module: the module.
         kind: the class of the arguments whose class the forward asks for.
+        reads: gets the attributes that were read, whether the forward can be read or not.
     """
     problem = _why_not_readable(module) or _why_not_optional(module)
     if problem is not None:
         return Reading(None, problem)
+    graph = _sequential(module)
+    if graph is not None:
+        return Reading(graph, None)
     asked: set[str] = set()
+    evaluation: Graph | None = None
     try:
-        (training, reads), (evaluation, evaluation_reads) = (_trace(module, mode, kind, asked) for mode in (True, False))
+        training = _trace(module, True, kind, asked, reads)
+        # A forward that does not read its mode has the same graph in both.
+        if any(name == "training" for _, name in reads):
+            evaluation = _trace(module, False, kind, asked, reads)
     except Unreadable as reason:
         return Reading(None, str(reason), asks_for_class=bool(asked))
     except Exception as error:
         first_line = str(error).partition("\n")[0]
         problem = f"cannot be traced by torch.fx: {type(error).__name__}: {first_line}"
         return Reading(None, problem, asks_for_class=bool(asked))
-    attributes = evaluation_reads | reads
-    modes = sorted(path for path, name in attributes if name == "training")
-    if modes:
-        return Reading(None, f"reads {'.'.join(('self', *modes[0]))}.training", by_mode=(training, evaluation))
-    if str(training) != str(evaluation):
-        return Reading(None, "differs between training and evaluation")
+    if evaluation is not None:
+        mode = min(path for path, name in reads if name == "training")
+        del reads[mode, "training"]
+        return Reading(None, f"reads {'.'.join(('self', *mode))}.training", by_mode=(training, evaluation))
     arguments = enumerate(str(node.target) for node in training.find_nodes(op="placeholder"))
     kinds = tuple((place, name, kind) for place, name in arguments if name in asked)
     return Reading(
         training,
         None,
-        tuple((*place, value) for place, value in sorted(attributes.items())),
+        tuple((*place, value) for place, value in sorted(reads.items())),
         kinds,
         asks_for_class=bool(asked),
         is_partial=_is_partial(module, training),
@@ -336,8 +376,9 @@ def read_evaluation(module: nn.Module) -> tuple[Graph, set[Path]] | None:
     """
     if _why_not_readable(module) is not None:
         return None
+    reads: Reads = {}
     try:
-        graph, reads = _trace(module, False, torch.Tensor, set())
+        graph = _trace(module, False, torch.Tensor, set(), reads)
     except Exception:
         return None
     if _is_partial(module, graph):
@@ -376,21 +417,23 @@ def _is_partial(module: nn.Module, graph: Graph) -> bool:
     return bool(optional_arguments(type(module).forward)) or any(ASKED in node.meta for node in graph.nodes)
 
 
-def _trace(module: nn.Module, training: bool, kind: type, asked: set[str]) -> tuple[Graph, Reads]:
-    """The graph in one mode, and the attributes of the module and its submodules that the forward read.
+def _trace(module: nn.Module, training: bool, kind: type, asked: set[str], reads: Reads) -> Graph:
+    """The graph in one mode.
 
     Args:
         module: the module.
         training: the mode.
         kind: the class of the arguments whose class the forward asks for.
         asked: gets the names of these arguments.
+        reads: gets the attributes of the module and its submodules that the forward reads.
     """
-    reads: Reads = {}
     called: set[int] = set()
 
-    def trace() -> Graph:
+    tracer = _Tracer(module, called, kind, asked)
+
+    def trace(watch: Callable[[], None]) -> Graph:
         with recorded(module, reads, called):
-            return _Tracer(called, kind, asked).traced(module)
+            return tracer.traced(module, watch)
 
     with _ONE_AT_A_TIME, in_mode(module, training):
         graph = run_watched(trace)
@@ -398,7 +441,7 @@ def _trace(module: nn.Module, training: bool, kind: type, asked: set[str]) -> tu
         node.type = None
         if node.op == "get_attr" and not _resolves(module, str(node.target)):
             raise Unreadable("makes a tensor")
-    return graph, reads
+    return graph
 
 
 def _resolves(module: nn.Module, target: str) -> bool:
