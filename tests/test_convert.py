@@ -43,6 +43,7 @@ import gradkernels as gk
 from gradkernels import conversion
 from gradkernels.acts import resolve_act
 from gradkernels.conversion import check, guard, patterns, rewrite, trace
+from gradkernels.conversion.result import Reason
 from models import libraries
 from models.darknet import DarkNet
 from models.dcgan import discriminator
@@ -1411,6 +1412,9 @@ def test_reading_makes_no_class_that_a_registry_sees():
     report = gk.convert(model)
     assert {"Net": Net, "Plain": Plain} == REGISTRY
     assert "the forward of Net stays: its class has an __init_subclass__" in str(report)
+    assert [row.why.remedy for row in report.rows if isinstance(row.why, Reason)] == 2 * [
+        'change it as the guide says under "What it leaves alone"'
+    ]
     assert [type(each) for each in model] == [Net, Plain] and type(model[0].bn) is gk.BatchNormAct2d
 
 
@@ -2132,8 +2136,40 @@ def test_the_printed_report():
         "  module  found              becomes               why\n"
         "  1       BatchNorm2d, ReLU  batch_norm_act(relu)\n"
         "  4       ELU                gradkernels.ELU\n"
-        "  5       GELU               left as it is         there is no kernel for GELU"
+        "  5       GELU               left as it is         there is no kernel for GELU\n"
+        "  reasons, and what would help:\n"
+        "    1 x there is no kernel for GELU"
     )
+
+
+def test_the_printed_report_groups_equal_rows_and_says_what_would_help():
+    parts = [nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.GELU()]
+    model = nn.Sequential(*[nn.Sequential(*copy.deepcopy(parts)) for _ in range(3)], block(LEFT["catches"][0]))
+    report = gk.convert(model)
+    assert len(report.rows) == 8
+    lines = str(report).splitlines()
+    assert [line.split("  ")[1] for line in lines[2:6]] == ["0.1 x 3", "0.3 x 3", "3.bn", "3.act"]
+    assert lines[6:] == [
+        "  reasons, and what would help:",
+        "    3 x there is no kernel for GELU",
+        '    2 x the forward of Written catches exceptions: change it as the guide says under "What it leaves alone"',
+    ]
+    assert str(pickle.loads(pickle.dumps(report))) == str(report)
+
+
+def test_what_would_help_where_a_user_can_change_it():
+    model = block(into_the_other, blocks=nn.ModuleList([nn.SiLU(inplace=True)]))
+    model.bn.register_forward_hook(lambda *_: None)
+    reasons = {row.why.remedy for row in gk.convert(model).rows if isinstance(row.why, Reason)}
+    assert reasons == {"remove the hook"}
+    for model, name, arguments, remedy in (
+        (block(into_the_other), "bn", {}, "write y = y + bn(x), and not y += bn(x)"),
+        (block(WRITTEN["bn + x"][0]), "bn", {"residual": False}, "convert with residual=True"),
+        (block(lambda self, x: self.act(x), nn.SiLU(True)), "act", {}, "use inplace=False"),
+        (block(lambda self, x: self.act(x), nn.ELU()), "act", {}, "write y = y + x after it, and not y += x"),
+        (block(LEFT["class of a submodule"][0]), "bn", {}, "use isinstance, and not type() or __class__"),
+    ):
+        assert next(row.why.remedy for row in gk.convert(model, **arguments).rows if row.name == name) == remedy
 
 
 def test_the_report_says_what_hides_the_place_of_an_activation():

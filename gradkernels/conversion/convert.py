@@ -32,9 +32,10 @@ from gradkernels.conversion.patterns import (
 )
 from gradkernels.conversion.purity import attributes_looked_for, classes_asked
 from gradkernels.conversion.report import ConversionReport, Row
-from gradkernels.conversion.result import IS_IN_PLACE, KEEPS_ITS_OUTPUT, NOTHING_TO_FUSE, Site
+from gradkernels.conversion.result import IS_IN_PLACE, KEEPS_ITS_OUTPUT, NOTHING_TO_FUSE, Reason, Site
 from gradkernels.layers import check_model
 
+_REMEDY_OF_FORWARDS = 'change it as the guide says under "What it leaves alone"'
 _QUANTISED = ("torch.ao.", "torch.nn.quantized", "torch.nn.intrinsic", "torch.nn.qat", "torchao.")
 
 
@@ -204,7 +205,7 @@ class _Plan:
         result = rewrite.rewrite_forward(block, residual, self.reader)
         self.kept |= result.kept
         if result.problem is not None:
-            self.problems[block] = result.problem
+            self.problems[block] = Reason(result.problem, _REMEDY_OF_FORWARDS)
         if result.forward is not None:
             why = why_not_derived(type(block))
             if why is not None:
@@ -219,8 +220,11 @@ class _Plan:
         classes_and_names = changing | {kind.__name__ for kind in changing}
         for block in self.names:
             if any(not asked or asked & classes_and_names for asked in classes_asked(type(block))):
-                why = f"{type(block).__name__} asks for the class of a module, which conversion would change"
-                self.kept.update(dict.fromkeys(block.modules(), why))
+                asks = Reason(
+                    f"{type(block).__name__} asks for the class of a module, which conversion would change",
+                    "use isinstance, and not type() or __class__",
+                )
+                self.kept.update(dict.fromkeys(block.modules(), asks))
             if block in self.problems:
                 looked_for = attributes_looked_for(type(block))
                 self.kept |= {module: why for module in block.modules() if (why := why_kept(module, looked_for))}
@@ -260,7 +264,9 @@ class _Plan:
             block = self.above(name)
             name = name.rpartition(".")[0]
             if block in self.problems:
-                return f"the forward of {type(block).__name__} {self.problems[block]}"
+                problem = self.problems[block]
+                why = f"the forward of {type(block).__name__} {problem}"
+                return Reason(why, problem.remedy) if isinstance(problem, Reason) else why
             if block in self.unread:
                 return ""
             if not isinstance(block, (nn.ModuleList, nn.ModuleDict)):

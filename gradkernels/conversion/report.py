@@ -1,10 +1,12 @@
 """ConversionReport: what convert did at each batch norm and activation, and why it did no more."""
 
+import collections
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gradkernels import _native, text
 from gradkernels.conversion.check import Difference
+from gradkernels.conversion.result import Reason
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,8 @@ class Row:
             model itself.
         found: the batch norm or the activation that is called there, and what is fused with it.
         becomes: what computes it now; None if it was left as it was.
-        why: why it was left as it was, or why no more was fused with it.
+        why: why it was left as it was, or why no more was fused with it. The printed report groups rows that
+            differ in nothing but the name, and ends with each reason and what would help.
         is_fused: whether one kernel computes more than one call.
     """
 
@@ -72,10 +75,21 @@ class ConversionReport:
                 yield "  less in `with gradkernels.recompute():`, where backward computes outputs of batch_norm_act again"
             yield f"  largest difference of outputs: {self.output_difference}"
             yield f"  largest difference of gradients: {self.gradient_difference}"
-        cells = [("module", "found", "becomes", "why")]
-        cells += [(row.name or "(the model)", row.found, row.becomes or "left as it is", row.why) for row in self.rows]
-        if self.rows:
-            yield from (f"  {line}" for line in text.columns(cells, left=range(4)))
+        if not self.rows:
+            return
+        first_names: dict[tuple[str, str, str], str] = {}
+        counts: collections.Counter[tuple[str, str, str]] = collections.Counter()
+        for row in self.rows:
+            cells = row.found, row.becomes or "left as it is", row.why
+            first_names.setdefault(cells, row.name or "(the model)")
+            counts[cells] += 1
+        lines = [(name + f" x {counts[cells]}" * (counts[cells] > 1), *cells) for cells, name in first_names.items()]
+        yield from (f"  {line}" for line in text.columns([("module", "found", "becomes", "why"), *lines], left=range(4)))
+        reasons = collections.Counter(row.why for row in self.rows if row.why)
+        if reasons:
+            yield "  reasons, and what would help:"
+        for why, count in reasons.most_common():
+            yield f"    {count} x {why}" + (f": {why.remedy}" if isinstance(why, Reason) else "")
 
 
 def _size(count: int) -> str:

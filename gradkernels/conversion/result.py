@@ -1,14 +1,37 @@
 """What rewriting the forward of one block gives."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from gradkernels.conversion.guard import RewrittenForward
 
+
+class Reason(str):
+    """Why a call stays as it was, with what the user can change.
+
+    Attributes:
+        remedy: what the user can change.
+    """
+
+    remedy: str
+
+    def __new__(cls, why: str, remedy: str) -> "Reason":
+        reason = super().__new__(cls, why)
+        reason.remedy = remedy
+        return reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.remedy)
+
+
 # Reasons that hold for a module and for a function.
-KEEPS_ITS_OUTPUT = "gradkernels.ELU keeps its output for the gradient, and something may write into that output"
-IS_IN_PLACE = "it is in place, which the kernel is not, and something else may read its input"
+KEEPS_ITS_OUTPUT = Reason(
+    "gradkernels.ELU keeps its output for the gradient, and something may write into that output",
+    "write y = y + x after it, and not y += x",
+)
+IS_IN_PLACE = Reason("it is in place, which the kernel is not, and something else may read its input", "use inplace=False")
 NOTHING_TO_FUSE = "torch's is kept: without a batch norm there is nothing to fuse"
 
 

@@ -56,7 +56,7 @@ from gradkernels.conversion.patterns import (
     why_kept,
 )
 from gradkernels.conversion.purity import names_from_forward
-from gradkernels.conversion.result import IS_IN_PLACE, KEEPS_ITS_OUTPUT, NOTHING_TO_FUSE, RewriteResult, Site
+from gradkernels.conversion.result import IS_IN_PLACE, KEEPS_ITS_OUTPUT, NOTHING_TO_FUSE, Reason, RewriteResult, Site
 from gradkernels.conversion.trace import Reading, read
 from gradkernels.sync_batch_norm_act import SyncBatchNormAct
 
@@ -190,7 +190,7 @@ class Rewriter:
         elif why := self.kept.get(module) or why_kept(module):
             site.why = why
         elif has_hooks(module):
-            site.why = "it has a hook, which would get a different tensor if the calls were fused"
+            site.why = Reason("it has a hook, which would get a different tensor if the calls were fused", "remove the hook")
         elif getattr(module, "act", "identity") != "identity" or len(node.args) != 1 or node.kwargs:
             site.why = "it already has an activation or a residual"
         if site.why:
@@ -220,10 +220,10 @@ class Rewriter:
         residual = addend(users[-1], [node, *users][-2])
         if residual is None:
             if users[-1].target in WRITING_ADDITIONS:
-                return bn_alone, "the sum is written into the other term"
+                return bn_alone, Reason("the sum is written into the other term", "write y = y + bn(x), and not y += bn(x)")
             return bn_alone, self.add_activation(bn_alone, users)
         if not self.residual:
-            return bn_alone, "an addition follows, and residual=False"
+            return bn_alone, Reason("an addition follows, and residual=False", "convert with residual=True")
         chain = Chain([node, *users], [node, *users[:-1]], residual=residual, addition=users[-1], names=["add"])
         users_of_sum, why = self.way_to_user(users[-1])
         why = why or self.add_activation(chain, users_of_sum)
@@ -331,7 +331,9 @@ class Rewriter:
         if node.target in ACTIVATION_FUNCTIONS:
             yield self.at_function(node, name)
         elif node.target in (F.batch_norm, torch.batch_norm):
-            yield Site(None, name, why="it is a call of the function; only modules are fused")
+            yield Site(
+                None, name, why=Reason("it is a call of the function; only modules are fused", "use a module, such as nn.BatchNorm2d")
+            )
         elif act_of_spelling(node.target) is not None and getattr(node.target, "__module__", "") != activation.__name__:
             yield Site(None, name, why=NOTHING_TO_FUSE)
         elif node.target in OTHER_FUNCTIONS:
