@@ -737,6 +737,23 @@ def by_twins(once, again):
     return lambda self, x: self.act(self.bn(again(once(x))))
 
 
+def of_a_generator(self, x):
+    for y in yields_twice(self, x):
+        x = y
+    return x
+
+
+def yields_twice(self, x):
+    yield x
+    yield of_a_switch(self.bn(x))
+
+
+def made_by_itself(self, x):
+    if self.made is None:
+        return lambda y: F.relu(y) if SWITCHES["relu"] else y
+    return self.made(self.bn(x))
+
+
 def matched(self, x):
     match x:
         case [first, _]:
@@ -775,6 +792,8 @@ LEFT = {
     "a key": (lambda self, x: self.act(self.bn(x)) if x.size(1) in {3} else x, "uses a value as a key"),
     "a key of a ModuleDict": (lambda self, x: self.act(self.bn(x)) if x.size(1) in self.parts else x, "uses a value as a key"),
     "a number of NumPy": (lambda self, x: self.act(self.bn(x)) * self.root, "computes with a float64"),
+    "a function that a generator calls when it goes on": (of_a_generator, "reads SWITCHES, a dict"),
+    "a function that an earlier call made": (made_by_itself, "reads SWITCHES, a dict"),
     "a pattern": (matched, "matches a value with a pattern"),
     "a list of the class": (lambda self, x: self.of_class.append(1) or self.act(self.bn(x)), "writes Written.of_class"),
     "a class by another name": (by_another_name, "reads Config, a class with attributes"),
@@ -957,6 +976,8 @@ def test_what_is_left_alone(name):
     }
     model = block(forward, **plain)
     type(model).calls, type(model).count = 0, Counting.__dict__["count"]
+    model.made = None
+    model.made = made_by_itself(model, X()) if name == "a function that an earlier call made" else None
     model.child, model.doubled, model.parts = Child(), Doubled(), nn.ModuleDict()
     model.root, type(model).of_class, model.config = np.sqrt(2.0), [0], Sizes()
     type(model).cached = functools.lru_cache(lambda self: 2.0)

@@ -17,7 +17,7 @@ import gc
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import BuiltinFunctionType, CellType, CodeType, FrameType, FunctionType, MethodDescriptorType, ModuleType
 from typing import Any, TypeVar
@@ -96,6 +96,7 @@ def run_watched(function: Callable[[Callable[[], None]], _Result]) -> _Result:
         Unreadable: code may read or write something that changes.
     """
     judged: dict[Any, dict[int, str]] = {}
+    codes: set[CodeType] = set()
     problems: list[Unreadable] = []
 
     def on_call(frame: FrameType, event: str, argument: object) -> None:
@@ -109,20 +110,19 @@ def run_watched(function: Callable[[Callable[[], None]], _Result]) -> _Result:
         key = (frame.f_code, *(id(frame.f_locals.get(name)) for name in frame.f_code.co_freevars))
         if key not in judged and frame.f_code not in judged:
             try:
-                refused = _judge_call(frame)
+                refused = _judge_call(frame, judged)
                 # Checked only here: it reads f_locals of other frames.
-                if refused and _is_no_part_of_the_forward(frame):
+                if refused and _is_no_part_of_the_forward(frame, codes):
                     return
             except Unreadable as problem:
-                if _is_no_part_of_the_forward(frame):
+                if _is_no_part_of_the_forward(frame, codes):
                     return
                 problems.append(problem)
                 raise
             if refused is None:
                 return
             judged[key] = refused
-            # The functions that are written inside it were judged with it.
-            judged.update({code: {} for code in with_nested(frame.f_code) if code is not frame.f_code})
+            codes.add(frame.f_code)
         refused = judged.get(key, {})
         compared = bytecode.locals_compared(frame.f_code)
         if refused or compared:
@@ -164,15 +164,20 @@ def run_watched(function: Callable[[Callable[[], None]], _Result]) -> _Result:
     return future.result()
 
 
-def _is_no_part_of_the_forward(frame: FrameType) -> bool:
-    """Whether a frame belongs to a finalizer, the garbage collector, a closed generator or an import."""
+def _is_no_part_of_the_forward(frame: FrameType, codes: Container[CodeType]) -> bool:
+    """Whether a frame belongs to a finalizer, the garbage collector, a closed generator or an import.
+
+    Args:
+        frame: the frame.
+        codes: what the forward has run so far. A generator that began before is none of it.
+    """
     of_collector = [getattr(callback, "__code__", None) for callback in gc.callbacks]
     caller: FrameType | None = frame
     while caller is not None:
         code = caller.f_code
         if code in of_collector or caller.f_globals.get("__name__") in ("importlib._bootstrap", "_frozen_importlib"):
             return True
-        if bytecode.is_generator_under_way(caller):
+        if bytecode.is_generator_under_way(caller) and code not in codes:
             return True
         first: Any = caller.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
         if code.co_name == "__del__" and gc.is_finalized(first):
@@ -183,8 +188,12 @@ def _is_no_part_of_the_forward(frame: FrameType) -> bool:
     return False
 
 
-def _judge_call(frame: FrameType) -> dict[int, str] | None:
+def _judge_call(frame: FrameType, judged: dict[Any, dict[int, str]]) -> dict[int, str] | None:
     """The offsets of the instructions that a frame must not run, and why; None for code of torch or Python.
+
+    Args:
+        frame: the frame.
+        judged: gets the functions that are written inside it, in which there is nothing to refuse.
 
     Raises:
         Unreadable: the frame must not run.
@@ -210,7 +219,10 @@ def _judge_call(frame: FrameType) -> dict[int, str] | None:
     refused: dict[int, str] = {}
     closure = {name: frame.f_locals[name] for name in frame.f_code.co_freevars if name in frame.f_locals}
     for place, code in bytecode.with_places(frame.f_code):
-        for offset, reason in _refused(code, closure, {**frame.f_builtins, **frame.f_globals}):
+        found = list(_refused(code, closure, {**frame.f_builtins, **frame.f_globals}))
+        if place is not None and not found:
+            judged[code] = {}
+        for offset, reason in found:
             if offset == bytecode.EVERYWHERE:
                 raise Unreadable(reason)
             refused.setdefault(bytecode.starts(frame.f_code)[offset if place is None else place], reason)
