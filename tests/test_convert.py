@@ -2018,6 +2018,17 @@ def test_a_block_that_differs_from_one_that_was_read(name, order, monkeypatch):
     assert len(read) == 1 + reads_more
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_blocks_that_read_their_mode_are_read_once(training, monkeypatch):
+    read = []
+    monkeypatch.setattr(rewrite, "read", lambda *arguments: read.append(arguments) or trace.read(*arguments))
+    model = nn.Sequential(*[libraries.BatchNormAct2d(3) for _ in range(3)], block(LEFT["training"][0]), block(LEFT["mode of a child"][0]))
+    report = gk.convert(model.train(training))
+    assert [row.is_fused for row in report.rows] == [True] * 3 + [False] * 4
+    # The Sequential, the batch norms as one, and two blocks.
+    assert len(read) == 4
+
+
 def test_nothing_is_traced_without_a_batch_norm_or_an_activation_of_ours(monkeypatch):
     monkeypatch.setattr(trace, "_trace", None)
 

@@ -100,11 +100,10 @@ def run_watched(function: Callable[[Callable[[], None]], _Result]) -> _Result:
     problems: list[Unreadable] = []
 
     def on_call(frame: FrameType, event: str, argument: object) -> None:
-        caller = frame.f_back
         # First of all, and without a call of Python's: this function runs at each call and return in the thread.
-        if event != "call" or (
-            _is_torchs(frame.f_globals.get("__name__")) and (caller is None or _is_torchs(caller.f_globals.get("__name__")))
-        ):
+        if event != "call":
+            return
+        if _is_torchs(frame.f_globals.get("__name__")) and (frame.f_back is None or _is_torchs(frame.f_back.f_globals.get("__name__"))):
             return
         # Two functions with the same code differ in the values of their closures.
         key = (frame.f_code, *(id(frame.f_locals.get(name)) for name in frame.f_code.co_freevars))

@@ -82,7 +82,8 @@ class Reader:
         if reading is None:
             reads: Reads = {}
             reading = read(block, kind, reads)
-            known.append((reads, reading))
+            # Reading sets the mode itself.
+            known.append(({place: value for place, value in reads.items() if place[1] != "training"}, reading))
         # Rewriting changes the graph.
         return reading if reading.graph is None else dataclasses.replace(reading, graph=copy.deepcopy(reading.graph))
 

@@ -252,14 +252,20 @@ class _Tracer(Tracer):
         return super().create_arg(a)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        # What torch.fx does before is no part of the forward.
-        self.watch()
         optional = optional_arguments(root_fn)
-        if not optional:
-            return super().create_args_for_root(root_fn, is_module, concrete_args)
-        # Python gives the others their defaults.
-        names = [name for name in _arguments(root_fn) if name not in optional]
-        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
+        if optional:
+            # Python gives these arguments their defaults.
+            names = [name for name in _arguments(root_fn) if name not in optional]
+            arguments = [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
+        else:
+            root_fn, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
+
+        def forward(*arguments: Any) -> Any:
+            # What torch.fx does before is no part of the forward.
+            self.watch()
+            return root_fn(*arguments)
+
+        return forward, arguments
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -355,7 +361,6 @@ def read(module: nn.Module, kind: type, reads: Reads) -> Reading:
         return Reading(None, problem, asks_for_class=bool(asked))
     if evaluation is not None:
         mode = min(path for path, name in reads if name == "training")
-        del reads[mode, "training"]
         return Reading(None, f"reads {'.'.join(('self', *mode))}.training", by_mode=(training, evaluation))
     arguments = enumerate(str(node.target) for node in training.find_nodes(op="placeholder"))
     kinds = tuple((place, name, kind) for place, name in arguments if name in asked)
