@@ -72,7 +72,7 @@ NETWORKS = {
             libraries.BatchNormAct2d(8, drop=nn.AlphaDropout(0.0)),
         ),
         IMAGES,
-        {"swish": 1, "identity": 3},
+        {"swish": 1, "hardswish": 1, "identity": 2},
     ),
     "Ultralytics": (
         lambda: nn.Sequential(libraries.Conv(3, 8, 3), libraries.C2f(8, 8, 2), libraries.Conv(8, 8, act=False)),
@@ -134,7 +134,7 @@ def assert_same(actual, expected, bound=1e-7):
 class Operators(TorchDispatchMode):
     """Counts the batch norms and activations that run: ours by act and residual, torch's by name."""
 
-    TORCHS = ("batch_norm", "relu", "elu", "silu", "leaky_relu", "hardtanh")
+    TORCHS = ("batch_norm", "relu", "elu", "silu", "leaky_relu", "hardtanh", "hardswish")
 
     def __init__(self):
         super().__init__()
