@@ -56,7 +56,7 @@ def activation_backward(act, saved, guarded, dtype):
 def rrelu(direction, guarded, dtype):
     x, y = tensors(guarded, 2, SIZE, dtype)
     mask = guarded.empty((SIZE + 7) // 8, torch.uint8)
-    return f"rrelu_{direction}", dtype, 7, 0.1, 0.3, SIZE, x, *((y, mask) if direction == "forward" else (mask, y))
+    return f"rrelu_{direction}", dtype, torch.tensor(7), 0.1, 0.3, SIZE, x, *((y, mask) if direction == "forward" else (mask, y))
 
 
 def parametric_forward(act, shape, guarded, dtype):

@@ -17,13 +17,13 @@ void activation_backward(int dtype, int kind, double parameter, int saved_kind, 
                             count, grad_y, saved, grad_x);
 }
 
-void rrelu_forward(int dtype, int64_t seed, double lower, double upper, int64_t count, const void* x, void* y, uint8_t* mask) {
-  cuda::rrelu_forward(static_cast<DType>(dtype), {&seed, lower, upper}, count, x, y, mask);
+void rrelu_forward(int dtype, const int64_t* seed, double lower, double upper, int64_t count, const void* x, void* y, uint8_t* mask) {
+  cuda::rrelu_forward(static_cast<DType>(dtype), {seed, lower, upper}, count, x, y, mask);
 }
 
-void rrelu_backward(int dtype, int64_t seed, double lower, double upper, int64_t count, const void* grad_y, const uint8_t* mask,
+void rrelu_backward(int dtype, const int64_t* seed, double lower, double upper, int64_t count, const void* grad_y, const uint8_t* mask,
                     void* grad_x) {
-  cuda::rrelu_backward(static_cast<DType>(dtype), {&seed, lower, upper}, count, grad_y, mask, grad_x);
+  cuda::rrelu_backward(static_cast<DType>(dtype), {seed, lower, upper}, count, grad_y, mask, grad_x);
 }
 
 void parametric_forward(int dtype, int64_t rows, int64_t channels, int64_t inner, int act, const void* x, const void* parameter, void* y) {
@@ -49,7 +49,8 @@ int main() {
     grad_y[i] = static_cast<float>(i % 5);
   }
   activation_forward(0, 3, 0.1, 3000, x.data(), out.data(), mask.data());
-  rrelu_forward(0, 7, 0.1, 0.3, 3000, x.data(), out.data(), mask.data());
+  const int64_t seed = 7;
+  rrelu_forward(0, &seed, 0.1, 0.3, 3000, x.data(), out.data(), mask.data());
   const int64_t shapes[][3] = {{1, 1, 16500}, {3, 2, 49}, {600, 64, 1}};
   for (const auto& shape : shapes) {
     parametric_backward(0, shape[0], shape[1], shape[2], 0, grad_y.data(), x.data(), parameter.data(), out.data(), grad_parameter.data());

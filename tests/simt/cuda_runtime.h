@@ -45,8 +45,18 @@ namespace simt {
 
 // Whether the kernels were built for the GPU.
 bool has_code();
-// Calls body(context) in every thread of the grid.
-void run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* context);
+// A kernel with its arguments, and with a function that calls it in the running thread.
+struct Call {
+  const void* kernel;
+  void** arguments;
+  const size_t* argument_bytes;
+  size_t argument_count;
+  void (*body)(const void*);
+  const void* context;
+};
+// Calls the kernel in every thread of the grid.
+void run(dim3 grid, dim3 block, size_t shared_bytes, const Call& call);
+void fill(void* data, int value, size_t bytes);
 
 void* shared_memory();
 void block_sync();
@@ -75,7 +85,10 @@ inline int lane() { return static_cast<int>(threadIdx.x % 32); }
 template <typename... Parameters, size_t... places>
 void run(void (*kernel)(Parameters...), dim3 grid, dim3 block, void** arguments, size_t shared_bytes, std::index_sequence<places...>) {
   const auto body = [&] { kernel(*static_cast<const Parameters*>(arguments[places])...); };
-  run(grid, block, shared_bytes, [](const void* context) { (*static_cast<const decltype(body)*>(context))(); }, &body);
+  const size_t bytes[] = {sizeof(Parameters)...};
+  run(grid, block, shared_bytes,
+      {reinterpret_cast<const void*>(kernel), arguments, bytes, sizeof...(Parameters),
+       [](const void* context) { (*static_cast<const decltype(body)*>(context))(); }, &body});
 }
 
 }  // namespace simt
@@ -87,7 +100,7 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 bloc
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
-  std::memset(data, value, bytes);
+  simt::fill(data, value, bytes);
   return cudaSuccess;
 }
 

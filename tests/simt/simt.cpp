@@ -112,8 +112,7 @@ struct Block {
   int step;     // 1, or -1 for the reverse order
   ucontext_t scheduler;
   void* scheduler_tsan;
-  void (*body)(const void*);
-  const void* context;
+  const Call* call;
 };
 
 Block block;
@@ -130,6 +129,16 @@ bool has_launched;
 bool counts_sectors;
 Sectors sectors_of[2];         // loads, stores
 std::vector<Access> accesses;  // of the running block
+
+// What runs kernels instead of fibers, and is told of the memory that launchers use (tests/ptx/machine.cpp).
+struct Runner {
+  void (*launch)(const void* kernel, const dim3& grid, const dim3& block, size_t shared_bytes, void** arguments,
+                 const size_t* argument_bytes, size_t argument_count);
+  void (*allocated)(void* p, size_t bytes);
+  void (*released)(void* p);
+  void (*filled)(void* p, size_t bytes);
+};
+Runner runner;
 
 Fiber& running() { return block.fibers[block.running]; }
 
@@ -194,7 +203,7 @@ unsigned char* memory_of(size_t bytes) {
 }
 
 void thread_main() {
-  block.body(block.context);
+  block.call->body(block.call->context);
   Fiber& fiber = running();
   fiber.done = true;
   --block.alive;
@@ -279,16 +288,19 @@ void run_block(size_t shared_bytes) {
 
 }  // namespace
 
-void run(dim3 grid, dim3 threads, size_t shared_bytes, void (*body)(const void*), const void* context) {
+void run(dim3 grid, dim3 threads, size_t shared_bytes, const Call& call) {
   has_launched = is_watched;
+  if (runner.launch != nullptr) {
+    runner.launch(call.kernel, grid, threads, shared_bytes, call.arguments, call.argument_bytes, call.argument_count);
+    return;
+  }
   const unsigned count = threads.x * threads.y * threads.z;
   if (count == 0 || count > 1024) fail("a block has 1 to 1024 threads");
   if (shared_bytes > kMostSharedBytes) fail("too much shared memory");
   skipped_barrier = setting("SIMT_WITHOUT_BARRIER");
   skipped_fence = setting("SIMT_WITHOUT_FENCE");
   block.step = setting("SIMT_REVERSED") == 0 ? 1 : -1;
-  block.body = body;
-  block.context = context;
+  block.call = &call;
   gridDim = grid;
   blockDim = threads;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
@@ -303,6 +315,11 @@ void run(dim3 grid, dim3 threads, size_t shared_bytes, void (*body)(const void*)
   for ([[maybe_unused]] void* fiber : sanitized_fibers) SIMT_TSAN(__tsan_destroy_fiber(fiber));
   sanitized_fibers.clear();
   memories.clear();
+}
+
+void fill(void* data, int value, size_t bytes) {
+  std::memset(data, value, bytes);
+  if (runner.filled != nullptr) runner.filled(data, bytes);
 }
 
 bool has_code() { return setting("SIMT_BUILT_FOR") <= gradkernels::cuda::device_limits().compute_capability; }
@@ -369,8 +386,12 @@ Workspace::Workspace(size_t bytes) : data_(bytes > 0 ? std::malloc(bytes) : null
   if (simt::has_launched) simt::fail("a launcher allocates memory after a launch");
   if (data_ == nullptr) throw std::bad_alloc();
   std::memset(data_, 0xFF, bytes);
+  if (simt::runner.allocated != nullptr) simt::runner.allocated(data_, bytes);
 }
-Workspace::~Workspace() { std::free(data_); }
+Workspace::~Workspace() {
+  if (simt::runner.released != nullptr && data_ != nullptr) simt::runner.released(data_);
+  std::free(data_);
+}
 
 void check(cudaError_t status) {
   if (status == cudaErrorNoKernelImageForDevice) simt::fail(without_code("sm_90", device_limits().compute_capability).c_str());
@@ -383,6 +404,12 @@ extern "C" void begin_call() {
   simt::is_watched = true;
   simt::has_launched = false;
   simt::sectors_of[0] = simt::sectors_of[1] = {0, 0};
+}
+
+// From here on `launch` runs the kernels.
+extern "C" void run_on(decltype(simt::Runner::launch) launch, decltype(simt::Runner::allocated) allocated,
+                       decltype(simt::Runner::released) released, decltype(simt::Runner::filled) filled) {
+  simt::runner = {launch, allocated, released, filled};
 }
 
 extern "C" void count_sectors(int counts) { simt::counts_sectors = counts != 0; }
