@@ -253,7 +253,7 @@ def test_adaptive_clipping(call, guarded, scale, norm_type):
 def test_rmsprop(call_optim, guarded, momentum, centered, dtype):
     options = (0.01, 0.9, 1e-8, 0.1, momentum, 0.5)
     states = []
-    for i, size in enumerate([0, 1, 7, 8, 9, 2049, 16_385]):
+    for i, size in enumerate([0, 1, 7, 8, 9, 2049, 16_385, 2050]):
         values = [torch.randn(size), torch.randn(size), torch.rand(size) + 1, torch.rand(size) / 2, torch.randn(size)]
         states.append([guarded.copy(each.to(dtype), offset=i % 3 == 1) for each in values])
     expected = [[each.clone() for each in state] for state in states]
