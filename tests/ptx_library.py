@@ -42,6 +42,13 @@ MACHINE_FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fn
 ANONYMOUS = re.compile(r"\d+_GLOBAL__N_(?:1|_[0-9a-f]{8}_\d+_\w+?_cu_[0-9a-f]{8})(?=\d|$)")
 
 
+def required(compiler):
+    path = shutil.which(compiler)
+    if path is None:
+        pytest.skip(f"there is no {compiler}, and the kernels' PTX was not executed")
+    return path
+
+
 def kept(name, paths, command, make):
     """build/ptx/`name` with a hash of the files and the command, made by make(path) if it does not exist yet."""
     content = hashlib.sha256(repr(command).encode())
@@ -63,9 +70,7 @@ def kept(name, paths, command, make):
 @cache
 def ptx_of(stem, architecture):
     """nvcc's PTX of csrc/cuda/<stem>.cu."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("there is no nvcc to compile the kernels to PTX")
+    nvcc = required("nvcc")
     paths = [path for pattern in SOURCES for path in ROOT.glob(pattern) if path.suffix != ".cu" or path.stem == stem]
     command = [nvcc, "-ptx", f"-arch={architecture}", *NVCC_FLAGS, f"csrc/cuda/{stem}.cu", "-o"]
     path = kept(f"{stem}-{architecture}.ptx", paths, command, lambda target: subprocess.run([*command, str(target)], cwd=ROOT, check=True))
@@ -89,9 +94,11 @@ def of_both_compilers(name):
 @cache
 def machine():
     """tests/ptx as a library."""
+    # Without it there is nothing to run.
+    required("nvcc")
     folder = ROOT / "tests/ptx"
     command = [
-        shutil.which(os.environ.get("CXX", "g++")),
+        required(os.environ.get("CXX", "g++")),
         *MACHINE_FLAGS,
         "-fPIC",
         "-shared",
