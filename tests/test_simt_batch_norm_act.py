@@ -43,6 +43,8 @@ SHAPES = [
         (90, 1, 196),
         (40, 2, 100),
     ],
+    # Several parts of packets of 8 bytes, in rows across channels.
+    (3000, 20, 1),
 ]
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -149,6 +149,13 @@ def test_the_whole_range_of_16_bits(call, guarded, dtype, norm_type):
     assert_near("total", total, [exact_norm(np.concatenate(values), norm_type)], True)
 
 
+def test_the_largest_element_stands_anywhere(call, guarded):
+    tensors = [guarded.copy(torch.tensor([0.0] * i + [-3.0] + [0.0] * (7 - i)).to(dtype)) for dtype in DTYPES for i in range(8)]
+    for norm_type in NORMS:
+        _, max_abs, _, _ = norms_of(call, guarded, tensors, norm_type)
+        assert (max_abs == 3).all()
+
+
 def test_norms_of_many_tensors(call, guarded):
     tensors = [guarded.copy(torch.randn(1 + i % 3)) for i in range(MOST_TENSORS + 2)]
     norms, _, _, total = norms_of(call, guarded, tensors, 2.0)

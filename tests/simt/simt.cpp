@@ -1,6 +1,6 @@
 // The fibers of cuda_runtime.h, and the functions that csrc/cuda/device.h takes from torch elsewhere. The GPU
 // has two processors, so that small sizes already need grids that stride over their work and blocks that wait
-// for the last one.
+// for the last one; and a cache of 1 KiB, so that results already exceed it.
 //
 // Settings (environment variables):
 //   SIMT_WITHOUT_BARRIER=k, SIMT_WITHOUT_FENCE=k  the k-th barrier or fence of each thread orders nothing;
@@ -376,7 +376,7 @@ namespace gradkernels::cuda {
 cudaStream_t current_stream() { return nullptr; }
 
 const DeviceLimits& device_limits() {
-  static const DeviceLimits limits{2, simt::setting("SIMT_COMPUTE_CAPABILITY", 90), 4 << 20};
+  static const DeviceLimits limits{2, simt::setting("SIMT_COMPUTE_CAPABILITY", 90), 1 << 10};
   return limits;
 }
 
