@@ -105,7 +105,7 @@ def machine():
         *map(str, sorted(folder.glob("*.cpp"))),
         "-o",
     ]
-    path = kept("machine.so", folder.iterdir(), command, lambda target: subprocess.run([*command, str(target)], check=True))
+    path = kept("machine.so", folder.glob("*.[ch]*"), command, lambda target: subprocess.run([*command, str(target)], check=True))
     library = ctypes.CDLL(str(path))
     library.take_error.restype = ctypes.c_char_p
     return library
@@ -127,19 +127,31 @@ def bind(stem, kernels):
         machine().bind_kernel(ctypes.c_void_p(addresses_of(stem)[of_both_compilers(name)]), text.encode())
 
 
+def marks_of(stem, run):
+    """Of each kernel of the stem, a byte for each character of its text, which is 1 where run() executes the instruction."""
+    load(stem)
+    kernels = kernels_of(ptx_of(stem, "sm_90"))
+    bind(stem, kernels)
+    run()
+    marks = {name: ctypes.create_string_buffer(len(text)) for name, text in kernels.items()}
+    for name, buffer in marks.items():
+        machine().mark_run(ctypes.c_void_p(addresses_of(stem)[of_both_compilers(name)]), buffer)
+    return {name: buffer.raw for name, buffer in marks.items()}
+
+
 @contextmanager
-def planted(stem, fault):
-    """Kernels of the stem with a fault (tests/ptx/faults.py) instead of those that nvcc made."""
+def planted(stem, fault, marks):
+    """Kernels of the stem with a fault (tests/ptx/faults.py) instead of those that nvcc made, where marks_of is 1."""
     whole = kernels_of(ptx_of(stem, "sm_90"))
     faulty = {}
     for name, text in whole.items():
         matches = list(re.finditer(fault.old, text)) if re.search(fault.kernel, name) else []
+        matches = [match for match in matches if any(marks[name][match.start() : match.end()])]
         if fault.which < len(matches):
             match = matches[fault.which]
             faulty[name] = text[: match.start()] + match.expand(fault.new) + text[match.end() :]
     if not faulty:
         raise LookupError(f"{fault.what}: nothing to replace")
-    load(stem)
     bind(stem, faulty)
     try:
         yield

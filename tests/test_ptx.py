@@ -5,6 +5,7 @@ docs/design/ptx.md says what that shows and what it does not.
 
 import itertools
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -115,16 +116,35 @@ CAUGHT_BY = {
     "mask of batch norm": ("batch_norm_act", lambda *given: bn.test_mask_equals_the_cpus(*given)),
     "norms": ("clip_grad", lambda *given: clip_grad.test_norms(*given, 2.0)),
     "norms of nan": ("clip_grad", lambda *given: clip_grad.test_nan_and_inf(*given, 2.0, torch.float32)),
+    "largest": ("clip_grad", lambda *given: clip_grad.test_the_largest_element_stands_anywhere(*given)),
+    "total norm": ("clip_grad", lambda *given: clip_grad.test_clipping_by_a_norm(*given, 10.0)),
+    "units": ("clip_grad", lambda *given: clip_grad.test_adaptive_clipping(*given, 1.0, 2.0)),
     "clamp": ("clip_grad", lambda *given: clip_grad.test_clipping_by_value(*given, 0.5)),
     "rmsprop": ("optim", lambda *given: clip_grad.test_rmsprop(*given, 0.9, True, torch.float32)),
 }
 
 
+@cache
+def marks_of(name):
+    """What a test of CAUGHT_BY executes, by ptx_library.marks_of. It must pass."""
+    stem, test = CAUGHT_BY[name]
+    memory = ptx_library.DeviceMemory()
+    with torch.random.fork_rng():
+        marks = ptx_library.marks_of(stem, lambda: test(ptx_library.load(stem), memory))
+    memory.forget()
+    memory.check()
+    return marks
+
+
+def assert_caught(guarded, fault, message=None):
+    stem, test = CAUGHT_BY[fault.test]
+    with ptx_library.planted(stem, fault, marks_of(fault.test)), pytest.raises(AssertionError, match=message):
+        test(ptx_library.load(stem), guarded)
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
 def test_a_planted_fault_is_caught(guarded, fault):
-    stem, test = CAUGHT_BY[fault.test]
-    with ptx_library.planted(stem, fault), pytest.raises(AssertionError):
-        test(ptx_library.load(stem), guarded)
+    assert_caught(guarded, fault)
 
 
 @pytest.mark.parametrize(
@@ -132,9 +152,7 @@ def test_a_planted_fault_is_caught(guarded, fault):
 )
 def test_an_unknown_opcode_fails_by_its_name(guarded, opcode):
     fault = Fault(opcode, "clamp_kernel", r"ret;", f"{opcode}; ret;", "clamp")
-    stem, test = CAUGHT_BY[fault.test]
-    with ptx_library.planted(stem, fault), pytest.raises(AssertionError, match=f"unknown opcode {re.escape(opcode)},"):
-        test(ptx_library.load(stem), guarded)
+    assert_caught(guarded, fault, f"unknown opcode {re.escape(opcode)},")
 
 
 @pytest.mark.parametrize("stem", [*SIMT, "optim"])

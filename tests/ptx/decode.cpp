@@ -225,6 +225,7 @@ class Decoder {
   void instruction(string_view statement) {
     Instruction result{};
     result.text = string(statement);
+    result.begin = static_cast<size_t>(statement.data() - text_.data());
     if (statement[0] == '@') {
       string_view guard = trimmed(cut(statement, " ")).substr(1);
       result.is_guarded = true;

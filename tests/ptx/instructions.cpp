@@ -140,7 +140,17 @@ uint16_t bfloat16_of(float x) {
 uint16_t float16_of(float x) { return x == x ? std::bit_cast<uint16_t>(static_cast<_Float16>(x)) : uint16_t{0x7FFF}; }
 
 template <typename T>
+void define_order(const std::string& type) {
+  define("setp.eq." + type, [](T a, T b) { return a == b; });
+  define("setp.lt." + type, [](T a, T b) { return a < b; });
+  define("setp.le." + type, [](T a, T b) { return a <= b; });
+  define("setp.gt." + type, [](T a, T b) { return a > b; });
+  define("setp.ge." + type, [](T a, T b) { return a >= b; });
+}
+
+template <typename T>
 void define_numbers(const std::string& type) {
+  define_order<T>(type);
   define("add.rn." + type, [](T a, T b) { return canonical(a + b); });
   define("sub.rn." + type, [](T a, T b) { return canonical(a - b); });
   define("mul.rn." + type, [](T a, T b) { return canonical(a * b); });
@@ -158,15 +168,6 @@ void define_numbers(const std::string& type) {
   define("setp.gtu." + type, [](T a, T b) { return !(a <= b); });
   define("setp.geu." + type, [](T a, T b) { return !(a < b); });
   define("setp.ne." + type, [](T a, T b) { return a < b || a > b; });
-}
-
-template <typename T>
-void define_order(const std::string& type) {
-  define("setp.eq." + type, [](T a, T b) { return a == b; });
-  define("setp.lt." + type, [](T a, T b) { return a < b; });
-  define("setp.le." + type, [](T a, T b) { return a <= b; });
-  define("setp.gt." + type, [](T a, T b) { return a > b; });
-  define("setp.ge." + type, [](T a, T b) { return a >= b; });
 }
 
 // ---- Integers
@@ -207,10 +208,8 @@ void define_bits(const std::string& type) {
   define("and." + type, [](T a, T b) { return static_cast<T>(a & b); });
   define("or." + type, [](T a, T b) { return static_cast<T>(a | b); });
   define("xor." + type, [](T a, T b) { return static_cast<T>(a ^ b); });
-  if constexpr (std::is_same_v<T, bool>) {
-    define("not." + type, [](bool a) { return !a; });
-  } else {
-    define("not." + type, [](T a) { return static_cast<T>(~a); });
+  define("not." + type, [](T a) { return static_cast<T>(a ^ static_cast<T>(-1)); });
+  if constexpr (!std::is_same_v<T, bool>) {
     define("shl." + type, [](T a, uint32_t by) { return by < 8 * sizeof(T) ? static_cast<T>(a << by) : T(0); });
     define("setp.eq." + type, [](T a, T b) { return a == b; });
     define("setp.ne." + type, [](T a, T b) { return a != b; });
@@ -382,11 +381,8 @@ void exchange(Warp& warp, const Instruction& instruction, uint32_t lanes) {
     if (operand(3) != kAllLanes) throw Fault("a shuffle of part of a warp");
     const uint32_t by = operand(1) & 31, segment = operand(2) >> 8 & 31, last = (lane & segment) | (operand(2) & 31 & ~segment);
     uint32_t other = is_bfly ? lane ^ by : lane + by;
-    if (other <= last) {
-      in_range |= 1u << lane;
-    } else {
-      other = lane;
-    }
+    in_range |= static_cast<uint32_t>(other <= last) << lane;
+    if (other > last) other = lane;
     if ((lanes >> other & 1) == 0) throw Fault("a shuffle from a lane that has no thread");
     result[lane] = value[other];
     if ((written(warp, instruction.from[0]) >> other & 1) == 0) warp.results[0] &= ~(1u << lane);
@@ -404,8 +400,7 @@ void atomic(Warp& warp, const Instruction& instruction, uint32_t lanes) {
     const auto [loaded, unwritten] = machine.global.load(address, sizeof(uint32_t), machine.running(warp, lane));
     if (unwritten != 0) throw Fault("an atomic on what nobody wrote");
     auto* const p = const_cast<unsigned char*>(loaded);
-    const uint32_t operand = warp.at<uint32_t>(instruction.from[0])[lane];
-    uint32_t before;
+    uint32_t before, operand = warp.at<uint32_t>(instruction.from[0])[lane];
     std::memcpy(&before, p, sizeof(before));
     const uint32_t after = adds ? before + operand : operand;
     std::memcpy(p, &after, sizeof(after));
@@ -438,8 +433,6 @@ void barrier(Warp& warp, const Instruction& instruction, uint32_t lanes) {
 Table made() {
   define_numbers<float>("f32");
   define_numbers<double>("f64");
-  define_order<float>("f32");
-  define_order<double>("f64");
   define_integers<int16_t, int32_t>("s16");
   define_integers<uint16_t, uint32_t>("u16");
   define_integers<int32_t, int64_t>("s32");

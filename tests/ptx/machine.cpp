@@ -127,6 +127,7 @@ void run_group(const Kernel& kernel, Warp& warp, size_t which) {
       const uint32_t guard = *warp.at<uint32_t>(instruction.guard);
       lanes &= instruction.guard_is_negated ? ~guard : guard;
     }
+    instruction.has_run |= lanes != 0;
     switch (operation.control) {
       case Control::kBranch:
       case Control::kUniformBranch:
@@ -160,9 +161,7 @@ void run_group(const Kernel& kernel, Warp& warp, size_t which) {
       case Control::kNone:
         break;
     }
-    if (lanes != 0) {
-      run_instruction(warp, instruction, lanes);
-    }
+    if (lanes != 0) run_instruction(warp, instruction, lanes);
     ++group.at;
     if (operation.control == Control::kBarrier) {
       group.waits = true;
@@ -260,6 +259,15 @@ void bind_kernel(const void* host, const char* text) {
 
 // How often a kernel ran without an error.
 int runs_of(const void* host) { return times_run[host]; }
+
+// Sets the bytes of the text, which has the kernel's size, whose instructions ran since bind_kernel.
+void mark_run(const void* host, char* marks) {
+  const auto found = kernels.find(host);
+  if (found == kernels.end()) return;
+  for (const Instruction& instruction : found->second.code) {
+    if (instruction.has_run) std::memset(marks + instruction.begin, 1, instruction.text.size());
+  }
+}
 
 // 0: the nearest results.
 void approximate(int exponential_ulps, int inverse_ulps) {

@@ -58,6 +58,8 @@ struct Instruction {
   uint32_t target;       // of a branch
   int64_t displacement;  // of an address
   std::string text;
+  size_t begin;  // of the text in the kernel's
+  mutable bool has_run;
 };
 
 struct Kernel {

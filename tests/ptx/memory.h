@@ -33,8 +33,7 @@ constexpr uint16_t kSeveral = 0xFFFF;
 
 // What the running block knows of another block: everything before `released`, from `acquired` on.
 struct Known {
-  Moment released = kNever;
-  Moment acquired = kNever;
+  Moment released = kNever, acquired = kNever;
 };
 
 // The running thread, and what its block knows of the others.
