@@ -1,5 +1,7 @@
 // oneDNN's batch norm with a fused ReLU, channels_last, in training: a provider of bench_batch_norm_act.py, which
 // compiles this file where <dnnl.hpp> is (apt-get install libdnnl-dev) and checks the results. For oneDNN 2.
+#include <algorithm>
+#include <cstdint>
 #include <dnnl.hpp>
 #include <unordered_map>
 

@@ -103,7 +103,7 @@ def train(model: nn.Module, way: Way, data: Digits, seed: int) -> Course:
 
 
 def check_courses(network: str, courses: dict[Way, Course]) -> None:
-    """Of one run."""
+    """Checks the courses of one run."""
     worst, skipped, expected = courses[NOT_CLIPPED].before_nan, courses[SKIP].skipped, len(SPOILT) + 1
     for way, course in courses.items():
         name = f"the {network} network, {way.name},"

@@ -773,7 +773,12 @@ class Sizes:
     """The configuration of a model, as transformers' models have one."""
 
     def __init__(self):
-        self.scale, self.scales = 2.0, [2.0]
+        self.scale, self.scales, self.computed = 2.0, [2.0], 0
+
+    @property
+    def twice(self):
+        self.computed += 1
+        return 2 * self.scale
 
 
 def written_out(head, *body, then="pass"):
@@ -793,6 +798,10 @@ LEFT = {
     "a key of a ModuleDict": (lambda self, x: self.act(self.bn(x)) if x.size(1) in self.parts else x, "uses a value as a key"),
     "a number of NumPy": (lambda self, x: self.act(self.bn(x)) * self.root, "computes with a float64"),
     "a function that a generator calls when it goes on": (of_a_generator, "reads SWITCHES, a dict"),
+    "a function that a generator expression calls": (
+        lambda self, x: self.act(self.bn(sum(of_a_switch(y) for y in (x, x)))),
+        "reads SWITCHES, a dict",
+    ),
     "a function that an earlier call made": (made_by_itself, "reads SWITCHES, a dict"),
     "a pattern": (matched, "matches a value with a pattern"),
     "a list of the class": (lambda self, x: self.of_class.append(1) or self.act(self.bn(x)), "writes Written.of_class"),
@@ -848,6 +857,7 @@ LEFT = {
     "text": (lambda self, x: self.act(self.bn(x)) if f"{x.shape[0]}" == "4" else x, "turns a value into text"),
     "class by name": (lambda self, x: self.act(self.bn(x)) if self.bn.__class__ is nn.BatchNorm2d else x, "asks for the class"),
     "optional argument that may change": (lambda self, x, y=[]: self.act(self.bn(x)), "an optional argument, y, whose default may change"),
+    "optional argument without a name": (lambda self, x, y=1, /, z=2: self.act(self.bn(x)) * y * z, "y, that must not have a name"),
     "var arguments": (lambda self, *x: self.act(self.bn(*x)), "optional argument, x"),
     "training": (lambda self, x: self.act(self.bn(x)) if self.training else self.bn(x), "reads self.training"),
     "mode of a child": (lambda self, x: self.act(self.bn(x)) if self.conv.training else self.bn(x), "reads self.conv.training"),
@@ -868,6 +878,7 @@ LEFT = {
         "reads torch.fx.Proxy, a class for which",
     ),
     "an object": (lambda self, x: self.act(self.bn(x)) * getattr(self.config, "sc" + "ale"), "reads self.config, a Sizes"),
+    "a property of an object": (lambda self, x: self.act(self.bn(x)) * self.config.twice, "reads self.config, a Sizes"),
     "a list of an object": (lambda self, x: self.act(self.bn(x)) * self.config.scales[0], "reads self.config, a Sizes"),
     "a global name among many": (
         written_out("if not self.flag:", *map("n{}".format, range(300)), then="x = x * SLOPE"),
@@ -1098,6 +1109,57 @@ def test_an_attribute_of_super_is_a_reason():
             return x if super().dump_patches else self.act(self.bn(x))
 
     assert "reads super().dump_patches" in gk.convert(OfSuper(nn.ReLU())).rows[0].why
+
+
+def test_a_property_of_an_object_is_computed_as_often_as_before():
+    _, actual, _ = converted(block(LEFT["a property of an object"][0], config=Sizes()))
+    assert actual.config.computed == 0
+    actual(X())
+    assert actual.config.computed == 1
+
+
+def test_a_function_that_is_held_with_a_list_is_a_reason():
+    made = block(lambda self, x: self.act(self.bn(self.made(times((3.0,))(x)))), made=times([2.0]))
+    assert "reads self.made, a function" in gk.convert(made).rows[0].why
+
+
+class Writes(nn.Module):
+    """A submodule that writes into what it shares with its parent."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.shared = shared
+
+    def forward(self, x):
+        if isinstance(self.shared, list):
+            self.shared[0] += 1
+        else:
+            self.shared.scale += 1
+        return x * 1
+
+
+@pytest.mark.parametrize(
+    "make,read", [(Sizes, lambda self: self.shared.scale), (lambda: [0], lambda self: self.shared[0])], ids=["object", "list"]
+)
+def test_what_a_submodule_may_write_is_not_read_after_its_call(make, read):
+    shared = make()
+    made = block(lambda self, x: self.act(self.bn(self.writes(x))) * read(self), shared=shared, writes=Writes(shared))
+    expected, actual, report = converted(made)
+    assert "after a call that may write it" in report.rows[0].why
+    x = X()
+    assert_same(step(actual, x), step(expected, x))
+
+
+def test_a_name_that_another_branch_looks_for():
+    def forward(self, x, scale=None):
+        y = self.bn(x)
+        if scale is not None:
+            y = y * (100 if hasattr(self.bn, "act") else scale)
+        return self.act(y)
+
+    expected, actual, _ = converted(block(forward))
+    x = X()
+    torch.testing.assert_close(actual(x, 2.0), expected(x, 2.0))
 
 
 def test_an_optional_argument_beside_one_that_must_have_a_name_is_a_reason():

@@ -6,6 +6,7 @@ reading, every attribute is as it was before.
 """
 
 import copy
+import inspect
 import operator
 import sys
 import threading
@@ -19,7 +20,14 @@ from torch import nn
 from torch.fx import Proxy
 
 from gradkernels.conversion.bytecode import MISSING, attribute_after, is_attribute_written_out
-from gradkernels.conversion.purity import Unreadable, is_constant, is_function_of_its_arguments, is_torchs, own_classes
+from gradkernels.conversion.purity import (
+    Unreadable,
+    is_constant,
+    is_function_of_its_arguments,
+    is_held_with_constants,
+    is_torchs,
+    own_classes,
+)
 
 # The names from a block to one of its submodules; empty for the block itself.
 Path = tuple[str, ...]
@@ -51,7 +59,7 @@ def is_comparable(value: Any) -> bool:
     if isinstance(value, type):
         # A class of the user's has attributes that may change.
         return not own_classes(value)
-    return isinstance(value, _COMPARABLE) or is_function_of_its_arguments(value)
+    return isinstance(value, _COMPARABLE) or (is_function_of_its_arguments(value) and is_held_with_constants(value))
 
 
 @contextmanager
@@ -109,9 +117,13 @@ def recorded(module: nn.Module, reads: Reads, called: set[int]) -> Iterator[None
         if (name in own or _is_default(type(self), path, name)) and name not in OF_EVERY_MODULE:
             if name != "training" and (id(self) in called or HOOKED in called):
                 raise Unreadable(f"reads {_dotted(path, name)} after a call that may write it")
+            if isinstance(value, (list, dict, set)) and _is_held_by_one(module, called, value):
+                raise Unreadable(f"reads {_dotted(path, name)} after a call that may write it")
             after = None if is_comparable(value) or is_torchs(frame) else attribute_after(frame)
-            if after is not None and is_constant(of_value := getattr(value, after, MISSING)):
+            if after is not None and (of_value := own_constant(value, after)) is not MISSING:
                 # Of an object only this attribute is read.
+                if called:
+                    raise Unreadable(f"reads {_dotted(path, name)}.{after} after a call that may write it")
                 reads[path, f"{name}.{after}"] = of_value
             else:
                 _note(path, reads, name, value)
@@ -176,6 +188,28 @@ def _note(path: Path, reads: Reads, name: str, value: Any) -> None:
         reads[path, name] = copy.copy(value)
         raise Unreadable(f"reads {_dotted(path, name)}, an empty {type(value).__name__}, which may be filled later")
     reads[path, name] = copy.deepcopy(value)
+
+
+def own_constant(value: object, name: str) -> Any:
+    """The constant that an object itself has as an attribute, which no code computes; MISSING if there is none."""
+    try:
+        found = object.__getattribute__(value, "__dict__").get(name, MISSING)
+    except AttributeError:
+        return MISSING
+    if not is_constant(found) or inspect.getattr_static(type(value), name, MISSING) is not MISSING:
+        return MISSING
+    return found if getattr(value, name, MISSING) is found else MISSING
+
+
+def _is_held_by_one(module: nn.Module, called: set[int], container: Any) -> bool:
+    """Whether a submodule that was called has this container, and may have written into it."""
+    return bool(called) and any(
+        part is container
+        for submodule in module.modules()
+        if id(submodule) in called
+        for attribute in vars(submodule).values()
+        for part in held(attribute)
+    )
 
 
 def _dotted(path: Path, name: str) -> str:

@@ -225,9 +225,8 @@ class _Plan:
                     "use isinstance, and not type() or __class__",
                 )
                 self.kept.update(dict.fromkeys(block.modules(), asks))
-            if block in self.problems:
-                looked_for = attributes_looked_for(type(block))
-                self.kept |= {module: why for module in block.modules() if (why := why_kept(module, looked_for))}
+            looked_for = attributes_looked_for(type(block))
+            self.kept |= {module: why for module in block.modules() if (why := why_kept(module, looked_for))}
 
     def site_without_call(self, module: nn.Module, name: str) -> Site:
         """The site of a module that no forward calls, as far as forwards could be read."""

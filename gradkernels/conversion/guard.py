@@ -21,7 +21,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from gradkernels import _native
 from gradkernels.acts import ACTS
 from gradkernels.batch_norm_act import forward_of
-from gradkernels.conversion.attributes import Path
+from gradkernels.conversion.attributes import Path, own_constant
 from gradkernels.conversion.bytecode import MISSING
 from gradkernels.conversion.trace import optional_arguments
 
@@ -187,9 +187,10 @@ class RewrittenForward:
 def attribute(block: nn.Module, path: Path, name: str) -> Any:
     """An attribute of a submodule, or of its value if the name has a dot; MISSING if there is none."""
     module = child(block, path)
-    value: Any = module
-    for part in name.split("."):
-        value = class_before(module) if part == "__class__" else getattr(value, part, MISSING)
+    name, _, of_value = name.partition(".")
+    value: Any = class_before(module) if name == "__class__" else getattr(module, name, MISSING)
+    if of_value:
+        return own_constant(value, of_value)
     return value.__func__ if isinstance(value, MethodType) else value
 
 

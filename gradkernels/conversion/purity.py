@@ -121,7 +121,7 @@ def run_watched(function: Callable[[Callable[[], None]], _Result]) -> _Result:
             if refused is None:
                 return
             judged[key] = refused
-            codes.add(frame.f_code)
+        codes.add(frame.f_code)
         refused = judged.get(key, {})
         compared = bytecode.locals_compared(frame.f_code)
         if refused or compared:
@@ -168,7 +168,7 @@ def _is_no_part_of_the_forward(frame: FrameType, codes: Container[CodeType]) -> 
 
     Args:
         frame: the frame.
-        codes: what the forward has run so far. A generator that began before is none of it.
+        codes: the codes that the forward has run so far. A generator that began earlier is no part of the forward.
     """
     of_collector = [getattr(callback, "__code__", None) for callback in gc.callbacks]
     caller: FrameType | None = frame
@@ -348,7 +348,7 @@ def _code_from(kind: type, methods: list[str]) -> Iterator[tuple[CodeType, Funct
 
 def _closure_of(function: FunctionType) -> list[Any]:
     """The values of the variables of enclosing functions, without those that have none yet."""
-    return [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+    return [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if cell != CellType()]
 
 
 def is_constant(value: object) -> bool:
@@ -397,6 +397,14 @@ def is_function_of_its_arguments(function: Any) -> bool:
         return False
     defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
     return all(is_constant(value) or _stays(value, None) for value in defaults)
+
+
+def is_held_with_constants(function: Any) -> bool:
+    """Whether the variables of enclosing functions that a function uses stand for the same values at every call.
+
+    A call of the function that made it is no reason to judge it: another call made it with other values.
+    """
+    return all(value is function or is_constant(value) or _stays(value, None) for value in _closure_of(function))
 
 
 def _is_class_of_values(kind: type) -> bool:

@@ -413,6 +413,8 @@ def _why_not_optional(module: nn.Module) -> str | None:
     if optional and any(parameter.kind is parameter.KEYWORD_ONLY for parameter in required):
         return f"has an optional argument, {next(iter(optional))}, beside one that must have a name"
     for name, argument in optional.items():
+        if argument.kind is argument.POSITIONAL_ONLY:
+            return f"has an optional argument, {name}, that must not have a name"
         if argument.kind is not argument.VAR_KEYWORD and not is_constant(argument.default):
             return f"has an optional argument, {name}, whose default may change"
     return None
