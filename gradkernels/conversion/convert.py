@@ -218,6 +218,7 @@ class _Plan:
         """Keeps the classes below code that may ask for a class that changes, or for a name that is added."""
         changing = {*BATCH_NORMS, *ACTIVATION_MODULES, *map(type, self.forwards)}
         classes_and_names = changing | {kind.__name__ for kind in changing}
+        looked_for = {kind: attributes_looked_for(kind) for kind in set(map(type, self.names))}
         for block in self.names:
             if any(not asked or asked & classes_and_names for asked in classes_asked(type(block))):
                 asks = Reason(
@@ -225,8 +226,9 @@ class _Plan:
                     "use isinstance, and not type() or __class__",
                 )
                 self.kept.update(dict.fromkeys(block.modules(), asks))
-            looked_for = attributes_looked_for(type(block))
-            self.kept |= {module: why for module in block.modules() if (why := why_kept(module, looked_for))}
+            # Without such names, why_kept says what it said at first.
+            if names := looked_for[type(block)]:
+                self.kept |= {module: why for module in block.modules() if (why := why_kept(module, names))}
 
     def site_without_call(self, module: nn.Module, name: str) -> Site:
         """The site of a module that no forward calls, as far as forwards could be read."""
