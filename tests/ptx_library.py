@@ -6,8 +6,6 @@ where they begin and end.
 """
 
 import ctypes
-import fcntl
-import hashlib
 import os
 import re
 import shutil
@@ -20,7 +18,7 @@ import pytest
 import torch
 
 import simt_library
-from simt_library import ROOT, Guarded, as_c, compiled
+from simt_library import ROOT, Guarded, as_c, compiled, kept
 
 BUILT = ROOT / "build/ptx"
 SOURCES = ("csrc/common/*.h", "csrc/math/*.h", "csrc/ops/*.h", "csrc/cuda/*")
@@ -49,32 +47,14 @@ def required(compiler):
     return path
 
 
-def kept(name, paths, command, make):
-    """build/ptx/`name` with a hash of the files and the command, made by make(path) if it does not exist yet."""
-    content = hashlib.sha256(repr(command).encode())
-    for path in sorted(paths):
-        content.update(path.name.encode() + path.read_bytes())
-    stem, _, suffix = name.partition(".")
-    target = BUILT / f"{stem}-{content.hexdigest()[:16]}.{suffix}"
-    BUILT.mkdir(parents=True, exist_ok=True)
-    with open(f"{target}.lock", "w") as lock:
-        # One worker of pytest-xdist makes it, the others wait.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            mine = target.with_suffix(f".{os.getpid()}")
-            make(mine)
-            os.replace(mine, target)
-    return target
-
-
 @cache
 def ptx_of(stem, architecture):
     """nvcc's PTX of csrc/cuda/<stem>.cu."""
     nvcc = required("nvcc")
     paths = [path for pattern in SOURCES for path in ROOT.glob(pattern) if path.suffix != ".cu" or path.stem == stem]
     command = [nvcc, "-ptx", f"-arch={architecture}", *NVCC_FLAGS, f"csrc/cuda/{stem}.cu", "-o"]
-    path = kept(f"{stem}-{architecture}.ptx", paths, command, lambda target: subprocess.run([*command, str(target)], cwd=ROOT, check=True))
-    return path.read_text()
+    file = BUILT / f"{stem}-{architecture}.ptx"
+    return kept(file, paths, command, lambda target: subprocess.run([*command, str(target)], cwd=ROOT, check=True)).read_text()
 
 
 def kernels_of(text):
@@ -105,7 +85,7 @@ def machine():
         *map(str, sorted(folder.glob("*.cpp"))),
         "-o",
     ]
-    path = kept("machine.so", folder.glob("*.[ch]*"), command, lambda target: subprocess.run([*command, str(target)], check=True))
+    path = kept(BUILT / "machine.so", folder.glob("*.[ch]*"), command, lambda target: subprocess.run([*command, str(target)], check=True))
     library = ctypes.CDLL(str(path))
     library.take_error.restype = ctypes.c_char_p
     return library

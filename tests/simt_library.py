@@ -47,33 +47,38 @@ def compiled(stem, output, *, races=False):
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("there is no C++ compiler to compile the kernels for the host")
-    paths = sorted(path for pattern in SOURCES for path in ROOT.glob(pattern) if path.suffix != ".cu" or path.stem == stem)
-    content = hashlib.sha256(repr((compiler, FLAGS, RACES)).encode())
-    for path in paths:
+    paths = [path for pattern in SOURCES for path in ROOT.glob(pattern) if path.suffix != ".cu" or path.stem == stem]
+    return kept(BUILT / f"{stem}{output}", paths, (compiler, FLAGS, RACES), lambda target: build(compiler, stem, target, races))
+
+
+def kept(file, paths, command, make):
+    """The file with a hash of the sources and the command in its name, made by make(path) if it does not exist yet."""
+    content = hashlib.sha256(repr(command).encode())
+    for path in sorted(paths):
         content.update(path.name.encode() + path.read_bytes())
-    target = BUILT / f"{stem}-{content.hexdigest()[:16]}{output}"
-    BUILT.mkdir(parents=True, exist_ok=True)
+    target = file.with_name(f"{file.stem}-{content.hexdigest()[:16]}{file.suffix}")
+    target.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{target}.lock", "w") as lock:
-        # One worker of pytest-xdist builds it, the others wait.
+        # One worker of pytest-xdist makes it, the others wait.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            build(compiler, stem, target, races)
+            mine = target.with_suffix(f".{os.getpid()}")
+            make(mine)
+            os.replace(mine, target)
     return target
 
 
 def build(compiler, stem, target, races):
-    mine = target.with_suffix(f".{os.getpid()}")
     common = [compiler, *FLAGS, "-fPIC", *(RACES if races else ())]
     sanitized = ["-fsanitize=thread"] if races else []
-    shim, kernels = f"{mine}.shim.o", f"{mine}.kernels.o"
+    shim, kernels = f"{target}.shim.o", f"{target}.kernels.o"
     jobs = [
         subprocess.Popen([*common, "-c", "tests/simt/simt.cpp", "-o", shim], cwd=ROOT),
         subprocess.Popen([*common, *sanitized, "-c", "-x", "c++", f"csrc/cuda/{stem}.cu", "-o", kernels], cwd=ROOT),
     ]
     assert not any([job.wait() for job in jobs]), f"{stem} does not compile for the host"
-    link = [*common, *sanitized, *(() if races else ("-shared",)), f"tests/simt/{stem}.cpp", shim, kernels, "-o", str(mine)]
+    link = [*common, *sanitized, *(() if races else ("-shared",)), f"tests/simt/{stem}.cpp", shim, kernels, "-o", str(target)]
     subprocess.run(link, cwd=ROOT, check=True)
-    os.replace(mine, target)
     for each in (shim, kernels):
         os.unlink(each)
 
