@@ -4,8 +4,9 @@ The operators, convert, fold, init, diagnose and the tests all read ACTS. activa
 modules of this package to the records.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -36,6 +37,9 @@ class Act:
             Subclasses are not listed, because they may compute something else.
         spellings: functions and names of methods that compute the activation -> their argument for the
             parameter, or None.
+        option: the argument of these classes and functions, and its value, with which they compute this activation
+            and not another; None where they compute no other. Of several records that share a function, the first
+            is the one that it computes by default.
     """
 
     name: str
@@ -45,18 +49,26 @@ class Act:
     default: float | None = None
     modules: dict[type[nn.Module], str | None] = field(default_factory=dict)
     spellings: dict[Any, str | None] = field(default_factory=dict)
+    option: tuple[str, str] | None = None
 
     @property
     def operators(self) -> set[str]:
         """The operators that compute the activation, without the underscore of in-place versions."""
+        if self.option is not None:
+            return {self.name}
         names = {spelling if isinstance(spelling, str) else spelling.__name__ for spelling in self.spellings}
         return {self.name, *(name.rstrip("_") for name in names)}
+
+    def attribute_of(self, module_class: type[nn.Module]) -> str | None:
+        """The attribute of a module that decides what it computes, or that holds the parameter; None for neither."""
+        return self.modules[module_class] if self.option is None else self.option[0]
 
     def module(self, act_param: float) -> nn.Module:
         """A module that computes the activation: this package's if there is one, else torch's."""
         # activation.py adds the class of this package last.
-        module_class, attribute = [*self.modules.items()][-1]
-        return module_class() if attribute is None else module_class(**{attribute: act_param})
+        module_class = [*self.modules][-1]
+        attribute = self.attribute_of(module_class)
+        return module_class() if attribute is None else module_class(**{attribute: act_param if self.option is None else self.option[1]})
 
 
 ACTS = {
@@ -83,18 +95,30 @@ ACTS = {
         Act("elu", F.elu, "value", "alpha", 1.0, modules={nn.ELU: "alpha"}, spellings=dict.fromkeys((F.elu, F.elu_), "alpha")),
         Act("swish", swish, "value", "beta", 1.0, modules={nn.SiLU: None}, spellings={F.silu: None}),
         Act("hardswish", lambda x, _: F.hardswish(x), "value", modules={nn.Hardswish: None}, spellings={F.hardswish: None}),
+        Act("gelu", lambda x, _: F.gelu(x), "value", modules={nn.GELU: None}, spellings={F.gelu: None}, option=("approximate", "none")),
+        Act(
+            "gelu_tanh",
+            lambda x, _: F.gelu(x, approximate="tanh"),
+            "value",
+            modules={nn.GELU: None},
+            spellings={F.gelu: None},
+            option=("approximate", "tanh"),
+        ),
+        Act("mish", lambda x, _: F.mish(x), "value", modules={nn.Mish: None}, spellings={F.mish: None}),
     )
 }
 
 
 def act_of_module(module: nn.Module) -> Act | None:
     """The activation that a module computes, by the module's exact class; None for other classes."""
-    return next((act for act in ACTS.values() if type(module) in act.modules), None)
+    acts = (act for act in ACTS.values() if type(module) in act.modules)
+    return next((act for act in acts if act.option is None or getattr(module, act.option[0]) == act.option[1]), None)
 
 
-def act_of_spelling(target: Any) -> Act | None:
-    """The activation that a function, or a method of this name, computes; None for any other."""
-    return next((act for act in ACTS.values() if target in act.spellings), None)
+def act_of_spelling(target: Any, kwargs: Mapping[str, Any] = MappingProxyType({})) -> Act | None:
+    """The activation that a function, or a method of this name, computes with these arguments; None for any other."""
+    acts = (act for act in ACTS.values() if target in act.spellings)
+    return next((act for act in acts if act.option is None or kwargs.get(*act.option) == act.option[1]), None)
 
 
 def has_param(act: str) -> bool:

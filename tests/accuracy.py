@@ -184,7 +184,46 @@ def exact_act(u, act, param):
         with np.errstate(over="ignore"):
             gate = 1 / (1 + np.exp(-param * u))
             return u * gate, gate + param * u * gate / (1 + np.exp(param * u))
+    if act == "gelu":
+        value, density = normal_distribution(u)
+        return u * value, value + u * density
+    if act == "gelu_tanh":
+        with np.errstate(over="ignore", invalid="ignore"):
+            z, slope = gelu_tanh_terms(u)
+            gate, complement = 1 / (1 + np.exp(-z)), 1 / (1 + np.exp(z))
+            # Far from 0 torch's is inf 0.
+            return u * gate, gate + np.where((complement == 0) | (gate == 0), u * 0, u * slope * gate * complement)
+    if act == "mish":
+        with np.errstate(over="ignore"):
+            power = np.exp(-abs(u))
+            denominator = np.where(u < 0, power * (power + 2) + 2, 1 + 2 * power + 2 * power**2)
+            value = np.where(u < 0, power * (power + 2), 1 + 2 * power) / denominator
+            slope = 4 * np.where(u < 0, power, power**2) * (1 + power) / denominator**2
+        return u * value, value + u * slope
     raise ValueError(f"exact_act does not know {act}")
+
+
+def normal_distribution(u):
+    """The distribution function of the normal distribution, and its density, to the digits of long double."""
+    t = np.minimum(np.abs(u), 200)
+    density = np.exp(-(t**2) / 2) / np.sqrt(2 * np.longdouble("3.14159265358979323846"))
+    near, term = np.zeros_like(t), t
+    for i in range(1, 60):
+        near, term = near + term, term * t**2 / (2 * i + 1)
+    # The continued fraction of Mills' ratio.
+    far = t
+    for i in range(250, 0, -1):
+        far = t + i / np.where(far == 0, 1, far)
+    with np.errstate(all="ignore"):
+        tail = np.where(t < 2, 0.5 - density * near, density / far)
+    return np.where(u < 0, tail, 1 - tail), density
+
+
+def gelu_tanh_terms(u):
+    """z of u sigmoid(z), and its derivative."""
+    factor = np.sqrt(8 / np.longdouble("3.14159265358979323846"))
+    cubic = np.longdouble("0.044715")
+    return factor * (u + cubic * u**3), factor * (1 + 3 * cubic * u**2)
 
 
 def exact_activation(x, grad_y, act, param):
@@ -197,8 +236,8 @@ def activation_scales(x, grad_y, act, param, *, reads_output=False):
     """The size of the terms of y and grad_x where rounding them costs more than 2 ulp of the result, else 0.
 
     elu's gradient may be computed from the output, as grad_y * (y + alpha). swish rounds beta * x unless beta
-    is 1, and exp multiplies this error by |beta x|. The gradients of swish and hardswish are sums of two terms
-    of either sign.
+    is 1, and exp multiplies this error by |beta x|; gelu_tanh rounds a polynomial. The gradients of these, of
+    hardswish, gelu and mish are sums of two terms of either sign.
     """
     x, grad_y, param = extended(x), abs(extended(grad_y)), extended(param)
     if act == "elu":
@@ -211,6 +250,17 @@ def activation_scales(x, grad_y, act, param, *, reads_output=False):
             gate = 1 / (1 + np.exp(-z))
             magnified = 1 + abs(z) * (1 - gate) * (param != 1)
             return tuple(np.nan_to_num(each) for each in (abs(x) * gate * magnified, grad_y * gate * (1 + abs(z) * (1 - gate)) * magnified))
+    if act in ("gelu", "mish"):
+        with np.errstate(all="ignore"):
+            y, slope = exact_act(x, act, param)
+            return 0.0, np.nan_to_num(grad_y * (2 * abs(y / x) + abs(slope)))
+    if act == "gelu_tanh":
+        with np.errstate(all="ignore"):
+            z, slope = gelu_tanh_terms(x)
+            gate = 1 / (1 + np.exp(-z))
+            magnified = 1 + 2 * abs(z) * (1 - gate)
+            terms = grad_y * gate * (1 + abs(x) * slope * (1 - gate)) * magnified
+            return tuple(np.nan_to_num(each, posinf=0.0) for each in (abs(x) * gate * magnified, terms))
     return 0.0, 0.0
 
 

@@ -18,7 +18,7 @@ NUMBERS = {name: param or 0.0 for name, param in ACTS.items()}
 TWO_SLOPES = tuple(name for name, act in acts.ACTS.items() if act.saves == "mask")
 KINKS = {"relu": (0,), "leaky_relu": (0,), "relu6": (0, 6), "hardswish": (-3, 3)}
 # Slopes that are greater than 1 by more than a tenth.
-STEEPEST = {"hardswish": 1.5}
+STEEPEST = {"hardswish": 1.5, "gelu": 1.13, "gelu_tanh": 1.13, "mish": 1.09}
 MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 # Inputs that are hard for the statistics: name -> x, made from normally distributed values.

@@ -26,7 +26,7 @@ from batch_norm_act_calls import ACTS, TWO_SLOPES, cast, laid_out, without_kinks
 from batch_norm_act_calls import call as call_batch_norm_act
 from gradkernels import reference
 from simt_library import ROOT, Guarded, load
-from test_simt_activation import INPUT, KINDS, MASK, OUTPUT, PRELU, SWISH
+from test_simt_activation import INPUT, KINDS, MASK, OUTPUT, PRELU, SWISH, WITH_PARAMETER
 from test_simt_batch_norm_act import Kernels
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -385,7 +385,7 @@ def may_be_lost(name, given, training, opmath):
     mean, var = (x.mean(1), x.var(1, correction=0)) if training else (wide["running_mean"], wide["running_var"])
     lost = torch.zeros_like(mean, dtype=torch.bool)
     if name == "y":
-        # The activation's argument overflows, and swish and hardswish of -inf are nan.
+        # The activation's argument overflows, and those of the family of swish are nan at -inf.
         argument = (x - mean[:, None]) * (wide["weight"] / (var + 1e-5).sqrt())[:, None]
         lost |= wide["weight"].isfinite() & argument.to(opmath).isinf().any(1)
     if name == "grad_x":
@@ -503,13 +503,17 @@ def test_cuda_kernels_of_activations(guarded, dtype):
     y, grad_x = (guarded.empty(size, dtype) for _ in range(2))
     mask = guarded.empty(size // 8, torch.uint8)
     rows = {row.name: row for row in ROWS}
-    plain = {"identity": lambda x: x * 1, "relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish}
-    for act, number in KINDS.items():
-        # torch's hardswish overflows where the result does not.
-        exact = act if act == "hardswish" else None
-        row = Row(act, None, lambda x, _, act=act: plain[act](x), (0.0,), exact=exact) if act in plain else rows[act]
+    with_mask = {"relu": Row("relu", None, lambda x, _: F.relu(x), (0.0,)), "relu6": Row("relu6", None, lambda x, _: F.relu6(x), (0.0,))}
+    for act, row in (with_mask | {act: rows[act] for act in WITH_PARAMETER}).items():
+        number = KINDS[act]
         for param in row.params[:3]:
             torchs = expected(row, param, x, grad_y)
+            if act in TWO_SLOPES:
+                call("activation_forward", dtype, number, float(param), size, x, y, mask)
+                call("activation_backward", dtype, number, float(param), MASK, size, grad_y, mask, grad_x)
+                assert_row(f"{act} on CUDA, from the mask", row, param, x, grad_y, (y, grad_x), torchs)
+            if act in with_mask:
+                continue
             call("activation_forward", dtype, number, float(param), size, x, y, None)
             call("activation_backward", dtype, number, float(param), INPUT, size, grad_y, x, grad_x)
             # The kernel reads x here, as torch's elu does out of place.
@@ -518,10 +522,6 @@ def test_cuda_kernels_of_activations(guarded, dtype):
             if act == "elu" and param >= 0:
                 call("activation_backward", dtype, number, float(param), OUTPUT, size, grad_y, y, grad_x)
                 assert_row(f"{act} on CUDA, from y", row, param, x, grad_y, (y, grad_x), expected_in_place(row, param, x, grad_y, torchs))
-            if act in TWO_SLOPES:
-                call("activation_forward", dtype, number, float(param), size, x, y, mask)
-                call("activation_backward", dtype, number, float(param), MASK, size, grad_y, mask, grad_x)
-                assert_row(f"{act} on CUDA, from the mask", row, param, x, grad_y, (y, grad_x), torchs)
     row, seed = rows["rrelu in training"], torch.tensor(1)
     for slope in row.params:
         call("rrelu_forward", dtype, seed, slope, slope, size, x, y, mask)

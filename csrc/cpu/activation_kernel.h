@@ -22,7 +22,7 @@ void activation_forward_kernel(DType dtype, math::Activation act, int64_t count,
     const scalar_t* x = static_cast<const scalar_t*>(x_data);
     scalar_t* y = static_cast<scalar_t*>(y_data);
     if (mask == nullptr) {
-      visit_functor<scalar_t>(act, [&](auto f) {
+      visit_functor_with_parameter<scalar_t>(act, [&](auto f) {
         for_each_vector<opmath>(0, count,
                                 [&](int64_t i, auto lanes) GK_INLINE_LAMBDA { store(y + i, lanes, f.forward(load(x + i, lanes))); });
       });
@@ -61,7 +61,7 @@ void activation_backward_kernel(DType dtype, math::Activation act, Saved kind, i
       });
     } else {
       const scalar_t* x = static_cast<const scalar_t*>(saved_data);
-      visit_functor<scalar_t>(act, [&](auto f) {
+      visit_functor_with_parameter<scalar_t>(act, [&](auto f) {
         for_each_vector<opmath>(0, count, [&](int64_t i, auto lanes) GK_INLINE_LAMBDA {
           store(grad_x + i, lanes, f.backward(load(grad_y + i, lanes), load(x + i, lanes)));
         });

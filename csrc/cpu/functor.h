@@ -16,24 +16,55 @@ constexpr bool kCallsActivation = kRegisterBytes == 16;
 constexpr bool kCallsActivation = false;
 #endif
 
+template <typename Functor, typename V>
+GK_CALLED GK_FLATTEN V forward_of(const Functor& f, V x) {
+  return f.forward(x);
+}
+template <typename Functor, typename V>
+GK_CALLED GK_FLATTEN V backward_of(const Functor& f, V grad_y, V x) {
+  return f.backward(grad_y, x);
+}
+
+template <typename V, typename Functor>
+struct CalledActivation {
+  Functor f;
+  GK_INLINE V forward(V x) const { return forward_of(f, x); }
+  GK_INLINE V backward(V grad_y, V x) const { return backward_of(f, grad_y, x); }
+};
+
 // Vectors have one precision only.
 template <typename V>
-using AnyActivation = math::AnyActivation<V, math::Precision::kFull>;
+using AllActivations = math::AnyActivation<V, math::Precision::kFull>;
 
-template <typename V>
-GK_CALLED GK_FLATTEN V forward_of(math::Activation act, V x) {
-  return AnyActivation<V>{act}.forward(x);
-}
-template <typename V>
-GK_CALLED GK_FLATTEN V backward_of(math::Activation act, V grad_y, V x) {
-  return AnyActivation<V>{act}.backward(grad_y, x);
-}
+// The activations with an exponential and without a parameter are long and rare.
+template <typename Functor>
+constexpr bool kIsRare = Functor::kHasExponential && std::is_empty<Functor>::value;
 
+// Chooses the activation at each vector. A rare one is called: inlined in every such loop, it would cost the build more
+// than it saves.
 template <typename V>
-struct CalledActivation {
+struct AnyActivation {
   math::Activation act;
-  GK_INLINE V forward(V x) const { return forward_of(act, x); }
-  GK_INLINE V backward(V grad_y, V x) const { return backward_of(act, grad_y, x); }
+  GK_INLINE V forward(V x) const {
+    visit([&](auto f) GK_INLINE_LAMBDA { x = f.forward(x); });
+    return x;
+  }
+  GK_INLINE V backward(V grad_y, V x) const {
+    visit([&](auto f) GK_INLINE_LAMBDA { grad_y = f.backward(grad_y, x); });
+    return grad_y;
+  }
+
+ private:
+  template <typename Function>
+  GK_INLINE void visit(const Function& function) const {
+    math::visit<V, math::Precision::kFull>(act, [&](auto f) GK_INLINE_LAMBDA {
+      if constexpr (kIsRare<decltype(f)>) {
+        function(CalledActivation<V, decltype(f)>{f});
+      } else {
+        function(f);
+      }
+    });
+  }
 };
 
 // Calls function(functor) for elements of type scalar_t.
@@ -41,9 +72,18 @@ template <typename scalar_t, typename Function>
 GK_INLINE void visit_functor(math::Activation act, const Function& function) {
   using V = Vec<opmath_t<scalar_t>>;
   if constexpr (kCallsActivation) {
-    function(CalledActivation<V>{act});
+    function(CalledActivation<V, AllActivations<V>>{{act}});
   } else {
     math::visit<V, math::Precision::kFull>(act, function);
+  }
+}
+template <typename scalar_t, typename Function>
+GK_INLINE void visit_functor_with_parameter(math::Activation act, const Function& function) {
+  using V = Vec<opmath_t<scalar_t>>;
+  if constexpr (kCallsActivation) {
+    function(CalledActivation<V, AllActivations<V>>{{act}});
+  } else {
+    math::visit_with_parameter<V, math::Precision::kFull>(act, function);
   }
 }
 template <typename V, typename Function>

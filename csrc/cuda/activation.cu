@@ -126,7 +126,7 @@ template <typename scalar_t, int W>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     activation_forward_kernel(math::Activation act, int64_t count, const scalar_t* x, scalar_t* y) {
   const scalar_t* const in[1] = {x};
-  math::visit<opmath_t<scalar_t>, math::kPrecisionOf<scalar_t>>(act, [&](auto f) {
+  math::visit_with_parameter<opmath_t<scalar_t>, math::kPrecisionOf<scalar_t>>(act, [&](auto f) {
     elementwise<W>(count, in, y, FetchNothing(), [&](int64_t, int64_t, Nothing, const Values<scalar_t, W>(&value)[1]) {
       Values<scalar_t, W> result;
 #pragma unroll
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const math::Elu<opmath> f{static_cast<opmath>(act.parameter)};
     run([&](opmath g, opmath y) { return f.backward_from_output(g, y); });
   } else {
-    math::visit<opmath, math::kPrecisionOf<scalar_t>>(act, [&](auto f) { run([&](opmath g, opmath x) { return f.backward(g, x); }); });
+    math::visit_with_parameter<opmath, math::kPrecisionOf<scalar_t>>(act, [&](auto f) { run([&](opmath g, opmath x) { return f.backward(g, x); }); });
   }
 }
 

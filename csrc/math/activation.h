@@ -21,11 +21,12 @@
 #pragma once
 
 #include "math/exp.h"
+#include "math/normal.h"
 #include "math/philox.h"
 
 namespace gradkernels::math {
 
-enum class ActivationKind : uint8_t { kIdentity, kRelu, kRelu6, kLeakyRelu, kElu, kSwish, kHardswish };
+enum class ActivationKind : uint8_t { kIdentity, kRelu, kRelu6, kLeakyRelu, kElu, kSwish, kHardswish, kGelu, kGeluTanh, kMish };
 
 // What the gradient of an activation reads besides grad_y.
 enum class GradientReads : uint8_t {
@@ -172,12 +173,15 @@ struct Swish {
 };
 
 // hardswish(x) = x h with h = min(max(x + 3, 0), 6) / 6; the gradient in between is x / 3 + 1 / 2
-template <typename T>
+//
+// `precision` applies to scalars only.
+template <typename T, Precision precision>
 struct Hardswish {
   static constexpr const char* kName = "hardswish";
   static constexpr GradientReads kGradientReads = GradientReads::kValue;
   static constexpr bool kHasExponential = false;
   GK_HOST_DEVICE T forward(T x) const {
+    if constexpr (kIsHalfScalar<T, precision>) return x * multiply_saturated(x + T(3), T(1.0f / 6.0f));
     // The quotient by 6 is rounded about once, without a division: 1 / 6 has two parts.
     constexpr bool kIsFloat = sizeof(scalar_of_t<T>) == sizeof(float);
     const scalar_of_t<T> high = kIsFloat ? 0x1.555554p-3 : 0x1.5555555555555p-3, low = kIsFloat ? 0x1.555556p-27 : 0x1.5555555555555p-57;
@@ -187,6 +191,102 @@ struct Hardswish {
   GK_HOST_DEVICE T backward(T grad_y, T x) const {
     const T slope = fma(x, T(static_cast<scalar_of_t<T>>(1.0 / 3.0)), T(static_cast<scalar_of_t<T>>(0.5)));
     return select(x <= T(-3), T(0), select(x >= T(3), grad_y, grad_y * slope));
+  }
+};
+
+// gelu(x) = x Phi(x), with the distribution function of the normal distribution (math/normal.h);
+// gelu'(x) = Phi(x) + x phi(x), with phi(x) = e^(-x^2 / 2) / sqrt(2 pi)
+// (Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016)
+//
+// Near the zero of the gradient, `precision` is relative to its terms.
+template <typename T, Precision precision>
+struct Gelu {
+  static constexpr const char* kName = "gelu";
+  static constexpr GradientReads kGradientReads = GradientReads::kValue;
+  static constexpr bool kHasExponential = true;
+  GK_HOST_DEVICE T forward(T x) const {
+    const NormalTail<T> tail = normal_tail_to<precision>(negative_magnitude(x));
+    const T lower = select(tail.vanishes, T(0), tail.exp * tail.ratio) * tail.drop;
+    return x * select(x < T(0), lower, T(1) - lower);
+  }
+  GK_HOST_DEVICE T backward(T grad_y, T x) const {
+    const T minus_t = negative_magnitude(x);
+    const NormalTail<T> tail = normal_tail_to<precision>(minus_t);
+    // Phi(-t) - t phi(t). At inf it is nan, as torch's.
+    const T exp = select(tail.vanishes, T(0), tail.exp);
+    const T slope = exp * fma(minus_t, T(NormalConstants<scalar_of_t<T>>::kDensity), tail.ratio) * tail.drop;
+    return grad_y * select(x < T(0), slope, T(1) - slope);
+  }
+};
+
+// gelu_tanh(x) = x sigmoid(z) with z = sqrt(8 / pi) (x + 0.044715 x^3), which is x (1 + tanh(z / 2)) / 2
+template <typename T, Precision precision>
+struct GeluTanh {
+  static constexpr const char* kName = "gelu_tanh";
+  static constexpr GradientReads kGradientReads = GradientReads::kValue;
+  static constexpr bool kHasExponential = true;
+  GK_HOST_DEVICE T forward(T x) const {
+    return with_logistic_to<precision>(rate(x), x, [&](const auto& s) GK_INLINE_LAMBDA { return s.times(x); });
+  }
+  GK_HOST_DEVICE T backward(T grad_y, T x) const {
+    const T slope = fma(square(x), T(scalar_t(3 * kCubic)), T(scalar_t(kLinear)));
+    return with_logistic_to<precision>(rate(x), x, [&](const auto& s) GK_INLINE_LAMBDA { return s.scaled(grad_y * s.slope(x, slope)); });
+  }
+
+ private:
+  using scalar_t = scalar_of_t<T>;
+  static constexpr double kLinear = 1.5957691216057308, kCubic = 0.071354816272600249;
+  // x^2 where sigmoid(z) is neither 0 nor 1 after rounding. A square that is inf would be multiplied with 0.
+  static GK_HOST_DEVICE T square(T x) { return at_most(T(scalar_t(1000)), x * x); }
+  // z = rate(x) x
+  static GK_HOST_DEVICE T rate(T x) { return fma(square(x), T(scalar_t(kCubic)), T(scalar_t(kLinear))); }
+};
+
+// mish(x) = x tanh(log(1 + e^x)) = x n / (n + 2) with n = e^x (e^x + 2);
+// mish'(x) = n / (n + 2) + 4 x e^x (e^x + 1) / (n + 2)^2
+// (Misra, "Mish: A Self Regularized Non-Monotonic Activation Function", 2019)
+//
+// For x > 0 the fractions are expanded by e^(-2x), and by e^(-4x). Near the zero of the gradient, the precision is
+// relative to its terms.
+template <typename T, Precision precision>
+struct Mish {
+  static constexpr const char* kName = "mish";
+  static constexpr GradientReads kGradientReads = GradientReads::kValue;
+  static constexpr bool kHasExponential = true;
+  GK_HOST_DEVICE T forward(T x) const {
+    const Fraction f = fraction(x);
+    const T y = x * quotient(f.numerator, f.denominator);
+    return select(f.negative, y * f.drop, y);
+  }
+  GK_HOST_DEVICE T backward(T grad_y, T x) const {
+    const Fraction f = fraction(x);
+    const T inverse = quotient(T(1), f.denominator);
+    const T rest = x * (select(f.negative, f.lifted, f.exp * f.exp) * (f.exp + T(1)));
+    const T gradient = grad_y * (inverse * fma(T(4) * rest, inverse, f.numerator));
+    return select(f.negative, gradient * f.drop, gradient);
+  }
+
+ private:
+  // n / (n + 2) = numerator / denominator, times drop if x is negative, with exp = e^-|x| = lifted drop
+  struct Fraction {
+    decltype(T(0) < T(0)) negative;
+    T lifted, exp, numerator, denominator, drop;
+  };
+  static GK_HOST_DEVICE Fraction fraction(T x) {
+    Fraction f;
+    f.negative = x < T(0);
+    if constexpr (kIsHalfScalar<T, precision>) {
+      f.lifted = approximate_exp2(-fabs(x) * ExpConstants<float>::kLog2E);
+      f.drop = T(1);
+    } else {
+      f.lifted = lifted_exp(negative_magnitude(x));
+      f.drop = T(ExpConstants<scalar_of_t<T>>::kDrop);
+    }
+    f.exp = f.lifted * f.drop;
+    // The denominator contains the numerator's rounding error, so that it partly cancels in the quotient.
+    f.numerator = select(f.negative, fma(f.lifted, f.exp, f.lifted + f.lifted), fma(f.exp, T(2), T(1)));
+    f.denominator = select(f.negative, fma(f.numerator, f.drop, T(2)), fma(f.exp + f.exp, f.exp, f.numerator));
+    return f;
   }
 };
 
@@ -239,7 +339,28 @@ GK_HOST_DEVICE constexpr void visit(Activation act, const Function& function) {
     case ActivationKind::kSwish:
       return function(Swish<T, precision>{parameter});
     case ActivationKind::kHardswish:
-      return function(Hardswish<T>{});
+      return function(Hardswish<T, precision>{});
+    case ActivationKind::kGelu:
+      return function(Gelu<T, precision>{});
+    case ActivationKind::kGeluTanh:
+      return function(GeluTanh<T, precision>{});
+    case ActivationKind::kMish:
+      return function(Mish<T, precision>{});
+  }
+}
+
+// The same for an activation with a parameter. Only these have operators of their own; the others stand after a batch
+// norm.
+template <typename T, Precision precision, typename Function>
+GK_HOST_DEVICE constexpr void visit_with_parameter(Activation act, const Function& function) {
+  const T parameter(static_cast<scalar_of_t<T>>(act.parameter));
+  switch (act.kind) {
+    case ActivationKind::kElu:
+      return function(Elu<T, precision>{parameter});
+    case ActivationKind::kSwish:
+      return function(Swish<T, precision>{parameter});
+    default:
+      return function(LeakyRelu<T>{parameter});
   }
 }
 

@@ -58,6 +58,9 @@ struct ExpConstants<float> {
   static constexpr float kNear = -44.0f;        // see is_near
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
   static constexpr float kUnderflow = -170.0f;  // e^x rounds to 0 for far larger x already; half the exponent is still normal
+  static constexpr float kZero = -109.0f;       // x e^x rounds to 0 for smaller x
+  static constexpr float kLift = 32.0f;         // e^kZero 2^kLift is normal
+  static constexpr float kDrop = 0x1p-32f;
   static constexpr uint32_t kOneBits = 0x3F800000u;
   static constexpr int kMantissaBits = 23;
   using bits_t = uint32_t;
@@ -85,6 +88,9 @@ struct ExpConstants<double> {
   static constexpr double kNear = -44.0;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kUnderflow = -1400.0;
+  static constexpr double kZero = -752.0;
+  static constexpr double kLift = 80.0;
+  static constexpr double kDrop = 0x1p-80;
   static constexpr uint64_t kOneBits = 0x3FF0000000000000u;
   static constexpr int kMantissaBits = 52;
   using bits_t = uint64_t;
@@ -194,13 +200,14 @@ struct ReducedExp {
   T expm1;
 };
 
-// Valid for |x| <= -kUnderflow. For other x, the result is arbitrary.
+// e^(x + low) for a small low. Valid for |x| <= -kUnderflow. For other x, the result is arbitrary. To add -0 changes
+// nothing, and compilers leave it out.
 template <typename T>
-GK_HOST_DEVICE ReducedExp<T> reduce_exp(T x) {
+GK_HOST_DEVICE ReducedExp<T> reduce_exp(T x, T low = T(scalar_of_t<T>(-0.0))) {
   using C = ExpConstants<scalar_of_t<T>>;
   const T rounded = fma(x, constant<T, C::kLog2E>(), constant<T, C::kRound>());
   const T n = rounded - constant<T, C::kRound>();
-  const T r = fma(n, constant<T, C::kMinusLn2Low>(), fma(n, constant<T, C::kMinusLn2High>(), x));
+  const T r = fma(n, constant<T, C::kMinusLn2Low>(), fma(n, constant<T, C::kMinusLn2High>(), x)) + low;
   const T square = r * r;
   return {rounded, fma(square, C::series(r, square), r)};
 }
@@ -231,6 +238,17 @@ GK_HOST_DEVICE T multiply_exp(T a, T b, T x) {
   const Exp2Halves<T> scale = exp2_halves(exp.rounded);
   const T part = b * scale.first;
   return select((x >= T(C::kNear)) | (a - a != T(0)), a * (part * scale.second), a * part * scale.second);
+}
+
+// e^(x + low) for x <= 0 and a small low, divided by kDrop, so that it is normal where e^x is denormal. 0 where e^x
+// rounds to 0. A product with it keeps its digits if kDrop is the last factor.
+template <typename T>
+GK_HOST_DEVICE T lifted_exp(T x, T low = T(scalar_of_t<T>(-0.0))) {
+  using C = ExpConstants<scalar_of_t<T>>;
+  const T zero = constant<T, C::kZero>();
+  const ReducedExp<T> reduced = reduce_exp(at_least(zero, x), low);
+  const T scale = exp2_of_rounded(reduced.rounded + constant<T, C::kLift>());
+  return select(x < zero, T(0), fma(scale, reduced.expm1, scale));
 }
 
 // e^x - 1 for x <= 0, as 2^n (e^r - 1) + (2^n - 1). Near zero it has full precision, where the subtraction

@@ -11,11 +11,15 @@
 #include <ATen/ops/elu_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/hardswish.h>
 #include <ATen/ops/hardswish_backward.h>
 #include <ATen/ops/hardtanh_backward.h>
 #include <ATen/ops/leaky_relu.h>
 #include <ATen/ops/leaky_relu_backward.h>
+#include <ATen/ops/mish.h>
+#include <ATen/ops/mish_backward.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/relu6.h>
 #include <ATen/ops/threshold_backward.h>
@@ -73,6 +77,15 @@ Composite composite_of(ActivationKind kind) {
     case ActivationKind::kHardswish:
       return {[](const Tensor& z, double) { return at::hardswish(z); },
               [](const Tensor& grad_y, const Tensor& z, double) { return at::hardswish_backward(grad_y, z); }};
+    case ActivationKind::kGelu:
+      return {[](const Tensor& z, double) { return at::gelu(z); },
+              [](const Tensor& grad_y, const Tensor& z, double) { return at::gelu_backward(grad_y, z); }};
+    case ActivationKind::kGeluTanh:
+      return {[](const Tensor& z, double) { return at::gelu(z, "tanh"); },
+              [](const Tensor& grad_y, const Tensor& z, double) { return at::gelu_backward(grad_y, z, "tanh"); }};
+    case ActivationKind::kMish:
+      return {[](const Tensor& z, double) { return at::mish(z); },
+              [](const Tensor& grad_y, const Tensor& z, double) { return at::mish_backward(grad_y, z); }};
   }
   TORCH_INTERNAL_ASSERT(false);
 }

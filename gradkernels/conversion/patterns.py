@@ -46,7 +46,7 @@ ACTIVATION_FUNCTIONS: dict[Any, Callable[..., Any]] = {
 }
 # Functions and methods that are activations without a kernel.
 OTHER_FUNCTIONS = {
-    *(F.celu, F.gelu, F.glu, F.hardsigmoid, F.hardtanh, F.logsigmoid, F.mish, F.rrelu, F.selu, F.softplus, F.softsign),
+    *(F.celu, F.glu, F.hardsigmoid, F.hardtanh, F.logsigmoid, F.rrelu, F.selu, F.softplus, F.softsign),
     *(F.sigmoid, torch.sigmoid, "sigmoid", F.tanh, torch.tanh, "tanh"),
 }
 # Modules that a forward may loop over or index without calling them.
@@ -163,9 +163,10 @@ def activation_after(node: Node, module: nn.Module | None) -> Activation | str:
     if node.target is normalize:
         return "its output is the residual of another batch norm"
     name = name_of(node)
-    act = act_of_spelling(node.target) if node.op in ("call_function", "call_method") else None
+    act = act_of_spelling(node.target, node.kwargs) if node.op in ("call_function", "call_method") else None
     if act is None:
-        return f"there is no kernel for {name}" if node.target in OTHER_FUNCTIONS else f"{name} follows, which is not an activation"
+        has_no_kernel = activation_name(node, None) is not None
+        return f"there is no kernel for {name}" if has_no_kernel else f"{name} follows, which is not an activation"
     if has_scale(node):
         return f"{name} {HAS_SCALE}"
     parameter = act.spellings[node.target]
@@ -239,6 +240,6 @@ def expected(path: Path, module: nn.Module) -> Expected:
     if isinstance(module, _BatchNorm):
         return Expected(path, (BATCH_NORMS.get(kind, kind),), "act", "identity")
     act = act_of_module(module)
-    attribute = None if act is None else act.modules[kind]
+    attribute = None if act is None else act.attribute_of(kind)
     kinds = tuple({kind, ACTIVATION_MODULES.get(kind, kind)})
     return Expected(path, kinds, attribute, None if attribute is None else getattr(module, attribute))

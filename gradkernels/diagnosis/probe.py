@@ -41,7 +41,7 @@ _GATED = (nn.RNNBase, nn.RNNCellBase)
 
 # Operators that are activations, without aten:: and the underscore of the in-place version -> the activation.
 _ACTS = {
-    **{name: name for name in ("sigmoid", "tanh", "hardsigmoid", "celu", "gelu", "mish", "hardswish")},
+    **{name: name for name in ("sigmoid", "tanh", "hardsigmoid", "celu")},
     **{name: act.name for act in ACTS.values() for name in act.operators},
     **{"_prelu_kernel": "prelu", "prelu": "prelu", "rrelu_with_noise": "rrelu"},
     **{"leaky_relu_with_mask": "leaky_relu", "rrelu_with_mask": "rrelu", "hardtanh": "hardtanh", "batch_norm_act": "batch_norm_act"},

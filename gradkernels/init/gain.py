@@ -81,7 +81,7 @@ NONLINEARITIES: dict[str, Nonlinearity] = {
     "leaky_relu": Nonlinearity("he", lambda slope: _leaky_moment(slope, slope), {"negative_slope": 0.01}),
     "prelu": Nonlinearity("he", lambda slope: _leaky_moment(slope, slope), {"weight": 0.25}),
     "rrelu": Nonlinearity("he", _leaky_moment, {"lower": 1 / 8, "upper": 1 / 3}),
-    **_computed("he", "gelu", "mish", "logsigmoid"),
+    **_computed("he", "logsigmoid"),
     **_computed("he", "celu", alpha=1.0),
     **_computed("he", "softplus", beta=1.0),
     # glu(a, b) = a sigmoid(b), and E[a^2] = 1.
@@ -102,15 +102,15 @@ def calculate_gain(nonlinearity: str, param: Param = None) -> float:
     the gain equals torch.nn.init.calculate_gain. For sigmoid, tanh and selu torch has 1, 5/3 and 3/4, where
     the definition gives 1.8462, 1.5925 and 1. torch has no gain for the other activations.
 
-    The mean square of 1 is not stable with swish, gelu, mish, hardswish, tanhshrink, softshrink and
-    hardshrink: from layer to layer a smaller signal shrinks and a larger one grows. Deep networks of these
+    The mean square of 1 is not stable with swish, gelu, gelu_tanh, mish, hardswish, tanhshrink, softshrink
+    and hardshrink: from layer to layer a smaller signal shrinks and a larger one grows. Deep networks of these
     need batch norm as well.
 
     Args:
         nonlinearity: "linear" (or the name of a convolution), "relu", "relu6", "leaky_relu", "prelu",
-            "rrelu", "elu", "celu", "swish" or "silu", "gelu", "mish", "hardswish", "softplus", "logsigmoid",
-            "glu", "selu", "sigmoid", "hardsigmoid", "tanh", "hardtanh", "softsign", "tanhshrink",
-            "softshrink" or "hardshrink".
+            "rrelu", "elu", "celu", "swish" or "silu", "gelu", "gelu_tanh", "mish", "hardswish", "softplus",
+            "logsigmoid", "glu", "selu", "sigmoid", "hardsigmoid", "tanh", "hardtanh", "softsign",
+            "tanhshrink", "softshrink" or "hardshrink".
         param: the parameter of the activation; None is the default in brackets. It is negative_slope of
             leaky_relu (0.01), the slope of prelu (0.25), (lower, upper) of rrelu (1/8, 1/3), alpha of elu and
             celu (1), beta of swish and softplus (1), (min_val, max_val) of hardtanh (-1, 1), lambd of
