@@ -22,6 +22,7 @@ from gradkernels.clip_grad import (
     get_total_norm,
     grad_report,
 )
+from gradkernels.frozen_batch_norm_act import FrozenBatchNormAct2d, freeze_batch_norm, unfreeze_batch_norm
 from gradkernels.optim import ClippingHandle, attach_clipping
 from gradkernels.recompute import recompute
 from gradkernels.sync_batch_norm_act import SyncBatchNormAct, convert_sync_batch_norm
@@ -46,6 +47,7 @@ __all__ = [
     "ClippingHandle",
     "ConversionReport",
     "Diagnosis",
+    "FrozenBatchNormAct2d",
     "GradReport",
     "GradientMonitor",
     "LeakyReLU",
@@ -66,6 +68,7 @@ __all__ = [
     "diagnose",
     "elu",
     "fold",
+    "freeze_batch_norm",
     "get_total_norm",
     "grad_report",
     "init",
@@ -76,6 +79,7 @@ __all__ = [
     "revert",
     "rrelu",
     "swish",
+    "unfreeze_batch_norm",
 ]
 
 # Name -> the module to load, which has the name or is it.

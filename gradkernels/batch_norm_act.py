@@ -149,11 +149,38 @@ def forward_of(bn: _BatchNorm, x: Tensor, residual: Tensor | None, act: str, act
     return _batch_norm_act(*tensors, training, bn.momentum, bn.eps, act, act_param)
 
 
-class _BatchNormAct(_BatchNorm):
-    """The base of BatchNormAct1d, 2d and 3d. Their other base, torch's class, checks the dimensions of x."""
+class _NormAct(nn.Module):
+    """A normalisation that applies an activation of its own. A subclass defines _forward."""
 
     act: str
     act_param: float
+
+    __prepare_scriptable__ = _native.refuse_script
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(input, torch.fx.Proxy):
+            path = input.tracer.path_of_module(self)
+            if path:
+                # torch.fx.symbolic_trace records only torch's modules as one call; this one is a call too.
+                call: Tensor = input.tracer.create_proxy("call_module", path, (input,) if residual is None else (input, residual), {})
+                return call
+        return self._forward(input, residual, self.act, self._param())
+
+    def _forward(self, x: Tensor, residual: Tensor | None, act: str, act_param: float) -> Tensor:
+        raise NotImplementedError
+
+    def _param(self) -> float:
+        # After `bn.act = "relu"`, act_param still belongs to the activation before it.
+        return self.act_param if has_param(self.act) else 0.0
+
+    def _act_repr(self) -> str:
+        return f"act={self.act!r}" + (f", act_param={self.act_param}" if has_param(self.act) else "")
+
+
+class _BatchNormAct(_NormAct, _BatchNorm):
+    """The base of BatchNormAct1d, 2d and 3d. Their other base, torch's class, checks the dimensions of x."""
+
+    _forward = forward_of
 
     def __init__(
         self,
@@ -183,26 +210,10 @@ class _BatchNormAct(_BatchNorm):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    __prepare_scriptable__ = _native.refuse_script
-
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if isinstance(input, torch.fx.Proxy):
-            path = input.tracer.path_of_module(self)
-            if path:
-                # torch.fx.symbolic_trace records only torch's modules as one call; this one is a call too.
-                call: Tensor = input.tracer.create_proxy("call_module", path, (input,) if residual is None else (input, residual), {})
-                return call
-        return forward_of(self, input, residual, self.act, self._param())
-
-    def _param(self) -> float:
-        # After `bn.act = "relu"`, act_param still belongs to the activation before it.
-        return self.act_param if has_param(self.act) else 0.0
-
     def extra_repr(self) -> str:
-        act_param = f", act_param={self.act_param}" if has_param(self.act) else ""
         return (
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, bias={self.bias is not None}, "
-            f"track_running_stats={self.track_running_stats}, act={self.act!r}{act_param}"
+            f"track_running_stats={self.track_running_stats}, {self._act_repr()}"
         )
 
 
