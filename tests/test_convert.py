@@ -789,8 +789,15 @@ def written_out(head, *body, then="pass"):
     return namespace["forward"]
 
 
+MADE_EARLIER = times([2.0])
+
+
 # The forward, and the reason in the report for the first batch norm.
 LEFT = {
+    "a closure of an earlier call of a function that it calls": (
+        lambda self, x: self.act(self.bn(MADE_EARLIER(times(1.0)(x)))),
+        "reads factors, a list",
+    ),
     "a closure beside its twin": (by_twins(times(3.0), times([2.0])), "reads factors, a list"),
     "a class in a closure": (of_a_class(Config), "reads kind, a class with attributes"),
     "is, twice": (lambda self, x: x if (y := self.conv(x)) is x is not None else self.act(self.bn(y)), "compares a value by `is`"),

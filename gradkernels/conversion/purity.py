@@ -96,6 +96,7 @@ def run_watched(function: Callable[[Callable[[], None]], _Result]) -> _Result:
         Unreadable: code may read or write something that changes.
     """
     judged: dict[Any, dict[int, str]] = {}
+    held: set[Any] = set()
     codes: set[CodeType] = set()
     problems: list[Unreadable] = []
 
@@ -107,9 +108,9 @@ def run_watched(function: Callable[[Callable[[], None]], _Result]) -> _Result:
             return
         # Two functions with the same code differ in the values of their closures.
         key = (frame.f_code, *(id(frame.f_locals.get(name)) for name in frame.f_code.co_freevars))
-        if key not in judged and frame.f_code not in judged:
+        if key not in judged and (frame.f_code not in judged or key in held):
             try:
-                refused = _judge_call(frame, judged)
+                refused = _judge_call(frame, judged, held)
                 # Checked only here: it reads f_locals of other frames.
                 if refused and _is_no_part_of_the_forward(frame, codes):
                     return
@@ -187,12 +188,14 @@ def _is_no_part_of_the_forward(frame: FrameType, codes: Container[CodeType]) -> 
     return False
 
 
-def _judge_call(frame: FrameType, judged: dict[Any, dict[int, str]]) -> dict[int, str] | None:
+def _judge_call(frame: FrameType, judged: dict[Any, dict[int, str]], held: set[Any]) -> dict[int, str] | None:
     """The offsets of the instructions that a frame must not run, and why; None for code of torch or Python.
 
     Args:
         frame: the frame.
         judged: gets the functions that are written inside it, in which there is nothing to refuse.
+        held: gets the functions that its global names stand for and that hold values of an earlier call of
+            their maker. Each is its code and the ids of these values.
 
     Raises:
         Unreadable: the frame must not run.
@@ -218,7 +221,10 @@ def _judge_call(frame: FrameType, judged: dict[Any, dict[int, str]]) -> dict[int
     refused: dict[int, str] = {}
     closure = {name: frame.f_locals[name] for name in frame.f_code.co_freevars if name in frame.f_locals}
     for place, code in bytecode.with_places(frame.f_code):
-        found = list(_refused(code, closure, {**frame.f_builtins, **frame.f_globals}))
+        global_names = {**frame.f_builtins, **frame.f_globals}
+        functions = [global_names[name] for name in code.co_names if isinstance(global_names.get(name), FunctionType)]
+        held.update((function.__code__, *map(id, _closure_of(function))) for function in functions if function.__closure__)
+        found = list(_refused(code, closure, global_names))
         if place is not None and not found:
             judged[code] = {}
         for offset, reason in found:
