@@ -2038,6 +2038,118 @@ def test_an_exception_leaves_the_model_as_it_was(during, converted_before, monke
     assert all(torch.equal(*each) for each in zip(buffers, model.buffers(), strict=True))
 
 
+# functions that choose by a shape
+
+
+def padded(x, layer):
+    return F.pad(x, (0, 1)) if x.shape[-1] % 2 else x
+
+
+def written(x, layer):
+    return x.mul_(2.0) if x.shape[-1] % 2 else x
+
+
+def none_if_even(x, layer):
+    return x if x.shape[-1] % 2 else None
+
+
+def switched(x, layer):
+    if x.shape[-1] % 2:
+        layer.flag = False
+    return x
+
+
+def frozen(x, layer):
+    if x.shape[-1] % 2:
+        layer.eval()
+    return x
+
+
+def called_with_flag(self, x):
+    x = switched(x, self.child)
+    return self.act(self.bn(x)) if self.child.flag else x
+
+
+def frozen_between(self, x):
+    y = self.bn(self.conv(x))
+    x = frozen(x, self.bn)
+    return self.act(y + x)
+
+
+def written_by_a_function_between(self, x):
+    x = x * 1
+    y = self.bn(x)
+    return self.act(y + written(x, self.conv))
+
+
+# The forward, how often each fused operator runs, and a part of the reason if nothing is fused.
+CHOOSES = {
+    "padded": (lambda self, x: self.act(self.bn(self.conv(padded(x, self.conv)))), {"relu": 1}, ""),
+    "residual": (lambda self, x: self.act(self.bn(self.conv(x)) + written(x * 1, self.conv)), {"relu, residual": 1}, ""),
+    "None": (lambda self, x: self.act(self.bn(x)) if none_if_even(x, self.conv) is None else x, {}, "compares"),
+    "truth": (lambda self, x: self.act(self.bn(x)) if padded(x, self.conv).sum() > 0 else x, {}, "cannot be traced"),
+    "flag": (called_with_flag, {}, "reads self.child.flag after a call that may write it"),
+    "frozen": (frozen_between, {"identity": 1}, "may read or write its statistics"),
+    "written": (written_by_a_function_between, {"identity": 1}, "may write its input"),
+}
+
+
+@pytest.mark.parametrize("name", CHOOSES)
+def test_a_function_that_chooses_by_a_shape(name):
+    forward, fused, why = CHOOSES[name]
+    model = block(forward)
+    model.child = Child()
+    model.child.flag = True
+    expected, actual, report = converted(model.double())
+    row = next(row for row in report.rows if row.name == "bn")
+    assert row.is_fused == (not why) and why in row.why, report
+    for x in (X(), X()[..., :4], X()):
+        if fused:
+            assert operators(copy.deepcopy(actual), x).ours == fused
+        with torch.no_grad():
+            assert_same({"output": actual(x.clone()), **actual.state_dict()}, {"output": expected(x.clone()), **expected.state_dict()})
+    gk.fold(expected)
+
+
+def test_a_mode_that_is_read_without_effect():
+    def once(self, x):
+        y = self.act(self.bn(x))
+        return y * 2 if self.training and not self.flag else y
+
+    def twice(self, x):
+        y = self.act(self.bn(x))
+        return y * 2 if self.training and not self.bn.training else y
+
+    x = X()
+    for forward, is_fused in ((once, True), (twice, False)):
+        expected, actual, report = converted(block(forward))
+        assert report.rows[0].is_fused == is_fused, report
+        for change in (
+            lambda each: each.eval(),
+            lambda each: each.train(),
+            lambda each: each.bn.eval(),
+            lambda each: setattr(each, "flag", False),
+        ):
+            change(expected), change(actual)
+            assert_same(step(actual, x), step(expected, x))
+
+
+class WithDefault:
+    scale = 1.0
+
+    def __init__(self):
+        self.scale = 2.0
+
+
+def test_an_attribute_of_an_object_whose_class_has_a_default():
+    expected, actual, report = converted(block(lambda self, x: self.act(self.bn(x)) * self.config.scale, config=WithDefault()))
+    assert report.rows[0].is_fused
+    x = X()
+    for change in (lambda config: None, lambda config: setattr(config, "scale", 3.0), lambda config: delattr(config, "scale")):
+        change(expected.config), change(actual.config)
+        assert_same(step(actual, x), step(expected, x))
+
+
 # equal blocks are read once
 
 

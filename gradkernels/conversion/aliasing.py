@@ -16,7 +16,7 @@ from gradkernels.conversion.attributes import OF_EVERY_MODULE, held
 from gradkernels.conversion.guard import has_hooks, normalize
 from gradkernels.conversion.patterns import FUSIBLE, Chain, called_module, is_activation, name_of
 from gradkernels.conversion.purity import is_of_library
-from gradkernels.conversion.trace import IN_PLACE
+from gradkernels.conversion.trace import IN_PLACE, is_users_function
 
 # Calls that write nothing, and whose result shares no memory with their arguments.
 _FRESH_MODULES = (
@@ -75,7 +75,7 @@ class Aliasing:
         for node in self.graph.nodes:
             if node.op == "get_attr" and bn is not None:
                 value = operator.attrgetter(str(node.target))(self.block)
-                if value is bn:
+                if isinstance(value, nn.Module) and any(part is bn for part in value.modules()):
                     nodes.add(node)
                 elif any(value is tensor for tensor in (*bn.parameters(), *bn.buffers())):
                     nodes |= self._aliases(node, chain)
@@ -114,6 +114,8 @@ class Aliasing:
         module = called_module(self.block, node)
         if module is not None:
             return any(getattr(part, "inplace", False) or not is_of_library(type(part)) for part in module.modules())
+        if is_users_function(node.target):
+            return True
         name = name_of(node)
         is_in_place = any(argument is True for argument in (*node.args, node.kwargs.get("inplace")))
         return "out" in node.kwargs or name.endswith("_") or name in IN_PLACE or is_in_place

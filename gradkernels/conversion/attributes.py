@@ -6,7 +6,6 @@ reading, every attribute is as it was before.
 """
 
 import copy
-import inspect
 import operator
 import sys
 import threading
@@ -196,7 +195,9 @@ def own_constant(value: object, name: str) -> Any:
         found = object.__getattribute__(value, "__dict__").get(name, MISSING)
     except AttributeError:
         return MISSING
-    if not is_constant(found) or inspect.getattr_static(type(value), name, MISSING) is not MISSING:
+    # The class may have a constant of that name as the default. Anything else may be a descriptor.
+    of_class = next((base.__dict__[name] for base in type(value).__mro__ if name in base.__dict__), None)
+    if not is_constant(found) or not is_constant(of_class):
         return MISSING
     return found if getattr(value, name, MISSING) is found else MISSING
 

@@ -13,6 +13,7 @@ import math
 import operator
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FunctionType, GetSetDescriptorType
@@ -184,10 +185,11 @@ class _Tracer(Tracer):
     # Buffers are nodes then. As plain tensors they would be written in place during reading.
     proxy_buffer_attributes = True
 
-    def __init__(self, root: nn.Module, called: set[int], kind: type, asked: set[str]) -> None:
+    def __init__(self, root: nn.Module, called: set[int], kind: type, asked: set[str], leaves: tuple[FunctionType, ...]) -> None:
         # The functions of this package are nodes, like torch's. Else torch.fx would trace into them.
         modules: Any = (math, sys.modules["gradkernels"])
-        super().__init__(autowrap_modules=modules)
+        super().__init__(autowrap_modules=modules, autowrap_functions=leaves)
+        self.paths = {id(part): name for name, part in root.named_modules() if name}
         # Values that the forward read by an attribute or an index, and values that it turned into text.
         self.read_values: list[Node] = []
         self.printed: list[Node] = []
@@ -247,6 +249,10 @@ class _Tracer(Tracer):
                 raise Unreadable(f"passes on a {type(a).__name__} that is an attribute of its module")
         elif isinstance(a, (int, float, complex, str, bytes)) and type(a) not in (bool, int, float, complex, str, bytes):
             raise Unreadable(f"computes with a {type(a).__name__}, which would be a plain number or text in a graph")
+        elif id(a) in self.paths:
+            # The function that gets it may write its attributes.
+            self.called.update(map(id, _parts(a)))
+            return self.create_node("get_attr", self.paths[id(a)], (), {})
         elif dataclasses.is_dataclass(type(a)) and (hasattr(a, "__post_init__") or not all(field.init for field in dataclasses.fields(a))):
             raise Unreadable(f"makes a {type(a).__name__}, which a graph would make from its fields alone")
         return super().create_arg(a)
@@ -332,6 +338,11 @@ def _has_own_call(module: nn.Module) -> bool:
     return any("__call__" in kind.__dict__ for kind in own_classes(type(module)))
 
 
+def is_users_function(value: Any) -> bool:
+    """Whether a value is a function that neither torch nor this package has made."""
+    return isinstance(value, FunctionType) and (value.__module__ or "").partition(".")[0] not in ("torch", "gradkernels")
+
+
 def read(module: nn.Module, kind: type, reads: Reads) -> Reading:
     """Reads the forward of one module as it is now.
 
@@ -349,10 +360,10 @@ def read(module: nn.Module, kind: type, reads: Reads) -> Reading:
     asked: set[str] = set()
     evaluation: Graph | None = None
     try:
-        training = _trace(module, True, kind, asked, reads)
+        training = _trace_around(module, True, kind, asked, reads)
         # A forward that does not read its mode has the same graph in both.
         if any(name == "training" for _, name in reads):
-            evaluation = _trace(module, False, kind, asked, reads)
+            evaluation = _trace_around(module, False, kind, asked, reads)
     except Unreadable as reason:
         return Reading(None, str(reason), asks_for_class=bool(asked))
     except Exception as error:
@@ -360,18 +371,30 @@ def read(module: nn.Module, kind: type, reads: Reads) -> Reading:
         problem = f"cannot be traced by torch.fx: {type(error).__name__}: {first_line}"
         return Reading(None, problem, asks_for_class=bool(asked))
     if evaluation is not None:
-        mode = min(path for path, name in reads if name == "training")
-        return Reading(None, f"reads {'.'.join(('self', *mode))}.training", by_mode=(training, evaluation))
+        modes = sorted(path for path, name in reads if name == "training")
+        # With two modes there are more than these two graphs.
+        if len(modes) > 1 or not _are_equal(training, evaluation):
+            return Reading(None, f"reads {'.'.join(('self', *modes[0]))}.training", by_mode=(training, evaluation))
     arguments = enumerate(str(node.target) for node in training.find_nodes(op="placeholder"))
     kinds = tuple((place, name, kind) for place, name in arguments if name in asked)
     return Reading(
         training,
         None,
-        tuple((*place, value) for place, value in sorted(reads.items())),
+        tuple((*place, value) for place, value in sorted(reads.items()) if place[1] != "training"),
         kinds,
         asks_for_class=bool(asked),
         is_partial=_is_partial(module, training),
     )
+
+
+def _are_equal(left: Graph, right: Graph) -> bool:
+    """Whether two graphs have the same calls in the same order."""
+
+    def calls(graph: Graph) -> list[tuple[Any, ...]]:
+        # Numbers that are equal may be of different types.
+        return [(node.name, node.op, node.target, repr(node.args), repr(node.kwargs)) for node in graph.nodes]
+
+    return calls(left) == calls(right)
 
 
 def read_evaluation(module: nn.Module) -> tuple[Graph, set[Path]] | None:
@@ -424,7 +447,29 @@ def _is_partial(module: nn.Module, graph: Graph) -> bool:
     return bool(optional_arguments(type(module).forward)) or any(ASKED in node.meta for node in graph.nodes)
 
 
-def _trace(module: nn.Module, training: bool, kind: type, asked: set[str], reads: Reads) -> Graph:
+def _trace_around(module: nn.Module, training: bool, kind: type, asked: set[str], reads: Reads) -> Graph:
+    """The graph in one mode, in which a function of the user's that cannot be traced is one call."""
+    leaves: tuple[FunctionType, ...] = ()
+    while True:
+        try:
+            return _trace(module, training, kind, asked, reads, leaves)
+        except Unreadable:
+            raise
+        except Exception as error:
+            function = _called_from(type(module).forward, error)
+            if function is None or function in leaves:
+                raise
+            leaves += (function,)
+
+
+def _called_from(forward: Callable[..., Any], error: Exception) -> FunctionType | None:
+    """The function of the user's that a forward calls by a global name and in which an error was raised; None if there is none."""
+    functions = {value.__code__: value for value in forward.__globals__.values() if is_users_function(value) and value is not forward}
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((functions[frame.f_code] for frame in frames if frame.f_code in functions), None)
+
+
+def _trace(module: nn.Module, training: bool, kind: type, asked: set[str], reads: Reads, leaves: tuple[FunctionType, ...] = ()) -> Graph:
     """The graph in one mode.
 
     Args:
@@ -433,10 +478,11 @@ def _trace(module: nn.Module, training: bool, kind: type, asked: set[str], reads
         kind: the class of the arguments whose class the forward asks for.
         asked: gets the names of these arguments.
         reads: gets the attributes of the module and its submodules that the forward reads.
+        leaves: functions that are one call in the graph.
     """
     called: set[int] = set()
 
-    tracer = _Tracer(module, called, kind, asked)
+    tracer = _Tracer(module, called, kind, asked, leaves)
 
     def trace(watch: Callable[[], None]) -> Graph:
         with recorded(module, reads, called):
@@ -446,6 +492,8 @@ def _trace(module: nn.Module, training: bool, kind: type, asked: set[str], reads
         graph = run_watched(trace)
     for node in graph.nodes:
         node.type = None
+        # Else the code of the graph would announce the function to torch.fx.
+        node.meta.pop("is_wrapped", None)
         if node.op == "get_attr" and not _resolves(module, str(node.target)):
             raise Unreadable("makes a tensor")
     return graph
