@@ -10,11 +10,13 @@ import operator
 import torch
 from torch import nn
 from torch.fx import Graph, Node
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradkernels.acts import ACTS
 from gradkernels.conversion.attributes import OF_EVERY_MODULE, held
+from gradkernels.conversion.border import Ends
 from gradkernels.conversion.guard import has_hooks, normalize
-from gradkernels.conversion.patterns import FUSIBLE, Chain, called_module, is_activation, name_of
+from gradkernels.conversion.patterns import FUSIBLE, WRITING_ADDITIONS, Chain, called_module, is_activation, name_of
 from gradkernels.conversion.purity import is_of_library
 from gradkernels.conversion.trace import IN_PLACE, is_users_function
 
@@ -29,9 +31,10 @@ _FRESH_FUNCTIONS = (operator.add, operator.sub, operator.mul, operator.truediv, 
 class Aliasing:
     """Answers for one graph, as it is at the time of the question: rewriting changes it."""
 
-    def __init__(self, block: nn.Module, graph: Graph) -> None:
+    def __init__(self, block: nn.Module, graph: Graph, ends: Ends) -> None:
         self.block = block
         self.graph = graph
+        self.ends = ends
 
     def may_be_written(self, node: Node) -> bool:
         """Whether a value may be written after it was computed.
@@ -41,7 +44,10 @@ class Aliasing:
         return not all(self.is_fresh(user) and not self._writes(user) for user in node.users)
 
     def why_it_cannot_move(self, chain: Chain, residual: Node, addition: Node) -> str:
-        """Why the kernel cannot be called where the chain ends; "" if it can."""
+        """Why the kernel cannot be called where the chain ends; "" if it can.
+
+        The chain then gets the calls that this relies on.
+        """
         order = {node: place for place, node in enumerate(self.graph.nodes)}
         first, last = chain.nodes[0], chain.nodes[-1]
         bn = called_module(self.block, first)
@@ -60,8 +66,13 @@ class Aliasing:
                 if node.target is normalize:
                     return "it may be called again before its output is added"
                 return f"{name_of(node)}, called between it and its activation, may read or write its statistics"
-            if not self.is_fresh(node) and read_at_end.intersection(node.all_input_nodes):
+            if self.is_fresh(node):
+                chain.relied_on += [node] * bool(module is not None and read_at_end.intersection(node.all_input_nodes))
+                continue
+            if read_at_end.intersection(node.all_input_nodes):
                 return f"{name_of(node)}, called between it and its activation, may write its input or the residual"
+            # It cannot write what the call before the batch norm has just made.
+            chain.relied_on += [value for value in first.all_input_nodes if value.op == "call_module" and self.is_fresh(value)]
         if ACTS[chain.act].saves == "value":
             for node in residual_aliases:
                 writers = [user for user in node.users if order[user] > order[last] and not self.is_fresh(user) and self._writes(user)]
@@ -102,12 +113,31 @@ class Aliasing:
         """Whether a node certainly writes no argument and shares no memory with one."""
         module = called_module(self.block, node)
         if module is not None:
-            parts = [part for part in module.modules() if type(part) is not nn.Sequential]
-            return bool(parts) and all(map(_is_fresh_module, parts)) and not any(map(has_hooks, module.modules()))
+            return self._is_fresh_module(module)
         if node.op != "call_function" or node.target not in _FRESH_FUNCTIONS or "out" in node.kwargs:
             return False
         # The sum of two lists holds their tensors.
         return node.target is torch.cat or not any(isinstance(argument, (list, tuple)) for argument in node.args)
+
+    def _is_fresh_module(self, module: nn.Module) -> bool:
+        if has_hooks(module):
+            return False
+        if type(module) is nn.Sequential:
+            return len(module) > 0 and all(map(self._is_fresh_module, module))
+        if isinstance(module, _BatchNorm) and type(module) not in _FRESH_MODULES:
+            return self.ends.is_batch_norm_alone(module)
+        return type(module) in _FRESH_MODULES or (is_activation(module) and not getattr(module, "inplace", False))
+
+    def private(self, node: Node) -> list[Node] | None:
+        """The calls of modules that make a value which nothing reads but its one user; None if there may be others."""
+        calls = [node] if node.op == "call_module" else []
+        if len(node.users) != 1:
+            return None
+        module = called_module(self.block, node)
+        if node.args and (node.target in WRITING_ADDITIONS or (type(module) is nn.Identity and not has_hooks(module))):
+            before = self.private(node.args[0]) if isinstance(node.args[0], Node) else None
+            return None if before is None else [*calls, *before]
+        return calls if self.is_fresh(node) else None
 
     def _writes(self, node: Node) -> bool:
         """Whether a node is known to write an argument, or calls a module of unknown code."""
@@ -119,10 +149,6 @@ class Aliasing:
         name = name_of(node)
         is_in_place = any(argument is True for argument in (*node.args, node.kwargs.get("inplace")))
         return "out" in node.kwargs or name.endswith("_") or name in IN_PLACE or is_in_place
-
-
-def _is_fresh_module(module: nn.Module) -> bool:
-    return type(module) in _FRESH_MODULES or (is_activation(module) and not getattr(module, "inplace", False))
 
 
 def _holds(module: nn.Module, bn: nn.Module | None) -> bool:

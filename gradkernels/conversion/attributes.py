@@ -43,6 +43,10 @@ OF_EVERY_MODULE = frozenset(nn.Module().__dict__) - {"training"}
 _ALL_TENSORS = frozenset(
     ("parameters", "named_parameters", "buffers", "named_buffers", "state_dict", "_parameters", "_buffers", "__dict__")
 )
+# Of the class of a converted block: the class that the block had.
+BASE = "_class_before_conversion"
+# Of a batch norm or an activation that got our class: the class that it had.
+ORIGINAL = "_converted_from"
 _COMPARABLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
@@ -98,7 +102,7 @@ def recorded(module: nn.Module, reads: Reads, called: set[int]) -> Iterator[None
                 raise Unreadable(f"reads {_dotted(path, name)} of a scripted module")
             if path:
                 # The class decides what the methods do and what isinstance answers.
-                reads[path, "__class__"] = type(self)
+                reads[path, "__class__"] = class_before(self)
         if issubclass(type(self), torch.jit.ScriptModule):
             return object.__getattribute__(self, name)
         own = object.__getattribute__(self, "__dict__")
@@ -156,6 +160,19 @@ def recorded(module: nn.Module, reads: Reads, called: set[int]) -> Iterator[None
                 setattr(nn.Module, name, before[name])
             else:
                 delattr(nn.Module, name)
+
+
+def base_class(kind: type) -> type[nn.Module] | None:
+    """The class that a block had before conversion; None if `kind` is not the class of a converted block."""
+    base: type[nn.Module] | None = kind.__dict__.get(BASE)
+    return base
+
+
+def class_before(module: nn.Module | None) -> type:
+    """The class that a module had before conversion."""
+    kind: type = type(module)
+    own = {} if module is None else module.__dict__
+    return base_class(kind) or own.get(ORIGINAL) or kind
 
 
 def _is_default(kind: type[nn.Module], path: Path, name: str) -> bool:

@@ -14,7 +14,8 @@ from typing import Any, Protocol, cast
 from torch import nn
 
 from gradkernels._native import refuse_script
-from gradkernels.conversion.guard import BASE, FORWARD, RewrittenForward
+from gradkernels.conversion.attributes import BASE, base_class
+from gradkernels.conversion.guard import FORWARD, RewrittenForward
 from gradkernels.conversion.rewrite import Reader, rewrite_forward
 
 # The function that pickle calls to make an object of a class without a __reduce__ of its own.
@@ -74,10 +75,13 @@ def converted_class(base: type[nn.Module]) -> type[nn.Module]:
         residual = self.__dict__.get(FORWARD)
         if isinstance(residual, bool):
             self.__dict__.pop(FORWARD)
-            kind = type(self)
-            object.__setattr__(self, "__class__", base)
+            # Forwards of children are read too, if they are written out in this one.
+            kinds = [(part, type(part)) for part in self.modules()]
+            for part, kind in kinds:
+                object.__setattr__(part, "__class__", base_class(kind) or kind)
             rewritten = rewrite_forward(self, residual, Reader()).forward
-            object.__setattr__(self, "__class__", kind)
+            for part, kind in kinds:
+                object.__setattr__(part, "__class__", kind)
             if rewritten is not None:
                 self.__dict__[FORWARD] = rewritten
 

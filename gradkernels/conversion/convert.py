@@ -17,22 +17,22 @@ from torch.nn.parameter import is_lazy
 
 from gradkernels.acts import act_of_module, check_act
 from gradkernels.conversion import rewrite, trace
-from gradkernels.conversion.attributes import restore
+from gradkernels.conversion.attributes import ORIGINAL, base_class, restore
 from gradkernels.conversion.block import converted_class, why_not_derived
 from gradkernels.conversion.check import Observation, largest_difference
-from gradkernels.conversion.guard import FORWARD, ORIGINAL, RewrittenForward, base_class
+from gradkernels.conversion.guard import FORWARD, RewrittenForward
 from gradkernels.conversion.patterns import (
     ACTIVATION_MODULES,
     BATCH_NORMS,
     OURS,
     is_activation,
     keeps_output,
-    may_call_an_activation,
+    may_be_rewritten,
     why_kept,
 )
 from gradkernels.conversion.purity import attributes_looked_for, classes_asked
 from gradkernels.conversion.report import ConversionReport, Row
-from gradkernels.conversion.result import IS_IN_PLACE, KEEPS_ITS_OUTPUT, NOTHING_TO_FUSE, Reason, Site
+from gradkernels.conversion.result import IS_IN_PLACE, KEEPS_ITS_OUTPUT, NOTHING_TO_FUSE, Place, Reason, Site
 from gradkernels.layers import check_model
 
 _REMEDY_OF_FORWARDS = 'change it as the guide says under "What it leaves alone"'
@@ -174,15 +174,17 @@ class _Plan:
         self.problems: dict[nn.Module, str] = {}
         # Modules whose class must stay, because of their attributes or of what code above them asks -> why.
         self.kept = {module: why for module in self.names if (why := why_kept(module))}
-        sites = [(block, site) for block in _with_progress(self.names) for site in self.read(block, residual)]
+        found = [(block, site) for block in _with_progress(self.names) for site in self.read(block, residual)]
         self.keep_what_is_asked_for()
         # Modules that are called somewhere without being fused, and may get our class.
-        self.alone = {site.module for _, site in sites if site.module is not None and site.label is None}
-        self.alone -= {site.module for _, site in sites if site.keeps_output}
-        called = {site.module for _, site in sites} | {module for _, site in sites for module in site.absorbed}
+        self.alone = {site.module for _, site in found if site.module is not None and site.label is None}
+        self.alone -= {site.module for _, site in found if site.keeps_output}
+        called = {site.module for _, site in found} | {module for _, site in found for module in site.absorbed}
+        sites = _one_at_each_place(found)
+        fused = {site.module for _, site in sites if site.is_fused and site.place is not None}
         for block, site in sites:
-            # A batch norm with its own rewritten forward has a row for that forward, not for its call.
-            if site.module is None or site.module is block or site.module not in self.forwards:
+            # A batch norm with its own rewritten forward has one row: for its call if it is fused there, else for that forward.
+            if site.module not in self.forwards or (site.is_fused if site.place is not None else site.module not in fused):
                 self.rows.append(self.row(block, site))
         for module, name in self.names.items():
             if module not in called and (isinstance(module, _BatchNorm) or is_activation(module)):
@@ -199,7 +201,7 @@ class _Plan:
         """The sites in the forward of one module. Notes the rewritten forward, or why there is none."""
         if not trace.has_own_forward(block):
             return []
-        if not may_call_an_activation(block):
+        if not may_be_rewritten(block):
             self.unread.add(block)
             return []
         result = rewrite.rewrite_forward(block, residual, self.reader)
@@ -289,6 +291,21 @@ class _Plan:
             elif module in self.forwards:
                 module.__dict__[FORWARD] = self.forwards[module]
                 object.__setattr__(module, "__class__", converted_class(kind))
+
+
+def _one_at_each_place(found: list[tuple[nn.Module, Site]]) -> list[tuple[nn.Module, Site]]:
+    """Of the sites of each call the one that says most, with the block whose forward has the call.
+
+    Where a child is written out in the forward of its parent, both have sites for its calls.
+    """
+    best: dict[Place, Site] = {}
+    for _, site in found:
+        for place in site.also or ((site.place,) if site.place is not None else ()):
+            # Parents come first. They know why a call is not fused, and children what is fused without their parents.
+            if place not in best or site.is_fused:
+                best[place] = site
+    placed = [(block, site) if site.place is None else (site.place[0], site) for block, site in found]
+    return [(block, site) for block, site in placed if site.place is None or best[site.place] is site]
 
 
 def _with_progress(modules: Collection[nn.Module]) -> Iterable[nn.Module]:

@@ -21,16 +21,12 @@ from torch.nn.modules.module import _has_any_global_hook
 from gradkernels import _native
 from gradkernels.acts import ACTS
 from gradkernels.batch_norm_act import forward_of
-from gradkernels.conversion.attributes import Path, own_constant
+from gradkernels.conversion.attributes import Path, class_before, own_constant
 from gradkernels.conversion.bytecode import MISSING
 from gradkernels.conversion.trace import optional_arguments
 
-# Names in a __dict__. Of a block: its rewritten forward.
+# The name in a block's __dict__ of its rewritten forward.
 FORWARD = "_rewritten_forward"
-# Of the class of a converted block: the class that the block had.
-BASE = "_class_before_conversion"
-# Of a batch norm or an activation: the class that it had.
-ORIGINAL = "_converted_from"
 # The name of each child, and what is compared of it.
 Children = tuple[tuple[str, Any], ...]
 
@@ -47,8 +43,8 @@ def normalize(
         residual: None without an addition.
         act: a key of ACTS.
         act_param: the parameter of act.
-        writes: the addition was bn(x).add_(residual), whose sum keeps the shape and the dtype of bn(x).
-        is_second: the addition was residual + bn(x), whose sum has the memory format of the residual.
+        writes: the addition was bn(x).add_(residual), whose sum keeps the shape and the dtype of its first term.
+        is_second: the addition was residual + bn(x), whose sum has the memory format of its first term.
     """
     if residual is not None and (
         not isinstance(residual, Tensor)
@@ -59,7 +55,8 @@ def normalize(
     ):
         # The kernel has no sum that broadcasts, promotes or changes the memory format.
         y = forward_of(bn, x, None, "identity", 0.0)
-        total = y.add_(residual) if writes else residual + y if is_second else y + residual
+        first, second = (residual, y) if is_second else (y, residual)
+        total = first.add_(second) if writes else first + second
         return ACTS[act].function(total, act_param)
     return forward_of(bn, x, residual, act, act_param)
 
@@ -94,6 +91,27 @@ class Expected:
 
 
 @dataclass(frozen=True)
+class WrittenOut:
+    """The condition on a submodule whose forward is part of the rewritten forward, which does not call it.
+
+    Attributes:
+        path: where the submodule is.
+        kind: the class that it had before conversion.
+        forward: the forward of this class at that time.
+    """
+
+    path: Path
+    kind: type[nn.Module]
+    forward: Callable[..., Any]
+
+    def holds(self, block: nn.Module) -> bool:
+        module = child(block, self.path)
+        if class_before(module) is not self.kind or has_hooks(module) or module._compiled_call_impl is not None:
+            return False
+        return self.kind.forward is self.forward
+
+
+@dataclass(frozen=True)
 class RewrittenForward:
     """A forward and its conditions. It is immutable, so a block and its copies share it.
 
@@ -104,7 +122,7 @@ class RewrittenForward:
         names: the global names that the code needs.
         attributes: (path of a module, name, value) of each attribute that the block's own forward read.
         children: for the path of each module on the way to another, its children at that time.
-        expected: the conditions on submodules that are called differently.
+        expected: the conditions on submodules that are called differently, or whose forward is written out.
         residual: whether additions were allowed to be fused.
         original: the block's own forward.
         asks_for_classes: the block's own forward calls isinstance or issubclass, so the classes of children
@@ -119,7 +137,7 @@ class RewrittenForward:
     names: Mapping[str, Any]
     attributes: tuple[tuple[Path, str, Any], ...]
     children: tuple[tuple[Path, Children], ...]
-    expected: tuple[Expected, ...]
+    expected: tuple[Expected | WrittenOut, ...]
     residual: bool
     original: Callable[..., Any]
     asks_for_classes: bool
@@ -250,16 +268,3 @@ def children_of(module: nn.Module, with_classes: bool) -> Children:
     """
     names = tuple((name, value is None) for owner in _owners(module) for name, value in owner.items())
     return names + tuple((name, class_before(value)) for name, value in module._modules.items() if with_classes)
-
-
-def base_class(kind: type) -> type[nn.Module] | None:
-    """The class that a block had before conversion; None if `kind` is not the class of a converted block."""
-    base: type[nn.Module] | None = kind.__dict__.get(BASE)
-    return base
-
-
-def class_before(module: nn.Module | None) -> type:
-    """The class that a module had before conversion."""
-    kind: type = type(module)
-    own = {} if module is None else module.__dict__
-    return base_class(kind) or own.get(ORIGINAL) or kind

@@ -25,13 +25,13 @@ _STATE = ["running_mean", "running_var", "weight", "bias"]
 
 def applied_modules(bn: _BatchNorm) -> list[nn.Module] | None:
     """The submodules that a batch norm applies in its own forward; None if the forward does anything else."""
-    names = _names_after(bn, read(bn, torch.Tensor, {}))
+    names = names_after(bn, read(bn, torch.Tensor, {}))
     return None if names is None else [bn.get_submodule(name) for name in names]
 
 
 def rewrite_norm_act(block: nn.Module, reading: Reading, residual: bool) -> RewriteResult:
     """The result for such a batch norm; without sites for any other module."""
-    names = _names_after(block, reading)
+    names = names_after(block, reading)
     if not names:
         return RewriteResult()
     *before, act = layers = [block.get_submodule(name) for name in names]
@@ -59,7 +59,7 @@ def rewrite_norm_act(block: nn.Module, reading: Reading, residual: bool) -> Rewr
     return RewriteResult([site], forward)
 
 
-def _names_after(block: nn.Module, reading: Reading) -> list[str] | None:
+def names_after(block: nn.Module, reading: Reading) -> list[str] | None:
     """The names of the submodules that are applied, if they are the same in both modes."""
     if not isinstance(block, _BatchNorm) or reading.by_mode is None:
         return None

@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gradkernels import activation
 from gradkernels.acts import act_of_module, act_of_spelling, check_act, resolve_act
 from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
-from gradkernels.conversion.attributes import Path, held
-from gradkernels.conversion.guard import ORIGINAL, Expected, has_hooks, normalize
+from gradkernels.conversion.attributes import ORIGINAL, Path, held
+from gradkernels.conversion.guard import Expected, has_hooks, normalize
 from gradkernels.conversion.purity import functions_from_forward, names_from_forward
 from gradkernels.layers import added_names, why_not_replaced
 
@@ -53,7 +53,7 @@ OTHER_FUNCTIONS = {
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Additions that write the sum into their first term.
 WRITING_ADDITIONS = (operator.iadd, "add_")
-_ADDITIONS = (operator.add, torch.add, "add", *WRITING_ADDITIONS)
+ADDITIONS = (operator.add, torch.add, "add", *WRITING_ADDITIONS)
 
 
 HAS_SCALE = "is called with a scale, which the kernel does not have"
@@ -83,6 +83,7 @@ class Chain:
     Attributes:
         nodes: all of them, and any nn.Identity between them.
         expected: those of the nodes that call modules.
+        relied_on: calls of modules between them that must neither write nor return what the kernel reads.
         act: a key of ACTS; "identity" without an activation.
         act_param: the parameter of the activation.
         residual: the value that is added; None without an addition.
@@ -99,6 +100,7 @@ class Chain:
     addition: Node | None = None
     names: list[str] = field(default_factory=list)
     absorbed: list[nn.Module] = field(default_factory=list)
+    relied_on: list[Node] = field(default_factory=list)
 
 
 def called_module(block: nn.Module, node: Node) -> nn.Module | None:
@@ -113,6 +115,33 @@ def name_of(node: Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
+def way_to_user(block: nn.Module, node: Node) -> tuple[list[Node], str]:
+    """Follows the value of a node to its only user, past any nn.Identity and any addition of 0.
+
+    Returns:
+        The nodes on the way, of which the last is the user, and the reason why the value has no such user.
+        The reason is "" if it has one.
+    """
+    users: list[Node] = []
+    while True:
+        if not node.users:
+            return users, "nothing uses its output"
+        times = sum(sum(argument is node for argument in (*user.args, *user.kwargs.values())) or 1 for user in node.users)
+        if times > 1:
+            return users, f"its output is used {times} times"
+        (node,) = node.users
+        users.append(node)
+        module = called_module(block, node)
+        is_identity = type(module) is nn.Identity and not has_hooks(module) and len(node.args) == 1
+        if not is_identity and not _adds_zero(node):
+            return users, ""
+
+
+def _adds_zero(node: Node) -> bool:
+    is_sum = node.target in ADDITIONS and len(node.args) == 2 and not node.kwargs
+    return is_sum and any(type(term) is int and term == 0 for term in node.args)
+
+
 def is_activation(module: nn.Module) -> bool:
     """Whether a module is an activation, with a kernel or without."""
     return (
@@ -122,7 +151,7 @@ def is_activation(module: nn.Module) -> bool:
     )
 
 
-def may_call_an_activation(block: nn.Module) -> bool:
+def may_be_rewritten(block: nn.Module) -> bool:
     """Whether the forward of a module may call a batch norm or an activation that is computed or reported."""
     # A Sequential calls its children. Another forward may come to every module below it.
     is_sequential = type(block).forward is nn.Sequential.forward
@@ -130,28 +159,28 @@ def may_call_an_activation(block: nn.Module) -> bool:
     if any(isinstance(part, (_BatchNorm, *ACTIVATION_MODULES)) for part in below):
         return True
     if is_sequential:
-        return False
+        # A batch norm may end one child, and the next one may be its activation.
+        return len(block._modules) > 1 and any(isinstance(part, _BatchNorm) for part in block.modules())
     functions = functions_from_forward(type(block)).union(
         value
         for attribute in block.__dict__.values()
         for value in held(attribute)
         if isinstance(value, (FunctionType, BuiltinFunctionType))
     )
-    return any(map(_is_reported, functions)) or any(map(_is_reported, names_from_forward(type(block))))
+    targets = functions | names_from_forward(type(block))
+    return any(_is_activation_function(target) or target in (F.batch_norm, torch.batch_norm) for target in targets)
 
 
-def _is_reported(target: Any) -> bool:
-    """Whether a function or the name of a method is an activation or a batch norm."""
-    known = act_of_spelling(target) is not None or target in ACTIVATION_FUNCTIONS or target in OTHER_FUNCTIONS
-    return known or target in (F.batch_norm, torch.batch_norm)
+def _is_activation_function(target: Any) -> bool:
+    """Whether a function or the name of a method is an activation, with a kernel or without."""
+    return act_of_spelling(target) is not None or target in ACTIVATION_FUNCTIONS or target in OTHER_FUNCTIONS
 
 
 def activation_name(node: Node, module: nn.Module | None) -> str | None:
     """The name of the activation that a node calls, with a kernel or without; None for another node."""
     if module is not None:
         return type(module).__name__ if is_activation(module) else None
-    is_known = act_of_spelling(node.target) is not None or node.target in ACTIVATION_FUNCTIONS or node.target in OTHER_FUNCTIONS
-    return name_of(node) if is_known else None
+    return name_of(node) if _is_activation_function(node.target) else None
 
 
 def activation_after(node: Node, module: nn.Module | None) -> Activation | str:
@@ -200,7 +229,7 @@ def has_scale(node: Node) -> bool:
 
 def addend(node: Node, value: Node) -> Node | None:
     """The term that a node adds to `value`; None if it adds none, or writes the sum into that term."""
-    if node.target not in _ADDITIONS or node.kwargs or len(node.args) != 2:
+    if node.target not in ADDITIONS or node.kwargs or len(node.args) != 2:
         return None
     left, right = node.args
     if not isinstance(left, Node) or not isinstance(right, Node):

@@ -35,6 +35,10 @@ IS_IN_PLACE = Reason("it is in place, which the kernel is not, and something els
 NOTHING_TO_FUSE = "torch's is kept: without a batch norm there is nothing to fuse"
 
 
+# The module whose forward has a call, and the name of the call's node in the graph of this forward.
+Place = tuple[nn.Module, str]
+
+
 @dataclass
 class Site:
     """One place in a forward where a batch norm or an activation is called.
@@ -48,6 +52,8 @@ class Site:
         absorbed: modules that the rewritten forward does not call here.
         keeps_output: it is an ELU whose output may be written. Ours, which keeps the output for the gradient,
             cannot take its place.
+        place: where it is called; None for a batch norm that applies an activation in its own forward.
+        also: the places of all calls that are fused, its own included.
     """
 
     module: nn.Module | None
@@ -57,6 +63,8 @@ class Site:
     why: str = ""
     absorbed: tuple[nn.Module, ...] = ()
     keeps_output: bool = False
+    place: Place | None = None
+    also: tuple[Place, ...] = ()
 
 
 @dataclass

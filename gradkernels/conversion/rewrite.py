@@ -5,7 +5,6 @@ called where the batch norm was called. With an addition, the kernel is called w
 calls was. No call between the two places may then write what the kernel reads (aliasing.py).
 """
 
-import copy
 import dataclasses
 import keyword
 import re
@@ -23,11 +22,12 @@ from gradkernels import activation
 from gradkernels.acts import act_of_spelling
 from gradkernels.conversion.aliasing import Aliasing
 from gradkernels.conversion.attributes import NOT_COMPARABLE, Path, Reads, is_comparable
+from gradkernels.conversion.border import PLACE, ROOT, Border, Ends
 from gradkernels.conversion.bytecode import CLASS_TESTS, MISSING
 from gradkernels.conversion.guard import (
-    Children,
     Expected,
     RewrittenForward,
+    WrittenOut,
     attribute,
     children_of,
     has_hooks,
@@ -42,6 +42,7 @@ from gradkernels.conversion.patterns import (
     FUSIBLE,
     HAS_SCALE,
     OTHER_FUNCTIONS,
+    OURS,
     WRITING_ADDITIONS,
     Chain,
     activation_after,
@@ -53,14 +54,13 @@ from gradkernels.conversion.patterns import (
     is_activation,
     keeps_output,
     name_of,
+    way_to_user,
     why_kept,
 )
 from gradkernels.conversion.purity import names_from_forward
 from gradkernels.conversion.result import IS_IN_PLACE, KEEPS_ITS_OUTPUT, NOTHING_TO_FUSE, Reason, RewriteResult, Site
 from gradkernels.conversion.trace import Reading, read
 from gradkernels.sync_batch_norm_act import SyncBatchNormAct
-
-_ChildrenOnTheWay = tuple[tuple[Path, Children], ...]
 
 
 class Reader:
@@ -69,23 +69,29 @@ class Reader:
     def __init__(self) -> None:
         # The shape of a block and the class of arguments -> what was read, and which attributes were.
         self._known: dict[Any, list[tuple[Reads, Reading]]] = {}
+        self._readings: dict[tuple[nn.Module, type], Reading] = {}
+        self.ends = Ends(self.read)
 
     def read(self, block: nn.Module, kind: type = torch.Tensor) -> Reading:
-        """Reads the forward of one block as it is now.
+        """Reads the forward of one block as it is at the first call. Its graph must not be changed.
 
         Args:
             block: any module.
             kind: the class of the arguments whose class the forward asks for.
         """
-        known = self._known.setdefault((_shape(block), kind), [])
+        if (block, kind) in self._readings:
+            return self._readings[block, kind]
+        is_sequential = type(block).forward is nn.Sequential.forward
+        # Reading such a forward takes no longer than comparing.
+        known = [] if is_sequential else self._known.setdefault((_shape(block), kind), [])
         reading = next((reading for reads, reading in known if _is_read_again(block, reads)), None)
         if reading is None:
             reads: Reads = {}
             reading = read(block, kind, reads)
             # Reading sets the mode itself.
             known.append(({place: value for place, value in reads.items() if place[1] != "training"}, reading))
-        # Rewriting changes the graph.
-        return reading if reading.graph is None else dataclasses.replace(reading, graph=copy.deepcopy(reading.graph))
+        self._readings[block, kind] = reading
+        return reading
 
 
 def _shape(block: nn.Module) -> tuple[Any, ...]:
@@ -110,10 +116,10 @@ def rewrite_forward(block: nn.Module, residual: bool, reader: Reader) -> Rewrite
         reader: reads the forward.
     """
     reading = reader.read(block)
-    result = _rewrite(block, reading, residual)
+    result = _rewrite(block, reading, residual, reader.ends)
     if reading.asks_for_class:
         # A forward that asks whether its argument is a tensor gets a list or a tensor.
-        of_list = _rewrite(block, reader.read(block, list), residual)
+        of_list = _rewrite(block, reader.read(block, list), residual, reader.ends)
         result.sites += [site for site in of_list.sites if site not in result.sites]
         result.kept |= of_list.kept
         if result.forward is None or of_list.forward is None:
@@ -124,12 +130,20 @@ def rewrite_forward(block: nn.Module, residual: bool, reader: Reader) -> Rewrite
     return result
 
 
-def _rewrite(block: nn.Module, reading: Reading, residual: bool) -> RewriteResult:
+def _rewrite(block: nn.Module, reading: Reading, residual: bool, ends: Ends) -> RewriteResult:
     try:
         if reading.graph is None:
             result = rewrite_norm_act(block, reading, residual)
         else:
-            result = Rewriter(block, reading.graph, reading, residual).run()
+            border = Border(block, reading, reading.graph, ends)
+            border.write_out()
+            rewriter = Rewriter(border, reading, residual)
+            result = rewriter.run()
+            if border.conditions and not rewriter.crosses:
+                why_not = [site for site in result.sites if site.place is not None and site.place[0] is not block and site.label is None]
+                result = Rewriter(Border(block, reading, reading.graph, ends), reading, residual).run()
+                result.sites += why_not
+            result.sites += border.left
     except (LookupError, AttributeError, TypeError, ValueError, SyntaxError) as error:
         return RewriteResult(problem=f"cannot be rewritten: {error}")
     if not result.sites:
@@ -140,26 +154,33 @@ def _rewrite(block: nn.Module, reading: Reading, residual: bool) -> RewriteResul
 class Rewriter:
     """Finds the sites (result.py) in the graph of one forward, and fuses calls in the graph where it can."""
 
-    def __init__(self, block: nn.Module, graph: Graph, reading: Reading, residual: bool) -> None:
-        self.block = block
-        self.graph = graph
+    def __init__(self, border: Border, reading: Reading, residual: bool) -> None:
+        self.block = block = border.block
+        self.graph = border.graph
+        self.attributes = tuple(border.attributes)
+        self.ends = border.ends
         self.reading = reading
         self.residual = residual
-        self.aliasing = Aliasing(block, graph)
-        self.expected: dict[Path, Expected] = {}
+        self.aliasing = Aliasing(block, self.graph, self.ends)
+        self.expected: dict[Path, Expected | WrittenOut] = {condition.path: condition for condition in border.conditions}
+        self.paths = _on_the_way(block, self.graph).union(self.expected)
         self.changed = False
-        looked_for = [(block.get_submodule(".".join(path)), name) for path, name, value in reading.attributes if value is MISSING]
+        # Whether calls of the block's own forward and calls of children were fused with each other.
+        self.crosses = False
+        looked_for = [(block.get_submodule(".".join(path)), name) for path, name, value in self.attributes if value is MISSING]
         self.kept = {module: why for module, name in looked_for if (why := why_kept(module, (name,)))}
-        self.asks_for_classes = not names_from_forward(type(block)).isdisjoint(CLASS_TESTS)
+        kinds = {type(block), *(condition.kind for condition in border.conditions)}
+        self.asks_for_classes = any(not names_from_forward(kind).isdisjoint(CLASS_TESTS) for kind in kinds)
 
     def run(self) -> RewriteResult:
-        children = _children_on_the_way(self.block, self.graph, self.asks_for_classes)
         result = RewriteResult(kept=self.kept)
         fused: set[Node] = set()
         nodes = list(self.graph.nodes)
         for node in nodes:
             _pass_by_position(node, self.module(node))
-        for node in nodes:
+        of_children = [node for node in nodes if node.meta[PLACE][0] is not self.block]
+        # Of the terms of a sum the batch norm that is called last need not be moved.
+        for node in (*(node for node in nodes if node.meta[PLACE][0] is self.block), *reversed(of_children)):
             module = self.module(node)
             if isinstance(module, _BatchNorm) and node not in fused:
                 site, chain = self.at_batch_norm(node, module)
@@ -172,7 +193,7 @@ class Rewriter:
                 result.sites += self.at_activation(node)
         if self.changed:
             _check_names(self.graph)
-            result.forward = self.forward(children)
+            result.forward = self.forward()
         return result
 
     def module(self, node: Node) -> nn.Module | None:
@@ -183,8 +204,8 @@ class Rewriter:
 
         The chain is None if nothing is fused with the batch norm.
         """
-        site = Site(module, type(module).__name__)
-        if type(module) not in FUSIBLE:
+        site = Site(module, type(module).__name__, place=node.meta[PLACE])
+        if not self.ends.is_batch_norm_alone(module):
             is_sync = isinstance(module, (nn.SyncBatchNorm, SyncBatchNormAct))
             unknown = f"{type(module).__name__} may compute something else"
             site.why = "its statistics are computed over several processes" if is_sync else unknown
@@ -192,7 +213,7 @@ class Rewriter:
             site.why = why
         elif has_hooks(module):
             site.why = Reason("it has a hook, which would get a different tensor if the calls were fused", "remove the hook")
-        elif getattr(module, "act", "identity") != "identity" or len(node.args) != 1 or node.kwargs:
+        elif (type(module) in FUSIBLE and getattr(module, "act", "identity") != "identity") or len(node.args) != 1 or node.kwargs:
             site.why = "it already has an activation or a residual"
         if site.why:
             return site, None
@@ -204,6 +225,9 @@ class Rewriter:
                 site.why = f"its activation, {name}, comes before it; only an activation after it can be fused"
             return site, None
         site.found = ", ".join([site.found, *chain.names])
+        site.also = tuple(each.meta[PLACE] for each in chain.nodes)
+        if len({block for block, _ in site.also}) > 1:
+            site.found += f" (in {type(self.block).__name__})"
         site.label = f"batch_norm_act({', '.join([chain.act] + ['residual'] * (chain.residual is not None))})"
         site.is_fused, site.absorbed = True, tuple(chain.absorbed)
         return site, chain
@@ -215,41 +239,26 @@ class Rewriter:
             The chain, and the reason why the chain has no activation. The reason is "" if it has one.
         """
         bn_alone = Chain([node], [node])
-        users, why = self.way_to_user(node)
+        users, why = way_to_user(self.block, node)
         if why:
             return bn_alone, why
-        residual = addend(users[-1], [node, *users][-2])
-        if residual is None:
-            if users[-1].target in WRITING_ADDITIONS:
+        before, user = [node, *users][-2:]
+        residual = addend(user, before)
+        relied_on: list[Node] | None = []
+        if user.target in WRITING_ADDITIONS and not user.kwargs and user.args[1:] == (before,) and isinstance(user.args[0], Node):
+            # Nothing else may read the sum in the other term.
+            relied_on, residual = self.aliasing.private(user.args[0]), user.args[0]
+        if residual is None or relied_on is None:
+            if user.target in WRITING_ADDITIONS:
                 return bn_alone, Reason("the sum is written into the other term", "write y = y + bn(x), and not y += bn(x)")
             return bn_alone, self.add_activation(bn_alone, users)
         if not self.residual:
             return bn_alone, Reason("an addition follows, and residual=False", "convert with residual=True")
-        chain = Chain([node, *users], [node, *users[:-1]], residual=residual, addition=users[-1], names=["add"])
-        users_of_sum, why = self.way_to_user(users[-1])
+        chain = Chain([node, *users], [node, *users[:-1]], residual=residual, addition=user, names=["add"], relied_on=relied_on)
+        users_of_sum, why = way_to_user(self.block, user)
         why = why or self.add_activation(chain, users_of_sum)
-        obstacle = self.aliasing.why_it_cannot_move(chain, residual, users[-1])
+        obstacle = self.aliasing.why_it_cannot_move(chain, residual, user)
         return (bn_alone, obstacle) if obstacle else (chain, why)
-
-    def way_to_user(self, node: Node) -> tuple[list[Node], str]:
-        """Follows the value of a node to its only user, past any nn.Identity.
-
-        Returns:
-            The nodes on the way, of which the last is the user, and the reason why the value has no such user.
-            The reason is "" if it has one.
-        """
-        users: list[Node] = []
-        while True:
-            if not node.users:
-                return users, "nothing uses its output"
-            times = sum(sum(argument is node for argument in (*user.args, *user.kwargs.values())) or 1 for user in node.users)
-            if times > 1:
-                return users, f"its output is used {times} times"
-            (node,) = node.users
-            users.append(node)
-            module = self.module(node)
-            if type(module) is not nn.Identity or has_hooks(module) or len(node.args) != 1:
-                return users, ""
 
     def add_activation(self, chain: Chain, users: list[Node]) -> str:
         """Adds `users` to a chain if the last of them is an activation that the kernel computes.
@@ -278,6 +287,7 @@ class Rewriter:
             is_second = chain.addition is not None and chain.addition.args[0] is chain.residual
             arguments = (bn, x, chain.residual, chain.act, chain.act_param, *[writes, is_second] * (writes or is_second))
             kernel = self.graph.call_function(normalize, arguments)
+        self.crosses = self.crosses or len({node.meta[ROOT] for node in chain.nodes}) > 1
         last.replace_all_uses_with(kernel)
         for node in reversed(chain.nodes):
             self.graph.erase_node(node)
@@ -285,6 +295,8 @@ class Rewriter:
             module = self.module(node)
             if module is not None:
                 self.expect(node, module)
+        for node in chain.relied_on:
+            self.rely_on(tuple(str(node.target).split(".")))
         self.changed = True
 
     def is_only_reader(self, node: Node) -> bool:
@@ -307,9 +319,29 @@ class Rewriter:
             self.expect(value, module)
         return True
 
+    def rely_on(self, path: Path) -> None:
+        """Expects a module to stay, which is known to write no argument and to return a new tensor."""
+        module = self.block.get_submodule(".".join(path))
+        kind = type(module)
+        is_derived = isinstance(module, _BatchNorm) and kind not in FUSIBLE
+        stays = WrittenOut(path, kind, kind.forward) if is_derived else Expected(path, tuple({kind, OURS.get(kind, kind)}), None, None)
+        self.expected.setdefault(path, stays)
+        if hasattr(module, "inplace"):
+            self.attributes += ((path, "inplace", False),)
+        if kind is nn.Sequential:
+            self.paths.add(path)
+        for name in module._modules:
+            self.rely_on((*path, name))
+
     def expect(self, node: Node, module: nn.Module) -> None:
         path = tuple(str(node.target).split("."))
-        self.expected[path] = expected(path, module)
+        if isinstance(module, _BatchNorm) and type(module) not in FUSIBLE:
+            # It applies nothing but nn.Identity.
+            self.expected[path] = WrittenOut(path, type(module), type(module).forward)
+            for name in self.ends.applied_by(module) or ():
+                self.expected[(*path, name)] = expected((*path, name), module.get_submodule(name))
+        else:
+            self.expected[path] = expected(path, module)
 
     def at_activation(self, node: Node) -> Iterator[Site]:
         """The site of an activation that is not fused. Yields nothing for any other node."""
@@ -320,11 +352,12 @@ class Rewriter:
                 self.expect(node, module)
                 node.op, node.target = "call_function", activation.swish
                 self.changed = True
-                yield Site(module, type(module).__name__, "swish", absorbed=(module,))
+                yield Site(module, type(module).__name__, "swish", absorbed=(module,), place=node.meta[PLACE])
             elif is_activation(module):
                 # A call with other arguments may write it where this graph does not.
                 keeps = keeps_output(module) and (self.reading.is_partial or self.aliasing.may_be_written(node))
-                yield Site(module, type(module).__name__, why=KEEPS_ITS_OUTPUT if keeps else "", keeps_output=keeps)
+                why = KEEPS_ITS_OUTPUT if keeps else ""
+                yield Site(module, type(module).__name__, why=why, keeps_output=keeps, place=node.meta[PLACE])
             return
         if node.op not in ("call_function", "call_method"):
             return
@@ -332,13 +365,12 @@ class Rewriter:
         if node.target in ACTIVATION_FUNCTIONS:
             yield self.at_function(node, name)
         elif node.target in (F.batch_norm, torch.batch_norm):
-            yield Site(
-                None, name, why=Reason("it is a call of the function; only modules are fused", "use a module, such as nn.BatchNorm2d")
-            )
+            why = Reason("it is a call of the function; only modules are fused", "use a module, such as nn.BatchNorm2d")
+            yield Site(None, name, why=why, place=node.meta[PLACE])
         elif act_of_spelling(node.target) is not None and getattr(node.target, "__module__", "") != activation.__name__:
-            yield Site(None, name, why=NOTHING_TO_FUSE)
+            yield Site(None, name, why=NOTHING_TO_FUSE, place=node.meta[PLACE])
         elif node.target in OTHER_FUNCTIONS:
-            yield Site(None, name, why=f"there is no kernel for {name}")
+            yield Site(None, name, why=f"there is no kernel for {name}", place=node.meta[PLACE])
 
     def is_silu_in_place(self, node: Node, module: nn.Module) -> bool:
         """Whether a node calls a SiLU in place, and one that is not in place can take its place."""
@@ -349,12 +381,15 @@ class Rewriter:
         """The site of a call of one of ACTIVATION_FUNCTIONS. Makes the node call our function if it can."""
         is_elu_out_of_place = node.target is F.elu and not (len(node.args) > 2 or node.kwargs.get("inplace"))
         is_silu_in_place = node.target is F.silu and (node.kwargs.get("inplace") or len(node.args) > 1)
+        site = Site(None, name, place=node.meta[PLACE])
         if is_silu_in_place and not self.is_only_reader(node):
-            return Site(None, name, why=IS_IN_PLACE)
-        if has_scale(node):
-            return Site(None, name, why=f"it {HAS_SCALE}")
-        if is_elu_out_of_place and self.aliasing.may_be_written(node):
-            return Site(None, name, why=KEEPS_ITS_OUTPUT)
+            site.why = IS_IN_PLACE
+        elif has_scale(node):
+            site.why = f"it {HAS_SCALE}"
+        elif is_elu_out_of_place and self.aliasing.may_be_written(node):
+            site.why = KEEPS_ITS_OUTPUT
+        if site.why:
+            return site
         if node.target is F.silu:
             node.args = node.args[:1]
             node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
@@ -363,17 +398,18 @@ class Rewriter:
         ours = ACTIVATION_FUNCTIONS[node.target]
         node.target = ours
         self.changed = True
-        return Site(None, name, ours.__name__)
+        site.label = ours.__name__
+        return site
 
-    def forward(self, children: _ChildrenOnTheWay) -> RewrittenForward:
+    def forward(self) -> RewrittenForward:
         code = self.graph.python_code("self")
         # torch.fx adds names to every graph. Only those that the code uses are kept.
         names = {name: value for name, value in code.globals.items() if re.search(rf"(?<![\w.]){name}(?!\w)", code.src)}
         return RewrittenForward(
             code.src,
             names,
-            self.reading.attributes,
-            children,
+            self.attributes,
+            tuple((path, children_of(self.block.get_submodule(".".join(path)), self.asks_for_classes)) for path in sorted(self.paths)),
             tuple(self.expected.values()),
             self.residual,
             type(self.block).forward,
@@ -391,8 +427,8 @@ def _pass_by_position(node: Node, module: nn.Module | None) -> None:
         node.args, node.kwargs = (node.kwargs["input"],), {}
 
 
-def _children_on_the_way(block: nn.Module, graph: Graph, with_classes: bool) -> _ChildrenOnTheWay:
-    """The children of every module through which the forward may have reached another module."""
+def _on_the_way(block: nn.Module, graph: Graph) -> set[Path]:
+    """The path of every module through whose children the forward may have reached another module."""
     paths: set[Path] = {()}
     called: set[Path] = set()
     for node in graph.nodes:
@@ -406,7 +442,7 @@ def _children_on_the_way(block: nn.Module, graph: Graph, with_classes: bool) -> 
         # A container that is empty now may be filled later.
         if isinstance(module, CONTAINERS) and not any(path[:length] in called for length in range(1, len(path) + 1)):
             paths.add(path if name else ())
-    return tuple((path, children_of(block.get_submodule(".".join(path)), with_classes)) for path in sorted(paths))
+    return paths
 
 
 def _check_names(graph: Graph) -> None:

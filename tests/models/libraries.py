@@ -93,3 +93,180 @@ class Conv2dNormActivation(nn.Sequential):
             layers.append(activation_layer(inplace=True))
         super().__init__(*layers)
         self.out_channels = width
+
+
+class ConvModule(nn.Module):
+    """Like mmcv.cnn.ConvModule: layers in an order of the user's, a batch norm by name, a mode that is read."""
+
+    def __init__(self, channels: int, width: int, act: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, width, 1, bias=False)
+        self.norm_name, self.with_norm, self.with_activation, self.order = "bn", True, act, ("conv", "norm", "act")
+        self.efficient_conv_bn_eval_forward = None
+        self.add_module(self.norm_name, nn.BatchNorm2d(width))
+        if act:
+            self.activate = nn.ReLU(inplace=True)
+
+    @property
+    def norm(self) -> nn.Module:
+        norm: nn.Module = getattr(self, self.norm_name)
+        return norm
+
+    def forward(self, x: Tensor, activate: bool = True, norm: bool = True) -> Tensor:
+        index = 0
+        while index < len(self.order):
+            layer = self.order[index]
+            if layer == "conv":
+                is_normalised = index + 1 < len(self.order) and self.order[index + 1] == "norm" and norm and self.with_norm
+                if is_normalised and not self.norm.training and self.efficient_conv_bn_eval_forward is not None:
+                    self.conv.forward = self.efficient_conv_bn_eval_forward
+                    index += 1
+                x = self.conv(x)
+            elif layer == "norm" and norm and self.with_norm:
+                x = self.norm(x)
+            elif layer == "act" and activate and self.with_activation:
+                x = self.activate(x)
+            index += 1
+        return x
+
+
+class DarknetBlock(nn.Module):
+    """A residual block of ConvModules, whose last one has no activation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = ConvModule(channels, channels)
+        self.conv2 = ConvModule(channels, channels, act=False)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x
+        out = self.conv2(self.conv1(x))
+        out += identity
+        return self.relu(out)
+
+
+class ResBottleneckBlock(nn.Module):
+    """Like torchvision.models.regnet.ResBottleneckBlock: both terms of the sum end with a batch norm."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.proj = None if channels == width else Conv2dNormActivation(channels, width, activation_layer=None)
+        last = Conv2dNormActivation(width, width, activation_layer=None)
+        self.f = nn.Sequential(Conv2dNormActivation(channels, width), nn.Sequential(last))
+        self.activation = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x if self.proj is None else self.proj(x)) + self.f(x)
+        return self.activation(x)
+
+
+class InvertedResidual(nn.Module):
+    """Like torchvision.models.mobilenetv2.InvertedResidual."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            Conv2dNormActivation(channels, 8, activation_layer=nn.ReLU6), nn.Conv2d(8, channels, 1), nn.BatchNorm2d(channels)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x)
+
+
+class ResNetConvLayer(nn.Module):
+    """Like transformers.models.resnet.modeling_resnet.ResNetConvLayer."""
+
+    def __init__(self, channels: int, width: int, act: bool = True) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(channels, width, 1, bias=False)
+        self.normalization = nn.BatchNorm2d(width)
+        self.activation = nn.ReLU() if act else nn.Identity()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.activation(self.normalization(self.convolution(input)))
+
+
+class ResNetBasicLayer(nn.Module):
+    """Like transformers.models.resnet.modeling_resnet.ResNetBasicLayer: the sum is written into the first term."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.shortcut = nn.Identity() if channels == width else ResNetConvLayer(channels, width, act=False)
+        self.layer = nn.Sequential(ResNetConvLayer(channels, width), ResNetConvLayer(width, width, act=False))
+        self.activation = nn.ReLU()
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        residual = hidden_state
+        hidden_state = self.layer(hidden_state)
+        residual = self.shortcut(residual)
+        hidden_state += residual
+        return self.activation(hidden_state)
+
+
+class ConvNormAct(nn.Module):
+    """Like timm.layers.ConvNormAct."""
+
+    def __init__(self, channels: int, width: int, apply_act: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, width, 1, bias=False)
+        self.bn = BatchNormAct2d(width, apply_act)
+        self.aa = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(x))
+        return x if self.aa is None else self.aa(x)
+
+
+class MobileOneBlock(nn.Module):
+    """Like timm.models.byobnet.MobileOneBlock, of which RepVGG is a case: a sum of batch norms, then ReLU."""
+
+    def __init__(self, channels: int, width: int, branches: int, scale: bool = True) -> None:
+        super().__init__()
+        self.identity = BatchNormAct2d(channels, False) if channels == width else None
+        self.conv_scale = ConvNormAct(channels, width, False) if scale else None
+        self.conv_kxk = nn.ModuleList(ConvNormAct(channels, width, False) for _ in range(branches))
+        self.drop_path = nn.Identity()
+        self.attn = nn.Identity()
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity_out: Tensor | int = 0
+        if self.identity is not None:
+            identity_out = self.identity(x)
+        scale_out: Tensor | int = 0
+        if self.conv_scale is not None:
+            scale_out = self.conv_scale(x)
+        out = scale_out
+        for ck in self.conv_kxk:
+            out += ck(x)
+        out = self.drop_path(out)
+        out += identity_out
+        y: Tensor = self.act(self.attn(out))
+        return y
+
+
+def apply_tf_padding(features: Tensor, conv_layer: nn.Conv2d) -> Tensor:
+    """Like the function in transformers.models.mobilenet_v2.modeling_mobilenet_v2: it branches on a shape."""
+    height, width = int(features.shape[-2]), int(features.shape[-1])
+    stride_height, stride_width = conv_layer.stride
+    return F.pad(features, (0, width % (2 * stride_width), 0, height % (2 * stride_height)))
+
+
+class MobileNetV2ConvLayer(nn.Module):
+    """Like the class in transformers.models.mobilenet_v2.modeling_mobilenet_v2."""
+
+    def __init__(self, channels: int, width: int, act: bool = True) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(channels, width, 1, bias=False)
+        self.normalization = nn.BatchNorm2d(width)
+        self.activation = nn.ReLU6() if act else None
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = apply_tf_padding(features, self.convolution)
+        features = self.convolution(features)
+        if self.normalization is not None:
+            features = self.normalization(features)
+        if self.activation is not None:
+            features = self.activation(features)
+        return features
