@@ -69,7 +69,7 @@ class FrozenBatchNormAct2d(_NormAct):
         act_param: float | None = None,
     ) -> None:
         super().__init__()
-        self.num_features, self.eps = num_features, eps
+        self.eps = eps
         for name in _VALUES:
             fill = torch.ones if name in ("weight", "running_var") else torch.zeros
             self.register_buffer(name, fill(num_features, device=device, dtype=dtype))
@@ -86,7 +86,7 @@ class FrozenBatchNormAct2d(_NormAct):
         return _batch_norm_act(x, *values, residual, None, False, 0.0, self.eps, act, act_param)
 
     def extra_repr(self) -> str:
-        return f"{self.num_features}, eps={self.eps}, {self._act_repr()}"
+        return f"{self.weight.numel()}, eps={self.eps}, {self._act_repr()}"
 
 
 def freeze_batch_norm(model: nn.Module) -> list[str]:
@@ -169,12 +169,13 @@ def unfreeze_batch_norm(model: nn.Module) -> list[str]:
             continue
         kind, learnt = module.__dict__.pop("_before", (BatchNormAct2d, {"weight": True, "bias": True}))
         if _COUNT not in module._buffers:
-            made = BatchNormAct2d(module.num_features, module.eps, device=module.weight.device)
-            for setting in ("momentum", "affine", "track_running_stats"):
+            made = BatchNormAct2d(module.weight.numel(), module.eps, device=module.weight.device)
+            for setting in ("num_features", "momentum", "affine", "track_running_stats"):
                 setattr(module, setting, getattr(made, setting))
             module.register_buffer(_COUNT, made.num_batches_tracked)
         for each in ("weight", "bias"):
-            constant = module._buffers.pop(each)
+            constant = getattr(module, each)
+            del module._buffers[each]
             module.register_parameter(each, nn.Parameter(constant, learnt[each]) if each in learnt else None)
             if each in learnt:
                 found.append(_joined(name, each))

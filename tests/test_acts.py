@@ -43,17 +43,21 @@ def test_module_and_spellings_compute_the_function(act):
     param = acts.check_act(act.name, None)
     expected = act.function(x, param)
     torch.testing.assert_close(act.module(param)(x), expected)
+    option = {} if act.option is None else dict([act.option])
     for kind in act.modules:
-        torch.testing.assert_close(kind()(x.clone()), expected)
+        torch.testing.assert_close(kind(**option)(x.clone()), expected)
     for spelling in act.spellings:
         function = spelling if callable(spelling) else getattr(torch.Tensor, spelling)
-        torch.testing.assert_close(function(x.clone()), expected)
+        torch.testing.assert_close(function(x.clone(), **option), expected)
+        assert acts.act_of_spelling(spelling, option) is act
+    assert acts.act_of_module(act.module(param)) is act
 
 
 @each_act
 def test_readers_of_the_record_know_the_activation(act):
     """init, convert and fold, on a model with this activation after a batch norm."""
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), next(iter(act.modules))(), nn.Conv2d(4, 2, 3))
+    module = next(iter(act.modules))(**({} if act.option is None else dict([act.option])))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), module, nn.Conv2d(4, 2, 3))
     x = torch.randn(8, 3, 9, 9)
     if act.name != "identity":
         assert act.name in str(gk.init.apply_(model).table())

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import math
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -853,7 +854,9 @@ class ResidualBlock(nn.Module):
         return self.act(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x))))) + x)
 
 
-@pytest.mark.parametrize("act,tensors,torchs_tensors", [("relu", 4, 4), *((act, 4, 6) for act in acts.ACTS if act not in ("identity", "relu"))])
+@pytest.mark.parametrize(
+    "act,tensors,torchs_tensors", [("relu", 4, 4), *((act, 4, 6) for act in acts.ACTS if act not in ("identity", "relu"))]
+)
 def test_bytes_kept_by_twenty_residual_blocks(act, tensors, torchs_tensors):
     """The number of tensors of the size of x that a block keeps, as documented. Ours may also keep a mask."""
     x = torch.randn(4, 16, 12, 12)

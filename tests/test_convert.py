@@ -51,6 +51,7 @@ from models.efficientnet import EfficientNetBlocks
 from models.mlp import perceptron, perceptron_activation_first
 from models.resnet import BasicBlock, resnet18, resnet50
 from models.unet import UNet
+from test_frozen_batch_norm_act import TorchvisionsFrozenBatchNorm2d, randomised
 
 IMAGES = (4, 3, 32, 32)
 # name -> (the network, the shape of a batch, how often each fused operator runs in a step).
@@ -971,7 +972,7 @@ LEFT = {
     ),
     "scalar": (lambda self, x: self.act(self.bn(x) + 1.0), "add follows"),
     "weighted": (lambda self, x: self.act(torch.add(self.bn(x), x, alpha=2)), "add follows"),
-    "gelu": (lambda self, x: F.gelu(self.bn(x)), "no kernel for gelu"),
+    "celu": (lambda self, x: F.celu(self.bn(x)), "no kernel for celu"),
     "activation first": (lambda self, x: self.conv(self.bn(self.act(self.conv(x)))), "its activation, ReLU, comes before it"),
 }
 
@@ -1956,7 +1957,7 @@ def test_modules_in_a_forward_that_cannot_be_read_take_torchs_keyword():
 
 
 @pytest.mark.parametrize(
-    ("module", "why"), [(nn.ReLU(), "nothing to fuse"), (nn.SiLU(True), "in place"), (nn.RReLU(), "other slopes"), (nn.GELU(), "no kernel")]
+    ("module", "why"), [(nn.ReLU(), "nothing to fuse"), (nn.SiLU(True), "in place"), (nn.RReLU(), "other slopes"), (nn.CELU(), "no kernel")]
 )
 def test_activations_that_stay(module, why):
     _, actual, report = converted(nn.Sequential(nn.Identity(), module))
@@ -2743,14 +2744,14 @@ def test_nothing_is_traced_without_a_batch_norm_or_an_activation_of_ours(monkeyp
     class Plain(nn.Module):
         def __init__(self):
             super().__init__()
-            self.inner = nn.Sequential(nn.Conv2d(3, 3, 1), nn.GELU(), nn.ReLU())
+            self.inner = nn.Sequential(nn.Conv2d(3, 3, 1), nn.CELU(), nn.ReLU())
 
         def forward(self, x):
             return self.inner(x) + x
 
     report = gk.convert(nn.Sequential(*[Plain() for _ in range(3)]))
     assert {(row.found, row.why) for row in report.rows} == {
-        ("GELU", "there is no kernel for GELU"),
+        ("CELU", "there is no kernel for CELU"),
         ("ReLU", "torch's is kept: without a batch norm there is nothing to fuse"),
     }
 
@@ -2870,20 +2871,20 @@ def test_saved_bytes_of_whole_networks(name, most):
 
 
 def test_the_printed_report():
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ELU(), nn.GELU())
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ELU(), nn.CELU())
     assert str(gk.convert(model)) == (
         "convert: 1 fused, 1 replaced, 1 left of 3 batch norms and activations\n"
         "  module  found              becomes               why\n"
         "  1       BatchNorm2d, ReLU  batch_norm_act(relu)\n"
         "  4       ELU                gradkernels.ELU\n"
-        "  5       GELU               left as it is         there is no kernel for GELU\n"
+        "  5       CELU               left as it is         there is no kernel for CELU\n"
         "  reasons, and what would help:\n"
-        "    1 x there is no kernel for GELU"
+        "    1 x there is no kernel for CELU"
     )
 
 
 def test_the_printed_report_groups_equal_rows_and_says_what_would_help():
-    parts = [nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.GELU()]
+    parts = [nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.CELU()]
     model = nn.Sequential(*[nn.Sequential(*copy.deepcopy(parts)) for _ in range(3)], block(LEFT["catches"][0]))
     report = gk.convert(model)
     assert len(report.rows) == 8
@@ -2891,7 +2892,7 @@ def test_the_printed_report_groups_equal_rows_and_says_what_would_help():
     assert [line.split("  ")[1] for line in lines[2:6]] == ["0.1 x 3", "0.3 x 3", "3.bn", "3.act"]
     assert lines[6:] == [
         "  reasons, and what would help:",
-        "    3 x there is no kernel for GELU",
+        "    3 x there is no kernel for CELU",
         '    2 x the forward of Written catches exceptions: change it as the guide says under "What it leaves alone"',
     ]
     assert str(pickle.loads(pickle.dumps(report))) == str(report)
@@ -2913,11 +2914,11 @@ def test_what_would_help_where_a_user_can_change_it():
 
 
 def test_the_report_says_what_hides_the_place_of_an_activation():
-    report = gk.convert(block(lambda self, x, *y: self.act(self.bn(x)) + self.blocks[0](x), blocks=nn.ModuleList([nn.GELU()])))
+    report = gk.convert(block(lambda self, x, *y: self.act(self.bn(x)) + self.blocks[0](x), blocks=nn.ModuleList([nn.CELU()])))
     assert [(row.name, row.why) for row in report.rows] == [
         ("bn", "the forward of Written has an optional argument, y"),
         ("act", "the forward of Written has an optional argument, y"),
-        ("blocks.0", "there is no kernel for GELU"),
+        ("blocks.0", "there is no kernel for CELU"),
     ]
 
 
@@ -3239,3 +3240,31 @@ def test_a_difference_that_is_nan_is_the_largest():
     before = {"a": torch.ones(2), "b": torch.ones(2)}
     found = check.largest_difference(before, {"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan])})
     assert str(found) == "nan where the largest value is 1 (b)"
+
+
+@pytest.mark.parametrize("library", ["torchvision.ops.misc", "detectron2.layers.batch_norm", None])
+def test_frozen_batch_norms(library):
+    """Those of other libraries, which are known by name, and our own."""
+    kind = functools.partial(gk.FrozenBatchNormAct2d, act="identity")
+    if library is not None:
+        kind = type("FrozenBatchNorm2d", (TorchvisionsFrozenBatchNorm2d,), {"__module__": library})
+
+    def forward(self, x):
+        return self.act(self.bn2(self.conv2(F.relu(self.bn(self.conv(x))))) + x)
+
+    model = block(forward, nn.GELU(), bn2=randomised(kind(3)), conv2=nn.Conv2d(3, 3, 1))
+    model.bn = randomised(kind(3))
+    model.double()
+    plain, x = copy.deepcopy(model), torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    report = gk.convert(model)
+    assert [row.becomes for row in report.rows] == ["batch_norm_act(relu)", "batch_norm_act(gelu, residual)"]
+    assert type(model.bn) is gk.FrozenBatchNormAct2d and [*model.state_dict()] == [*plain.state_dict()]
+    assert_same(step(model, x), step(plain, x))
+    assert operators(model, x).ours == {"relu": 1, "gelu, residual": 1}
+    assert_same({"output": gk.fold(model)(x)}, {"output": plain(x)})
+    model.bn.register_forward_hook(lambda module, args, y: y * 2)
+    plain.bn.register_forward_hook(lambda module, args, y: y * 2)
+    assert_same(step(model, x), step(plain, x))
+    gk.revert(model)
+    assert type(model.bn) is type(plain.bn) and vars(model.bn).keys() == vars(plain.bn).keys()
+    assert_same(step(model, x), step(plain, x))

@@ -1,3 +1,5 @@
+"""FrozenBatchNormAct2d, and freezing and unfreezing the batch norms of a model."""
+
 import copy
 import pickle
 
@@ -56,7 +58,8 @@ def test_value_and_gradients(act, residual, memory_format, dtype):
     tensors = [torch.randn(3, 5, 7, 6).to(dtype).contiguous(memory_format=memory_format) for _ in range(1 + residual)]
     ours = gradients(bn, *tensors)
     values = (bn.running_mean, bn.running_var, bn.weight, bn.bias)
-    theirs = gradients(lambda x, z=None: reference.batch_norm_act(x, *values, act=act, act_param=NUMBERS[act] or None, residual=z), *tensors)
+    param = NUMBERS[act] or None
+    theirs = gradients(lambda x, z=None: reference.batch_norm_act(x, *values, act=act, act_param=param, residual=z), *tensors)
     exact = exact_batch_norm_act(
         tensors[0],
         *values,
@@ -190,7 +193,7 @@ def test_what_stays():
     assert gk.freeze_batch_norm(nn.ModuleList(stay)) == [] == gk.unfreeze_batch_norm(nn.ModuleList(stay))
     assert [type(each) for each in stay] == kinds
     for function in (gk.freeze_batch_norm, gk.unfreeze_batch_norm):
-        with pytest.raises(TypeError, match="model must be a torch.nn.Module, not list"):
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, not list"):
             function(stay)
 
 

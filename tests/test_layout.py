@@ -113,6 +113,7 @@ PACKAGE = (
     ("clipping", "gradients", "recompute", "reference"),
     ("activation", "batch_norm_act", "clip_grad", "selftest"),
     ("init", "optim", "sync_batch_norm_act"),
+    ("frozen_batch_norm_act",),
     ("conversion", "diagnosis"),
     ("integrations",),
     ("__init__",),

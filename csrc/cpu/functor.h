@@ -38,7 +38,7 @@ using AllActivations = math::AnyActivation<V, math::Precision::kFull>;
 
 // The activations with an exponential and without a parameter are long and rare.
 template <typename Functor>
-constexpr bool kIsRare = Functor::kHasExponential && std::is_empty<Functor>::value;
+constexpr bool kIsRare = Functor::kHasExponential && __is_empty(Functor);
 
 // Chooses the activation at each vector. A rare one is called: inlined in every such loop, it would cost the build more
 // than it saves.

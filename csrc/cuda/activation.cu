@@ -176,7 +176,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const math::Elu<opmath> f{static_cast<opmath>(act.parameter)};
     run([&](opmath g, opmath y) { return f.backward_from_output(g, y); });
   } else {
-    math::visit_with_parameter<opmath, math::kPrecisionOf<scalar_t>>(act, [&](auto f) { run([&](opmath g, opmath x) { return f.backward(g, x); }); });
+    math::visit_with_parameter<opmath, math::kPrecisionOf<scalar_t>>(
+        act, [&](auto f) { run([&](opmath g, opmath x) { return f.backward(g, x); }); });
   }
 }
 

@@ -10,20 +10,19 @@ import operator
 import torch
 from torch import nn
 from torch.fx import Graph, Node
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradkernels.acts import ACTS
 from gradkernels.conversion.attributes import OF_EVERY_MODULE, held
 from gradkernels.conversion.border import Ends
 from gradkernels.conversion.guard import has_hooks, normalize
-from gradkernels.conversion.patterns import FUSIBLE, WRITING_ADDITIONS, Chain, called_module, is_activation, name_of
+from gradkernels.conversion.patterns import WRITING_ADDITIONS, Chain, called_module, is_activation, is_batch_norm, is_fusible, name_of
 from gradkernels.conversion.purity import is_of_library
 from gradkernels.conversion.trace import IN_PLACE, is_users_function
 
 # Calls that write nothing, and whose result shares no memory with their arguments.
 _FRESH_MODULES = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear),
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, *FUSIBLE),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
 )
 _FRESH_FUNCTIONS = (operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.cat, normalize)
 
@@ -124,9 +123,11 @@ class Aliasing:
             return False
         if type(module) is nn.Sequential:
             return len(module) > 0 and all(map(self._is_fresh_module, module))
-        if isinstance(module, _BatchNorm) and type(module) not in _FRESH_MODULES:
+        if is_batch_norm(module) and not is_fusible(module):
             return self.ends.is_batch_norm_alone(module)
-        return type(module) in _FRESH_MODULES or (is_activation(module) and not getattr(module, "inplace", False))
+        if is_fusible(module) or type(module) in _FRESH_MODULES:
+            return True
+        return is_activation(module) and not getattr(module, "inplace", False)
 
     def private(self, node: Node) -> list[Node] | None:
         """The calls of modules that make a value which nothing reads but its one user; None if there may be others."""

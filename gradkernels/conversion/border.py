@@ -17,18 +17,18 @@ from typing import Any
 
 from torch import nn
 from torch.fx import Graph, Node
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradkernels.conversion.attributes import Path, class_before
 from gradkernels.conversion.guard import WrittenOut, has_hooks
 from gradkernels.conversion.norm_act_layers import names_after
 from gradkernels.conversion.patterns import (
     ADDITIONS,
-    FUSIBLE,
     Activation,
     activation_after,
     called_module,
     is_activation,
+    is_batch_norm,
+    is_fusible,
     name_of,
     way_to_user,
 )
@@ -56,7 +56,7 @@ class Ends:
 
     def graph_of(self, child: nn.Module) -> Graph | None:
         """The graph of a child that holds for every call with its required arguments; None if there is none."""
-        if not has_own_forward(child) or isinstance(child, _BatchNorm):
+        if not has_own_forward(child) or is_batch_norm(child):
             return None
         reading = self.read(child)
         graph = reading.graph
@@ -74,7 +74,7 @@ class Ends:
             self._last[child] = None
             # A Sequential is read at once.
             has_graph = has_own_forward(child) and (
-                type(child).forward is nn.Sequential.forward or any(isinstance(part, _BatchNorm) for part in child.modules())
+                type(child).forward is nn.Sequential.forward or any(map(is_batch_norm, child.modules()))
             )
             if has_graph:
                 graph = self.graph_of(child)
@@ -89,7 +89,7 @@ class Ends:
         if module is None:
             terms = value.args if value.target in ADDITIONS else ()
             return next((call for term in terms if (call := self.batch_norm_of(block, term)) is not None), None)
-        if isinstance(module, _BatchNorm):
+        if is_batch_norm(module):
             return (block, value) if self.is_batch_norm_alone(module) else None
         if type(module) is nn.Identity:
             return self.batch_norm_of(block, value.args[0] if value.args else None)
@@ -114,14 +114,14 @@ class Ends:
             return isinstance(activation_after(users[-1], module), Activation)
         return users[-1].args[:1] == ([value, *users][-2],) and self.begins_with_activation(module)
 
-    def is_batch_norm_alone(self, module: _BatchNorm) -> bool:
+    def is_batch_norm_alone(self, module: nn.Module) -> bool:
         """Whether a module is a batch norm that the kernel computes, or one that applies nothing but nn.Identity."""
-        if type(module) in FUSIBLE:
+        if is_fusible(module):
             return True
         names = self.applied_by(module)
         return names is not None and all(type(module.get_submodule(name)) is nn.Identity for name in names)
 
-    def applied_by(self, module: _BatchNorm) -> list[str] | None:
+    def applied_by(self, module: nn.Module) -> list[str] | None:
         """The names of the submodules that a batch norm applies in its own forward; None if it does anything else."""
         if module not in self._applied:
             is_known = has_own_forward(module) and bool(module._modules) and not any(map(has_hooks, module.modules()))
@@ -167,7 +167,7 @@ class Border:
 
     def _would_help(self, node: Node) -> bool:
         child = called_module(self.block, node)
-        if child is None or isinstance(child, _BatchNorm) or is_activation(child):
+        if child is None or is_batch_norm(child) or is_activation(child):
             return False
         if self.ends.last_batch_norm(child) is not None and self._is_continued(node):
             return True

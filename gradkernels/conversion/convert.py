@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from gradkernels.acts import act_of_module, check_act
@@ -23,11 +22,12 @@ from gradkernels.conversion.check import Observation, largest_difference
 from gradkernels.conversion.guard import FORWARD, RewrittenForward
 from gradkernels.conversion.patterns import (
     ACTIVATION_MODULES,
-    BATCH_NORMS,
-    OURS,
+    batch_norm_for,
     is_activation,
+    is_batch_norm,
     keeps_output,
     may_be_rewritten,
+    ours_for,
     why_kept,
 )
 from gradkernels.conversion.purity import attributes_looked_for, classes_asked
@@ -138,9 +138,9 @@ def _revert(model: nn.Module) -> None:
             object.__setattr__(module, "__class__", base)
             module.__dict__.pop(FORWARD, None)
         original = module.__dict__.get(ORIGINAL)
-        if isinstance(original, type) and type(module) is OURS.get(original):
+        if isinstance(original, type) and type(module) is ours_for(original):
             object.__setattr__(module, "__class__", original)
-            for name in (ORIGINAL, "act", "act_param") if issubclass(original, _BatchNorm) else (ORIGINAL,):
+            for name in (ORIGINAL, "act", "act_param") if batch_norm_for(original) is not None else (ORIGINAL,):
                 module.__dict__.pop(name)
 
 
@@ -187,11 +187,11 @@ class _Plan:
             if site.module not in self.forwards or (site.is_fused if site.place is not None else site.module not in fused):
                 self.rows.append(self.row(block, site))
         for module, name in self.names.items():
-            if module not in called and (isinstance(module, _BatchNorm) or is_activation(module)):
+            if module not in called and (is_batch_norm(module) or is_activation(module)):
                 self.rows.append(self.row(module, self.site_without_call(module, name)))
         order = {name: place for place, name in enumerate(self.names.values())}
         self.rows.sort(key=lambda row: order[row.name])
-        if not any(isinstance(module, _BatchNorm) for module in self.names):
+        if not any(map(is_batch_norm, self.names)):
             self.notes.append("the model has no batch normalisation")
         for module, name in self.names.items():
             if isinstance(module, torch.jit.ScriptModule) and not isinstance(self.above(name), torch.jit.ScriptModule):
@@ -218,7 +218,7 @@ class _Plan:
 
     def keep_what_is_asked_for(self) -> None:
         """Keeps the classes below code that may ask for a class that changes, or for a name that is added."""
-        changing = {*BATCH_NORMS, *ACTIVATION_MODULES, *map(type, self.forwards)}
+        changing = {*ACTIVATION_MODULES, *map(type, self.forwards), *(kind for kind in map(type, self.names) if ours_for(kind) is not None)}
         classes_and_names = changing | {kind.__name__ for kind in changing}
         looked_for = {kind: attributes_looked_for(kind) for kind in set(map(type, self.names))}
         for block in self.names:
@@ -251,11 +251,12 @@ class _Plan:
             return Row(name, site.found, site.label, site.why, site.is_fused)
         if module is None or site.keeps_output:
             return Row(name, site.found, None, site.why)
-        if type(module) in BATCH_NORMS:
-            return Row(name, site.found, BATCH_NORMS[type(module)].__name__, site.why)
+        batch_norm = None if module is None else batch_norm_for(type(module))
+        if batch_norm is not None:
+            return Row(name, site.found, batch_norm.__name__, site.why)
         ours, why = _activation_alone(module)
         # The reason of the site is more useful if the activation could be fused where it is called.
-        is_fusible = isinstance(module, _BatchNorm) or (site.why and act_of_module(module) is not None)
+        is_fusible = is_batch_norm(module) or (site.why and act_of_module(module) is not None)
         return Row(name, site.found, ours, site.why if is_fusible else why)
 
     def above(self, name: str) -> nn.Module:
@@ -281,10 +282,11 @@ class _Plan:
             kind = type(module)
             if module in self.kept:
                 continue
-            if kind in BATCH_NORMS:
+            batch_norm = batch_norm_for(kind)
+            if batch_norm is not None:
                 module.__dict__[ORIGINAL] = kind
                 module.__dict__["act"], module.__dict__["act_param"] = "identity", check_act("identity", None)
-                object.__setattr__(module, "__class__", BATCH_NORMS[kind])
+                object.__setattr__(module, "__class__", batch_norm)
             elif module in self.alone and kind in ACTIVATION_MODULES and _activation_alone(module)[0] is not None:
                 module.__dict__[ORIGINAL] = kind
                 object.__setattr__(module, "__class__", ACTIVATION_MODULES[kind])

@@ -23,8 +23,9 @@ from gradkernels.conversion.bytecode import CLASS_ATTRIBUTES, CLASS_FUNCTION, CL
 from gradkernels.conversion.convert import revert
 from gradkernels.conversion.guard import has_hooks
 from gradkernels.conversion.norm_act_layers import applied_modules
-from gradkernels.conversion.patterns import BATCH_NORMS, CONTAINERS
+from gradkernels.conversion.patterns import CONTAINERS, batch_norm_for, is_batch_norm
 from gradkernels.conversion.purity import goes_by_names, names_from_forward, own_classes
+from gradkernels.frozen_batch_norm_act import FrozenBatchNormAct2d
 from gradkernels.layers import check_model
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -193,13 +194,13 @@ def _tied_parameters(model: nn.Module) -> set[int]:
     return {key for key, count in owners.items() if count > 1}
 
 
-def _pair(block: nn.Module, node: Node) -> tuple[nn.Module, _BatchNorm] | None:
+def _pair(block: nn.Module, node: Node) -> tuple[nn.Module, nn.Module] | None:
     """A layer and a batch norm, if a node calls the batch norm with the output of the layer, its only use."""
     if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
         return None
     bn = block.get_submodule(str(node.target))
     (before,) = node.args
-    if not isinstance(bn, _BatchNorm) or not isinstance(before, Node) or before.op != "call_module" or len(before.users) != 1:
+    if not is_batch_norm(bn) or not isinstance(before, Node) or before.op != "call_module" or len(before.users) != 1:
         return None
     layer = block.get_submodule(str(before.target))
     if type(layer) not in _LAYERS or len(before.args) != 1 or before.kwargs:
@@ -207,22 +208,24 @@ def _pair(block: nn.Module, node: Node) -> tuple[nn.Module, _BatchNorm] | None:
     return layer, bn
 
 
-def _replacement(layer: Any, bn: _BatchNorm) -> nn.Module | None:
+def _replacement(layer: Any, bn: Any) -> nn.Module | None:
     """The module that replaces the batch norm; None if the batch norm has to stay."""
     channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     # Some models keep a batch norm in training mode in eval(). It normalises by the batch.
-    if bn.training or bn.running_mean is None or bn.running_var is None or bn.num_features != channels:
+    if bn.running_mean is None or bn.running_var is None or len(bn.running_mean) != channels:
+        return None
+    if bn.training and isinstance(bn, _BatchNorm):
         return None
     place: nn.Module = FoldedBatchNorm1d() if isinstance(layer, nn.Linear) else nn.Identity()
-    if type(bn) in BATCH_NORMS:
+    if batch_norm_for(type(bn)) is not None:
         return place
-    if isinstance(bn, (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d)):
+    if isinstance(bn, (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, FrozenBatchNormAct2d)):
         return place if bn.act == "identity" else nn.Sequential(place, ACTS[bn.act].module(bn.act_param))
     layers = applied_modules(bn)
     return None if layers is None else nn.Sequential(place, *layers)
 
 
-def _fold(layer: Any, bn: _BatchNorm) -> None:
+def _fold(layer: Any, bn: Any) -> None:
     """Writes the weights of a layer that compute the batch norm too."""
     with torch.no_grad():
         running_mean, running_var = (x.double() for x in (bn.running_mean, bn.running_var) if x is not None)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from gradkernels import _native
@@ -24,6 +23,7 @@ from gradkernels.batch_norm_act import forward_of
 from gradkernels.conversion.attributes import Path, class_before, own_constant
 from gradkernels.conversion.bytecode import MISSING
 from gradkernels.conversion.trace import optional_arguments
+from gradkernels.frozen_batch_norm_act import FrozenBatchNormAct2d
 
 # The name in a block's __dict__ of its rewritten forward.
 FORWARD = "_rewritten_forward"
@@ -32,7 +32,7 @@ Children = tuple[tuple[str, Any], ...]
 
 
 def normalize(
-    bn: _BatchNorm, x: Tensor, residual: Tensor | None, act: str, act_param: float, writes: bool = False, is_second: bool = False
+    bn: nn.Module, x: Tensor, residual: Tensor | None, act: str, act_param: float, writes: bool = False, is_second: bool = False
 ) -> Tensor:
     """act(bn(x) + residual): the call in a rewritten forward that replaces a chain.
 
@@ -54,11 +54,18 @@ def normalize(
         or (is_second and residual.stride() != x.stride())
     ):
         # The kernel has no sum that broadcasts, promotes or changes the memory format.
-        y = forward_of(bn, x, None, "identity", 0.0)
+        y = _forward_of(bn, x, None, "identity", 0.0)
         first, second = (residual, y) if is_second else (y, residual)
         total = first.add_(second) if writes else first + second
         return ACTS[act].function(total, act_param)
-    return forward_of(bn, x, residual, act, act_param)
+    return _forward_of(bn, x, residual, act, act_param)
+
+
+def _forward_of(bn: Any, x: Tensor, residual: Tensor | None, act: str, act_param: float) -> Tensor:
+    # A batch norm of another library may keep its class.
+    forward = type(bn)._forward if isinstance(bn, FrozenBatchNormAct2d) else forward_of
+    y: Tensor = forward(bn, x, residual, act, act_param)
+    return y
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -18,16 +18,17 @@ from gradkernels.batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNorm
 from gradkernels.conversion.attributes import ORIGINAL, Path, held
 from gradkernels.conversion.guard import Expected, has_hooks, normalize
 from gradkernels.conversion.purity import functions_from_forward, names_from_forward
+from gradkernels.frozen_batch_norm_act import FrozenBatchNormAct2d
 from gradkernels.layers import added_names, why_not_replaced
 
 # torch's class -> ours, which computes the same as long as its `act` is "identity".
-BATCH_NORMS: dict[type[nn.Module], type[nn.Module]] = {
+_BATCH_NORMS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNormAct1d,
     nn.BatchNorm2d: BatchNormAct2d,
     nn.BatchNorm3d: BatchNormAct3d,
 }
-# The classes of batch norm that can be fused. A subclass may compute something else.
-FUSIBLE = {*BATCH_NORMS, *BATCH_NORMS.values()}
+# The module and the name of classes that FrozenBatchNormAct2d computes.
+_FROZEN = (("torchvision.ops.misc", "FrozenBatchNorm2d"), ("detectron2.layers.batch_norm", "FrozenBatchNorm2d"))
 # Activations without a batch norm: torch's class -> ours.
 ACTIVATION_MODULES: dict[type[nn.Module], type[nn.Module]] = {
     nn.LeakyReLU: activation.LeakyReLU,
@@ -35,8 +36,6 @@ ACTIVATION_MODULES: dict[type[nn.Module], type[nn.Module]] = {
     nn.PReLU: activation.PReLU,
     nn.SiLU: activation.SiLU,
 }
-# torch's class -> ours, for all of these modules.
-OURS = BATCH_NORMS | ACTIVATION_MODULES
 # torch's function -> ours. Ours for F.silu has no version in place.
 ACTIVATION_FUNCTIONS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((F.leaky_relu, F.leaky_relu_), activation.leaky_relu),
@@ -103,6 +102,27 @@ class Chain:
     relied_on: list[Node] = field(default_factory=list)
 
 
+def batch_norm_for(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """Our class for a class of batch norm of torch or of another library; None if there is none."""
+    return FrozenBatchNormAct2d if (kind.__module__, kind.__name__) in _FROZEN else _BATCH_NORMS.get(kind)
+
+
+def ours_for(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """Our class for a class of batch norm or of activation; None if there is none."""
+    return batch_norm_for(kind) or ACTIVATION_MODULES.get(kind)
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether a module is a batch norm, also of a class that may compute something else."""
+    return isinstance(module, (_BatchNorm, FrozenBatchNormAct2d)) or is_fusible(module)
+
+
+def is_fusible(module: nn.Module) -> bool:
+    """Whether a module is of a class of batch norm that can be fused. A subclass may compute something else."""
+    kind = type(module)
+    return kind is FrozenBatchNormAct2d or kind in _BATCH_NORMS.values() or batch_norm_for(kind) is not None
+
+
 def called_module(block: nn.Module, node: Node) -> nn.Module | None:
     """The submodule that a node calls; None if it does something else."""
     return block.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -156,11 +176,11 @@ def may_be_rewritten(block: nn.Module) -> bool:
     # A Sequential calls its children. Another forward may come to every module below it.
     is_sequential = type(block).forward is nn.Sequential.forward
     below = block.children() if is_sequential else block.modules()
-    if any(isinstance(part, (_BatchNorm, *ACTIVATION_MODULES)) for part in below):
+    if any(isinstance(part, (*ACTIVATION_MODULES,)) or is_batch_norm(part) for part in below):
         return True
     if is_sequential:
         # A batch norm may end one child, and the next one may be its activation.
-        return len(block._modules) > 1 and any(isinstance(part, _BatchNorm) for part in block.modules())
+        return len(block._modules) > 1 and any(map(is_batch_norm, block.modules()))
     functions = functions_from_forward(type(block)).union(
         value
         for attribute in block.__dict__.values()
@@ -246,7 +266,7 @@ def why_kept(module: nn.Module, looked_for: Collection[str] = ()) -> str:
         module: the module.
         looked_for: names of attributes that code may look for in the module, and must not find.
     """
-    ours = OURS.get(type(module))
+    ours = ours_for(type(module))
     if ours is None:
         return ""
     found = sorted(added_names(type(module), ours).intersection(looked_for))
@@ -266,8 +286,8 @@ def expected(path: Path, module: nn.Module) -> Expected:
     It may have the class that convert gives it where it is called elsewhere.
     """
     kind = type(module)
-    if isinstance(module, _BatchNorm):
-        return Expected(path, (BATCH_NORMS.get(kind, kind),), "act", "identity")
+    if is_batch_norm(module):
+        return Expected(path, (batch_norm_for(kind) or kind,), "act", "identity")
     act = act_of_module(module)
     attribute = None if act is None else act.attribute_of(kind)
     kinds = tuple({kind, ACTIVATION_MODULES.get(kind, kind)})

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradkernels import activation
 from gradkernels.acts import act_of_spelling
@@ -39,10 +38,8 @@ from gradkernels.conversion.norm_act_layers import rewrite_norm_act
 from gradkernels.conversion.patterns import (
     ACTIVATION_FUNCTIONS,
     CONTAINERS,
-    FUSIBLE,
     HAS_SCALE,
     OTHER_FUNCTIONS,
-    OURS,
     WRITING_ADDITIONS,
     Chain,
     activation_after,
@@ -52,8 +49,11 @@ from gradkernels.conversion.patterns import (
     expected,
     has_scale,
     is_activation,
+    is_batch_norm,
+    is_fusible,
     keeps_output,
     name_of,
+    ours_for,
     way_to_user,
     why_kept,
 )
@@ -182,7 +182,7 @@ class Rewriter:
         # Of the terms of a sum the batch norm that is called last need not be moved.
         for node in (*(node for node in nodes if node.meta[PLACE][0] is self.block), *reversed(of_children)):
             module = self.module(node)
-            if isinstance(module, _BatchNorm) and node not in fused:
+            if module is not None and is_batch_norm(module) and node not in fused:
                 site, chain = self.at_batch_norm(node, module)
                 result.sites.append(site)
                 if chain is not None:
@@ -199,7 +199,7 @@ class Rewriter:
     def module(self, node: Node) -> nn.Module | None:
         return called_module(self.block, node)
 
-    def at_batch_norm(self, node: Node, module: _BatchNorm) -> tuple[Site, Chain | None]:
+    def at_batch_norm(self, node: Node, module: nn.Module) -> tuple[Site, Chain | None]:
         """The site of a call of a batch norm, and the chain that starts at the call.
 
         The chain is None if nothing is fused with the batch norm.
@@ -213,7 +213,7 @@ class Rewriter:
             site.why = why
         elif has_hooks(module):
             site.why = Reason("it has a hook, which would get a different tensor if the calls were fused", "remove the hook")
-        elif (type(module) in FUSIBLE and getattr(module, "act", "identity") != "identity") or len(node.args) != 1 or node.kwargs:
+        elif (is_fusible(module) and getattr(module, "act", "identity") != "identity") or len(node.args) != 1 or node.kwargs:
             site.why = "it already has an activation or a residual"
         if site.why:
             return site, None
@@ -323,8 +323,8 @@ class Rewriter:
         """Expects a module to stay, which is known to write no argument and to return a new tensor."""
         module = self.block.get_submodule(".".join(path))
         kind = type(module)
-        is_derived = isinstance(module, _BatchNorm) and kind not in FUSIBLE
-        stays = WrittenOut(path, kind, kind.forward) if is_derived else Expected(path, tuple({kind, OURS.get(kind, kind)}), None, None)
+        is_derived = is_batch_norm(module) and not is_fusible(module)
+        stays = WrittenOut(path, kind, kind.forward) if is_derived else Expected(path, tuple({kind, ours_for(kind) or kind}), None, None)
         self.expected.setdefault(path, stays)
         if hasattr(module, "inplace"):
             self.attributes += ((path, "inplace", False),)
@@ -335,7 +335,7 @@ class Rewriter:
 
     def expect(self, node: Node, module: nn.Module) -> None:
         path = tuple(str(node.target).split("."))
-        if isinstance(module, _BatchNorm) and type(module) not in FUSIBLE:
+        if is_batch_norm(module) and not is_fusible(module):
             # It applies nothing but nn.Identity.
             self.expected[path] = WrittenOut(path, type(module), type(module).forward)
             for name in self.ends.applied_by(module) or ():
@@ -423,7 +423,7 @@ def _pass_by_position(node: Node, module: nn.Module | None) -> None:
     """Turns self.bn(input=x) into self.bn(x)."""
     if module is None or node.kwargs.keys() != {"input"} or has_hooks(module):
         return
-    if type(module) in FUSIBLE or is_activation(module):
+    if is_fusible(module) or is_activation(module):
         node.args, node.kwargs = (node.kwargs["input"],), {}
 
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor, fx, nn
 
-from gradkernels.acts import ACTS, act_of_spelling
-from gradkernels.batch_norm_act import _BatchNormAct
+from gradkernels.acts import ACTS, act_of_module, act_of_spelling
+from gradkernels.batch_norm_act import _NormAct
 from gradkernels.init.gain import LINEAR, NONLINEARITIES, Param
 from gradkernels.layers import WEIGHTS
 from gradkernels.preserved import preserved
@@ -75,8 +75,11 @@ def _activation(name: str, values: Sequence[object] = ()) -> Activation:
 
 def activation_of(module: nn.Module) -> Activation | None:
     """The activation that a module computes or that a fused batch norm applies; None for an unknown one."""
-    if isinstance(module, _BatchNormAct):
+    if isinstance(module, _NormAct):
         return None if module.act == "identity" else _activation(module.act, [module.act_param])
+    act = act_of_module(module)
+    if act is not None and act.option is not None:
+        return _activation(act.name)
     for kind in type(module).__mro__:
         name = _NAMES.get(kind.__name__.lower())
         if name is not None and kind.__module__ in ("torch.nn.modules.activation", "gradkernels.activation"):
@@ -109,7 +112,9 @@ def _activation_at(node: fx.Node, root: nn.Module) -> Activation | None:
         if isinstance(low, int | float) and isinstance(high, int | float):
             activation = Activation("hardtanh", (low, high))
     elif (name := _NAMES.get(callee.replace("_", ""))) is not None:
-        act = act_of_spelling(node.target)
+        act = act_of_spelling(node.target, node.kwargs)
+        if act is not None and act.option is not None:
+            name = act.name
         # The second argument of torch's silu is inplace.
         has_param = act is None or act.spellings[node.target] is not None
         activation = _activation(name, _arguments(node, root, NONLINEARITIES[name].params) if has_param else [])
@@ -131,7 +136,7 @@ class _Tracer(fx.Tracer):
         self._untraceable = untraceable
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        known = isinstance(module, (*WEIGHTS, _BatchNormAct)) or activation_of(module) is not None or module in self._untraceable
+        known = isinstance(module, (*WEIGHTS, _NormAct)) or activation_of(module) is not None or module in self._untraceable
         return known or super().is_leaf_module(module, qualified_name)
 
 
