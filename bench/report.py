@@ -173,8 +173,9 @@ def lines_of(rows: Sequence[dict[str, str]]) -> Iterator[str]:
 
 def text_of(stem: str, part: Part) -> str:
     """The section of one script: a line for each provider that is compared with torch."""
-    said = ", ".join(f"{name} {value}" for name, value in part["header"].items() if name not in ("machine", *REMARKS))
-    lines = [f"## {part['title']}", "", f"`bench/bench_{stem}.py`: {said}.", ""]
+    said = ", ".join(f"{name} {value}" for name, value in part["header"].items() if name not in ("machine", "script", *REMARKS))
+    script = part["header"].get("script", f"bench/bench_{stem}.py")
+    lines = [f"## {part['title']}", "", f"`{script}`: {said}.", ""]
     groups = [rivals for rivals in grouped(timed([part])) if EAGER in rivals]
     shown = [(row, rivals) for rivals in groups for name, row in rivals.items() if name not in (EAGER, COMPILED, COPY)]
     lines += lines_of([cells(row, rivals) for row, rivals in shown] or part["rows"])

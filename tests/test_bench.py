@@ -23,7 +23,7 @@ import suite
 from gradkernels import __main__ as command_line
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = {path.stem.removeprefix("bench_") for path in (ROOT / "bench").glob("bench_*.py")} - {"cuda"}
+SCRIPTS = {path.stem.removeprefix("bench_") for path in (ROOT / "bench").glob("bench_*.py")} - {"cuda", "networks"}
 HEAD = {"machine": "A machine, x86_64", "instruction set": "avx512 (torch: AVX512)"}
 PART = {"title": "title", "header": HEAD}
 
@@ -279,6 +279,6 @@ def test_a_quick_run(extra, tmp_path):
     result = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     found, (text,) = report.read(next(path for path in tmp_path.iterdir() if path.is_dir())), tmp_path.glob("*.md")
-    assert set(found) - {"cuda"} == ({"batch_norm_act"} if extra else SCRIPTS) and all(each["rows"] for each in found.values())
+    assert set(found) - {"cuda", "networks"} == ({"batch_norm_act"} if extra else SCRIPTS) and all(each["rows"] for each in found.values())
     assert not extra or found["batch_norm_act"]["header"]["instruction set"] == "base (torch: DEFAULT)"
     assert text.read_text().startswith("# Benchmark on ")
