@@ -24,6 +24,8 @@ CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu
 # The oldest supported torch, TORCH, and the newest that pip lists. `make versions` adds the newest that pip
 # can install.
 VERSIONS = 2.11.0 $(TORCH) $(shell .venv/bin/pip index versions torch 2> /dev/null | sed -n 's/^torch (\([^+)]*\).*/\1/p')
+# What tests/real_models.py, tests/test_trainers.py, tests/test_integrations.py and bench/bench_networks.py use.
+LIBRARIES := torchvision timm transformers ultralytics segmentation-models-pytorch monai lightning pytorch-lightning accelerate
 TRY_INSTALL := .venv/bin/pip install --quiet --dry-run --no-deps --ignore-installed
 # One process for each core. tests/conftest.py divides torch's threads among them, and leaves each two at least:
 # more than there are cores, so threads that wait must not keep a core. A test that hangs ends its process, which
@@ -74,7 +76,7 @@ print(*["default", "avx2"][: built.index(_native.C.instruction_set())])
 endef
 export PRINT_OTHER_SETS
 
-.PHONY: help build demo quick test test-all test-sets fuzz coverage sanitize emulate versions lint format bench docs cuda-check cuda-check-all clean
+.PHONY: help build demo quick test test-all test-sets fuzz coverage sanitize emulate versions models lint format bench docs cuda-check cuda-check-all clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -136,6 +138,13 @@ versions: $(REQUIREMENTS)  ## run make test-all and the self-test under several 
 	  rm -rf build/torch-$$torch; git clone --quiet . build/torch-$$torch; $(MAKE) -C build/torch-$$torch test-all TORCH=$$torch; \
 	  (cd build/torch-$$torch; .venv/bin/python -m gradkernels selftest); tried="$$tried $$torch"; done; \
 	  echo "versions tested:$$tried; left out, because pip cannot install them here:$${left_out:- none}"; test -n "$$tried"
+
+models: $(REQUIREMENTS)  ## what convert fuses in 155 models of libraries, and trainers, under the newest torch in a clone; downloads gigabytes
+	rm -rf build/models; git clone --quiet . build/models
+	torch=$$($(TRY_INSTALL) --report - torch | .venv/bin/python -c "$$PRINT_ADMITTED"); \
+	  $(MAKE) -C build/models build TORCH=$$torch && build/models/.venv/bin/pip install torch==$$torch $(LIBRARIES)
+	cd build/models; .venv/bin/python tests/real_models.py --out "$(CURDIR)/bench/results"
+	cd build/models; .venv/bin/python -m pytest -m "" tests/test_trainers.py tests/test_integrations.py
 
 lint: $(REQUIREMENTS)  ## check with ruff, mypy and clang-format
 	.venv/bin/ruff check .
