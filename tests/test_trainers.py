@@ -47,7 +47,7 @@ def make_model(converted, dtype=torch.float64):
     return model
 
 
-def fused_in(model):
+def replaced_in(model):
     return sum(isinstance(module, gk.BatchNormAct2d) for module in model.modules())
 
 
@@ -114,7 +114,7 @@ def test_lightning_goes_on_from_a_checkpoint_of_a_converted_model(tmp_path):
     checkpoint = tmp_path / "checkpoint"
     fit(Classifier(True)).trainer.save_checkpoint(checkpoint)
     resumed = fit(Classifier(), max_epochs=2, checkpoint=checkpoint)
-    assert len(resumed.losses) == BATCHES and not fused_in(resumed)
+    assert len(resumed.losses) == BATCHES and not replaced_in(resumed)
     assert_same_weights(resumed, fit(Classifier(), max_epochs=2))
 
 
@@ -136,7 +136,7 @@ def test_transformers(tmp_path, name):
         if converted:
             assert any(row.is_fused for row in gk.convert(model).rows)
         arguments = transformers.TrainingArguments(
-            *(str(tmp_path / folder),),
+            output_dir=str(tmp_path / folder),
             per_device_train_batch_size=BATCH,
             max_steps=2 * BATCHES,
             save_steps=BATCHES,
@@ -155,7 +155,7 @@ def test_transformers(tmp_path, name):
     assert len(losses[0]) == 2 * BATCHES and losses[0] == pytest.approx(losses[1], rel=1e-9)
     assert_same_weights(*models)
     loaded = type(models[1]).from_pretrained(tmp_path / "converted" / f"checkpoint-{2 * BATCHES}")
-    assert not fused_in(loaded)
+    assert not replaced_in(loaded)
     assert_same_weights(loaded, models[1])
 
 
@@ -289,7 +289,7 @@ def test_ultralytics(boxes, tmp_path):
         seen, fused = [], []
         if name == "converted":
             model.add_callback("on_pretrain_routine_end", convert)
-        model.add_callback("on_train_start", lambda trainer, fused=fused: fused.append(fused_in(trainer.model)))
+        model.add_callback("on_train_start", lambda trainer, fused=fused: fused.append(replaced_in(trainer.model)))
         model.add_callback("on_train_batch_end", lambda trainer, seen=seen: seen.append(trainer.loss.item()))
         model.train(**options, epochs=2, amp=False, seed=0, optimizer="SGD", lr0=1e-3, name=name)
         assert fused == [57 if name == "converted" else 0]
@@ -298,9 +298,9 @@ def test_ultralytics(boxes, tmp_path):
     assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-3)
     # The unconverted model loads the checkpoint, and validates as one that is converted.
     converted, plain = YOLO(weights[0]), YOLO(weights[0])
-    assert not fused_in(converted.model)
+    assert not replaced_in(converted.model)
     gk.convert(converted.model)
-    assert fused_in(converted.model) == 57
+    assert replaced_in(converted.model) == 57
     results = [model.val(**options, name="validated").results_dict for model in (converted, plain)]
     assert results[0] == pytest.approx(results[1], rel=1e-4)
     pictures = torch.rand(2, 3, 64, 64)
