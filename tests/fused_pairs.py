@@ -1,7 +1,7 @@
 """Judges what convert fuses, without its code and its report: from the calls of one run before and of one run after conversion.
 
 A pair is the call of an activation that a kernel computes after batch norm, if its input is the output of a batch norm, or the sum of such
-an output and tensors of the same shape, and if nothing else reads the output and the sums. So an activation is in one pair, also after a
+an output and tensors of its shape, and if nothing else reads the output and the sums. So an activation is in one pair, also after a
 sum of several batch norms. A pair is fused if the operator batch_norm_act computes it in a run of the converted model.
 """
 
@@ -94,7 +94,10 @@ class Pairs(TorchFunctionMode):
             self.new_value(tensor)
         if function is F.batch_norm:
             self.value(result).batch_norm = next(self.owners[each.data_ptr()] for each in given[1:] if each.data_ptr() in self.owners)
-        elif name in ADDITIONS and len(given) == len(args) == 2 and not kwargs and given[0].shape == given[1].shape:
+        # The first sum of the function sum adds 0.
+        elif (
+            name in ADDITIONS and not kwargs and all(each.shape == result.shape if isinstance(each, Tensor) else each == 0 for each in args)
+        ):
             self.value(result).terms = tuple(inputs)
         return result
 

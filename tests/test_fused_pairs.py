@@ -41,6 +41,8 @@ COUNTED = {
     "module": (lambda net, x: net.act(net.b(net.act(net.a(x)))), [("relu6", {"a"}), ("relu6", {"b"})]),
     "in place": (in_place, [("relu", {"a"})]),
     "sum of two batch norms": (lambda net, x: F.relu(net.a(x) + net.b(x)), [("relu", {"a", "b"})]),
+    "function sum": (lambda net, x: F.relu(sum([net.a(x), net.b(x), x])), [("relu", {"a", "b"})]),
+    "sum with a number": (lambda net, x: F.relu(net.a(x) + 1), []),
     "dropout that is off": (lambda net, x: F.relu(net.drop(net.a(x))), [("relu", {"a"})]),
     "sum of other shapes": (lambda net, x: F.relu(net.a(x) + x[:1]), []),
     "sum with a factor": (lambda net, x: F.relu(torch.add(net.a(x), x, alpha=2)), []),
