@@ -63,9 +63,9 @@ def measured(build, make_input):
     if parameters > MOST_PARAMETERS:
         return None
     original = copy.deepcopy(model)
-    began = time.perf_counter()
+    began = time.process_time()
     report = gk.convert(model)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     seen, fused, left = Pairs(original), Fused(model), collections.Counter()
     before, after = step(original, x, seen), step(model, x, fused)
     pairs = seen.found(before["output"].values())
@@ -79,7 +79,7 @@ def measured(build, make_input):
             left[" / ".join(sorted(whys)) or "not in the report"] += 1
     # What is fused and is no pair, the judge does not see.
     counts = {"pairs": len(pairs), "fused": len(pairs) - left.total(), "others fused": fused.calls.total()}
-    return counts | {"convert, s": seconds, "difference": largest_difference(before, after), "left": left}
+    return counts | {"convert, CPU s": seconds, "difference": largest_difference(before, after), "left": left}
 
 
 def share(figures):
@@ -89,7 +89,7 @@ def share(figures):
 def row(library, name, found):
     difference, where = found["difference"]
     left = "; ".join(f"{count} x {why}" for why, count in found["left"].most_common())
-    texts = {"convert, s": f"{found['convert, s']:.2f}", "difference": f"{difference:.1e}, {where}", "share": share(found), "left": left}
+    texts = {"convert, CPU s": f"{found['convert, CPU s']:.2f}", "difference": f"{difference:.1e}, {where}", "share": share(found), "left": left}
     return {"library": library, "model": name, **{name: str(figure) for name, figure in (found | texts).items()}}
 
 
