@@ -203,6 +203,14 @@ def test_figures_of_readme_and_docs_are_those_of_a_recorded_run():
     assert checked > 5
 
 
+def test_figures_of_the_models_of_libraries_are_those_of_the_record():
+    (record,) = (ROOT / "bench" / "results").glob("*/real_models.json")
+    head = report.read(record.parent)["real_models"]["header"]
+    text = " ".join((ROOT / "docs" / "guide" / "convert.md").read_text().split())
+    found = re.findall(r"In (\d+) models of .* ([\d,]+) activations .* `convert` fuses ([\d.]+%) of them", text.replace(" %", "%"))
+    assert found == [(str(head["models"]), f"{head['pairs']:,}", head["share"])]
+
+
 SCRIPT = """
 import os, sys
 from pathlib import Path
