@@ -89,7 +89,8 @@ def share(figures):
 def row(library, name, found):
     difference, where = found["difference"]
     left = "; ".join(f"{count} x {why}" for why, count in found["left"].most_common())
-    texts = {"convert, CPU s": f"{found['convert, CPU s']:.2f}", "difference": f"{difference:.1e}, {where}", "share": share(found), "left": left}
+    texts = {"difference": f"{difference:.1e}, {where}", "share": share(found), "left": left}
+    texts["convert, CPU s"] = f"{found['convert, CPU s']:.2f}"
     return {"library": library, "model": name, **{name: str(figure) for name, figure in (found | texts).items()}}
 
 
