@@ -87,7 +87,7 @@ class Pairs(TorchFunctionMode):
         inputs = [self.value(tensor) for tensor in given]
         for value in inputs:
             value.readers += 1
-        if act := act_of_spelling(function) or act_of_spelling(name):
+        if act := act_of_spelling(function, kwargs or {}) or act_of_spelling(name, kwargs or {}):
             self.activated[inputs[0]] = act.name
         # A call in place returns its argument, which has another value from now on.
         for tensor in results:
