@@ -69,8 +69,8 @@ ACTIVATIONS = """
 
 def test_a_way_for_each_activation_leaves_out_no_packet(monkeypatch):
     monkeypatch.setattr(inspect_cuda_code, "GATES", (Gate("some_kernel", 4, acts=True),))
-    plain, swish = ways_of(ACTIVATIONS)
-    assert (plain.instructions, plain.is_swish, swish.instructions, swish.is_swish) == (8, False, 7, True)
+    plain, inverse = ways_of(ACTIVATIONS)
+    assert (plain.instructions, plain.has_inverse, inverse.instructions, inverse.has_inverse) == (8, False, 7, True)
 
 
 def test_local_memory_in_a_loop(monkeypatch):

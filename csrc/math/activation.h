@@ -255,12 +255,12 @@ struct Mish {
   static constexpr bool kHasExponential = true;
   GK_HOST_DEVICE T forward(T x) const {
     const Fraction f = fraction(x);
-    const T y = x * quotient(f.numerator, f.denominator);
+    const T y = x * quotient_to<precision>(f.numerator, f.denominator);
     return select(f.negative, y * f.drop, y);
   }
   GK_HOST_DEVICE T backward(T grad_y, T x) const {
     const Fraction f = fraction(x);
-    const T inverse = quotient(T(1), f.denominator);
+    const T inverse = quotient_to<precision>(T(1), f.denominator);
     const T rest = x * (select(f.negative, f.lifted, f.exp * f.exp) * (f.exp + T(1)));
     const T gradient = grad_y * (inverse * fma(T(4) * rest, inverse, f.numerator));
     return select(f.negative, gradient * f.drop, gradient);

@@ -352,6 +352,16 @@ GK_HOST_DEVICE float multiply_saturated(float a, float b) {
 // on. The relative error is up to 2^-22 (1 + |x| / 2).
 GK_HOST_DEVICE float half_precise_root_of_exp(float x) { return approximate_exp2(x * (0.5f * ExpConstants<float>::kLog2E)); }
 
+// quotient(a, b) to `precision`. Vectors always have full precision.
+template <Precision precision, typename T>
+GK_HOST_DEVICE T quotient_to(T a, T b) {
+  if constexpr (kIsHalfScalar<T, precision>) {
+    return a * approximate_inverse(b);
+  } else {
+    return quotient(a, b);
+  }
+}
+
 // e^x - 1 for x <= 0. Near zero it is the start of the series, because the subtraction would cancel.
 GK_HOST_DEVICE float half_precise_expm1(float x) {
   const float difference = approximate_exp2(x * ExpConstants<float>::kLog2E) - 1.0f;
