@@ -16,6 +16,8 @@ from gradkernels.sync_batch_norm_act import SyncBatchNormAct
 
 _VALUES = ("weight", "bias", "running_mean", "running_var")
 _COUNT = "num_batches_tracked"
+# The attribute with the class of a frozen module before, and whether each of its parameters required a gradient.
+_FROM = "_frozen_from"
 # A subclass may compute something else.
 _FREEZABLE = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct)
 
@@ -80,8 +82,9 @@ class FrozenBatchNormAct2d(_NormAct):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _forward(self, x: Tensor, residual: Tensor | None, act: str, act_param: float) -> Tensor:
-        if x.dim() != 4:
-            raise ValueError(f"expected 4D input (got {x.dim()}D input)")
+        # A SyncBatchNorm that was frozen takes other dimensions, too.
+        kind, _ = self.__dict__.get(_FROM, (nn.BatchNorm2d, {}))
+        kind._check_input_dim(self, x)
         values = (self.running_mean, self.running_var, self.weight, self.bias)
         return _batch_norm_act(x, *values, residual, None, False, 0.0, self.eps, act, act_param)
 
@@ -90,11 +93,12 @@ class FrozenBatchNormAct2d(_NormAct):
 
 
 def freeze_batch_norm(model: nn.Module) -> list[str]:
-    """Make constants of the statistics and the parameters of the batch norms of a model, in place.
+    """Make constants of the statistics and the parameters of a model's batch norms of images, in place.
 
     torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm, BatchNormAct2d and SyncBatchNormAct become FrozenBatchNormAct2d,
     with their activation. The modules stay the same objects and keep their hooks. A batch norm without running
-    statistics stays as it is, and so does one of another class, which may compute something else.
+    statistics, or whose weight is pruned or parametrized, stays as it is, and so does one of another class, such as
+    BatchNorm1d or a subclass, which may compute something else.
 
     Args:
         model: any module, also a batch norm itself.
@@ -113,28 +117,25 @@ def freeze_batch_norm(model: nn.Module) -> list[str]:
         ['1.weight', '1.bias']
     """
     check_model(model)
-    frozen = [
-        (name, module, {each: _constant(module, each) for each in ("weight", "bias")})
-        for name, module in model.named_modules()
-        if type(module) in _FREEZABLE
-        and isinstance(module.running_mean, Tensor)
-        and isinstance(module.running_var, Tensor)
-        and not why_not_replaced(module, FrozenBatchNormAct2d)
-    ]
+    # Tied parameters become tied constants.
+    constants: dict[Tensor, Tensor] = {}
+    frozen = [(name, module) for name, module in model.named_modules() if _is_freezable(module)]
+    for _, module in frozen:
+        for parameter in module.parameters(recurse=False):
+            constants[parameter] = parameter.detach().clone()
     lost = []
-    for name, module, constants in frozen:
+    for name, module in frozen:
         requires_grad = {}
-        for each, constant in constants.items():
+        for each, fill in (("weight", torch.ones_like), ("bias", torch.zeros_like)):
             parameter = module._parameters.pop(each)
             if parameter is not None:
                 requires_grad[each] = parameter.requires_grad
-                lost.append(_joined(name, each))
-            module.register_buffer(each, constant)
+                lost.append(f"{name}.{each}" if name else each)
+            module.register_buffer(each, fill(module.running_mean) if parameter is None else constants[parameter])
         module._non_persistent_buffers_set.add(_COUNT)
         if not hasattr(module, "act"):
             module.act, module.act_param = "identity", check_act("identity", None)
-        # The class and the parameters that unfreeze_batch_norm gives back.
-        module._before = (type(module), requires_grad)
+        module.__dict__[_FROM] = (type(module), requires_grad)
         module.__class__ = FrozenBatchNormAct2d
     return lost
 
@@ -142,7 +143,8 @@ def freeze_batch_norm(model: nn.Module) -> list[str]:
 def unfreeze_batch_norm(model: nn.Module) -> list[str]:
     """Undo freeze_batch_norm, in place; a FrozenBatchNormAct2d that was made as such becomes BatchNormAct2d.
 
-    A module gets back the class that it had, its settings, and its weight and bias as new parameters.
+    A module gets back the class that it had, its settings, and its weight and bias as new parameters. Frozen batch
+    norms of other libraries stay as they are.
 
     Args:
         model: any module, also a batch norm itself.
@@ -164,10 +166,11 @@ def unfreeze_batch_norm(model: nn.Module) -> list[str]:
     """
     check_model(model)
     found = []
+    parameters: dict[Tensor, nn.Parameter] = {}
     for name, module in model.named_modules():
         if type(module) is not FrozenBatchNormAct2d:
             continue
-        kind, learnt = module.__dict__.pop("_before", (BatchNormAct2d, {"weight": True, "bias": True}))
+        kind, requires_grad = module.__dict__.pop(_FROM, (BatchNormAct2d, {"weight": True, "bias": True}))
         if _COUNT not in module._buffers:
             made = BatchNormAct2d(module.weight.numel(), module.eps, device=module.weight.device)
             for setting in ("num_features", "momentum", "affine", "track_running_stats"):
@@ -176,9 +179,11 @@ def unfreeze_batch_norm(model: nn.Module) -> list[str]:
         for each in ("weight", "bias"):
             constant = getattr(module, each)
             del module._buffers[each]
-            module.register_parameter(each, nn.Parameter(constant, learnt[each]) if each in learnt else None)
-            if each in learnt:
-                found.append(_joined(name, each))
+            parameter = None
+            if each in requires_grad:
+                parameter = parameters.setdefault(constant, nn.Parameter(constant, requires_grad[each]))
+                found.append(f"{name}.{each}" if name else each)
+            module.register_parameter(each, parameter)
         module._non_persistent_buffers_set.discard(_COUNT)
         if kind in (nn.BatchNorm2d, nn.SyncBatchNorm):
             if module.act == "identity":
@@ -189,13 +194,9 @@ def unfreeze_batch_norm(model: nn.Module) -> list[str]:
     return found
 
 
-def _constant(module: Any, name: str) -> Tensor:
-    parameter: Tensor | None = module._parameters[name]
-    if parameter is not None:
-        return parameter.detach().clone()
-    fill = torch.ones_like if name == "weight" else torch.zeros_like
-    return fill(module.running_mean)
-
-
-def _joined(name: str, parameter: str) -> str:
-    return f"{name}.{parameter}" if name else parameter
+def _is_freezable(module: Any) -> bool:
+    """Whether a module is a batch norm that can be frozen. Pruning and parametrization take weight out of its parameters."""
+    if type(module) not in _FREEZABLE or not {"weight", "bias"} <= module._parameters.keys():
+        return False
+    has_statistics = isinstance(module.running_mean, Tensor) and isinstance(module.running_var, Tensor)
+    return has_statistics and not why_not_replaced(module, FrozenBatchNormAct2d)

@@ -3244,7 +3244,7 @@ def test_a_difference_that_is_nan_is_the_largest():
 
 @pytest.mark.parametrize("library", ["torchvision.ops.misc", "detectron2.layers.batch_norm", None])
 def test_frozen_batch_norms(library):
-    """Those of other libraries, which are known by name, and our own."""
+    """Those of other libraries, which are known by name and keep their class, and our own."""
     kind = functools.partial(gk.FrozenBatchNormAct2d, act="identity")
     if library is not None:
         kind = type("FrozenBatchNorm2d", (TorchvisionsFrozenBatchNorm2d,), {"__module__": library})
@@ -3258,10 +3258,22 @@ def test_frozen_batch_norms(library):
     plain, x = copy.deepcopy(model), torch.randn(2, 3, 5, 5, dtype=torch.float64)
     report = gk.convert(model)
     assert [row.becomes for row in report.rows] == ["batch_norm_act(relu)", "batch_norm_act(gelu, residual)"]
-    assert type(model.bn) is gk.FrozenBatchNormAct2d and [*model.state_dict()] == [*plain.state_dict()]
+    assert type(model.bn) is type(plain.bn) and vars(model.bn).keys() == vars(plain.bn).keys()
     assert_same(step(model, x), step(plain, x))
     assert operators(model, x).ours == {"relu": 1, "gelu, residual": 1}
     assert_same({"output": gk.fold(model)(x)}, {"output": plain(x)})
+    if library is not None:
+        # Those promote, and a single channel broadcasts.
+        half, plain_half = (copy.deepcopy(each).float() for each in (model, plain))
+        with torch.autocast("cpu", torch.bfloat16):
+            y, expected = half(x.float()), plain_half(x.float())
+        assert y.dtype == expected.dtype
+        torch.testing.assert_close(y, expected)
+        for wide in (half, plain_half):
+            wide.conv, wide.conv2 = nn.Conv2d(3, 1, 1).double().requires_grad_(False), nn.Identity()
+        plain_half.conv = half.conv
+        assert half(x).dtype == plain_half(x).dtype == torch.float64
+        torch.testing.assert_close(half(x), plain_half(x))
     model.bn.register_forward_hook(lambda module, args, y: y * 2)
     plain.bn.register_forward_hook(lambda module, args, y: y * 2)
     assert_same(step(model, x), step(plain, x))

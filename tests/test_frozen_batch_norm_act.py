@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 from torch.nn import functional as F
 
@@ -195,6 +196,29 @@ def test_what_stays():
     for function in (gk.freeze_batch_norm, gk.unfreeze_batch_norm):
         with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, not list"):
             function(stay)
+
+
+def test_tied_parameters_stay_tied():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    model[1].weight = model[0].weight
+    assert gk.freeze_batch_norm(model) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert model[1].weight is model[0].weight and model[1].bias is not model[0].bias
+    gk.unfreeze_batch_norm(model)
+    assert model[1].weight is model[0].weight and isinstance(model[0].weight, nn.Parameter)
+
+
+def test_a_pruned_batch_norm_stays():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    nn.utils.prune.l1_unstructured(model[0], "weight", 0.5)
+    assert gk.freeze_batch_norm(model) == ["1.weight", "1.bias"] and type(model[0]) is nn.BatchNorm2d
+
+
+def test_a_synchronised_batch_norm_of_volumes():
+    bn = randomised(nn.SyncBatchNorm(4)).eval()
+    x = torch.randn(2, 4, 3, 3, 3)
+    expected = bn(x)
+    gk.freeze_batch_norm(bn)
+    torch.testing.assert_close(bn(x), expected)
 
 
 def test_an_optimizer_built_before_changes_nothing():

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from gradkernels import _native
 from gradkernels.acts import ACTS
-from gradkernels.batch_norm_act import forward_of
+from gradkernels.batch_norm_act import _NormAct, forward_of
 from gradkernels.conversion.attributes import Path, class_before, own_constant
 from gradkernels.conversion.bytecode import MISSING
 from gradkernels.conversion.trace import optional_arguments
@@ -46,26 +47,32 @@ def normalize(
         writes: the addition was bn(x).add_(residual), whose sum keeps the shape and the dtype of its first term.
         is_second: the addition was residual + bn(x), whose sum has the memory format of its first term.
     """
-    if residual is not None and (
+    is_summed_apart = residual is not None and (
         not isinstance(residual, Tensor)
         or residual.shape != x.shape
         or residual.dtype != x.dtype
         or residual.device != x.device
         or (is_second and residual.stride() != x.stride())
-    ):
+    )
+    if is_summed_apart or not _has_kernel(bn, x):
         # The kernel has no sum that broadcasts, promotes or changes the memory format.
-        y = _forward_of(bn, x, None, "identity", 0.0)
-        first, second = (residual, y) if is_second else (y, residual)
-        total = first.add_(second) if writes else first + second
-        return ACTS[act].function(total, act_param)
-    return _forward_of(bn, x, residual, act, act_param)
+        y = _apply(bn, x, None, "identity", 0.0) if _has_kernel(bn, x) else type(bn).forward(bn, x)
+        if residual is not None:
+            first, second = (residual, y) if is_second else (y, residual)
+            y = first.add_(second) if writes else first + second
+        return ACTS[act].function(y, act_param)
+    return _apply(bn, x, residual, act, act_param)
 
 
-def _forward_of(bn: Any, x: Tensor, residual: Tensor | None, act: str, act_param: float) -> Tensor:
-    # A batch norm of another library may keep its class.
-    forward = type(bn)._forward if isinstance(bn, FrozenBatchNormAct2d) else forward_of
-    y: Tensor = forward(bn, x, residual, act, act_param)
-    return y
+def _has_kernel(bn: Any, x: Tensor) -> bool:
+    """Whether the kernel computes what a batch norm does. A frozen one of another library promotes and broadcasts."""
+    if isinstance(bn, (_BatchNorm, _NormAct)):
+        return True
+    return x.dim() == 4 and x.shape[1] == len(bn.weight) and all(each.dtype == x.dtype for each in bn.buffers())
+
+
+def _apply(bn: Any, x: Tensor, residual: Tensor | None, act: str, act_param: float) -> Tensor:
+    return (forward_of if isinstance(bn, _BatchNorm) else FrozenBatchNormAct2d._forward)(bn, x, residual, act, act_param)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -27,7 +27,8 @@ _BATCH_NORMS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: BatchNormAct2d,
     nn.BatchNorm3d: BatchNormAct3d,
 }
-# The module and the name of classes that FrozenBatchNormAct2d computes.
+# The module and the name of classes of other libraries that compute what FrozenBatchNormAct2d does. They keep their class, of
+# which those libraries ask, and whose loading of checkpoints differs.
 _FROZEN = (("torchvision.ops.misc", "FrozenBatchNorm2d"), ("detectron2.layers.batch_norm", "FrozenBatchNorm2d"))
 # Activations without a batch norm: torch's class -> ours.
 ACTIVATION_MODULES: dict[type[nn.Module], type[nn.Module]] = {
@@ -103,8 +104,8 @@ class Chain:
 
 
 def batch_norm_for(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """Our class for a class of batch norm of torch or of another library; None if there is none."""
-    return FrozenBatchNormAct2d if (kind.__module__, kind.__name__) in _FROZEN else _BATCH_NORMS.get(kind)
+    """Our class for one of torch's classes of batch norm; None for another class."""
+    return _BATCH_NORMS.get(kind)
 
 
 def ours_for(kind: type[nn.Module]) -> type[nn.Module] | None:
@@ -114,13 +115,18 @@ def ours_for(kind: type[nn.Module]) -> type[nn.Module] | None:
 
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether a module is a batch norm, also of a class that may compute something else."""
-    return isinstance(module, (_BatchNorm, FrozenBatchNormAct2d)) or is_fusible(module)
+    return isinstance(module, (_BatchNorm, FrozenBatchNormAct2d)) or is_frozen_elsewhere(module)
 
 
 def is_fusible(module: nn.Module) -> bool:
     """Whether a module is of a class of batch norm that can be fused. A subclass may compute something else."""
     kind = type(module)
-    return kind is FrozenBatchNormAct2d or kind in _BATCH_NORMS.values() or batch_norm_for(kind) is not None
+    return kind in (*_BATCH_NORMS, *_BATCH_NORMS.values(), FrozenBatchNormAct2d) or is_frozen_elsewhere(module)
+
+
+def is_frozen_elsewhere(module: nn.Module) -> bool:
+    """Whether a module is a frozen batch norm of another library."""
+    return (type(module).__module__, type(module).__name__) in _FROZEN
 
 
 def called_module(block: nn.Module, node: Node) -> nn.Module | None:
@@ -176,7 +182,7 @@ def may_be_rewritten(block: nn.Module) -> bool:
     # A Sequential calls its children. Another forward may come to every module below it.
     is_sequential = type(block).forward is nn.Sequential.forward
     below = block.children() if is_sequential else block.modules()
-    if any(isinstance(part, (*ACTIVATION_MODULES,)) or is_batch_norm(part) for part in below):
+    if any(isinstance(part, tuple(ACTIVATION_MODULES)) or is_batch_norm(part) for part in below):
         return True
     if is_sequential:
         # A batch norm may end one child, and the next one may be its activation.
@@ -286,6 +292,8 @@ def expected(path: Path, module: nn.Module) -> Expected:
     It may have the class that convert gives it where it is called elsewhere.
     """
     kind = type(module)
+    if is_frozen_elsewhere(module):
+        return Expected(path, (kind,), None, None)
     if is_batch_norm(module):
         return Expected(path, (batch_norm_for(kind) or kind,), "act", "identity")
     act = act_of_module(module)
