@@ -37,7 +37,9 @@ from accuracy import (
     assert_bitwise_equal,
     exact_activation,
     exact_batch_norm_act,
+    extended,
     outcome,
+    spacing,
     swept,
 )
 from batch_norm_act_calls import (
@@ -146,6 +148,27 @@ def test_act_over_the_whole_range(act, dtype):
     assert_bitwise_equal("numbers", ~y.isnan(), told)
     for what, *each, scale in (("y", y, torchs, exact_y, scales[0]), ("grad_x", grad_x, torchs_grad_x, exact_grad_x, scales[1])):
         assert_accurate(what, *(of.detach()[told] for of in each[:2]), each[2][told], scale=np.broadcast_to(scale, told.shape)[told])
+
+
+@pytest.mark.parametrize("dtype", WIDE_DTYPES, ids=str)
+def test_errors_of_gelu_and_mish(dtype):
+    """The bounds of docs/numerics.md and csrc/math/normal.h: torch's own errors are far larger at some of these numbers."""
+    x = torch.cat([torch.rand(80_000, dtype=torch.float64) * 8 - 4, torch.rand(40_000, dtype=torch.float64) * -12 - 1]).to(dtype)
+    x = x.view(-1, 8).requires_grad_()
+    allowed = ULP_BOUND / 2
+    for act, right_of, ulps_of_y, ulps_of_grad in (("gelu", -1, 3.4, 2.1), ("mish", -13, 3.7, 4.9)):
+        y = gk.batch_norm_act(x, torch.zeros(8, dtype=dtype), torch.ones(8, dtype=dtype), eps=0.0, act=act)
+        (grad_x,) = torch.autograd.grad(y, x, torch.ones_like(x))
+        exact_y, exact_grad_x = exact_activation(x.detach(), torch.ones_like(x), act, 0.0)
+        scale = activation_scales(x.detach(), torch.ones_like(x), act, 0.0)[1]
+        right = (x > right_of).numpy()
+        for actual, exact, terms, bound in ((y, exact_y, 0, ulps_of_y), (grad_x, exact_grad_x, scale, ulps_of_grad)):
+            unit = spacing(np.maximum(abs(exact), terms), dtype)
+            assert (abs(extended(actual) - exact) / unit)[right].max() <= allowed * bound
+        if act == "gelu":
+            t = -extended(x)
+            bound = (5 + 4 * t + 0.7 * t**2) * torch.finfo(dtype).eps / 2
+            assert (abs(extended(y) - exact_y) <= allowed * bound * abs(exact_y))[t > 0].all()
 
 
 # Rows of all channels that are no whole vectors, several of which make a line; many parts, each with a last line

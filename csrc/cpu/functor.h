@@ -32,15 +32,11 @@ struct CalledActivation {
   GK_INLINE V backward(V grad_y, V x) const { return backward_of(f, grad_y, x); }
 };
 
-// Vectors have one precision only.
-template <typename V>
-using AllActivations = math::AnyActivation<V, math::Precision::kFull>;
-
 // The activations with an exponential and without a parameter are long and rare.
 template <typename Functor>
 constexpr bool kIsRare = Functor::kHasExponential && __is_empty(Functor);
 
-// Chooses the activation at each vector. A rare one is called: inlined in every such loop, it would cost the build more
+// math::AnyActivation, but for a rare activation, which is called: inlined in every such loop, it would cost the build more
 // than it saves.
 template <typename V>
 struct AnyActivation {
@@ -72,7 +68,7 @@ template <typename scalar_t, typename Function>
 GK_INLINE void visit_functor(math::Activation act, const Function& function) {
   using V = Vec<opmath_t<scalar_t>>;
   if constexpr (kCallsActivation) {
-    function(CalledActivation<V, AllActivations<V>>{{act}});
+    function(CalledActivation<V, math::AnyActivation<V, math::Precision::kFull>>{{act}});
   } else {
     math::visit<V, math::Precision::kFull>(act, function);
   }
@@ -81,7 +77,7 @@ template <typename scalar_t, typename Function>
 GK_INLINE void visit_functor_with_parameter(math::Activation act, const Function& function) {
   using V = Vec<opmath_t<scalar_t>>;
   if constexpr (kCallsActivation) {
-    function(CalledActivation<V, AllActivations<V>>{{act}});
+    function(CalledActivation<V, math::AnyActivation<V, math::Precision::kFull>>{{act}});
   } else {
     math::visit_with_parameter<V, math::Precision::kFull>(act, function);
   }

@@ -12,7 +12,8 @@
 // compile.
 //
 // To add an activation to batch_norm_act, add a functor, an enumerator of ActivationKind and a case in
-// `visit` (and in `visit_two_slopes`, if the gradient reads a mask); then a case in composite_of, in
+// `visit` (and in `visit_two_slopes`, if the gradient reads a mask, and in `visit_with_parameter`, if it has a
+// parameter); then a case in composite_of, in
 // ops/batch_norm_act.cpp. If one of these is missing, the library does not compile.
 //
 // Comparisons are those of torch's vector loops on the CPU, which decide the values at nan and at zero. At
@@ -410,6 +411,18 @@ constexpr bool visits_all_of_two_slopes() {
     if (visited != (traits.gradient_reads == GradientReads::kMask)) return false;
   }
 }
+constexpr bool visits_all_with_parameter() {
+  for (uint8_t i = 0;; ++i) {
+    const Activation act{static_cast<ActivationKind>(i), 0.0};
+    const char* name = traits_of(act.kind).name;
+    if (name == nullptr) return true;
+    bool has_parameter = false, visited = false;
+    visit<float, Precision::kFull>(act, [&](auto f) { has_parameter = !std::is_empty<decltype(f)>::value; });
+    visit_with_parameter<float, Precision::kFull>(act, [&](auto f) { visited = is_same_name(decltype(f)::kName, name); });
+    if (visited != has_parameter) return false;
+  }
+}
+static_assert(visits_all_with_parameter(), "visit_with_parameter has no case for an activation that has a parameter");
 static_assert(visits_all_of_two_slopes(), "visit_two_slopes has no case for an activation whose gradient reads a mask");
 
 GK_INLINE bool Activation::has_two_slopes() const { return traits_of(kind).gradient_reads == GradientReads::kMask; }

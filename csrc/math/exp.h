@@ -5,7 +5,7 @@
 // polynomial for (e^r - 1 - r) / r^2, and scaling by 2^n. Scaling comes last, so that a denormal result is
 // rounded once. On processors with fma, the errors of elu and swish are at most 2.2 ulp, and those of their
 // gradients at most 2.6 and 4 ulp of the largest term (tests/test_activation.py); without fma they are at
-// most 4. nan stays nan. Arguments that are too large or too small give 0, -1 or inf.
+// most 4. mish has at most 3.7 ulp, its gradient 4.7 (tests/test_batch_norm_act.py). nan stays nan. Arguments that are too large or too small give 0, -1 or inf.
 #pragma once
 
 #include <type_traits>
@@ -200,14 +200,13 @@ struct ReducedExp {
   T expm1;
 };
 
-// e^(x + low) for a small low. Valid for |x| <= -kUnderflow. For other x, the result is arbitrary. To add -0 changes
-// nothing, and compilers leave it out.
+// Valid for |x| <= -kUnderflow. For other x, the result is arbitrary.
 template <typename T>
-GK_HOST_DEVICE ReducedExp<T> reduce_exp(T x, T low = T(scalar_of_t<T>(-0.0))) {
+GK_HOST_DEVICE ReducedExp<T> reduce_exp(T x) {
   using C = ExpConstants<scalar_of_t<T>>;
   const T rounded = fma(x, constant<T, C::kLog2E>(), constant<T, C::kRound>());
   const T n = rounded - constant<T, C::kRound>();
-  const T r = fma(n, constant<T, C::kMinusLn2Low>(), fma(n, constant<T, C::kMinusLn2High>(), x)) + low;
+  const T r = fma(n, constant<T, C::kMinusLn2Low>(), fma(n, constant<T, C::kMinusLn2High>(), x));
   const T square = r * r;
   return {rounded, fma(square, C::series(r, square), r)};
 }
@@ -240,13 +239,13 @@ GK_HOST_DEVICE T multiply_exp(T a, T b, T x) {
   return select((x >= T(C::kNear)) | (a - a != T(0)), a * (part * scale.second), a * part * scale.second);
 }
 
-// e^(x + low) for x <= 0 and a small low, divided by kDrop, so that it is normal where e^x is denormal. 0 where e^x
-// rounds to 0. A product with it keeps its digits if kDrop is the last factor.
+// e^x / kDrop for x <= 0, which is normal where e^x is denormal; 0 where x e^x rounds to 0. A product with it keeps its
+// digits if kDrop is the last factor.
 template <typename T>
-GK_HOST_DEVICE T lifted_exp(T x, T low = T(scalar_of_t<T>(-0.0))) {
+GK_HOST_DEVICE T lifted_exp(T x) {
   using C = ExpConstants<scalar_of_t<T>>;
   const T zero = constant<T, C::kZero>();
-  const ReducedExp<T> reduced = reduce_exp(at_least(zero, x), low);
+  const ReducedExp<T> reduced = reduce_exp(at_least(zero, x));
   const T scale = exp2_of_rounded(reduced.rounded + constant<T, C::kLift>());
   return select(x < zero, T(0), fma(scale, reduced.expm1, scale));
 }
