@@ -112,7 +112,7 @@ ACTS = {
 def act_of_module(module: nn.Module) -> Act | None:
     """The activation that a module computes, by the module's exact class; None for other classes."""
     acts = (act for act in ACTS.values() if type(module) in act.modules)
-    return next((act for act in acts if act.option is None or getattr(module, act.option[0]) == act.option[1]), None)
+    return next((act for act in acts if act.option is None or getattr(module, act.option[0], None) == act.option[1]), None)
 
 
 def act_of_spelling(target: Any, kwargs: Mapping[str, Any] = MappingProxyType({})) -> Act | None:

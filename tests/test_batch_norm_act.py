@@ -156,14 +156,14 @@ def test_errors_of_gelu_and_mish(dtype):
     x = torch.cat([torch.rand(80_000, dtype=torch.float64) * 8 - 4, torch.rand(40_000, dtype=torch.float64) * -12 - 1]).to(dtype)
     x = x.view(-1, 8).requires_grad_()
     allowed = ULP_BOUND / 2
-    for act, right_of, ulps_of_y, ulps_of_grad in (("gelu", -1, 3.4, 2.1), ("mish", -13, 3.7, 4.9)):
+    for act, right_of, ulps_of_y, ulps_of_grad in (("gelu", -1, 3.4, 2.1), ("mish", -13, 3.7, 4.7)):
         y = gk.batch_norm_act(x, torch.zeros(8, dtype=dtype), torch.ones(8, dtype=dtype), eps=0.0, act=act)
         (grad_x,) = torch.autograd.grad(y, x, torch.ones_like(x))
         exact_y, exact_grad_x = exact_activation(x.detach(), torch.ones_like(x), act, 0.0)
         scale = activation_scales(x.detach(), torch.ones_like(x), act, 0.0)[1]
         right = (x > right_of).numpy()
         for actual, exact, terms, bound in ((y, exact_y, 0, ulps_of_y), (grad_x, exact_grad_x, scale, ulps_of_grad)):
-            unit = spacing(np.maximum(abs(exact), terms), dtype)
+            unit = spacing(np.maximum(abs(exact), terms), dtype) * (1.1 if dtype == torch.float64 else 1)
             assert (abs(extended(actual) - exact) / unit)[right].max() <= allowed * bound
         if act == "gelu":
             t = -extended(x)
@@ -568,7 +568,7 @@ def refusals():
         # Not compared with torch, because torch 2.11 has another message.
         "eps of 0": ({"eps": 0.0}, (ValueError, "batch_norm eps must be positive")),
         "negative eps": ({"eps": -1.0}, (ValueError, "batch_norm eps must be positive")),
-        "unknown act": ({"act": "gelu"}, (ValueError, "gelu")),
+        "unknown act": ({"act": "selu"}, (ValueError, "selu")),
         "residual of another shape": ({"residual": torch.randn(4, 3, 1)}, (RuntimeError, "residual")),
         "residual of another dtype": ({"residual": torch.randn(4, 3, 5).double()}, (RuntimeError, "residual")),
         "residual on another device": ({"residual": torch.randn(4, 3, 5, device="meta")}, (RuntimeError, "residual")),

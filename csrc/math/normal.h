@@ -15,7 +15,7 @@ struct NormalConstants;
 
 template <>
 struct NormalConstants<float> {
-  static constexpr float kLargestSquare = 208.0f;     // e^(-t^2 / 2) rounds to 0 for a larger t^2, and is above 2^-150.1
+  static constexpr float kLargestSquare = 208.0f;  // e^(-t^2 / 2) rounds to 0 for a larger t^2, and is above 2^-150.1
   static constexpr float kMinusHalfLog2E = -0.721347520f;
   static constexpr float kLiftedRound = 12582936.0f;  // ExpConstants::kRound + 24
   static constexpr float kDrop = 0x1p-24f;
