@@ -1203,6 +1203,142 @@ def test_optional_arguments_that_are_given():
                 each(*args, **kwargs)
 
 
+class TakesMore(nn.Module):
+    """Takes a residual, a scale, and a list whose tensors it adds."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x, residual=None, scale=1, *, more=(), deep=False, **others):
+        y = self.bn(x) if residual is None else self.bn(x) + residual
+        for each in more:
+            y = y + each
+        if scale == 2:
+            return F.leaky_relu(y, 0.5)
+        return F.relu6(y) if deep else F.relu(y)
+
+
+class TakesAWriter(nn.Module):
+    """Writes its optional argument between its batch norm and the addition."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x, other=None):
+        y = self.bn(x)
+        if other is not None:
+            other.mul_(2.0)
+        return F.relu(y + x)
+
+
+class HandsOn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = TakesMore()
+
+    def forward(self, x, residual=None, **options):
+        return self.body(x, residual)
+
+
+# The forward of the parent, the child, what is fused when the parent is called, and what the report says.
+GIVEN = {
+    "a tensor": (lambda self, x: self.body(x, x * 2), TakesMore, {"relu, residual": 1}, ""),
+    "by name": (lambda self, x: self.body(residual=x * 2, x=x), TakesMore, {"relu, residual": 1}, ""),
+    "the default": (lambda self, x: self.body(x, None, 1), TakesMore, {"relu": 1}, ""),
+    "a constant": (lambda self, x: self.body(x, None, 2), TakesMore, {"leaky_relu": 1}, ""),
+    "a constant that is computed": (lambda self, x: self.body(x, scale=self.scale * 2), TakesMore, {"leaky_relu": 1}, ""),
+    "True": (lambda self, x: self.body(x, scale=True, deep=True), TakesMore, {"relu6": 1}, ""),
+    "a tensor and constants": (lambda self, x: self.body(x, x, 2, deep=1), TakesMore, {"leaky_relu, residual": 1}, ""),
+    "several calls": (
+        lambda self, x: self.body(self.body(x, x * 2), scale=2) + self.body(x) + self.body(x, deep=True),
+        TakesMore,
+        {"relu, residual": 1, "leaky_relu": 1, "relu": 1, "relu6": 1},
+        "",
+    ),
+    "1 and True": (lambda self, x: self.body(x, deep=1) + self.body(x, deep=True), TakesMore, {"relu6": 2}, ""),
+    "through a child": (lambda self, x: self.body(x, x * 2), HandsOn, {"relu, residual": 1}, ""),
+    "a list": (
+        lambda self, x: self.body(x, more=[x, x]),
+        TakesMore,
+        {"identity": 1},
+        "only in calls without residual, scale, more, deep, others",
+    ),
+    "a name of **": (lambda self, x: self.body(x, other=1), TakesMore, {"identity": 1}, "no forward that could be read calls TakesMore"),
+    "a parent that is not read": (
+        lambda self, x: self.body(x, x * 2) if self.training else x,
+        TakesMore,
+        {"relu, residual": 1},
+        "",
+    ),
+    "a parent that cannot be read": (
+        lambda self, x: self.body(x, x * 2) if x.sum() < 1e9 else x,
+        TakesMore,
+        {"identity": 1},
+        "no forward that could be read calls TakesMore",
+    ),
+    "an argument that is written": (
+        lambda self, x: self.body(x * 1, x * 1),
+        TakesAWriter,
+        {"identity": 1},
+        "may write its input or the residual",
+    ),
+}
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, through_pickle], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("name", GIVEN)
+def test_what_a_forward_gives_another(name, copied):
+    forward, child, ours, why = GIVEN[name]
+    expected, actual, report = converted(parent(forward, child(), scale=1))
+    rows = [row for row in report.rows if "BatchNorm" in row.found]
+    assert all(row.why == "" if why == "" else why in row.why for row in rows), report
+    actual.body = copied(actual.body)
+    x = X()
+    assert operators(copy.deepcopy(actual), x).ours == ours, report
+    for training in (True, False):
+        expected.train(training), actual.train(training)
+        assert_same(step(actual, x), step(expected, x))
+
+
+def test_a_call_that_gives_other_arguments_than_the_forward_that_was_read():
+    expected, actual, report = converted(parent(lambda self, x: self.body(x, x * 2, scale=2), TakesMore()))
+    assert all(row.is_fused and not row.why for row in report.rows if "BatchNorm" in row.found)
+    x = X()
+    for args, kwargs, is_read in (
+        ((x, x), {"scale": 2}, True),
+        ((x, x, 2), {}, True),
+        ((x,), {"residual": x, "scale": 2, "deep": False, "more": ()}, True),
+        ((), {"x": x, "residual": x, "scale": 2}, True),
+        ((x, x), {"scale": 2.0}, False),
+        ((x, x), {}, False),
+        ((x, None, 2), {}, False),
+        ((x,), {"scale": 2}, False),
+        ((x,), {}, False),
+        ((x, x, 2), {"deep": True}, False),
+        ((x, x, 2), {"deep": 0}, False),
+        ((x, x, 2), {"more": [x]}, False),
+        ((x, x, 2), {"other": 1}, False),
+    ):
+        torch.testing.assert_close(actual.body(*args, **kwargs), expected.body(*args, **kwargs))
+        with torch.no_grad(), Operators() as seen:
+            copy.deepcopy(actual).body(*args, **kwargs)
+        assert seen.ours["leaky_relu, residual"] == is_read, (args, kwargs, seen.ours)
+    for args, kwargs in (((), {}), ((x, x, 2, ()), {}), ((x, x), {"residual": x}), ((x,), {"x": x})):
+        for each in (expected.body, actual.body):
+            with pytest.raises(TypeError):
+                each(*args, **kwargs)
+
+
+def test_a_pickle_of_the_first_version():
+    model = Changing()
+    gk.convert(model)
+    # It held whether additions were fused, and nothing else.
+    model.__dict__[guard.FORWARD] = True
+    assert operators(pickle.loads(pickle.dumps(model)), X().float()).ours == {"relu": 1}
+
+
 def of_tensor_or_list(self, x):
     if isinstance(x, torch.Tensor):
         x = [x]

@@ -6,6 +6,7 @@ reading, every attribute is as it was before.
 """
 
 import copy
+import math
 import operator
 import sys
 import threading
@@ -63,6 +64,19 @@ def is_comparable(value: Any) -> bool:
         # A class of the user's has attributes that may change.
         return not own_classes(value)
     return isinstance(value, _COMPARABLE) or (is_function_of_its_arguments(value) and is_held_with_constants(value))
+
+
+def is_same(current: Any, value: Any) -> bool:
+    """Like ==, but 2 and 2.0, 0.0 and -0.0, and two orders of a dict are different."""
+    # A tensor in the place of a number has an == of its own.
+    if type(current) is not type(value):
+        return False
+    if isinstance(value, dict):
+        return len(current) == len(value) and all(map(is_same, current.items(), value.items()))
+    if isinstance(value, (list, tuple)):
+        return len(current) == len(value) and all(map(is_same, current, value))
+    same: bool = current == value
+    return same and (type(value) is not float or math.copysign(1.0, current) == math.copysign(1.0, value))
 
 
 @contextmanager

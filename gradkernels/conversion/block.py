@@ -72,14 +72,16 @@ def converted_class(base: type[nn.Module]) -> type[nn.Module]:
 
     def __setstate__(self: nn.Module, state: Any) -> None:
         base.__setstate__(self, state)
-        residual = self.__dict__.get(FORWARD)
-        if isinstance(residual, bool):
+        pickled = self.__dict__.get(FORWARD)
+        # Version 0.1.0 wrote whether additions were fused, and nothing else.
+        if isinstance(pickled, (bool, tuple)):
             self.__dict__.pop(FORWARD)
+            residual, calls = pickled if isinstance(pickled, tuple) else (pickled, ((),))
             # Forwards of children are read too, if they are written out in this one.
             kinds = [(part, type(part)) for part in self.modules()]
             for part, kind in kinds:
                 object.__setattr__(part, "__class__", base_class(kind) or kind)
-            rewritten = rewrite_forward(self, residual, Reader()).forward
+            rewritten = rewrite_forward(self, residual, Reader(), calls).forward
             for part, kind in kinds:
                 object.__setattr__(part, "__class__", kind)
             if rewritten is not None:

@@ -174,7 +174,13 @@ class _Plan:
         self.problems: dict[nn.Module, str] = {}
         # Modules whose class must stay, because of their attributes or of what code above them asks -> why.
         self.kept = {module: why for module in self.names if (why := why_kept(module))}
-        found = [(block, site) for block in _with_progress(self.names) for site in self.read(block, residual)]
+        # A Sequential is read at once.
+        self.reader.follow(
+            block
+            for block in _with_progress(self.names)
+            if trace.has_own_forward(block) and (type(block).forward is nn.Sequential.forward or may_be_rewritten(block))
+        )
+        found = [(block, site) for block in self.names for site in self.read(block, residual)]
         self.keep_what_is_asked_for()
         # Modules that are called somewhere without being fused, and may get our class.
         self.alone = {site.module for _, site in found if site.module is not None and site.label is None}
@@ -204,7 +210,12 @@ class _Plan:
         if not may_be_rewritten(block):
             self.unread.add(block)
             return []
-        result = rewrite.rewrite_forward(block, residual, self.reader)
+        calls = self.reader.calls_of(block)
+        result = rewrite.rewrite_forward(block, residual, self.reader, calls or ((),))
+        if not calls and (names := trace.optional_arguments(type(block).forward)):
+            for site in (site for site in result.sites if site.label is not None):
+                unseen = f"only in calls without {', '.join(names)}: no forward that could be read calls {type(block).__name__}"
+                site.why = site.why or unseen
         self.kept |= result.kept
         if result.problem is not None:
             self.problems[block] = Reason(result.problem, _REMEDY_OF_FORWARDS)

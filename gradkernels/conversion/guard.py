@@ -7,7 +7,6 @@ norm or a switched flag therefore always has its effect.
 """
 
 import linecache
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MethodType
@@ -21,9 +20,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from gradkernels import _native
 from gradkernels.acts import ACTS
 from gradkernels.batch_norm_act import _NormAct, forward_of
-from gradkernels.conversion.attributes import Path, class_before, own_constant
+from gradkernels.conversion.attributes import Path, class_before, is_same, own_constant
 from gradkernels.conversion.bytecode import MISSING
-from gradkernels.conversion.trace import optional_arguments
+from gradkernels.conversion.trace import Given, optional_arguments
 from gradkernels.frozen_batch_norm_act import FrozenBatchNormAct2d
 
 # The name in a block's __dict__ of its rewritten forward.
@@ -129,7 +128,7 @@ class WrittenOut:
 class RewrittenForward:
     """A forward and its conditions. It is immutable, so a block and its copies share it.
 
-    A pickle holds only `residual`. The forward is written again where the pickle is loaded (block.py).
+    A pickle holds only `residual` and `calls`. The forward is written again where the pickle is loaded (block.py).
 
     Attributes:
         source: the code of a function `forward`.
@@ -144,7 +143,8 @@ class RewrittenForward:
         shared: paths that led to one object at that time. The code uses the first of them.
         kinds: (place among the arguments, name, class) of each argument whose class the block's own forward
             asks for.
-        otherwise: the rewritten forward for arguments of another class; None if there is none.
+        given: the optional arguments that a call gives.
+        otherwise: the rewritten forward for other calls; None if there is none.
     """
 
     source: str
@@ -157,8 +157,9 @@ class RewrittenForward:
     asks_for_classes: bool
     shared: tuple[tuple[Path, ...], ...]
     kinds: tuple[tuple[int, str, type], ...] = ()
+    given: Given = ()
     otherwise: "RewrittenForward | None" = None
-    optional: Mapping[str, Any] = field(init=False, compare=False, repr=False)
+    optional: Mapping[str, tuple[bool, Any]] = field(init=False, compare=False, repr=False)
     by_place: tuple[str, ...] = field(init=False, compare=False, repr=False)
     required: int = field(init=False, compare=False, repr=False)
     function: Callable[..., Any] = field(init=False, compare=False, repr=False)
@@ -170,30 +171,39 @@ class RewrittenForward:
         linecache.cache[file] = (len(self.source), None, self.source.splitlines(True), file)
         exec(compile(self.source, file, "exec"), namespace)
         object.__setattr__(self, "function", namespace["forward"])
-        object.__setattr__(self, "required", namespace["forward"].__code__.co_argcount - 1)
         optional = optional_arguments(self.original)
-        object.__setattr__(self, "optional", {name: argument.default for name, argument in optional.items()})
+        given = dict(self.given)
+        object.__setattr__(self, "optional", {name: (name in given, given.get(name, each.default)) for name, each in optional.items()})
+        computed = sum(value is Tensor for value in given.values())
+        object.__setattr__(self, "required", namespace["forward"].__code__.co_argcount - 1 - computed)
         places = tuple(name for name, argument in optional.items() if argument.kind is argument.POSITIONAL_OR_KEYWORD)
         object.__setattr__(self, "by_place", places)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return bool, (self.residual,)
+        return tuple, ((self.residual, tuple({repr(given): given for given in self.calls()}.values())),)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RewrittenForward":
         return self
 
+    def calls(self) -> tuple[Given, ...]:
+        """The optional arguments that calls of the block give."""
+        return (self.given, *(() if self.otherwise is None else self.otherwise.calls()))
+
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The arguments without the optional ones; None if the graph is not that of a call with them."""
+        """The arguments of the function; None if the graph is not that of a call with these arguments."""
         if self.optional:
             more = dict(zip(self.by_place, args[self.required :], strict=False))
             if len(args) > self.required + len(more) or not more.keys().isdisjoint(kwargs):
                 return None
             more |= {name: value for name, value in kwargs.items() if name in self.optional}
-            if any(value is not self.optional[name] for name, value in more.items()):
-                return None
             args, kwargs = args[: self.required], {name: value for name, value in kwargs.items() if name not in more}
             if len(args) + len(kwargs) != self.required:
                 return None
+            for name, (is_given, value) in self.optional.items():
+                if value is Tensor and name in more:
+                    kwargs[name] = more[name]
+                elif not is_same(more[name], value) if name in more else is_given:
+                    return None
         for place, name, kind in self.kinds:
             if type(args[place] if place < len(args) else kwargs.get(name)) is not kind:
                 return None
@@ -224,19 +234,6 @@ def attribute(block: nn.Module, path: Path, name: str) -> Any:
     if of_value:
         return own_constant(value, of_value)
     return value.__func__ if isinstance(value, MethodType) else value
-
-
-def is_same(current: Any, value: Any) -> bool:
-    """Like ==, but 2 and 2.0, 0.0 and -0.0, and two orders of a dict are different."""
-    # A tensor in the place of a number has an == of its own.
-    if type(current) is not type(value):
-        return False
-    if isinstance(value, dict):
-        return len(current) == len(value) and all(map(is_same, current.items(), value.items()))
-    if isinstance(value, (list, tuple)):
-        return len(current) == len(value) and all(map(is_same, current, value))
-    same: bool = current == value
-    return same and (type(value) is not float or math.copysign(1.0, current) == math.copysign(1.0, value))
 
 
 def child(block: nn.Module, path: Path) -> nn.Module:

@@ -25,7 +25,7 @@ _STATE = ["running_mean", "running_var", "weight", "bias"]
 
 def applied_modules(bn: _BatchNorm) -> list[nn.Module] | None:
     """The submodules that a batch norm applies in its own forward; None if the forward does anything else."""
-    names = names_after(bn, read(bn, torch.Tensor, {}))
+    names = names_after(bn, read(bn, torch.Tensor, (), {}))
     return None if names is None else [bn.get_submodule(name) for name in names]
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import keyword
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from gradkernels import activation
 from gradkernels.acts import act_of_spelling
 from gradkernels.conversion.aliasing import Aliasing
-from gradkernels.conversion.attributes import NOT_COMPARABLE, Path, Reads, is_comparable
+from gradkernels.conversion.attributes import NOT_COMPARABLE, Path, Reads, is_comparable, is_same
 from gradkernels.conversion.border import PLACE, ROOT, Border, Ends
 from gradkernels.conversion.bytecode import CLASS_TESTS, MISSING
 from gradkernels.conversion.guard import (
@@ -30,7 +30,6 @@ from gradkernels.conversion.guard import (
     attribute,
     children_of,
     has_hooks,
-    is_same,
     normalize,
     shared_in,
 )
@@ -59,7 +58,7 @@ from gradkernels.conversion.patterns import (
 )
 from gradkernels.conversion.purity import names_from_forward
 from gradkernels.conversion.result import IS_IN_PLACE, KEEPS_ITS_OUTPUT, NOTHING_TO_FUSE, Reason, RewriteResult, Site
-from gradkernels.conversion.trace import Reading, read
+from gradkernels.conversion.trace import Given, Reading, given_by, has_own_forward, optional_arguments, read
 from gradkernels.sync_batch_norm_act import SyncBatchNormAct
 
 
@@ -67,31 +66,72 @@ class Reader:
     """Reads forwards, each only once for all blocks that do not differ in what the forward reads."""
 
     def __init__(self) -> None:
-        # The shape of a block and the class of arguments -> what was read, and which attributes were.
+        # The shape of a block and the arguments -> what was read, and which attributes were.
         self._known: dict[Any, list[tuple[Reads, Reading]]] = {}
-        self._readings: dict[tuple[nn.Module, type], Reading] = {}
+        self._readings: dict[tuple[nn.Module, type, str], Reading] = {}
+        # The optional arguments that calls in forwards give a block, by their text: 1 and True are equal.
+        self._calls: dict[nn.Module, dict[str, Given]] = {}
         self.ends = Ends(self.read)
 
-    def read(self, block: nn.Module, kind: type = torch.Tensor) -> Reading:
+    def read(self, block: nn.Module, kind: type = torch.Tensor, given: Given = ()) -> Reading:
         """Reads the forward of one block as it is at the first call. Its graph must not be changed.
 
         Args:
             block: any module.
             kind: the class of the arguments whose class the forward asks for.
+            given: the optional arguments that are given.
         """
-        if (block, kind) in self._readings:
-            return self._readings[block, kind]
+        place = block, kind, repr(given)
+        if place in self._readings:
+            return self._readings[place]
         is_sequential = type(block).forward is nn.Sequential.forward
         # Reading such a forward takes no longer than comparing.
-        known = [] if is_sequential else self._known.setdefault((_shape(block), kind), [])
+        known = [] if is_sequential else self._known.setdefault((_shape(block), *place[1:]), [])
         reading = next((reading for reads, reading in known if _is_read_again(block, reads)), None)
         if reading is None:
             reads: Reads = {}
-            reading = read(block, kind, reads)
+            reading = read(block, kind, given, reads)
             # Reading sets the mode itself.
             known.append(({place: value for place, value in reads.items() if place[1] != "training"}, reading))
-        self._readings[block, kind] = reading
+        self._readings[place] = reading
         return reading
+
+    def calls_of(self, block: nn.Module) -> tuple[Given, ...]:
+        """The optional arguments that the forwards in which `follow` saw calls of a block give it."""
+        return tuple(self._calls.get(block, {}).values())
+
+    def follow(self, blocks: Iterable[nn.Module]) -> None:
+        """Reads the forwards of blocks for the arguments that the forwards of others give them.
+
+        Args:
+            blocks: first those that call the others.
+        """
+        followed: set[nn.Module] = set()
+        for first in blocks:
+            followed.add(first)
+            waiting = [(first, given) for given in self.calls_of(first) or ((),)]
+            while waiting:
+                block, given = waiting.pop()
+                for child, its in self._calls_in(block, given):
+                    calls = self._calls.setdefault(child, {})
+                    if repr(its) not in calls:
+                        calls[repr(its)] = its
+                        waiting += [(child, its)] * (child in followed)
+
+    def _calls_in(self, block: nn.Module, given: Given) -> Iterator[tuple[nn.Module, Given]]:
+        """The modules with optional arguments that a forward calls, and which of them it gives."""
+        for kind in self.kinds(block, given):
+            reading = self.read(block, kind, given)
+            for node in (node for graph in (reading.graph, *(reading.by_mode or ())) if graph is not None for node in graph.nodes):
+                child = called_module(block, node)
+                if child is not None and has_own_forward(child) and optional_arguments(type(child).forward):
+                    its = given_by(node, child)
+                    if its is not None:
+                        yield child, its
+
+    def kinds(self, block: nn.Module, given: Given) -> tuple[type, ...]:
+        """The classes of arguments for which a forward is read: one that asks for the class gets a tensor or a list."""
+        return (torch.Tensor, list) if self.read(block, torch.Tensor, given).asks_for_class else (torch.Tensor,)
 
 
 def _shape(block: nn.Module) -> tuple[Any, ...]:
@@ -107,26 +147,22 @@ def _is_read_again(block: nn.Module, reads: Reads) -> bool:
     return all(not is_comparable(current) if value is NOT_COMPARABLE else is_same(current, value) for current, value in pairs)
 
 
-def rewrite_forward(block: nn.Module, residual: bool, reader: Reader) -> RewriteResult:
+def rewrite_forward(block: nn.Module, residual: bool, reader: Reader, calls: Iterable[Given]) -> RewriteResult:
     """Reads the forward of one block and returns a rewritten one. The block is not changed.
 
     Args:
         block: any module.
         residual: whether additions may be fused.
         reader: reads the forward.
+        calls: the optional arguments that calls of the block give.
     """
-    reading = reader.read(block)
-    result = _rewrite(block, reading, residual, reader.ends)
-    if reading.asks_for_class:
-        # A forward that asks whether its argument is a tensor gets a list or a tensor.
-        of_list = _rewrite(block, reader.read(block, list), residual, reader.ends)
-        result.sites += [site for site in of_list.sites if site not in result.sites]
-        result.kept |= of_list.kept
-        if result.forward is None or of_list.forward is None:
-            result.forward = result.forward or of_list.forward
-        else:
-            result.forward = dataclasses.replace(result.forward, otherwise=of_list.forward)
-        result.problem = result.problem and of_list.problem
+    readings = [reader.read(block, kind, given) for given in calls for kind in reader.kinds(block, given)]
+    results = [_rewrite(block, reading, residual, reader.ends) for reading in readings]
+    result = results[-1]
+    for other in results[-2::-1]:
+        sites = [site for site in result.sites if site not in other.sites]
+        forward = result.forward if other.forward is None else dataclasses.replace(other.forward, otherwise=result.forward)
+        result = RewriteResult([*other.sites, *sites], forward, {**other.kept, **result.kept}, other.problem and result.problem)
     return result
 
 
@@ -416,6 +452,7 @@ class Rewriter:
             self.asks_for_classes,
             shared_in(self.block),
             self.reading.kinds,
+            self.reading.given,
         )
 
 

@@ -3,8 +3,8 @@
 A graph has the calls of a forward, but not its Python code. So it stands for the forward only if nothing is
 lost: the forward does not branch on data, reads nothing from elsewhere (purity.py), writes no attribute
 (attributes.py), switches no mode, and has the same graph in training and in evaluation. Anything else is a
-reason to leave it alone. The graph is that of a call without optional arguments, with arguments of one class
-if the forward asks for it. Reading leaves the module as it was.
+reason to leave it alone. The graph is that of a call with certain optional arguments, and with arguments of one
+class if the forward asks for it. Reading leaves the module as it was.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.proxy import Attribute
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradkernels.conversion.attributes import HOOKED, Path, Reads, containers, in_mode, recorded
+from gradkernels.conversion.attributes import HOOKED, Path, Reads, containers, in_mode, is_same, recorded
 from gradkernels.conversion.bytecode import is_attribute_written_out, unpacked_count
 from gradkernels.conversion.purity import (
     ASKED,
@@ -38,6 +38,9 @@ from gradkernels.conversion.purity import (
     writes_into_containers,
 )
 
+# The optional arguments that a call gives, in the order of their names -> their constant, or torch.Tensor for a
+# value that is computed. One that equals its default counts as left out.
+Given = tuple[tuple[str, Any], ...]
 # torch.fx patches nn.Module while it reads a forward, and attributes.py does too.
 _ONE_AT_A_TIME = threading.Lock()
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift", "irshift")
@@ -53,6 +56,7 @@ class Reading:
         attributes: (path of the module, name, value) of each attribute that the forward read.
         kinds: (place among the arguments, name, class) of each argument whose class the forward asks for.
             The graph is that of a call with these classes.
+        given: the optional arguments that are given.
         asks_for_class: whether the forward asks for the class of an argument.
         is_partial: whether other arguments lead to another graph: optional ones, ones of another class, or
             None.
@@ -64,6 +68,7 @@ class Reading:
     problem: str | None
     attributes: tuple[tuple[Path, str, Any], ...] = ()
     kinds: tuple[tuple[int, str, type], ...] = ()
+    given: Given = ()
     asks_for_class: bool = False
     is_partial: bool = False
     by_mode: tuple[Graph, Graph] | None = None
@@ -185,7 +190,9 @@ class _Tracer(Tracer):
     # Buffers are nodes then. As plain tensors they would be written in place during reading.
     proxy_buffer_attributes = True
 
-    def __init__(self, root: nn.Module, called: set[int], kind: type, asked: set[str], leaves: tuple[FunctionType, ...]) -> None:
+    def __init__(
+        self, root: nn.Module, called: set[int], kind: type, given: Given, asked: set[str], leaves: tuple[FunctionType, ...]
+    ) -> None:
         # The functions of this package are nodes, like torch's. Else torch.fx would trace into them.
         modules: Any = (math, sys.modules["gradkernels"])
         super().__init__(autowrap_modules=modules, autowrap_functions=leaves)
@@ -200,6 +207,7 @@ class _Tracer(Tracer):
         self.called = called
         # The class of an argument whose class the forward asks for.
         self.kind = kind
+        self.given = given
         # The names of these arguments.
         self.asked = asked
 
@@ -258,18 +266,20 @@ class _Tracer(Tracer):
         return super().create_arg(a)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        optional = optional_arguments(root_fn)
+        optional, by_name = optional_arguments(root_fn), {}
         if optional:
-            # Python gives these arguments their defaults.
+            # Python gives the arguments that are left out their defaults.
             names = [name for name in _arguments(root_fn) if name not in optional]
             arguments = [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
+            for name, value in self.given:
+                by_name[name] = self.create_proxy("placeholder", name, (), {}) if value is torch.Tensor else value
         else:
             root_fn, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
 
         def forward(*arguments: Any) -> Any:
             # What torch.fx does before is no part of the forward.
             self.watch()
-            return root_fn(*arguments)
+            return root_fn(*arguments, **by_name)
 
         return forward, arguments
 
@@ -343,12 +353,30 @@ def is_users_function(value: Any) -> bool:
     return isinstance(value, FunctionType) and (value.__module__ or "").partition(".")[0] not in ("torch", "gradkernels")
 
 
-def read(module: nn.Module, kind: type, reads: Reads) -> Reading:
+def given_by(call: Node, module: nn.Module) -> Given | None:
+    """The optional arguments that a call in a graph gives a module; None if a graph cannot stand for them."""
+    optional = optional_arguments(type(module).forward)
+    names = list(_arguments(type(module).forward))
+    if len(call.args) > len(names):
+        return None
+    given = []
+    for name, value in sorted({**dict(zip(names, call.args, strict=False)), **call.kwargs}.items()):
+        if name not in names or (name in optional and optional[name].kind is inspect.Parameter.VAR_KEYWORD):
+            return None
+        if name in optional and not (is_constant(value) and is_same(value, optional[name].default)):
+            if not isinstance(value, Node) and not is_constant(value):
+                return None
+            given.append((name, torch.Tensor if isinstance(value, Node) else value))
+    return tuple(given)
+
+
+def read(module: nn.Module, kind: type, given: Given, reads: Reads) -> Reading:
     """Reads the forward of one module as it is now.
 
     Args:
         module: the module.
         kind: the class of the arguments whose class the forward asks for.
+        given: the optional arguments that are given.
         reads: gets the attributes that were read, whether the forward can be read or not.
     """
     problem = _why_not_readable(module) or _why_not_optional(module)
@@ -360,10 +388,10 @@ def read(module: nn.Module, kind: type, reads: Reads) -> Reading:
     asked: set[str] = set()
     evaluation: Graph | None = None
     try:
-        training = _trace_around(module, True, kind, asked, reads)
+        training = _trace_around(module, True, kind, given, asked, reads)
         # A forward that does not read its mode has the same graph in both.
         if any(name == "training" for _, name in reads):
-            evaluation = _trace_around(module, False, kind, asked, reads)
+            evaluation = _trace_around(module, False, kind, given, asked, reads)
     except Unreadable as reason:
         return Reading(None, str(reason), asks_for_class=bool(asked))
     except Exception as error:
@@ -382,6 +410,7 @@ def read(module: nn.Module, kind: type, reads: Reads) -> Reading:
         None,
         tuple((*place, value) for place, value in sorted(reads.items()) if place[1] != "training"),
         kinds,
+        given,
         asks_for_class=bool(asked),
         is_partial=_is_partial(module, training),
     )
@@ -406,7 +435,7 @@ def read_evaluation(module: nn.Module) -> tuple[Graph, set[Path]] | None:
         return None
     reads: Reads = {}
     try:
-        graph = _trace(module, False, torch.Tensor, set(), reads)
+        graph = _trace(module, False, torch.Tensor, (), set(), reads)
     except Exception:
         return None
     if _is_partial(module, graph):
@@ -447,12 +476,12 @@ def _is_partial(module: nn.Module, graph: Graph) -> bool:
     return bool(optional_arguments(type(module).forward)) or any(ASKED in node.meta for node in graph.nodes)
 
 
-def _trace_around(module: nn.Module, training: bool, kind: type, asked: set[str], reads: Reads) -> Graph:
+def _trace_around(module: nn.Module, training: bool, kind: type, given: Given, asked: set[str], reads: Reads) -> Graph:
     """The graph in one mode, in which a function of the user's that cannot be traced is one call."""
     leaves: tuple[FunctionType, ...] = ()
     while True:
         try:
-            return _trace(module, training, kind, asked, reads, leaves)
+            return _trace(module, training, kind, given, asked, reads, leaves)
         except Unreadable:
             raise
         except Exception as error:
@@ -469,20 +498,23 @@ def _called_from(forward: Callable[..., Any], error: Exception) -> FunctionType 
     return next((functions[frame.f_code] for frame in frames if frame.f_code in functions), None)
 
 
-def _trace(module: nn.Module, training: bool, kind: type, asked: set[str], reads: Reads, leaves: tuple[FunctionType, ...] = ()) -> Graph:
+def _trace(
+    module: nn.Module, training: bool, kind: type, given: Given, asked: set[str], reads: Reads, leaves: tuple[FunctionType, ...] = ()
+) -> Graph:
     """The graph in one mode.
 
     Args:
         module: the module.
         training: the mode.
         kind: the class of the arguments whose class the forward asks for.
+        given: the optional arguments that are given.
         asked: gets the names of these arguments.
         reads: gets the attributes of the module and its submodules that the forward reads.
         leaves: functions that are one call in the graph.
     """
     called: set[int] = set()
 
-    tracer = _Tracer(module, called, kind, asked, leaves)
+    tracer = _Tracer(module, called, kind, given, asked, leaves)
 
     def trace(watch: Callable[[], None]) -> Graph:
         with recorded(module, reads, called):
