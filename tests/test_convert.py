@@ -678,6 +678,11 @@ def is_same(self, x):
     return self.act(self.bn(x)) if y is not x else x
 
 
+def item_of_a_split_is(self, x):
+    first, again = x.chunk(3, 1)[0], x
+    return self.act(self.bn(x)) if first is not again else x
+
+
 def item_is_none(self, x):
     first = x[0]
     return self.act(self.bn(x)) if first is not None else x
@@ -859,6 +864,10 @@ LEFT = {
     "threads": (lambda self, x: torch.set_num_threads(1) or self.act(self.bn(x)), "calls torch.set_num_threads"),
     "is": (is_same, "compares a value by `is`"),
     "item is None": (item_is_none, "compares a value by `is`"),
+    "an item of a split is": (item_of_a_split_is, "compares a value by `is`"),
+    "an item of a split is a key": (lambda self, x: self.act(self.bn({x.chunk(3, 1)[0]: x}.popitem()[1])), "uses a value as a key"),
+    "an item of a split as text": (lambda self, x: self.act(self.bn(x)) if str(x.chunk(3, 1)[0]) else x, "turns a value into text"),
+    "an item of a size": (lambda self, x: x.shape[0] and self.act(self.bn(x)), "cannot be traced"),
     "dtype is": (lambda self, x: self.bn(x * 2 if x.dtype is torch.float64 else x), "reads dtype of a value"),
     "gradient is None": (lambda self, x: self.act(self.bn(x)) if x.grad is None else x, "reads grad of a value"),
     "has an attribute": (lambda self, x: x if hasattr(x, "tag") else self.act(self.bn(x)), "checks whether a value has tag"),
@@ -1082,6 +1091,16 @@ def scaled(y, scale=2.0, *, of=F.relu):
     return of(y) * scale
 
 
+def split_and_indexed(self, x):
+    parts = torch.split(self.conv(x), 1, 1)
+    part = parts[0]
+    found = []
+    for place in range(2):
+        part = parts[place] if place == 0 else part + parts[place]
+        found.append(part)
+    return self.act(self.bn(torch.cat([*found, parts[-1]], 1)))
+
+
 # Forwards that can be read, each similar to one in LEFT.
 READ = {
     "shape before it is written": shape_read_before_it_is_written,
@@ -1100,6 +1119,7 @@ READ = {
     "a branch that is off": with_an_off_branch,
     "scripting": lambda self, x: x if torch.jit.is_scripting() else self.act(self.bn(x)),
     "an attribute of an object": lambda self, x: self.act(self.bn(x)) * self.config.scale,
+    "items of a split": split_and_indexed,
 }
 
 

@@ -43,6 +43,8 @@ from gradkernels.conversion.purity import (
 Given = tuple[tuple[str, Any], ...]
 # torch.fx patches nn.Module while it reads a forward, and attributes.py does too.
 _ONE_AT_A_TIME = threading.Lock()
+# What returns a tuple of tensors.
+_OF_TENSORS = (torch.split, torch.chunk, torch.unbind, torch.tensor_split, "split", "chunk", "unbind", "tensor_split")
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift", "irshift")
 
 
@@ -225,7 +227,9 @@ class _Tracer(Tracer):
             if not any(f"Proxy({node.name})" in text for text in texts):
                 raise Unreadable("turns a value into text")
         for node in self.read_values:
-            if not node.users and node not in self.printed:
+            # Python alone can do nothing with a tensor but what is watched: `is`, and turning it into text or a key.
+            is_tensor = node.target is operator.getitem and isinstance(node.args[1], int) and node.all_input_nodes[0].target in _OF_TENSORS
+            if not node.users and node not in self.printed and not is_tensor:
                 raise Unreadable(f"reads {node.args[1]} of a value for a use that no graph records")
         return graph
 
