@@ -70,7 +70,7 @@ NETWORKS = {
             libraries.BatchNormAct2d(8, act_layer=nn.SiLU),
             libraries.BatchNormAct2d(8, False),
             libraries.BatchNormAct2d(8, act_layer=nn.Hardswish),
-            libraries.BatchNormAct2d(8, drop=nn.AlphaDropout(0.0)),
+            libraries.BatchNormAct2d(8, drop=nn.FeatureAlphaDropout(0.0)),
         ),
         IMAGES,
         {"swish": 1, "hardswish": 1, "identity": 2},
@@ -439,6 +439,46 @@ def test_every_activation_module(module):
     (fused,) = operators(copy.deepcopy(actual), x).ours
     assert fused == resolve_act(module, None)[0]
     assert_same(step(actual, x), step(expected, x))
+
+
+@pytest.mark.parametrize("dropout", [nn.Dropout(0.0), nn.Dropout(0, inplace=True), nn.Dropout2d(0.0), nn.AlphaDropout(0.0)], ids=repr)
+def test_a_dropout_that_drops_nothing(dropout):
+    across = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(copy.deepcopy(dropout)))
+    own = libraries.BatchNormAct2d(3, drop=copy.deepcopy(dropout))
+    expected, actual, report = converted(nn.Sequential(nn.BatchNorm2d(3), dropout, nn.ReLU(), across, nn.ELU(), own).double())
+    x = X()
+    seen = operators(copy.deepcopy(actual), x).ours
+    assert seen == {"relu": 2, "identity": 1}, report
+    for p in (0.0, 0.5, torch.tensor(0.5)):
+        for model in (expected, actual):
+            for module in model.modules():
+                if isinstance(module, type(dropout)):
+                    module.p = p
+        for training in (True, False):
+            steps = []
+            for model in (actual, expected):
+                torch.manual_seed(0)
+                steps.append(step(model.train(training), x))
+            assert_same(*steps)
+
+
+@pytest.mark.parametrize(
+    "dropout",
+    [
+        nn.Dropout(0.5),
+        nn.Dropout3d(0.0),
+        type("Own", (nn.Dropout,), {"forward": lambda self, x: x * 2})(0.0),
+    ],
+    ids=repr,
+)
+def test_a_dropout_that_is_not_passed(dropout):
+    expected, actual, report = converted(nn.Sequential(nn.BatchNorm2d(3), dropout, nn.ReLU()).double())
+    assert not report.rows[0].is_fused and f"{type(dropout).__name__} follows" in report.rows[0].why, report
+    x, steps = X(), []
+    for model in (actual, expected):
+        torch.manual_seed(0)
+        steps.append(step(model, x))
+    assert_same(*steps)
 
 
 def writes_attribute(self, x):

@@ -15,7 +15,16 @@ from gradkernels.acts import ACTS
 from gradkernels.conversion.attributes import OF_EVERY_MODULE, held
 from gradkernels.conversion.border import Ends
 from gradkernels.conversion.guard import has_hooks, normalize
-from gradkernels.conversion.patterns import WRITING_ADDITIONS, Chain, called_module, is_activation, is_batch_norm, is_fusible, name_of
+from gradkernels.conversion.patterns import (
+    WRITING_ADDITIONS,
+    Chain,
+    called_module,
+    is_activation,
+    is_batch_norm,
+    is_fusible,
+    is_identity,
+    name_of,
+)
 from gradkernels.conversion.purity import is_of_library
 from gradkernels.conversion.trace import IN_PLACE, is_users_function
 
@@ -135,7 +144,7 @@ class Aliasing:
         if len(node.users) != 1:
             return None
         module = called_module(self.block, node)
-        if node.args and (node.target in WRITING_ADDITIONS or (type(module) is nn.Identity and not has_hooks(module))):
+        if node.args and (node.target in WRITING_ADDITIONS or (module is not None and is_identity(module) and not has_hooks(module))):
             before = self.private(node.args[0]) if isinstance(node.args[0], Node) else None
             return None if before is None else [*calls, *before]
         return calls if self.is_fresh(node) else None

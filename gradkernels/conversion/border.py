@@ -29,6 +29,7 @@ from gradkernels.conversion.patterns import (
     is_activation,
     is_batch_norm,
     is_fusible,
+    is_identity,
     name_of,
     way_to_user,
 )
@@ -91,7 +92,7 @@ class Ends:
             return next((call for term in terms if (call := self.batch_norm_of(block, term)) is not None), None)
         if is_batch_norm(module):
             return (block, value) if self.is_batch_norm_alone(module) else None
-        if type(module) is nn.Identity:
+        if is_identity(module):
             return self.batch_norm_of(block, value.args[0] if value.args else None)
         return self.last_batch_norm(module)
 
@@ -115,11 +116,11 @@ class Ends:
         return users[-1].args[:1] == ([value, *users][-2],) and self.begins_with_activation(module)
 
     def is_batch_norm_alone(self, module: nn.Module) -> bool:
-        """Whether a module is a batch norm that the kernel computes, or one that applies nothing but nn.Identity."""
+        """Whether a module is a batch norm that the kernel computes, or one that applies nothing but modules that return their argument."""
         if is_fusible(module):
             return True
         names = self.applied_by(module)
-        return names is not None and all(type(module.get_submodule(name)) is nn.Identity for name in names)
+        return names is not None and all(is_identity(module.get_submodule(name)) for name in names)
 
     def applied_by(self, module: nn.Module) -> list[str] | None:
         """The names of the submodules that a batch norm applies in its own forward; None if it does anything else."""

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradkernels.acts import act_of_module, resolve_act
 from gradkernels.conversion.guard import Expected, RewrittenForward, children_of, has_hooks, normalize
-from gradkernels.conversion.patterns import expected
+from gradkernels.conversion.patterns import expected, is_identity
 from gradkernels.conversion.result import RewriteResult, Site
 from gradkernels.conversion.trace import Reading, read
 
@@ -38,7 +38,7 @@ def rewrite_norm_act(block: nn.Module, reading: Reading, residual: bool) -> Rewr
     site = Site(block, ", ".join(type(module).__name__ for module in (block, *layers)))
     if any(map(has_hooks, layers)):
         site.why = "a module that it applies has a hook"
-    elif any(type(module) is not nn.Identity for module in before):
+    elif not all(map(is_identity, before)):
         site.why = f"{type(before[0]).__name__} is applied before its activation"
     elif act_of_module(act) is None or any(True for _ in act.parameters()):
         site.why = f"there is no kernel for {type(act).__name__} with batch norm"

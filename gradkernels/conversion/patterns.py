@@ -49,6 +49,8 @@ OTHER_FUNCTIONS = {
     *(F.celu, F.glu, F.hardsigmoid, F.hardtanh, F.logsigmoid, F.rrelu, F.selu, F.softplus, F.softsign),
     *(F.sigmoid, torch.sigmoid, "sigmoid", F.tanh, torch.tanh, "tanh"),
 }
+# With p = 0 these return their argument itself. The other dropouts do so for some shapes only.
+_DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
 # Modules that a forward may loop over or index without calling them.
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Additions that write the sum into their first term.
@@ -81,7 +83,7 @@ class Chain:
     """A batch norm and the calls after it that are fused with it. Each uses the value of the one before it.
 
     Attributes:
-        nodes: all of them, and any nn.Identity between them.
+        nodes: all of them, and any module between them that returns its argument.
         expected: those of the nodes that call modules.
         relied_on: calls of modules between them that must neither write nor return what the kernel reads.
         act: a key of ACTS; "identity" without an activation.
@@ -129,6 +131,11 @@ def is_frozen_elsewhere(module: nn.Module) -> bool:
     return (type(module).__module__, type(module).__name__) in _FROZEN
 
 
+def is_identity(module: Any) -> bool:
+    """Whether a module returns its argument itself: nn.Identity, or a dropout with p = 0."""
+    return type(module) is nn.Identity or (type(module) in _DROPOUTS and type(module.p) in (int, float) and module.p == 0)
+
+
 def called_module(block: nn.Module, node: Node) -> nn.Module | None:
     """The submodule that a node calls; None if it does something else."""
     return block.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -142,7 +149,7 @@ def name_of(node: Node) -> str:
 
 
 def way_to_user(block: nn.Module, node: Node) -> tuple[list[Node], str]:
-    """Follows the value of a node to its only user, past any nn.Identity and any addition of 0.
+    """Follows the value of a node to its only user, past any module that returns its argument and any addition of 0.
 
     Returns:
         The nodes on the way, of which the last is the user, and the reason why the value has no such user.
@@ -158,8 +165,8 @@ def way_to_user(block: nn.Module, node: Node) -> tuple[list[Node], str]:
         (node,) = node.users
         users.append(node)
         module = called_module(block, node)
-        is_identity = type(module) is nn.Identity and not has_hooks(module) and len(node.args) == 1
-        if not is_identity and not _adds_zero(node):
+        is_passed = module is not None and is_identity(module) and not has_hooks(module) and len(node.args) == 1
+        if not is_passed and not _adds_zero(node):
             return users, ""
 
 
@@ -287,7 +294,7 @@ def keeps_output(module: nn.Module) -> bool:
 
 
 def expected(path: Path, module: nn.Module) -> Expected:
-    """The condition on a batch norm or an activation that a rewritten forward does not call.
+    """The condition on a batch norm, an activation or a dropout that a rewritten forward does not call.
 
     It may have the class that convert gives it where it is called elsewhere.
     """
@@ -297,6 +304,6 @@ def expected(path: Path, module: nn.Module) -> Expected:
     if is_batch_norm(module):
         return Expected(path, (batch_norm_for(kind) or kind,), "act", "identity")
     act = act_of_module(module)
-    attribute = None if act is None else act.attribute_of(kind)
+    attribute = "p" if kind in _DROPOUTS else None if act is None else act.attribute_of(kind)
     kinds = tuple({kind, ACTIVATION_MODULES.get(kind, kind)})
     return Expected(path, kinds, attribute, None if attribute is None else getattr(module, attribute))

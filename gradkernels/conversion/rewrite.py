@@ -50,6 +50,7 @@ from gradkernels.conversion.patterns import (
     is_activation,
     is_batch_norm,
     is_fusible,
+    is_identity,
     keeps_output,
     name_of,
     ours_for,
@@ -344,7 +345,7 @@ class Rewriter:
             return False
         (x,) = node.all_input_nodes
         passed = [x]
-        while type(self.module(x)) is nn.Identity and len(x.args) == 1 and len(x.all_input_nodes) == 1:
+        while is_identity(self.module(x)) and len(x.args) == 1 and len(x.all_input_nodes) == 1:
             (x,) = x.all_input_nodes
             passed.append(x)
         modules = {value: module for value in passed if (module := self.module(value)) is not None}
@@ -372,7 +373,7 @@ class Rewriter:
     def expect(self, node: Node, module: nn.Module) -> None:
         path = tuple(str(node.target).split("."))
         if is_batch_norm(module) and not is_fusible(module):
-            # It applies nothing but nn.Identity.
+            # What it applies returns its argument.
             self.expected[path] = WrittenOut(path, type(module), type(module).forward)
             for name in self.ends.applied_by(module) or ():
                 self.expected[(*path, name)] = expected((*path, name), module.get_submodule(name))
