@@ -1160,6 +1160,8 @@ READ = {
     "scripting": lambda self, x: x if torch.jit.is_scripting() else self.act(self.bn(x)),
     "an attribute of an object": lambda self, x: self.act(self.bn(x)) * self.config.scale,
     "items of a split": split_and_indexed,
+    # torch compares the class of the first argument with that of a tensor.
+    "a power of the input": lambda self, x: self.act(self.bn(torch.pow(x, 3))) if isinstance(x, torch.Tensor) else x,
 }
 
 
@@ -2387,6 +2389,17 @@ class ActivatesFirst(nn.Module):
         return self.conv(self.act(x))
 
 
+class Activates(nn.Module):
+    """Nothing but a function that it holds, as the activations of timm and transformers."""
+
+    def __init__(self, function, **options):
+        super().__init__()
+        self.function, self.options = function, options
+
+    def forward(self, input):
+        return self.function(input, **self.options)
+
+
 class Between(nn.Module):
     """Hands on what its child returns, past an nn.Identity."""
 
@@ -2457,6 +2470,12 @@ ACROSS = {
         lambda: parent(lambda self, x: self.head(self.body(x) + x), ending(), head=ActivatesFirst()),
         {"leaky_relu, residual": 1},
     ),
+    "an activation of the user's": (lambda: parent(activated, ending(), Activates(F.gelu, approximate="tanh")), {"gelu_tanh": 1}),
+    "an activation of the user's in a Sequential": (
+        lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), Activates(F.silu, inplace=True)),
+        {"swish": 1},
+    ),
+    "an activation of the user's after a sum": (lambda: parent(added, ending(), Activates(F.mish, inplace=True)), {"mish, residual": 1}),
     "a batch norm that applies nn.Identity": (lambda: parent(added, libraries.BatchNormAct2d(3, False)), {"relu, residual": 1}),
     "mmcv": (lambda: libraries.DarknetBlock(3), {"relu": 1, "relu, residual": 1}),
     "torchvision RegNet": (
@@ -2779,6 +2798,19 @@ ACROSS_CHANGES = {
     "shared": lambda model, seen: setattr(model.body.body, "0", model.body.body[0]),
     "slope": lambda model, seen: setattr(model.act, "negative_slope", 0.7),
 }
+
+
+def test_an_activation_of_the_users_that_changes():
+    expected, actual, _ = converted(parent(added, ending(), Activates(F.gelu, approximate="none")))
+    x = X()
+    for change in (
+        lambda model: setattr(model.act, "function", lambda input, approximate: F.softplus(input)),
+        lambda model: setattr(model.act, "function", F.gelu),
+        lambda model: model.act.options.update(approximate="tanh"),
+        lambda model: model.act.register_forward_hook(lambda module, inputs, output: output * 2),
+    ):
+        change(expected), change(actual)
+        assert_same(step(actual, x), step(expected, x))
 
 
 @pytest.mark.parametrize("name", ACROSS_CHANGES)

@@ -84,13 +84,14 @@ def _top(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
-def run_watched(function: Callable[[Callable[[], None]], _Result]) -> _Result:
+def run_watched(function: Callable[[Callable[[], None], list[Any]], _Result]) -> _Result:
     """Calls a function in a thread of its own, and judges code that it calls before that code runs.
 
     The thread has no profiler, tracer or torch mode; those of the caller are not touched.
 
     Args:
-        function: gets a function to call when the judging has to begin.
+        function: gets a function to call when the judging has to begin, and a list that from then on holds the
+            functions written in C that are running, the innermost last.
 
     Raises:
         Unreadable: code may read or write something that changes.
@@ -99,9 +100,14 @@ def run_watched(function: Callable[[Callable[[], None]], _Result]) -> _Result:
     held: set[Any] = set()
     codes: set[CodeType] = set()
     problems: list[Unreadable] = []
+    in_c: list[Any] = []
 
     def on_call(frame: FrameType, event: str, argument: object) -> None:
         # First of all, and without a call of Python's: this function runs at each call and return in the thread.
+        if event == "c_call":
+            in_c.append(argument)
+        elif event != "return" and event != "call" and in_c:
+            in_c.pop()
         if event != "call":
             return
         if _is_torchs(frame.f_globals.get("__name__")) and (frame.f_back is None or _is_torchs(frame.f_back.f_globals.get("__name__"))):
@@ -150,7 +156,7 @@ def run_watched(function: Callable[[Callable[[], None]], _Result]) -> _Result:
 
     def run() -> _Result:
         try:
-            return function(lambda: sys.setprofile(on_call))
+            return function(lambda: sys.setprofile(on_call), in_c)
         finally:
             sys.setprofile(None)
             sys.settrace(None)
@@ -389,7 +395,7 @@ def is_function_of_its_arguments(function: Any) -> bool:
         return False
     if function in (operator.is_, operator.is_not):
         return False
-    if function in _OF_PYTHON or function in _OF_TORCH or function in _of_tensors():
+    if function in _OF_PYTHON or function in _OF_TORCH or function in of_tensors():
         return True
     # A method of a class in C has no __module__.
     module = getattr(function, "__module__", None) or ""
@@ -397,7 +403,7 @@ def is_function_of_its_arguments(function: Any) -> bool:
     if module in _OF_THEIR_ARGUMENTS:
         return True
     if top in _LIBRARIES:
-        # A subclass of Tensor cannot override relu_ and its like, so _of_tensors does not list them.
+        # A subclass of Tensor cannot override relu_ and its like, so of_tensors does not list them.
         return top == "torch" and isinstance(function, BuiltinFunctionType) and function.__name__.endswith("_")
     if not isinstance(function, FunctionType):
         return False
@@ -442,6 +448,6 @@ def _own_classes(kinds: tuple[type, ...]) -> tuple[type, ...]:
 
 
 @functools.cache
-def _of_tensors() -> frozenset[Any]:
+def of_tensors() -> frozenset[Any]:
     """torch's functions that take a tensor, without those that read a mode or make a tensor."""
     return frozenset(torch.overrides.get_testing_overrides())

@@ -33,6 +33,7 @@ from gradkernels.conversion.purity import (
     is_constant,
     is_pythons,
     is_torchs,
+    of_tensors,
     own_classes,
     run_watched,
     writes_into_containers,
@@ -146,14 +147,15 @@ def unpack(values: Any, count: int) -> tuple[Any, ...]:
 
 def _class_of(proxy: Proxy) -> type:
     frame = sys._getframe(1)
-    if is_torchs(frame):
+    tracer = cast(_Tracer, proxy.tracer)
+    if is_torchs(frame) or (tracer.in_c and tracer.in_c[-1] in of_tensors()):
+        # torch takes what has its class for a tensor.
         return _ReadingProxy
     if proxy.node.op != "placeholder":
         raise Unreadable("checks the type of a value that it computes")
     if is_pythons(frame):
         # An abstract class asks for the class of the proxy too.
         raise Unreadable("checks the type of its input with an abstract class")
-    tracer = cast(_Tracer, proxy.tracer)
     tracer.asked.add(str(proxy.node.target))
     proxy.node.meta[ASKED] = True
     return tracer.kind
@@ -213,8 +215,8 @@ class _Tracer(Tracer):
         # The names of these arguments.
         self.asked = asked
 
-    def traced(self, module: nn.Module, watch: Callable[[], None]) -> Graph:
-        self.watch = watch
+    def traced(self, module: nn.Module, watch: Callable[[], None], in_c: list[Any]) -> Graph:
+        self.watch, self.in_c = watch, in_c
         # Those of the thread that reads.
         self.modes, self.thread = _modes(), threading.get_ident()
         no_tensors: Any = _NoTensors
@@ -520,9 +522,9 @@ def _trace(
 
     tracer = _Tracer(module, called, kind, given, asked, leaves)
 
-    def trace(watch: Callable[[], None]) -> Graph:
+    def trace(watch: Callable[[], None], in_c: list[Any]) -> Graph:
         with recorded(module, reads, called):
-            return tracer.traced(module, watch)
+            return tracer.traced(module, watch, in_c)
 
     with _ONE_AT_A_TIME, in_mode(module, training):
         graph = run_watched(trace)
