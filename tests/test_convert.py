@@ -247,6 +247,33 @@ def test_a_pickle_names_nothing_internal():
     }
 
 
+class SharesItsActivation(nn.Module):
+    """Uses one activation of its class for all instances, as ultralytics' Conv."""
+
+    default, more = nn.SiLU(), {"block": BasicBlock(3, 3, 1), "acts": [nn.LeakyReLU()]}
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.act, self.other, self.block = nn.BatchNorm2d(3), self.default, self.more["acts"][0], self.more["block"]
+
+    def forward(self, x):
+        return self.other(self.act(x) + self.block(self.act(self.bn(x))))
+
+
+def test_a_module_of_a_class_keeps_its_class():
+    kinds = [type(module) for module in SharesItsActivation().modules()]
+    model = SharesItsActivation().double()
+    expected = copy.deepcopy(model)
+    report = gk.convert(model)
+    assert [type(module) for module in SharesItsActivation().modules()] == kinds
+    assert next(row.why for row in report.rows if row.name == "other") == (
+        "it is an attribute of the class SharesItsActivation, which other models share"
+    )
+    x = X()
+    assert_same(step(model, x), step(expected, x))
+    assert operators(model, x).ours == {"swish": 1}
+
+
 class Changing(nn.Module):
     def __init__(self):
         super().__init__()

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from gradkernels.acts import act_of_module, check_act
 from gradkernels.conversion import rewrite, trace
-from gradkernels.conversion.attributes import ORIGINAL, base_class, restore
+from gradkernels.conversion.attributes import ORIGINAL, base_class, held, restore
 from gradkernels.conversion.block import converted_class, why_not_derived
 from gradkernels.conversion.check import Observation, largest_difference
 from gradkernels.conversion.guard import FORWARD, RewrittenForward
@@ -30,7 +30,7 @@ from gradkernels.conversion.patterns import (
     ours_for,
     why_kept,
 )
-from gradkernels.conversion.purity import attributes_looked_for, classes_asked
+from gradkernels.conversion.purity import attributes_looked_for, classes_asked, own_classes
 from gradkernels.conversion.report import ConversionReport, Row
 from gradkernels.conversion.result import IS_IN_PLACE, KEEPS_ITS_OUTPUT, NOTHING_TO_FUSE, Place, Reason, Site
 from gradkernels.layers import check_model
@@ -173,7 +173,7 @@ class _Plan:
         # Blocks whose forward could not be read or cannot be replaced -> why.
         self.problems: dict[nn.Module, str] = {}
         # Modules whose class must stay, because of their attributes or of what code above them asks -> why.
-        self.kept = {module: why for module in self.names if (why := why_kept(module))}
+        self.kept = {module: why for module in self.names if (why := why_kept(module))} | _of_classes(set(map(type, self.names)))
         # A Sequential is read at once.
         self.reader.follow(
             block
@@ -319,6 +319,18 @@ def _one_at_each_place(found: list[tuple[nn.Module, Site]]) -> list[tuple[nn.Mod
                 best[place] = site
     placed = [(block, site) if site.place is None else (site.place[0], site) for block, site in found]
     return [(block, site) for block, site in placed if site.place is None or best[site.place] is site]
+
+
+def _of_classes(kinds: set[type[nn.Module]]) -> dict[nn.Module, str]:
+    """The modules that are attributes of classes, which other models share -> why they keep their class."""
+    return {
+        part: f"it is an attribute of the class {base.__name__}, which other models share"
+        for base in {base for kind in kinds for base in own_classes(kind)}
+        for attribute in vars(base).values()
+        for value in held(attribute)
+        if isinstance(value, nn.Module)
+        for part in value.modules()
+    }
 
 
 def _with_progress(modules: Collection[nn.Module]) -> Iterable[nn.Module]:
