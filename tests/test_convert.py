@@ -247,6 +247,57 @@ def test_a_pickle_names_nothing_internal():
     }
 
 
+def without_the_second(forward):
+    @functools.wraps(forward)
+    def wrapper(self, x):
+        output = forward(self, x)
+        if len(output) > 1:
+            output = type(output)(output[:1])
+        return output
+
+    return wrapper
+
+
+def of_a_batch_norm(forward):
+    @functools.wraps(forward)
+    def wrapper(self, x):
+        output = self.child.bn
+        x = x if type(output) is nn.BatchNorm2d else x * 2
+        output = forward(self, x)
+        return output
+
+    return wrapper
+
+
+def of_its_argument(forward):
+    @functools.wraps(forward)
+    def wrapper(self, x):
+        if type(x) is nn.BatchNorm2d:
+            x = forward(self, x)
+        return x
+
+    return wrapper
+
+
+@pytest.mark.parametrize(
+    ("wrap", "is_read"),
+    [(without_the_second, True), (of_a_batch_norm, False), (of_its_argument, False)],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+def test_the_class_of_what_a_forward_returns(wrap, is_read):
+    @wrap
+    def forward(self, x):
+        with torch.enable_grad():
+            y = self.child(x)
+        return y, x
+
+    child = Changing()
+    expected, actual, report = converted(block(forward, child=child.double()))
+    assert next(row for row in report.rows if row.name == "child.bn").is_fused == is_read, report
+    x = X()
+    torch.testing.assert_close(actual(x), expected(x))
+
+
 class SharesItsActivation(nn.Module):
     """Uses one activation of its class for all instances, as ultralytics' Conv."""
 

@@ -155,14 +155,20 @@ def locals_compared(code: CodeType) -> dict[int, tuple[list[str], bool]]:
     return comparisons
 
 
-def asks_for_class(code: CodeType) -> bool:
-    """Whether a code asks for the class itself of an object.
+def asks_for_class(code: CodeType, wraps_forward: bool = False) -> bool:
+    """Whether a code asks for the class itself of an object that may be a module.
 
-    `self.__class__.__name__` does not count: conversion keeps the name.
+    `self.__class__.__name__` does not count: conversion keeps the name. What a forward returns is no module.
+
+    Args:
+        code: the code of one function.
+        wraps_forward: it is a decorator's, and calls the forward that it wraps.
     """
     instructions = _instructions(code)
+    results = _results(code, instructions) if wraps_forward else set()
     for place, instruction in enumerate(instructions):
-        if instruction.opname in _GLOBALS and instruction.argval == CLASS_FUNCTION:
+        # Code does not end with a name.
+        if instruction.opname in _GLOBALS and instruction.argval == CLASS_FUNCTION and instructions[place + 1].argval not in results:
             return True
         if instruction.opname in _ATTRIBUTES and instruction.argval in CLASS_ATTRIBUTES:
             # Code neither begins nor ends with an attribute.
@@ -171,6 +177,19 @@ def asks_for_class(code: CodeType) -> bool:
             if not (is_of_self and after.argval in ("__name__", "__qualname__", "__module__")):
                 return True
     return False
+
+
+def _results(code: CodeType, instructions: list[dis.Instruction]) -> set[str]:
+    """The local variables that a code returns, and that hold nothing but what calls have returned."""
+    pairs = list(pairwise(instructions))
+    returned = {before.argval for before, after in pairs if before.opname.startswith("LOAD_FAST") and after.opname == "RETURN_VALUE"}
+    stored = [(before, after.argval) for before, after in pairs if after.opname.startswith("STORE_FAST")]
+    arguments, *others = inspect.getargs(code)
+    for before, name in stored:
+        # An instruction of Python 3.13 that stores and does more has a tuple of names.
+        if isinstance(name, tuple) or not before.opname.startswith("CALL"):
+            others += name if isinstance(name, tuple) else [name]
+    return returned.difference(arguments, others)
 
 
 def writes_items(code: CodeType) -> bool:

@@ -299,8 +299,13 @@ def classes_asked(kind: type) -> Iterator[set[Any]]:
     It is code of the forward or of a method that switches modes. A set is empty if its code has nothing with
     which it may compare the class.
     """
+    forward = getattr(kind, "forward", None)
+    wrappers = set()
+    while isinstance(forward, FunctionType) and hasattr(forward, "__wrapped__") and forward.__code__ not in wrappers:
+        wrappers.add(forward.__code__)
+        forward = forward.__wrapped__
     for code, function in _code_from(kind, ["forward", "__call__", "train", "eval"]):
-        if bytecode.asks_for_class(code):
+        if bytecode.asks_for_class(code, code in wrappers):
             yield _classes_in(code, function)
     for function in (value for base in own_classes(kind) for value in vars(base).values() if isinstance(value, FunctionType)):
         for code in with_nested(function.__code__):
