@@ -994,8 +994,6 @@ LEFT = {
     "optional argument that may change": (lambda self, x, y=[]: self.act(self.bn(x)), "an optional argument, y, whose default may change"),
     "optional argument without a name": (lambda self, x, y=1, /, z=2: self.act(self.bn(x)) * y * z, "y, that must not have a name"),
     "var arguments": (lambda self, *x: self.act(self.bn(*x)), "optional argument, x"),
-    "training": (lambda self, x: self.act(self.bn(x)) if self.training else self.bn(x), "reads self.training"),
-    "mode of a child": (lambda self, x: self.act(self.bn(x)) if self.conv.training else self.bn(x), "reads self.conv.training"),
     "type of what it computes": (
         lambda self, x: self.act(self.bn(x)) if isinstance(self.conv(x), torch.Tensor) else x,
         "checks the type of a value that it computes",
@@ -2388,6 +2386,93 @@ def test_a_function_that_chooses_by_a_shape(name):
     gk.fold(expected)
 
 
+def drops(x, p, training):
+    if not training:
+        return x
+    size = len(x.shape)
+    return x * torch.rand(size, dtype=x.dtype).lt(p).sum()
+
+
+def activated_in_evaluation(self, x):
+    y = self.bn(x)
+    return y.neg() if self.training else self.act(y)
+
+
+def written_in_evaluation(self, x):
+    y = self.act(self.bn(self.conv(x)) if self.training else x * 1)
+    if not self.training:
+        y += x
+    return y
+
+
+# The forward, what is fused in training, and in evaluation.
+BY_MODE = {
+    "training": (lambda self, x: self.act(self.bn(x)) if self.training else self.bn(x), {"relu": 1}, {"identity": 1}),
+    "mode of a child": (lambda self, x: self.act(self.bn(x)) if self.conv.training else self.bn(x), {"relu": 1}, {"identity": 1}),
+    "a function that draws": (
+        lambda self, x: drops(self.act(self.bn(x)), 0.5, self.training) + x,
+        {"relu": 1},
+        {"relu": 1},
+    ),
+    "residual in evaluation": (
+        lambda self, x: self.act(drops(self.bn(x), 0.5, self.training) + x),
+        {"identity": 1},
+        {"relu, residual": 1},
+    ),
+    "activated in evaluation": (activated_in_evaluation, {"identity": 1}, {"relu": 1}),
+    "written in evaluation": (written_in_evaluation, {"elu": 1}, {}),
+    "another batch norm": (
+        lambda self, x: F.elu(self.bn(x)) if self.training else self.act(self.blocks[0](x)),
+        {"elu": 1},
+        {"relu": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, through_pickle], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("name", BY_MODE)
+def test_a_forward_that_reads_its_mode(name, copied, monkeypatch):
+    forward, *ours = BY_MODE[name]
+    act = nn.ELU() if name == "written in evaluation" else nn.ReLU()
+    expected = block(forward, act, blocks=nn.ModuleList([nn.BatchNorm2d(3)])).double()
+    monkeypatch.setattr(sys.modules[__name__], "Written", type(expected), raising=False)
+    expected, actual, report = converted(expected)
+    actual = copied(actual)
+    row = next(row for row in report.rows if row.name == "bn")
+    assert row.is_fused == any(each != "identity" for each in ours[0]), report
+    assert name != "another batch norm" or [row.why for row in report.rows if row.name == "blocks.0"] == ["only in evaluation"]
+    for change in (
+        lambda each: each.train(),
+        lambda each: each.eval(),
+        lambda each: each.train(),
+        lambda each: each.bn.eval(),
+        lambda each: each.conv.eval(),
+        lambda each: each.eval(),
+    ):
+        change(expected), change(actual)
+        x, steps = X(), []
+        if all(module.training == actual.training for module in actual.modules()):
+            assert operators(copy.deepcopy(actual), x).ours == ours[not actual.training]
+        for each in (actual, expected):
+            torch.manual_seed(0)
+            steps.append(step(each, x))
+        assert_same(*steps)
+
+
+def test_a_mode_that_a_hook_may_write_is_a_reason():
+    def make():
+        torch.manual_seed(0)
+        model = block(lambda self, x: self.act(self.bn(self.conv(x))) * (2.0 if self.training else 3.0))
+        model.conv.register_forward_hook(lambda *_: setattr(model, "training", not model.training))
+        return model
+
+    expected, actual = make(), make()
+    assert "reads self.training" in gk.convert(actual).rows[0].why
+    x = X()
+    for _ in range(2):
+        assert_same(step(actual, x), step(expected, x))
+
+
 def test_a_mode_that_is_read_without_effect():
     def once(self, x):
         y = self.act(self.bn(x))
@@ -2398,9 +2483,9 @@ def test_a_mode_that_is_read_without_effect():
         return y * 2 if self.training and not self.bn.training else y
 
     x = X()
-    for forward, is_fused in ((once, True), (twice, False)):
+    for forward in (once, twice):
         expected, actual, report = converted(block(forward))
-        assert report.rows[0].is_fused == is_fused, report
+        assert report.rows[0].is_fused, report
         for change in (
             lambda each: each.eval(),
             lambda each: each.train(),
@@ -3037,9 +3122,11 @@ def test_a_block_that_differs_from_one_that_was_read(name, order, monkeypatch):
 def test_blocks_that_read_their_mode_are_read_once(training, monkeypatch):
     read = []
     monkeypatch.setattr(rewrite, "read", lambda *arguments: read.append(arguments) or trace.read(*arguments))
-    model = nn.Sequential(*[libraries.BatchNormAct2d(3) for _ in range(3)], block(LEFT["training"][0]), block(LEFT["mode of a child"][0]))
+    model = nn.Sequential(
+        *[libraries.BatchNormAct2d(3) for _ in range(3)], block(BY_MODE["training"][0]), block(BY_MODE["mode of a child"][0])
+    )
     report = gk.convert(model.train(training))
-    assert [row.is_fused for row in report.rows] == [True] * 3 + [False] * 4
+    assert [row.is_fused for row in report.rows] == [True] * 5
     # The Sequential, the batch norms as one, and two blocks.
     assert len(read) == 4
 

@@ -132,8 +132,10 @@ def recorded(module: nn.Module, reads: Reads, called: set[int]) -> Iterator[None
                 _note(path, reads, name, value)
             return value
         if (name in own or _is_default(type(self), path, name)) and name not in OF_EVERY_MODULE:
-            if name != "training" and (id(self) in called or HOOKED in called):
-                raise Unreadable(f"reads {_dotted(path, name)} after a call that may write it")
+            if id(self) in called or HOOKED in called:
+                if name != "training":
+                    raise Unreadable(f"reads {_dotted(path, name)} after a call that may write it")
+                reads[path, name] = NOT_COMPARABLE
             if isinstance(value, (list, dict, set)) and _is_held_by_one(module, called, value):
                 raise Unreadable(f"reads {_dotted(path, name)} after a call that may write it")
             after = None if is_comparable(value) or is_torchs(frame) else attribute_after(frame)

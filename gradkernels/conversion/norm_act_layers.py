@@ -63,11 +63,12 @@ def names_after(block: nn.Module, reading: Reading) -> list[str] | None:
     """The names of the submodules that are applied, if they are the same in both modes."""
     if not isinstance(block, _BatchNorm) or reading.by_mode is None:
         return None
-    training, evaluation = (_names_in(block, graph, mode) for graph, mode in zip(reading.by_mode, (True, False), strict=True))
+    training, evaluation = (_names_in(block, each.graph, mode) for each, mode in zip(reading.by_mode, (True, False), strict=True))
     return training if training == evaluation else None
 
 
-def _names_in(block: _BatchNorm, graph: Graph, training: bool) -> list[str] | None:
+def _names_in(block: _BatchNorm, graph: Graph | None, training: bool) -> list[str] | None:
+    assert graph is not None
     nodes = list(graph.nodes)
     output = nodes[-1]
     if len(output.all_input_nodes) != 1:

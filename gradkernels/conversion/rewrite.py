@@ -123,7 +123,8 @@ class Reader:
         """The modules with optional arguments that a forward calls, and which of them it gives."""
         for kind in self.kinds(block, given):
             reading = self.read(block, kind, given)
-            for node in (node for graph in (reading.graph, *(reading.by_mode or ())) if graph is not None for node in graph.nodes):
+            graphs = [each.graph for each in reading.by_mode or (reading,)]
+            for node in (node for graph in graphs if graph is not None for node in graph.nodes):
                 child = called_module(block, node)
                 if child is not None and has_own_forward(child) and optional_arguments(type(child).forward):
                     its = given_by(node, child)
@@ -158,13 +159,35 @@ def rewrite_forward(block: nn.Module, residual: bool, reader: Reader, calls: Ite
         calls: the optional arguments that calls of the block give.
     """
     readings = [reader.read(block, kind, given) for given in calls for kind in reader.kinds(block, given)]
-    results = [_rewrite(block, reading, residual, reader.ends) for reading in readings]
+    results = [_rewrite_in_modes(block, reading, residual, reader.ends) for reading in readings]
     result = results[-1]
     for other in results[-2::-1]:
-        sites = [site for site in result.sites if site not in other.sites]
-        forward = result.forward if other.forward is None else dataclasses.replace(other.forward, otherwise=result.forward)
-        result = RewriteResult([*other.sites, *sites], forward, {**other.kept, **result.kept}, other.problem and result.problem)
+        result = _either(other, result, [site for site in result.sites if site not in other.sites])
     return result
+
+
+def _rewrite_in_modes(block: nn.Module, reading: Reading, residual: bool, ends: Ends) -> RewriteResult:
+    if reading.by_mode is None or is_batch_norm(block):
+        return _rewrite(block, reading, residual, ends)
+    training, evaluation = (_rewrite(block, each, residual, ends) for each in reading.by_mode)
+    # The report is on training.
+    places = {site.place for site in training.sites}
+    more = [site for site in evaluation.sites if site.place not in places]
+    for site in more:
+        site.why = site.why or "only in evaluation"
+    return _either(training, evaluation, more)
+
+
+def _either(first: RewriteResult, second: RewriteResult, more: list[Site]) -> RewriteResult:
+    """The result for two kinds of call. Adds `more` to the sites of the first one."""
+    forward = _chained(first.forward, second.forward)
+    return RewriteResult([*first.sites, *more], forward, {**first.kept, **second.kept}, first.problem and second.problem)
+
+
+def _chained(first: RewrittenForward | None, second: RewrittenForward | None) -> RewrittenForward | None:
+    if first is None or second is None:
+        return first or second
+    return dataclasses.replace(first, otherwise=_chained(first.otherwise, second))
 
 
 def _rewrite(block: nn.Module, reading: Reading, residual: bool, ends: Ends) -> RewriteResult:

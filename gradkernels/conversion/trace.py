@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType, GetSetDescriptorType
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.proxy import Attribute
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradkernels.conversion.attributes import HOOKED, Path, Reads, containers, in_mode, is_same, recorded
+from gradkernels.conversion.attributes import HOOKED, NOT_COMPARABLE, Path, Reads, containers, in_mode, is_same, recorded
 from gradkernels.conversion.bytecode import is_attribute_written_out, unpacked_count
 from gradkernels.conversion.purity import (
     ASKED,
@@ -62,9 +62,9 @@ class Reading:
         given: the optional arguments that are given.
         asks_for_class: whether the forward asks for the class of an argument.
         is_partial: whether other arguments lead to another graph: optional ones, ones of another class, or
-            None.
-        by_mode: the graphs in training and in evaluation, if the only problem is that the forward reads
-            `training`.
+            None. Or the mode does.
+        by_mode: what was read in training and in evaluation, if the only problem is that the forward reads
+            `training`. Each depends on the mode of the modules whose mode was read.
     """
 
     graph: Graph | None
@@ -74,7 +74,7 @@ class Reading:
     given: Given = ()
     asks_for_class: bool = False
     is_partial: bool = False
-    by_mode: tuple[Graph, Graph] | None = None
+    by_mode: "tuple[Reading, Reading] | None" = None
 
 
 def _in_place(name: str) -> Callable[[Proxy, Any], Proxy]:
@@ -404,22 +404,23 @@ def read(module: nn.Module, kind: type, given: Given, reads: Reads) -> Reading:
         first_line = str(error).partition("\n")[0]
         problem = f"cannot be traced by torch.fx: {type(error).__name__}: {first_line}"
         return Reading(None, problem, asks_for_class=bool(asked))
-    if evaluation is not None:
-        modes = sorted(path for path, name in reads if name == "training")
-        # With two modes there are more than these two graphs.
-        if len(modes) > 1 or not _are_equal(training, evaluation):
-            return Reading(None, f"reads {'.'.join(('self', *modes[0]))}.training", by_mode=(training, evaluation))
     arguments = enumerate(str(node.target) for node in training.find_nodes(op="placeholder"))
     kinds = tuple((place, name, kind) for place, name in arguments if name in asked)
-    return Reading(
-        training,
-        None,
-        tuple((*place, value) for place, value in sorted(reads.items()) if place[1] != "training"),
-        kinds,
-        given,
-        asks_for_class=bool(asked),
-        is_partial=_is_partial(module, training),
-    )
+    attributes = tuple((*place, value) for place, value in sorted(reads.items()) if place[1] != "training")
+    reading = Reading(training, None, attributes, kinds, given, asks_for_class=bool(asked), is_partial=_is_partial(module, training))
+    if evaluation is None:
+        return reading
+    modes = {path: value for (path, name), value in sorted(reads.items()) if name == "training"}
+    # With two modes there are more than these two graphs.
+    if len(modes) == 1 and _are_equal(training, evaluation):
+        return reading
+    in_modes = [
+        replace(reading, graph=graph, is_partial=True, attributes=(*attributes, *((path, "training", mode) for path in modes)))
+        for graph, mode in ((training, True), (evaluation, False))
+    ]
+    problem = f"reads {'.'.join(('self', *next(iter(modes))))}.training"
+    is_written = NOT_COMPARABLE in modes.values()
+    return Reading(None, problem, asks_for_class=bool(asked), by_mode=None if is_written else (in_modes[0], in_modes[1]))
 
 
 def _are_equal(left: Graph, right: Graph) -> bool:
