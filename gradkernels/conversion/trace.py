@@ -8,6 +8,7 @@ class if the forward asks for it. Reading leaves the module as it was.
 """
 
 import dataclasses
+import functools
 import inspect
 import math
 import operator
@@ -311,6 +312,7 @@ def has_own_forward(module: nn.Module) -> bool:
     return forward is nn.Sequential.forward or not (getattr(forward, "__module__", None) or "").startswith("torch.")
 
 
+@functools.lru_cache(maxsize=1024)
 def optional_arguments(forward: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The arguments of a forward that a call may leave out, `**` included."""
     arguments = _arguments(forward).items()
