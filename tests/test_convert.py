@@ -2924,6 +2924,58 @@ def test_a_child_whose_attributes_a_call_before_it_writes():
     assert_same({"output": actual(x)}, {"output": expected(x)})
 
 
+class SquaresFirst(libraries.BatchNormAct2d):
+    squares = False
+
+    def forward(self, x):
+        return super().forward(x * x if self.squares else x)
+
+
+READS_ITS_FLAG = {
+    "alone": (lambda: nn.Sequential(SquaresFirst(3)), ["batch_norm_act(relu)"]),
+    "fused": (lambda: parent(added, SquaresFirst(3, False)), ["batch_norm_act(relu, residual)"]),
+    "between": (
+        lambda: parent(lambda self, x: self.act(self.body(x) + self.own_bn(x)), nn.BatchNorm2d(3), own_bn=SquaresFirst(3, False)),
+        ["batch_norm_act(relu, residual)", "batch_norm_act(identity)"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READS_ITS_FLAG)
+def test_a_flag_that_a_batch_norm_with_an_activation_reads(name):
+    make, becomes = READS_ITS_FLAG[name]
+    expected, actual, report = converted(make().double())
+    assert [row.becomes for row in report.rows if row.becomes] == becomes, report
+    x = X()
+    for squares in (False, True, False):
+        for model in (expected, actual):
+            for each in model.modules():
+                if isinstance(each, SquaresFirst):
+                    each.squares = squares
+        assert_same(step(actual, x), step(expected, x))
+
+
+def test_a_batch_norm_whose_activation_is_the_identity_says_so():
+    report = gk.convert(nn.Sequential(libraries.BatchNormAct2d(3, False)))
+    assert [(row.is_fused, row.why) for row in report.rows] == [(False, "its activation is nn.Identity")]
+
+
+def test_an_error_where_a_pickle_is_loaded_leaves_the_classes(monkeypatch):
+    model = parent(added, nn.Sequential(Changing(), nn.BatchNorm2d(3)))
+    gk.convert(model)
+    other = copy.copy(model)
+    state = {**vars(model), guard.FORWARD: True}
+    kinds = [type(each) for each in model.modules()]
+
+    def fails(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(conversion.block, "rewrite_forward", fails)
+    with pytest.raises(MemoryError):
+        other.__setstate__(state)
+    assert [type(each) for each in other.modules()] == kinds and Changing not in kinds
+
+
 ACROSS_CHANGES = {
     "hook": lambda model, seen: model.body.register_forward_hook(lambda module, inputs, output: seen.append(output.clone())),
     "hook before": lambda model, seen: model.body.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone())),

@@ -79,11 +79,13 @@ def converted_class(base: type[nn.Module]) -> type[nn.Module]:
             residual, calls = pickled if isinstance(pickled, tuple) else (pickled, ((),))
             # Forwards of children are read too, if they are written out in this one.
             kinds = [(part, type(part)) for part in self.modules()]
-            for part, kind in kinds:
-                object.__setattr__(part, "__class__", base_class(kind) or kind)
-            rewritten = rewrite_forward(self, residual, Reader(), calls).forward
-            for part, kind in kinds:
-                object.__setattr__(part, "__class__", kind)
+            try:
+                for part, kind in kinds:
+                    object.__setattr__(part, "__class__", base_class(kind) or kind)
+                rewritten = rewrite_forward(self, residual, Reader(), calls).forward
+            finally:
+                for part, kind in kinds:
+                    object.__setattr__(part, "__class__", kind)
             if rewritten is not None:
                 self.__dict__[FORWARD] = rewritten
 

@@ -52,10 +52,12 @@ def rewrite_norm_act(block: nn.Module, reading: Reading, residual: bool) -> Rewr
         act_name, act_param = resolve_act(act, None)
         not_called = tuple(expected((name,), module) for name, module in zip(names, layers, strict=True))
         site.label, site.is_fused, site.absorbed = f"batch_norm_act({act_name})", act_name != "identity", (act,)
+        site.why = "" if site.is_fused else "its activation is nn.Identity"
         result = f"normalize(self, x, None, {act_name!r}, {act_param!r})"
     source = f"def forward(self, x):\n    return {result}\n"
     children = (((), children_of(block, False)),)
-    forward = RewrittenForward(source, {"normalize": normalize}, (), children, not_called, residual, type(block).forward, False, ())
+    names_used, original = {"normalize": normalize}, type(block).forward
+    forward = RewrittenForward(source, names_used, reading.attributes, children, not_called, residual, original, False, ())
     return RewriteResult([site], forward)
 
 

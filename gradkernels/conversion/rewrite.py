@@ -383,9 +383,9 @@ class Rewriter:
         """Expects a module to stay, which is known to write no argument and to return a new tensor."""
         module = self.block.get_submodule(".".join(path))
         kind = type(module)
-        is_derived = is_batch_norm(module) and not is_fusible(module)
-        stays = WrittenOut(path, kind, kind.forward) if is_derived else Expected(path, tuple({kind, ours_for(kind) or kind}), None, None)
-        self.expected.setdefault(path, stays)
+        if path not in self.expected and is_batch_norm(module) and not is_fusible(module):
+            self.expect_derived(path, module)
+        self.expected.setdefault(path, Expected(path, tuple({kind, ours_for(kind) or kind}), None, None))
         if hasattr(module, "inplace"):
             self.attributes += ((path, "inplace", False),)
         if kind is nn.Sequential:
@@ -397,11 +397,16 @@ class Rewriter:
         path = tuple(str(node.target).split("."))
         if is_batch_norm(module) and not is_fusible(module):
             # What it applies returns its argument.
-            self.expected[path] = WrittenOut(path, type(module), type(module).forward)
+            self.expect_derived(path, module)
             for name in self.ends.applied_by(module) or ():
                 self.expected[(*path, name)] = expected((*path, name), module.get_submodule(name))
         else:
             self.expected[path] = expected(path, module)
+
+    def expect_derived(self, path: Path, bn: nn.Module) -> None:
+        """Expects a batch norm with a forward of its own to stay, and what this forward has read."""
+        self.expected[path] = WrittenOut(path, type(bn), type(bn).forward)
+        self.attributes += tuple(((*path, *place), name, value) for place, name, value in self.ends.read(bn).attributes)
 
     def at_activation(self, node: Node) -> Iterator[Site]:
         """The site of an activation that is not fused. Yields nothing for any other node."""

@@ -422,7 +422,7 @@ def read(module: nn.Module, kind: type, given: Given, reads: Reads) -> Reading:
     ]
     problem = f"reads {'.'.join(('self', *next(iter(modes))))}.training"
     is_written = NOT_COMPARABLE in modes.values()
-    return Reading(None, problem, asks_for_class=bool(asked), by_mode=None if is_written else (in_modes[0], in_modes[1]))
+    return Reading(None, problem, attributes, asks_for_class=bool(asked), by_mode=None if is_written else (in_modes[0], in_modes[1]))
 
 
 def _are_equal(left: Graph, right: Graph) -> bool:
