@@ -42,7 +42,7 @@ from torch.utils._pytree import tree_leaves
 import gradkernels as gk
 from gradkernels import conversion
 from gradkernels.acts import resolve_act
-from gradkernels.conversion import attributes, check, guard, patterns, rewrite, trace
+from gradkernels.conversion import attributes, border, check, guard, patterns, purity, rewrite, trace
 from gradkernels.conversion.result import Reason
 from models import libraries
 from models.darknet import DarkNet
@@ -2919,9 +2919,132 @@ def test_a_child_whose_attributes_a_call_before_it_writes():
 
     expected, actual = make(), make()
     report = gk.convert(actual)
-    assert "reads attributes that first may write" in next(row.why for row in report.rows if row.name == "body.body.1"), report
+    assert "may be changed by first, which is called before" in next(row.why for row in report.rows if row.name == "body.body.1"), report
     x = X()
     assert_same({"output": actual(x)}, {"output": expected(x)})
+
+
+class Holds(nn.Module):
+    """Hands on its argument, after a call of its function with what it holds in a list."""
+
+    def __init__(self, function, *held):
+        super().__init__()
+        self.held = [*held]
+        self.function = function
+
+    def forward(self, x):
+        self.function(*self.held)
+        return x * 0.5
+
+
+def toggle(module):
+    module.flag = not module.flag
+
+
+def hook_once(module):
+    if not module._forward_hooks:
+        hooked(module)
+
+
+def hook_if_odd(x, module):
+    if x.shape[-1] % 2:
+        hook_once(module)
+    return x
+
+
+def replace_last(module):
+    module[-1] = nn.Identity()
+
+
+def after_first(self, x):
+    return self.act(self.body(self.first(x)))
+
+
+def changed_by(change, place, is_owned=False, body=ending):
+    """A parent whose first child, which holds the module at a place in the body, changes this module."""
+    model = parent(after_first, body())
+    held = operator.attrgetter(f"body{place}")(model)
+    model.first = Holds(change, held)
+    if is_owned:
+        model.first.owned = held
+    return model
+
+
+CHANGED_BEFORE = {
+    "flag, in a list": lambda: changed_by(toggle, "", body=lambda: Between(ending())),
+    "hook, in a list": lambda: changed_by(hook_once, ".1"),
+    "hook on the child": lambda: changed_by(hook_once, ""),
+    "hook, on its own child": lambda: changed_by(hook_once, ".1", True),
+    "replaced": lambda: changed_by(replace_last, ""),
+    "hook, by a function": lambda: parent(lambda self, x: self.act(self.body(hook_if_odd(x, self.body[1]))), ending()),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED_BEFORE)
+def test_a_child_that_a_call_before_it_may_change(name):
+    expected, actual, report = converted(CHANGED_BEFORE[name]())
+    assert "which is called before" in next(row.why for row in report.rows if row.found == "BatchNorm2d"), report
+    x = X()
+    for _ in range(2):
+        with torch.no_grad():
+            assert_same({"output": actual(x)}, {"output": expected(x)})
+
+
+def test_a_long_forward_is_searched_once(monkeypatch):
+    def calls(count):
+        seen = []
+        monkeypatch.setattr(border, "own_classes", lambda kind: seen.append(kind) or purity.own_classes(kind))
+        blocks = nn.ModuleList(Between(ending()) for _ in range(count))
+        report = gk.convert(
+            parent(lambda self, x: functools.reduce(lambda x, each: self.act(each(x) + x), self.blocks, x), None, blocks=blocks)
+        )
+        assert sum(row.is_fused for row in report.rows) == count
+        return len(seen)
+
+    assert calls(40) < 2.5 * calls(20)
+
+
+class CallsWhatItHolds(nn.Module):
+    def __init__(self, *held):
+        super().__init__()
+        self.held = [*held]
+
+    def forward(self, x):
+        return self.held[0](x * 2) * 0.5
+
+
+class DoublesWhatItHolds(CallsWhatItHolds):
+    def forward(self, x):
+        with torch.no_grad():
+            self.held[0].mul_(2.0)
+        return x * 1
+
+
+def beside_a_batch_norm_that_is_held(kind, held):
+    def make():
+        model = parent(lambda self, x: self.act(self.body(x) + self.holds(x * 1)), ending())
+        model.holds = kind(held(model))
+        return model
+
+    return make
+
+
+HELD = {
+    "its child": beside_a_batch_norm_that_is_held(CallsWhatItHolds, lambda model: model.body),
+    "a Sequential with it": beside_a_batch_norm_that_is_held(CallsWhatItHolds, lambda model: nn.Sequential(model.body[1])),
+    "its running mean": beside_a_batch_norm_that_is_held(DoublesWhatItHolds, lambda model: model.body[1].running_mean),
+    "its weight": beside_a_batch_norm_that_is_held(DoublesWhatItHolds, lambda model: model.body[1].weight),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_a_batch_norm_that_another_module_holds_in_a_list(name):
+    expected, actual, report = converted(HELD[name]())
+    row = next(row for row in report.rows if row.found.startswith("BatchNorm2d"))
+    assert not row.is_fused and ("may be called again" in row.why or "may read or write its statistics" in row.why), report
+    x = X()
+    with torch.no_grad():
+        assert_same({"output": actual(x), **actual.state_dict()}, {"output": expected(x), **expected.state_dict()})
 
 
 class SquaresFirst(libraries.BatchNormAct2d):

@@ -12,7 +12,6 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from gradkernels.acts import ACTS
-from gradkernels.conversion.attributes import OF_EVERY_MODULE, held
 from gradkernels.conversion.border import Ends
 from gradkernels.conversion.guard import has_hooks, normalize
 from gradkernels.conversion.patterns import (
@@ -59,7 +58,9 @@ class Aliasing:
         order = {node: place for place, node in enumerate(self.graph.nodes)}
         first, last = chain.nodes[0], chain.nodes[-1]
         bn = called_module(self.block, first)
-        state = self._state_of(bn, chain)
+        assert bn is not None
+        tensors = {*map(id, bn.parameters()), *map(id, bn.buffers())}
+        state = self._state_of(bn, tensors, chain)
         read_at_end = self._aliases(first.all_input_nodes[0], chain)
         residual_aliases = self._aliases(residual, chain)
         for node, place in order.items():
@@ -68,9 +69,10 @@ class Aliasing:
             if place > order[addition]:
                 read_at_end |= residual_aliases
             module = called_module(self.block, node)
-            if module is not None and any(part is bn or _holds(part, bn) for part in module.modules()):
+            reached = frozenset() if module is None else self.ends.reachable(module)
+            if id(bn) in reached:
                 return "it may be called again before its output is added"
-            if state.intersection(node.all_input_nodes):
+            if state.intersection(node.all_input_nodes) or not tensors.isdisjoint(reached):
                 if node.target is normalize:
                     return "it may be called again before its output is added"
                 return f"{name_of(node)}, called between it and its activation, may read or write its statistics"
@@ -88,15 +90,15 @@ class Aliasing:
                     return f"{name_of(writers[0])} writes the residual, which the gradient of {chain.act} needs"
         return ""
 
-    def _state_of(self, bn: nn.Module | None, chain: Chain) -> set[Node]:
-        """The nodes whose value is the batch norm, or may share memory with its parameters and buffers."""
+    def _state_of(self, bn: nn.Module, tensors: set[int], chain: Chain) -> set[Node]:
+        """The nodes whose value leads to the batch norm, or may share memory with its parameters and buffers, `tensors`."""
         nodes: set[Node] = set()
         for node in self.graph.nodes:
-            if node.op == "get_attr" and bn is not None:
+            if node.op == "get_attr":
                 value = operator.attrgetter(str(node.target))(self.block)
-                if isinstance(value, nn.Module) and any(part is bn for part in value.modules()):
+                if isinstance(value, nn.Module) and id(bn) in self.ends.reachable(value):
                     nodes.add(node)
-                elif any(value is tensor for tensor in (*bn.parameters(), *bn.buffers())):
+                elif id(value) in tensors:
                     nodes |= self._aliases(node, chain)
         return nodes
 
@@ -159,9 +161,3 @@ class Aliasing:
         name = name_of(node)
         is_in_place = any(argument is True for argument in (*node.args, node.kwargs.get("inplace")))
         return "out" in node.kwargs or name.endswith("_") or name in IN_PLACE or is_in_place
-
-
-def _holds(module: nn.Module, bn: nn.Module | None) -> bool:
-    """Whether a module holds the batch norm in a plain attribute, such as a list, unseen by torch."""
-    values = [value for name, value in module.__dict__.items() if name not in OF_EVERY_MODULE]
-    return any(other is bn for value in values for other in held(value))

@@ -329,6 +329,21 @@ def held(value: Any) -> Iterator[Any]:
         yield from _items(container)
 
 
+def reachable(module: nn.Module) -> set[int]:
+    """id() of each module and tensor that the code of a module may come to: itself, what it owns and what plain attributes hold."""
+    found: set[int] = set()
+    stack: list[Any] = [module]
+    while stack:
+        value = stack.pop()
+        if not isinstance(value, (nn.Module, torch.Tensor)) or id(value) in found:
+            continue
+        found.add(id(value))
+        if isinstance(value, nn.Module):
+            stack += [*value._modules.values(), *value._parameters.values(), *value._buffers.values()]
+            stack += [each for name, attribute in vars(value).items() if name not in OF_EVERY_MODULE for each in held(attribute)]
+    return found
+
+
 def _items(container: Any) -> list[Any]:
     return list(container.values() if isinstance(container, dict) else container)
 

@@ -7,7 +7,7 @@ not change: a call from elsewhere computes what it did.
 
 The conditions under which the graph of the child is right become conditions of the parent's forward. They are
 compared when the parent is called. So a child is not written out if a call before it in the parent's forward
-may change what the child's forward reads.
+may change the child, its batch norms or what its forward reads.
 """
 
 import copy
@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph, Node
 
-from gradkernels.conversion.attributes import Path, class_before
+from gradkernels.conversion.attributes import HOOKED, Path, class_before, reachable
 from gradkernels.conversion.guard import WrittenOut, has_hooks
 from gradkernels.conversion.norm_act_layers import names_after
 from gradkernels.conversion.patterns import (
@@ -54,6 +54,7 @@ class Ends:
         self._last: dict[nn.Module, tuple[nn.Module, Node] | None] = {}
         self._begins: dict[nn.Module, bool] = {}
         self._applied: dict[nn.Module, list[str] | None] = {}
+        self._reachable: dict[nn.Module, frozenset[int]] = {}
 
     def graph_of(self, child: nn.Module) -> Graph | None:
         """The graph of a child that holds for every call with its required arguments; None if there is none."""
@@ -129,6 +130,12 @@ class Ends:
             self._applied[module] = names_after(module, self.read(module)) if is_known else None
         return self._applied[module]
 
+    def reachable(self, module: nn.Module) -> frozenset[int]:
+        """id() of each module and tensor that the code of a module may come to."""
+        if module not in self._reachable:
+            self._reachable[module] = frozenset(reachable(module))
+        return self._reachable[module]
+
 
 class Border:
     """The graph of one forward, in which children are written out.
@@ -154,17 +161,27 @@ class Border:
         """Writes out each child across whose border a batch norm may be fused."""
         looked_at: set[Node] = set()
         # The nodes of a child may call children of its own.
-        while nodes := [node for node in self.graph.nodes if node not in looked_at and self._would_help(node)]:
-            looked_at.update(nodes)
-            for node in nodes:
-                child = self.block.get_submodule(str(node.target))
-                why, call = self._why_not(node, child), self.ends.last_batch_norm(child)
-                if not why:
-                    self._write_out(node, child)
-                elif call is not None:
-                    owner, last = call
-                    bn = called_module(owner, last)
-                    self.left.append(Site(bn, type(bn).__name__, why=why, place=(owner, last.name)))
+        while nodes := {node for node in self.graph.nodes if node not in looked_at and self._would_help(node)}:
+            looked_at |= nodes
+            # id() of a module -> the first call that may change it.
+            changed: dict[int, Node] = {}
+            for node in list(self.graph.nodes):
+                called = self._written_out(node, changed) if node in nodes else [node]
+                for each in called:
+                    for part in self._changed_by(each):
+                        changed.setdefault(part, each)
+
+    def _written_out(self, node: Node, changed: dict[int, Node]) -> list[Node]:
+        """Writes out the child that a node calls if it can, and returns the nodes that stand there then."""
+        child = self.block.get_submodule(str(node.target))
+        why, call = self._why_not(node, child, changed), self.ends.last_batch_norm(child)
+        if not why:
+            return self._write_out(node, child)
+        if call is not None:
+            owner, last = call
+            bn = called_module(owner, last)
+            self.left.append(Site(bn, type(bn).__name__, why=why, place=(owner, last.name)))
+        return [node]
 
     def _would_help(self, node: Node) -> bool:
         child = called_module(self.block, node)
@@ -182,30 +199,36 @@ class Border:
         users, why = way_to_user(self.block, node)
         return not why and (users[-1].target in ADDITIONS or self.ends.is_activated(self.block, node))
 
-    def _why_not(self, node: Node, child: nn.Module) -> str:
-        """Why a child cannot be written out in the place of a call; "" if it can."""
+    def _why_not(self, node: Node, child: nn.Module, changed: dict[int, Node]) -> str:
+        """Why a child cannot be written out in the place of a call; "" if it can.
+
+        Args:
+            node: the call.
+            child: the child.
+            changed: id() of each module that a call before may change -> the call.
+        """
         name = type(child).__name__
         if has_hooks(child) or child._compiled_call_impl is not None:
             return f"{name}, which ends with it, has a hook or is compiled"
         if self._arguments(node, child) is None:
             return f"{name}, which ends with it, is called with optional arguments"
-        attributes = self.ends.read(child).attributes
-        if not attributes:
-            return ""
-        read = {child, *(child.get_submodule(".".join(path)) for path, _, _ in attributes)}
-        for earlier in self.graph.nodes:
-            if earlier is node:
-                return ""
-            parts = [part for module in self._reached_by(earlier) for part in module.modules()]
-            has_own_code = is_users_function(earlier.target) or any(own_classes(type(part)) for part in parts)
-            if (has_own_code and not read.isdisjoint(parts)) or any(map(has_hooks, parts)):
-                return f"{name}, which ends with it, reads attributes that {name_of(earlier)} may write"
-        return ""
+        graph = self.ends.graph_of(child)
+        assert graph is not None
+        called = [module for each in graph.nodes if (module := called_module(child, each)) is not None and is_batch_norm(module)]
+        read = [child.get_submodule(".".join(path)) for path, _, _ in self.ends.read(child).attributes]
+        parts = [HOOKED, *map(id, (child, *read, *(part for bn in called for part in bn.modules())))]
+        earlier = next((changed[part] for part in parts if part in changed), None)
+        return "" if earlier is None else f"{name}, which ends with it, may be changed by {name_of(earlier)}, which is called before"
 
-    def _reached_by(self, node: Node) -> list[nn.Module]:
-        """The module that a node calls, and those that it passes to a function."""
+    def _changed_by(self, node: Node) -> set[int]:
+        """id() of each module that a call may change, and HOOKED if it runs a hook."""
         values = [operator.attrgetter(str(each.target))(self.block) for each in node.all_input_nodes if each.op == "get_attr"]
-        return [module for module in (called_module(self.block, node), *values) if isinstance(module, nn.Module)]
+        modules = [module for module in (called_module(self.block, node), *values) if isinstance(module, nn.Module)]
+        parts = [part for module in modules for part in module.modules()]
+        changed = {HOOKED} if any(map(has_hooks, parts)) else set()
+        if is_users_function(node.target) or any(own_classes(type(part)) for part in parts):
+            changed.update(*map(self.ends.reachable, modules))
+        return changed
 
     def _arguments(self, node: Node, child: nn.Module) -> dict[str, Any] | None:
         """The required arguments of a call by name; None if the call has others."""
@@ -216,11 +239,12 @@ class Border:
         is_exact = len(node.args) + len(node.kwargs) == len(names) and arguments.keys() == set(names)
         return arguments if is_exact and all(isinstance(value, Node) for value in arguments.values()) else None
 
-    def _write_out(self, node: Node, child: nn.Module) -> None:
+    def _write_out(self, node: Node, child: nn.Module) -> list[Node]:
         path: Path = tuple(str(node.target).split("."))
         graph, arguments = self.ends.graph_of(child), self._arguments(node, child)
         assert graph is not None and arguments is not None
         values: dict[Node, Any] = {}
+        written: list[Node] = []
         with self.graph.inserting_before(node):
             for other in graph.nodes:
                 if other.op == "placeholder":
@@ -230,6 +254,7 @@ class Border:
                     node.replace_all_uses_with(values[other.args[0]])
                     continue
                 copied = values[other] = self.graph.node_copy(other, values.__getitem__)
+                written.append(copied)
                 copied.meta[PLACE], copied.meta[ROOT] = (child, other.name), node.meta[ROOT]
                 if copied.op in ("call_module", "get_attr"):
                     copied.target = ".".join((*path, str(other.target)))
@@ -237,3 +262,4 @@ class Border:
         self.attributes += [((*path, *place), name, value) for place, name, value in self.ends.read(child).attributes]
         kind: Any = class_before(child)
         self.conditions.append(WrittenOut(path, kind, kind.forward))
+        return written
