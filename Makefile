@@ -143,8 +143,8 @@ models: $(REQUIREMENTS)  ## what convert fuses in 155 models of libraries, and t
 	rm -rf build/models; git clone --quiet . build/models
 	torch=$$($(TRY_INSTALL) --report - torch | .venv/bin/python -c "$$PRINT_ADMITTED"); \
 	  $(MAKE) -C build/models build TORCH=$$torch && build/models/.venv/bin/pip install torch==$$torch $(LIBRARIES)
-	cd build/models; .venv/bin/python tests/real_models.py --out "$(CURDIR)/bench/results"
-	cd build/models; .venv/bin/python -m pytest -m "" tests/test_trainers.py tests/test_integrations.py
+	cd build/models; .venv/bin/python tests/real_models.py --out "$(CURDIR)/bench/results"; rc=$$?; \
+	  .venv/bin/python -m pytest -m "" tests/test_trainers.py tests/test_integrations.py && exit $$rc
 
 lint: $(REQUIREMENTS)  ## check with ruff, mypy and clang-format
 	.venv/bin/ruff check .

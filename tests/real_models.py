@@ -64,13 +64,15 @@ def measured(build, make_input):
         return None
     original = copy.deepcopy(model)
     began = time.process_time()
-    report = gk.convert(model)
-    seconds = time.process_time() - began
-    seen, fused, left = Pairs(original), Fused(model), collections.Counter()
-    before, after = step(original, x, seen), step(model, x, fused)
+    try:
+        report = gk.convert(model)
+        seconds = time.process_time() - began
+        seen, fused, left = Pairs(original), Fused(model), collections.Counter()
+        before, after = step(original, x, seen), step(model, x, fused)
+    finally:
+        # Models of ultralytics share one activation, whose class conversion has changed.
+        gk.revert(model)
     pairs = seen.found(before["output"].values())
-    # Models of ultralytics share one activation, whose class conversion has changed.
-    gk.revert(model)
     for act, names in pairs:
         call = next(((act, name) for name in names if fused.calls[act, name]), None)
         if call:
