@@ -63,10 +63,11 @@ class Act:
         """The attribute of a module that decides what it computes, or that holds the parameter; None for neither."""
         return self.modules[module_class] if self.option is None else self.option[0]
 
-    def module(self, act_param: float) -> nn.Module:
-        """A module that computes the activation: this package's if there is one, else torch's."""
-        # activation.py adds the class of this package last.
-        module_class = [*self.modules][-1]
+    def module(self, act_param: float, module_class: type[nn.Module] | None = None) -> nn.Module:
+        """A module that computes the activation: by default this package's if there is one, else torch's."""
+        if module_class is None:
+            # activation.py adds the class of this package last.
+            module_class = [*self.modules][-1]
         attribute = self.attribute_of(module_class)
         return module_class() if attribute is None else module_class(**{attribute: act_param if self.option is None else self.option[1]})
 

@@ -117,7 +117,8 @@ def scales_of(given, training, act, momentum, eps):
     """The size of the terms of each result: for sums over a channel their norm, for y and grad_x the largest.
 
     A mean in float64 has an error of half an ulp, because there is no wider type. In every result that
-    contains x - mean, mean * invstd is therefore one of the terms.
+    contains x - mean, mean * invstd is therefore one of the terms. The activations of STEEPEST halve a small argument,
+    whose rounding counts then.
     """
     x, grad_y = extended(given["x"]), extended(given["grad_y"])
     axes = (0, *range(2, x.ndim))
@@ -128,8 +129,9 @@ def scales_of(given, training, act, momentum, eps):
     gain = invstd * abs(extended(1.0 if given["weight"] is None else given["weight"]))
     offset = abs(mean) * invstd if given["x"].dtype == torch.float64 else 0 * invstd
     gain_of_gradient = gain * abs(grad_y).max(axes) * STEEPEST.get(act, 1)
+    argument = (abs(normalised) * abs(extended(1.0 if given["weight"] is None else given["weight"])).reshape(-1, *[1] * (x.ndim - 2))).max()
     return {
-        "y": (offset * gain).max(),
+        "y": max((offset * gain).max(), argument if act in STEEPEST else 0),
         "grad_weight": np.maximum(norm, norm_of_weight) + offset * norm,
         "grad_bias": norm,
         "grad_x": (gain_of_gradient + offset * gain * norm_of_weight / (x.size // x.shape[1])).max(),

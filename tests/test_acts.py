@@ -45,7 +45,7 @@ def test_module_and_spellings_compute_the_function(act):
     torch.testing.assert_close(act.module(param)(x), expected)
     option = {} if act.option is None else dict([act.option])
     for kind in act.modules:
-        torch.testing.assert_close(kind(**option)(x.clone()), expected)
+        torch.testing.assert_close(act.module(param, kind)(x.clone()), expected)
     for spelling in act.spellings:
         function = spelling if callable(spelling) else getattr(torch.Tensor, spelling)
         torch.testing.assert_close(function(x.clone(), **option), expected)
@@ -56,7 +56,7 @@ def test_module_and_spellings_compute_the_function(act):
 @each_act
 def test_readers_of_the_record_know_the_activation(act):
     """init, convert and fold, on a model with this activation after a batch norm."""
-    module = next(iter(act.modules))(**({} if act.option is None else dict([act.option])))
+    module = act.module(act.default, next(iter(act.modules)))
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), module, nn.Conv2d(4, 2, 3))
     x = torch.randn(8, 3, 9, 9)
     if act.name != "identity":

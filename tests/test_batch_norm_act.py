@@ -9,7 +9,6 @@ import contextlib
 import copy
 import math
 import pickle
-from functools import partial
 
 import numpy as np
 import pytest
@@ -302,6 +301,9 @@ def test_nan_and_inf(value, training, act):
                 continue
             for touched in (0, 2):
                 our, their = (each[name].select(channel, touched) for each in (ours, theirs))
+                if act == "gelu":
+                    # torch's of inf is nan.
+                    their = torch.where(their.isnan() & (our == math.inf), our, their)
                 assert_close(our, their, rtol=1e-4, atol=1e-4, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -869,7 +871,7 @@ class ResidualBlock(nn.Module):
         self.native = native
         self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2))
         self.bn1, self.bn2 = (gk.BatchNormAct2d(channels, act=act) if native else nn.BatchNorm2d(channels) for _ in range(2))
-        self.act = partial(acts.ACTS[act].function, act_param=acts.ACTS[act].default)
+        self.act = lambda x: acts.ACTS[act].function(x, acts.ACTS[act].default)
 
     def forward(self, x):
         if self.native:
@@ -1458,7 +1460,7 @@ def test_module_equals_batch_norm_then_act(dim, training):
     module_class, torch_class = MODULES[dim]
     shape = (4, 3, 5, 2, 3)[:dim]
     for act, record in acts.ACTS.items():
-        torch_act = next(iter(record.modules))()
+        torch_act = record.module(record.default, next(iter(record.modules)))
         module, torch_module = module_class(3, act=act).train(training), torch_class(3).train(training)
         x, residual = torch.randn(shape), torch.randn(shape)
         assert_close(module(x), torch_act(torch_module(x)))

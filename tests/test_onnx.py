@@ -89,7 +89,7 @@ def modules():
     for act, record in acts.ACTS.items():
         (kind, attribute), *_ = record.modules.items()
         act_param = None if attribute is None else PARAMS[act]
-        module = kind() if attribute is None else kind(**{attribute: act_param})
+        module = record.module(act_param, kind)
         theirs += [nn.Sequential(nn.BatchNorm2d(CHANNELS), module), WithResidual(nn.BatchNorm2d(CHANNELS), module)]
         arguments = {"act": act, "act_param": act_param}
         ours += [gk.BatchNormAct2d(CHANNELS, **arguments), WithResidual(gk.BatchNormAct2d(CHANNELS, **arguments))]

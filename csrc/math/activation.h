@@ -263,8 +263,8 @@ struct Mish {
     const Fraction f = fraction(x);
     const T inverse = quotient_to<precision>(T(1), f.denominator);
     const T rest = x * (select(f.negative, f.lifted, f.exp * f.exp) * (f.exp + T(1)));
-    const T gradient = grad_y * (inverse * fma(T(4) * rest, inverse, f.numerator));
-    return select(f.negative, gradient * f.drop, gradient);
+    const T slope = inverse * fma(T(4) * rest, inverse, f.numerator);
+    return grad_y * select(f.negative, slope * f.drop, slope);
   }
 
  private:
