@@ -251,10 +251,8 @@ void define_conversions() {
 }
 
 void define_the_rest() {
-  define("min.f32", [](float a, float b) {
-    if (a != a || b != b) return canonical(a != a ? b : a);
-    return a < b || (a == b && std::signbit(a)) ? a : b;
-  });
+  define("min.f32", [](float a, float b) { return canonical(b != b || a < b || (a == b && std::signbit(a)) ? a : b); });
+  define("min.f64", [](double a, double b) { return canonical(b != b || a < b || (a == b && std::signbit(a)) ? a : b); });
   // The results that the PTX ISA names are exact. Others may be 2 ulp and 1 ulp away from the nearest number.
   define("ex2.approx.ftz.f32", [](float a) {
     const float x = flushed(a);
