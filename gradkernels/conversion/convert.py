@@ -22,7 +22,7 @@ from gradkernels.conversion.check import Observation, largest_difference
 from gradkernels.conversion.guard import FORWARD, RewrittenForward
 from gradkernels.conversion.patterns import (
     ACTIVATION_MODULES,
-    batch_norm_for,
+    BATCH_NORMS,
     is_activation,
     is_batch_norm,
     keeps_output,
@@ -140,7 +140,7 @@ def _revert(model: nn.Module) -> None:
         original = module.__dict__.get(ORIGINAL)
         if isinstance(original, type) and type(module) is ours_for(original):
             object.__setattr__(module, "__class__", original)
-            for name in (ORIGINAL, "act", "act_param") if batch_norm_for(original) is not None else (ORIGINAL,):
+            for name in (ORIGINAL, "act", "act_param") if original in BATCH_NORMS else (ORIGINAL,):
                 module.__dict__.pop(name)
 
 
@@ -262,7 +262,7 @@ class _Plan:
             return Row(name, site.found, site.label, site.why, site.is_fused)
         if module is None or site.keeps_output:
             return Row(name, site.found, None, site.why)
-        batch_norm = None if module is None else batch_norm_for(type(module))
+        batch_norm = None if module is None else BATCH_NORMS.get(type(module))
         if batch_norm is not None:
             return Row(name, site.found, batch_norm.__name__, site.why)
         ours, why = _activation_alone(module)
@@ -293,7 +293,7 @@ class _Plan:
             kind = type(module)
             if module in self.kept:
                 continue
-            batch_norm = batch_norm_for(kind)
+            batch_norm = BATCH_NORMS.get(kind)
             if batch_norm is not None:
                 module.__dict__[ORIGINAL] = kind
                 module.__dict__["act"], module.__dict__["act_param"] = "identity", check_act("identity", None)

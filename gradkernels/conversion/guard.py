@@ -53,9 +53,10 @@ def normalize(
         or residual.device != x.device
         or (is_second and residual.stride() != x.stride())
     )
-    if is_summed_apart or not _has_kernel(bn, x):
+    has_kernel = _has_kernel(bn, x)
+    if is_summed_apart or not has_kernel:
         # The kernel has no sum that broadcasts, promotes or changes the memory format.
-        y = _apply(bn, x, None, "identity", 0.0) if _has_kernel(bn, x) else type(bn).forward(bn, x)
+        y = _apply(bn, x, None, "identity", 0.0) if has_kernel else type(bn).forward(bn, x)
         if residual is not None:
             first, second = (residual, y) if is_second else (y, residual)
             y = first.add_(second) if writes else first + second

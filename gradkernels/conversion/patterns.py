@@ -22,11 +22,12 @@ from gradkernels.frozen_batch_norm_act import FrozenBatchNormAct2d
 from gradkernels.layers import added_names, why_not_replaced
 
 # torch's class -> ours, which computes the same as long as its `act` is "identity".
-_BATCH_NORMS: dict[type[nn.Module], type[nn.Module]] = {
+BATCH_NORMS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNormAct1d,
     nn.BatchNorm2d: BatchNormAct2d,
     nn.BatchNorm3d: BatchNormAct3d,
 }
+_FUSIBLE = {*BATCH_NORMS, *BATCH_NORMS.values(), FrozenBatchNormAct2d}
 # The module and the name of classes of other libraries that compute what FrozenBatchNormAct2d does. They keep their class, of
 # which those libraries ask, and whose loading of checkpoints differs.
 _FROZEN = (("torchvision.ops.misc", "FrozenBatchNorm2d"), ("detectron2.layers.batch_norm", "FrozenBatchNorm2d"))
@@ -105,14 +106,9 @@ class Chain:
     relied_on: list[Node] = field(default_factory=list)
 
 
-def batch_norm_for(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """Our class for one of torch's classes of batch norm; None for another class."""
-    return _BATCH_NORMS.get(kind)
-
-
 def ours_for(kind: type[nn.Module]) -> type[nn.Module] | None:
     """Our class for a class of batch norm or of activation; None if there is none."""
-    return batch_norm_for(kind) or ACTIVATION_MODULES.get(kind)
+    return BATCH_NORMS.get(kind) or ACTIVATION_MODULES.get(kind)
 
 
 def is_batch_norm(module: nn.Module) -> bool:
@@ -122,8 +118,7 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 def is_fusible(module: nn.Module) -> bool:
     """Whether a module is of a class of batch norm that can be fused. A subclass may compute something else."""
-    kind = type(module)
-    return kind in (*_BATCH_NORMS, *_BATCH_NORMS.values(), FrozenBatchNormAct2d) or is_frozen_elsewhere(module)
+    return type(module) in _FUSIBLE or is_frozen_elsewhere(module)
 
 
 def is_frozen_elsewhere(module: nn.Module) -> bool:
@@ -302,7 +297,7 @@ def expected(path: Path, module: nn.Module) -> Expected:
     if is_frozen_elsewhere(module):
         return Expected(path, (kind,), None, None)
     if is_batch_norm(module):
-        return Expected(path, (batch_norm_for(kind) or kind,), "act", "identity")
+        return Expected(path, (BATCH_NORMS.get(kind, kind),), "act", "identity")
     act = act_of_module(module)
     attribute = "p" if kind in _DROPOUTS else None if act is None else act.attribute_of(kind)
     kinds = tuple({kind, ACTIVATION_MODULES.get(kind, kind)})
