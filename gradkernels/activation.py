@@ -390,12 +390,13 @@ class Swish(nn.Module):
 
 
 class SiLU(nn.SiLU):
-    """torch.nn.SiLU computed by swish, for convert; not for inplace=True, which swish does not have."""
+    """torch.nn.SiLU computed by swish, for convert; by torch for inplace=True, which swish does not have."""
 
     __prepare_scriptable__ = _native.refuse_script
 
     def forward(self, input: Tensor) -> Tensor:
-        return swish(input)
+        # The attribute may be set after conversion.
+        return super().forward(input) if self.inplace else swish(input)
 
 
 for _name, _module, _function in (("leaky_relu", LeakyReLU, leaky_relu), ("elu", ELU, elu), ("swish", Swish, swish)):

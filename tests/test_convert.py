@@ -845,6 +845,52 @@ def given_a_list(self, x):
     return self.act(self.bn(x)) * len(values)
 
 
+def fills(values, x):
+    if x.shape[0] > 3:
+        values[0] = x * 2
+
+
+def shuffles(values, x):
+    if x.shape[0] > 3:
+        random.Random(1).shuffle(values)
+
+
+def filled(fill):
+    def forward(self, x):
+        values = [x * 3, x]
+        fill(self, values, x)
+        return self.act(self.bn(values[0])) * len(values)
+
+    return forward
+
+
+class Fills(nn.Module):
+    """A submodule that calls a function with a list that it gets."""
+
+    def __init__(self, fill):
+        super().__init__()
+        self.fill = fill
+
+    def forward(self, values, x):
+        self.fill(values)
+        return x
+
+
+def lengthens(values):
+    values += values
+
+
+def repeats(values):
+    values *= 2
+
+
+def counts(values):
+    count = 0
+    for _ in values:
+        count += 1
+    return count
+
+
 def of_a_class(kind):
     def forward(self, x):
         config = kind
@@ -943,6 +989,12 @@ LEFT = {
     "operator.is_": (lambda self, x: x if operator.is_(self.conv(x), None) else self.act(self.bn(x)), "calls operator.is_"),
     "text for a node": (lambda self, x: torch.einsum(f"{x.ndim}".replace("4", "ij->ij"), self.bn(x)[0, 0]), "turns a value into text"),
     "a list that a submodule fills": (given_a_list, "passes a list to a Child, which may write into it"),
+    "a list that a submodule reverses": (filled(lambda self, values, x: self.fills(values, x)), "passes a list to a Fills, which may"),
+    "a list that a function fills": (filled(lambda self, values, x: fills(values, x)), "passes a list to fills, which may write into it"),
+    "a list that a function shuffles": (
+        filled(lambda self, values, x: shuffles(x=x, values=(values, 0)[0])),
+        "passes a list to shuffles, which may write into it",
+    ),
     "what a submodule writes": (lambda self, x: self.act(self.bn(self.child(x))) * self.child.choice, "reads self.child.choice after"),
     "a submodule with its own __call__": (lambda self, x: self.act(self.bn(self.doubled(x))), "its own __call__"),
     "a dict of another class": (lambda self, x: collections.OrderedDict(out=self.act(self.bn(x))), "makes a OrderedDict"),
@@ -1122,7 +1174,7 @@ def test_what_is_left_alone(name):
     type(model).calls, type(model).count = 0, Counting.__dict__["count"]
     model.made = None
     model.made = made_by_itself(model, X()) if name == "a function that an earlier call made" else None
-    model.child, model.doubled, model.parts = Child(), Doubled(), nn.ModuleDict()
+    model.child, model.doubled, model.parts, model.fills = Child(), Doubled(), nn.ModuleDict(), Fills(lambda values: values.reverse())
     model.root, type(model).of_class, model.config = np.sqrt(2.0), [0], Sizes()
     type(model).cached = functools.lru_cache(lambda self: 2.0)
     counts = Counting.calls, dict(add_.__dict__), list(counted.__defaults__[0])
@@ -1247,6 +1299,19 @@ def test_what_is_read(name):
     assert next(row for row in report.rows if row.name == "bn").is_fused, report
     x = X()
     assert_same(step(actual, x), step(expected, x))
+
+
+@pytest.mark.parametrize(
+    ("fill", "may_write"),
+    [(lengthens, True), (repeats, True), (lambda values: values.sort(key=len), True), (counts, False), (lambda values: len(values), False)],
+)
+def test_a_list_that_a_submodule_may_write_into(fill, may_write):
+    forward = filled(lambda self, values, x: self.fills(values, x))
+    expected, actual, report = converted(block(forward, fills=Fills(fill)))
+    assert report.rows[0].is_fused != may_write, report
+    x = X()
+    for _ in range(2):
+        assert_same(step(actual, x), step(expected, x))
 
 
 def test_an_attribute_of_super_is_a_reason():
@@ -2122,6 +2187,17 @@ def test_standalone_activations_become_ours(module):
     x = X()
     assert_same(step(actual, x), step(expected, x))
     assert type(gk.revert(actual)[1]) is type(module) and actual[1].__dict__.keys() == module.__dict__.keys()
+
+
+def test_a_silu_that_becomes_in_place_after_conversion():
+    def forward(self, x):
+        y = self.act(x)
+        return y + x
+
+    expected, actual, _ = converted(block(forward, nn.SiLU()))
+    expected.act.inplace = actual.act.inplace = True
+    x = X()
+    assert_same(step(actual, x), step(expected, x))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import inspect
 import sys
 from collections.abc import Container, Iterator, Mapping
 from itertools import pairwise
-from types import CodeType, FrameType, FunctionType, ModuleType
+from types import CodeType, FrameType, FunctionType, MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
 # Stands for the value of a name or an attribute that has none.
@@ -30,9 +30,13 @@ _EXCEPTS = ("CHECK_EXC_MATCH", "CHECK_EG_MATCH", "JUMP_IF_NOT_EXC_MATCH")
 # Instructions that stand between others and compute nothing.
 _FILLERS = ("CACHE", "EXTENDED_ARG", "PUSH_NULL", "RESUME", "NOP")
 _START_OF_GENERATOR = bytes((dis.opmap.get("RESUME", 0), 0))
-# Methods that write into a list, a dict or a set.
-_METHODS_THAT_FILL = frozenset(
-    ("append", "extend", "insert", "pop", "remove", "clear", "update", "setdefault", "popitem", "add", "discard")
+# The names of methods that write into a list, a dict or a set, and of functions of Python that do.
+_THAT_FILL = frozenset(
+    (
+        *{name for kind in (list, dict, set) for name in dir(kind)}.difference(*map(dir, (tuple, frozenset, MappingProxyType))),
+        *("__ior__", "setitem", "delitem", "iadd", "iconcat", "imul", "ior"),
+        *("shuffle", "heapify", "heappush", "heappop", "heapreplace", "insort"),
+    )
 )
 
 
@@ -194,9 +198,18 @@ def _results(code: CodeType, instructions: list[dis.Instruction]) -> set[str]:
 
 def writes_items(code: CodeType) -> bool:
     """Whether a code may write into a list, a dict or a set."""
-    if not _METHODS_THAT_FILL.isdisjoint(code.co_names):
+    if not _THAT_FILL.isdisjoint(code.co_names):
         return True
-    return any(instruction.opname in _WRITES_OF_ITEMS for instruction in _instructions(code))
+    pairs = pairwise(_instructions(code))
+    return any(instruction.opname in _WRITES_OF_ITEMS or _is_in_place(instruction, before) for before, instruction in pairs)
+
+
+def _is_in_place(instruction: dis.Instruction, before: dis.Instruction) -> bool:
+    """Whether an instruction is `a += b` or the like, which writes into a list `a`; not `a += 1`, of which a list has none."""
+    if not (instruction.opname.startswith("INPLACE_") or (instruction.opname == "BINARY_OP" and instruction.argrepr.endswith("="))):
+        return False
+    is_product = instruction.opname == "INPLACE_MULTIPLY" or instruction.argrepr == "*="
+    return is_product or before.opname != "LOAD_CONST" or type(before.argval) is not int
 
 
 def attributes_of_self(code: CodeType, self: tuple[str, ...]) -> Iterator[str]:

@@ -330,18 +330,23 @@ def attributes_looked_for(kind: type) -> set[str]:
     return found
 
 
-def writes_into_containers(kind: type) -> bool:
-    """Whether the forward of a class may write into a list or a dict that is passed to it."""
-    return any(bytecode.writes_items(code) for code, _ in _code_from(kind, ["forward", "__call__"]))
+def writes_into_containers(called: type | FunctionType) -> bool:
+    """Whether a function, or the forward of a class, may write into a list or a dict that is passed to it."""
+    code = _code_from(called, ["forward", "__call__"]) if isinstance(called, type) else _code_of([called], ())
+    return any(bytecode.writes_items(part) for part, _ in code)
 
 
 def _code_from(kind: type, methods: list[str]) -> Iterator[tuple[CodeType, FunctionType]]:
-    """The code of methods of a class, and of the methods and functions that they lead to.
+    """The code of methods of a class, and of the methods and functions that they lead to."""
+    return _code_of([base.__dict__.get(method) for method in methods for base in kind.__mro__], kind.__mro__)
+
+
+def _code_of(stack: list[Any], bases: tuple[type, ...]) -> Iterator[tuple[CodeType, FunctionType]]:
+    """The code of functions, and of the functions and the methods of `bases` that they lead to.
 
     With each code comes the function of which it is a part.
     """
     seen: set[CodeType] = set()
-    stack: list[Any] = [base.__dict__.get(method) for method in methods for base in kind.__mro__]
     while stack:
         function = stack.pop()
         if isinstance(function, (staticmethod, classmethod)):
@@ -359,7 +364,7 @@ def _code_from(kind: type, methods: list[str]) -> Iterator[tuple[CodeType, Funct
             names = bytecode.names_in(code)
             if "super" not in names:
                 names = set(bytecode.attributes_of_self(code, function.__code__.co_varnames[:1]))
-            stack += [base.__dict__.get(name) for base in kind.__mro__ for name in names]
+            stack += [base.__dict__.get(name) for base in bases for name in names]
             stack += [read.value for read in bytecode.reads(code, {}, function.__globals__)]
 
 

@@ -15,7 +15,7 @@ import operator
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import FunctionType, GetSetDescriptorType
 from typing import Any, cast
@@ -26,7 +26,7 @@ from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.proxy import Attribute
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradkernels.conversion.attributes import HOOKED, NOT_COMPARABLE, Path, Reads, containers, in_mode, is_same, recorded
+from gradkernels.conversion.attributes import HOOKED, NOT_COMPARABLE, Path, Reads, containers, held, in_mode, is_same, recorded
 from gradkernels.conversion.bytecode import is_attribute_written_out, unpacked_count
 from gradkernels.conversion.purity import (
     ASKED,
@@ -215,6 +215,7 @@ class _Tracer(Tracer):
         self.given = given
         # The names of these arguments.
         self.asked = asked
+        self.leaves = leaves
 
     def traced(self, module: nn.Module, watch: Callable[[], None], in_c: list[Any]) -> Graph:
         self.watch, self.in_c = watch, in_c
@@ -248,13 +249,17 @@ class _Tracer(Tracer):
         parts = _parts(m)
         if any(map(own_classes, map(type, parts))):
             self.called.update(map(id, parts))
-            arguments = [container for value in (*args, *kwargs.values()) for container in containers(value)]
-            passed = [container for container in arguments if not isinstance(container, tuple)]
-            if passed and any(writes_into_containers(type(part)) for part in parts):
-                raise Unreadable(f"passes a {type(passed[0]).__name__} to a {type(m).__name__}, which may write into it")
+            values = [value for part in parts for attribute in vars(part).values() for value in held(attribute)]
+            functions = [value for value in values if isinstance(value, FunctionType)]
+            _check_passed(f"a {type(m).__name__}", [*map(type, parts), *functions], args, kwargs)
         if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
             self.called.add(HOOKED)
         return super().call_module(m, forward, args, kwargs)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **options: Any) -> Proxy:
+        if target in self.leaves:
+            _check_passed(target.__name__, (target,), args, kwargs)
+        return super().create_proxy(kind, target, args, kwargs, *more, **options)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, (list, dict, set, tuple)) and not isinstance(a, torch.Size):
@@ -301,6 +306,14 @@ class _Tracer(Tracer):
         if _modes() != self.modes:
             raise Unreadable("switches gradients, autocast or checkpointing on or off")
         return super().create_node(*args, **kwargs)
+
+
+def _check_passed(name: str, called: Iterable[type | FunctionType], args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raises Unreadable if a call may write into a list or a dict that it gets: a graph has a copy of it."""
+    arguments = [container for value in (*args, *kwargs.values()) for container in containers(value)]
+    passed = [container for container in arguments if not isinstance(container, tuple)]
+    if passed and any(map(writes_into_containers, called)):
+        raise Unreadable(f"passes a {type(passed[0]).__name__} to {name}, which may write into it")
 
 
 def has_own_forward(module: nn.Module) -> bool:
