@@ -149,7 +149,15 @@ class Aliasing:
         if node.args and (node.target in WRITING_ADDITIONS or (module is not None and is_identity(module) and not has_hooks(module))):
             before = self.private(node.args[0]) if isinstance(node.args[0], Node) else None
             return None if before is None else [*calls, *before]
-        return calls if self.is_fresh(node) else None
+        return calls if self.is_fresh(node) or (module is not None and self._makes_its_result(module)) else None
+
+    def _makes_its_result(self, module: nn.Module) -> bool:
+        """Whether the forward of a module of the user's returns what a function in it has just computed, as squeeze-excite does."""
+        graph = None if has_hooks(module) else self.ends.graph_of(module)
+        if graph is None or type(module).forward is nn.Sequential.forward:
+            return False
+        result = graph.output_node().args[0]
+        return isinstance(result, Node) and Aliasing(module, graph, self.ends).private(result) == []
 
     def _writes(self, node: Node) -> bool:
         """Whether a node is known to write an argument, or calls a module of unknown code."""

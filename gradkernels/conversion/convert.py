@@ -23,6 +23,7 @@ from gradkernels.conversion.guard import FORWARD, RewrittenForward
 from gradkernels.conversion.patterns import (
     ACTIVATION_MODULES,
     BATCH_NORMS,
+    IS_RETURNED,
     is_activation,
     is_batch_norm,
     keeps_output,
@@ -187,6 +188,9 @@ class _Plan:
         self.alone -= {site.module for _, site in found if site.keeps_output}
         called = {site.module for _, site in found} | {module for _, site in found for module in site.absorbed}
         sites = _one_at_each_place(found)
+        for block, site in sites:
+            if site.why == IS_RETURNED:
+                site.why = self.why_returned(block)
         fused = {site.module for _, site in sites if site.is_fused and site.place is not None}
         for block, site in sites:
             # A batch norm with its own rewritten forward has one row: for its call if it is fused there, else for that forward.
@@ -273,15 +277,32 @@ class _Plan:
     def above(self, name: str) -> nn.Module:
         return self.model.get_submodule(name.rpartition(".")[0])
 
+    def why_returned(self, block: nn.Module) -> str:
+        """Why nothing is fused with what a block returns: the problem of the block that calls it, if that has one."""
+        name = self.names[block]
+        while name:
+            above = self.above(name)
+            name = name.rpartition(".")[0]
+            if above in self.problems:
+                return self.with_problem("its output is returned to {}, whose forward {}", above)
+            call = self.reader.ends.last_batch_norm(above)
+            if not isinstance(above, (nn.ModuleList, nn.ModuleDict)) and (call is None or call[0] is not block):
+                break
+        return IS_RETURNED
+
+    def with_problem(self, text: str, block: nn.Module) -> str:
+        """A text that names a block and its problem."""
+        problem = self.problems[block]
+        why = text.format(type(block).__name__, problem)
+        return Reason(why, problem.remedy) if isinstance(problem, Reason) else why
+
     def why_uncalled(self, name: str) -> str:
         """Why no call of a module was found: the problem of the block that holds it."""
         while name:
             block = self.above(name)
             name = name.rpartition(".")[0]
             if block in self.problems:
-                problem = self.problems[block]
-                why = f"the forward of {type(block).__name__} {problem}"
-                return Reason(why, problem.remedy) if isinstance(problem, Reason) else why
+                return self.with_problem("the forward of {} {}", block)
             if block in self.unread:
                 return ""
             if not isinstance(block, (nn.ModuleList, nn.ModuleDict)):

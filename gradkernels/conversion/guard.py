@@ -53,10 +53,10 @@ def normalize(
         or residual.device != x.device
         or (is_second and residual.stride() != x.stride())
     )
-    has_kernel = _has_kernel(bn, x)
-    if is_summed_apart or not has_kernel:
+    is_known = has_kernel(bn, x)
+    if is_summed_apart or not is_known:
         # The kernel has no sum that broadcasts, promotes or changes the memory format.
-        y = _apply(bn, x, None, "identity", 0.0) if has_kernel else type(bn).forward(bn, x)
+        y = _apply(bn, x, None, "identity", 0.0) if is_known else type(bn).forward(bn, x)
         if residual is not None:
             first, second = (residual, y) if is_second else (y, residual)
             y = first.add_(second) if writes else first + second
@@ -64,7 +64,7 @@ def normalize(
     return _apply(bn, x, residual, act, act_param)
 
 
-def _has_kernel(bn: Any, x: Tensor) -> bool:
+def has_kernel(bn: Any, x: Tensor) -> bool:
     """Whether the kernel computes what a batch norm does. A frozen one of another library promotes and broadcasts."""
     if isinstance(bn, (_BatchNorm, _NormAct)):
         return True

@@ -31,6 +31,8 @@ _FUSIBLE = {*BATCH_NORMS, *BATCH_NORMS.values(), FrozenBatchNormAct2d}
 # The module and the name of classes of other libraries that compute what FrozenBatchNormAct2d does. They keep their class, of
 # which those libraries ask, and whose loading of checkpoints differs.
 _FROZEN = (("torchvision.ops.misc", "FrozenBatchNorm2d"), ("detectron2.layers.batch_norm", "FrozenBatchNorm2d"))
+# The same for one that then applies submodules.
+_FROZEN_NORM_ACT = ("timm.layers.norm_act", "FrozenBatchNormAct2d")
 # Activations without a batch norm: torch's class -> ours.
 ACTIVATION_MODULES: dict[type[nn.Module], type[nn.Module]] = {
     nn.LeakyReLU: activation.LeakyReLU,
@@ -59,6 +61,7 @@ WRITING_ADDITIONS = (operator.iadd, "add_")
 ADDITIONS = (operator.add, torch.add, "add", *WRITING_ADDITIONS)
 
 
+IS_RETURNED = "its output is returned, no activation follows"
 HAS_SCALE = "is called with a scale, which the kernel does not have"
 
 
@@ -113,7 +116,7 @@ def ours_for(kind: type[nn.Module]) -> type[nn.Module] | None:
 
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether a module is a batch norm, also of a class that may compute something else."""
-    return isinstance(module, (_BatchNorm, FrozenBatchNormAct2d)) or is_frozen_elsewhere(module)
+    return isinstance(module, (_BatchNorm, FrozenBatchNormAct2d)) or is_frozen_elsewhere(module) or is_frozen_norm_act(module)
 
 
 def is_fusible(module: nn.Module) -> bool:
@@ -124,6 +127,11 @@ def is_fusible(module: nn.Module) -> bool:
 def is_frozen_elsewhere(module: nn.Module) -> bool:
     """Whether a module is a frozen batch norm of another library."""
     return (type(module).__module__, type(module).__name__) in _FROZEN
+
+
+def is_frozen_norm_act(module: nn.Module) -> bool:
+    """Whether a module is a frozen batch norm of another library that applies submodules in its own forward."""
+    return (type(module).__module__, type(module).__name__) == _FROZEN_NORM_ACT
 
 
 def is_identity(module: Any) -> bool:
@@ -216,7 +224,7 @@ def activation_after(node: Node, module: nn.Module | None) -> Activation | str:
     if module is not None:
         return _activation_module(node, module)
     if node.op == "output":
-        return "its output is returned, no activation follows"
+        return IS_RETURNED
     if node.target is normalize:
         return "its output is the residual of another batch norm"
     name = name_of(node)

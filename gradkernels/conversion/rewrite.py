@@ -49,6 +49,7 @@ from gradkernels.conversion.patterns import (
     has_scale,
     is_activation,
     is_batch_norm,
+    is_frozen_norm_act,
     is_fusible,
     is_identity,
     keeps_output,
@@ -57,7 +58,7 @@ from gradkernels.conversion.patterns import (
     way_to_user,
     why_kept,
 )
-from gradkernels.conversion.purity import names_from_forward
+from gradkernels.conversion.purity import is_of_library, names_from_forward
 from gradkernels.conversion.result import IS_IN_PLACE, KEEPS_ITS_OUTPUT, NOTHING_TO_FUSE, Reason, RewriteResult, Site
 from gradkernels.conversion.trace import Given, Reading, given_by, has_own_forward, optional_arguments, read
 from gradkernels.sync_batch_norm_act import SyncBatchNormAct
@@ -192,8 +193,8 @@ def _chained(first: RewrittenForward | None, second: RewrittenForward | None) ->
 
 def _rewrite(block: nn.Module, reading: Reading, residual: bool, ends: Ends) -> RewriteResult:
     try:
-        if reading.graph is None:
-            result = rewrite_norm_act(block, reading, residual)
+        if reading.graph is None or is_frozen_norm_act(block):
+            result = rewrite_norm_act(block, reading, residual, ends.read)
         else:
             border = Border(block, reading, reading.graph, ends)
             border.write_out()
@@ -380,11 +381,15 @@ class Rewriter:
         return True
 
     def rely_on(self, path: Path) -> None:
-        """Expects a module to stay, which is known to write no argument and to return a new tensor."""
+        """Expects a module to stay, which is known to return a new tensor, and to write no argument unless it is of the user's."""
         module = self.block.get_submodule(".".join(path))
         kind = type(module)
-        if path not in self.expected and is_batch_norm(module) and not is_fusible(module):
-            self.expect_derived(path, module)
+        if not is_fusible(module) and not is_of_library(kind):
+            if path not in self.expected:
+                self.expect_derived(path, module)
+                self.paths.add(path)
+            if not is_batch_norm(module):
+                return
         self.expected.setdefault(path, Expected(path, tuple({kind, ours_for(kind) or kind}), None, None))
         if hasattr(module, "inplace"):
             self.attributes += ((path, "inplace", False),)
@@ -403,10 +408,10 @@ class Rewriter:
         else:
             self.expected[path] = expected(path, module)
 
-    def expect_derived(self, path: Path, bn: nn.Module) -> None:
-        """Expects a batch norm with a forward of its own to stay, and what this forward has read."""
-        self.expected[path] = WrittenOut(path, type(bn), type(bn).forward)
-        self.attributes += tuple(((*path, *place), name, value) for place, name, value in self.ends.read(bn).attributes)
+    def expect_derived(self, path: Path, module: nn.Module) -> None:
+        """Expects a module with a forward of its own to stay, and what this forward has read."""
+        self.expected[path] = WrittenOut(path, type(module), type(module).forward)
+        self.attributes += tuple(((*path, *place), name, value) for place, name, value in self.ends.read(module).attributes)
 
     def at_activation(self, node: Node) -> Iterator[Site]:
         """The site of an activation that is not fused. Yields nothing for any other node."""

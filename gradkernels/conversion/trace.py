@@ -43,6 +43,8 @@ from gradkernels.conversion.purity import (
 # The optional arguments that a call gives, in the order of their names -> their constant, or torch.Tensor for a
 # value that is computed. One that equals its default counts as left out.
 Given = tuple[tuple[str, Any], ...]
+# Functions of the user's that are one call in a graph -> why they could not be read; None if torch.fx could not trace them.
+Leaves = dict[FunctionType, Unreadable | None]
 # torch.fx patches nn.Module while it reads a forward, and attributes.py does too.
 _ONE_AT_A_TIME = threading.Lock()
 # What returns a tuple of tensors.
@@ -125,6 +127,9 @@ class _Recorded(Proxy):
     def __delattr__(self, name: str) -> None:
         raise Unreadable(f"deletes the attribute {name} of a tensor")
 
+    def __setitem__(self, key: Any, value: object) -> None:
+        raise Unreadable("writes an item of a value")
+
     def __hash__(self) -> int:
         if not sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.fx", "gradkernels")):
             raise Unreadable("uses a value as a key")
@@ -195,12 +200,10 @@ class _Tracer(Tracer):
     # Buffers are nodes then. As plain tensors they would be written in place during reading.
     proxy_buffer_attributes = True
 
-    def __init__(
-        self, root: nn.Module, called: set[int], kind: type, given: Given, asked: set[str], leaves: tuple[FunctionType, ...]
-    ) -> None:
+    def __init__(self, root: nn.Module, called: set[int], kind: type, given: Given, asked: set[str], leaves: Leaves) -> None:
         # The functions of this package are nodes, like torch's. Else torch.fx would trace into them.
         modules: Any = (math, sys.modules["gradkernels"])
-        super().__init__(autowrap_modules=modules, autowrap_functions=leaves)
+        super().__init__(autowrap_modules=modules, autowrap_functions=tuple(leaves))
         self.paths = {id(part): name for name, part in root.named_modules() if name}
         # Values that the forward read by an attribute or an index, and values that it turned into text.
         self.read_values: list[Node] = []
@@ -258,6 +261,10 @@ class _Tracer(Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **options: Any) -> Proxy:
         if target in self.leaves:
+            problem = self.leaves[target]
+            if problem is not None and any(isinstance(part, nn.Module) for value in (*args, *kwargs.values()) for part in held(value)):
+                # It may switch the module, or hook it.
+                raise problem
             _check_passed(target.__name__, (target,), args, kwargs)
         return super().create_proxy(kind, target, args, kwargs, *more, **options)
 
@@ -499,18 +506,18 @@ def _is_partial(module: nn.Module, graph: Graph) -> bool:
 
 
 def _trace_around(module: nn.Module, training: bool, kind: type, given: Given, asked: set[str], reads: Reads) -> Graph:
-    """The graph in one mode, in which a function of the user's that cannot be traced is one call."""
-    leaves: tuple[FunctionType, ...] = ()
+    """The graph in one mode, in which a function of the user's that cannot be read is one call."""
+    leaves: Leaves = {}
     while True:
         try:
             return _trace(module, training, kind, given, asked, reads, leaves)
-        except Unreadable:
-            raise
         except Exception as error:
             function = _called_from(type(module).forward, error)
-            if function is None or function in leaves:
+            if function is None:
                 raise
-            leaves += (function,)
+            if function in leaves:
+                raise leaves[function] or error from None
+            leaves[function] = error if isinstance(error, Unreadable) else None
 
 
 def _called_from(forward: Callable[..., Any], error: Exception) -> FunctionType | None:
@@ -521,7 +528,7 @@ def _called_from(forward: Callable[..., Any], error: Exception) -> FunctionType 
 
 
 def _trace(
-    module: nn.Module, training: bool, kind: type, given: Given, asked: set[str], reads: Reads, leaves: tuple[FunctionType, ...] = ()
+    module: nn.Module, training: bool, kind: type, given: Given, asked: set[str], reads: Reads, leaves: Leaves | None = None
 ) -> Graph:
     """The graph in one mode.
 
@@ -532,11 +539,11 @@ def _trace(
         given: the optional arguments that are given.
         asked: gets the names of these arguments.
         reads: gets the attributes of the module and its submodules that the forward reads.
-        leaves: functions that are one call in the graph.
+        leaves: functions that are one call in the graph -> why they could not be read, if that is known.
     """
     called: set[int] = set()
 
-    tracer = _Tracer(module, called, kind, given, asked, leaves)
+    tracer = _Tracer(module, called, kind, given, asked, leaves or {})
 
     def trace(watch: Callable[[], None], in_c: list[Any]) -> Graph:
         with recorded(module, reads, called):

@@ -40,6 +40,40 @@ class BatchNormAct2d(nn.BatchNorm2d):
         return self.act(x)
 
 
+class GELU(nn.Module):
+    """Like timm.layers.activations.GELU."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.gelu(input)
+
+
+class FrozenBatchNormAct2d(nn.Module):
+    """Like timm.layers.FrozenBatchNormAct2d, under whose name it is known."""
+
+    __module__ = "timm.layers.norm_act"
+
+    def __init__(self, num_features: int, act: nn.Module, drop: nn.Module | None = None) -> None:
+        super().__init__()
+        self.eps = 1e-5
+        for name in ("weight", "running_var", "bias", "running_mean"):
+            self.register_buffer(name, torch.ones(num_features) if name in ("weight", "running_var") else torch.zeros(num_features))
+        self.drop = nn.Identity() if drop is None else drop
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight.reshape(1, -1, 1, 1)
+        b = self.bias.reshape(1, -1, 1, 1)
+        rv = self.running_var.reshape(1, -1, 1, 1)
+        rm = self.running_mean.reshape(1, -1, 1, 1)
+        scale = w * (rv + self.eps).rsqrt()
+        bias = b - rm * scale
+        x = x * scale + bias
+        return self.act(self.drop(x))
+
+
 class Conv(nn.Module):
     """Like ultralytics.nn.modules.conv.Conv."""
 
