@@ -387,8 +387,8 @@ class Rewriter:
         if not is_fusible(module) and not is_of_library(kind):
             if path not in self.expected:
                 self.expect_derived(path, module)
-                self.paths.add(path)
             if not is_batch_norm(module):
+                self.paths.add(path)
                 return
         self.expected.setdefault(path, Expected(path, tuple({kind, ours_for(kind) or kind}), None, None))
         if hasattr(module, "inplace"):
