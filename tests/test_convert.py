@@ -21,6 +21,7 @@ import pathlib
 import pickle
 import pickletools
 import random
+import re
 import sys
 import threading
 import types
@@ -151,9 +152,9 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def operators(model, x):
+def operators(model, *args, **kwargs):
     with torch.no_grad(), Operators() as seen:
-        model(x)
+        model(*args, **kwargs)
     return seen
 
 
@@ -820,6 +821,10 @@ def item_of_a_split_is(self, x):
     return self.act(self.bn(x)) if first is not again else x
 
 
+def with_options(x, **options):
+    return options.get("y") is None
+
+
 def item_is_none(self, x):
     first = x[0]
     return self.act(self.bn(x)) if first is not None else x
@@ -997,6 +1002,14 @@ LEFT = {
     "a class by getattr": (lambda self, x: F.leaky_relu(self.bn(x), getattr(Config, "sl" + "ope")), "reads Config, a class"),
     "call is None": (lambda self, x: self.act(self.bn(x)) if self.conv(x) is not None else x, "compares a value by `is`"),
     "item of a dict is None": (in_an_item, "compares a value by `is`"),
+    "an option of a function is None": (
+        lambda self, x: with_options(x, y=self.conv(x)) or self.act(self.bn(x)),
+        "cannot be traced",
+    ),
+    "an item without a slice is None": (
+        lambda self, x: (lambda y: y if y is None else self.act(self.bn(x)))(x[0]),
+        "compares a value by `is`",
+    ),
     "operator.is_": (lambda self, x: x if operator.is_(self.conv(x), None) else self.act(self.bn(x)), "calls operator.is_"),
     "text for a node": (lambda self, x: torch.einsum(f"{x.ndim}".replace("4", "ij->ij"), self.bn(x)[0, 0]), "turns a value into text"),
     "a list that a submodule fills": (given_a_list, "passes a list to a Child, which may write into it"),
@@ -1306,6 +1319,10 @@ READ = {
     "a function that reads a dict": lambda self, x: self.act(self.bn(sum(of_a_switch(y) for y in (x, x)))),
     "a function that was made earlier": lambda self, x: self.act(self.bn(MADE_EARLIER(times(1.0)(x)))),
     "a decorated function": lambda self, x: with_gradients(self.act(self.bn(x))),
+    "the gradient mode without effect": lambda self, x: self.act(self.bn(x)) * (2 if torch.is_grad_enabled() and not self.flag else 3),
+    "an index that is not None": lambda self, x: (lambda y: self.act(self.bn(x)) * y if y is not None else x)(self.conv(x)[:, :1]),
+    "what a function of torch returns is not None": lambda self, x: (lambda y: self.act(self.bn(y)) if y is not None else x)(torch.exp(x)),
+    "more arguments": lambda self, x, *more, **options: x if len(more) > 0 or options.get("off") is not None else self.act(self.bn(x)),
     "a function that draws and counts": lambda self, x: draws_and_counts(self.act(self.bn(x)), 0.5) + x,
     # torch compares the class of the first argument with that of a tensor.
     "a power of the input": lambda self, x: self.act(self.bn(torch.pow(x, 3))) if isinstance(x, torch.Tensor) else x,
@@ -1337,6 +1354,78 @@ def test_a_list_that_a_submodule_may_write_into(fill, may_write):
     x = X()
     for _ in range(2):
         assert_same(step(actual, x), step(expected, x))
+
+
+def test_a_forward_takes_more_arguments_than_it_was_read_for():
+    expected, actual, _ = converted(block(READ["more arguments"]))
+    x = X()
+    for args, kwargs, is_read in (
+        ((x,), {}, True),
+        ((), {"x": x}, True),
+        ((x, None), {}, False),
+        ((x, x), {}, False),
+        ((x,), {"off": None}, False),
+        ((x,), {"off": x}, False),
+        ((x,), {"more": 1}, False),
+        ((x,), {"options": 1}, False),
+    ):
+        torch.testing.assert_close(actual(*args, **kwargs), expected(*args, **kwargs))
+        with torch.no_grad(), Operators() as seen:
+            copy.deepcopy(actual)(*args, **kwargs)
+        assert seen.ours["relu"] == is_read, (args, kwargs, seen.ours)
+    for each in (expected, actual):
+        with pytest.raises(TypeError):
+            each()
+
+
+class TakesTimeSteps(nn.Module):
+    """Like diffusers' ResnetBlock2D: its last required argument may be None."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.linear = nn.BatchNorm2d(3), nn.Linear(2, 3)
+
+    def forward(self, x, temb, *args, **kwargs):
+        if len(args) > 0 or kwargs.get("scale") is not None:
+            return x
+        if temb is not None:
+            temb = self.linear(temb)[:, :, None, None]
+        if temb is not None:
+            return F.silu(self.bn(x + temb))
+        return F.relu(self.bn(x))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle], ids=lambda each: each.__name__)
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: self.body(self.body(x, None), temb=self.step(x)),
+        lambda self, x: self.body(x, None) if torch.is_grad_enabled() else self.body(x, self.step(x)),
+    ],
+    ids=["read", "not read"],
+)
+def test_a_required_argument_that_may_be_none(copied, forward):
+    model = parent(forward, TakesTimeSteps(), step=lambda x: x.mean((2, 3))[:, :2])
+    expected, actual, _ = converted(model)
+    actual.body = copied(actual.body)
+    x = X()
+    temb = torch.randn(4, 2, dtype=torch.float64)
+    for args, kwargs, ours in (
+        ((x, temb), {}, {"swish": 1}),
+        ((x, None), {}, {"relu": 1}),
+        ((x,), {"temb": temb}, {"swish": 1}),
+        ((), {"temb": None, "x": x}, {"relu": 1}),
+        ((x, None, 1), {}, {}),
+        ((x, temb), {"scale": 1}, {}),
+        ((x, temb), {"scale": None}, {"identity": 1}),
+    ):
+        assert operators(copy.deepcopy(actual.body), *args, **kwargs).ours == ours, (args, kwargs)
+        torch.testing.assert_close(actual.body(*args, **kwargs), expected.body(*args, **kwargs))
+    for args in ((x,), (None, temb)):
+        for each in (expected.body, actual.body):
+            with pytest.raises((TypeError, AttributeError)):
+                each(*args)
+    assert_same(step(actual, x), step(expected, x))
 
 
 def test_an_attribute_of_super_is_a_reason():
@@ -1800,12 +1889,13 @@ def test_a_method_that_freezes_by_the_class_of_a_module():
 def test_asking_for_what_conversion_does_not_change_is_no_reason():
     def forward(self, x, *y):
         if y:
-            print(self.__class__.__name__, type(self.conv) is nn.Linear)
+            print(self.__class__.__name__, f"{self.__class__}", type(self.conv) is nn.Linear)
+            re.compile("")
         return self.act(self.bn(x))
 
     model = block(forward)
     expected, actual, report = converted(nn.Sequential(model, nn.Sequential(nn.BatchNorm2d(3).double(), nn.ReLU())))
-    assert [row.becomes for row in report.rows if row.name in ("0.bn", "1.0")] == ["BatchNormAct2d", "batch_norm_act(relu)"]
+    assert [row.becomes for row in report.rows if row.name in ("0.bn", "1.0")] == ["batch_norm_act(relu)"] * 2
     x = X()
     assert_same(step(actual, x), step(expected, x))
 
@@ -3645,10 +3735,10 @@ def test_what_would_help_where_a_user_can_change_it():
 
 
 def test_the_report_says_what_hides_the_place_of_an_activation():
-    report = gk.convert(block(lambda self, x, *y: self.act(self.bn(x)) + self.blocks[0](x), blocks=nn.ModuleList([nn.CELU()])))
+    report = gk.convert(block(lambda self, *x: self.act(self.bn(*x)) + self.blocks[0](*x), blocks=nn.ModuleList([nn.CELU()])))
     assert [(row.name, row.why) for row in report.rows] == [
-        ("bn", "the forward of Written has an optional argument, y"),
-        ("act", "the forward of Written has an optional argument, y"),
+        ("bn", "the forward of Written has an optional argument, x"),
+        ("act", "the forward of Written has an optional argument, x"),
         ("blocks.0", "there is no kernel for CELU"),
     ]
 

@@ -101,7 +101,9 @@ def refusals(code: CodeType, closure: Container[str]) -> Iterator[tuple[int, str
             yield instruction.offset, f"reads super().{instruction.argval}"
         if _is_comparison_by_is(after):
             for operand in _operands(instructions, place + 1):
-                if not operand.opname.startswith(("LOAD_", "STORE_")) and not _is_getattr(instructions, instructions.index(operand)):
+                at = instructions.index(operand)
+                is_known = operand.opname.startswith(("LOAD_", "STORE_")) or _is_getattr(instructions, at) or _keywords_got(code, at)
+                if not is_known:
                     yield after.offset, "compares a value by `is`"
         if instruction.opname == "IMPORT_NAME":
             yield instruction.offset, f"imports {instruction.argval}"
@@ -139,10 +141,11 @@ def starts(code: CodeType) -> dict[int, int]:
 
 @functools.lru_cache(maxsize=4096)
 def locals_compared(code: CodeType) -> dict[int, tuple[list[str], bool]]:
-    """The comparisons by `is` between local names.
+    """The comparisons by `is` between local names, and of `**name.get(...)`.
 
     Returns:
-        For the offset of each such instruction: the names, and whether one side is None.
+        For the offset of each such instruction: the names, those of keywords with two stars, and whether one side is
+        None.
     """
     instructions = _instructions(code)
     comparisons = {}
@@ -154,6 +157,7 @@ def locals_compared(code: CodeType) -> dict[int, tuple[list[str], bool]]:
         locals_ = [last.argval for last in operands if "_FAST" in last.opname or last.opname in ("LOAD_DEREF", "STORE_DEREF")]
         # An instruction that loads two names holds them as a tuple.
         names = [name for argval in locals_ for name in (argval if isinstance(argval, tuple) else (argval,))]
+        names += [f"**{name}" for last in operands for name in _keywords_got(code, instructions.index(last))]
         if names:
             comparisons[starts(code)[instruction.offset]] = names, with_none
     return comparisons
@@ -162,7 +166,7 @@ def locals_compared(code: CodeType) -> dict[int, tuple[list[str], bool]]:
 def asks_for_class(code: CodeType, wraps_forward: bool = False) -> bool:
     """Whether a code asks for the class itself of an object that may be a module.
 
-    `self.__class__.__name__` does not count: conversion keeps the name. What a forward returns is no module.
+    `self.__class__.__name__` and f"{self.__class__}" do not count: conversion keeps the name. What a forward returns is no module.
 
     Args:
         code: the code of one function.
@@ -178,7 +182,8 @@ def asks_for_class(code: CodeType, wraps_forward: bool = False) -> bool:
             # Code neither begins nor ends with an attribute.
             before, after = instructions[place - 1], instructions[place + 1]
             is_of_self = "_FAST" in before.opname and (_last_name(before),) == code.co_varnames[:1]
-            if not (is_of_self and after.argval in ("__name__", "__qualname__", "__module__")):
+            is_for_text = after.argval in ("__name__", "__qualname__", "__module__") or after.opname.startswith("FORMAT_")
+            if not (is_of_self and is_for_text):
                 return True
     return False
 
@@ -325,6 +330,23 @@ def _is_of_super(instructions: list[dis.Instruction], place: int) -> bool:
 def _is_getattr(instructions: list[dis.Instruction], place: int) -> bool:
     """Whether an instruction ends a call of getattr: it is a call, and the last global name is `getattr`."""
     return instructions[place].opname.startswith("CALL") and _globals_before(instructions, place)[-1:] == ["getattr"]
+
+
+def _keywords_got(code: CodeType, place: int) -> list[str]:
+    """The name of the `**` argument of a code, if an instruction ends a call of its method `get` with constants."""
+    if not code.co_flags & inspect.CO_VARKEYWORDS:
+        return []
+    instructions = _instructions(code)
+    keywords: str = inspect.getargs(code).varkw  # type: ignore[assignment]
+    if not instructions[place].opname.startswith("CALL") or any(
+        each.opname.startswith("STORE") and keywords in (each.argval, _last_name(each)) for each in instructions
+    ):
+        return []
+    before = place - 1
+    while instructions[before].opname in ("PRECALL", "LOAD_CONST"):
+        before -= 1
+    is_get = instructions[before].opname in _ATTRIBUTES and instructions[before].argval == "get"
+    return [keywords] if is_get and _loads_variable(instructions[before - 1], (keywords,)) else []
 
 
 def _globals_before(instructions: list[dis.Instruction], place: int) -> list[str]:

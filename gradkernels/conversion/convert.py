@@ -214,9 +214,8 @@ class _Plan:
         if not may_be_rewritten(block):
             self.unread.add(block)
             return []
-        calls = self.reader.calls_of(block)
-        result = rewrite.rewrite_forward(block, residual, self.reader, calls or ((),))
-        if not calls and (names := trace.optional_arguments(type(block).forward)):
+        result = rewrite.rewrite_forward(block, residual, self.reader, self.reader.kinds_of_calls(block))
+        if not self.reader.calls_of(block) and (names := trace.optional_arguments(type(block).forward)):
             for site in (site for site in result.sites if site.label is not None):
                 unseen = f"only in calls without {', '.join(names)}: no forward that could be read calls {type(block).__name__}"
                 site.why = site.why or unseen
@@ -336,7 +335,7 @@ def _one_at_each_place(found: list[tuple[nn.Module, Site]]) -> list[tuple[nn.Mod
     for _, site in found:
         for place in site.also or ((site.place,) if site.place is not None else ()):
             # Parents come first. They know why a call is not fused, and children what is fused without their parents.
-            if place not in best or site.is_fused:
+            if place not in best or (site.is_fused and not best[place].is_fused):
                 best[place] = site
     placed = [(block, site) if site.place is None else (site.place[0], site) for block, site in found]
     return [(block, site) for block, site in placed if site.place is None or best[site.place] is site]

@@ -6,6 +6,7 @@ differently. If anything differs, the block's own forward runs. A hook that is a
 norm or a switched flag therefore always has its effect.
 """
 
+import inspect
 import linecache
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from gradkernels.acts import ACTS
 from gradkernels.batch_norm_act import _NormAct, forward_of
 from gradkernels.conversion.attributes import Path, class_before, is_same, own_constant
 from gradkernels.conversion.bytecode import MISSING
-from gradkernels.conversion.trace import Given, optional_arguments
+from gradkernels.conversion.trace import Given, optional_arguments, required_arguments
 from gradkernels.frozen_batch_norm_act import FrozenBatchNormAct2d
 
 # The name in a block's __dict__ of its rewritten forward.
@@ -144,7 +145,7 @@ class RewrittenForward:
         shared: paths that led to one object at that time. The code uses the first of them.
         kinds: (place among the arguments, name, class) of each argument whose class the block's own forward
             asks for.
-        given: the optional arguments that a call gives.
+        given: the optional arguments that a call gives, and the last required one if it is None.
         otherwise: the rewritten forward for other calls; None if there is none.
     """
 
@@ -172,8 +173,10 @@ class RewrittenForward:
         linecache.cache[file] = (len(self.source), None, self.source.splitlines(True), file)
         exec(compile(self.source, file, "exec"), namespace)
         object.__setattr__(self, "function", namespace["forward"])
-        optional = optional_arguments(self.original)
         given = dict(self.given)
+        more = [name for name in required_arguments(self.original) if name in given]
+        optional = {name: inspect.signature(self.original, follow_wrapped=False).parameters[name] for name in more}
+        optional |= optional_arguments(self.original)
         object.__setattr__(self, "optional", {name: (name in given, given.get(name, each.default)) for name, each in optional.items()})
         computed = sum(value is Tensor for value in given.values())
         object.__setattr__(self, "required", namespace["forward"].__code__.co_argcount - 1 - computed)

@@ -19,12 +19,13 @@ import sys
 import weakref
 from collections.abc import Callable, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import BuiltinFunctionType, CellType, CodeType, FrameType, FunctionType, MethodDescriptorType, ModuleType
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.fx import Proxy
+from torch.fx import Node, Proxy
 
 from gradkernels.conversion import bytecode
 from gradkernels.conversion.bytecode import MISSING, with_nested
@@ -41,7 +42,8 @@ _OF_THEIR_ARGUMENTS = (
     *("math", "_operator", "operator", "_functools", "functools", "typing", "torch.nn.functional"),
     *("gradkernels.activation", "gradkernels.batch_norm_act"),
 )
-_OF_TORCH = frozenset({torch._assert, torch._jit_internal.is_scripting})
+# A forward that asks for the gradient mode is read in both.
+_OF_TORCH = frozenset({torch._assert, torch._jit_internal.is_scripting, torch.is_grad_enabled})
 # Modules of Python whose instances hold nothing but their arguments.
 _OF_VALUES = ("abc", "collections", "collections.abc", "dataclasses", "decimal", "enum", "fractions", "functools", "itertools", "numbers")
 # Py_TPFLAGS_HEAPTYPE, which classes written in Python have.
@@ -84,14 +86,28 @@ def _top(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
-def run_watched(function: Callable[[Callable[[], None], list[Any]], _Result]) -> _Result:
+@dataclass
+class Watched:
+    """What is known of code while it runs.
+
+    Attributes:
+        begin: a function to call when the judging has to begin.
+        in_c: the functions written in C that are running, the innermost last.
+        asks_for_gradients: whether the code has asked for the gradient mode.
+    """
+
+    begin: Callable[[], None]
+    in_c: list[Any]
+    asks_for_gradients: bool = False
+
+
+def run_watched(function: Callable[[Watched], _Result]) -> _Result:
     """Calls a function in a thread of its own, and judges code that it calls before that code runs.
 
     The thread has no profiler, tracer or torch mode; those of the caller are not touched.
 
     Args:
-        function: gets a function to call when the judging has to begin, and a list that from then on holds the
-            functions written in C that are running, the innermost last.
+        function: what is called.
 
     Raises:
         Unreadable: code may read or write something that changes.
@@ -101,11 +117,14 @@ def run_watched(function: Callable[[Callable[[], None], list[Any]], _Result]) ->
     codes: set[CodeType] = set()
     problems: list[Unreadable] = []
     in_c: list[Any] = []
+    is_grad_enabled = torch.is_grad_enabled
 
     def on_call(frame: FrameType, event: str, argument: object) -> None:
         # First of all, and without a call of Python's: this function runs at each call and return in the thread.
         if event == "c_call":
             in_c.append(argument)
+            if argument is is_grad_enabled and not _is_torchs(frame.f_globals.get("__name__")):
+                watched.asks_for_gradients = True
         elif event != "return" and event != "call" and in_c:
             in_c.pop()
         if event != "call":
@@ -145,7 +164,12 @@ def run_watched(function: Callable[[Callable[[], None], list[Any]], _Result]) ->
             names, with_none = compared.get(frame.f_lasti, ((), False))
             for name in names:
                 value: Any = frame.f_locals.get(name)
+                if name.startswith("**") and any(issubclass(type(each), Proxy) for each in frame.f_locals[name[2:]].values()):
+                    problems.append(Unreadable("compares a value by `is`"))
+                    raise problems[-1]
                 if not issubclass(type(value), Proxy):
+                    continue
+                if with_none and _is_tensor(value.node):
                     continue
                 if not with_none or value.node.op != "placeholder":
                     problems.append(Unreadable("compares a value by `is`"))
@@ -156,11 +180,12 @@ def run_watched(function: Callable[[Callable[[], None], list[Any]], _Result]) ->
 
     def run() -> _Result:
         try:
-            return function(lambda: sys.setprofile(on_call), in_c)
+            return function(watched)
         finally:
             sys.setprofile(None)
             sys.settrace(None)
 
+    watched = Watched(lambda: sys.setprofile(on_call), in_c)
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(run)
         future.exception()
@@ -168,6 +193,14 @@ def run_watched(function: Callable[[Callable[[], None], list[Any]], _Result]) ->
     if problems:
         raise problems[0]
     return future.result()
+
+
+def _is_tensor(node: Node) -> bool:
+    """Whether a value is certainly a tensor: what a function of torch returns, or x[:, None]."""
+    if node.op != "call_function":
+        return False
+    key = node.args[1] if node.target is operator.getitem else ()
+    return node.target in of_tensors() or (isinstance(key, tuple) and any(isinstance(each, slice) for each in key))
 
 
 def _is_no_part_of_the_forward(frame: FrameType, codes: Container[CodeType]) -> bool:
@@ -305,7 +338,8 @@ def classes_asked(kind: type) -> Iterator[set[Any]]:
         wrappers.add(forward.__code__)
         forward = forward.__wrapped__
     for code, function in _code_from(kind, ["forward", "__call__", "train", "eval"]):
-        if bytecode.asks_for_class(code, code in wrappers):
+        is_of_python = (function.__module__ or "").partition(".")[0] in sys.stdlib_module_names
+        if not is_of_python and bytecode.asks_for_class(code, code in wrappers):
             yield _classes_in(code, function)
     for function in (value for base in own_classes(kind) for value in vars(base).values() if isinstance(value, FunctionType)):
         for code in with_nested(function.__code__):

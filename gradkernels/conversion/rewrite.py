@@ -60,7 +60,7 @@ from gradkernels.conversion.patterns import (
 )
 from gradkernels.conversion.purity import is_of_library, names_from_forward
 from gradkernels.conversion.result import IS_IN_PLACE, KEEPS_ITS_OUTPUT, NOTHING_TO_FUSE, Reason, RewriteResult, Site
-from gradkernels.conversion.trace import Given, Reading, given_by, has_own_forward, optional_arguments, read
+from gradkernels.conversion.trace import Given, Reading, given_by, has_own_forward, optional_arguments, read, without_the_last
 from gradkernels.sync_batch_norm_act import SyncBatchNormAct
 
 
@@ -102,6 +102,15 @@ class Reader:
         """The optional arguments that the forwards in which `follow` saw calls of a block give it."""
         return tuple(self._calls.get(block, {}).values())
 
+    def kinds_of_calls(self, block: nn.Module) -> tuple[Given, ...]:
+        """The calls for which the forward of a block is read: those that were seen, else one without optional arguments.
+
+        A forward that compares its last required argument with None is read for None, too.
+        """
+        calls = self.calls_of(block) or ((),)
+        more = [without_the_last(block, self.read(block, torch.Tensor, given)) for given in calls]
+        return (*calls, *(given for given in more if given is not None))
+
     def follow(self, blocks: Iterable[nn.Module]) -> None:
         """Reads the forwards of blocks for the arguments that the forwards of others give them.
 
@@ -111,7 +120,7 @@ class Reader:
         followed: set[nn.Module] = set()
         for first in blocks:
             followed.add(first)
-            waiting = [(first, given) for given in self.calls_of(first) or ((),)]
+            waiting = [(first, given) for given in self.kinds_of_calls(first)]
             while waiting:
                 block, given = waiting.pop()
                 for child, its in self._calls_in(block, given):

@@ -31,6 +31,7 @@ from gradkernels.conversion.bytecode import is_attribute_written_out, unpacked_c
 from gradkernels.conversion.purity import (
     ASKED,
     Unreadable,
+    Watched,
     is_constant,
     is_pythons,
     is_torchs,
@@ -41,12 +42,13 @@ from gradkernels.conversion.purity import (
 )
 
 # The optional arguments that a call gives, in the order of their names -> their constant, or torch.Tensor for a
-# value that is computed. One that equals its default counts as left out.
+# value that is computed. One that equals its default counts as left out. The last required one, too, if it is None.
 Given = tuple[tuple[str, Any], ...]
 # Functions of the user's that are one call in a graph -> why they could not be read; None if torch.fx could not trace them.
 Leaves = dict[FunctionType, Unreadable | None]
 # torch.fx patches nn.Module while it reads a forward, and attributes.py does too.
 _ONE_AT_A_TIME = threading.Lock()
+_OF_ANY_NUMBER = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 # What returns a tuple of tensors.
 _OF_TENSORS = (torch.split, torch.chunk, torch.unbind, torch.tensor_split, "split", "chunk", "unbind", "tensor_split")
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift", "irshift")
@@ -62,7 +64,7 @@ class Reading:
         attributes: (path of the module, name, value) of each attribute that the forward read.
         kinds: (place among the arguments, name, class) of each argument whose class the forward asks for.
             The graph is that of a call with these classes.
-        given: the optional arguments that are given.
+        given: the optional arguments that are given, and the last required one if it is None.
         asks_for_class: whether the forward asks for the class of an argument.
         is_partial: whether other arguments lead to another graph: optional ones, ones of another class, or
             None. Or the mode does.
@@ -220,8 +222,8 @@ class _Tracer(Tracer):
         self.asked = asked
         self.leaves = leaves
 
-    def traced(self, module: nn.Module, watch: Callable[[], None], in_c: list[Any]) -> Graph:
-        self.watch, self.in_c = watch, in_c
+    def traced(self, module: nn.Module, watched: Watched) -> Graph:
+        self.watch, self.in_c = watched.begin, watched.in_c
         # Those of the thread that reads.
         self.modes, self.thread = _modes(), threading.get_ident()
         no_tensors: Any = _NoTensors
@@ -285,10 +287,10 @@ class _Tracer(Tracer):
         return super().create_arg(a)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        optional, by_name = optional_arguments(root_fn), {}
-        if optional:
+        by_name = {}
+        if self.given or optional_arguments(root_fn):
             # Python gives the arguments that are left out their defaults.
-            names = [name for name in _arguments(root_fn) if name not in optional]
+            names = [name for name in required_arguments(root_fn) if name not in dict(self.given)]
             arguments = [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
             for name, value in self.given:
                 by_name[name] = self.create_proxy("placeholder", name, (), {}) if value is torch.Tensor else value
@@ -334,15 +336,30 @@ def has_own_forward(module: nn.Module) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def optional_arguments(forward: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The arguments of a forward that a call may leave out, `**` included."""
+    """The arguments of a forward that a call may leave out, `*` and `**` included."""
     arguments = _arguments(forward).items()
-    return {name: each for name, each in arguments if each.default is not each.empty or each.kind is each.VAR_KEYWORD}
+    return {name: each for name, each in arguments if each.default is not each.empty or each.kind in _OF_ANY_NUMBER}
+
+
+def required_arguments(forward: Callable[..., Any]) -> list[str]:
+    """The names of the other arguments."""
+    return [name for name in _arguments(forward) if name not in optional_arguments(forward)]
 
 
 def _arguments(forward: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The arguments of a forward without the module."""
     # The arguments of the decorator count, not those of the function that it wraps.
     return dict(list(inspect.signature(forward, follow_wrapped=False).parameters.items())[1:])
+
+
+def without_the_last(module: nn.Module, reading: Reading) -> Given | None:
+    """The call with None for the last required argument, if the forward may ask for that; None if not."""
+    names = required_arguments(type(module).forward)
+    if len(names) < 2 or names[-1] in dict(reading.given):
+        return None
+    graphs = [each.graph for each in reading.by_mode or (reading,) if each.graph is not None]
+    asked = {str(node.target) for graph in graphs for node in graph.find_nodes(op="placeholder") if ASKED in node.meta}
+    return tuple(sorted((*reading.given, (names[-1], None)))) if names[-1] in asked else None
 
 
 def _sequential(module: nn.Module) -> Graph | None:
@@ -389,7 +406,7 @@ def given_by(call: Node, module: nn.Module) -> Given | None:
         return None
     given = []
     for name, value in sorted({**dict(zip(names, call.args, strict=False)), **call.kwargs}.items()):
-        if name not in names or (name in optional and optional[name].kind is inspect.Parameter.VAR_KEYWORD):
+        if name not in names or (name in optional and optional[name].kind in _OF_ANY_NUMBER):
             return None
         if name in optional and not (is_constant(value) and is_same(value, optional[name].default)):
             if not isinstance(value, Node) and not is_constant(value):
@@ -482,7 +499,7 @@ def _why_not_readable(module: nn.Module) -> str | None:
         return "is not a plain function"
     arguments = inspect.signature(type(module).forward, follow_wrapped=False).parameters
     for name, parameter in arguments.items():
-        if parameter.kind is parameter.VAR_POSITIONAL:
+        if parameter.kind is parameter.VAR_POSITIONAL and not required_arguments(type(module).forward):
             return f"has an optional argument, {name}"
     return "has a second argument named self" if "self" in list(arguments)[1:] else None
 
@@ -490,13 +507,13 @@ def _why_not_readable(module: nn.Module) -> str | None:
 def _why_not_optional(module: nn.Module) -> str | None:
     """Why no graph can stand for a call without the optional arguments; None if one can."""
     optional = optional_arguments(type(module).forward)
-    required = [parameter for name, parameter in _arguments(type(module).forward).items() if name not in optional]
+    required = [_arguments(type(module).forward)[name] for name in required_arguments(type(module).forward)]
     if optional and any(parameter.kind is parameter.KEYWORD_ONLY for parameter in required):
         return f"has an optional argument, {next(iter(optional))}, beside one that must have a name"
     for name, argument in optional.items():
         if argument.kind is argument.POSITIONAL_ONLY:
             return f"has an optional argument, {name}, that must not have a name"
-        if argument.kind is not argument.VAR_KEYWORD and not is_constant(argument.default):
+        if argument.kind not in _OF_ANY_NUMBER and not is_constant(argument.default):
             return f"has an optional argument, {name}, whose default may change"
     return None
 
@@ -541,16 +558,17 @@ def _trace(
         reads: gets the attributes of the module and its submodules that the forward reads.
         leaves: functions that are one call in the graph -> why they could not be read, if that is known.
     """
-    called: set[int] = set()
 
-    tracer = _Tracer(module, called, kind, given, asked, leaves or {})
-
-    def trace(watch: Callable[[], None], in_c: list[Any]) -> Graph:
-        with recorded(module, reads, called):
-            return tracer.traced(module, watch, in_c)
+    def trace(watched: Watched, with_gradients: bool) -> tuple[Graph, bool]:
+        called: set[int] = set()
+        tracer = _Tracer(module, called, kind, given, asked, leaves or {})
+        with torch.set_grad_enabled(with_gradients), recorded(module, reads, called):
+            return tracer.traced(module, watched), watched.asks_for_gradients
 
     with _ONE_AT_A_TIME, in_mode(module, training):
-        graph = run_watched(trace)
+        graph, asks_for_gradients = run_watched(functools.partial(trace, with_gradients=True))
+        if asks_for_gradients and not _are_equal(graph, run_watched(functools.partial(trace, with_gradients=False))[0]):
+            raise Unreadable("calls torch.is_grad_enabled, which no graph records")
     for node in graph.nodes:
         node.type = None
         # Else the code of the graph would announce the function to torch.fx.
