@@ -81,7 +81,7 @@ export PRINT_OTHER_SETS
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 
-build: $(LIBRARY)  ## compile csrc/ into gradkernels/_C
+build: $(LIBRARY)  ## compile csrc/ into gradkernels/_C and gradkernels/_portable.so
 
 demo: $(LIBRARY)  ## experiments on vanishing and exploding gradients; writes demo*.png
 	.venv/bin/python -m examples
@@ -175,7 +175,7 @@ cuda-check-all: CUDA_ARCHITECTURES := 7.5;8.0;9.0;10.0;12.0+PTX
 cuda-check-all: cuda-check  ## the same with the architectures that no package is built for
 
 clean:  ## what the build left; .venv, .venv-docs and .venv-cuda stay
-	rm -rf build dist gradkernels.egg-info gradkernels/_C.*.so
+	rm -rf build dist gradkernels.egg-info gradkernels/*.so
 
 # Folders are prerequisites too, because removing a file changes their age.
 $(LIBRARY): $(REQUIREMENTS) setup.py $(shell find csrc)

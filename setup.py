@@ -1,7 +1,11 @@
-"""Builds gradkernels._C with torch's BuildExtension; the metadata is in pyproject.toml.
+"""Builds two libraries with torch's BuildExtension; the metadata is in pyproject.toml.
+
+gradkernels._C is the native library, for the torch of this build. gradkernels/_portable.so has the same kernels of
+the CPU for every torch, and is no Python module: gradkernels/portable.py calls its C functions. With
+GRADKERNELS_PORTABLE=1 only the second is built, and a wheel fits every Python.
 
 This file selects the sources and the flags, and writes build_stamp.h, with which csrc/build_info.cpp says how
-the library was built.
+a library was built.
 """
 
 import os
@@ -13,19 +17,24 @@ import sysconfig
 from glob import glob
 from pathlib import Path
 
+TO_TYPE = """With torch installed, type
+
+    pip install "setuptools>=77" ninja
+    pip install --no-build-isolation .
+"""
 try:
+    import setuptools
     import torch
+    from setuptools.command.bdist_wheel import bdist_wheel
     from torch.utils import cpp_extension
 except ModuleNotFoundError as error:
     sys.exit(
         f"gradkernels: {error}.\n"
-        "gradkernels must be compiled for the torch that runs it, but pip's isolated build has no torch. With torch installed, type\n"
-        "\n"
-        '    pip install "setuptools>=77" ninja\n'
-        "    pip install --no-build-isolation .\n"
+        "gradkernels must be compiled for the torch that runs it, with setuptools 77 or newer. pip's isolated build has no torch.\n"
+        f"{TO_TYPE}"
     )
-
-from setuptools import setup
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    sys.exit(f"gradkernels: setuptools {setuptools.__version__} is too old to read pyproject.toml. {TO_TYPE}")
 
 # torch's version is in the folder's name, so that another torch changes every compile command. ninja does not
 # notice other headers of torch, because they are included with -isystem.
@@ -33,9 +42,13 @@ STAMP = Path("build/generated", torch.__version__, "build_stamp.h").absolute()
 
 CUDA_FOUND = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None and torch.cuda.is_available()
 CUDA = CUDA_FOUND or os.environ.get("FORCE_CUDA") == "1"
-CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp")) if CUDA else []
+CUDA_SOURCES = glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp") if CUDA else []
+# Of both libraries.
+KERNELS = sorted(["csrc/build_info.cpp", *glob("csrc/cpu/*.cpp")])
 # The files that include torch are compiled through those of units/.
-SOURCES = sorted(["csrc/build_info.cpp", *glob("csrc/cpu/*.cpp"), *glob("csrc/units/*.cpp")])
+SOURCES = sorted([*KERNELS, *glob("csrc/units/*.cpp"), *CUDA_SOURCES])
+PORTABLE = "gradkernels._portable"
+PORTABLE_ONLY = os.environ.get("GRADKERNELS_PORTABLE") == "1"
 
 # -fno-math-errno and -fno-trapping-math let loops vectorise and change no value. -ffp-contract=off uses fma
 # only where the source says so, so that forward and backward agree. -g0 undoes the -g among Python's flags.
@@ -85,7 +98,15 @@ def cuda_architectures() -> str:
     return " ".join(re.findall(r",code=(\w+)", " ".join(cpp_extension._get_cuda_arch_flags()))) if CUDA_SOURCES else ""
 
 
-class BuildWithStamp(cpp_extension.BuildExtension):
+class BuildLibraries(cpp_extension.BuildExtension):
+    def _define_torch_extension_name(self, extension: setuptools.Extension) -> None:
+        """Leaves out the macro, so that one command compiles a kernel for both libraries, and ninja runs it once."""
+
+    def get_ext_filename(self, ext_name: str) -> str:
+        filename = super().get_ext_filename(ext_name)
+        # Without the part that names a Python.
+        return filename.partition(".")[0] + ".so" if ext_name.endswith("_portable") else filename
+
     def build_extensions(self) -> None:
         compiler = cpp_extension.get_cxx_compiler()
         if shutil.which(compiler) is None:
@@ -109,17 +130,29 @@ class BuildWithStamp(cpp_extension.BuildExtension):
 # compiles one file at a time.
 os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
 
-Extension = cpp_extension.CUDAExtension if CUDA_SOURCES else cpp_extension.CppExtension
-setup(
-    ext_modules=[
-        Extension(
-            "gradkernels._C",
-            SOURCES + CUDA_SOURCES,
-            include_dirs=[os.path.abspath("csrc"), str(STAMP.parent)],
-            depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cpp", recursive=True)),
-            extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
-            extra_link_args=LINK_FLAGS,
-        )
-    ],
-    cmdclass={"build_ext": BuildWithStamp},
+
+class Wheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        return ("py3", "none", platform) if PORTABLE_ONLY else (python, abi, platform)
+
+
+def extension(name: str, sources: list[str]) -> setuptools.Extension:
+    kind = cpp_extension.CUDAExtension if CUDA_SOURCES else cpp_extension.CppExtension
+    return kind(
+        name,
+        sources,
+        include_dirs=[os.path.abspath("csrc"), str(STAMP.parent)],
+        depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cpp", recursive=True)),
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        extra_link_args=LINK_FLAGS,
+    )
+
+
+portable = extension(PORTABLE, [*KERNELS, "csrc/portable.cpp"])
+# torch's thread pool.
+portable.libraries = ["torch_cpu"]
+setuptools.setup(
+    ext_modules=[portable] if PORTABLE_ONLY else [extension("gradkernels._C", SOURCES), portable],
+    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},
 )

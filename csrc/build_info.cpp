@@ -14,7 +14,12 @@ __attribute__((used)) constexpr char kStamp[] = "gradkernels-built-for-torch=" G
 }  // namespace
 
 const BuildInfo& build_info() {
-  static constexpr BuildInfo kBuildInfo = {GK_BUILT_FOR_TORCH, GK_COMMIT, GK_CUDA_ARCHITECTURES};
+#if defined(__clang__)
+  static constexpr const char* kCompiler = "clang " __clang_version__;
+#else
+  static constexpr const char* kCompiler = "g++ " __VERSION__;
+#endif
+  static constexpr BuildInfo kBuildInfo = {GK_BUILT_FOR_TORCH, GK_COMMIT, GK_CUDA_ARCHITECTURES, kCompiler};
   return kBuildInfo;
 }
 

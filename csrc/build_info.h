@@ -1,4 +1,4 @@
-// How the library was built, for the report of module.cpp.
+// How a library was built, for the report of `python -m gradkernels info`.
 #pragma once
 
 namespace gradkernels {
@@ -7,6 +7,7 @@ struct BuildInfo {
   const char* torch;
   const char* commit;
   const char* cuda_architectures;  // separated by spaces
+  const char* compiler;
 };
 
 const BuildInfo& build_info();

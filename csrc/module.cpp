@@ -29,21 +29,11 @@ using ops::OptionalTensor;
 
 py::dict build_info_dict() {
   const BuildInfo& built = build_info();
-  py::list instruction_sets;
-  instruction_sets.append(cpu::kernels_base.name);
-#if defined(__x86_64__)
-  instruction_sets.append(cpu::kernels_avx2.name);
-  instruction_sets.append(cpu::kernels_avx512.name);
-#endif
   py::dict info;
   info["torch"] = built.torch;
-  info["instruction_sets"] = instruction_sets;
+  info["instruction_sets"] = py::str(cpu::instruction_sets()).attr("split")();
   info["cuda_architectures"] = py::str(built.cuda_architectures).attr("split")();
-#if defined(__clang__)
-  info["compiler"] = "clang " __clang_version__;
-#else
-  info["compiler"] = "g++ " __VERSION__;
-#endif
+  info["compiler"] = built.compiler;
   info["commit"] = built.commit;
   return info;
 }

@@ -1,7 +1,7 @@
 """Cures for vanishing and exploding gradients as fused kernels: activations, batch normalisation, clipping.
 
-All public names are in this namespace. Importing it always works: if the compiled library cannot be used,
-torch's operators compute the same functions, and a warning says why and which command fixes it.
+All public names are in this namespace. Importing it always works: without the native library the portable one
+computes, and without both torch's operators do. A warning says why and which command fixes it.
 """
 
 import importlib
@@ -116,9 +116,17 @@ def __dir__() -> list[str]:
 # out.
 warnings.filterwarnings("ignore", category=torch.jit._trace.TracerWarning, module=__name__)
 
-if _native.reason is not None:
+# A portable wheel has no native library, and nothing to warn of.
+if _native.library() is None:
     warnings.warn(
-        f"gradkernels runs without its kernels, on torch's operators: {_native.reason}. To fix this, run: {_native.remedy}",
+        f"gradkernels runs without its kernels, on torch's operators: {_native.reason}, and {_native.portable_reason}. "
+        f"To fix this, run: {_native.remedy}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+elif _native.C is None and _native.native_file() is not None:
+    warnings.warn(
+        f"gradkernels runs on its portable library: {_native.reason}. For the native one, run: {_native.remedy}",
         RuntimeWarning,
         stacklevel=2,
     )

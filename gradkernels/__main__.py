@@ -20,46 +20,63 @@ from gradkernels.diagnosis import command
 
 # The kernels support these on the devices that they were built for. torch's operators do the rest.
 _DTYPES = "float32, float64, bfloat16 and float16"
-# operator -> further conditions of its kernels
-_CONDITIONS = {
-    "leaky_relu": "",
-    "prelu": "",
-    "rrelu": "",
-    "elu": "",
-    "swish": "",
-    "batch_norm_act": "",
-    "clip_grad_norm_": ", norm_type 1, 2 and inf",
-    "clip_grad_value_": "",
-    "adaptive_clip_grad_": ", norm_type 1, 2 and inf",
-    "grad_report": ", norm_type 1, 2 and inf",
-    "optim.RMSprop": "",
+_NORMS = ", norm_type 1, 2 and inf"
+# What the native library adds to the portable one, which sends these calls to torch's operators.
+_OF_ACTIVATIONS = "faster small calls; torch.func; views in place"
+_OF_LISTS = "faster with many small gradients"
+# operator -> further conditions of its kernels, and what the native library adds
+_OPERATORS = {
+    "leaky_relu": ("", _OF_ACTIVATIONS),
+    "prelu": ("", _OF_ACTIVATIONS),
+    "rrelu": ("", "kernels for training"),
+    "elu": ("", _OF_ACTIVATIONS),
+    "swish": ("", _OF_ACTIVATIONS),
+    "batch_norm_act": ("", "faster small calls; torch.func; torch.compile; recompute; SyncBatchNormAct"),
+    "clip_grad_norm_": (_NORMS, _OF_LISTS),
+    "clip_grad_value_": ("", _OF_LISTS),
+    "adaptive_clip_grad_": (_NORMS, _OF_LISTS),
+    "grad_report": (_NORMS, _OF_LISTS),
+    "optim.RMSprop": ("", _OF_LISTS),
 }
 
 
 def info() -> str:
     """Versions, instruction set, threads, CUDA, and for each operator what computes it and why."""
-    native = _native.C
-    build = {} if native is None else native.build_info()
-    built_for = f"built for torch {build['torch']}" if build else "no native library in use"
+    kernels = _native.library()
+    build = {} if kernels is None else kernels.build_info()
+    is_native = _native.C is not None
+    library = "built for" if is_native else "the portable library, built with"
+    built_for = f"{library} torch {build['torch']}" if build else "no library in use"
     cuda = "torch.cuda available" if torch.cuda.is_available() else "torch.cuda not available"
     rows = [("gradkernels", f"{gradkernels.__version__}, commit {build.get('commit', 'unknown')}")]
     rows += [("torch", f"{torch.__version__}, {built_for}")]
     rows += [("Python", f"{platform.python_version()}, {sys.executable}")]
     rows += [("compiler", build.get("compiler", "unknown"))]
-    if native is not None:
-        rows += [("instruction set", f"{native.instruction_set()} in use, built: {' '.join(build['instruction_sets'])}")]
+    if kernels is not None:
+        rows += [("instruction set", f"{kernels.instruction_set()} in use, built: {' '.join(build['instruction_sets'])}")]
     rows += [("threads", str(torch.get_num_threads()))]
     rows += [("CUDA", f"built: {' '.join(build.get('cuda_architectures', [])) or 'none'}; {cuda}")]
-    table = [("operator", "computed by", "why")]
     devices = "the CPU and CUDA" if build.get("cuda_architectures") else "the CPU"
-    for operator, conditions in _CONDITIONS.items():
-        if native is not None:
-            table += [(operator, "native", f"{_DTYPES} on {devices}{conditions}; else torch")]
+    table = [("operator", "computed by", "why", "" if is_native or kernels is None else "the native library adds")]
+    for operator, (conditions, adds) in _OPERATORS.items():
+        why = f"{_DTYPES} on {devices}{conditions}; else torch"
+        if is_native:
+            table += [(operator, "native", why, "")]
+        elif kernels is None:
+            table += [(operator, "reference", str(_native.reason), "")]
+        elif operator == "rrelu":
+            table += [(operator, "reference", "only the native library has a kernel", adds)]
         else:
-            table += [(operator, "reference", str(_native.reason))]
-    lines = [*text.columns(rows, left=range(2)), "", *text.columns(table, left=range(3))]
-    if native is None:
-        lines += ["", f"To fix this, run: {_native.remedy}"]
+            table += [(operator, "portable", why, adds)]
+    lines = [*text.columns(rows, left=range(2)), "", *text.columns(table, left=range(4)), ""]
+    if is_native:
+        _, reason = _native.load_portable()
+        after = "the portable library computes" if reason is None else f"torch's operators compute, because {reason}"
+        return "\n".join([*lines, f"After an update of torch {after}."])
+    if kernels is None:
+        lines += [f"And {_native.portable_reason}. To fix this, run: {_native.remedy}"]
+    else:
+        lines += [f"Not native: {_native.reason}. To build it, run: {_native.remedy}"]
     return "\n".join(lines)
 
 

@@ -1,8 +1,10 @@
-"""Finds and loads gradkernels._C, decides which calls it computes, and raises the error for torch.jit.script.
+"""Finds and loads a library, decides which calls it computes, and raises the error for torch.jit.script.
 
-A library built for another torch fails to load with a mangled symbol, or crashes later. So the torch version
-in the file is read before the file is loaded. Without a usable library nothing is raised: `reason` is what is
-wrong, and `remedy` the command that fixes it.
+The native library is gradkernels._C, which is built for one torch. Without it the portable library (portable.py)
+computes, and without both, reference.py does. A native library built for another torch fails to load with a
+mangled symbol, or crashes later. So the torch version in the file is read before the file is loaded. Nothing is
+raised: `reason` says why the native library cannot be used, `portable_reason` why the portable one cannot be
+either, and `remedy` is the command that builds both.
 """
 
 import importlib
@@ -20,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
+
+from gradkernels import portable
 
 _STAMP = b"gradkernels-built-for-torch="
 _FOLDER = Path(__file__).resolve().parent
@@ -52,12 +56,16 @@ def _built_for(library: Path) -> str | None:
         return None
 
 
-def _load() -> tuple[ModuleType | None, str | None]:
+def native_file() -> Path | None:
+    """The file of the native library, whether it can be used or not."""
+    return next((_FOLDER / f"_C{suffix}" for suffix in EXTENSION_SUFFIXES if (_FOLDER / f"_C{suffix}").exists()), None)
+
+
+def _load_native() -> tuple[ModuleType | None, str | None]:
     """gradkernels._C and None; or None and the reason."""
-    names = [f"_C{suffix}" for suffix in EXTENSION_SUFFIXES]
-    library = next((_FOLDER / name for name in names if (_FOLDER / name).exists()), None)
+    library = native_file()
     if library is None:
-        return None, f"the library has not been built ({names[0]} is missing in the folder of the package)"
+        return None, f"the native library has not been built (_C{EXTENSION_SUFFIXES[0]} is missing in the folder of the package)"
     built_for = _built_for(library)
     if built_for is None:
         return None, f"{library.name} is damaged (it does not say which torch it was built for)"
@@ -70,6 +78,20 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, f"{library.name} does not load ({type(error).__name__}: {first_line})"
 
 
+def load_portable() -> tuple[ModuleType | None, str | None]:
+    """gradkernels.portable and None; or None and the reason."""
+    library = _FOLDER / "_portable.so"
+    if not library.exists():
+        return None, f"the portable library has not been built ({library.name} is missing in the folder of the package)"
+    if _built_for(library) is None:
+        return None, f"{library.name} is damaged"
+    try:
+        portable.load(library)
+    except Exception as error:
+        return None, f"{library.name} does not load ({type(error).__name__}: {error})"
+    return portable, None
+
+
 def _remedy() -> str:
     """One command line for the running interpreter. A checkout is imported in place, so it is built there."""
     python = shlex.quote(sys.executable)
@@ -78,7 +100,8 @@ def _remedy() -> str:
     return f"{python} -m pip install --no-build-isolation --force-reinstall --no-deps .  # in the source folder of gradkernels"
 
 
-C, reason = _load()
+C, reason = _load_native()
+PORTABLE, portable_reason = load_portable() if C is None else (None, None)
 remedy = _remedy()
 
 
@@ -95,10 +118,11 @@ def is_for_onnx() -> bool:
 
 
 def library(*tensors: Tensor | None) -> ModuleType | None:
-    """gradkernels._C if this is an eager call and it supports the types of these tensors, else None."""
-    if C is None or torch.compiler.is_compiling() or not _SUPPORTED.issuperset(map(type, tensors)):
+    """C or PORTABLE, which have the same functions, if this is an eager call and they support the types of these tensors."""
+    kernels = PORTABLE if C is None else C
+    if kernels is None or torch.compiler.is_compiling() or not _SUPPORTED.issuperset(map(type, tensors)):
         return None
-    return None if torch._C._is_tracing() and is_for_onnx() else C
+    return None if torch._C._is_tracing() and is_for_onnx() else kernels
 
 
 def uses_custom_operator(*tensors: Tensor | None) -> bool:

@@ -265,8 +265,10 @@ def table_of(device: str, checks: list[Check]) -> Table:
 
 def main(library: ModuleType) -> int:
     """Runs every check on a module with the functions of gradkernels; returns 0 if all passed, else 1."""
-    if _native.C is None:
-        print(f"gradkernels runs without its kernels, on torch's operators, so there is nothing to test: {_native.reason}.")
+    kernels = _native.library()
+    if kernels is None:
+        print("gradkernels runs without its kernels, on torch's operators, so there is nothing to test:")
+        print(f"{_native.reason}, and {_native.portable_reason}.")
         print(f"To fix this, run: {_native.remedy}")
         return 1
     console = Console()
@@ -285,7 +287,8 @@ def main(library: ModuleType) -> int:
                 check.failed = f"{type(error).__name__}: {error}".partition("\n")[0]
             progress.advance(task)
     console.print(
-        f"gradkernels {library.__version__}, torch {torch.__version__}, {_native.C.instruction_set()}, {torch.get_num_threads()} threads"
+        f"gradkernels {library.__version__}, torch {torch.__version__}, {'portable' if _native.C is None else 'native'} library, "
+        f"{kernels.instruction_set()}, {torch.get_num_threads()} threads"
     )
     for device in devices():
         console.print(table_of(device, checks))

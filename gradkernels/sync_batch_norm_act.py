@@ -271,7 +271,7 @@ class SyncBatchNormAct(_BatchNormAct):
         self._check_channels(x)
         momentum = 0.0 if self.momentum is None and num_batches_tracked is None else self.momentum
         tensors = (x, running_mean, running_var, self.weight, self.bias, residual, num_batches_tracked)
-        if _native.library(*tensors) is None and not _native.uses_custom_operator(*tensors):
+        if _native.C is None or (_native.library(*tensors) is None and not _native.uses_custom_operator(*tensors)):
             return reference.sync_batch_norm_act(
                 x,
                 running_mean,

@@ -53,14 +53,19 @@ LAYERS = {
         (TORCH, r"<pybind11/.*>", STANDARD, r'"(build_info|common/check|ops/operators|autograd/recompute|cpu/kernels)\.h"'),
         (LAUNCH, "data_ptr"),
     ),
+    "portable": Layer(
+        ("portable.cpp",),
+        (STANDARD, OWN_TORCH_FREE, SEAM, r'"(build_info|cpu/kernels|common/(extents|huge_pages))\.h"'),
+        (ATEN, r"\btorch::", THREADS, LAUNCH, ALLOCATION),
+    ),
     "build info": Layer(("build_info.cpp", "build_info.h"), (r'"build_(info|stamp)\.h"',), (ATEN,)),
     "units": Layer(("units/*.cpp",), (r'"(schema|module|(ops|autograd)/\w+)\.cpp"',), (r"\S",)),
     "common": Layer(
         ("common/*",), (STANDARD, TORCH, r"<(sys/mman|cuda_(bf|fp)16)\.h>", r'"common/\w+\.h"'), (LAUNCH, r"\bfor\b", r"\basm\b")
     ),
     "common without torch": Layer(
-        tuple(f"common/{stem}.h" for stem in ("host_device", "dispatch", "half", "shape")),
-        (STANDARD, r"<cuda_(bf|fp)16\.h>", OWN_TORCH_FREE),
+        tuple(f"common/{stem}.h" for stem in ("host_device", "dispatch", "half", "shape", "extents", "huge_pages")),
+        (STANDARD, r"<(sys/mman|cuda_(bf|fp)16)\.h>", OWN_TORCH_FREE),
         (ATEN,),
     ),
     "math": Layer(
@@ -109,8 +114,11 @@ LAYOUT_OF_A_STEM = (
 # The files and packages of gradkernels/ from the ground up: each may import what stands in a row before its own, and nothing else. So the
 # operators know nothing of conversion and diagnosis, and those nothing of each other.
 PACKAGE = (
-    ("_native", "acts", "layers", "preserved", "sharded", "text"),
-    ("clipping", "gradients", "recompute", "reference"),
+    ("acts", "layers", "preserved", "sharded", "text"),
+    ("reference",),
+    ("portable",),
+    ("_native",),
+    ("clipping", "gradients", "recompute"),
     ("activation", "batch_norm_act", "clip_grad", "selftest"),
     ("init", "optim", "sync_batch_norm_act"),
     ("frozen_batch_norm_act",),

@@ -1,4 +1,4 @@
-"""The package without its library, with one for another torch, with half of one, with each instruction set.
+"""The package without its libraries, with one for another torch, with half of one, with each instruction set.
 
 Every case runs in a process of its own, because a process loads a library only once.
 """
@@ -92,11 +92,17 @@ def run(*arguments, folder, **environment):
     return process.stdout
 
 
-def copy_of_the_package(folder, image=None):
-    shutil.copytree(PACKAGE, folder / "gradkernels", ignore=shutil.ignore_patterns("_C*.so", "__pycache__"))
-    if image is not None:
-        (folder / "gradkernels" / library().name).write_bytes(image)
+def copy_of_the_package(folder, image=None, portable=None):
+    """With these bytes as the native and as the portable library, or without them."""
+    shutil.copytree(PACKAGE, folder / "gradkernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name, content in ((library().name, image), ("_portable.so", portable)):
+        if content is not None:
+            (folder / "gradkernels" / name).write_bytes(content)
     return folder
+
+
+def portable_image():
+    return (PACKAGE / "_portable.so").read_bytes()
 
 
 def image_for_another_torch():
@@ -131,6 +137,36 @@ def test_import_without_a_usable_library(image, reason, tmp_path):
     assert result["different"] == [], "the reference is made of torch's operators and has to equal them"
 
 
+@pytest.mark.parametrize(
+    "image,portable,reason",
+    [
+        (lambda: None, lambda: portable_image()[: len(portable_image()) // 2], r"_portable\.so is damaged"),
+        (image_for_another_torch, lambda: STAMP, r"_portable\.so does not load|_portable\.so is damaged"),
+    ],
+    ids=["half a portable library", "no portable library at all"],
+)
+def test_import_with_a_damaged_portable_library(image, portable, reason, tmp_path):
+    result = json.loads(run("-c", USE_EVERYTHING, folder=copy_of_the_package(tmp_path, image(), portable())))
+    ((category, message, _),) = result["warnings"]
+    assert category == "RuntimeWarning" and re.search(reason, message), message
+    assert result["different"] == []
+
+
+@pytest.mark.parametrize("image", [lambda: None, image_for_another_torch], ids=["no library", "a library for another torch"])
+def test_import_with_the_portable_library(image, tmp_path):
+    """Silent in a portable wheel. A native library that cannot be used is a warning."""
+    folder = copy_of_the_package(tmp_path, image(), portable_image())
+    result = json.loads(run("-c", USE_EVERYTHING, folder=folder))
+    assert not result["native"] and set(result["different"]) & {"swish", "batch_norm_act"}, "torch's operators have other bits"
+    assert [re.search("portable library: .* built for torch 9", message) is not None for _, message, _ in result["warnings"]] == (
+        [] if image() is None else [True]
+    )
+    text = run("-W", "ignore", "-m", "gradkernels", "info", folder=folder)
+    for operator in ("leaky_relu", "elu", "swish", "batch_norm_act", "clip_grad_norm_"):
+        assert re.search(rf"^{operator}\s+portable\s+float32.*  faster ", text, flags=re.M), text
+    assert re.search(r"^rrelu\s+reference ", text, flags=re.M) and "Not native: " in text
+
+
 @pytest.mark.parametrize("image", [lambda: None, image_for_another_torch], ids=["no library", "a library for another torch"])
 def test_info_without_a_usable_library(image, tmp_path):
     folder = copy_of_the_package(tmp_path, image())
@@ -141,12 +177,13 @@ def test_info_without_a_usable_library(image, tmp_path):
 
 
 def test_the_package_with_its_library(tmp_path):
-    folder = copy_of_the_package(tmp_path, library().read_bytes())
+    folder = copy_of_the_package(tmp_path, library().read_bytes(), portable_image())
     result = json.loads(run("-c", USE_EVERYTHING, folder=folder))
     assert result["native"] and result["reason"] is None and result["warnings"] == []
     text = run("-m", "gradkernels", "info", folder=folder)
     for operator in ("leaky_relu", "elu", "swish", "batch_norm_act", "clip_grad_norm_"):
         assert re.search(rf"^{operator}\s+native\s+\S", text, flags=re.M), text
+    assert text.endswith("After an update of torch the portable library computes.\n")
 
 
 @pytest.mark.parametrize(("architectures", "devices"), [([], "the CPU"), (["sm_90"], "the CPU and CUDA")])

@@ -20,7 +20,7 @@ import torch
 import gradkernels
 
 ROOT = Path(__file__).resolve().parents[1]
-PRIVATE = {"gradkernels._C", "gradkernels.__main__"}
+PRIVATE = {"gradkernels._C", "gradkernels._portable", "gradkernels.__main__"}
 MODULES = sorted({module.name for module in pkgutil.walk_packages(gradkernels.__path__, "gradkernels.")} - PRIVATE)
 
 
@@ -152,8 +152,8 @@ def test_wheel_from_sdist_is_complete(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     package = ROOT / "gradkernels"
     sources = {f"gradkernels/{path.relative_to(package)}" for path in package.rglob("*") if path.suffix in (".py", ".pyi", ".typed")}
-    libraries = {name for name in names if re.fullmatch(r"gradkernels/_C\..*so", name)}
-    assert len(libraries) == 1
+    libraries = {name for name in names if re.fullmatch(r"gradkernels/(_C\..*|_portable\.)so", name)}
+    assert len(libraries) == 2
     assert {name for name in names if ".dist-info/" not in name} == sources | libraries
     assert "gradkernels/py.typed" in names
     assert [name for name in names if re.search(r"LICEN[CS]E|COPYING|NOTICE", name)] == [

@@ -70,7 +70,14 @@ def test_threads_are_put_back():
     assert torch.get_num_threads() == before
 
 
-def test_without_the_library(monkeypatch, capsys):
+def test_with_the_portable_library(monkeypatch, capsys):
+    monkeypatch.setattr(_native, "PORTABLE", _native.load_portable()[0])
+    monkeypatch.setattr(_native, "C", None)
+    assert main(["selftest"]) == 0
+    assert "portable library" in capsys.readouterr().out
+
+
+def test_without_a_library(monkeypatch, capsys):
     monkeypatch.setattr(_native, "C", None)
     monkeypatch.setattr(_native, "reason", "it was sold")
     assert main(["selftest"]) == 1

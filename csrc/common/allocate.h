@@ -1,28 +1,15 @@
-// Large outputs on huge pages. The C library returns freed blocks of several MiB to the system, and the
-// system hands out new ones page by page: a fresh output costs a page fault for every 4 KiB. If the system
-// grants huge pages on request (transparent_hugepage is madvise, the usual setting), it costs one for every 2
-// MiB.
+// Large outputs on huge pages, for tensors of ATen.
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+
+#include "common/huge_pages.h"
 
 namespace gradkernels {
 
-constexpr size_t kHugePageBytes = size_t{2} << 20;
-
 // Call it for a tensor that has just been allocated, before anything is written to the tensor.
 inline at::Tensor on_huge_pages(at::Tensor fresh) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (fresh.device().is_cpu() && fresh.nbytes() >= 2 * kHugePageBytes) {
-    const size_t begin = (reinterpret_cast<size_t>(fresh.mutable_data_ptr()) + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
-    const size_t end = (reinterpret_cast<size_t>(fresh.mutable_data_ptr()) + fresh.nbytes()) / kHugePageBytes * kHugePageBytes;
-    // The result is ignored: after a refusal the pages are as they were.
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-  }
-#endif
+  if (fresh.device().is_cpu() && fresh.nbytes() >= 2 * kHugePageBytes) request_huge_pages(fresh.mutable_data_ptr(), fresh.nbytes());
   return fresh;
 }
 

@@ -1,8 +1,9 @@
-// Chooses the instruction set, once per process.
+// The instruction sets: their names, and which one this processor runs, chosen once per process.
 #include "cpu/kernels.h"
 
 #include <cstdlib>
 #include <cstring>
+#include <string>
 
 namespace gradkernels::cpu {
 namespace {
@@ -26,6 +27,17 @@ const Kernels& choose() {
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;
+}
+
+const char* instruction_sets() {
+  static const std::string names = [] {
+    std::string all = kernels_base.name;
+#if defined(__x86_64__)
+    for (const Kernels* set : {&kernels_avx2, &kernels_avx512}) all += std::string(" ") + set->name;
+#endif
+    return all;
+  }();
+  return names.c_str();
 }
 
 }  // namespace gradkernels::cpu

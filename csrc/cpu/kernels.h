@@ -69,4 +69,7 @@ extern const Kernels kernels_avx512;
 // one.
 const Kernels& kernels();
 
+// The names of all tables, the least first, separated by spaces.
+const char* instruction_sets();
+
 }  // namespace gradkernels::cpu

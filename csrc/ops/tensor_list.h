@@ -3,12 +3,12 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <utility>
 #include <vector>
 
 #include "common/check.h"
+#include "common/extents.h"
 
 namespace gradkernels {
 
@@ -25,7 +25,7 @@ inline void check_tensors(at::TensorList tensors) {
 // Whether no two tensors can share memory: whether the ranges from their first to their last elements are
 // disjoint.
 inline bool disjoint(at::TensorList tensors) {
-  std::vector<std::pair<uintptr_t, uintptr_t>> extents;
+  std::vector<Extent> extents;
   extents.reserve(tensors.size());
   for (const at::Tensor& tensor : tensors) {
     if (tensor.numel() == 0) continue;
@@ -35,11 +35,9 @@ inline bool disjoint(at::TensorList tensors) {
       for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
     }
     const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-    extents.emplace_back(begin, begin + static_cast<uintptr_t>(last + 1) * tensor.element_size());
+    extents.push_back({begin, begin + static_cast<uintptr_t>(last + 1) * tensor.element_size()});
   }
-  std::sort(extents.begin(), extents.end());
-  return std::adjacent_find(extents.begin(), extents.end(), [](const auto& a, const auto& b) { return b.first < a.second; }) ==
-         extents.end();
+  return disjoint(std::move(extents));
 }
 
 }  // namespace gradkernels

@@ -1,0 +1,618 @@
+"""The kernels of the CPU without torch's C++ interface: the functions of gradkernels._C on a library of plain C functions.
+
+One file of the library works with every torch from 2.11 on, and with every Python (csrc/portable.cpp). Gradients
+are torch.autograd.Function. The kernels compute calls that are plainly right: tensors of the CPU in eager mode,
+contiguous or channels_last. Every other call goes to gradkernels.reference, which also raises the errors, and so
+do gradients that are differentiated again.
+"""
+
+import ctypes
+import functools
+import math
+from array import array
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
+from torch.nn import functional as F
+
+from gradkernels import reference
+from gradkernels.acts import ACTS
+
+_INT, _REAL, _POINTER, _COUNT = ctypes.c_int, ctypes.c_double, ctypes.c_void_p, ctypes.c_int64
+# Rows, channels, elements of a run.
+_SHAPE = (_COUNT, _COUNT, _COUNT)
+# A list of tensors: its length, dtypes, numbers of elements, addresses.
+_LIST = (_COUNT, ctypes.c_char_p, _POINTER, _POINTER)
+# The functions of csrc/portable.cpp that compute.
+_ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "activation_forward": (_INT, _INT, _REAL, _COUNT, *[_POINTER] * 3),
+    "activation_backward": (_INT, _INT, _REAL, _INT, _COUNT, *[_POINTER] * 3),
+    "parametric_forward": (_INT, _INT, *_SHAPE, *[_POINTER] * 3),
+    "parametric_backward": (_INT, _INT, *_SHAPE, *[_POINTER] * 5),
+    "batch_norm_act_forward": (_INT, _INT, *_SHAPE, _INT, _REAL, _INT, _REAL, _INT, _REAL, *[_POINTER] * 10),
+    "batch_norm_act_backward": (_INT, _INT, *_SHAPE, _INT, _REAL, _INT, *[_POINTER] * 11),
+    "grad_norms": (*_LIST, _INT, *[_POINTER] * 4),
+    "clip_grad_norm": (*_LIST, _INT, _REAL, _INT, _POINTER),
+    "clip_with_norm": (*_LIST, _REAL, _POINTER),
+    "clamp": (*_LIST, _REAL),
+    "adaptive_clip": (*_LIST, _POINTER, _POINTER, _INT, _REAL, _REAL),
+    "rmsprop": (*_LIST, *[_POINTER] * 4, *[_REAL] * 6),
+}
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_NORMS = {1.0: 0, 2.0: 1, float("inf"): 2}
+_INPUT, _OUTPUT, _MASK = range(3)
+_PRELU, _SWISH = range(2)
+
+_NUMBERS = frozenset((float, int))
+_NUMBERS_OR_NONE = frozenset((float, int, type(None)))
+_TYPES = frozenset((Tensor, torch.nn.Parameter))
+_dtype_of: Callable[[Tensor], torch.dtype] = cast(Any, Tensor.dtype).__get__
+_Layout: TypeAlias = tuple[Tensor, tuple[int, int, int], torch.memory_format]
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+# Of load(): the functions of the library by their names without gk_, and the numbers of the activations.
+_kernels: Any = None
+_kinds: dict[str, int] = {}
+_build_info: list[str] = []
+# What the dispatcher sees in a tensor of the CPU that is nothing else: neither sparse, quantized or nested, nor of a
+# transform, nor with a pending negation. A tensor of inference mode has other keys.
+_keys_of: Callable[[Tensor], Any]
+_plain: Any
+_plain_of_inference: Any
+
+
+def _raise_if_failed(code: int) -> None:
+    if code:
+        raise MemoryError("std::bad_alloc")
+
+
+def load(file: Path) -> None:
+    """Loads the library. An error means that it does not fit this torch, and that this module must not be used."""
+    global _kernels, _build_info, _keys_of, _plain, _plain_of_inference
+    library = ctypes.CDLL(str(file))
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(library, f"gk_{name}")
+        function.argtypes, function.restype = arguments, _raise_if_failed
+    library.gk_mask_bytes.argtypes, library.gk_mask_bytes.restype = (_COUNT, _COUNT, _COUNT), _COUNT
+    for name in ("build_info", "instruction_set", "activation_name"):
+        getattr(library, f"gk_{name}").restype = ctypes.c_char_p
+    _kinds.update((library.gk_activation_name(kind).decode(), kind) for kind in range(len(ACTS)))
+    _build_info = library.gk_build_info().decode().split("\n")
+    _kernels = library
+    _keys_of = torch._C._dispatch_keys
+    _plain = _keys_of(torch.empty(0, device="cpu"))
+    with torch.inference_mode():
+        _plain_of_inference = _keys_of(torch.empty(0, device="cpu"))
+    _is_eager()
+
+
+def build_info() -> dict[str, Any]:
+    """As gradkernels._C.build_info; "torch" is the version of the headers."""
+    version, commit, compiler, sets = _build_info
+    return {"torch": version, "instruction_sets": sets.split(), "cuda_architectures": [], "compiler": compiler, "commit": commit}
+
+
+def instruction_set() -> str:
+    name: str = _kernels.gk_instruction_set().decode()
+    return name
+
+
+# ---- which calls the kernels take
+
+
+def _is_eager() -> bool:
+    """Whether no transform, mode or trace would have to see the call."""
+    return not (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+    )
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in _TYPES and x.dtype in _DTYPES and _keys_of(x) in (_plain, _plain_of_inference)
+
+
+def _can_write(x: Tensor) -> bool:
+    """Whether autograd allows to write a plain tensor in place, also one that is recorded."""
+    if not (_is_dense(x) and (torch.is_inference_mode_enabled() or not x.is_inference())):
+        return False
+    return not torch.is_grad_enabled() or not (x._is_view() or (x.requires_grad and x.is_leaf))
+
+
+def _count_versions(written: Iterable[Tensor]) -> None:
+    increment_version([tensor for tensor in written if not tensor.is_inference()])
+
+
+def _records(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _takes_gradient(grad_y: Tensor) -> bool:
+    """Whether backward can use a kernel; else its result must be differentiable, or grad_y is a batch of functorch's."""
+    return not torch.is_grad_enabled() and _is_eager() and _is_plain(grad_y)
+
+
+# ---- layouts
+
+
+def _is_dense(x: Tensor) -> bool:
+    dim = x.dim()
+    return x.is_contiguous() or (dim in _CHANNELS_LAST and x.is_contiguous(memory_format=_CHANNELS_LAST[dim]))
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x, or a copy that is dense."""
+    return x if _is_dense(x) else torch.empty_like(x).copy_(x)
+
+
+def _in_order(grad_y: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """grad_y in the storage order that `stride` describes."""
+    if grad_y.stride() == stride or all(size == 1 or a == b for size, a, b in zip(grad_y.shape, grad_y.stride(), stride, strict=True)):
+        return grad_y
+    return torch.empty_strided(grad_y.shape, stride, dtype=grad_y.dtype, device="cpu").copy_(grad_y)
+
+
+def _by_channel(x: Tensor) -> _Layout:
+    """x, or a copy in the layout of the kernels; its rows, channels and elements of a run (csrc/common/shape.h); its format."""
+    x = _dense(x)
+    channels_last = _CHANNELS_LAST.get(x.dim())
+    rows, channels = x.shape[:2]
+    if channels_last is not None and x.stride(1) == 1 and x.is_contiguous(memory_format=channels_last):
+        return x, (x.numel() // channels, channels, 1), channels_last
+    return x.contiguous(), (rows, channels, x.numel() // (rows * channels)), torch.contiguous_format
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+# ---- gradients by torch's operators
+
+
+def _gradients_by_torch(
+    function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], wanted: tuple[bool, ...], grad_y: Tensor
+) -> list[Tensor | None]:
+    """The gradients of the wanted inputs of a function composed of torch's operators."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Two inputs may be one tensor, or depend on each other: the gradient of one must not include the other's.
+        aliases = [None if x is None else x.view_as(x) for x in inputs]
+        y = function(*aliases)
+    wanted_aliases = [alias for alias, is_wanted in zip(aliases, wanted, strict=True) if alias is not None and is_wanted]
+    found = iter(torch.autograd.grad(y, wanted_aliases, grad_y, create_graph=create_graph))
+    return [next(found) if alias is not None and is_wanted else None for alias, is_wanted in zip(aliases, wanted, strict=True)]
+
+
+def _masked_gradient(grad_y: Tensor, stride: tuple[int, ...], compute: Callable[[Tensor, Tensor], None]) -> Tensor:
+    """The gradient of a slope for each element: compute(grad_y, grad_x) writes it."""
+    if _takes_gradient(grad_y):
+        source = _in_order(grad_y, stride)
+        grad_x = torch.empty_like(source)
+        compute(source, grad_x)
+        return grad_x
+    slopes = torch.empty_strided(grad_y.shape, stride, dtype=grad_y.dtype, device="cpu").fill_(1.0)
+    compute(slopes, slopes)
+    return grad_y * slopes
+
+
+# ---- leaky_relu, elu, swish
+
+
+def _activation_forward(x: Tensor, y: Tensor, act: str, parameter: float, mask: Tensor | None = None) -> None:
+    _kernels.gk_activation_forward(
+        _DTYPES[x.dtype], _kinds[act], parameter, x.numel(), x.data_ptr(), y.data_ptr(), None if mask is None else mask.data_ptr()
+    )
+
+
+def _mask_like(x: Tensor) -> Tensor:
+    return torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device="cpu")
+
+
+class _Activation(torch.autograd.Function):
+    """Saves the input, the output or one bit for each element."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, act: str, parameter: float, saved: int, inplace: bool) -> Tensor:
+        source = _dense(x)
+        y = x if inplace else torch.empty_like(source)
+        mask = _mask_like(x) if saved == _MASK else None
+        _activation_forward(source, y, act, parameter, mask)
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.save_for_backward((x, y, mask)[saved])
+        ctx.call = act, parameter, saved, y.stride()
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (kept,), (grad_y,) = ctx.saved_tensors, grads
+        act, parameter, saved, stride = ctx.call
+
+        def compute(grad_y: Tensor, grad_x: Tensor) -> None:
+            source = kept if saved == _MASK else _in_order(kept, stride)
+            call = _DTYPES[grad_y.dtype], _kinds[act], parameter, saved, grad_y.numel()
+            _kernels.gk_activation_backward(*call, grad_y.data_ptr(), source.data_ptr(), grad_x.data_ptr())
+
+        if saved == _MASK or _takes_gradient(grad_y):
+            return _masked_gradient(grad_y, stride, compute), None, None, None, None
+        if act == "elu":
+            return torch.ops.aten.elu_backward(grad_y, parameter, 1, 1, saved == _OUTPUT, kept), None, None, None, None
+        (grad_x,) = _gradients_by_torch(lambda x: reference.swish(x, parameter), (kept,), (True,), grad_y)
+        return grad_x, None, None, None, None
+
+
+# autograd names a node after its class.
+_FUNCTIONS: dict[str, Any] = {
+    act: type(name, (_Activation,), {}) for act, name in (("leaky_relu", "LeakyRelu"), ("elu", "Elu"), ("swish", "Swish"))
+}
+
+
+def _activation(act: str, x: Tensor, parameter: float, saved: int, inplace: bool) -> Tensor | None:
+    """None if the kernels do not take the call."""
+    if type(parameter) not in _NUMBERS or not (_is_eager() and _is_plain(x)) or (inplace and not _can_write(x)):
+        return None
+    if torch.is_grad_enabled() and x.requires_grad:
+        y: Tensor = _FUNCTIONS[act].apply(x, act, parameter, saved, inplace)
+        return y
+    source = _dense(x)
+    y = x if inplace else torch.empty_like(source)
+    _activation_forward(source, y, act, parameter)
+    if inplace:
+        _count_versions([x])
+    return y
+
+
+def leaky_relu(x: Tensor, negative_slope: float, inplace: bool) -> Tensor:
+    y = _activation("leaky_relu", x, negative_slope, _MASK, inplace)
+    return reference.leaky_relu(x, negative_slope, inplace) if y is None else y
+
+
+def elu(x: Tensor, alpha: float, inplace: bool) -> Tensor:
+    y = None
+    if type(x) in _TYPES and type(alpha) in _NUMBERS and (alpha >= 0 or not inplace):
+        # An output of 16 bits does not have enough digits: near -alpha, they decide the gradient.
+        saved = _OUTPUT if alpha >= 0 and (inplace or x.itemsize > 2) else _INPUT
+        y = _activation("elu", x, alpha, saved, inplace)
+    return reference.elu(x, alpha, inplace) if y is None else y
+
+
+def swish(x: Tensor, beta: float) -> Tensor:
+    y = _activation("swish", x, beta, _INPUT, False)
+    return reference.swish(x, beta) if y is None else y
+
+
+# ---- prelu, and swish with a tensor
+
+
+def _parametric_layout(x: Tensor, parameter: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """_by_channel; if all channels share the parameter, x is one channel."""
+    return (_dense(x), (1, 1, x.numel())) if parameter.numel() == 1 else _by_channel(x)[:2]
+
+
+class _Parametric(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parameter: Tensor, act: int) -> Tensor:
+        ctx.save_for_backward(x, parameter)
+        ctx.act = act
+        source, shape = _parametric_layout(x, parameter)
+        weight, y = parameter.contiguous(), torch.empty_like(source)
+        _kernels.gk_parametric_forward(_DTYPES[x.dtype], act, *shape, source.data_ptr(), weight.data_ptr(), y.data_ptr())
+        return _in_order(y, torch.empty_like(x).stride())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x, parameter), (grad_y,) = ctx.saved_tensors, grads
+        wanted = ctx.needs_input_grad[:2]
+        if not _takes_gradient(grad_y):
+            function = reference.prelu if ctx.act == _PRELU else reference.swish
+            return *_gradients_by_torch(function, (x, parameter), wanted, grad_y), None
+        source, shape = _parametric_layout(x, parameter)
+        grad_y, weight = _in_order(grad_y, source.stride()), parameter.contiguous()
+        grad_x = torch.empty_like(source) if wanted[0] else None
+        grad_parameter = torch.empty_like(weight) if wanted[1] else None
+        addresses = map(_address, (grad_y, source, weight, grad_x, grad_parameter))
+        _kernels.gk_parametric_backward(_DTYPES[x.dtype], ctx.act, *shape, *addresses)
+        return None if grad_x is None else _in_order(grad_x, torch.empty_like(x).stride()), grad_parameter, None
+
+
+_Prelu: Any = type("Prelu", (_Parametric,), {})
+_Swish: Any = type("Swish", (_Parametric,), {})
+
+
+def _parametric(function: Any, act: int, x: Tensor, parameter: Tensor) -> Tensor | None:
+    """None if the kernels do not take the call."""
+    if not (_is_eager() and _is_plain(x) and _is_plain(parameter) and x.dtype == parameter.dtype and parameter.dim() < 2 and x.numel()):
+        return None
+    fits = parameter.numel() == 1 or (x.dim() > 1 and parameter.numel() == x.shape[1])
+    y: Tensor | None = function.apply(x, parameter, act) if fits and not torch.is_autocast_enabled("cpu") else None
+    return y
+
+
+def prelu(x: Tensor, weight: Tensor) -> Tensor:
+    y = _parametric(_Prelu, _PRELU, x, weight)
+    return reference.prelu(x, weight) if y is None else y
+
+
+def swish_tensor(x: Tensor, beta: Tensor) -> Tensor:
+    y = _parametric(_Swish, _SWISH, x, beta)
+    return reference.swish(x, beta) if y is None else y
+
+
+def rrelu(x: Tensor, seed: Tensor, lower: float, upper: float, inplace: bool) -> Tensor:
+    return reference.rrelu(x, lower, upper, True, inplace)
+
+
+# ---- batch_norm_act
+
+
+def _forward(
+    layout: _Layout,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running: tuple[Tensor | None, ...],
+    call: tuple[Any, ...],
+    keeps_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y, mean and invstd, and the mask."""
+    (x, shape, memory_format), (dtype, training, momentum, eps, act, act_param) = layout, call
+    if residual is not None:
+        residual = residual.contiguous(memory_format=memory_format)
+    y = torch.empty_like(x)
+    statistics = torch.empty((2, shape[1]), dtype=torch.float64, device="cpu")
+    mask = torch.empty(_kernels.gk_mask_bytes(*shape), dtype=torch.uint8, device="cpu") if keeps_mask else None
+    running_mean, running_var, count = running
+    _kernels.gk_batch_norm_act_forward(
+        *(_DTYPES[x.dtype], _DTYPES[dtype], *shape, _kinds[act], act_param),
+        *(training, 0.0 if momentum is None else momentum, momentum is None, eps),
+        *map(_address, (x, residual, weight, bias, running_mean, running_var, statistics, y, mask, count)),
+    )
+    if training:
+        _count_versions(tensor for tensor in running if tensor is not None)
+    return y, statistics, mask
+
+
+class BatchNormAct(torch.autograd.Function):
+    """Keeps x and the statistics; with a residual also one bit for each element, or the residual if the gradient reads it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        layout: _Layout,
+        running: tuple[Tensor | None, ...],
+        call: tuple[Any, ...],
+    ) -> Tensor:
+        saves = ACTS[call[4]].saves
+        y, statistics, mask = _forward(layout, weight, bias, residual, running, call, residual is not None and saves == "mask")
+        ctx.save_for_backward(x, weight, bias, residual if saves == "value" else None, statistics, mask)
+        ctx.call = call
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_y,), wanted = grads, ctx.needs_input_grad[:4]
+        # Without an activation the gradient of the residual is that of z, where y = act(z).
+        computes_residual = wanted[3] and ACTS[ctx.call[4]].saves != "nothing"
+        if _takes_gradient(grad_y):
+            gradients = _backward(ctx, grad_y, (*wanted[:3], computes_residual))
+            grad_z = grad_y
+        else:
+            gradients, grad_z = _backward_by_torch(ctx, grad_y, wanted)
+        if wanted[3] and gradients[3] is None:
+            gradients[3] = grad_z
+        return *gradients, None, None, None
+
+
+def _backward(ctx: Any, grad_y: Tensor, wanted: tuple[bool, ...]) -> list[Tensor | None]:
+    x, weight, bias, residual, statistics, mask = ctx.saved_tensors
+    dtype, training, _, _, act, act_param = ctx.call
+    x, shape, memory_format = _by_channel(x)
+    # Every tensor needs a name here: a temporary would be freed when its address is known.
+    grad_y = grad_y.contiguous(memory_format=memory_format)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=memory_format)
+    gradients = [
+        (torch.empty_like(x) if i in (0, 3) else torch.empty(shape[1], dtype=dtype, device="cpu")) if is_wanted else None
+        for i, is_wanted in enumerate(wanted)
+    ]
+    _kernels.gk_batch_norm_act_backward(
+        *(_DTYPES[x.dtype], _DTYPES[dtype], *shape, _kinds[act], act_param, training),
+        *map(_address, (grad_y, x, residual, mask, weight, bias, statistics, *gradients)),
+    )
+    return gradients
+
+
+def _backward_by_torch(ctx: Any, grad_y: Tensor, wanted: tuple[bool, ...]) -> tuple[list[Tensor | None], Tensor]:
+    """The gradients, and that of z, where y = act(z)."""
+    *inputs, statistics, mask = ctx.saved_tensors
+    _, training, _, eps, act, act_param = ctx.call
+    grad_z = grad_y
+    if mask is not None:
+        # act' takes two values. Where the gradient of inf is 0, act stops the gradient, so it is 0 for every grad_y.
+        of_ones, of_infinities = (
+            _backward(ctx, torch.full(grad_y.shape, value, dtype=grad_y.dtype, device="cpu"), (False, False, False, True))[3]
+            for value in (1.0, float("inf"))
+        )
+        assert of_ones is not None and of_infinities is not None
+        grad_z = torch.where(of_infinities == 0, 0, grad_y * of_ones)
+
+    def function(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        if training:
+            z = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+        else:
+            per_channel = (-1, *[1] * (x.dim() - 2))
+            mean, invstd = (each.view(per_channel) for each in statistics)
+            z = (x - mean) * invstd
+            z = z if weight is None else z * weight.view(per_channel)
+            z = (z if bias is None else z + bias.view(per_channel)).to(x.dtype)
+        z = z if residual is None else z + residual
+        return z if mask is not None else ACTS[act].function(z, act_param)
+
+    return _gradients_by_torch(function, tuple(inputs), wanted, grad_z), grad_z
+
+
+def _takes_batch_norm(
+    x: Tensor, operands: tuple[Tensor | None, ...], residual: Tensor | None, written: list[Tensor], dtype: torch.dtype, training: bool
+) -> bool:
+    if not (_is_eager() and _is_plain(x) and 2 <= x.dim() <= 5 and x.numel() > 0):
+        return False
+    channels = x.shape[1]
+    if not (dtype == x.dtype or (dtype == torch.float32 and x.itemsize == 2)):
+        return False
+    for operand in operands:
+        if operand is not None and not (
+            operand.dtype == dtype and operand.shape == (channels,) and operand.is_contiguous() and _is_plain(operand)
+        ):
+            return False
+    if any(tensor.requires_grad or (tensor.is_inference() and not torch.is_inference_mode_enabled()) for tensor in written):
+        return False
+    if residual is not None and not _is_plain(residual):
+        return False
+    running_mean, running_var = operands[:2]
+    return (running_mean is None) == (running_var is None) and (x.numel() > channels if training else running_mean is not None)
+
+
+def batch_norm_act(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    act: str,
+    act_param: float,
+) -> Tensor:
+    operands = (running_mean, running_var, weight, bias)
+    dtype = next((operand.dtype for operand in operands if operand is not None), x.dtype)
+    running = (running_mean, running_var, num_batches_tracked if training else None)
+    written = [tensor for tensor in running if tensor is not None] if training else []
+    counts = running[2] is None or (
+        _keys_of(running[2]) in (_plain, _plain_of_inference) and running[2].dtype == torch.int64 and running[2].numel() == 1
+    )
+    takes = counts and type(momentum) in _NUMBERS_OR_NONE and type(eps) in _NUMBERS
+    if not (takes and _takes_batch_norm(x, operands, residual, written, dtype, training)):
+        return reference.batch_norm_act(
+            *(x, running_mean, running_var, weight, bias, training, momentum, eps),
+            act=act,
+            act_param=act_param,
+            residual=residual,
+            num_batches_tracked=num_batches_tracked,
+        )
+    layout, call = _by_channel(x), (dtype, training, momentum, eps, act, act_param)
+    if _records(x, weight, bias, residual):
+        y: Tensor = cast(Any, BatchNormAct).apply(x, weight, bias, residual, layout, running, call)
+        return y
+    return _forward(layout, weight, bias, residual, running, call, False)[0]
+
+
+# ---- clipping and RMSprop, on lists of tensors
+
+
+def _words(values: Iterable[int]) -> Any:
+    words = array("q", values)
+    return (ctypes.c_int64 * len(words)).from_buffer(words) if words else None
+
+
+def _addresses(tensors: list[Tensor]) -> Any:
+    return _words(map(Tensor.data_ptr, tensors))
+
+
+def _described(tensors: list[Tensor]) -> tuple[Any, ...]:
+    dtypes = bytes(map(_DTYPES.__getitem__, map(_dtype_of, tensors)))
+    return len(tensors), dtypes, _words(map(Tensor.numel, tensors)), _addresses(tensors)
+
+
+def _are_contiguous(tensors: list[Tensor]) -> bool:
+    return all(map(Tensor.is_contiguous, tensors))
+
+
+def clip_grad_supports(tensors: list[Tensor]) -> bool:
+    return (
+        _is_eager()
+        and _TYPES.issuperset(map(type, tensors))
+        and _DTYPES.keys() >= {*map(_dtype_of, tensors)}
+        and all(map(_plain.__eq__, map(_keys_of, tensors)))
+        and (_are_contiguous(tensors) or all(map(_is_dense, tensors)))
+    )
+
+
+def grad_norms(grads: list[Tensor], norm_type: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    norms, max_abs = torch.empty((2, len(grads)), dtype=torch.float64, device="cpu")
+    nonfinite = torch.empty(len(grads), dtype=torch.int64, device="cpu")
+    total_norm = torch.empty((), dtype=torch.float64, device="cpu")
+    results = norms, max_abs, nonfinite, total_norm
+    _kernels.gk_grad_norms(*_described(grads), _NORMS[norm_type], *map(Tensor.data_ptr, results))
+    return results
+
+
+def clip_grad_norm_(
+    parameters: list[Tensor | tuple[str, Tensor]], max_norm: float, norm_type: float, error_if_nonfinite: bool
+) -> tuple[Tensor, bool] | None:
+    """As gradkernels._C.clip_grad_norm_: the total norm, and whether it is not finite and nothing was clipped."""
+    tensors: list[Any] = [entry[1] if type(entry) is tuple and len(entry) == 2 and type(entry[0]) is str else entry for entry in parameters]
+    if not _TYPES.issuperset(map(type, tensors)):
+        return None
+    grads = [grad for grad in [tensor.grad for tensor in tensors] if grad is not None]
+    if not (grads and clip_grad_supports(grads)):
+        return None
+    total_norm = ctypes.c_double()
+    _kernels.gk_clip_grad_norm(*_described(grads), _NORMS[norm_type], max_norm, error_if_nonfinite, ctypes.byref(total_norm))
+    is_refused = error_if_nonfinite and not math.isfinite(total_norm.value)
+    if not is_refused:
+        increment_version(grads)
+    dtype = functools.reduce(torch.promote_types, {*map(_dtype_of, grads)})
+    return torch.tensor(total_norm.value, dtype=dtype, device="cpu"), is_refused
+
+
+def clip_grads_with_norm_(grads: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
+    _kernels.gk_clip_with_norm(*_described(grads), max_norm, ctypes.byref(ctypes.c_double(float(total_norm))))
+    increment_version(grads)
+
+
+def clip_grad_value_(grads: list[Tensor], clip_value: float) -> None:
+    _kernels.gk_clamp(*_described(grads), clip_value)
+    increment_version(grads)
+
+
+def adaptive_clip_grad_(params: list[Tensor], grads: list[Tensor], clip_factor: float, eps: float, norm_type: float) -> None:
+    params, filled = ([tensor for tensor in tensors if tensor.numel()] for tensors in (params, grads))
+    elements = _words(grad.numel() // (grad.shape[0] if grad.dim() > 1 else 1) for grad in filled)
+    described = _described(filled)
+    _kernels.gk_adaptive_clip(*described, _addresses(params), elements, _NORMS[norm_type], clip_factor, eps)
+    increment_version(grads)
+
+
+def rmsprop_supports(params: list[Tensor], lists: list[list[Tensor]]) -> bool:
+    """Whether every parameter, its gradient and its state are plain, and have one dtype, shape and strides."""
+    lists = [params, *(tensors for tensors in lists if tensors)]
+    if not all(map(clip_grad_supports, lists)):
+        return False
+    same: list[Callable[[Tensor], Any]] = [_dtype_of, Tensor.size, *([] if all(map(_are_contiguous, lists)) else [Tensor.stride])]
+    return all([*map(geometry, tensors)] == [*map(geometry, params)] for geometry in same for tensors in lists[1:])
+
+
+def rmsprop_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    square_avgs: list[Tensor],
+    grad_avgs: list[Tensor],
+    momentum_buffers: list[Tensor],
+    *options: float,
+) -> None:
+    _kernels.gk_rmsprop(*_described(params), *map(_addresses, (grads, square_avgs, grad_avgs, momentum_buffers)), *options)
+    increment_version([*params, *square_avgs, *grad_avgs, *momentum_buffers])
