@@ -76,7 +76,14 @@ print(*["default", "avx2"][: built.index(_native.C.instruction_set())])
 endef
 export PRINT_OTHER_SETS
 
-.PHONY: help build demo quick test test-all test-sets fuzz coverage sanitize emulate versions models lint format bench docs cuda-check cuda-check-all clean
+# Such as 2.13.
+define PRINT_TORCH
+import torch
+print(".".join(torch.__version__.split(".")[:2]))
+endef
+export PRINT_TORCH
+
+.PHONY: help build wheel demo quick test test-all test-sets fuzz coverage sanitize emulate versions models lint format bench docs cuda-check cuda-check-all clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -176,6 +183,17 @@ cuda-check-all: cuda-check  ## the same with the architectures that no package i
 
 clean:  ## what the build left; .venv, .venv-docs and .venv-cuda stay
 	rm -rf build dist gradkernels.egg-info gradkernels/*.so
+
+# The library's objects are reused. auditwheel says for which systems a wheel is, and changes nothing else in it: torch's
+# libraries, which torch has loaded, are excluded. build/wheel/*/lib must be new, because it may have files that are gone.
+wheel: $(LIBRARY)  ## an sdist and two wheels into dist/: for every torch, and for this torch (not for an index)
+	rm -rf build/wheel dist
+	set -e; export SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct); .venv/bin/python setup.py -q sdist; \
+	  for kind in portable native; do tag=; if [ $$kind = native ]; then tag=+torch$$(.venv/bin/python -c "$$PRINT_TORCH"); fi; \
+	  GRADKERNELS_PORTABLE=$$(test $$kind = native || echo 1) .venv/bin/python setup.py -q egg_info --tag-build="$$tag" \
+	    build --build-lib build/wheel/$$kind/lib bdist_wheel --skip-build --bdist-dir build/wheel/$$kind/root --dist-dir build/wheel; done
+	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/auditwheel -q repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
+	ls -l dist
 
 # Folders are prerequisites too, because removing a file changes their age.
 $(LIBRARY): $(REQUIREMENTS) setup.py $(shell find csrc)

@@ -14,7 +14,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from glob import glob
+from gzip import GzipFile
 from pathlib import Path
 
 TO_TYPE = """With torch installed, type
@@ -26,6 +28,7 @@ try:
     import setuptools
     import torch
     from setuptools.command.bdist_wheel import bdist_wheel
+    from setuptools.command.sdist import sdist
     from torch.utils import cpp_extension
 except ModuleNotFoundError as error:
     sys.exit(
@@ -131,6 +134,32 @@ class BuildLibraries(cpp_extension.BuildExtension):
 os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
 
 
+class Sdist(sdist):
+    """With SOURCE_DATE_EPOCH, the same files give the same bytes."""
+
+    def make_archive(self, base_name: str, format: str, *args: str | None, **kwargs: str | None) -> str:
+        epoch = os.environ.get("SOURCE_DATE_EPOCH")
+        if epoch is None:
+            return super().make_archive(base_name, format, *args, **kwargs)
+
+        def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
+            member.uid = member.gid = 0
+            member.uname = member.gname = ""
+            member.mtime = int(epoch)
+            member.mode = 0o755 if member.mode & 0o100 else 0o644
+            return member
+
+        Path(base_name).parent.mkdir(parents=True, exist_ok=True)
+        with (
+            open(f"{base_name}.tar.gz", "wb") as file,
+            GzipFile("", "wb", 9, file, int(epoch)) as compressed,
+            tarfile.open(fileobj=compressed, mode="w", format=tarfile.PAX_FORMAT) as archive,
+        ):
+            # add() walks a folder in the order of the names.
+            archive.add(kwargs["base_dir"], filter=anonymous)
+        return f"{base_name}.tar.gz"
+
+
 class Wheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         python, abi, platform = super().get_tag()
@@ -154,5 +183,5 @@ portable = extension(PORTABLE, [*KERNELS, "csrc/portable.cpp"])
 portable.libraries = ["torch_cpu"]
 setuptools.setup(
     ext_modules=[portable] if PORTABLE_ONLY else [extension("gradkernels._C", SOURCES), portable],
-    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},
+    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel, "sdist": Sdist},
 )

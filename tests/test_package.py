@@ -162,13 +162,61 @@ def test_wheel_from_sdist_is_complete(wheel):
 
 
 @pytest.mark.slow
-def test_wheel_is_native_in_a_venv_of_its_own(wheel, tmp_path):
-    """One that has torch and what torch needs, by a path, and nothing else."""
-    python = tmp_path / "venv" / "bin" / "python"
-    venv.create(tmp_path / "venv", symlinks=True)
-    site = next((tmp_path / "venv").glob("lib/*/site-packages"))
+def test_sdist_is_reproducible(tmp_path):
+    """The same bytes from a copy of the tree with other times, by the clock and of the files."""
+    archives = []
+    for place in ("one", "another"):
+        copy = shutil.copytree(
+            ROOT, tmp_path / place, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__")
+        )
+        for path in copy.rglob("*"):
+            os.utime(path)
+        subprocess.run(
+            [sys.executable, "setup.py", "-q", "sdist"], cwd=copy, env=os.environ | {"SOURCE_DATE_EPOCH": "1700000000"}, check=True
+        )
+        archives.append(next((copy / "dist").glob("*.tar.gz")).read_bytes())
+    assert archives[0] == archives[1]
+
+
+def run_in_a_venv(wheel, folder, program):
+    """Prints of a program, in a venv that has torch and what torch needs, by a path, and this wheel."""
+    python = folder / "venv" / "bin" / "python"
+    venv.create(folder / "venv", symlinks=True)
+    site = next((folder / "venv").glob("lib/*/site-packages"))
     (site / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
     subprocess.run([sys.executable, "-m", "pip", "--python", python, "install", "--no-index", wheel], check=True)
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PATH")}
+    command = [python, "-W", "error::RuntimeWarning", "-c", program]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return site, json.loads(result.stdout)
+
+
+@pytest.mark.slow
+def test_portable_wheel(tmp_path):
+    """As make wheel builds it: for every Python, without a native library, silent."""
+    build = ["build", "--build-lib", tmp_path / "lib", "bdist_wheel", "--skip-build", "--bdist-dir", tmp_path / "root"]
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, *build, "--dist-dir", tmp_path]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"GRADKERNELS_PORTABLE": "1"}, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert re.fullmatch(rf"gradkernels-{re.escape(gradkernels.__version__)}-py3-none-linux_\w+\.whl", wheel.name)
+    assert [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")] == ["gradkernels/_portable.so"]
+    program = """
+import json, torch, gradkernels
+from gradkernels import _native
+x = torch.linspace(-3, 3, 7, requires_grad=True)
+gradkernels.elu(x).sum().backward()
+print(json.dumps({"file": gradkernels.__file__, "portable": _native.PORTABLE is not None, "grad": x.grad.tolist()}))
+"""
+    site, found = run_in_a_venv(wheel, tmp_path, program)
+    assert Path(found["file"]).is_relative_to(site) and found["portable"]
+    x = torch.linspace(-3, 3, 7, requires_grad=True)
+    gradkernels.elu(x).sum().backward()
+    assert found["grad"] == x.grad.tolist()
+
+
+@pytest.mark.slow
+def test_wheel_is_native_in_a_venv_of_its_own(wheel, tmp_path):
     program = """
 import json, torch, gradkernels
 from gradkernels import _native
@@ -176,11 +224,7 @@ x = torch.linspace(-3, 3, 7)
 same = torch.allclose(gradkernels.elu(x), torch.nn.functional.elu(x))
 print(json.dumps({"file": gradkernels.__file__, "info": _native.C.build_info(), "same": same}))
 """
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [python, "-W", "error::RuntimeWarning", "-c", program]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
+    site, found = run_in_a_venv(wheel, tmp_path, program)
     assert Path(found["file"]).is_relative_to(site)
     assert found["info"]["torch"] == torch.__version__
     assert found["info"]["commit"] == "unknown"
