@@ -1,11 +1,11 @@
-"""The time of a call with the native library, with the portable one and with torch, as the table of docs/design/wheels.md.
+"""What a call takes with the native library, with the portable one and with torch: the table of docs/design/wheels.md.
 
     python tests/time_libraries.py
 
-The libraries take turns, and each figure is the median of its turns.
+The libraries take turns on one thread. A figure is the least of the turns, in microseconds of CPU time, so that it
+depends little on what else the machine does.
 """
 
-import statistics
 import time
 
 import torch
@@ -16,8 +16,8 @@ import gradkernels as gk
 from gradkernels import _native
 
 SIZES = {"16 elements": 16, "64 KiB": 1 << 14, "4 MiB": 1 << 20}
-ROUNDS = 15
-SECONDS_OF_A_TURN = 0.02
+ROUNDS = 40
+SECONDS_OF_A_TURN = 0.005
 
 
 def calls_of(size):
@@ -58,10 +58,10 @@ def calls_of_many(count=1000):
 
 
 def microseconds(call, count):
-    begin = time.perf_counter()
+    begin = time.process_time()
     for _ in range(count):
         call()
-    return (time.perf_counter() - begin) / count * 1e6
+    return (time.process_time() - begin) / count * 1e6
 
 
 def use(library):
@@ -69,7 +69,7 @@ def use(library):
 
 
 def row(name, ours, torchs, libraries):
-    """Markdown: the medians, and how many times as long the portable library takes as the native one."""
+    """Markdown: the figures, and how many times as long the portable library takes as the native one."""
     turns = {kind: [] for kind in (*libraries, "torch")}
     count = max(1, int(SECONDS_OF_A_TURN * 1e6 / microseconds(torchs, 3)))
     for _ in range(ROUNDS):
@@ -78,15 +78,16 @@ def row(name, ours, torchs, libraries):
             ours()
             turns[kind].append(microseconds(ours, count))
         turns["torch"].append(microseconds(torchs, count))
-    native, portable, torch_time = (statistics.median(turns[kind]) for kind in ("native", "portable", "torch"))
+    native, portable, torch_time = (min(turns[kind]) for kind in ("native", "portable", "torch"))
     return f"| {name} | {native:.3g} | {portable:.3g} | {portable / native:.2f} | {torch_time:.3g} |"
 
 
 def main():
     libraries = {"native": (_native.C, None), "portable": (None, _native.load_portable()[0])}
     assert libraries["native"][0] and libraries["portable"][1], "build both libraries: make build"
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {_native.C.instruction_set()}")
-    print("| | native, us | portable, us | times as long | torch, us |\n|---|---|---|---|---|")
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, {_native.C.instruction_set()}")
+    print("| | native | portable | times as long | torch |\n|---|---|---|---|---|")
     groups = [*((size, calls_of(count)) for size, count in SIZES.items()), ("1,000 tensors of 16 elements", calls_of_many())]
     for size, calls in groups:
         for name, (ours, torchs) in calls.items():
