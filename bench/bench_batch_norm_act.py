@@ -88,14 +88,25 @@ def with_onednn(x: Tensor, weight: Tensor, grad_y: Tensor) -> tuple[dict[str, Ca
 class Eager(nn.Module):
     """What a network writes without gradkernels."""
 
-    def __init__(self, bn: nn.Module, act: str) -> None:
+    def __init__(self, norm: nn.Module, act: str) -> None:
         super().__init__()
-        self.bn = bn
+        self.norm = norm
         self.act = ACTS[act]
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = self.bn(x)
+        y = self.norm(x)
         return self.act(y if residual is None else y + residual)
+
+
+def norms(shape: tuple[int, ...], act: str, groups: int | None) -> tuple[nn.Module, nn.Module]:
+    """torch's normalisation and ours with the activation: batch norm, group norm or, of volumes, instance norm."""
+    channels = shape[1]
+    if groups is None:
+        theirs, ours = (nn.BatchNorm1d, gk.BatchNormAct1d) if len(shape) == 2 else (nn.BatchNorm2d, gk.BatchNormAct2d)
+        return theirs(channels), ours(channels, act=act)
+    if len(shape) == 5:
+        return nn.InstanceNorm3d(channels, affine=True), gk.InstanceNormAct3d(channels, affine=True, act=act)
+    return nn.GroupNorm(groups, channels), gk.GroupNormAct(groups, channels, act=act)
 
 
 def results(module: nn.Module, operands: list[Tensor], grad_y: Tensor) -> dict[str, Tensor]:
@@ -113,20 +124,22 @@ def case(
     dtype: torch.dtype = torch.float32,
     direction: str = WHOLE,
     with_compiler: bool = False,
+    groups: int | None = None,
 ) -> Case:
-    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    channels_last = torch.channels_last_3d if len(shape) == 5 else torch.channels_last
+    memory_format = channels_last if layout == "channels_last" else torch.contiguous_format
     # Not around zero: the running means would be sums that cancel, and not one digit could be proved.
     drawn = [torch.randn(shape).add_(0.5).to(dtype).contiguous(memory_format=memory_format) for _ in range(2 + residual)]
     grad_y, operands = drawn[0], [each.requires_grad_() for each in drawn[1:]]
-    bn, ours = (nn.BatchNorm1d, gk.BatchNormAct1d) if len(shape) == 2 else (nn.BatchNorm2d, gk.BatchNormAct2d)
-    modules: dict[str, nn.Module] = {EAGER: Eager(bn(shape[1]), act), OURS: ours(shape[1], act=act)}
+    theirs, ours = norms(shape, act, groups)
+    modules: dict[str, nn.Module] = {EAGER: Eager(theirs, act), OURS: ours}
     weight = torch.empty(shape[1]).uniform_(0.5, 1.5)
     for module in modules.values():
         next(module.parameters()).data.copy_(weight)
 
     def check() -> None:
         wide, exact = [each.detach().double().requires_grad_() for each in operands], copy.deepcopy(modules[EAGER]).double()
-        before_act = copy.deepcopy(exact.bn)(wide[0]) + (wide[1] if residual else 0)
+        before_act = copy.deepcopy(exact.norm)(wide[0]) + (wide[1] if residual else 0)
         # Rounding decides on which side of the kink such an element lies. In place, because oneDNN has the address.
         grad_y.masked_fill_(before_act.detach().abs() < 1e-5, 0)
         right = results(exact, wide, grad_y.double())
@@ -136,13 +149,13 @@ def case(
         for name, output in outputs.items():
             torch.testing.assert_close(output, right[name].float(), rtol=1e-2, atol=1e-2)
 
-    has_onednn = (act, residual, layout, direction) == ("relu", False, "channels_last", WHOLE)
+    has_onednn = (act, residual, layout, direction, groups) == ("relu", False, "channels_last", WHOLE, None)
     of_onednn, outputs = with_onednn(operands[0], weight, grad_y) if has_onednn else ({}, {})
     forwards = {EAGER: modules[EAGER]} | ({COMPILED: compiled(modules[EAGER])} if with_compiler else {}) | {OURS: modules[OURS]}
     inputs = {provider: [*operands, *module.parameters()] for provider, module in forwards.items()}
     least = {"forward": (2 + residual) * grad_y.nbytes, "backward": (3 + residual) * grad_y.nbytes}
     return Case(
-        operator="batch_norm_act",
+        operator="batch_norm_act" if groups is None else "group_norm_act",
         name=f"{act}{' + residual' * residual} {shape}",
         providers={name: called(direction, partial(each, *operands), inputs[name], grad_y) for name, each in forwards.items()} | of_onednn,
         prove=check,

@@ -69,6 +69,11 @@ Tensor batch_norm_act(const Tensor& x, const OptionalTensor& running_mean, const
                                              eps, act, act_param));
 }
 
+Tensor group_norm_act(const Tensor& x, int64_t num_groups, const OptionalTensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& residual, double eps, std::string_view act, double act_param) {
+  return std::get<0>(call<ops::GroupNormAct>(x, num_groups, weight, bias, residual, eps, act, act_param));
+}
+
 using Tensors = std::vector<Tensor>;
 
 bool clips(const Tensor& grad) { return has_kernel(grad) && !grad.is_meta() && !grad.key_set().has(c10::DispatchKey::Python); }
@@ -168,6 +173,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("prelu", prelu, without_gil);
   m.def("rrelu", rrelu, without_gil);
   m.def("batch_norm_act", batch_norm_act, without_gil);
+  m.def("group_norm_act", group_norm_act, without_gil);
   m.def("clip_grad_supports", clip_grad_supports);
   m.def("clip_grad_norm_", clip_grad_norm_);
   m.def("grad_norms", grad_norms, without_gil);

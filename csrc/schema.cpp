@@ -77,6 +77,22 @@ TORCH_LIBRARY(gradkernels, m) {
       "Tensor? residual, Tensor? mask, str act, float act_param, Tensor sums, Tensor count) -> Tensor grad_x",
       tags);
 
+  // mean, invstd: float64 [N num_groups], of the groups of each sample in turn. mask: as above.
+  m.def(
+      "group_norm_act(Tensor x, int num_groups, Tensor? weight, Tensor? bias, Tensor? residual, float eps, str act, float act_param) "
+      "-> (Tensor y, Tensor mean, Tensor invstd, Tensor mask)",
+      tags);
+  m.def(
+      "group_norm_act_backward(Tensor grad_y, Tensor x, Tensor mean, Tensor invstd, int num_groups, Tensor? weight, Tensor? bias, "
+      "Tensor? residual, Tensor? mask, str act, float act_param, bool[4] output_mask) "
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
+      tags);
+  // The second half of group_norm_act, from its statistics.
+  m.def(
+      "group_norm_act_elemt(Tensor x, Tensor mean, Tensor invstd, int num_groups, Tensor? weight, Tensor? bias, Tensor? residual, "
+      "str act, float act_param) -> (Tensor y, Tensor mask)",
+      tags);
+
   // grads: at least one. norms, max_abs: float64, the norm and max |g| of each gradient. nonfinite: int64,
   // the number of elements that are nan or inf. total_norm: float64, the norm of all gradients as one vector.
   // norm_type: 1, 2 or inf.

@@ -37,6 +37,17 @@ def batch_norm_act(
     act_param: float,
     /,
 ) -> Tensor: ...
+def group_norm_act(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    act: str,
+    act_param: float,
+    /,
+) -> Tensor: ...
 def clip_grad_supports(tensors: list[Tensor], /) -> bool: ...
 def clip_grad_norm_(
     parameters: list[Tensor | tuple[str, Tensor]], max_norm: float, norm_type: float, error_if_nonfinite: bool, /

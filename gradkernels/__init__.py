@@ -23,6 +23,7 @@ from gradkernels.clip_grad import (
     grad_report,
 )
 from gradkernels.frozen_batch_norm_act import FrozenBatchNormAct2d, freeze_batch_norm, unfreeze_batch_norm
+from gradkernels.group_norm_act import GroupNormAct, InstanceNormAct1d, InstanceNormAct2d, InstanceNormAct3d, group_norm_act
 from gradkernels.optim import ClippingHandle, attach_clipping
 from gradkernels.recompute import recompute
 from gradkernels.sync_batch_norm_act import SyncBatchNormAct, convert_sync_batch_norm
@@ -50,6 +51,10 @@ __all__ = [
     "FrozenBatchNormAct2d",
     "GradReport",
     "GradientMonitor",
+    "GroupNormAct",
+    "InstanceNormAct1d",
+    "InstanceNormAct2d",
+    "InstanceNormAct3d",
     "LeakyReLU",
     "PReLU",
     "RReLU",
@@ -71,6 +76,7 @@ __all__ = [
     "freeze_batch_norm",
     "get_total_norm",
     "grad_report",
+    "group_norm_act",
     "init",
     "leaky_relu",
     "optim",

@@ -91,9 +91,7 @@ def _batch_norm_act(
     act: str,
     act_param: float | None,
 ) -> Tensor:
-    if isinstance(residual, Tensor) and residual.dtype != x.dtype and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.promote_types(x.dtype, residual.dtype)
-        x, residual = x.to(dtype), residual.to(dtype)
+    x, residual = promoted(x, residual)
     tensors = (x, running_mean, running_var, weight, bias, residual, num_batches_tracked)
     native = _native.library(*tensors)
     if native is not None or (_native.uses_custom_operator(*tensors) and (training or not _native.is_exported())):
@@ -125,6 +123,14 @@ def _batch_norm_act(
         residual=residual,
         num_batches_tracked=num_batches_tracked,
     )
+
+
+def promoted(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """x and residual; under autocast in the dtype of their sum."""
+    if isinstance(residual, Tensor) and residual.dtype != x.dtype and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        return x.to(dtype), residual.to(dtype)
+    return x, residual
 
 
 def forward_of(bn: _BatchNorm, x: Tensor, residual: Tensor | None, act: str, act_param: float) -> Tensor:
@@ -169,6 +175,12 @@ class _NormAct(nn.Module):
     def _forward(self, x: Tensor, residual: Tensor | None, act: str, act_param: float) -> Tensor:
         raise NotImplementedError
 
+    def reset_parameters(self) -> None:
+        # torch 2.11 assumes that every affine layer has a bias.
+        for parameter, fill in ((self._parameters["weight"], nn.init.ones_), (self._parameters["bias"], nn.init.zeros_)):
+            if parameter is not None:
+                fill(parameter)
+
     def _param(self) -> float:
         # After `bn.act = "relu"`, act_param still belongs to the activation before it.
         return self.act_param if has_param(self.act) else 0.0
@@ -204,11 +216,7 @@ class _BatchNormAct(_NormAct, _BatchNorm):
 
     def reset_parameters(self) -> None:
         self.reset_running_stats()
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
-        # torch 2.11 assumes that every affine layer has a bias.
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        super().reset_parameters()
 
     def extra_repr(self) -> str:
         return (

@@ -56,19 +56,25 @@ def rrelu(x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool 
     return F.rrelu(x, lower, upper, training, inplace)
 
 
-def check_batch_norm_act(
-    x: Tensor, residual: Tensor | None, training: bool, eps: float, act: str, act_param: float | None, *, is_share: bool = False
-) -> float:
-    """Raises for wrong arguments, with F.batch_norm's messages if it has them; returns check_act's result.
-
-    is_share: x is one process's share of the batch, so the number of values per channel is not known yet.
-    """
+def check_norm_act(x: Tensor, residual: Tensor | None, act: str, act_param: float | None) -> float:
+    """Raises for a wrong residual or activation; returns check_act's result."""
     act_param = acts.check_act(act, act_param)
     if residual is not None and not isinstance(residual, Tensor):
         raise TypeError(f"residual must be Tensor, not {type(residual).__name__}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device):
         x_is, residual_is = (f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}" for tensor in (x, residual))
         raise RuntimeError(f"residual must have the shape, dtype and device of x: residual is {residual_is}, x is {x_is}")
+    return act_param
+
+
+def check_batch_norm_act(
+    x: Tensor, residual: Tensor | None, training: bool, eps: float, act: str, act_param: float | None, *, is_share: bool = False
+) -> float:
+    """check_norm_act, and F.batch_norm's errors for its own arguments.
+
+    is_share: x is one process's share of the batch, so the number of values per channel is not known yet.
+    """
+    act_param = check_norm_act(x, residual, act, act_param)
     if training and not is_share and math.prod(x.shape[:1] + x.shape[2:]) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     if training and eps <= 0.0:
@@ -116,9 +122,46 @@ def batch_norm_act(
     # Counted here, and not before as in nn.BatchNorm, so that a batch that raised an error is not counted.
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    if residual is not None:
-        y = y + residual
-    return acts.ACTS[act].function(y, act_param)
+    return add_and_activate(y, residual, act, act_param)
+
+
+def add_and_activate(z: Tensor, residual: Tensor | None, act: str, act_param: float) -> Tensor:
+    """The second half of every normalisation with an activation."""
+    return acts.ACTS[act].function(z if residual is None else z + residual, act_param)
+
+
+def group_norm_act(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    act: str = "leaky_relu",
+    act_param: float | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    act_param = check_norm_act(x, residual, act, act_param)
+    return add_and_activate(F.group_norm(x, num_groups, weight, bias, eps), residual, act, act_param)
+
+
+def instance_norm_act(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    *,
+    act: str,
+    act_param: float,
+    residual: Tensor | None,
+) -> Tensor:
+    act_param = check_norm_act(x, residual, act, act_param)
+    y = F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return add_and_activate(y, residual, act, act_param)
 
 
 def sync_batch_norm_act(
@@ -168,10 +211,7 @@ def sync_batch_norm_act(
         y = y * weight.view(per_channel)
     if bias is not None:
         y = y + bias.view(per_channel)
-    y = y.to(x.dtype)
-    if residual is not None:
-        y = y + residual
-    return acts.ACTS[act].function(y, act_param)
+    return add_and_activate(y.to(x.dtype), residual, act, act_param)
 
 
 def clip_grad_norm_(

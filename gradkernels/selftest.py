@@ -35,7 +35,8 @@ BOUND = 4.0
 BOUND_OF_FLOAT64 = 256.0
 # Enough elements for several threads, and rows that do not fill whole registers.
 SHAPE = (4, 16, 31, 33)
-SMALL_SHAPE = (3, 2, 2, 3)
+# As many pixels as kernels of group norm need.
+SMALL_SHAPE = (2, 4, 7, 7)
 
 # In characters, if the output is not a terminal.
 WIDTH = 120
@@ -75,6 +76,11 @@ def batch_norm_act(library: ModuleType, operands: Tensors, act: str, training: b
 
     result = differentiate(function, *names)(library, operands)
     return result | {"running_mean": stats[0], "running_var": stats[1]}
+
+
+def group_norm_act(library: ModuleType, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, *, act: str) -> Tensor:
+    y: Tensor = library.group_norm_act(x, x.shape[1] // 2, weight, bias, act=act, residual=residual)
+    return y
 
 
 def gradients(operands: Tensors) -> list[nn.Parameter]:
@@ -137,6 +143,10 @@ OPERATORS: dict[str, Compute] = {
     "swish, learnable beta": differentiate(lambda library, x, weight: library.swish(x, weight), "x", "weight"),
     **{f"batch_norm_act {act}": partial(batch_norm_act, act=act, training=True) for act in ACTS},
     "batch_norm_act, eval": partial(batch_norm_act, act="leaky_relu", training=False),
+    **{
+        f"group_norm_act {act}": differentiate(partial(group_norm_act, act=act), "x", "weight", "bias", "residual")
+        for act in ("leaky_relu", "swish")
+    },
     "clip_grad_norm_": clip_grad_norm_,
     "clip_grad_value_": clip_grad_value_,
     "adaptive_clip_grad_": adaptive_clip_grad_,
@@ -158,6 +168,7 @@ DIFFERENTIATED: dict[str, Callable[..., Tensor]] = {
         for act, record in ACTS.items()
         if record.saves != "mask"
     },
+    "group_norm_act swish": partial(group_norm_act, act="swish"),
 }
 
 

@@ -264,27 +264,44 @@ def activation_scales(x, grad_y, act, param, *, reads_output=False):
     return 0.0, 0.0
 
 
-def exact_batch_norm_act(x, running_mean, running_var, weight, bias, training, momentum, eps, *, act, act_param, residual, grad_y):
-    """y, the gradients and the running statistics after the call, by name; None for operands left out."""
+def means_of_sets(values, num_groups=None):
+    """The mean of each set of elements that has common statistics, in a shape that broadcasts to that of values.
+
+    A set is a channel, or, with num_groups, a group of channels of one sample.
+    """
+    if num_groups is None:
+        return values.mean((0, *range(2, values.ndim)), keepdims=True)
+    samples, channels = values.shape[:2]
+    means = values.reshape(samples, num_groups, -1).mean(2).repeat(channels // num_groups, 1)
+    return means.reshape(samples, channels, *[1] * (values.ndim - 2))
+
+
+def exact_batch_norm_act(
+    x, running_mean, running_var, weight, bias, training, momentum, eps, *, act, act_param, residual, grad_y, num_groups=None
+):
+    """y, the gradients and the running statistics after the call, by name; None for operands left out.
+
+    With num_groups, those of group_norm_act, which has no running statistics and is always in training.
+    """
     x, grad_y = extended(x), extended(grad_y)
     axes = (0, *range(2, x.ndim))
     per_channel = (1, -1, *([1] * (x.ndim - 2)))
     count = x.size // x.shape[1]
     running_mean, running_var, weight, bias = (extended(each) for each in (running_mean, running_var, weight, bias))
     if training:
-        mean = x.mean(axes)
-        centred = x - mean.reshape(per_channel)
-        var = np.square(centred).mean(axes)
+        mean = means_of_sets(x, num_groups)
+        centred = x - mean
+        var = means_of_sets(np.square(centred), num_groups)
         if running_mean is not None:
             momentum = np.longdouble(momentum)
-            running_mean = (1 - momentum) * running_mean + momentum * mean
-            running_var = (1 - momentum) * running_var + momentum * var * count / (count - 1)
+            running_mean = (1 - momentum) * running_mean + momentum * mean.reshape(-1)
+            running_var = (1 - momentum) * running_var + momentum * var.reshape(-1) * count / (count - 1)
     else:
-        var = running_var
+        var = running_var.reshape(per_channel)
         centred = x - running_mean.reshape(per_channel)
-    invstd = (1 / np.sqrt(var + np.longdouble(eps))).reshape(per_channel)
+    invstd = 1 / np.sqrt(var + np.longdouble(eps))
     normalised = centred * invstd
-    gain = np.ones_like(invstd) if weight is None else weight.reshape(per_channel)
+    gain = np.longdouble(1) if weight is None else weight.reshape(per_channel)
     u = normalised * gain
     if bias is not None:
         u = u + bias.reshape(per_channel)
@@ -292,16 +309,16 @@ def exact_batch_norm_act(x, running_mean, running_var, weight, bias, training, m
         u = u + extended(residual)
     y, slope = exact_act(u, act, extended(act_param))
     grad_u = grad_y * slope
-    grad_weight = (grad_u * normalised).sum(axes)
-    grad_bias = grad_u.sum(axes)
-    grad_x = grad_u * gain * invstd
+    grad_normalised = grad_u * gain
+    grad_x = grad_normalised * invstd
     if training:
-        grad_x = grad_x - gain * invstd * (grad_bias.reshape(per_channel) + normalised * grad_weight.reshape(per_channel)) / count
+        of_sets, of_products = (means_of_sets(terms, num_groups) for terms in (grad_normalised, grad_normalised * normalised))
+        grad_x = grad_x - invstd * (of_sets + normalised * of_products)
     return {
         "y": y,
         "grad_x": grad_x,
-        "grad_weight": None if weight is None else grad_weight,
-        "grad_bias": None if bias is None else grad_bias,
+        "grad_weight": None if weight is None else (grad_u * normalised).sum(axes),
+        "grad_bias": None if bias is None else grad_u.sum(axes),
         "grad_residual": None if residual is None else grad_u,
         "running_mean": running_mean,
         "running_var": running_var,

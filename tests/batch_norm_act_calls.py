@@ -1,13 +1,14 @@
-"""Calls of batch_norm_act for tests of accuracy: operands, hard inputs, results, the size of their terms.
+"""Calls of batch_norm_act and group_norm_act for tests of accuracy: operands, hard inputs, results, the size of their terms.
 
-Also used by bench/bench_accuracy.py, which prints the errors that tests/test_batch_norm_act.py bounds.
+With num_groups a function here is about group_norm_act, and without it about batch_norm_act. Also used by
+bench/bench_accuracy.py, which prints the errors that tests/test_batch_norm_act.py bounds.
 """
 
 import numpy as np
 import torch
 
 import gradkernels as gk
-from accuracy import exact_batch_norm_act, extended
+from accuracy import exact_batch_norm_act, extended, means_of_sets
 from gradkernels import acts, reference
 
 # act -> a parameter that is not the default
@@ -53,16 +54,19 @@ def hard_input(name, shape, dtype=torch.float32, channels_last=False):
     return laid_out(HARD_INPUTS[name](torch.randn(shape)).to(dtype), channels_last)
 
 
-def arguments(shape, dtype=torch.float32, *, x=None, residual=False, seed=0):
-    """The operands of a call, none of them constant: x, four vectors per channel, a residual or None, grad_y."""
+def arguments(shape, dtype=torch.float32, *, x=None, residual=False, seed=0, running=True):
+    """The operands of a call, none of them constant: x, four vectors per channel, a residual or None, grad_y.
+
+    running: with the running statistics, which group_norm_act does not have.
+    """
     torch.manual_seed(seed)
     channels = shape[1]
     if x is None:
         x = torch.randn(shape, dtype=dtype) * 2 + torch.randn(channels, dtype=dtype).view(1, -1, *[1] * (len(shape) - 2))
     return {
         "x": x,
-        "running_mean": torch.randn(channels, dtype=dtype),
-        "running_var": torch.rand(channels, dtype=dtype) + 0.5,
+        "running_mean": torch.randn(channels, dtype=dtype) if running else None,
+        "running_var": torch.rand(channels, dtype=dtype) + 0.5 if running else None,
         "weight": (torch.rand(channels, dtype=dtype) * 2 + 0.5) * torch.randn(channels, dtype=dtype).sign(),
         "bias": torch.randn(channels, dtype=dtype),
         "residual": torch.randn(shape, dtype=dtype) if residual else None,
@@ -97,11 +101,28 @@ def call(function, given, training, act, momentum=0.1, eps=1e-5, act_param="of t
     return {"y": y.detach(), **{f"grad_{name}": grad for name, grad in zip(names, grads, strict=True)}, **stats}
 
 
-def without_kinks(given, training, act, eps=1e-5):
+def of_groups(function, num_groups):
+    """group_norm_act with the arguments of batch_norm_act; without num_groups the function itself."""
+    if num_groups is None:
+        return function
+
+    def call_of_groups(x, running_mean, running_var, weight, bias, training, momentum, eps, **options):
+        assert training and running_mean is None and running_var is None
+        return function(x, num_groups, weight, bias, eps, **options)
+
+    return call_of_groups
+
+
+def norm_act(library, num_groups=None):
+    """The function of a library (gradkernels or gradkernels.reference), with the arguments of batch_norm_act."""
+    return of_groups(library.batch_norm_act if num_groups is None else library.group_norm_act, num_groups)
+
+
+def without_kinks(given, training, act, eps=1e-5, num_groups=None):
     """`given` with a grad_y of 0 near the kinks, where rounding decides about the slope."""
     kinks = KINKS.get(act, ())
     wide = cast(given, torch.float64)
-    u = reference.batch_norm_act(
+    u = norm_act(reference, num_groups)(
         *(wide[name] for name in ("x", "running_mean", "running_var", "weight", "bias")),
         training,
         0.0,
@@ -113,46 +134,56 @@ def without_kinks(given, training, act, eps=1e-5):
     return given | {"grad_y": torch.where(near, 0, given["grad_y"])}
 
 
-def scales_of(given, training, act, momentum, eps):
+def scales_of(given, training, act, momentum, eps, num_groups=None):
     """The size of the terms of each result: for sums over a channel their norm, for y and grad_x the largest.
 
     A mean in float64 has an error of half an ulp, because there is no wider type. In every result that
     contains x - mean, mean * invstd is therefore one of the terms. The activations of STEEPEST halve a small argument,
     whose rounding counts then.
     """
-    x, grad_y = extended(given["x"]), extended(given["grad_y"])
-    axes = (0, *range(2, x.ndim))
-    mean, var = (x.mean(axes), x.var(axes)) if training else (extended(given["running_mean"]), extended(given["running_var"]))
+    x, grad_y = extended(given["x"]), abs(extended(given["grad_y"]))
+    axes, per_channel = (0, *range(2, x.ndim)), (1, -1, *[1] * (x.ndim - 2))
+    if training:
+        mean = means_of_sets(x, num_groups)
+        var = means_of_sets(np.square(x - mean), num_groups)
+    else:
+        mean, var = (extended(given[name]).reshape(per_channel) for name in ("running_mean", "running_var"))
     invstd = 1 / np.sqrt(var + eps)
-    normalised = np.moveaxis(np.moveaxis(x, 1, -1) - mean, -1, 1) * invstd.reshape(1, -1, *[1] * (x.ndim - 2))
+    normalised = (x - mean) * invstd
+    weight = abs(extended(1.0 if given["weight"] is None else given["weight"])).reshape(per_channel)
     norm, norm_of_weight = (np.sqrt(np.square(terms).sum(axes)) for terms in (grad_y, grad_y * normalised))
-    gain = invstd * abs(extended(1.0 if given["weight"] is None else given["weight"]))
+    gain = invstd * weight
     offset = abs(mean) * invstd if given["x"].dtype == torch.float64 else 0 * invstd
-    gain_of_gradient = gain * abs(grad_y).max(axes) * STEEPEST.get(act, 1)
-    argument = (abs(normalised) * abs(extended(1.0 if given["weight"] is None else given["weight"])).reshape(-1, *[1] * (x.ndim - 2))).max()
+    offset_of_channels = np.broadcast_to(offset, (len(offset), *x.shape[1:])).max(axes)
+    gain_of_gradient = gain * grad_y.max(axes, keepdims=True) * STEEPEST.get(act, 1)
+    count = x.size // x.shape[1] if num_groups is None else x[0].size // num_groups
+    # The mean of grad_y * weight * normalised over a set.
+    of_products = np.sqrt(means_of_sets(np.square(grad_y * normalised * weight), num_groups) / count)
+    argument = (abs(normalised) * weight).max()
     return {
         "y": max((offset * gain).max(), argument if act in STEEPEST else 0),
-        "grad_weight": np.maximum(norm, norm_of_weight) + offset * norm,
+        "grad_weight": np.maximum(norm, norm_of_weight) + offset_of_channels * norm,
         "grad_bias": norm,
-        "grad_x": (gain_of_gradient + offset * gain * norm_of_weight / (x.size // x.shape[1])).max(),
+        "grad_x": (gain_of_gradient + offset * invstd * of_products).max(),
         "running_mean": abs(momentum) * np.sqrt(np.square(x).sum(axes)) / (x.size // x.shape[1]),
     }
 
 
-def exact_result(given, training, act, momentum=0.1, eps=1e-5):
+def exact_result(given, training, act, momentum=0.1, eps=1e-5, num_groups=None):
     """The same as call(), with more digits."""
     if given["x"].dtype != torch.float64:
-        return call(reference.batch_norm_act, cast(given, torch.float64), training, act, momentum, eps)
+        # In channels_last, torch's group norm subtracts squares of sums, which cancel in float64 too.
+        wide = {name: None if tensor is None else tensor.contiguous() for name, tensor in cast(given, torch.float64).items()}
+        return call(norm_act(reference, num_groups), wide, training, act, momentum, eps)
     operands = (given[name] for name in ("x", "running_mean", "running_var", "weight", "bias"))
-    param = {"residual": given["residual"], "grad_y": given["grad_y"], "act": act, "act_param": ACTS[act]}
-    return exact_batch_norm_act(*operands, training, momentum, eps, **param)
+    options = {"residual": given["residual"], "grad_y": given["grad_y"], "act": act, "act_param": ACTS[act], "num_groups": num_groups}
+    return exact_batch_norm_act(*operands, training, momentum, eps, **options)
 
 
-def judged(given, training, act, momentum=0.1, eps=1e-5):
+def judged(given, training, act, momentum=0.1, eps=1e-5, num_groups=None):
     """name -> (ours, torch's, exact, size of the terms), for y, the gradients and the running statistics."""
-    given = without_kinks(given, training, act, eps)
-    ours = call(gk.batch_norm_act, given, training, act, momentum, eps)
-    theirs = call(reference.batch_norm_act, given, training, act, momentum, eps)
-    exact = exact_result(given, training, act, momentum, eps)
-    scales = scales_of(given, training, act, momentum, eps)
+    given = without_kinks(given, training, act, eps, num_groups)
+    ours, theirs = (call(norm_act(library, num_groups), given, training, act, momentum, eps) for library in (gk, reference))
+    exact = exact_result(given, training, act, momentum, eps, num_groups)
+    scales = scales_of(given, training, act, momentum, eps, num_groups)
     return {name: (ours[name], theirs[name], exact[name], scales.get(name, 0.0)) for name in ours if ours[name] is not None}

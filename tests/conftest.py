@@ -93,14 +93,14 @@ def seed():
 
 @pytest.fixture
 def each_thread_count(device):
-    """Calls a function under 1 and under 2 threads and returns both results."""
+    """Calls a function under each number of threads, 1 and 2 by default, and returns the results."""
     if device != "cpu":
         pytest.skip("only the CPU's kernels use threads")
     before = torch.get_num_threads()
 
-    def run(function):
+    def run(function, counts=(1, 2)):
         results = []
-        for threads in (1, 2):
+        for threads in counts:
             torch.set_num_threads(threads)
             results.append(function())
         return results

@@ -88,6 +88,17 @@ def calls(shape, dtype, at_end):
         stats = operand(channels), operand(channels).abs_().add_(0.5)
         backward(gk.batch_norm_act(x, *stats, weight, bias, training, act=act, residual=residual[0] if residual else None), *leaves)
 
+    def group_norm_act(act, num_groups, memory_format):
+        leaves = [operand(*shape, memory_format=memory_format), operand(channels), operand(channels)]
+        leaves = [each.requires_grad_() for each in (*leaves, operand(*shape, memory_format=memory_format))]
+        x, weight, bias, residual = leaves
+        backward(gk.group_norm_act(x, num_groups, weight, bias, act=act, residual=residual), *leaves)
+
+    if len(shape) > 2:
+        for act, num_groups in itertools.product(("leaky_relu", "swish"), {1, channels}):
+            for memory_format in (torch.contiguous_format, torch.channels_last) if len(shape) == 4 else (torch.contiguous_format,):
+                arguments = act, num_groups, memory_format
+                yield f"group_norm_act {arguments}", lambda arguments=arguments: group_norm_act(*arguments)
     if len(shape) > 1:
         for act, training, with_residual in itertools.product(("relu6", "leaky_relu", "swish"), (True, False), (True, False)):
             for memory_format in (torch.contiguous_format, torch.channels_last) if len(shape) == 4 else (torch.contiguous_format,):

@@ -20,21 +20,38 @@ from accuracy import DTYPES
 from gradkernels.acts import ACTS
 
 STRANGE_DTYPES = (torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn)
-SHAPES = ((5, 3), (2, 3, 4), (2, 0, 3, 3), (2, 3, 5, 4), (1, 1), (4, 1, 3), (0, 3), (3, 0, 2), (2, 3, 2, 2, 3), (64, 65), (7,), ())
+SHAPES = (
+    (5, 3),
+    (2, 3, 4),
+    (2, 0, 3, 3),
+    (2, 3, 5, 4),
+    (2, 4, 7, 8),
+    (1, 1),
+    (4, 1, 3),
+    (0, 3),
+    (3, 0, 2),
+    (2, 3, 2, 2, 3),
+    (64, 65),
+    (7,),
+    (),
+)
+# group_norm_act has no kernel for fewer than 48 pixels.
+LARGE_SHAPES = ((2, 4, 7, 8), (1, 3, 50), (0, 3, 50), (2, 6, 4, 4, 4))
 HUGE = 2**45
 
 
 class Case:
     """The shape and dtype of the tensors of one right call."""
 
-    def __init__(self, draw):
+    def __init__(self, draw, operator):
         self.draw = draw
-        self.shape = draw.choice(SHAPES)
+        self.shape = draw.choice(LARGE_SHAPES if operator.startswith("group_norm") else SHAPES)
         self.dtype = draw.choice(DTYPES)
         self.format = draw.choice([torch.contiguous_format, torch.channels_last if len(self.shape) == 4 else torch.contiguous_format])
         self.act = draw.choice([*ACTS])
         self.training = draw.random() < 0.5
         self.channels = self.shape[1] if len(self.shape) > 1 else 1
+        self.num_groups = draw.choice([1, max(self.channels, 1)])
         self.x = self.of_shape()
 
     def of_shape(self):
@@ -43,8 +60,18 @@ class Case:
     def per_channel(self, dtype=None):
         return torch.rand(self.channels).to(dtype or self.dtype)
 
+    def statistic(self, operator):
+        """One number for each set of channels that has common statistics."""
+        samples = self.shape[0] * self.num_groups if operator.startswith("group_norm") and self.shape else self.channels
+        return torch.rand(samples, dtype=torch.float64)
+
     def mask(self, name):
         elements = self.x.numel()
+        if name.startswith("group_norm_act"):
+            if ACTS[self.act].saves != "mask" or self.x.dim() < 2 or not elements:
+                return None
+            mask = torch.ops.gradkernels.group_norm_act(self.x, self.num_groups, None, None, self.x, 1e-5, self.act, 0.1)[3]
+            return mask if mask.numel() else None
         if name.startswith("batch_norm_act"):
             two_slopes = ACTS[self.act].saves == "mask" and self.x.dim() > 1 and elements
             y = two_slopes and torch.ops.gradkernels.batch_norm_act(
@@ -60,11 +87,12 @@ class Case:
             **dict.fromkeys(("x", "grad_y", "self_or_result"), self.of_shape),
             "residual": lambda: draw.choice([None, self.x, self.of_shape()]),
             **dict.fromkeys(("running_mean", "running_var"), self.per_channel),
-            **dict.fromkeys(("weight", "bias"), lambda: self.per_channel() if "batch" not in operator else draw.choice(self.parameters())),
+            **dict.fromkeys(("weight", "bias"), lambda: draw.choice(self.parameters()) if "norm_act" in operator else self.per_channel()),
             "beta": lambda: draw.choice(self.parameters()) if "Tensor" in operator else 1.5,
-            **dict.fromkeys(("mean", "invstd"), lambda: self.per_channel(torch.float64)),
+            **dict.fromkeys(("mean", "invstd"), lambda: self.statistic(operator)),
             "num_batches_tracked": lambda: draw.choice([None, torch.tensor(3)]),
             "mask": lambda: self.mask(operator),
+            "num_groups": lambda: self.num_groups,
             "seed": lambda: torch.tensor(7),
             "moments": lambda: torch.rand(draw.choice([0, 1, 3]), 1 + 2 * channels, dtype=torch.float64) + 2,
             "sums": lambda: torch.rand(2 * channels, dtype=torch.float64),
@@ -74,7 +102,7 @@ class Case:
             "total_norm": lambda: torch.tensor(draw.choice([1e-9, 3.0, math.inf, math.nan])),
             "norm_type": lambda: draw.choice([1.0, 2.0, math.inf]),
             "stride": lambda: list(self.x.stride()),
-            "output_mask": lambda: [draw.random() < 0.5 for _ in range(4 if "batch_norm" in operator else 2)],
+            "output_mask": lambda: [draw.random() < 0.5 for _ in range(4 if "norm_act" in operator else 2)],
             **dict.fromkeys(("training", "is_result", "residual_g"), lambda: draw.random() < 0.5),
             "act": lambda: self.act,
             "momentum": lambda: 0.1 if operator == "rmsprop_" else draw.choice([None, 0.1]),
@@ -169,7 +197,7 @@ def written_by(schema, arguments):
 
 def make_call(draw, schema, overload):
     operator = schema.name.split("::")[1] + "." + schema.overload_name
-    case = Case(draw)
+    case = Case(draw, operator)
     arguments = [case.fitting(operator.rstrip("."), argument.name) for argument in schema.arguments]
     changed = draw.choice([0, 1, 1, 1, 2, 3])
     for _ in range(changed):

@@ -112,6 +112,16 @@ CALLS = {
     "BatchNormAct1d": of_module(lambda: gk.BatchNormAct1d(6, momentum=None, device="cpu")),
     "BatchNormAct2d": forward_and_backward(lambda made: gk.BatchNormAct2d(6, device="cpu")(made.x[..., None, None])),
     "BatchNormAct3d": forward_and_backward(lambda made: gk.BatchNormAct3d(6, device="cpu")(made.x[..., None, None, None])),
+    "group_norm_act": forward_and_backward(lambda made: gk.group_norm_act(made.x, 2, made.slopes, act="swish", residual=made.x)),
+    "GroupNormAct": of_module(lambda: gk.GroupNormAct(1, 6, device="cpu")),
+    **{
+        f"InstanceNormAct{dim}d": forward_and_backward(
+            lambda made, dim=dim: getattr(gk, f"InstanceNormAct{dim}d")(2, track_running_stats=True, device="cpu")(
+                made.x.view(10, 2, *[1] * (dim - 1), 6)
+            )
+        )
+        for dim in (1, 2, 3)
+    },
     "FrozenBatchNormAct2d": forward_and_backward(lambda made: gk.FrozenBatchNormAct2d(6, device="cpu")(made.x[..., None, None])),
     "freeze_batch_norm": lambda made: (gk.freeze_batch_norm(made.model), made.model(made.x)),
     "unfreeze_batch_norm": lambda made: (gk.freeze_batch_norm(made.model), gk.unfreeze_batch_norm(made.model), made.model(made.x)),

@@ -18,7 +18,7 @@ from gradkernels import _native
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
-STEMS = ("activation", "batch_norm_act", "clip_grad")
+STEMS = ("activation", "batch_norm_act", "clip_grad", "group_norm_act")
 # The stems with a launcher.
 SEAMS = (*STEMS, "optim")
 # The headers of cpu/ that the kernels are written in.
@@ -76,7 +76,7 @@ LAYERS = {
     "math without PTX": Layer(
         tuple(f"math/{stem}.h" for stem in ("activation", "batch_norm_act", "clip_grad", "optim", "sum")), (r".*",), (r"\basm\b",)
     ),
-    "seam": Layer(tuple(f"ops/{stem}.h" for stem in SEAMS), (STANDARD, OWN_TORCH_FREE), (ATEN, LAUNCH)),
+    "seam": Layer(tuple(f"ops/{stem}.h" for stem in SEAMS), (STANDARD, OWN_TORCH_FREE, r'"ops/batch_norm_act\.h"'), (ATEN, LAUNCH)),
     "ops": Layer(
         ("ops/*",),
         (STANDARD, TORCH, r'"(common|ops|math)/\w+\.h"'),
@@ -111,6 +111,8 @@ LAYOUT_OF_A_STEM = (
     *("csrc/math/{}.h", "csrc/ops/{}.h", "csrc/ops/{}.cpp", "csrc/autograd/{}.cpp", "csrc/cpu/{}.cpp"),
     *("gradkernels/{}.py", "tests/test_{}.py", "bench/bench_{}.py"),
 )
+# Group norm has batch norm's formulas, node and bench.
+SHARED_WITH_BATCH_NORM = {"csrc/math/{}.h", "csrc/autograd/{}.cpp", "bench/bench_{}.py"}
 # The files and packages of gradkernels/ from the ground up: each may import what stands in a row before its own, and nothing else. So the
 # operators know nothing of conversion and diagnosis, and those nothing of each other.
 PACKAGE = (
@@ -120,7 +122,7 @@ PACKAGE = (
     ("_native",),
     ("clipping", "gradients", "recompute"),
     ("activation", "batch_norm_act", "clip_grad", "selftest"),
-    ("init", "optim", "sync_batch_norm_act"),
+    ("group_norm_act", "init", "optim", "sync_batch_norm_act"),
     ("frozen_batch_norm_act",),
     ("conversion", "diagnosis"),
     ("integrations",),
@@ -206,7 +208,8 @@ def test_translation_units_that_include_torch():
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_stem_stands_on_every_layer(stem):
-    missing = [pattern.format(stem) for pattern in LAYOUT_OF_A_STEM if not (ROOT / pattern.format(stem)).exists()]
+    patterns = [pattern for pattern in LAYOUT_OF_A_STEM if stem != "group_norm_act" or pattern not in SHARED_WITH_BATCH_NORM]
+    missing = [pattern.format(stem) for pattern in patterns if not (ROOT / pattern.format(stem)).exists()]
     assert not missing, f"{stem} has no {missing}"
 
 

@@ -95,6 +95,8 @@ def modules():
         ours += [gk.BatchNormAct2d(CHANNELS, **arguments), WithResidual(gk.BatchNormAct2d(CHANNELS, **arguments))]
     theirs += [nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.ELU()), nn.LeakyReLU(), nn.ELU(), nn.SiLU(), nn.PReLU(CHANNELS)]
     ours += [gk.SyncBatchNormAct(CHANNELS, act="elu"), gk.LeakyReLU(), gk.ELU(), gk.Swish(), gk.PReLU(CHANNELS)]
+    theirs += [WithResidual(nn.GroupNorm(1, CHANNELS), nn.SiLU()), nn.Sequential(nn.InstanceNorm2d(CHANNELS), nn.LeakyReLU())]
+    ours += [WithResidual(gk.GroupNormAct(1, CHANNELS, act="swish")), gk.InstanceNormAct2d(CHANNELS)]
     theirs += [Functions(F.leaky_relu, F.elu, F.silu, F.prelu)]
     ours += [Functions(gk.leaky_relu, gk.elu, gk.swish, gk.prelu)]
     return Each(theirs), Each(ours)
@@ -232,7 +234,7 @@ def test_script_is_refused(name, inside):
 
 
 @pytest.mark.parametrize(
-    "function", [gk.leaky_relu, gk.elu, gk.swish, gk.prelu, gk.rrelu, gk.batch_norm_act], ids=lambda each: each.__name__
+    "function", [gk.leaky_relu, gk.elu, gk.swish, gk.prelu, gk.rrelu, gk.batch_norm_act, gk.group_norm_act], ids=lambda each: each.__name__
 )
 def test_script_of_a_function_is_refused(function):
     def calls(x):

@@ -64,9 +64,12 @@ STANDS_FOR = {
     gradkernels.elu: FUNCTIONAL.elu,
     gradkernels.rrelu: FUNCTIONAL.rrelu,
     gradkernels.batch_norm_act: FUNCTIONAL.batch_norm,
+    gradkernels.group_norm_act: FUNCTIONAL.group_norm,
     gradkernels.optim.RMSprop: torch.optim.RMSprop,
     **{getattr(gradkernels, name): getattr(torch.nn, name) for name in ("LeakyReLU", "ELU", "PReLU", "RReLU")},
     **{getattr(gradkernels, f"BatchNormAct{n}d"): getattr(torch.nn, f"BatchNorm{n}d") for n in (1, 2, 3)},
+    **{getattr(gradkernels, f"InstanceNormAct{n}d"): getattr(torch.nn, f"InstanceNorm{n}d") for n in (1, 2, 3)},
+    gradkernels.GroupNormAct: torch.nn.GroupNorm,
     gradkernels.SyncBatchNormAct: torch.nn.SyncBatchNorm,
     **{
         getattr(gradkernels, name): getattr(CLIPPING, name)

@@ -1,4 +1,4 @@
-// The gradient of batch_norm_act. It saves x, mean and invstd, from which it computes the argument of the
+// The gradient of batch_norm_act and group_norm_act. It saves x, mean and invstd, from which it computes the argument of the
 // activation again. With a residual, it also saves one bit for each element if the activation has two slopes,
 // or the residual if the gradient reads the value. It never saves the running statistics, because a training
 // step between forward and backward of an evaluation would change them.
@@ -12,6 +12,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/batch_norm.h>
 #include <ATen/ops/full_like.h>
+#include <ATen/ops/group_norm.h>
 #include <ATen/ops/where.h>
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -31,6 +32,7 @@ using torch::autograd::SavedVariable;
 struct RecomputedOutput {
   // Undefined for inputs that were not passed.
   SavedVariable x, weight, bias, residual, mean, invstd;
+  int64_t num_groups;
   std::string act;
   double act_param;
   // The passes over a tensor that compute() takes, including those that recompute its inputs.
@@ -43,6 +45,10 @@ struct RecomputedOutput {
   // Computes the same output again, bit for bit: the operator's second pass, with the statistics of the first
   // call.
   at::Tensor compute() const {
+    if (num_groups > 0) {
+      return std::get<0>(call_below_autograd<ops::GroupNormActElemt>(x.unpack(), mean.unpack(), invstd.unpack(), num_groups,
+                                                                     weight.unpack(), bias.unpack(), residual.unpack(), act, act_param));
+    }
     return std::get<0>(call_below_autograd<ops::BatchNormActElemt>(x.unpack(), mean.unpack(), invstd.unpack(), weight.unpack(),
                                                                    bias.unpack(), residual.unpack(), act, act_param));
   }
@@ -59,11 +65,14 @@ namespace {
 
 using ConstOutput = std::shared_ptr<const RecomputedOutput>;
 
-struct BatchNormActGradient : Gradient<BatchNormActGradient, 4> {
-  static constexpr const char* kName = "BatchNormActBackward";
+using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+struct NormActGradient : Gradient<NormActGradient, 4> {
+  static constexpr const char* kName = "NormActBackward";
   // Undefined for tensors that are not kept.
   SavedVariable x, weight, bias, residual, mean, invstd, mask;
   bool training;
+  int64_t num_groups;  // 0 in batch norm
   double eps;
   std::string act;
   double act_param;
@@ -73,8 +82,11 @@ struct BatchNormActGradient : Gradient<BatchNormActGradient, 4> {
 
   template <typename Self, typename F>
   static void members(Self& self, const F& f) {
-    f(self.x, self.weight, self.bias, self.residual, self.mean, self.invstd, self.mask, self.training, self.eps, self.act, self.act_param);
+    f(self.x, self.weight, self.bias, self.residual, self.mean, self.invstd, self.mask, self.training, self.num_groups, self.eps, self.act,
+      self.act_param);
   }
+
+  std::string name() const override { return num_groups > 0 ? "GroupNormActBackward" : "BatchNormActBackward"; }
 
   variable_list backward(const at::Tensor& grad_y, std::array<bool, 4> wanted) {
     return at::GradMode::is_enabled() ? differentiable_gradients(grad_y, wanted) : gradients(grad_y, wanted);
@@ -88,13 +100,24 @@ struct BatchNormActGradient : Gradient<BatchNormActGradient, 4> {
   ConstOutput recomputed_output() const { return std::atomic_load(&output); }
 
  private:
+  // The operator that computes gradients. Tensors are unpacked before autograd is excluded, because hooks may compute them
+  // again.
+  Result operator_gradients(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                            const at::Tensor& residual, std::array<bool, 4> computed) const {
+    if (num_groups > 0) {
+      return call_in_backward<ops::GroupNormActBackward>(grad_y, x, mean.unpack(), invstd.unpack(), num_groups, weight, bias, residual,
+                                                         mask.unpack(), act, act_param, computed);
+    }
+    return call_in_backward<ops::BatchNormActBackward>(grad_y, x, mean.unpack(), invstd.unpack(), weight, bias, residual, mask.unpack(),
+                                                       training, act, act_param, computed);
+  }
+
   variable_list gradients(const at::Tensor& grad_y, std::array<bool, 4> wanted) {
     std::array<bool, 4> computed = wanted;
     // The gradient of the residual is then grad_y itself.
     if (composite::gradient_is_grad_y(act)) computed[3] = false;
     auto [grad_x, grad_weight, grad_bias, grad_residual] =
-        call_below_autograd<ops::BatchNormActBackward>(grad_y, x.unpack(), mean.unpack(), invstd.unpack(), weight.unpack(), bias.unpack(),
-                                                       residual.unpack(), mask.unpack(), training, act, act_param, computed);
+        operator_gradients(grad_y, x.unpack(), weight.unpack(), bias.unpack(), residual.unpack(), computed);
     variable_list result(4);
     if (wanted[0]) result[0] = grad_x;
     if (wanted[1]) result[1] = grad_weight;
@@ -107,7 +130,8 @@ struct BatchNormActGradient : Gradient<BatchNormActGradient, 4> {
     // The gradients are those of aliases. Two of the originals may be the same tensor or depend on each
     // other, and the gradient of one would then include that of the other.
     const auto alias = [](const at::Tensor& original) { return original.defined() ? original.view_as(original) : original; };
-    const at::Tensor inputs[] = {alias(x.unpack()), alias(weight.unpack()), alias(bias.unpack()), alias(residual.unpack())};
+    const at::Tensor original_x = x.unpack();
+    const at::Tensor inputs[] = {alias(original_x), alias(weight.unpack()), alias(bias.unpack()), alias(residual.unpack())};
     const at::Tensor of_two_slopes = mask.unpack();
     at::Tensor output = normalised(inputs[0], inputs[1], inputs[2]);
     at::Tensor grad_output = grad_y;
@@ -117,9 +141,8 @@ struct BatchNormActGradient : Gradient<BatchNormActGradient, 4> {
       // grad_y.
       const auto gradient_of = [&](double value) {
         const at::NoGradGuard no_grad;
-        return std::get<3>(call<ops::BatchNormActBackward>(
-            at::full_like(grad_y, value), inputs[0], mean.unpack(), invstd.unpack(), ops::OptionalTensor(), ops::OptionalTensor(),
-            ops::OptionalTensor(), of_two_slopes, false, act, act_param, std::array<bool, 4>{false, false, false, true}));
+        // Not the alias: a view of one sample in channels_last has other strides, and the mask has the layout of x.
+        return std::get<3>(operator_gradients(at::full_like(grad_y, value), original_x, {}, {}, {}, {false, false, false, true}));
       };
       const at::Tensor of_ones = gradient_of(1.0), of_infinities = gradient_of(std::numeric_limits<double>::infinity());
       grad_output = at::where(of_infinities == 0, 0, grad_y * of_ones);
@@ -145,9 +168,10 @@ struct BatchNormActGradient : Gradient<BatchNormActGradient, 4> {
     return result;
   }
 
-  // batch_norm(x) in differentiable operators. In training, the statistics depend on x; in evaluation, they
+  // batch_norm(x) or group_norm(x) in differentiable operators. In training, the statistics depend on x; in evaluation, they
   // are constants.
   at::Tensor normalised(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) const {
+    if (num_groups > 0) return at::group_norm(x, num_groups, weight, bias, eps, false);
     if (training) return at::batch_norm(x, weight, bias, {}, {}, true, 0.0, eps, false);
     std::vector<int64_t> per_channel(x.dim(), 1);
     per_channel[1] = -1;
@@ -174,7 +198,7 @@ bool is_recomputing() {
 // null.
 ConstOutput recomputed(const at::Tensor& x) {
   if (!x.defined() || x.is_view()) return nullptr;
-  const auto* node = dynamic_cast<const BatchNormActGradient*>(torch::autograd::impl::grad_fn_unsafe(x));
+  const auto* node = dynamic_cast<const NormActGradient*>(torch::autograd::impl::grad_fn_unsafe(x));
   ConstOutput output = node != nullptr ? node->recomputed_output() : nullptr;
   return output && output->is_unchanged(x) ? output : nullptr;
 }
@@ -184,25 +208,10 @@ int passes_of(const at::Tensor& x) {
   return output ? output->passes : 0;
 }
 
-using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
-Result batch_norm_act(const at::Tensor& x, const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                      const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
-                      const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
-                      c10::string_view act, double act_param) {
-  // The increment comes last, when torch would raise an error too late.
-  if (training) torch::autograd::check_no_requires_grad(num_batches_tracked, "num_batches_tracked", "batch_norm_act");
-  if (!composite::batch_norm_act_has_kernel(x, running_mean, running_var, weight, bias, num_batches_tracked, training) ||
-      differentiates_through_aten(x, weight, bias, residual)) {
-    return composite::batch_norm_act(x, running_mean, running_var, weight, bias, residual, num_batches_tracked, training, momentum, eps,
-                                     act, act_param);
-  }
-  torch::autograd::check_no_requires_grad(running_mean, "running_mean", "native_batch_norm");
-  torch::autograd::check_no_requires_grad(running_var, "running_var", "native_batch_norm");
-  const auto compute = [&] {
-    return call_below_autograd<ops::BatchNormAct>(x, running_mean, running_var, weight, bias, residual, num_batches_tracked, training,
-                                                  momentum, eps, act, act_param);
-  };
+// Calls compute() and records the gradient of its output.
+template <typename Compute>
+Result record(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual, bool training,
+              int64_t num_groups, double eps, std::string_view act, double act_param, const Compute& compute) {
   if (!records(x, weight, bias, residual)) return compute();
   const bool recomputing = is_recomputing();
   const auto keep = [&](const OptionalTensor& input) {
@@ -212,12 +221,13 @@ Result batch_norm_act(const at::Tensor& x, const OptionalTensor& running_mean, c
     if (recomputing && passes_of(tensor) == 0) past_hooks.emplace();
     return SavedVariable(tensor, /*is_output=*/false);
   };
-  const auto node = gradient_of<BatchNormActGradient>(x, weight, bias, residual);
+  const auto node = gradient_of<NormActGradient>(x, weight, bias, residual);
   // Saving a tensor may raise an error, so it comes before the running statistics are written.
   node->x = keep(x);
   node->weight = keep(weight);
   node->bias = keep(bias);
   node->training = training;
+  node->num_groups = num_groups;
   node->eps = eps;
   node->act = std::string(act);
   node->act_param = act_param;
@@ -230,6 +240,7 @@ Result batch_norm_act(const at::Tensor& x, const OptionalTensor& running_mean, c
     output->weight = keep(weight);
     output->bias = keep(bias);
     output->residual = keep(residual);
+    output->num_groups = num_groups;
     output->act = node->act;
     output->act_param = act_param;
     output->passes = passes;
@@ -249,6 +260,34 @@ Result batch_norm_act(const at::Tensor& x, const OptionalTensor& running_mean, c
   }
   recorded(y, node);
   return result;
+}
+
+Result batch_norm_act(const at::Tensor& x, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                      const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+                      const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
+                      c10::string_view act, double act_param) {
+  // The increment comes last, when torch would raise an error too late.
+  if (training) torch::autograd::check_no_requires_grad(num_batches_tracked, "num_batches_tracked", "batch_norm_act");
+  if (!composite::batch_norm_act_has_kernel(x, running_mean, running_var, weight, bias, num_batches_tracked, training) ||
+      differentiates_through_aten(x, weight, bias, residual)) {
+    return composite::batch_norm_act(x, running_mean, running_var, weight, bias, residual, num_batches_tracked, training, momentum, eps,
+                                     act, act_param);
+  }
+  torch::autograd::check_no_requires_grad(running_mean, "running_mean", "native_batch_norm");
+  torch::autograd::check_no_requires_grad(running_var, "running_var", "native_batch_norm");
+  return record(x, weight, bias, residual, training, /*num_groups=*/0, eps, act, act_param, [&] {
+    return call_below_autograd<ops::BatchNormAct>(x, running_mean, running_var, weight, bias, residual, num_batches_tracked, training,
+                                                  momentum, eps, act, act_param);
+  });
+}
+
+Result group_norm_act(const at::Tensor& x, int64_t num_groups, const OptionalTensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& residual, double eps, c10::string_view act, double act_param) {
+  if (!composite::group_norm_act_has_kernel(x, num_groups, weight, bias) || differentiates_through_aten(x, weight, bias, residual)) {
+    return composite::group_norm_act(x, num_groups, weight, bias, residual, eps, act, act_param);
+  }
+  return record(x, weight, bias, residual, /*training=*/true, num_groups, eps, act, act_param,
+                [&] { return call_below_autograd<ops::GroupNormAct>(x, num_groups, weight, bias, residual, eps, act, act_param); });
 }
 
 // Calls compute(), which writes these tensors, and bumps their versions.
@@ -307,6 +346,9 @@ void recompute_under(PyObject* pack_hook) { recomputing_hook = pack_hook; }
 TORCH_LIBRARY_IMPL(gradkernels, Autograd, m) {
   m.impl("batch_norm_act", batch_norm_act);
   m.impl("batch_norm_act_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("group_norm_act", group_norm_act);
+  m.impl("group_norm_act_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("group_norm_act_elemt", torch::autograd::autogradNotImplementedFallback());
   // The gradient needs the other processes: gradkernels/sync_batch_norm_act.py computes it.
   m.impl("batch_norm_act_stats", torch::autograd::autogradNotImplementedFallback());
   m.impl("batch_norm_act_gather_stats", gather_stats);

@@ -1,4 +1,4 @@
-// The SIMD loops of batch_norm_act, over the lines of cpu/lines.h. The moments of a tile are computed about
+// The SIMD loops of batch_norm_act and group_norm_act, over the lines of cpu/lines.h. The moments of a tile are computed about
 // the mean of a part of the tile, which is in the cache then. Sums whose terms may cancel are float64: the
 // sums of x - mean, of dz and of dz (x - mean). Compiled once per instruction set.
 #pragma once
@@ -219,7 +219,7 @@ void batch_norm_moments_kernel(const BatchNormForward& p, Slab slab, math::Momen
   dispatch(p.dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     const scalar_t* x = static_cast<const scalar_t*>(p.x);
-    if (p.shape.inner >= kShortRunElements) {
+    if (has_long_runs(p.shape)) {
       LongRuns::for_each_lines<opmath_t<scalar_t>>(
           p.shape, slab, [&](const Lines& lines) { out[lines.channel_begin - slab.channel_begin] = long_run_moments(x, lines); });
     } else {
@@ -235,10 +235,18 @@ GK_CALLED double channel_value(DType dtype, const void* values, int64_t channel,
   return dispatch(dtype, [&](auto zero) { return static_cast<double>(static_cast<const decltype(zero)*>(values)[channel]); });
 }
 
+// The set of channels whose statistics a channel has. A division takes as long as the rest of a channel's coefficients on
+// older processors.
+template <typename Arguments>
+GK_INLINE int64_t set_of(const Arguments& p, int64_t channel) {
+  return p.set_channels == 1 ? channel : channel / p.set_channels;
+}
+
 // Arguments is BatchNormForward or BatchNormBackward, so that both passes have the same normalisation.
 template <typename opmath, typename Arguments>
 GK_INLINE math::Normalisation<opmath> channel_normalisation(const Arguments& p, int64_t channel) {
-  return math::normalisation<opmath>(p.mean[channel], p.invstd[channel], channel_value(p.parameter_dtype, p.weight, channel, 1.0),
+  const int64_t set = set_of(p, channel);
+  return math::normalisation<opmath>(p.mean[set], p.invstd[set], channel_value(p.parameter_dtype, p.weight, channel, 1.0),
                                      channel_value(p.parameter_dtype, p.bias, channel, 0.0));
 }
 
@@ -262,7 +270,7 @@ void batch_norm_normalise_kernel(const BatchNormForward& p, Slab slab) {
         });
       };
       if (p.mask != nullptr) {
-        visit_few_functors_of_two_slopes<scalar_t>(p.act, [&](auto f) GK_FLATTEN {
+        FewActivations::visit_two_slopes<scalar_t>(p.act, [&](auto f) GK_FLATTEN {
           for_each_vector_of_slab([=, mask = p.mask](V u, Position at, auto lanes) {
             u = u + load_first(residual, at, lanes);
             store_bits<opmath>(mask + at.mask_byte, lanes, f.passes(u));
@@ -270,7 +278,7 @@ void batch_norm_normalise_kernel(const BatchNormForward& p, Slab slab) {
           });
         });
       } else {
-        visit_few_functors<scalar_t>(p.act, [&](auto f) GK_FLATTEN {
+        FewActivations::visit<scalar_t>(p.act, [&](auto f) GK_FLATTEN {
           for_each_vector_of_slab([=](V u, Position at, auto lanes) {
             if (residual != nullptr) u = u + load_first(residual, at, lanes);
             store_first(y, at, lanes, f.forward(u));
@@ -285,7 +293,7 @@ void batch_norm_normalise_kernel(const BatchNormForward& p, Slab slab) {
 
 // Calls function(dz), where dz(normalise, x, at, lanes) is the gradient at the output of the normalisation.
 // It is read from `copied`, or computed if that is null.
-template <typename scalar_t, typename Function>
+template <typename Activations, typename scalar_t, typename Function>
 GK_INLINE void visit_gradient(const BatchNormBackward& p, const opmath_t<scalar_t>* copied, const Function& function) {
   using opmath = opmath_t<scalar_t>;
   using V = Vec<opmath>;
@@ -297,13 +305,13 @@ GK_INLINE void visit_gradient(const BatchNormBackward& p, const opmath_t<scalar_
   const scalar_t* residual = static_cast<const scalar_t*>(p.residual);
   if (p.mask != nullptr) {
     const uint8_t* mask = p.mask;
-    visit_few_functors_of_two_slopes<scalar_t>(p.act, [&](auto f) GK_FLATTEN {
+    Activations::template visit_two_slopes<scalar_t>(p.act, [&](auto f) GK_FLATTEN {
       function([=](const auto&, V, Position at, auto lanes) GK_INLINE_LAMBDA {
         return f.backward_from_mask(load_first(grad_y, at, lanes), load_bits<opmath>(mask + at.mask_byte, lanes));
       });
     });
   } else {
-    visit_few_functors<scalar_t>(p.act, [&](auto f) GK_FLATTEN {
+    Activations::template visit<scalar_t>(p.act, [&](auto f) GK_FLATTEN {
       function([=](const auto& normalise, V x, Position at, auto lanes) GK_INLINE_LAMBDA {
         V u = normalise(x);
         if (residual != nullptr) u = u + load_first(residual, at, lanes);
@@ -326,7 +334,7 @@ void batch_norm_gradient_sums_kernel(const BatchNormBackward& p, Slab slab, math
     const auto past_caches = streamed<scalar_t>(p.shape, is_read_next ? nullptr : grad_residual, p.mask);
     visit_runs(p.shape, [&](auto runs) {
       using Runs = decltype(runs);
-      visit_gradient<scalar_t>(p, nullptr, [&](auto dz_of) GK_FLATTEN {
+      visit_gradient<FewActivations, scalar_t>(p, nullptr, [&](auto dz_of) GK_FLATTEN {
         Runs::template for_each_lines<opmath>(p.shape, slab, [=, &p](const Lines& lines) GK_INLINE_LAMBDA {
           const typename Runs::template Coefficients<math::Normalisation, opmath> coefficients(
               lines, [&](int64_t channel) GK_INLINE_LAMBDA { return channel_normalisation<opmath>(p, channel); });
@@ -346,8 +354,8 @@ void batch_norm_gradient_sums_kernel(const BatchNormBackward& p, Slab slab, math
           for (int64_t c = 0; c < lines.channels(); ++c) {
             const int64_t channel = lines.channel_begin + c;
             const double mean_high = static_cast<double>(channel_normalisation<opmath>(p, channel).mean_high);
-            out[channel - slab.channel_begin] =
-                math::about_mean({sums.of_channel(lines, c, 0), sums.of_channel(lines, c, 1)}, math::mean_low(p.mean[channel], mean_high));
+            out[channel - slab.channel_begin] = math::about_mean({sums.of_channel(lines, c, 0), sums.of_channel(lines, c, 1)},
+                                                                 math::mean_low(p.mean[set_of(p, channel)], mean_high));
           }
         });
       });
@@ -355,7 +363,7 @@ void batch_norm_gradient_sums_kernel(const BatchNormBackward& p, Slab slab, math
   });
 }
 
-// A normalisation and the InputGradient that shares its mean and its scale.
+// A channel's normalisation and the InputGradient that shares its mean and its scale.
 template <typename T>
 struct GradientCoefficients {
   math::Normalisation<T> normalise;
@@ -363,13 +371,77 @@ struct GradientCoefficients {
   T slope;
   T offset;
 
-  GK_INLINE math::InputGradient<T> input() const { return {normalise.mean_high, dz_mean_high, normalise.scale, slope, offset}; }
-
+  static GK_INLINE GradientCoefficients of(const BatchNormBackward& p, int64_t channel, double count, const math::GradientSums* sums) {
+    const auto normalise = channel_normalisation<T>(p, channel);
+    const auto input = math::input_gradient<T>(p.mean[channel], normalise.mean_high, p.invstd[channel],
+                                               channel_value(p.parameter_dtype, p.weight, channel, 1.0), count, sums[channel]);
+    return {normalise, input.dz_mean_high, input.slope, input.offset};
+  }
+  GK_INLINE T grad_x(bool training, T dz, T x) const {
+    const math::InputGradient<T> input{normalise.mean_high, dz_mean_high, normalise.scale, slope, offset};
+    return training ? input.training(dz, x) : input.evaluation(dz);
+  }
   template <typename U, typename Function>
   GK_INLINE GradientCoefficients<U> map(const Function& function) const {
     return {normalise.template map<U>(function), function(dz_mean_high), function(slope), function(offset)};
   }
 };
+
+// The same for a channel in a set of several.
+template <typename T>
+struct SetGradientCoefficients {
+  math::Normalisation<T> normalise;
+  T dz_mean_high;
+  T scale;
+  T slope;
+  T offset;
+  T weight;
+
+  static GK_INLINE SetGradientCoefficients of(const BatchNormBackward& p, int64_t channel, double count, const math::GradientSums* sums) {
+    const int64_t set = channel / p.set_channels;
+    const auto normalise = channel_normalisation<T>(p, channel);
+    const auto input = math::input_gradient<T>(p.mean[set], normalise.mean_high, p.invstd[set], 1.0, count, sums[set]);
+    const double weight = channel_value(p.parameter_dtype, p.weight, channel, 1.0);
+    return {normalise, input.dz_mean_high, input.scale, input.slope, input.offset, static_cast<T>(weight)};
+  }
+  GK_INLINE T grad_x(bool, T dz, T x) const {
+    return math::InputGradient<T>{normalise.mean_high, dz_mean_high, scale, slope, offset}.in_set(weight, dz, x);
+  }
+  template <typename U, typename Function>
+  GK_INLINE SetGradientCoefficients<U> map(const Function& function) const {
+    return {
+        normalise.template map<U>(function), function(dz_mean_high), function(scale), function(slope), function(offset), function(weight)};
+  }
+};
+
+template <template <typename> class C, typename Activations>
+void gradient_input(const BatchNormBackward& p, const BatchNormBackward& source, Slab slab, const math::GradientSums* sums,
+                    const void* dz_copy) {
+  dispatch(p.dtype, [&](auto zero) {
+    using scalar_t = decltype(zero);
+    using opmath = opmath_t<scalar_t>;
+    using V = Vec<opmath>;
+    const scalar_t* x_data = static_cast<const scalar_t*>(p.x);
+    scalar_t* grad_x = static_cast<scalar_t*>(p.grad_x);
+    const double count = static_cast<double>(p.shape.rows * p.shape.inner * p.set_channels);
+    const bool training = p.training;
+    visit_runs(p.shape, [&](auto runs) {
+      using Runs = decltype(runs);
+      visit_gradient<Activations, scalar_t>(source, static_cast<const opmath*>(dz_copy), [&](auto dz_of) GK_FLATTEN {
+        Runs::template for_each_lines<opmath>(p.shape, slab, [=, &p, mask = source.mask](const Lines& lines) GK_INLINE_LAMBDA {
+          const typename Runs::template Coefficients<C, opmath> coefficients(
+              lines, [&](int64_t channel) GK_INLINE_LAMBDA { return C<opmath>::of(p, channel, count, sums); });
+          Runs::template for_each<scalar_t>(
+              lines, streamed(p.shape, grad_x, mask), [&](int64_t column) GK_INLINE_LAMBDA { return coefficients.at(column); },
+              [&](const auto& c, Position at, auto lanes) {
+                const V x = load_first(x_data, at, lanes);
+                store_first(grad_x, at, lanes, c.grad_x(training, dz_of(c.normalise, x, at, lanes), x));
+              });
+        });
+      });
+    });
+  });
+}
 
 void batch_norm_gradient_input_kernel(const BatchNormBackward& p, Slab slab, const math::GradientSums* sums, const void* dz_copy) {
   BatchNormBackward source = p;
@@ -380,36 +452,11 @@ void batch_norm_gradient_input_kernel(const BatchNormBackward& p, Slab slab, con
     source.mask = nullptr;
     source.residual = nullptr;
   }
-  dispatch(p.dtype, [&](auto zero) {
-    using scalar_t = decltype(zero);
-    using opmath = opmath_t<scalar_t>;
-    using V = Vec<opmath>;
-    const scalar_t* x_data = static_cast<const scalar_t*>(p.x);
-    scalar_t* grad_x = static_cast<scalar_t*>(p.grad_x);
-    const double count = static_cast<double>(p.shape.rows * p.shape.inner);
-    const bool training = p.training;
-    visit_runs(p.shape, [&](auto runs) {
-      using Runs = decltype(runs);
-      visit_gradient<scalar_t>(source, static_cast<const opmath*>(dz_copy), [&](auto dz_of) GK_FLATTEN {
-        Runs::template for_each_lines<opmath>(p.shape, slab, [=, &p, mask = source.mask](const Lines& lines) GK_INLINE_LAMBDA {
-          const typename Runs::template Coefficients<GradientCoefficients, opmath> coefficients(
-              lines, [&](int64_t channel) GK_INLINE_LAMBDA {
-                const auto input = math::input_gradient<opmath>(
-                    p.mean[channel], p.invstd[channel], channel_value(p.parameter_dtype, p.weight, channel, 1.0), count, sums[channel]);
-                return GradientCoefficients<opmath>{channel_normalisation<opmath>(p, channel), input.dz_mean_high, input.slope,
-                                                    input.offset};
-              });
-          Runs::template for_each<scalar_t>(
-              lines, streamed(p.shape, grad_x, mask), [&](int64_t column) GK_INLINE_LAMBDA { return coefficients.at(column); },
-              [&](const auto& c, Position at, auto lanes) {
-                const V x = load_first(x_data, at, lanes);
-                const V dz = dz_of(c.normalise, x, at, lanes);
-                store_first(grad_x, at, lanes, training ? c.input().training(dz, x) : c.input().evaluation(dz));
-              });
-        });
-      });
-    });
-  });
+  if (p.set_channels == 1) {
+    gradient_input<GradientCoefficients, FewActivations>(p, source, slab, sums, dz_copy);
+  } else {
+    gradient_input<SetGradientCoefficients, ActivationsWithoutExponential>(p, source, slab, sums, dz_copy);
+  }
 }
 
 }  // namespace

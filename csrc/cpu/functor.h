@@ -94,26 +94,56 @@ GK_INLINE void visit_functor_of_two_slopes(math::Activation act, const Function&
 // The same for loops of which there are many variants. For float32, each activation has its own loop. For
 // other types one loop chooses the activation for each vector; with AVX-512 there is a second loop for swish,
 // because its constants then stay in registers.
-template <typename scalar_t, typename Function>
-GK_INLINE void visit_few_functors(math::Activation act, const Function& function) {
-  using V = Vec<opmath_t<scalar_t>>;
-  if constexpr (kCallsActivation || sizeof(scalar_t) == 4) {
-    visit_functor<scalar_t>(act, function);
-  } else if (kRegisterBytes == 64 && act.kind == math::ActivationKind::kSwish) {
-    function(math::Swish<V, math::Precision::kFull>{V(static_cast<opmath_t<scalar_t>>(act.parameter))});
-  } else {
-    function(AnyActivation<V>{act});
+struct FewActivations {
+  template <typename scalar_t, typename Function>
+  static GK_INLINE void visit(math::Activation act, const Function& function) {
+    using V = Vec<opmath_t<scalar_t>>;
+    if constexpr (kCallsActivation || sizeof(scalar_t) == 4) {
+      visit_functor<scalar_t>(act, function);
+    } else if (kRegisterBytes == 64 && act.kind == math::ActivationKind::kSwish) {
+      function(math::Swish<V, math::Precision::kFull>{V(static_cast<opmath_t<scalar_t>>(act.parameter))});
+    } else {
+      function(AnyActivation<V>{act});
+    }
   }
-}
-template <typename scalar_t, typename Function>
-GK_INLINE void visit_few_functors_of_two_slopes(math::Activation act, const Function& function) {
-  using V = Vec<opmath_t<scalar_t>>;
-  if constexpr (sizeof(scalar_t) == 4) {
-    visit_functor_of_two_slopes<V>(act, function);
-  } else {
-    function(math::AnyTwoSlopes<V>{act});
+  template <typename scalar_t, typename Function>
+  static GK_INLINE void visit_two_slopes(math::Activation act, const Function& function) {
+    using V = Vec<opmath_t<scalar_t>>;
+    if constexpr (sizeof(scalar_t) == 4) {
+      visit_functor_of_two_slopes<V>(act, function);
+    } else {
+      function(math::AnyTwoSlopes<V>{act});
+    }
   }
-}
+};
+
+// One loop for all activations without an exponential. Group norm keeps dz of the others (reduce_then_apply_gradient in
+// cpu/norm_passes.h), so this loop never sees them.
+template <typename V>
+struct AnyWithoutExponential {
+  math::Activation act;
+  GK_INLINE V backward(V grad_y, V x) const {
+    math::visit<V, math::Precision::kFull>(act, [&](auto f) GK_INLINE_LAMBDA {
+      if constexpr (!decltype(f)::kHasExponential) grad_y = f.backward(grad_y, x);
+    });
+    return grad_y;
+  }
+};
+struct ActivationsWithoutExponential {
+  template <typename scalar_t, typename Function>
+  static GK_INLINE void visit(math::Activation act, const Function& function) {
+    using V = Vec<opmath_t<scalar_t>>;
+    if constexpr (kCallsActivation) {
+      function(CalledActivation<V, AnyWithoutExponential<V>>{{act}});
+    } else {
+      function(AnyWithoutExponential<V>{act});
+    }
+  }
+  template <typename scalar_t, typename Function>
+  static GK_INLINE void visit_two_slopes(math::Activation act, const Function& function) {
+    function(math::AnyTwoSlopes<Vec<opmath_t<scalar_t>>>{act});
+  }
+};
 
 // Calls function(functor_of); functor_of(parameter) is the functor.
 template <typename V, typename Function>

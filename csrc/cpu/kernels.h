@@ -46,9 +46,9 @@ struct Kernels {
   // Writes the sums of each channel of the slab to out[0...], and grad_residual unless it is null. Unless
   // dz_copy is null, dz of the slab is written there, line by line, in the computing type.
   void (*batch_norm_gradient_sums)(const BatchNormBackward&, Slab, math::GradientSums* out, void* dz_copy);
-  // Writes grad_x from the sums of all channels. dz is read from dz_copy, unless that is null; else from
-  // grad_residual, which may be the same memory as grad_x. A grad_residual of 16 bits is rounded, and is only
-  // read for activations with an exponential. Otherwise dz is computed again.
+  // Writes grad_x from the sums of all channels, or of all sets of channels (set_channels). dz is read from dz_copy, unless
+  // that is null; else from grad_residual, which may be the same memory as grad_x. A grad_residual of 16 bits is rounded,
+  // and is only read for activations with an exponential. Otherwise dz is computed again.
   void (*batch_norm_gradient_input)(const BatchNormBackward&, Slab, const math::GradientSums* sums, const void* dz_copy);
 
   PartialNorm (*partial_norm)(DType, Norm, int64_t count, const void* x, double factor);

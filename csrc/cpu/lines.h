@@ -1,7 +1,7 @@
 // How a kernel goes through a slab (cpu/slabs.h) line by line. Every channel of the tensor has its own
 // values, such as a mean or a slope. There are two kinds of lines.
 //
-// Long runs (inner >= kShortRunElements): a line is the run of one channel in one row. The run has
+// Long runs (has_long_runs in common/shape.h): a line is the run of one channel in one row. The run has
 // `inner` elements, and a line may be a part of it. The channel's values stay in registers. The Lines of
 // channel 1:
 //
@@ -50,6 +50,7 @@ struct Lines {
   int64_t begin, end, last_end;
   int64_t offset, row_stride;
   int64_t mask_offset, mask_row_stride;  // bytes
+  int64_t copied_offset;                 // where a copy of the slab that has no gaps has the lines
 
   GK_INLINE int64_t channels() const { return channel_end - channel_begin; }
   GK_INLINE int64_t elements_per_channel() const { return (row_end - row_begin) * (end - begin) / channels(); }
@@ -78,7 +79,7 @@ GK_INLINE void for_each_tile(const Lines& lines, int64_t rows, int64_t width, co
 struct Position {
   int64_t element;    // index of the vector's first element in the operand
   int64_t mask_byte;  // index of the vector's first byte in the mask
-  int64_t copied;     // index of the vector's first element in a copy of the lines that has no gaps
+  int64_t copied;     // index of the vector's first element in a copy of the slab that has no gaps
   int64_t column;     // the vector's first column in the line
   int64_t ahead;      // prefetch the element that lies this many elements later; 0: no prefetch
   bool past_caches;   // whether the output is written past the caches
@@ -88,7 +89,7 @@ struct Position {
 GK_INLINE Position position_of_row(const Lines& lines, int64_t row, int64_t ahead) {
   return {lines.offset + row * lines.row_stride,
           lines.mask_offset + row * lines.mask_row_stride,
-          (row - lines.row_begin) * lines.end,
+          lines.copied_offset + (row - lines.row_begin) * lines.end,
           0,
           ahead,
           false};
@@ -163,7 +164,8 @@ GK_INLINE Streamed<scalar_t> streamed(const ChannelShape& shape, const scalar_t*
   constexpr int64_t kStreamedBytes = 16 * 1024 * 1024;
   // 16-bit elements fill half a register. Past the caches, 16 bytes at a time are slower than through them.
   constexpr bool kPays = sizeof(scalar_t) > 2 || kRegisterBytes == 64;
-  const bool large = shape.rows * shape.channels * shape.inner * static_cast<int64_t>(sizeof(scalar_t)) >= kStreamedBytes;
+  const int64_t elements = shape.samples * shape.rows * shape.channels * shape.inner;
+  const bool large = elements * static_cast<int64_t>(sizeof(scalar_t)) >= kStreamedBytes;
   return {kPays && large ? output : nullptr, mask == nullptr ? 1 : 8};
 }
 
@@ -323,9 +325,11 @@ struct LongRuns {
   template <typename opmath, typename Function>
   static GK_INLINE void for_each_lines(const ChannelShape& shape, Slab s, const Function& function) {
     const int64_t line_bytes = (shape.inner + 7) / 8;
+    const int64_t elements = (s.row_end - s.row_begin) * (s.inner_end - s.inner_begin);
     for (int64_t channel = s.channel_begin; channel < s.channel_end; ++channel) {
       function(Lines{channel, channel + 1, shape.inner, s.row_begin, s.row_end, s.inner_begin, s.inner_end, s.inner_end,
-                     channel * shape.inner, shape.channels * shape.inner, channel * line_bytes, shape.channels * line_bytes});
+                     channel * shape.inner, shape.channels * shape.inner, channel * line_bytes, shape.channels * line_bytes,
+                     (channel - s.channel_begin) * elements});
     }
   }
 
@@ -428,8 +432,8 @@ struct ShortRuns {
     const int64_t first = s.channel_begin * shape.inner;
     const int64_t columns = (s.channel_end - s.channel_begin) * shape.inner;
     const int64_t rows = s.row_end - s.row_begin;
-    Lines lines{s.channel_begin, s.channel_end, shape.inner, s.row_begin, s.row_end, 0,
-                columns,         columns,       first,       row_stride,  first / 8, (row_stride + 7) / 8};
+    Lines lines{s.channel_begin, s.channel_end, shape.inner, s.row_begin,          s.row_end, 0, columns, columns,
+                first,           row_stride,    first / 8,   (row_stride + 7) / 8, 0};
     const int64_t folds = columns == row_stride ? rows_of_line<opmath>(shape.rows, columns) : 1;
     if (folds > 1) {
       // s.row_begin is a multiple of 8 (cpu/slabs.h): no two slabs share a byte of the mask.
@@ -608,7 +612,7 @@ struct ShortRuns {
 // Calls function(LongRuns()) if the runs of the shape are long, else function(ShortRuns()).
 template <typename Function>
 GK_INLINE void visit_runs(const ChannelShape& shape, const Function& function) {
-  if (shape.inner >= kShortRunElements) {
+  if (has_long_runs(shape)) {
     function(LongRuns());
   } else {
     function(ShortRuns());

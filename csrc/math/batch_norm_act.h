@@ -1,4 +1,4 @@
-// The formulas of batch normalisation: moments and their merge, the normalisation, and the gradient of the
+// The formulas of batch norm and group norm: moments and their merge, the normalisation, and the gradient of the
 // input. All per-channel numbers are float64. Only numbers that are combined with elements are rounded to the
 // computing type. The shift makes up for the rounding error of the mean.
 #pragma once
@@ -193,6 +193,11 @@ GK_HOST_DEVICE GradientSums about_mean(const GradientSums& about_mean_high, doub
 // large common offset keep their digits. The offset contains the low part if it is finite. slope does not
 // contain the scale: their product could underflow float32 for a small gradient at a large x
 // (test_gradients_at_the_ends_of_the_range).
+//
+// The channels of a set of group norm share mean and invstd, and each has a weight. If S1 and S2 are the sums of
+// weight dz and of weight dz (x - mean) over the set, and N is the number of its elements:
+//   grad_x = invstd (weight dz - S1/N - (x - mean) invstd^2 S2/N)
+//          = fma(scale, fma(slope, x - mean_high, fma(weight, dz, -dz_mean_high)), offset), with the scale of weight 1
 template <typename T>
 struct InputGradient {
   T mean_high;
@@ -202,6 +207,9 @@ struct InputGradient {
   T offset;
 
   GK_HOST_DEVICE T training(T dz, T x) const { return fma(scale, fma(slope, x - mean_high, dz - dz_mean_high), offset); }
+  GK_HOST_DEVICE T in_set(T weight, T dz, T x) const {
+    return fma(scale, fma(slope, x - mean_high, fma(weight, dz, -dz_mean_high)), offset);
+  }
   // The statistics are constants, so the result does not depend on x, even if x is inf.
   GK_HOST_DEVICE T evaluation(T dz) const { return scale * dz; }
 
@@ -211,11 +219,12 @@ struct InputGradient {
   }
 };
 
+// high: mean_high of the channel's Normalisation. weight: 1 for a set of several channels.
 template <typename scalar_t>
-GK_HOST_DEVICE InputGradient<scalar_t> input_gradient(double mean, double invstd, double weight, double count, GradientSums sums) {
+GK_HOST_DEVICE InputGradient<scalar_t> input_gradient(double mean, scalar_t high, double invstd, double weight, double count,
+                                                      GradientSums sums) {
   const double scale = weight * invstd;
   const double slope = -invstd * invstd * (sums.dz_x / count);
-  const scalar_t high = mean_high(mean, static_cast<scalar_t>(scale));
   const double dz_mean = sums.dz / count + zero_unless_finite(slope * mean_low(mean, static_cast<double>(high)));
   const scalar_t dz_mean_high = static_cast<scalar_t>(dz_mean);
   const double dz_mean_low = dz_mean - static_cast<double>(dz_mean_high);

@@ -173,8 +173,7 @@ BatchNormActResult batch_norm_act(const at::Tensor& x, const OptionalTensor& run
   const Forward f(x, residual, act, act_param);
   check_num_batches_tracked(num_batches_tracked);
   const Operands operands(f.layout, x, residual);
-  at::Tensor mean = at::empty_symint({f.layout.channels}, x.options().dtype(at::kDouble));
-  at::Tensor invstd = at::empty_like(mean);
+  const at::Tensor mean = f.statistic(), invstd = f.statistic();
   BatchNormForward p = f.arguments(operands, weight, bias, mean, invstd);
   p.parameter_dtype = dtype_of(parameter_dtype(x, {running_mean, running_var, weight, bias}));
   p.training = training;
@@ -201,8 +200,7 @@ BatchNormActResult batch_norm_act_meta(const at::Tensor& x, const OptionalTensor
   }
   const Forward f(x, residual, act, act_param);
   check_num_batches_tracked(num_batches_tracked);
-  at::Tensor mean = at::empty_symint({f.layout.channels}, x.options().dtype(at::kDouble));
-  return {f.y, mean, at::empty_like(mean), f.mask};
+  return {f.y, f.statistic(), f.statistic(), f.mask};
 }
 
 BatchNormActGradients batch_norm_act_backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& mean,

@@ -13,7 +13,7 @@ namespace gradkernels {
 // (cpu/lines.h) need less.
 template <typename Int>
 Int mask_bytes(const Int& rows, const Int& channels, const Int& inner) {
-  if (inner < kShortRunElements) return rows * ((channels * inner + 7) / 8);
+  if (!has_long_runs(rows, inner)) return rows * ((channels * inner + 7) / 8);
   return rows * channels * ((inner + 7) / 8);
 }
 
@@ -22,6 +22,7 @@ struct BatchNormForward {
   DType dtype;            // of x, residual and y
   DType parameter_dtype;  // of weight, bias and the running statistics
   ChannelShape shape;
+  int64_t set_channels = 1;  // how many neighbouring channels share mean and invstd
   math::Activation act;
   bool training;
   double momentum;
@@ -46,6 +47,7 @@ struct BatchNormBackward {
   DType dtype;
   DType parameter_dtype;
   ChannelShape shape;
+  int64_t set_channels = 1;
   math::Activation act;
   bool training;
   const void* grad_y;

@@ -1,5 +1,5 @@
-// From tensors to the arguments of the kernels of batch_norm_act: checks, outputs, and the structs of
-// ops/batch_norm_act.h. Shared by batch_norm_act.cpp and sync_batch_norm_act.cpp.
+// From tensors to the arguments of the kernels of batch_norm_act and group_norm_act: checks, outputs, and the structs of
+// ops/batch_norm_act.h. `num_groups` is given in group norm.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -33,10 +33,13 @@ inline const void* data_of(const at::Tensor& x) { return x.defined() ? x.const_d
 inline void* mutable_data_of(const OptionalTensor& x) { return is_given(x) ? x->mutable_data_ptr() : nullptr; }
 
 inline at::Tensor empty_mask(const at::Tensor& x, const Layout& layout, bool needed) {
-  return at::empty_symint({needed ? mask_bytes(layout.rows, layout.channels, layout.inner) : c10::SymInt(0)}, x.options().dtype(at::kByte));
+  const c10::SymInt bytes = needed ? layout.samples * mask_bytes(layout.rows, layout.channels, layout.inner) : c10::SymInt(0);
+  return at::empty_symint({bytes}, x.options().dtype(at::kByte));
 }
 
 inline bool kernels_take(const at::Tensor& x) { return has_kernel(x) && x.dim() >= 2 && x.dim() <= 5 && x.sym_numel() > 0; }
+
+inline bool divides(int64_t num_groups, const at::Tensor& x) { return num_groups > 0 && x.sym_size(1) % num_groups == 0; }
 
 inline at::ScalarType parameter_dtype(const at::Tensor& x, std::initializer_list<OptionalTensor> parameters) {
   const auto first = std::find_if(parameters.begin(), parameters.end(), is_given);
@@ -62,6 +65,12 @@ inline void check_residual(const at::Tensor& x, const OptionalTensor& residual) 
   TORCH_CHECK(residual->scalar_type() == x.scalar_type(), "residual must have the dtype of x, ", x.scalar_type(), ", got ",
               residual->scalar_type());
   TORCH_CHECK(residual->device() == x.device(), "residual must be on the device of x, ", x.device(), ", got ", residual->device());
+}
+
+inline void check_statistic(const at::Tensor& statistic, const at::Tensor& x, const Layout& layout) {
+  TORCH_CHECK(statistic.scalar_type() == at::kDouble && statistic.device() == x.device() && statistic.dim() == 1 &&
+                  statistic.sym_size(0) == layout.sets() && statistic.is_contiguous(),
+              "mean and invstd must be float64 tensors of ", layout.sets(), " elements on the device of x");
 }
 
 // Whether x can be incremented; a bool, for example, cannot. It is checked before anything is written,
@@ -119,11 +128,15 @@ struct Forward {
   Layout layout;
   at::Tensor y, mask;
 
-  Forward(const at::Tensor& x, const OptionalTensor& residual, c10::string_view name, double act_param)
+  Forward(const at::Tensor& x, const OptionalTensor& residual, c10::string_view name, double act_param,
+          std::optional<int64_t> num_groups = {})
       : act(activation(name, act_param)),
-        layout((check_residual(x, residual), x)),
+        layout((check_residual(x, residual), x), num_groups),
         y(at::empty_like(x, layout.format)),
         mask(empty_mask(x, layout, is_given(residual) && act.has_two_slopes())) {}
+
+  // Memory for mean or invstd.
+  at::Tensor statistic() const { return at::empty_symint({layout.sets()}, y.options().dtype(at::kDouble)); }
 
   // The arguments of the kernels, without the running statistics.
   BatchNormForward arguments(const Operands& operands, const OptionalTensor& weight, const OptionalTensor& bias, const at::Tensor& mean,
@@ -132,6 +145,7 @@ struct Forward {
     p.dtype = dtype_of(y);
     p.parameter_dtype = dtype_of(parameter_dtype(y, {weight, bias}));
     p.shape = layout.shape();
+    p.set_channels = layout.set_channels.expect_int();
     p.act = act;
     p.x = operands.x.const_data_ptr();
     p.residual = data_of(operands.residual);
@@ -156,14 +170,18 @@ struct Backward {
 
   Backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& mean, const at::Tensor& invstd, const OptionalTensor& weight,
            const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask, c10::string_view name, double act_param,
-           std::array<bool, 4> output_mask)
-      : act(activation(name, act_param)), layout((check(grad_y, x, mean, invstd, weight, bias, residual), x)) {
+           std::array<bool, 4> output_mask, std::optional<int64_t> num_groups = {})
+      : act(activation(name, act_param)), layout((check(grad_y, x, num_groups), x), num_groups) {
+    for (const at::Tensor& statistic : {mean, invstd}) check_statistic(statistic, x, layout);
+    TORCH_CHECK(per_channel(x, {weight, bias}), kName, ": weight and bias must have ", x.sym_size(1),
+                " elements in the dtype of x, or in float32 if x has 16 bits");
+    check_residual(x, residual);
     if (is_given(mask)) {
       TORCH_CHECK(act.has_two_slopes() && mask->scalar_type() == at::kByte && mask->device() == x.device() && mask->is_contiguous() &&
-                      mask->sym_numel() == mask_bytes(layout.rows, layout.channels, layout.inner),
-                  "batch_norm_act_backward: this mask does not belong to act and x");
+                      mask->sym_numel() == layout.samples * mask_bytes(layout.rows, layout.channels, layout.inner),
+                  kName, ": this mask does not belong to act and x");
     } else {
-      TORCH_CHECK(!is_given(residual) || !act.has_two_slopes(), "batch_norm_act_backward: with a residual, ", name, " needs the mask");
+      TORCH_CHECK(!is_given(residual) || !act.has_two_slopes(), kName, ": with a residual, ", name, " needs the mask");
     }
     const at::TensorOptions of_parameters = x.options().dtype(parameter_dtype(x, {weight, bias}));
     const auto like_x = [&](bool wanted) { return wanted ? at::empty_like(x, layout.format) : at::empty({0}, x.options()); };
@@ -184,6 +202,7 @@ struct Backward {
     p.dtype = dtype_of(operands.x);
     p.parameter_dtype = dtype_of(grad_weight);
     p.shape = layout.shape();
+    p.set_channels = layout.set_channels.expect_int();
     p.act = act;
     p.training = training;
     p.grad_y = operands.grad_y.const_data_ptr();
@@ -202,22 +221,16 @@ struct Backward {
   }
 
  private:
-  static void check(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& mean, const at::Tensor& invstd,
-                    const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual) {
-    TORCH_CHECK_NOT_IMPLEMENTED(has_kernel(x), "\"batch_norm_act_backward\" not implemented for '", x.scalar_type(), "' on ", x.device());
-    TORCH_CHECK(x.dim() >= 2 && x.dim() <= 5 && x.sym_numel() > 0,
-                "batch_norm_act_backward: x must have 2 to 5 dimensions and at least one element, got shape ", x.sym_sizes());
-    TORCH_CHECK(same_dtype_and_device(grad_y, x) && grad_y.sym_sizes() == x.sym_sizes(),
-                "batch_norm_act_backward: grad_y must have the dtype, the device and the shape of x, ", x.sym_sizes(), ", got ",
-                grad_y.sym_sizes());
-    for (const at::Tensor& statistic : {mean, invstd}) {
-      TORCH_CHECK(statistic.scalar_type() == at::kDouble && statistic.device() == x.device() && statistic.dim() == 1 &&
-                      statistic.sym_size(0) == x.sym_size(1) && statistic.is_contiguous(),
-                  "batch_norm_act_backward: mean and invstd must be float64 tensors of ", x.sym_size(1), " elements");
-    }
-    TORCH_CHECK(per_channel(x, {weight, bias}), "batch_norm_act_backward: weight and bias must have ", x.sym_size(1),
-                " elements in the dtype of x, or in float32 if x has 16 bits");
-    check_residual(x, residual);
+  static constexpr const char* kName = "the gradient of a normalisation";
+
+  static void check(const at::Tensor& grad_y, const at::Tensor& x, std::optional<int64_t> num_groups) {
+    TORCH_CHECK_NOT_IMPLEMENTED(has_kernel(x), kName, " is not implemented for '", x.scalar_type(), "' on ", x.device());
+    TORCH_CHECK(x.dim() >= 2 && x.dim() <= 5 && x.sym_numel() > 0, kName,
+                ": x must have 2 to 5 dimensions and at least one element, got shape ", x.sym_sizes());
+    TORCH_CHECK(same_dtype_and_device(grad_y, x) && grad_y.sym_sizes() == x.sym_sizes(), kName,
+                ": grad_y must have the dtype, the device and the shape of x, ", x.sym_sizes(), ", got ", grad_y.sym_sizes());
+    TORCH_CHECK(!num_groups.has_value() || divides(*num_groups, x), kName, ": num_groups must divide the channels of x, ", x.sym_size(1),
+                ", got ", num_groups.value_or(0));
   }
 };
 

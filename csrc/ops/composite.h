@@ -40,7 +40,10 @@ BatchNormActResult batch_norm_act(const at::Tensor& x, const OptionalTensor& run
                                   const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
                                   std::string_view act, double act_param);
 
-// act(z + residual), the second half of batch_norm_act.
+BatchNormActResult group_norm_act(const at::Tensor& x, int64_t num_groups, const OptionalTensor& weight, const OptionalTensor& bias,
+                                  const OptionalTensor& residual, double eps, std::string_view act, double act_param);
+
+// act(z + residual), the second half of batch_norm_act and group_norm_act.
 at::Tensor add_and_activate(at::Tensor z, const OptionalTensor& residual, std::string_view act, double act_param);
 // The gradient of act(z) at z.
 at::Tensor activation_backward(const at::Tensor& grad_y, const at::Tensor& z, std::string_view act, double act_param);
@@ -54,5 +57,7 @@ bool gradient_reads_value(std::string_view act);
 bool batch_norm_act_has_kernel(const at::Tensor& x, const OptionalTensor& running_mean, const OptionalTensor& running_var,
                                const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& num_batches_tracked,
                                bool training);
+// The same for group_norm_act.
+bool group_norm_act_has_kernel(const at::Tensor& x, int64_t num_groups, const OptionalTensor& weight, const OptionalTensor& bias);
 
 }  // namespace gradkernels::composite

@@ -110,6 +110,22 @@ struct BatchNormActGatherStats {
   using Signature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                                                        std::optional<double>, double);
 };
+struct GroupNormAct {
+  static constexpr const char* kName = "gradkernels::group_norm_act";
+  using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, int64_t, const OptionalTensor&, const OptionalTensor&,
+                                                               const OptionalTensor&, double, c10::string_view, double);
+};
+struct GroupNormActBackward {
+  static constexpr const char* kName = "gradkernels::group_norm_act_backward";
+  using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t,
+                                                               const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                                               const OptionalTensor&, c10::string_view, double, std::array<bool, 4>);
+};
+struct GroupNormActElemt {
+  static constexpr const char* kName = "gradkernels::group_norm_act_elemt";
+  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t, const OptionalTensor&,
+                                               const OptionalTensor&, const OptionalTensor&, c10::string_view, double);
+};
 struct GradNorms {
   static constexpr const char* kName = "gradkernels::grad_norms";
   using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor>(at::TensorList, double);

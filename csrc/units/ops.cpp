@@ -3,6 +3,7 @@
 #include "ops/activation.cpp"
 #include "ops/batch_norm_act.cpp"
 #include "ops/clip_grad.cpp"
+#include "ops/group_norm_act.cpp"
 #include "ops/optim.cpp"
 #include "ops/sync_batch_norm_act.cpp"
 #include "schema.cpp"

@@ -16,6 +16,7 @@
 #include "ops/activation.h"
 #include "ops/batch_norm_act.h"
 #include "ops/clip_grad.h"
+#include "ops/group_norm_act.h"
 #include "ops/optim.h"
 
 namespace {
@@ -108,75 +109,86 @@ void parametric(DType dtype, Results& results) {
   }
 }
 
-template <typename scalar_t>
-void batch_norm_act(DType dtype, Results& results) {
-  for (const ChannelShape& shape : shapes_of(dtype)) {
-    for (const ActivationKind kind : {ActivationKind::kRelu6, ActivationKind::kSwish}) {
-      const int64_t count = shape.rows * shape.channels * shape.inner, channels = shape.channels;
-      const std::vector<scalar_t> x = numbers<scalar_t>(count, 6), grad_y = numbers<scalar_t>(count, 7),
-                                  residual = numbers<scalar_t>(count, 8);
-      const std::vector<scalar_t> weight = positive<scalar_t>(channels, 9), bias = numbers<scalar_t>(channels, 10);
-      std::vector<scalar_t> running_mean = numbers<scalar_t>(channels, 11), running_var = positive<scalar_t>(channels, 12), y(count);
-      std::vector<double> mean(channels), invstd(channels), moments(1 + 2 * channels), sums(2 * channels);
-      const Activation act{kind, 1.0};
-      std::vector<uint8_t> mask(act.has_two_slopes() ? mask_bytes(shape.rows, channels, shape.inner) : 0);
-      BatchNormForward forward{};
-      forward.dtype = forward.parameter_dtype = dtype;
-      forward.shape = shape;
-      forward.act = act;
-      forward.training = true;
-      forward.momentum = 0.1;
-      forward.eps = 1e-5;
-      forward.x = x.data();
-      forward.residual = residual.data();
-      forward.weight = weight.data();
-      forward.bias = bias.data();
-      forward.running_mean = running_mean.data();
-      forward.running_var = running_var.data();
-      forward.mean = mean.data();
-      forward.invstd = invstd.data();
-      forward.y = y.data();
-      forward.mask = mask.empty() ? nullptr : mask.data();
-      cpu::batch_norm_act_forward(forward);
-      results.add(y);
-      results.add(running_var);
-      results.add(mask);
-      cpu::batch_norm_act_stats(forward, moments.data());
-      cpu::batch_norm_act_elemt(forward);
-      results.add(moments);
-      results.add(y);
+// The shape of a sample, and the channels of a group: in one pass; in two, with few groups, and with groups over many rows.
+std::vector<std::pair<ChannelShape, int64_t>> grouped_of(DType dtype) {
+  std::vector<std::pair<ChannelShape, int64_t>> shapes{{{1, 24, 961, 3}, 3}};
+  if (dtype == DType::kFloat32) shapes.insert(shapes.end(), {{{1, 4, 100'003, 1}, 2}, {{600, 72, 1, 2}, 9}});
+  return shapes;
+}
 
-      std::vector<scalar_t> grad_x(count), grad_residual(count), grad_weight(channels), grad_bias(channels);
-      BatchNormBackward backward{};
-      backward.dtype = backward.parameter_dtype = dtype;
-      backward.shape = shape;
-      backward.act = act;
-      backward.training = true;
-      backward.grad_y = grad_y.data();
-      backward.x = x.data();
-      backward.residual = mask.empty() ? residual.data() : nullptr;
-      backward.mask = forward.mask;
-      backward.weight = weight.data();
-      backward.bias = bias.data();
-      backward.mean = mean.data();
-      backward.invstd = invstd.data();
-      backward.grad_x = grad_x.data();
-      backward.grad_weight = grad_weight.data();
-      backward.grad_bias = grad_bias.data();
-      for (const bool with_residual : {false, true}) {
-        backward.grad_residual = with_residual ? grad_residual.data() : nullptr;
-        cpu::batch_norm_act_backward(backward);
-        results.add(grad_x);
-        results.add(grad_weight);
-        results.add(grad_bias);
-      }
-      results.add(grad_residual);
-      cpu::batch_norm_act_backward_reduce(backward, sums.data());
-      const double count_of_all = static_cast<double>(2 * shape.rows * shape.inner);
-      cpu::batch_norm_act_backward_elemt(backward, sums.data(), &count_of_all);
-      results.add(sums);
+// Batch norm, or group norm if a set has several channels.
+template <typename scalar_t>
+void norm_act(DType dtype, const ChannelShape& shape, int64_t set_channels, Results& results) {
+  const bool grouped = set_channels > 1;
+  for (const ActivationKind kind : {ActivationKind::kRelu6, ActivationKind::kSwish}) {
+    const int64_t count = shape.samples * shape.rows * shape.channels * shape.inner, channels = shape.channels;
+    const std::vector<scalar_t> x = numbers<scalar_t>(count, 6), grad_y = numbers<scalar_t>(count, 7),
+                                residual = numbers<scalar_t>(count, 8);
+    const std::vector<scalar_t> weight = positive<scalar_t>(channels, 9), bias = numbers<scalar_t>(channels, 10);
+    std::vector<scalar_t> running_mean = numbers<scalar_t>(channels, 11), running_var = positive<scalar_t>(channels, 12), y(count);
+    const int64_t sets = shape.samples * channels / set_channels;
+    std::vector<double> mean(sets), invstd(sets), moments(1 + 2 * channels), sums(2 * channels);
+    const Activation act{kind, 1.0};
+    std::vector<uint8_t> mask(act.has_two_slopes() ? shape.samples * mask_bytes(shape.rows, channels, shape.inner) : 0);
+    BatchNormForward forward{};
+    forward.dtype = forward.parameter_dtype = dtype;
+    forward.shape = shape;
+    forward.set_channels = set_channels;
+    forward.act = act;
+    forward.training = true;
+    forward.momentum = 0.1;
+    forward.eps = 1e-5;
+    forward.x = x.data();
+    forward.residual = residual.data();
+    forward.weight = weight.data();
+    forward.bias = bias.data();
+    forward.running_mean = running_mean.data();
+    forward.running_var = running_var.data();
+    forward.mean = mean.data();
+    forward.invstd = invstd.data();
+    forward.y = y.data();
+    forward.mask = mask.empty() ? nullptr : mask.data();
+    grouped ? cpu::group_norm_act_forward(forward) : cpu::batch_norm_act_forward(forward);
+    results.add(y);
+    results.add(running_var);
+    results.add(mask);
+    if (!grouped) cpu::batch_norm_act_stats(forward, moments.data());
+    grouped ? cpu::group_norm_act_elemt(forward) : cpu::batch_norm_act_elemt(forward);
+    results.add(moments);
+    results.add(y);
+
+    std::vector<scalar_t> grad_x(count), grad_residual(count), grad_weight(channels), grad_bias(channels);
+    BatchNormBackward backward{};
+    backward.dtype = backward.parameter_dtype = dtype;
+    backward.shape = shape;
+    backward.set_channels = set_channels;
+    backward.act = act;
+    backward.training = true;
+    backward.grad_y = grad_y.data();
+    backward.x = x.data();
+    backward.residual = mask.empty() ? residual.data() : nullptr;
+    backward.mask = forward.mask;
+    backward.weight = weight.data();
+    backward.bias = bias.data();
+    backward.mean = mean.data();
+    backward.invstd = invstd.data();
+    backward.grad_x = grad_x.data();
+    backward.grad_weight = grad_weight.data();
+    backward.grad_bias = grad_bias.data();
+    for (const bool with_residual : {false, true}) {
+      backward.grad_residual = with_residual ? grad_residual.data() : nullptr;
+      grouped ? cpu::group_norm_act_backward(backward) : cpu::batch_norm_act_backward(backward);
       results.add(grad_x);
+      results.add(grad_weight);
+      results.add(grad_bias);
     }
+    results.add(grad_residual);
+    if (grouped) continue;
+    cpu::batch_norm_act_backward_reduce(backward, sums.data());
+    const double count_of_all = static_cast<double>(2 * shape.rows * shape.inner);
+    cpu::batch_norm_act_backward_elemt(backward, sums.data(), &count_of_all);
+    results.add(sums);
+    results.add(grad_x);
   }
 }
 
@@ -223,7 +235,8 @@ Results everything(int64_t with_threads) {
       using scalar_t = decltype(zero);
       activations<scalar_t>(dtype, results);
       parametric<scalar_t>(dtype, results);
-      batch_norm_act<scalar_t>(dtype, results);
+      for (const ChannelShape& shape : shapes_of(dtype)) norm_act<scalar_t>(dtype, shape, 1, results);
+      for (const auto& [shape, set_channels] : grouped_of(dtype)) norm_act<scalar_t>(dtype, shape, set_channels, results);
       gradients<scalar_t>(dtype, results);
     });
   }
