@@ -908,6 +908,23 @@ def repeats(values):
     values *= 2
 
 
+def lengthens_one_of(values):
+    y = values if values else sum(values)
+    y += values
+
+
+def lengthens_an_item(values):
+    y = [values][0]
+    y += values
+
+
+def adds_in_place(values):
+    y = sum(values)
+    y += values[0]
+    y = y * 2
+    y *= values[0]
+
+
 def counts(values):
     count = 0
     for _ in values:
@@ -1345,7 +1362,10 @@ def test_what_is_read(name):
 
 @pytest.mark.parametrize(
     ("fill", "may_write"),
-    [(lengthens, True), (repeats, True), (lambda values: values.sort(key=len), True), (counts, False), (lambda values: len(values), False)],
+    [
+        *((fill, True) for fill in (lengthens, lengthens_one_of, lengthens_an_item, repeats, lambda values: values.sort(key=len))),
+        *((fill, False) for fill in (adds_in_place, counts, lambda values: len(values))),
+    ],
 )
 def test_a_list_that_a_submodule_may_write_into(fill, may_write):
     forward = filled(lambda self, values, x: self.fills(values, x))

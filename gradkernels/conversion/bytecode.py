@@ -25,6 +25,7 @@ CLASS_FUNCTION = "type"
 _GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME")
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
 _WRITES = ("STORE_ATTR", "DELETE_ATTR", "COPY", "DUP_TOP")
+_READS_OF_ITEMS = ("BINARY_SUBSCR", "BINARY_SLICE")
 _WRITES_OF_ITEMS = ("STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE")
 _EXCEPTS = ("CHECK_EXC_MATCH", "CHECK_EG_MATCH", "JUMP_IF_NOT_EXC_MATCH")
 # Instructions that stand between others and compute nothing.
@@ -190,23 +191,42 @@ def asks_for_class(code: CodeType, wraps_forward: bool = False) -> bool:
 
 def _results(code: CodeType, instructions: list[dis.Instruction]) -> set[str]:
     """The local variables that a code returns, and that hold nothing but what calls have returned."""
-    pairs = list(pairwise(instructions))
+    pairs = pairwise(instructions)
     returned = {before.argval for before, after in pairs if before.opname.startswith("LOAD_FAST") and after.opname == "RETURN_VALUE"}
-    stored = [(before, after.argval) for before, after in pairs if after.opname.startswith("STORE_FAST")]
+    return returned & _computed(code, instructions, ("CALL",))
+
+
+def _computed(code: CodeType, instructions: list[dis.Instruction], by: tuple[str, ...]) -> set[str]:
+    """The local variables that hold nothing but what certain instructions have computed.
+
+    Args:
+        code: the code of one function.
+        instructions: its instructions.
+        by: how the names of these instructions begin.
+    """
     arguments, *others = inspect.getargs(code)
-    for before, name in stored:
-        # An instruction of Python 3.13 that stores and does more has a tuple of names.
-        if isinstance(name, tuple) or not before.opname.startswith("CALL"):
-            others += name if isinstance(name, tuple) else [name]
-    return returned.difference(arguments, others)
+    computed = set()
+    for before, after in pairwise(instructions):
+        if after.opname.startswith("STORE_FAST"):
+            # An instruction of Python 3.13 that stores and does more has a tuple of names.
+            is_known = not isinstance(after.argval, tuple) and before.opname.startswith(by) and before.opname not in _READS_OF_ITEMS
+            if is_known and not after.is_jump_target:
+                computed.add(after.argval)
+            else:
+                others += after.argval if isinstance(after.argval, tuple) else [after.argval]
+    return computed.difference(arguments, others)
 
 
 def writes_items(code: CodeType) -> bool:
     """Whether a code may write into a list, a dict or a set."""
     if not _THAT_FILL.isdisjoint(code.co_names):
         return True
-    pairs = pairwise(_instructions(code))
-    return any(instruction.opname in _WRITES_OF_ITEMS or _is_in_place(instruction, before) for before, instruction in pairs)
+    instructions = _instructions(code)
+    places = [place for place, instruction in enumerate(instructions) if _is_in_place(instruction, instructions[place - 1])]
+    # What has been computed is none of the lists that were there.
+    computed = _computed(code, instructions, ("CALL", "BINARY", "INPLACE")) if places else set()
+    is_written = any(instructions[place + 1].argval not in computed for place in places)
+    return is_written or any(instruction.opname in _WRITES_OF_ITEMS for instruction in instructions)
 
 
 def _is_in_place(instruction: dis.Instruction, before: dis.Instruction) -> bool:
