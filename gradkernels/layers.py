@@ -35,9 +35,10 @@ def added_names(kind: type[nn.Module], replacement: type[nn.Module]) -> frozense
 
 @functools.cache
 def _names_of_instances(kind_and_names: tuple[Any, ...]) -> frozenset[str]:
-    # The class alone does not show what __init__ sets. Each class that is replaced takes 1 as its argument.
+    # The class alone does not show what __init__ sets. Each class that is replaced takes 1 as its argument, group norm twice.
+    kind = kind_and_names[0]
     with torch.device("meta"):
-        return frozenset(dir(kind_and_names[0](1)))
+        return frozenset(dir(kind(1, 1) if issubclass(kind, nn.GroupNorm) else kind(1)))
 
 
 def why_not_replaced(module: nn.Module, replacement: type[nn.Module], *more: str) -> str:

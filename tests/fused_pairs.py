@@ -1,8 +1,8 @@
 """Judges what convert fuses, without its code and its report: from the calls of one run before and of one run after conversion.
 
-A pair is the call of an activation that a kernel computes after batch norm, if its input is the output of a batch norm, or the sum of such
-an output and tensors of its shape, and if nothing else reads the output and the sums. So an activation is in one pair, also after a
-sum of several batch norms. A pair is fused if the operator batch_norm_act computes it in a run of the converted model.
+A pair is the call of an activation that a kernel computes after a norm, if its input is the output of a batch, group or instance norm, or
+the sum of such an output and tensors of its shape, and if nothing else reads the output and the sums. So an activation is in one pair, also
+after a sum of several norms. A pair is fused if batch_norm_act or group_norm_act computes it in a run of the converted model.
 """
 
 import collections
@@ -12,12 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gradkernels.acts import act_of_module, act_of_spelling
 
+NORMS = (F.batch_norm, F.group_norm, F.instance_norm)
+UNNAMED = "(no parameters)"
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 
 
@@ -25,15 +28,15 @@ ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 class Value:
     """The result of a call. readers: the calls that take it, and the model if it returns it."""
 
-    batch_norm: str = ""
+    norm: str = ""
     terms: tuple = ()
     readers: int = 0
 
-    def batch_norms(self):
-        """The names of the batch norms whose outputs reach this value, directly or through sums, and no other reader."""
+    def norms(self):
+        """The names of the norms whose outputs reach this value, directly or through sums, and no other reader."""
         if self.readers != 1:
             return set()
-        return {self.batch_norm} if self.batch_norm else {name for term in self.terms for name in term.batch_norms()}
+        return {self.norm} if self.norm else {name for term in self.terms for name in term.norms()}
 
 
 def tensors_in(tree):
@@ -57,15 +60,20 @@ class Pairs(TorchFunctionMode):
             act = act_of_module(module)
             if act is not None and not isinstance(module, nn.Identity):
                 module.register_forward_pre_hook(functools.partial(self.note_activation, act))
-            if "FrozenBatchNorm" in type(module).__name__:
-                module.register_forward_hook(functools.partial(self.note_frozen, name))
+            if "FrozenBatchNormAct" in type(module).__name__:
+                module.drop.register_forward_pre_hook(functools.partial(self.note_input, name))
+            elif "FrozenBatchNorm" in type(module).__name__ or isinstance(module, _InstanceNorm):
+                module.register_forward_hook(functools.partial(self.note_output, name))
 
     def note_activation(self, act, module, arguments):
         self.activated[self.value(arguments[0])] = act.name
 
-    def note_frozen(self, name, module, arguments, y):
-        # It calls no function of batch norm.
-        self.value(y).batch_norm = name
+    def note_output(self, name, module, arguments, y):
+        # It calls no function of batch norm, or has no parameter that could tell its name.
+        self.value(y).norm = name
+
+    def note_input(self, name, module, arguments):
+        self.value(arguments[0]).norm = name
 
     def value(self, tensor):
         if id(tensor) not in self.values:
@@ -92,8 +100,8 @@ class Pairs(TorchFunctionMode):
         # A call in place returns its argument, which has another value from now on.
         for tensor in results:
             self.new_value(tensor)
-        if function is F.batch_norm:
-            self.value(result).batch_norm = next(self.owners[each.data_ptr()] for each in given[1:] if each.data_ptr() in self.owners)
+        if function in NORMS:
+            self.value(result).norm = next((self.owners[each.data_ptr()] for each in given[1:] if each.data_ptr() in self.owners), UNNAMED)
         # The first sum of the function sum adds 0.
         elif (
             name in ADDITIONS and not kwargs and all(each.shape == result.shape if isinstance(each, Tensor) else each == 0 for each in args)
@@ -102,23 +110,26 @@ class Pairs(TorchFunctionMode):
         return result
 
     def found(self, outputs):
-        """For each pair, the activation and the names of the batch norms that a kernel could compute with it."""
+        """For each pair, the activation and the names of the norms that a kernel could compute with it."""
         for tensor in outputs:
             self.value(tensor).readers += 1
-        pairs = ((act, value.batch_norms()) for value, act in self.activated.items())
+        pairs = ((act, value.norms()) for value, act in self.activated.items())
         return [(act, names) for act, names in pairs if names]
 
 
 class Fused(TorchDispatchMode):
-    """Counts the calls of batch_norm_act with an activation, by the activation and the name of the batch norm."""
+    """Counts the calls of batch_norm_act and group_norm_act with an activation, by the activation and the name of the norm.
+
+    A norm without parameters and buffers is UNNAMED.
+    """
 
     def __init__(self, model):
         super().__init__()
         self.owners, self.calls = owners(model), collections.Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.gradkernels.batch_norm_act.default:
+        if function in (torch.ops.gradkernels.batch_norm_act.default, torch.ops.gradkernels.group_norm_act.default):
             act = next(each for each in args if isinstance(each, str))
-            own = [self.owners[each.data_ptr()] for each in tensors_in(args[1:5]) if each.data_ptr() in self.owners]
-            self.calls[act, own[0]] += act != "identity"
+            own = (self.owners[each.data_ptr()] for each in tensors_in(args[1:5]) if each.data_ptr() in self.owners)
+            self.calls[act, next(own, UNNAMED)] += act != "identity"
         return function(*args, **(kwargs or {}))

@@ -2,7 +2,7 @@
 
 The models are those of tests/models/catalogue.py whose library is installed and that have at most MOST_PARAMETERS.
 
-A training step of the unconverted model shows the pairs of batch norm and activation that one kernel can compute, and a step of the
+A training step of the unconverted model shows the pairs of norm and activation that one kernel can compute, and a step of the
 converted model those that one kernel does compute (tests/fused_pairs.py). Both steps are in float64. Their difference is relative to the
 largest value of the tensor, or to FLOOR times that of all outputs, gradients or statistics: some gradients are zero but for rounding.
 """
@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 from harness import gk, header, text_of, write
 
 # isort: split
-from fused_pairs import Fused, Pairs, tensors_in
+from fused_pairs import UNNAMED, Fused, Pairs, tensors_in
 from models.catalogue import every_model
 
 MOST_PARAMETERS, BOUND, FLOOR, LEAST_SHARE = 30_000_000, 1e-9, 1e-4, 0.9
@@ -74,7 +74,7 @@ def measured(build, make_input):
         gk.revert(model)
     pairs = seen.found(before["output"].values())
     for act, names in pairs:
-        call = next(((act, name) for name in names if fused.calls[act, name]), None)
+        call = next(((act, name) for name in (*names, UNNAMED) if fused.calls[act, name]), None)
         if call:
             fused.calls[call] -= 1
         else:

@@ -36,6 +36,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.prune import l1_unstructured
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -55,6 +56,8 @@ from models.unet import UNet
 from test_frozen_batch_norm_act import TorchvisionsFrozenBatchNorm2d, randomised
 
 IMAGES = (4, 3, 32, 32)
+# The norms whose class conversion may change.
+WITH_OUR_CLASS = (_BatchNorm, nn.GroupNorm, _InstanceNorm)
 # name -> (the network, the shape of a batch, how often each fused operator runs in a step).
 NETWORKS = {
     "ResNet-18": (functools.partial(resnet18, width=16), IMAGES, {"relu": 9, "relu, residual": 8, "identity": 3}),
@@ -82,6 +85,24 @@ NETWORKS = {
         IMAGES,
         {"swish": 7, "identity": 1},
     ),
+    "diffusers": (libraries.DiffusionBlocks, IMAGES, {"group swish": 7}),
+    "MONAI": (
+        lambda: nn.Sequential(libraries.UnetResBlock(3, 8), libraries.UnetResBlock(8, 8)),
+        IMAGES,
+        {"group leaky_relu": 2, "group leaky_relu, residual": 2, "group identity": 1},
+    ),
+    "timm, group norm": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3),
+            libraries.GroupNormAct(8),
+            libraries.GroupNormAct(8, act=libraries.GELU(), drop=nn.Dropout(0.0)),
+            nn.Conv2d(8, 8, 3),
+            libraries.GroupNorm(8),
+            nn.ReLU6(),
+        ),
+        IMAGES,
+        {"group relu": 1, "group gelu": 1, "group relu6": 1},
+    ),
     "torchvision": (
         lambda: nn.Sequential(libraries.Conv2dNormActivation(3, 8), libraries.Conv2dNormActivation(8, 8, 2, None)),
         IMAGES,
@@ -95,9 +116,10 @@ def network(name, dtype=torch.float64):
     make, shape, _ = NETWORKS[name]
     model = make().to(dtype)
     for module in model.modules():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, WITH_OUR_CLASS):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.5, 0.5)
+        if isinstance(module, _BatchNorm):
             nn.init.uniform_(module.running_mean, -0.1, 0.1)
     return model, torch.randn(shape, dtype=dtype)
 
@@ -135,9 +157,9 @@ def assert_same(actual, expected, bound=1e-7):
 
 
 class Operators(TorchDispatchMode):
-    """Counts the batch norms and activations that run: ours by act and residual, torch's by name."""
+    """Counts the norms and activations that run: ours by act and residual, torch's by name."""
 
-    TORCHS = ("batch_norm", "relu", "elu", "silu", "leaky_relu", "hardtanh", "hardswish")
+    TORCHS = ("batch_norm", "group_norm", "relu", "elu", "silu", "leaky_relu", "hardtanh", "hardswish")
 
     def __init__(self):
         super().__init__()
@@ -147,6 +169,8 @@ class Operators(TorchDispatchMode):
         name = function._schema.name
         if name == "gradkernels::batch_norm_act":
             self.ours[args[-2] + (", residual" if args[5] is not None else "")] += 1
+        elif name == "gradkernels::group_norm_act":
+            self.ours["group " + args[-2] + (", residual" if args[4] is not None else "")] += 1
         elif name.startswith("aten::") and any(each in name for each in self.TORCHS):
             self.torchs[name] += 1
         return function(*args, **(kwargs or {}))
@@ -198,7 +222,7 @@ def test_conversion_keeps_all_but_classes_and_revert_gives_them_back(name):
     assert dict(model.named_modules()) == modules and list(model.state_dict()) == list(tensors)
     assert all(each is tensors[key] for key, each in model.state_dict(keep_vars=True).items())
     assert all(
-        (isinstance(module, classes[key]) and type(module).__name__ == classes[key].__name__) or isinstance(module, _BatchNorm)
+        (isinstance(module, classes[key]) and type(module).__name__ == classes[key].__name__) or isinstance(module, WITH_OUR_CLASS)
         for key, module in modules.items()
         if type(module) not in patterns.ACTIVATION_MODULES.values()
     )
@@ -2463,7 +2487,7 @@ BAD = {
         lambda: nn.Sequential(nn.LazyConv2d(3, 1), nn.LazyBatchNorm2d(), nn.ReLU()),
         "the model has parameters without a shape (0: LazyConv2d)",
     ),
-    "no batch norm": (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()), "the model has no batch normalisation"),
+    "no batch norm": (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()), "the model has no batch, group or instance norm"),
 }
 
 
@@ -2981,7 +3005,7 @@ def test_the_report_names_the_block_in_which_a_border_is_crossed():
     model = nn.Sequential(libraries.ResBottleneckBlock(3, 6), nn.Sequential(nn.Sequential(nn.BatchNorm2d(6)), nn.ReLU()))
     rows = {row.name: (row.found, row.becomes, row.why) for row in gk.convert(model).rows}
     assert rows == {
-        "0.proj.1": ("BatchNorm2d", "BatchNormAct2d", "its output is the residual of another batch norm"),
+        "0.proj.1": ("BatchNorm2d", "BatchNormAct2d", "its output is the residual of another norm"),
         "0.f.0.1": ("BatchNorm2d, ReLU", "batch_norm_act(relu)", ""),
         "0.f.1.0.1": ("BatchNorm2d, add, ReLU (in ResBottleneckBlock)", "batch_norm_act(relu, residual)", ""),
         "1.0.0": ("BatchNorm2d, ReLU (in Sequential)", "batch_norm_act(relu)", ""),
@@ -3593,7 +3617,7 @@ def test_nothing_is_traced_without_a_batch_norm_or_an_activation_of_ours(monkeyp
     report = gk.convert(nn.Sequential(*[Plain() for _ in range(3)]))
     assert {(row.found, row.why) for row in report.rows} == {
         ("CELU", "there is no kernel for CELU"),
-        ("ReLU", "torch's is kept: without a batch norm there is nothing to fuse"),
+        ("ReLU", "torch's is kept: without a norm there is nothing to fuse"),
     }
 
 
@@ -3714,7 +3738,7 @@ def test_saved_bytes_of_whole_networks(name, most):
 def test_the_printed_report():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ELU(), nn.CELU())
     assert str(gk.convert(model)) == (
-        "convert: 1 fused, 1 replaced, 1 left of 3 batch norms and activations\n"
+        "convert: 1 fused, 1 replaced, 1 left of 3 norms and activations\n"
         "  module  found              becomes               why\n"
         "  1       BatchNorm2d, ReLU  batch_norm_act(relu)\n"
         "  4       ELU                gradkernels.ELU\n"
@@ -3772,10 +3796,10 @@ def test_the_report_of_what_is_no_batch_norm_of_its_own():
     assert [(row.found, row.is_fused, row.why) for row in report.rows] == [
         ("batch_norm", False, "it is a call of the function; only modules are fused"),
         ("BatchNorm2d, add, ReLU", True, ""),
-        ("BatchNorm2d", False, "its output is the residual of another batch norm"),
+        ("BatchNorm2d", False, "its output is the residual of another norm"),
     ]
     lines = str(report).splitlines()
-    assert lines[0] == "convert: 1 fused, 1 replaced, 1 left of 3 batch norms and activations" and " KiB before" in lines[1]
+    assert lines[0] == "convert: 1 fused, 1 replaced, 1 left of 3 norms and activations" and " KiB before" in lines[1]
 
 
 # fold
@@ -4199,3 +4223,79 @@ def test_the_report_says_why_the_caller_of_a_block_could_not_be_read():
         assert "returned to Written, whose forward cannot be traced" in next(row.why for row in report.rows if "BatchNorm" in row.found)
     report = gk.convert(parent(activated_by_size, nn.Sequential(ending(), nn.Conv2d(3, 3, 1))))
     assert next(row.why for row in report.rows if "BatchNorm" in row.found) == patterns.IS_RETURNED
+
+
+# group norm and instance norm
+
+NORMS_OF_GROUPS = {
+    "GroupNorm": lambda: nn.GroupNorm(1, 3),
+    "GroupNorm without parameters": lambda: nn.GroupNorm(3, 3, affine=False),
+    "InstanceNorm2d": lambda: nn.InstanceNorm2d(3),
+    "InstanceNorm2d with statistics": lambda: nn.InstanceNorm2d(3, affine=True, track_running_stats=True),
+    "GroupNormAct": lambda: gk.GroupNormAct(1, 3, act="identity"),
+}
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("name", NORMS_OF_GROUPS)
+def test_norms_of_groups(name, copied, monkeypatch):
+    def forward(self, x):
+        y = self.act(self.bn(self.conv(x)))
+        return F.silu(x + self.bn2(self.conv(y)))
+
+    model = block(forward, nn.LeakyReLU(0.2), bn2=NORMS_OF_GROUPS[name](), bn=NORMS_OF_GROUPS[name]()).double()
+    monkeypatch.setattr(sys.modules[__name__], "Written", type(model), raising=False)
+    expected, actual, report = converted(nn.Sequential(model, NORMS_OF_GROUPS[name]()).double())
+    # torch computes images of few pixels.
+    actual, x = copied(actual), torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    operator = "instance_norm_act" if "Instance" in name else "group_norm_act"
+    labels = [row.becomes for row in report.rows if "Norm" in row.found]
+    assert labels[:2] == [f"{operator}(leaky_relu)", f"{operator}(swish, residual)"], report
+    for training in (True, False):
+        expected.train(training), actual.train(training)
+        assert_same(step(actual, x), step(expected, x))
+        seen = operators(copy.deepcopy(actual), x)
+        kind = "" if "statistics" in name and not training else "group "
+        assert seen.ours == {f"{kind}leaky_relu": 1, f"{kind}swish, residual": 1, f"{kind}identity": 1}
+    if "Instance" in name:
+        torch.testing.assert_close(actual(x[0]), expected(x[0]))
+    assert_same({"output": gk.fold(actual)(x)}, {"output": expected.eval()(x)})
+    for change in (
+        lambda model: setattr(model[0].bn, "eps", 0.5),
+        lambda model: setattr(model[0].act, "negative_slope", 0.5),
+        lambda model: model[0].bn.register_forward_hook(lambda module, args, y: y * 2),
+        lambda model: setattr(model[0], "bn2", nn.BatchNorm2d(3).double()),
+    ):
+        change(expected), change(actual)
+        assert_same(step(actual, x), step(expected, x))
+    assert list(actual.state_dict()) == list(expected.state_dict())
+    assert [type(module) for module in gk.revert(actual).modules()] == [type(module) for module in expected.modules()]
+
+
+def test_what_changes_in_a_group_norm_that_applies_an_activation():
+    expected, actual, report = converted(nn.Sequential(nn.Conv2d(3, 4, 1), libraries.GroupNormAct(4), libraries.GroupNorm(4), nn.ELU()))
+    assert [row.becomes for row in report.rows] == ["group_norm_act(relu)", "group_norm_act(elu)"], report
+    x = torch.randn(4, 3, 16, 16)
+    for change in (
+        lambda model: setattr(model[1], "num_groups", 4),
+        lambda model: setattr(model[1], "_fast_norm", True),
+        lambda model: setattr(model[2], "fast_norm", True),
+        lambda model: setattr(model[1], "drop", nn.Dropout(1.0)),
+        lambda model: setattr(model[1], "act", nn.Sigmoid()),
+    ):
+        change(expected), change(actual)
+        torch.testing.assert_close(actual(x), expected(x))
+
+
+def test_group_norms_that_are_left():
+    def forward(self, x):
+        return F.relu(F.group_norm(x, 3)) + F.relu(F.instance_norm(x)) + self.act(self.bn(x))
+
+    model = block(forward, nn.PReLU(), bn=type("Own", (nn.GroupNorm,), {"forward": lambda self, x: x.mean()})(1, 3))
+    whys = {row.found: row.why for row in gk.convert(model).rows}
+    assert "only modules are fused" in whys["group_norm"] and "only modules are fused" in whys["instance_norm"]
+    assert whys["Own"] == "Own may compute something else"
+    named = nn.GroupNorm(1, 3)
+    named.act_param = 2
+    report = gk.convert(nn.Sequential(named, nn.ReLU()))
+    assert "it has attributes of its own that GroupNormAct would replace: act_param" in report.rows[0].why

@@ -246,6 +246,8 @@ def test_batch_norm_of_a_tiny_batch(count, bad):
     diagnosis = diagnosed(mlp(nn.ReLU, 2, norm=True), count)
     assert (words(diagnosis)["bn0"] == ("BN with tiny batch",)) == bad
     assert ("convert_sync_batch_norm" in str(diagnosis)) == bad
+    cure = next((cure for cure in diagnosis.cures if cure.name == "batch statistics"), None)
+    assert bad == (cure is not None and cure.line.startswith('gk.GroupNormAct(2, 16, act="relu")    # instead of bn0 and its activation'))
     frozen = mlp(nn.ReLU, 2, norm=True)
     frozen.bn0.eval()
     assert words(diagnosed(frozen, count))["bn0"] == ("healthy",)
@@ -737,8 +739,8 @@ def test_batch_norm_is_not_recommended_for_a_tiny_batch_nor_for_sequences(count)
     linears = mlp(nn.LeakyReLU, 2)
     sequences = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LeakyReLU(), nn.Flatten(), nn.Linear(5 * WIDTH, CLASSES))
     for model, shape, few, many in (
-        (images, (3, 6, 6), "nn.GroupNorm(8, 24)", 'gk.BatchNormAct2d(24, act="leaky_relu")'),
-        (linears, (WIDTH,), "nn.GroupNorm(16, 16)", 'gk.BatchNormAct1d(16, act="leaky_relu")'),
+        (images, (3, 6, 6), 'gk.GroupNormAct(8, 24, act="leaky_relu")', 'gk.BatchNormAct2d(24, act="leaky_relu")'),
+        (linears, (WIDTH,), 'gk.GroupNormAct(2, 16, act="leaky_relu")', 'gk.BatchNormAct1d(16, act="leaky_relu")'),
         (sequences, (5, WIDTH), "nn.LayerNorm(16)", "nn.LayerNorm(16)"),
     ):
         x = torch.randn(count, *shape)
@@ -746,6 +748,7 @@ def test_batch_norm_is_not_recommended_for_a_tiny_batch_nor_for_sequences(count)
         cure = normalisation(diagnosis)
         assert cure.line.startswith(few if count == 2 else many), str(diagnosis)
         assert (cure.name == "batch norm") == cure.line.startswith("gk.BatchNormAct")
+        assert (cure.name == "group norm") == cure.line.startswith("gk.GroupNormAct")
         y = diagnosis.layers[0].layer.module(x)
         assert eval(cure.line, {"nn": nn, "gk": gk})(y).shape == y.shape
 

@@ -6,13 +6,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradkernels as gk
-from fused_pairs import Fused, Pairs, tensors_in
+from fused_pairs import UNNAMED, Fused, Pairs, tensors_in
 
 
 class Net(nn.Module):
     def __init__(self, forward):
         super().__init__()
         self.a, self.b, self.act, self.drop = nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.ReLU6(inplace=True), nn.Dropout(0.0)
+        self.group, self.instance = nn.GroupNorm(1, 3), nn.InstanceNorm2d(3)
         self.compute = forward
 
     def forward(self, x):
@@ -49,6 +50,8 @@ COUNTED = {
     "product": (lambda net, x: F.relu(net.a(x) * x), []),
     "read twice": (read_twice, []),
     "returned": (returned, []),
+    "group norm": (lambda net, x: F.silu(net.group(x) + x), [("swish", {"group"})]),
+    "instance norm": (lambda net, x: F.silu(net.instance(x)), [("swish", {"instance"})]),
     "no kernel": (lambda net, x: F.softplus(net.a(x)), []),
 }
 
@@ -77,3 +80,11 @@ def test_a_pair_is_fused_if_the_kernel_computes_it():
     # The hook has to get the output of ELU, so that the forward of Sequential runs.
     net[1].register_forward_hook(lambda *_: None)
     assert not fused()
+
+
+def test_a_norm_without_parameters_has_no_name():
+    net = nn.Sequential(nn.InstanceNorm2d(3), nn.ELU(), nn.GroupNorm(1, 3), nn.ReLU(), nn.Conv2d(3, 3, 1))
+    gk.convert(net)
+    with Fused(net) as run:
+        net(torch.randn(4, 3, 8, 8))
+    assert run.calls == {("elu", UNNAMED): 1, ("relu", "2"): 1}

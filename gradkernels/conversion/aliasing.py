@@ -1,7 +1,7 @@
 """Which values in a graph may share memory, and which calls may write into it.
 
-A batch norm with a residual is computed where its activation was called, later than its own call. This is
-right only if no call in between writes what the batch norm reads. Most calls are unknown code, which may
+A norm with a residual is computed where its activation was called, later than its own call. This is
+right only if no call in between writes what the norm reads. Most calls are unknown code, which may
 write an argument and may return a view of it.
 """
 
@@ -19,9 +19,9 @@ from gradkernels.conversion.patterns import (
     Chain,
     called_module,
     is_activation,
-    is_batch_norm,
     is_fusible,
     is_identity,
+    is_norm,
     name_of,
 )
 from gradkernels.conversion.purity import is_of_library
@@ -81,7 +81,7 @@ class Aliasing:
                 continue
             if read_at_end.intersection(node.all_input_nodes):
                 return f"{name_of(node)}, called between it and its activation, may write its input or the residual"
-            # It cannot write what the call before the batch norm has just made.
+            # It cannot write what the call before the norm has just made.
             chain.relied_on += [value for value in first.all_input_nodes if value.op == "call_module" and self.is_fresh(value)]
         if ACTS[chain.act].saves == "value":
             for node in residual_aliases:
@@ -91,7 +91,7 @@ class Aliasing:
         return ""
 
     def _state_of(self, bn: nn.Module, tensors: set[int], chain: Chain) -> set[Node]:
-        """The nodes whose value leads to the batch norm, or may share memory with its parameters and buffers, `tensors`."""
+        """The nodes whose value leads to the norm, or may share memory with its parameters and buffers, `tensors`."""
         nodes: set[Node] = set()
         for node in self.graph.nodes:
             if node.op == "get_attr":
@@ -134,8 +134,8 @@ class Aliasing:
             return False
         if type(module) is nn.Sequential:
             return len(module) > 0 and all(map(self._is_fresh_module, module))
-        if is_batch_norm(module) and not is_fusible(module):
-            return self.ends.is_batch_norm_alone(module)
+        if is_norm(module) and not is_fusible(module):
+            return self.ends.is_norm_alone(module)
         if is_fusible(module) or type(module) in _FRESH_MODULES:
             return True
         return is_activation(module) and not getattr(module, "inplace", False)

@@ -46,7 +46,7 @@ _ALL_TENSORS = frozenset(
 )
 # Of the class of a converted block: the class that the block had.
 BASE = "_class_before_conversion"
-# Of a batch norm or an activation that got our class: the class that it had.
+# Of a norm or an activation that got our class: the class that it had.
 ORIGINAL = "_converted_from"
 _COMPARABLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 

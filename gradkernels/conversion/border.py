@@ -1,13 +1,13 @@
-"""Writes out children in the graph of their parent, so that a batch norm and its activation stand in one graph.
+"""Writes out children in the graph of their parent, so that a norm and its activation stand in one graph.
 
-A batch norm may end the forward of a child, while the addition and the activation after it stand in the
-parent. An activation may begin the forward of a child, while the batch norm before it stands in the parent or
+A norm may end the forward of a child, while the addition and the activation after it stand in the
+parent. An activation may begin the forward of a child, while the norm before it stands in the parent or
 in a sibling. The nodes of such a child then replace its call in the graph of the parent. The child itself does
 not change: a call from elsewhere computes what it did.
 
 The conditions under which the graph of the child is right become conditions of the parent's forward. They are
 compared when the parent is called. So a child is not written out if a call before it in the parent's forward
-may change the child, its batch norms or what its forward reads.
+may change the child, its norms or what its forward reads.
 """
 
 import copy
@@ -27,9 +27,9 @@ from gradkernels.conversion.patterns import (
     activation_after,
     called_module,
     is_activation,
-    is_batch_norm,
     is_fusible,
     is_identity,
+    is_norm,
     name_of,
     way_to_user,
 )
@@ -58,7 +58,7 @@ class Ends:
 
     def graph_of(self, child: nn.Module) -> Graph | None:
         """The graph of a child that holds for every call with its required arguments; None if there is none."""
-        if not has_own_forward(child) or is_batch_norm(child):
+        if not has_own_forward(child) or is_norm(child):
             return None
         reading = self.read(child)
         graph = reading.graph
@@ -66,8 +66,8 @@ class Ends:
             return None
         return graph if isinstance(graph.output_node().args[0], Node) else None
 
-    def last_batch_norm(self, child: nn.Module) -> tuple[nn.Module, Node] | None:
-        """The call of the batch norm whose output, or a sum with it, a child returns; None if it returns another value.
+    def last_norm(self, child: nn.Module) -> tuple[nn.Module, Node] | None:
+        """The call of the norm whose output, or a sum with it, a child returns; None if it returns another value.
 
         The call is a node in the graph of the child or of a module below it, which is returned with it.
         """
@@ -75,27 +75,25 @@ class Ends:
             # A module that contains itself ends here.
             self._last[child] = None
             # A Sequential is read at once.
-            has_graph = has_own_forward(child) and (
-                type(child).forward is nn.Sequential.forward or any(map(is_batch_norm, child.modules()))
-            )
+            has_graph = has_own_forward(child) and (type(child).forward is nn.Sequential.forward or any(map(is_norm, child.modules())))
             if has_graph:
                 graph = self.graph_of(child)
-                self._last[child] = None if graph is None else self.batch_norm_of(child, graph.output_node().args[0])
+                self._last[child] = None if graph is None else self.norm_of(child, graph.output_node().args[0])
         return self._last[child]
 
-    def batch_norm_of(self, block: nn.Module, value: Any) -> tuple[nn.Module, Node] | None:
-        """The call of the batch norm whose output, or a sum with it, a value in the graph of a block is."""
+    def norm_of(self, block: nn.Module, value: Any) -> tuple[nn.Module, Node] | None:
+        """The call of the norm whose output, or a sum with it, a value in the graph of a block is."""
         if not isinstance(value, Node):
             return None
         module = called_module(block, value)
         if module is None:
             terms = value.args if value.target in ADDITIONS else ()
-            return next((call for term in terms if (call := self.batch_norm_of(block, term)) is not None), None)
-        if is_batch_norm(module):
-            return (block, value) if self.is_batch_norm_alone(module) else None
+            return next((call for term in terms if (call := self.norm_of(block, term)) is not None), None)
+        if is_norm(module):
+            return (block, value) if self.is_norm_alone(module) else None
         if is_identity(module):
-            return self.batch_norm_of(block, value.args[0] if value.args else None)
-        return self.last_batch_norm(module)
+            return self.norm_of(block, value.args[0] if value.args else None)
+        return self.last_norm(module)
 
     def begins_with_activation(self, child: nn.Module) -> bool:
         """Whether a child does nothing with its first argument but apply an activation that the kernel computes."""
@@ -116,17 +114,17 @@ class Ends:
             return isinstance(activation_after(users[-1], module), Activation)
         return users[-1].args[:1] == ([value, *users][-2],) and self.begins_with_activation(module)
 
-    def is_batch_norm_alone(self, module: nn.Module) -> bool:
-        """Whether a module is a batch norm that the kernel computes, or one that applies nothing but modules that return their argument."""
+    def is_norm_alone(self, module: nn.Module) -> bool:
+        """Whether a module is a norm that the kernel computes, or one that applies nothing but modules that return their argument."""
         if is_fusible(module):
             return True
         names = self.applied_by(module)
         return names is not None and all(is_identity(module.get_submodule(name)) for name in names)
 
     def applied_by(self, module: nn.Module) -> list[str] | None:
-        """The names of the submodules that a batch norm applies in its own forward; None if it does anything else."""
+        """The names of the submodules that a norm applies in its own forward; None if it does anything else."""
         if module not in self._applied:
-            is_known = has_own_forward(module) and bool(module._modules) and not any(map(has_hooks, module.modules()))
+            is_known = has_own_forward(module) and not any(map(has_hooks, module.modules()))
             self._applied[module] = names_after(module, self.read(module)) if is_known else None
         return self._applied[module]
 
@@ -144,7 +142,7 @@ class Border:
         graph: a copy of the graph that was read.
         attributes: (path of a module, name, value) of each attribute that this graph depends on.
         conditions: on the children that are written out.
-        left: a site for each batch norm at the end of a child that could not be written out.
+        left: a site for each norm at the end of a child that could not be written out.
     """
 
     def __init__(self, block: nn.Module, reading: Reading, graph: Graph, ends: Ends) -> None:
@@ -158,7 +156,7 @@ class Border:
             node.meta[PLACE], node.meta[ROOT] = (block, original.name), original.name
 
     def write_out(self) -> None:
-        """Writes out each child across whose border a batch norm may be fused."""
+        """Writes out each child across whose border a norm may be fused."""
         looked_at: set[Node] = set()
         # The nodes of a child may call children of its own.
         while nodes := {node for node in self.graph.nodes if node not in looked_at and self._would_help(node)}:
@@ -174,7 +172,7 @@ class Border:
     def _written_out(self, node: Node, changed: dict[int, Node]) -> list[Node]:
         """Writes out the child that a node calls if it can, and returns the nodes that stand there then."""
         child = self.block.get_submodule(str(node.target))
-        why, call = self._why_not(node, child, changed), self.ends.last_batch_norm(child)
+        why, call = self._why_not(node, child, changed), self.ends.last_norm(child)
         if not why:
             return self._write_out(node, child)
         if call is not None:
@@ -185,12 +183,12 @@ class Border:
 
     def _would_help(self, node: Node) -> bool:
         child = called_module(self.block, node)
-        if child is None or is_batch_norm(child) or is_activation(child):
+        if child is None or is_norm(child) or is_activation(child):
             return False
-        if self.ends.last_batch_norm(child) is not None and self._is_continued(node):
+        if self.ends.last_norm(child) is not None and self._is_continued(node):
             return True
         before = node.args[0] if node.args else None
-        if not isinstance(before, Node) or self.ends.batch_norm_of(self.block, before) is None:
+        if not isinstance(before, Node) or self.ends.norm_of(self.block, before) is None:
             return False
         return way_to_user(self.block, before)[1] == "" and self.ends.begins_with_activation(child)
 
@@ -214,7 +212,7 @@ class Border:
             return f"{name}, which ends with it, is called with optional arguments"
         graph = self.ends.graph_of(child)
         assert graph is not None
-        called = [module for each in graph.nodes if (module := called_module(child, each)) is not None and is_batch_norm(module)]
+        called = [module for each in graph.nodes if (module := called_module(child, each)) is not None and is_norm(module)]
         read = [child.get_submodule(".".join(path)) for path, _, _ in self.ends.read(child).attributes]
         parts = [HOOKED, *map(id, (child, *read, *(part for bn in called for part in bn.modules())))]
         earlier = next((changed[part] for part in parts if part in changed), None)

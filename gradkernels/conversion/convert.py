@@ -1,7 +1,7 @@
 """convert(model) makes this package's kernels compute a model, in place; revert(model) undoes it.
 
 Modules change their class and nothing else: parameters, buffers, hooks and names stay the same objects. A
-batch norm becomes BatchNormAct with act="identity". A block whose forward also calls an activation after it
+batch, group or instance norm becomes ours with act="identity". A block whose forward also calls an activation after it
 gets a forward that computes both in one kernel (guard.py). All forwards are read before any module is
 changed. After an exception the model is as it was.
 """
@@ -22,10 +22,10 @@ from gradkernels.conversion.check import Observation, largest_difference
 from gradkernels.conversion.guard import FORWARD, RewrittenForward
 from gradkernels.conversion.patterns import (
     ACTIVATION_MODULES,
-    BATCH_NORMS,
     IS_RETURNED,
+    NORMS,
     is_activation,
-    is_batch_norm,
+    is_norm,
     keeps_output,
     may_be_rewritten,
     ours_for,
@@ -41,7 +41,7 @@ _QUANTISED = ("torch.ao.", "torch.nn.quantized", "torch.nn.intrinsic", "torch.nn
 
 
 def convert(model: nn.Module, *, residual: bool = True, check: Any = None) -> ConversionReport:
-    """Rewrites a model in place: one kernel computes batch norm, residual addition and activation.
+    """Rewrites a model in place: one kernel computes a norm, a residual addition and an activation.
 
     Parameters, buffers, hooks, names, state_dict and modes stay the same objects, so an optimizer that was
     built before stays valid. Results differ by rounding only. A forward that cannot be read for certain is
@@ -71,7 +71,7 @@ def convert(model: nn.Module, *, residual: bool = True, check: Any = None) -> Co
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.LeakyReLU(0.1), nn.Linear(8, 2))
         >>> print(gk.convert(model))
-        convert: 1 fused, 0 replaced, 0 left of 1 batch norms and activations
+        convert: 1 fused, 0 replaced, 0 left of 1 norms and activations
           module  found                   becomes                     why
           1       BatchNorm1d, LeakyReLU  batch_norm_act(leaky_relu)
     """
@@ -141,7 +141,7 @@ def _revert(model: nn.Module) -> None:
         original = module.__dict__.get(ORIGINAL)
         if isinstance(original, type) and type(module) is ours_for(original):
             object.__setattr__(module, "__class__", original)
-            for name in (ORIGINAL, "act", "act_param") if original in BATCH_NORMS else (ORIGINAL,):
+            for name in (ORIGINAL, "act", "act_param") if original in NORMS else (ORIGINAL,):
                 module.__dict__.pop(name)
 
 
@@ -169,7 +169,7 @@ class _Plan:
         self.forwards: dict[nn.Module, RewrittenForward] = {}
         self.reader = rewrite.Reader()
         self.names = {module: name for name, module in model.named_modules()}
-        # Blocks whose forward was not read, because it calls no batch norm and no activation with a kernel.
+        # Blocks whose forward was not read, because it calls no norm and no activation with a kernel.
         self.unread: set[nn.Module] = set()
         # Blocks whose forward could not be read or cannot be replaced -> why.
         self.problems: dict[nn.Module, str] = {}
@@ -193,16 +193,16 @@ class _Plan:
                 site.why = self.why_returned(block)
         fused = {site.module for _, site in sites if site.is_fused and site.place is not None}
         for block, site in sites:
-            # A batch norm with its own rewritten forward has one row: for its call if it is fused there, else for that forward.
+            # A norm with its own rewritten forward has one row: for its call if it is fused there, else for that forward.
             if site.module not in self.forwards or (site.is_fused if site.place is not None else site.module not in fused):
                 self.rows.append(self.row(block, site))
         for module, name in self.names.items():
-            if module not in called and (is_batch_norm(module) or is_activation(module)):
+            if module not in called and (is_norm(module) or is_activation(module)):
                 self.rows.append(self.row(module, self.site_without_call(module, name)))
         order = {name: place for place, name in enumerate(self.names.values())}
         self.rows.sort(key=lambda row: order[row.name])
-        if not any(map(is_batch_norm, self.names)):
-            self.notes.append("the model has no batch normalisation")
+        if not any(map(is_norm, self.names)):
+            self.notes.append("the model has no batch, group or instance norm")
         for module, name in self.names.items():
             if isinstance(module, torch.jit.ScriptModule) and not isinstance(self.above(name), torch.jit.ScriptModule):
                 self.notes.append(f"{name} is scripted and left as it is")
@@ -265,12 +265,12 @@ class _Plan:
             return Row(name, site.found, site.label, site.why, site.is_fused)
         if module is None or site.keeps_output:
             return Row(name, site.found, None, site.why)
-        batch_norm = None if module is None else BATCH_NORMS.get(type(module))
+        batch_norm = None if module is None else NORMS.get(type(module))
         if batch_norm is not None:
             return Row(name, site.found, batch_norm.__name__, site.why)
         ours, why = _activation_alone(module)
         # The reason of the site is more useful if the activation could be fused where it is called.
-        is_fusible = is_batch_norm(module) or (site.why and act_of_module(module) is not None)
+        is_fusible = is_norm(module) or (site.why and act_of_module(module) is not None)
         return Row(name, site.found, ours, site.why if is_fusible else why)
 
     def above(self, name: str) -> nn.Module:
@@ -284,7 +284,7 @@ class _Plan:
             name = name.rpartition(".")[0]
             if above in self.problems:
                 return self.with_problem("its output is returned to {}, whose forward {}", above)
-            call = self.reader.ends.last_batch_norm(above)
+            call = self.reader.ends.last_norm(above)
             if not isinstance(above, (nn.ModuleList, nn.ModuleDict)) and (call is None or call[0] is not block):
                 break
         return IS_RETURNED
@@ -313,7 +313,7 @@ class _Plan:
             kind = type(module)
             if module in self.kept:
                 continue
-            batch_norm = BATCH_NORMS.get(kind)
+            batch_norm = NORMS.get(kind)
             if batch_norm is not None:
                 module.__dict__[ORIGINAL] = kind
                 module.__dict__["act"], module.__dict__["act_param"] = "identity", check_act("identity", None)

@@ -23,7 +23,7 @@ from gradkernels.conversion.bytecode import CLASS_ATTRIBUTES, CLASS_FUNCTION, CL
 from gradkernels.conversion.convert import revert
 from gradkernels.conversion.guard import has_hooks
 from gradkernels.conversion.norm_act_layers import applied_modules
-from gradkernels.conversion.patterns import BATCH_NORMS, CONTAINERS, is_batch_norm, is_frozen_elsewhere
+from gradkernels.conversion.patterns import CONTAINERS, NORMS, is_batch_norm, is_frozen_elsewhere
 from gradkernels.conversion.purity import goes_by_names, names_from_forward, own_classes
 from gradkernels.frozen_batch_norm_act import FrozenBatchNormAct2d
 from gradkernels.layers import check_model
@@ -217,7 +217,7 @@ def _replacement(layer: Any, bn: Any) -> nn.Module | None:
     if bn.training and isinstance(bn, _BatchNorm):
         return None
     place: nn.Module = FoldedBatchNorm1d() if isinstance(layer, nn.Linear) else nn.Identity()
-    if type(bn) in BATCH_NORMS or is_frozen_elsewhere(bn):
+    if type(bn) in NORMS or is_frozen_elsewhere(bn):
         return place
     if isinstance(bn, (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, FrozenBatchNormAct2d)):
         return place if bn.act == "identity" else nn.Sequential(place, ACTS[bn.act].module(bn.act_param))

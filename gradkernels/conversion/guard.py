@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from gradkernels import _native
@@ -25,6 +26,7 @@ from gradkernels.conversion.attributes import Path, class_before, is_same, own_c
 from gradkernels.conversion.bytecode import MISSING
 from gradkernels.conversion.trace import Given, optional_arguments, required_arguments
 from gradkernels.frozen_batch_norm_act import FrozenBatchNormAct2d
+from gradkernels.group_norm_act import GroupNormAct, InstanceNormAct2d
 
 # The name in a block's __dict__ of its rewritten forward.
 FORWARD = "_rewritten_forward"
@@ -38,9 +40,9 @@ def normalize(
     """act(bn(x) + residual): the call in a rewritten forward that replaces a chain.
 
     Args:
-        bn: a batch norm without hooks and without an activation of its own, which RewrittenForward.holds
+        bn: a norm without hooks and without an activation of its own, which RewrittenForward.holds
             checks.
-        x: the input of the batch norm.
+        x: the input of the norm.
         residual: None without an addition.
         act: a key of ACTS.
         act_param: the parameter of act.
@@ -67,13 +69,23 @@ def normalize(
 
 def has_kernel(bn: Any, x: Tensor) -> bool:
     """Whether the kernel computes what a batch norm does. A frozen one of another library promotes and broadcasts."""
-    if isinstance(bn, (_BatchNorm, _NormAct)):
+    if isinstance(bn, (_BatchNorm, nn.GroupNorm, _InstanceNorm, _NormAct)):
         return True
     return x.dim() == 4 and x.shape[1] == len(bn.weight) and all(each.dtype == x.dtype for each in bn.buffers())
 
 
-def _apply(bn: Any, x: Tensor, residual: Tensor | None, act: str, act_param: float) -> Tensor:
-    return (forward_of if isinstance(bn, _BatchNorm) else FrozenBatchNormAct2d._forward)(bn, x, residual, act, act_param)
+def _apply(norm: nn.Module, x: Tensor, residual: Tensor | None, act: str, act_param: float) -> Tensor:
+    y: Tensor = next(forward for kind, forward in _FORWARDS if isinstance(norm, kind))(norm, x, residual, act, act_param)
+    return y
+
+
+# What computes act(norm(x) + residual), also for torch's modules.
+_FORWARDS: tuple[tuple[type[nn.Module], Any], ...] = (
+    (_BatchNorm, forward_of),
+    (nn.GroupNorm, GroupNormAct._forward),
+    (_InstanceNorm, InstanceNormAct2d._forward),
+    (nn.Module, FrozenBatchNormAct2d._forward),
+)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -1,8 +1,8 @@
-"""Batch norms that apply an activation in their own forward, as timm's BatchNormAct2d does.
+"""Norms that apply an activation in their own forward, as timm's BatchNormAct2d and GroupNormAct do.
 
-Such a forward reads self.training, so it is traced once in each mode. convert and fold take it if both graphs
-are exactly a batch norm and submodules that are applied to its output one after another. A frozen one is known
-by its class, and the same in both modes.
+The forward of a batch norm reads self.training, so it is traced once in each mode. convert and fold take it if both
+graphs are exactly a batch norm and submodules that are applied to its output one after another. Group norm is the
+same in both modes, and so is a frozen batch norm, which is known by its class.
 """
 
 import inspect
@@ -19,23 +19,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gradkernels.acts import act_of_module, resolve_act
 from gradkernels.conversion.attributes import Path, class_before
 from gradkernels.conversion.guard import Children, Expected, RewrittenForward, WrittenOut, children_of, has_hooks, has_kernel, normalize
-from gradkernels.conversion.patterns import Activation, activation_after, expected, is_frozen_norm_act, is_identity
+from gradkernels.conversion.patterns import Activation, activation_after, expected, is_frozen_norm_act, is_identity, operator_of
 from gradkernels.conversion.purity import ASKED
 from gradkernels.conversion.result import RewriteResult, Site
 from gradkernels.conversion.trace import Reading, has_own_forward, read
 
-_ARGUMENTS = list(inspect.signature(F.batch_norm).parameters)
 _STATE = ["running_mean", "running_var", "weight", "bias"]
 
 
 def applied_modules(bn: nn.Module) -> list[nn.Module] | None:
-    """The submodules that a batch norm applies in its own forward; None if the forward does anything else."""
+    """The submodules that a norm applies in its own forward; None if the forward does anything else."""
     names = names_after(bn, read(bn, torch.Tensor, (), {}))
     return None if names is None else [bn.get_submodule(name) for name in names]
 
 
 def rewrite_norm_act(block: nn.Module, reading: Reading, residual: bool, read: Callable[[nn.Module], Reading]) -> RewriteResult:
-    """The result for such a batch norm; without sites for any other module.
+    """The result for such a norm; without sites for any other module.
 
     Args:
         block: any module.
@@ -54,12 +53,12 @@ def rewrite_norm_act(block: nn.Module, reading: Reading, residual: bool, read: C
     elif not all(map(is_identity, before)):
         site.why = f"{type(before[0]).__name__} is applied before its activation"
     elif own is None and (act_of_module(act) is None or any(True for _ in act.parameters())):
-        site.why = f"there is no kernel for {type(act).__name__} with batch norm"
+        site.why = f"there is no kernel for {type(act).__name__} after a norm"
     conditions: tuple[Expected | WrittenOut, ...] = ()
     attributes = reading.attributes
     children: list[tuple[Path, Children]] = [((), children_of(block, False))]
     if site.why:
-        site.label = "batch_norm_act(identity)"
+        site.label = f"{operator_of(block)}(identity)"
         result = "normalize(self, x, None, 'identity', 0.0)"
         for name in names:
             result = f"self.{name}({result})"
@@ -71,7 +70,7 @@ def rewrite_norm_act(block: nn.Module, reading: Reading, residual: bool, read: C
             conditions = (*conditions[:-1], WrittenOut((names[-1],), kind, kind.forward))
             attributes += tuple(((names[-1], *path), name, value) for path, name, value in read(act).attributes)
             children.append(((names[-1],), children_of(act, False)))
-        site.label, site.is_fused, site.absorbed = f"batch_norm_act({act_name})", act_name != "identity", (act,)
+        site.label, site.is_fused, site.absorbed = f"{operator_of(block)}({act_name})", act_name != "identity", (act,)
         site.why = "" if site.is_fused else "its activation is nn.Identity"
         result = f"normalize(self, x, None, {act_name!r}, {act_param!r})"
     original = type(block).forward
@@ -101,36 +100,49 @@ def _activation_of_the_users(module: nn.Module, read: Callable[[nn.Module], Read
 
 
 def names_after(block: nn.Module, reading: Reading) -> list[str] | None:
-    """The names of the submodules that are applied, if they are the same in both modes."""
+    """The names of the submodules that a norm applies in its own forward, if they are the same in both modes; else None."""
     if is_frozen_norm_act(block):
         return None if reading.graph is None else _applied_in(reading.graph)[0]
+    if isinstance(block, nn.GroupNorm):
+        parameters = [None if getattr(block, name) is None else name for name in ("weight", "bias")]
+        return _names_in(reading.graph, F.group_norm, [block.num_groups, *parameters, block.eps])
     if not isinstance(block, _BatchNorm) or reading.by_mode is None:
         return None
-    training, evaluation = (_names_in(block, each.graph, mode) for each, mode in zip(reading.by_mode, (True, False), strict=True))
+    training, evaluation = (
+        _names_in(each.graph, F.batch_norm, [*_STATE, mode, block.momentum, block.eps], counted=mode)
+        for each, mode in zip(reading.by_mode, (True, False), strict=True)
+    )
     return training if training == evaluation else None
 
 
-def _names_in(block: _BatchNorm, graph: Graph | None, training: bool) -> list[str] | None:
-    assert graph is not None
-    names, node, checked = _applied_in(graph)
-    if names is None or node is None or node.target is not F.batch_norm:
+def _names_in(graph: Graph | None, function: Callable[..., Any], settings: list[Any], counted: bool = False) -> list[str] | None:
+    """The names of the submodules that a graph applies to a norm of its input.
+
+    Args:
+        graph: the graph of the norm's forward; None if there is none.
+        function: torch's function of the norm.
+        settings: its arguments after the first, with the names of tensors.
+        counted: whether the graph counts the call as a batch.
+    """
+    names, node, checked = (None, None, set()) if graph is None else _applied_in(graph)
+    if graph is None or names is None or node is None or node.target is not function:
         return None
-    nodes = list(graph.nodes)
+    nodes, parameters = list(graph.nodes), list(inspect.signature(function).parameters)
     arguments = [str(value.target) if isinstance(value, Node) else value for value in (*node.args, *node.kwargs.values())]
     inputs = [str(other.target) for other in nodes if other.op == "placeholder"]
     by_name = list(node.kwargs)
-    if arguments != [*inputs, *_STATE, training, block.momentum, block.eps] or by_name != _ARGUMENTS[len(_ARGUMENTS) - len(by_name) :]:
+    if arguments != [*inputs, *settings] or by_name != parameters[len(parameters) - len(by_name) :]:
         return None
     checked.add(node)
-    counted = 0
+    counts = 0
     for node in nodes:
         if node in checked or node.op in ("placeholder", "get_attr"):
             continue
         if node.target == "add_" and [str(argument) for argument in node.args] == ["num_batches_tracked", "1"]:
-            counted += 1
+            counts += 1
         elif node.target not in (getattr, operator.eq, torch._assert):
             return None
-    return names if counted == training else None
+    return names if counts == counted else None
 
 
 def _applied_in(graph: Graph) -> tuple[list[str] | None, Node | None, set[Node]]:

@@ -1,4 +1,7 @@
-"""The calls that are recognised as batch norms, additions and activations, however they are written."""
+"""The calls that are recognised as norms, additions and activations, however they are written.
+
+A norm is a batch, group or instance norm.
+"""
 
 import operator
 from collections.abc import Callable, Collection
@@ -11,6 +14,7 @@ from torch import nn
 from torch.fx import Node
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from gradkernels import activation
 from gradkernels.acts import act_of_module, act_of_spelling, check_act, resolve_act
@@ -19,21 +23,28 @@ from gradkernels.conversion.attributes import ORIGINAL, Path, held
 from gradkernels.conversion.guard import Expected, has_hooks, normalize
 from gradkernels.conversion.purity import functions_from_forward, names_from_forward
 from gradkernels.frozen_batch_norm_act import FrozenBatchNormAct2d
+from gradkernels.group_norm_act import GroupNormAct, InstanceNormAct1d, InstanceNormAct2d, InstanceNormAct3d
 from gradkernels.layers import added_names, why_not_replaced
 
 # torch's class -> ours, which computes the same as long as its `act` is "identity".
-BATCH_NORMS: dict[type[nn.Module], type[nn.Module]] = {
+NORMS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNormAct1d,
     nn.BatchNorm2d: BatchNormAct2d,
     nn.BatchNorm3d: BatchNormAct3d,
+    nn.GroupNorm: GroupNormAct,
+    nn.InstanceNorm1d: InstanceNormAct1d,
+    nn.InstanceNorm2d: InstanceNormAct2d,
+    nn.InstanceNorm3d: InstanceNormAct3d,
 }
-_FUSIBLE = {*BATCH_NORMS, *BATCH_NORMS.values(), FrozenBatchNormAct2d}
+# Functions that compute what these modules do.
+NORM_FUNCTIONS = (F.batch_norm, torch.batch_norm, F.group_norm, torch.group_norm, F.instance_norm, torch.instance_norm)
+_FUSIBLE = {*NORMS, *NORMS.values(), FrozenBatchNormAct2d}
 # The module and the name of classes of other libraries that compute what FrozenBatchNormAct2d does. They keep their class, of
 # which those libraries ask, and whose loading of checkpoints differs.
 _FROZEN = (("torchvision.ops.misc", "FrozenBatchNorm2d"), ("detectron2.layers.batch_norm", "FrozenBatchNorm2d"))
 # The same for one that then applies submodules.
 _FROZEN_NORM_ACT = ("timm.layers.norm_act", "FrozenBatchNormAct2d")
-# Activations without a batch norm: torch's class -> ours.
+# Activations without a norm: torch's class -> ours.
 ACTIVATION_MODULES: dict[type[nn.Module], type[nn.Module]] = {
     nn.LeakyReLU: activation.LeakyReLU,
     nn.ELU: activation.ELU,
@@ -67,7 +78,7 @@ HAS_SCALE = "is called with a scale, which the kernel does not have"
 
 @dataclass(frozen=True)
 class Activation:
-    """A call of an activation that the kernel computes after a batch norm.
+    """A call of an activation that the kernel computes after a norm.
 
     Attributes:
         act: a key of ACTS.
@@ -84,7 +95,7 @@ class Activation:
 
 @dataclass
 class Chain:
-    """A batch norm and the calls after it that are fused with it. Each uses the value of the one before it.
+    """A norm and the calls after it that are fused with it. Each uses the value of the one before it.
 
     Attributes:
         nodes: all of them, and any module between them that returns its argument.
@@ -94,7 +105,7 @@ class Chain:
         act_param: the parameter of the activation.
         residual: the value that is added; None without an addition.
         addition: the node that adds it.
-        names: what is fused with the batch norm, for the report.
+        names: what is fused with the norm, for the report.
         absorbed: the activation, if it is a module.
     """
 
@@ -110,8 +121,8 @@ class Chain:
 
 
 def ours_for(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """Our class for a class of batch norm or of activation; None if there is none."""
-    return BATCH_NORMS.get(kind) or ACTIVATION_MODULES.get(kind)
+    """Our class for a class of norm or of activation; None if there is none."""
+    return NORMS.get(kind) or ACTIVATION_MODULES.get(kind)
 
 
 def is_batch_norm(module: nn.Module) -> bool:
@@ -119,8 +130,19 @@ def is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, (_BatchNorm, FrozenBatchNormAct2d)) or is_frozen_elsewhere(module) or is_frozen_norm_act(module)
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a batch, group or instance norm, also of a class that may compute something else."""
+    return isinstance(module, (nn.GroupNorm, _InstanceNorm)) or is_batch_norm(module)
+
+
+def operator_of(norm: nn.Module) -> str:
+    """What computes a norm and an activation, for the report."""
+    kinds = {nn.GroupNorm: "group_norm_act", _InstanceNorm: "instance_norm_act"}
+    return next((name for kind, name in kinds.items() if isinstance(norm, kind)), "batch_norm_act")
+
+
 def is_fusible(module: nn.Module) -> bool:
-    """Whether a module is of a class of batch norm that can be fused. A subclass may compute something else."""
+    """Whether a module is of a class of norm that can be fused. A subclass may compute something else."""
     return type(module) in _FUSIBLE or is_frozen_elsewhere(module)
 
 
@@ -188,15 +210,15 @@ def is_activation(module: nn.Module) -> bool:
 
 
 def may_be_rewritten(block: nn.Module) -> bool:
-    """Whether the forward of a module may call a batch norm or an activation that is computed or reported."""
+    """Whether the forward of a module may call a norm or an activation that is computed or reported."""
     # A Sequential calls its children. Another forward may come to every module below it.
     is_sequential = type(block).forward is nn.Sequential.forward
     below = block.children() if is_sequential else block.modules()
-    if any(isinstance(part, tuple(ACTIVATION_MODULES)) or is_batch_norm(part) for part in below):
+    if any(isinstance(part, tuple(ACTIVATION_MODULES)) or is_norm(part) for part in below):
         return True
     if is_sequential:
-        # A batch norm may end one child, and the next one may be its activation.
-        return len(block._modules) > 1 and any(map(is_batch_norm, block.modules()))
+        # A norm may end one child, and the next one may be its activation.
+        return len(block._modules) > 1 and any(map(is_norm, block.modules()))
     functions = functions_from_forward(type(block)).union(
         value
         for attribute in block.__dict__.values()
@@ -204,7 +226,7 @@ def may_be_rewritten(block: nn.Module) -> bool:
         if isinstance(value, (FunctionType, BuiltinFunctionType))
     )
     targets = functions | names_from_forward(type(block))
-    return any(_is_activation_function(target) or target in (F.batch_norm, torch.batch_norm) for target in targets)
+    return any(_is_activation_function(target) or target in NORM_FUNCTIONS for target in targets)
 
 
 def _is_activation_function(target: Any) -> bool:
@@ -220,13 +242,13 @@ def activation_name(node: Node, module: nn.Module | None) -> str | None:
 
 
 def activation_after(node: Node, module: nn.Module | None) -> Activation | str:
-    """The activation that a node calls, or why it cannot be fused with the batch norm before it."""
+    """The activation that a node calls, or why it cannot be fused with the norm before it."""
     if module is not None:
         return _activation_module(node, module)
     if node.op == "output":
         return IS_RETURNED
     if node.target is normalize:
-        return "its output is the residual of another batch norm"
+        return "its output is the residual of another norm"
     name = name_of(node)
     act = act_of_spelling(node.target, node.kwargs) if node.op in ("call_function", "call_method") else None
     if act is None:
@@ -248,7 +270,7 @@ def _activation_module(node: Node, module: nn.Module) -> Activation | str:
     if not is_activation(module):
         return f"{name} follows, which is not an activation"
     if act_of_module(module) is None:
-        return f"there is no kernel for {name} with batch norm"
+        return f"there is no kernel for {name} after a norm"
     if any(True for _ in module.parameters()):
         return f"the parameter of {name} is learnt"
     if has_hooks(module):
@@ -297,15 +319,15 @@ def keeps_output(module: nn.Module) -> bool:
 
 
 def expected(path: Path, module: nn.Module) -> Expected:
-    """The condition on a batch norm, an activation or a dropout that a rewritten forward does not call.
+    """The condition on a norm, an activation or a dropout that a rewritten forward does not call.
 
     It may have the class that convert gives it where it is called elsewhere.
     """
     kind = type(module)
     if is_frozen_elsewhere(module):
         return Expected(path, (kind,), None, None)
-    if is_batch_norm(module):
-        return Expected(path, (BATCH_NORMS.get(kind, kind),), "act", "identity")
+    if is_norm(module):
+        return Expected(path, (NORMS.get(kind, kind),), "act", "identity")
     act = act_of_module(module)
     attribute = "p" if kind in _DROPOUTS else None if act is None else act.attribute_of(kind)
     kinds = tuple({kind, ACTIVATION_MODULES.get(kind, kind)})

@@ -1,4 +1,4 @@
-"""ConversionReport: what convert did at each batch norm and activation, and why it did no more."""
+"""ConversionReport: what convert did at each norm and activation, and why it did no more."""
 
 import collections
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ from gradkernels.conversion.result import Reason
 
 @dataclass(frozen=True)
 class Row:
-    """One place where a batch norm or an activation is called.
+    """One place where a norm or an activation is called.
 
     Attributes:
         name: the name of the module that is called; for a function, of the block that calls it. "" is the
             model itself.
-        found: the batch norm or the activation that is called there, and what is fused with it.
+        found: the norm or the activation that is called there, and what is fused with it.
         becomes: what computes it now; None if it was left as it was.
         why: why it was left as it was, or why no more was fused with it. The printed report groups rows that
             differ in nothing but the name, and ends with each reason and what would help.
@@ -35,7 +35,7 @@ class ConversionReport:
     """What convert did with a model. Print it.
 
     Attributes:
-        rows: a Row for each place where a batch norm or an activation is called.
+        rows: a Row for each place where a norm or an activation is called.
         notes: remarks on the whole model.
         saved_bytes_before: the bytes that one call kept for backward before conversion, without parameters
             and buffers. This and the next three are None without `check`.
@@ -65,7 +65,7 @@ class ConversionReport:
         fused = sum(row.is_fused for row in self.rows)
         left = sum(row.becomes is None for row in self.rows)
         replaced = len(self.rows) - fused - left
-        yield f"convert: {fused} fused, {replaced} replaced, {left} left of {len(self.rows)} batch norms and activations"
+        yield f"convert: {fused} fused, {replaced} replaced, {left} left of {len(self.rows)} norms and activations"
         yield from (f"  {note}" for note in self.notes)
         if self.saved_bytes_before is not None and self.saved_bytes_after is not None:
             before, after = map(_size, (self.saved_bytes_before, self.saved_bytes_after))

@@ -32,7 +32,7 @@ KEEPS_ITS_OUTPUT = Reason(
     "write y = y + x after it, and not y += x",
 )
 IS_IN_PLACE = Reason("it is in place, which the kernel is not, and something else may read its input", "use inplace=False")
-NOTHING_TO_FUSE = "torch's is kept: without a batch norm there is nothing to fuse"
+NOTHING_TO_FUSE = "torch's is kept: without a norm there is nothing to fuse"
 
 
 # The module whose forward has a call, and the name of the call's node in the graph of this forward.
@@ -41,18 +41,18 @@ Place = tuple[nn.Module, str]
 
 @dataclass
 class Site:
-    """One place in a forward where a batch norm or an activation is called.
+    """One place in a forward where a norm or an activation is called.
 
     Attributes:
         module: the module that is called; None for a function.
-        found: the batch norm or the activation, and what is fused with it.
+        found: the norm or the activation, and what is fused with it.
         label: what computes it in the rewritten forward; None if the call stays as it was.
         is_fused: whether one kernel computes more than one call.
         why: why the call stays as it was, or why no more is fused with it.
         absorbed: modules that the rewritten forward does not call here.
         keeps_output: it is an ELU whose output may be written. Ours, which keeps the output for the gradient,
             cannot take its place.
-        place: where it is called; None for a batch norm that applies an activation in its own forward.
+        place: where it is called; None for a norm that applies an activation in its own forward.
         also: the places of all calls that are fused, its own included.
     """
 
@@ -72,7 +72,7 @@ class RewriteResult:
     """What can be done with one forward.
 
     Attributes:
-        sites: the batch norms and activations that it calls.
+        sites: the norms and activations that it calls.
         forward: the rewritten forward; None if nothing in it changes.
         kept: modules that cannot get our class, because the forward looks for a name that ours has -> why.
         problem: why the forward could not be read or rewritten.

@@ -1,7 +1,7 @@
-"""Rewrites a forward so that one kernel computes a batch norm, an addition and an activation.
+"""Rewrites a forward so that one kernel computes a norm, an addition and an activation.
 
 These calls are fused only if nothing else uses the values between them. Without an addition, the kernel is
-called where the batch norm was called. With an addition, the kernel is called where the last of the fused
+called where the norm was called. With an addition, the kernel is called where the last of the fused
 calls was. No call between the two places may then write what the kernel reads (aliasing.py).
 """
 
@@ -33,11 +33,12 @@ from gradkernels.conversion.guard import (
     normalize,
     shared_in,
 )
-from gradkernels.conversion.norm_act_layers import rewrite_norm_act
+from gradkernels.conversion.norm_act_layers import names_after, rewrite_norm_act
 from gradkernels.conversion.patterns import (
     ACTIVATION_FUNCTIONS,
     CONTAINERS,
     HAS_SCALE,
+    NORM_FUNCTIONS,
     OTHER_FUNCTIONS,
     WRITING_ADDITIONS,
     Chain,
@@ -48,12 +49,12 @@ from gradkernels.conversion.patterns import (
     expected,
     has_scale,
     is_activation,
-    is_batch_norm,
-    is_frozen_norm_act,
     is_fusible,
     is_identity,
+    is_norm,
     keeps_output,
     name_of,
+    operator_of,
     ours_for,
     way_to_user,
     why_kept,
@@ -177,7 +178,7 @@ def rewrite_forward(block: nn.Module, residual: bool, reader: Reader, calls: Ite
 
 
 def _rewrite_in_modes(block: nn.Module, reading: Reading, residual: bool, ends: Ends) -> RewriteResult:
-    if reading.by_mode is None or is_batch_norm(block):
+    if reading.by_mode is None or is_norm(block):
         return _rewrite(block, reading, residual, ends)
     training, evaluation = (_rewrite(block, each, residual, ends) for each in reading.by_mode)
     # The report is on training.
@@ -202,7 +203,7 @@ def _chained(first: RewrittenForward | None, second: RewrittenForward | None) ->
 
 def _rewrite(block: nn.Module, reading: Reading, residual: bool, ends: Ends) -> RewriteResult:
     try:
-        if reading.graph is None or is_frozen_norm_act(block):
+        if reading.graph is None or names_after(block, reading) is not None:
             result = rewrite_norm_act(block, reading, residual, ends.read)
         else:
             border = Border(block, reading, reading.graph, ends)
@@ -249,11 +250,11 @@ class Rewriter:
         for node in nodes:
             _pass_by_position(node, self.module(node))
         of_children = [node for node in nodes if node.meta[PLACE][0] is not self.block]
-        # Of the terms of a sum the batch norm that is called last need not be moved.
+        # Of the terms of a sum the norm that is called last need not be moved.
         for node in (*(node for node in nodes if node.meta[PLACE][0] is self.block), *reversed(of_children)):
             module = self.module(node)
-            if module is not None and is_batch_norm(module) and node not in fused:
-                site, chain = self.at_batch_norm(node, module)
+            if module is not None and is_norm(module) and node not in fused:
+                site, chain = self.at_norm(node, module)
                 result.sites.append(site)
                 if chain is not None:
                     fused.update(chain.nodes)
@@ -269,13 +270,13 @@ class Rewriter:
     def module(self, node: Node) -> nn.Module | None:
         return called_module(self.block, node)
 
-    def at_batch_norm(self, node: Node, module: nn.Module) -> tuple[Site, Chain | None]:
-        """The site of a call of a batch norm, and the chain that starts at the call.
+    def at_norm(self, node: Node, module: nn.Module) -> tuple[Site, Chain | None]:
+        """The site of a call of a norm, and the chain that starts at the call.
 
-        The chain is None if nothing is fused with the batch norm.
+        The chain is None if nothing is fused with the norm.
         """
         site = Site(module, type(module).__name__, place=node.meta[PLACE])
-        if not self.ends.is_batch_norm_alone(module):
+        if not self.ends.is_norm_alone(module):
             is_sync = isinstance(module, (nn.SyncBatchNorm, SyncBatchNormAct))
             unknown = f"{type(module).__name__} may compute something else"
             site.why = "its statistics are computed over several processes" if is_sync else unknown
@@ -298,12 +299,12 @@ class Rewriter:
         site.also = tuple(each.meta[PLACE] for each in chain.nodes)
         if len({block for block, _ in site.also}) > 1:
             site.found += f" (in {type(self.block).__name__})"
-        site.label = f"batch_norm_act({', '.join([chain.act] + ['residual'] * (chain.residual is not None))})"
+        site.label = f"{operator_of(module)}({', '.join([chain.act] + ['residual'] * (chain.residual is not None))})"
         site.is_fused, site.absorbed = True, tuple(chain.absorbed)
         return site, chain
 
     def chain_from(self, node: Node) -> tuple[Chain, str]:
-        """Finds what can be fused with a batch norm: an addition after it, an activation after that, or both.
+        """Finds what can be fused with a norm: an addition after it, an activation after that, or both.
 
         Returns:
             The chain, and the reason why the chain has no activation. The reason is "" if it has one.
@@ -396,7 +397,7 @@ class Rewriter:
         if not is_fusible(module) and not is_of_library(kind):
             if path not in self.expected:
                 self.expect_derived(path, module)
-            if not is_batch_norm(module):
+            if not is_norm(module):
                 self.paths.add(path)
                 return
         self.expected.setdefault(path, Expected(path, tuple({kind, ours_for(kind) or kind}), None, None))
@@ -409,7 +410,7 @@ class Rewriter:
 
     def expect(self, node: Node, module: nn.Module) -> None:
         path = tuple(str(node.target).split("."))
-        if is_batch_norm(module) and not is_fusible(module):
+        if is_norm(module) and not is_fusible(module):
             # What it applies returns its argument.
             self.expect_derived(path, module)
             for name in self.ends.applied_by(module) or ():
@@ -443,8 +444,8 @@ class Rewriter:
         name = name_of(node)
         if node.target in ACTIVATION_FUNCTIONS:
             yield self.at_function(node, name)
-        elif node.target in (F.batch_norm, torch.batch_norm):
-            why = Reason("it is a call of the function; only modules are fused", "use a module, such as nn.BatchNorm2d")
+        elif node.target in NORM_FUNCTIONS:
+            why = Reason("it is a call of the function; only modules are fused", "use a module, such as nn.BatchNorm2d or nn.GroupNorm")
             yield Site(None, name, why=why, place=node.meta[PLACE])
         elif act_of_spelling(node.target) is not None and getattr(node.target, "__module__", "") != activation.__name__:
             yield Site(None, name, why=NOTHING_TO_FUSE, place=node.meta[PLACE])

@@ -55,6 +55,8 @@ _ASKS_FOR: dict[str, dict[str, float]] = {
     EXPLODING_OVER_TIME: {CLIPPING: 2.5, POLICY: 2.25},
     VANISHING_OVER_TIME: {RECURRENCE: 3},
 }
+# A group norm over fewer values is noise, as a batch norm over few samples.
+_LEAST_VALUES = 8
 # A gradient that vanishes because of one of these activations asks for another activation, too.
 _SATURATING = ("sigmoid", "tanh", "hardsigmoid", "hardtanh")
 _VANISHING_AND_SATURATING: dict[str, float] = {ACTIVATION: 4}
@@ -142,8 +144,9 @@ def _describe(name: str, judged: list[Verdict], probed: Probe, coefficient: floa
             described = why, f"torch.optim.SGD(model.parameters(), lr={rate:g})"
     elif name == STATISTICS:
         first = next(layer_verdict for layer_verdict in judged if TINY_BATCH in layer_verdict.verdicts)
-        line = "model = gk.convert_sync_batch_norm(model)    # or, on one machine, nn.GroupNorm or a larger batch"
-        described = f"layer {first.name} has {first.why}", line
+        units: Any = first.layer.module.num_features
+        instead = f"instead of {first.name} and its activation; over several processes gk.convert_sync_batch_norm(model)"
+        described = f"layer {first.name} has {first.why}", f"{_group_norm(first.layer, units, 'identity')}    # {instead}"
     else:
         described = _arithmetic(probed.origin)
     return None if described is None else Cure(name, *described, safe=name in SAFE)
@@ -220,12 +223,27 @@ def _normalisation(weighted: list[Layer]) -> Cure | None:
         # Batch norm takes dimension 1 of a sequence for its channels, and has one mean for all calls.
         name, line = "layer norm", f"nn.LayerNorm({units})    # {before}"
     elif layer.batch is not None and not has_enough_statistics(layer.batch):
-        name, line = "group norm", f"nn.GroupNorm({math.gcd(units, 32)}, {units})    # {before}"
+        name, line = "group norm", f"{_group_norm(layer, units, 'elu')}    # {instead}"
     else:
         dimension = next((digit for digit in "23" if f"{digit}d" in type(module).__name__), "1")
-        act = layer.act if layer.act in ACTS else "elu"
+        act = _act(layer, "elu")
         line = f'gk.BatchNormAct{dimension}d({units}, act="{act}")    # {instead}'
     return Cure(name, "every layer then gets inputs of standard deviation 1", line, safe=False)
+
+
+def _group_norm(layer: Layer, units: int, otherwise: str) -> str:
+    """The line that makes a group norm for a layer, with its activation, or `otherwise` if there is no kernel for that."""
+    groups = math.gcd(units, 32)
+    # Without pixels, a group is as many values as it has units.
+    while layer.batch is not None and layer.batch[0] == layer.batch[1] and groups > 1 and units // groups < _LEAST_VALUES:
+        groups //= 2
+    act = _act(layer, otherwise)
+    return f'gk.GroupNormAct({groups}, {units}, act="{act}")'
+
+
+def _act(layer: Layer, otherwise: str) -> str:
+    """The name of the activation of a layer for the modules of this package; `otherwise` if they do not have it."""
+    return next((name for name, act in ACTS.items() if layer.act in act.operators), otherwise)
 
 
 def _arithmetic(origin: Origin | None) -> tuple[str, str]:

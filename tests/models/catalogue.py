@@ -1,4 +1,4 @@
-"""Real models of torchvision, timm, transformers, ultralytics, segmentation_models_pytorch and monai, with random weights.
+"""Real models of torchvision, timm, transformers, ultralytics, segmentation_models_pytorch, monai and diffusers, with random weights.
 
 Building one imports its library. Nothing is downloaded.
 """
@@ -51,6 +51,41 @@ def monai(name, **settings):
     return getattr(importlib.import_module("monai.networks.nets"), name)(**settings)
 
 
+class OfTimeStep(torch.nn.Module):
+    """A model of diffusers, called with the images and whatever else it needs; returns what it computes."""
+
+    def __init__(self, model, more):
+        super().__init__()
+        self.model, self.more = model, more
+
+    def forward(self, x):
+        return self.model(x, **self.more).sample
+
+
+def diffusers(name, more, **settings):
+    settings = {"in_channels": 3, "out_channels": 3, "block_out_channels": (32, 64), "norm_num_groups": 8, **settings}
+    return OfTimeStep(getattr(importlib.import_module("diffusers"), name)(**settings), more)
+
+
+class OfLevels(torch.nn.Module):
+    """The head of a detector, called with the levels of a pyramid."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, x):
+        return self.head([x, x[..., ::2, ::2]])
+
+
+def detection_head(name):
+    """The head of torchvision's FCOS, or of its second RetinaNet, with group norm."""
+    detection = importlib.import_module("torchvision.models.detection")
+    if name == "fcos":
+        return OfLevels(detection.fcos.FCOSHead(64, 1, 3))
+    return OfLevels(detection.retinanet.RetinaNetHead(64, 2, 3, norm_layer=functools.partial(torch.nn.GroupNorm, 32)))
+
+
 # Names, with the size of the images if that is not 64.
 NAMES = {
     torchvision: (
@@ -67,7 +102,7 @@ NAMES = {
         "mobileone_s0 hgnet_tiny hgnetv2_b0 repvit_m1 levit_128s@224 levit_conv_128s@224 efficientformer_l1@224 "
         "efficientformerv2_s0@224 efficientvit_b0 efficientvit_m0@224 mobilevit_s mobilevitv2_050 fastvit_t8 convmixer_768_32 "
         "tiny_vit_5m_224@224 visformer_tiny@224 botnet26t_256@256 halonet26t@256 lambda_resnet26t@256 starnet_s1 "
-        "coatnet_nano_rw_224@224 swiftformer_xs@224 shvit_s1@224"
+        "coatnet_nano_rw_224@224 swiftformer_xs@224 shvit_s1@224 resnet50_gn@224 resnetv2_50x1_bit@224"
     ),
     ultralytics: (
         "yolov3-tiny yolov5n yolov5s yolov6n yolov8n yolov8s yolov8n-cls yolov8n-seg yolov8n-pose yolov8n-obb yolov8n-ghost yolov9t "
@@ -80,6 +115,20 @@ NAMES = {
 }
 FLAT, SOLID = {"spatial_dims": 2, "in_channels": 3, "out_channels": 2}, {"spatial_dims": 3, "in_channels": 1, "out_channels": 2}
 UNET = {"channels": (16, 32, 64, 128), "strides": (2, 2, 2), "norm": "batch", "num_res_units": 2}
+DYNAMIC = {"kernel_size": [3] * 3, "strides": [1, 2, 2], "upsample_kernel_size": [2, 2]}
+UNET_2D = {
+    "more": {"timestep": 3},
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+UNET_2D_OF_STATES = {
+    "more": {"timestep": 3, "encoder_hidden_states": torch.ones(4, 5, 16, dtype=torch.float64)},
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 16,
+    "attention_head_dim": 4,
+}
+AUTOENCODER = {"more": {}, "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
 CONFORMER = {"num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 576, "hidden_size": 144, "hidden_act": "swish"}
 LARGE, VOLUMES, NO_BACKBONE = functools.partial(images, 224), functools.partial(images, 32, 1, 3), {"weights_backbone": None}
 # A function and its arguments; what makes the input.
@@ -110,10 +159,17 @@ OTHERS = (
     ((monai, "SegResNet", SOLID | {"norm": "batch"}), VOLUMES),
     ((monai, "HighResNet", SOLID), functools.partial(images, 16, 1, 3)),
     ((monai, "VNet", {"spatial_dims": 2}), functools.partial(images, 64, 1)),
+    ((monai, "DynUNet", FLAT | DYNAMIC | {"norm_name": "batch"}), images),
     (
-        (monai, "DynUNet", FLAT | {"kernel_size": [3] * 3, "strides": [1, 2, 2], "upsample_kernel_size": [2, 2], "norm_name": "batch"}),
-        images,
+        (monai, "DynUNet", SOLID | {"kernel_size": [3] * 3, "strides": [1, 2, 2], "upsample_kernel_size": [2, 2], "res_block": True}),
+        VOLUMES,
     ),
+    ((monai, "UNet", SOLID | UNET | {"norm": "instance", "act": "leakyrelu"}), VOLUMES),
+    ((monai, "BasicUNet", FLAT), functools.partial(images, 128)),
+    ((monai, "SegResNet", SOLID), VOLUMES),
+    ((diffusers, "UNet2DModel", UNET_2D), functools.partial(images, 32)),
+    ((diffusers, "UNet2DConditionModel", UNET_2D_OF_STATES), functools.partial(images, 32)),
+    ((diffusers, "AutoencoderKL", AUTOENCODER), functools.partial(images, 32)),
     ((monai, "EfficientNetBN", {"model_name": "efficientnet-b0", "pretrained": False}), images),
     ((monai, "RegUNet", FLAT | {"num_channel_initial": 16, "depth": 3}), images),
 )
@@ -125,5 +181,7 @@ def every_model():
         for name, _, size in (each.partition("@") for each in names.split()):
             yield library.__name__, name, functools.partial(library, name), functools.partial(images, int(size or 64))
     yield "torchvision", "resnet50, FrozenBatchNorm2d", frozen_resnet50, images
+    for name in ("fcos", "retinanet"):
+        yield "torchvision", f"head of {name}, GroupNorm", functools.partial(detection_head, name), functools.partial(images, 16, 64)
     for (library, name, settings), make_input in OTHERS:
         yield library.__name__, name, functools.partial(library, name, **settings), make_input

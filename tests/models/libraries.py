@@ -74,6 +74,123 @@ class FrozenBatchNormAct2d(nn.Module):
         return self.act(self.drop(x))
 
 
+class GroupNorm(nn.GroupNorm):
+    """Like timm.layers.GroupNorm."""
+
+    def __init__(self, num_channels: int, num_groups: int = 2) -> None:
+        super().__init__(num_groups, num_channels)
+        self.fast_norm = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fast_norm:
+            return F.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps)
+        return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class GroupNormAct(nn.GroupNorm):
+    """Like timm.layers.GroupNormAct."""
+
+    def __init__(self, num_channels: int, num_groups: int = 2, act: nn.Module | None = None, drop: nn.Module | None = None) -> None:
+        super().__init__(num_groups, num_channels)
+        self.drop = nn.Identity() if drop is None else drop
+        self.act = nn.ReLU(inplace=True) if act is None else act
+        self._fast_norm = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._fast_norm:
+            x = F.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps)
+        else:
+            x = F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        x = self.drop(x)
+        return self.act(x)
+
+
+class ResnetBlock2D(nn.Module):
+    """Like diffusers.models.resnet.ResnetBlock2D."""
+
+    def __init__(self, channels: int, width: int, time_channels: int | None = None) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(2, channels)
+        self.conv1 = nn.Conv2d(channels, width, 3, padding=1)
+        self.time_emb_proj = None if time_channels is None else nn.Linear(time_channels, width)
+        self.norm2 = nn.GroupNorm(2, width)
+        self.dropout = nn.Dropout(0.0)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.nonlinearity = nn.SiLU()
+        self.conv_shortcut = None if channels == width else nn.Conv2d(channels, width, 1)
+        self.output_scale_factor = 1.0
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: object, **kwargs: object) -> Tensor:
+        if len(args) > 0 or kwargs.get("scale") is not None:
+            raise ValueError("scale is no longer an argument")
+        hidden_states = self.nonlinearity(self.norm1(input_tensor))
+        hidden_states = self.conv1(hidden_states)
+        if self.time_emb_proj is not None:
+            temb = self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
+        if temb is not None:
+            hidden_states = hidden_states + temb
+        hidden_states = self.norm2(hidden_states)
+        hidden_states = self.nonlinearity(hidden_states)
+        hidden_states = self.conv2(self.dropout(hidden_states))
+        if self.conv_shortcut is not None:
+            if self.training:
+                input_tensor = input_tensor.contiguous()
+            input_tensor = self.conv_shortcut(input_tensor)
+        return (input_tensor + hidden_states) / self.output_scale_factor
+
+
+class DiffusionBlocks(nn.Module):
+    """Blocks with a time step, and one without, as in an autoencoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gradient_checkpointing = False
+        self.blocks = nn.ModuleList([ResnetBlock2D(8, 8, 3), ResnetBlock2D(8, 16, 3)])
+        self.last = ResnetBlock2D(16, 8)
+        self.conv_in, self.conv_norm_out, self.conv_act = nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8), nn.SiLU()
+        self.conv_out = nn.Conv2d(8, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        temb = x.mean((2, 3))
+        x = self.conv_in(x)
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = torch.utils.checkpoint.checkpoint(block, x, temb, use_reentrant=False)
+            else:
+                x = block(x, temb)
+        x = self.last(x, temb=None)
+        y: Tensor = self.conv_out(self.conv_act(self.conv_norm_out(x)))
+        return y
+
+
+class UnetResBlock(nn.Module):
+    """Like monai.networks.blocks.UnetResBlock."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(channels, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.lrelu = nn.LeakyReLU(0.01, inplace=True)
+        self.norm1, self.norm2 = nn.InstanceNorm2d(width, affine=True), nn.InstanceNorm2d(width, affine=True)
+        self.downsample = channels != width
+        if self.downsample:
+            self.conv3, self.norm3 = nn.Conv2d(channels, width, 1), nn.InstanceNorm2d(width, affine=True)
+
+    def forward(self, inp: Tensor) -> Tensor:
+        residual = inp
+        out = self.conv1(inp)
+        out = self.norm1(out)
+        out = self.lrelu(out)
+        out = self.conv2(out)
+        out = self.norm2(out)
+        if hasattr(self, "conv3"):
+            residual = self.conv3(residual)
+        if hasattr(self, "norm3"):
+            residual = self.norm3(residual)
+        out += residual
+        out = self.lrelu(out)
+        return out
+
+
 class Conv(nn.Module):
     """Like ultralytics.nn.modules.conv.Conv."""
 
