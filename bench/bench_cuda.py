@@ -18,6 +18,7 @@ import torch
 import bench_activation
 import bench_batch_norm_act
 import bench_clip_grad
+import bench_group_norm_act
 import bench_training
 from harness import COPY, Block, Blocks, Case, arguments, copy_of, header, run
 
@@ -29,6 +30,7 @@ SHAPES = (
     *((64, 64, 320, 320), (64, 256, 80, 80), (64, 512, 40, 40), (64, 1024, 20, 20)),
     *SWISH_SHAPES,
 )
+GROUP_NORMS = (*bench_group_norm_act.DIFFUSION, *bench_group_norm_act.VOLUMES)
 WITH_RESIDUAL = ((64, 256, 56, 56), (64, 2048, 7, 7))
 # Compiling one takes longer than measuring ten: these come last, in bfloat16.
 COMPILED_BATCH_NORMS = (((64, 256, 56, 56), "leaky_relu"), ((128, 672, 14, 14), "swish"), ((64, 256, 56, 56), "relu", True))
@@ -53,8 +55,13 @@ def cases_in(dtype: torch.dtype) -> list[partial[Case]]:
     batch_norms = [(shape, "relu", True) for shape in WITH_RESIDUAL] + [
         (shape, "swish" if shape in SWISH_SHAPES else "leaky_relu", False) for shape in SHAPES
     ]
-    settings = product(batch_norms, ("contiguous", "channels_last"))
-    return made + [partial(bench_batch_norm_act.case, *each, layout, dtype) for each, layout in settings]
+    layouts = ("contiguous", "channels_last")
+    made += [partial(bench_batch_norm_act.case, *each, layout, dtype) for each, layout in product(batch_norms, layouts)]
+    group_norms = product(GROUP_NORMS, layouts)
+    return made + [
+        partial(bench_batch_norm_act.case, shape, act, layout=layout, dtype=dtype, groups=groups)
+        for (shape, act, groups), layout in group_norms
+    ]
 
 
 def cases() -> list[partial[Case]]:

@@ -79,7 +79,7 @@ for name in "$@"; do
     test) part "test on a GPU" 150 "$PYTHON" -m pytest -q -rfE --junitxml=build/on_gpu/tests.xml tests/test_on_gpu.py ;;
     bench) part bench 270 "$PYTHON" bench/suite.py --only cuda --out bench/results ;;
     suite) part "test suite" 300 "$PYTHON" -m pytest -q -rfE --tb=line $("$PYTHON" -c 'import xdist; print("-n 8")' 2> /dev/null) \
-      -k cuda tests/test_activation*.py tests/test_rrelu.py tests/test_batch_norm_act.py tests/test_clip_grad.py tests/test_optim.py ;;
+      -k cuda tests/test_activation*.py tests/test_rrelu.py tests/test_batch_norm_act.py tests/test_group_norm_act.py tests/test_clip_grad.py tests/test_optim.py ;;
     *) "$name" ;;
   esac
 done

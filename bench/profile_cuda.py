@@ -3,8 +3,8 @@
 What a kernel's design predicts is a time without launches, gaps and Python; bench_cuda.py has what a call costs. Each case is measured as
 gradkernels and as torch do it. The share in parentheses is the time that a copy of 2 GiB takes for the least traffic, of the time measured.
 Least traffic, E = bytes of x: 2E forward and 3E backward; leaky_relu and rrelu, whose backward reads a mask of one bit an element instead
-of x, 2E + E/32 each (E/16 in 16-bit types); clipping that clips 3E, and clipping that need not clip E, of gradients of E bytes. Batch norm
-in training reads up to E more forward and 2E more backward: what its second pass reads again and the cache has not kept. A line of JSON is
+of x, 2E + E/32 each (E/16 in 16-bit types); clipping that clips 3E, and clipping that need not clip E, of gradients of E bytes. The norms
+in training read up to E more forward and 2E more backward: what their second pass reads again and the cache has not kept. A line of JSON is
 written after each case.
 """
 
@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench_activation import FUNCTIONS, WITH_PARAMETER
 from bench_batch_norm_act import ACTS
-from bench_cuda import HEADER_COPY_BYTES, L2_TIMES, SHAPES, SWISH_SHAPES, milliseconds
+from bench_cuda import GROUP_NORMS, HEADER_COPY_BYTES, L2_TIMES, SHAPES, SWISH_SHAPES, milliseconds
 from harness import EAGER, OURS, copy_of, gk
 
 CALLS_BEFORE, CALLS = 2, 5
@@ -71,11 +71,13 @@ def kernels_of(call: Callable[[], Any], flush: Callable[[], Any]) -> dict[str, f
     }
 
 
-def batch_norm_calls(shape: tuple[int, ...], channels_last: bool, act: str, dtype: torch.dtype) -> Measured:
-    """Forward and backward of each provider, in training."""
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+def norm_calls(shape: tuple[int, ...], channels_last: bool, act: str, dtype: torch.dtype, groups: int | None = None) -> Measured:
+    """Forward and backward of each provider, in training; with a group for each channel, torch's instance norm."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    memory_format = formats[len(shape)] if channels_last else torch.contiguous_format
     x, grad_y = (torch.randn(shape).to(dtype, memory_format=memory_format) for _ in range(2))
-    weight, bias = torch.rand(shape[1]) + 0.5, torch.rand(shape[1])
+    # torch's group norm wants parameters of the type of x.
+    weight, bias = ((torch.rand(shape[1]) + least).to(torch.float32 if groups is None else dtype) for least in (0.5, 0.0))
     # One of each for what is recorded for backward, which saves them, and for what is called again and again.
     running, recorded = ((torch.zeros(shape[1]), torch.ones(shape[1])) for _ in range(2))
     leaves = [each.requires_grad_() for each in (x, weight, bias)]
@@ -83,6 +85,12 @@ def batch_norm_calls(shape: tuple[int, ...], channels_last: bool, act: str, dtyp
         OURS: lambda *statistics: gk.batch_norm_act(x, *statistics, weight, bias, True, 0.1, 1e-5, act=act),
         EAGER: lambda *statistics: ACTS[act](F.batch_norm(x, *statistics, weight, bias, True, 0.1, 1e-5)),
     }
+    if groups is not None:
+        theirs = partial(F.instance_norm, x) if groups == shape[1] else partial(F.group_norm, x, groups)
+        forwards = {
+            OURS: lambda *_: gk.group_norm_act(x, groups, weight, bias, act=act),
+            EAGER: lambda *_: ACTS[act](theirs(weight=weight, bias=bias)),
+        }
     providers: dict[str, Calls] = {
         name: {
             "forward": partial(forward, *running),
@@ -132,7 +140,10 @@ def cases() -> Iterator[tuple[str, Callable[[], Measured]]]:
             act = "swish" if shape in SWISH_SHAPES else "leaky_relu"
             for layout in ("contiguous", "channels_last"):
                 name = f"batch norm {act} {shape} {layout} {dtype}".replace("torch.", "")
-                yield name, partial(batch_norm_calls, shape, layout == "channels_last", act, dtype)
+                yield name, partial(norm_calls, shape, layout == "channels_last", act, dtype)
+        for (shape, act, groups), layout in itertools.product(GROUP_NORMS, ("contiguous", "channels_last")):
+            name = f"group norm {act} {shape} {groups} {layout} {dtype}".replace("torch.", "")
+            yield name, partial(norm_calls, shape, layout == "channels_last", act, dtype, groups)
         for function in FUNCTIONS:
             yield f"{function} {dtype}".replace("torch.", ""), partial(activation_calls, function, dtype)
         for function in WITH_PARAMETER:

@@ -17,10 +17,12 @@ class Plan:
 
     width: int
     blocks_of_processor: int
+    most_threads: int
     block_threads: int
     threads: int
     packets_in_flight: int
     slabs: int
+    sample_slabs: int
     group_channels: int
     parts: int
     lanes: int
@@ -37,7 +39,7 @@ class Plan:
 
 
 class ChannelCut:
-    """The functions of tests/simt/channel_cut.cpp, for tensors of shape (rows, channels, inner)."""
+    """The functions of tests/simt/channel_cut.cpp, for tensors of `samples` samples of shape (rows, channels, inner)."""
 
     def __init__(self, compiler: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -56,11 +58,12 @@ class ChannelCut:
         masked: bool = False,
         alignment: int = 16,
         processors: int = PROCESSORS,
+        samples: int = 1,
     ) -> Plan:
         values = (ctypes.c_int64 * len(fields(Plan)))()
         flags = (int(residual), int(masked), int(sums))
-        self._library.plan_of(*map(ctypes.c_int64, shape), element_bytes, alignment, operands, *flags, processors, values)
+        self._library.plan_of(*map(ctypes.c_int64, (*shape, samples)), element_bytes, alignment, operands, *flags, processors, values)
         return Plan(*values)
 
-    def can_cut(self, shape: tuple[int, int, int], masked: bool) -> bool:
-        return self._library.can_cut(*map(ctypes.c_int64, shape), int(masked)) != 0
+    def can_cut(self, shape: tuple[int, int, int], masked: bool, samples: int = 1) -> bool:
+        return self._library.can_cut(*map(ctypes.c_int64, (*shape, samples)), int(masked)) != 0

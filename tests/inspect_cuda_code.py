@@ -94,7 +94,12 @@ LOCAL = {
     rf"batch_norm_act_stats_kernel{SIXTEEN_BITS}4, true>": ("sm_90",),
     rf"batch_norm_act_backward_reduce_kernel{SIXTEEN_BITS}4, true, false>": ("sm_100", "sm_120"),
     rf"batch_norm_act_backward_reduce_kernel{SIXTEEN_BITS}4, true, true>": ("sm_100", "sm_120"),
-    rf"batch_norm_act_backward_elemt_kernel{SIXTEEN_BITS}4, true, false>": ("sm_100", "sm_120"),
+    rf"batch_norm_act_backward_elemt_kernel{SIXTEEN_BITS}4, true, false, false>": ("sm_100", "sm_120"),
+    # With coefficients of sets, two numbers more for each column.
+    rf"batch_norm_act_backward_elemt_kernel{SIXTEEN_BITS}4, true, false, true>": ("sm_100", "sm_120"),
+    rf"batch_norm_act_backward_elemt_kernel{SIXTEEN_BITS}4, true, true, true>": ("sm_100", "sm_120"),
+    r"batch_norm_act_backward_elemt_kernel<float, 4, true, false, true>": ("sm_100", "sm_120"),
+    r"batch_norm_act_backward_elemt_kernel<float, 1, true, false, true>": ("sm_100", "sm_120"),
     rf"batch_norm_act_normalise_kernel{SIXTEEN_BITS}4, true, false>": ("sm_100",),
     r"batch_norm_act_normalise_kernel<float, 1, true, false>": ("sm_100",),
 }
@@ -114,13 +119,15 @@ def of_batch_norm() -> tuple[Gate, ...]:
         shape = SHAPE_OF_COLUMNS if columns else SHAPE_OF_RUNS
         plan = plan_of(shape, element_bytes, residual=residual, alignment=max(alignment, element_bytes))
         blocks, width, packets = plan.blocks_of_processor, plan.width, plan.width > 1
-        limits: dict[str, Any] = {"threads": plan.block_threads, "bytes": width * element_bytes if packets else PACKET_BYTES, "acts": True}
+        limits: dict[str, Any] = {"threads": plan.most_threads, "bytes": width * element_bytes if packets else PACKET_BYTES, "acts": True}
         arguments = rf"{names}{width}, {str(columns).lower()}"
         kernels = {} if residual else {rf"batch_norm_act_stats_kernel{arguments}>": False}
         arguments = f"{arguments}, {str(residual).lower()}>"
         # Only with a residual there is grad_residual to store.
         kernels[rf"batch_norm_act_backward_reduce_kernel{arguments}"] = packets and residual
-        kernels |= {rf"batch_norm_act_{name}_kernel{arguments}": packets for name in ("normalise", "backward_elemt")}
+        kernels[rf"batch_norm_act_normalise_kernel{arguments}"] = packets
+        for sets in ("false", "true") if columns else ("false",):
+            kernels[rf"batch_norm_act_backward_elemt_kernel{arguments[:-1]}, {sets}>"] = packets
         for kernel, stores in kernels.items():
             gates[kernel] = Gate(
                 kernel, blocks, loads=packets, stores=stores, **limits, local=dict.fromkeys(LOCAL.get(kernel, ()), MOST_LOCAL)
@@ -151,6 +158,7 @@ GATES = (
     Gate(rf"parametric_backward_column_kernel{PACKETS}", 2, loads=True, stores=True, threads=512, loads_after_stores=6),
     Gate(rf"parametric_backward_column_kernel{ONE}", 2, threads=512),
     Gate(r"batch_norm_act_gather_stats_kernel", 4),
+    Gate(r"group_norm_act_(statistics|sums)_kernel<(float|double)>", 4, threads=128),
     Gate(r"grad_norms_kernel<.*>", 4, loads=True),
     Gate(r"grad_norms_of_runs_kernel<.*>", 4),
     Gate(r"clip_with_norm_kernel", 4, loads=True, stores=True),
@@ -162,6 +170,8 @@ GATES = (
 WHOLE, FLOATS = rf"{SIXTEEN_BITS}8(, false)?", r"<float, 4"
 # Of batch norm in packets of 4 in 16 bits.
 LONG_RUNS, SHORT_RUNS = rf"{SIXTEEN_BITS}4, false", rf"{SIXTEEN_BITS}4, true"
+# Of a kernel for sets of one channel and of several.
+SETS = ", (true|false)"
 # A tenth above the most that --figures prints for the architectures of COUNTED.
 BUDGETS = (
     Budget(rf"activation_forward_kernel{WHOLE}>", 12.1, 2, most_with_inverse=10.0),
@@ -194,14 +204,14 @@ BUDGETS = (
     Budget(rf"batch_norm_act_backward_reduce_kernel{LONG_RUNS}, true>", 22.2, 4, most_with_inverse=33.3),
     Budget(rf"batch_norm_act_backward_reduce_kernel{SHORT_RUNS}, true>", 21.5, 4, most_with_inverse=32.5),
     Budget(rf"batch_norm_act_backward_reduce_kernel{FLOATS}, (true|false), true>", 39.4, 8, most_with_inverse=48.2),
-    Budget(rf"batch_norm_act_backward_elemt_kernel{WHOLE}, false>", 19.5, 4, most_with_inverse=35.9),
-    Budget(rf"batch_norm_act_backward_elemt_kernel{LONG_RUNS}, false>", 25.1, 4, most_with_inverse=42.1),
-    Budget(rf"batch_norm_act_backward_elemt_kernel{SHORT_RUNS}, false>", 23.0, 4, most_with_inverse=39.5),
-    Budget(rf"batch_norm_act_backward_elemt_kernel{FLOATS}, (true|false), false>", 52.0, 8, most_with_inverse=64.4),
-    Budget(rf"batch_norm_act_backward_elemt_kernel{WHOLE}, true>", 17.8, 4, most_with_inverse=28.8),
-    Budget(rf"batch_norm_act_backward_elemt_kernel{LONG_RUNS}, true>", 21.6, 4, most_with_inverse=32.7),
-    Budget(rf"batch_norm_act_backward_elemt_kernel{SHORT_RUNS}, true>", 19.6, 4, most_with_inverse=30.7),
-    Budget(rf"batch_norm_act_backward_elemt_kernel{FLOATS}, (true|false), true>", 39.1, 8, most_with_inverse=47.3),
+    Budget(rf"batch_norm_act_backward_elemt_kernel{WHOLE}, false{SETS}>", 19.5, 4, most_with_inverse=35.9),
+    Budget(rf"batch_norm_act_backward_elemt_kernel{LONG_RUNS}, false{SETS}>", 25.1, 4, most_with_inverse=42.1),
+    Budget(rf"batch_norm_act_backward_elemt_kernel{SHORT_RUNS}, false{SETS}>", 23.0, 4, most_with_inverse=39.5),
+    Budget(rf"batch_norm_act_backward_elemt_kernel{FLOATS}, (true|false), false{SETS}>", 52.0, 8, most_with_inverse=64.4),
+    Budget(rf"batch_norm_act_backward_elemt_kernel{WHOLE}, true{SETS}>", 17.8, 4, most_with_inverse=28.8),
+    Budget(rf"batch_norm_act_backward_elemt_kernel{LONG_RUNS}, true{SETS}>", 21.6, 4, most_with_inverse=32.7),
+    Budget(rf"batch_norm_act_backward_elemt_kernel{SHORT_RUNS}, true{SETS}>", 21.7, 4, most_with_inverse=33.3),
+    Budget(rf"batch_norm_act_backward_elemt_kernel{FLOATS}, (true|false), true{SETS}>", 39.1, 8, most_with_inverse=47.3),
     Budget(r"grad_norms_kernel<\(Norm\)[01]>", 65, PACKET_BYTES),
     Budget(r"grad_norms_kernel<\(Norm\)2>", 45, PACKET_BYTES),
     Budget(r"clip_with_norm_kernel", 76, PACKET_BYTES),
@@ -376,28 +386,30 @@ END = -1
 
 def ways_through(texts: list[str], flow: Flow, inside: set[int], begin: int, ends: set[int], gate: Gate) -> Iterator[Way]:
     """The best way through these places; if there is a way for each activation, the best without an exponential and with an inverse."""
-    # For each place and the special functions before it: what is moved quickly, arithmetic, minus instructions, and where from.
-    # A kernel that stores nothing could leave out packets that it has loaded; that way has less arithmetic.
-    best: dict[tuple[int, int], tuple[int, int, int, tuple[int, int] | None]] = {(begin, PLAIN): (0, 0, 0, None)}
+    # For each place and the special functions before it: what is moved quickly, arithmetic, bytes, minus instructions, and where
+    # from. A kernel that stores nothing could leave out packets that it has loaded; that way has less arithmetic. One that
+    # loads its next tile last could do so for another way than it has taken; that has as many loads, of fewer bytes.
+    best: dict[tuple[int, int], tuple[int, int, int, int, tuple[int, int] | None]] = {(begin, PLAIN): (0, 0, 0, 0, None)}
     for at in ((place, kind) for place in flow.order if place in inside for kind in (PLAIN, EXPONENTIAL, INVERSE)):
         if at not in best:
             continue
         text = texts[at[0]]
-        moved, work, count, _ = best[at]
+        moved, work, size, count, _ = best[at]
         kind = at[1]
         if gate.acts:
             kind = max(kind, INVERSE if "MUFU.RCP" in text else EXPONENTIAL if "MUFU.EX2" in text else PLAIN)
             work += re.search(r"\b([FD](ADD|MUL|FMA)|MUFU)\b", text) is not None
-        mine = (moved + is_wanted(text, gate.bytes) - is_slow(text), work, count - 1, at)
+        size += moved_bytes(text, "LDG") + moved_bytes(text, "STG")
+        mine = (moved + is_wanted(text, gate.bytes) - is_slow(text), work, size, count - 1, at)
         for after in flow.ahead[at[0]] + [END] * (at[0] in ends):
-            if (after, kind) not in best or best[after, kind][:3] < mine[:3]:
+            if (after, kind) not in best or best[after, kind][:4] < mine[:4]:
                 best[after, kind] = mine
     for kind in (PLAIN, INVERSE):
-        before = best[END, kind][3] if (END, kind) in best else None
+        before = best[END, kind][4] if (END, kind) in best else None
         path = []
         while before is not None:
             path.append(texts[before[0]])
-            before = best[before][3]
+            before = best[before][4]
         packets = [text for text in path if is_packet(text, gate.bytes)]
         if packets:
             yield Way(

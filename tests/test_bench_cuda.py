@@ -26,14 +26,15 @@ def test_calls_are_timed_with_a_cold_and_a_warm_cache(monkeypatch):
 
 
 def test_cases_are_made_as_the_other_scripts_make_them():
-    """Every argument fits, batch norm has every shape in both types and layouts, EfficientNet's with swish; what is compiled is last."""
+    """Every argument fits, the norms have every shape in both types and layouts, EfficientNet's with swish; what is compiled is last."""
     made = bench_cuda.cases()
     bound = [inspect.signature(make.func).bind(*make.args, **make.keywords).arguments for make in made]
     assert [bool(each.get("with_compiler")) for each in bound] == [False] * (len(made) - 4) + [True] * 4
-    batch_norms = [each for each in bound if "act" in each and "layout" in each]
+    batch_norms = [each for each in bound if "act" in each and "layout" in each and "groups" not in each]
     kinds = {(each["shape"], each["layout"], each["dtype"]) for each in batch_norms}
     assert kinds == set(product(bench_cuda.SHAPES, ("contiguous", "channels_last"), (torch.bfloat16, torch.float32)))
     assert {each["shape"] for each in batch_norms if each["act"] == "swish"} == set(bench_cuda.SWISH_SHAPES)
+    assert sum("groups" in each for each in bound) == 4 * len(bench_cuda.GROUP_NORMS)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -58,10 +59,11 @@ def test_profiled_cases_have_every_shape_and_can_be_called(monkeypatch):
     made = list(profile_cuda.cases())
     assert len(made) == len(dict(made))
     bound = [inspect.signature(make.func).bind(*make.args, **make.keywords).arguments for _, make in made]
-    kinds = {(each["shape"], each["channels_last"], each["dtype"]) for each in bound if "act" in each}
+    kinds = {(each["shape"], each["channels_last"], each["dtype"]) for each in bound if "act" in each and "groups" not in each}
     assert kinds == set(product(bench_cuda.SHAPES, (False, True), (torch.bfloat16, torch.float32)))
     for (name, make), arguments in zip(made, bound, strict=True):
         small = {"shape": tuple(min(each, 5) for each in arguments.get("shape", ())), "shapes": [(3,), (2, 2)]}
+        small["groups"] = 5 if arguments.get("groups") == arguments.get("shape", (0, 0))[1] else 1
         measured = make.func(**arguments | {key: value for key, value in small.items() if key in arguments})
         assert set(measured.providers) == {"gradkernels", "eager"}, name
         for part in measured.least:

@@ -4,6 +4,7 @@ Skipped without a GPU, and short enough for compute-sanitizer (bench/on_gpu.sh).
 test their agreement with torch, also on a GPU.
 """
 
+import itertools
 import re
 
 import pytest
@@ -169,6 +170,31 @@ def test_batch_norm_act(shape, channels_last, dtype):
             close_statistics(f"{act}, result {i}", one, wanted, terms)
 
 
+# (samples, channels, ...), groups. Sets of one channel, of a few and of all; slabs with and without whole sets; samples in
+# packets of 16 and of 8 bytes and in single elements, of one part and of many.
+GROUP_NORM_SHAPES = [((2, 320, 16, 16), 32), ((3, 64, 7, 7), 8), ((5, 65, 9, 9), 13), ((2, 24, 14, 14), 1), ((1, 6, 300, 301), 2)]
+GROUP_NORM_SHAPES += [((4, 32, 40, 40), 32), ((64, 16, 8, 8), 4)]
+
+
+@each_dtype
+@pytest.mark.parametrize(("shape", "groups"), GROUP_NORM_SHAPES, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_group_norm_act(shape, groups, channels_last, dtype):
+    x, residual = (torch.randn(shape).to(dtype) for _ in range(2))
+    if channels_last:
+        x, residual = (each.contiguous(memory_format=torch.channels_last) for each in (x, residual))
+    weight, bias = ((torch.rand(shape[1]) + 0.5).to(dtype) for _ in range(2))
+    for act, operands in (("swish", (x, weight, bias)), ("relu", (x, weight, bias, residual))):
+
+        def call(x, weight, bias, residual=None, act=act):
+            return gk.group_norm_act(x, groups, weight, bias, act=act, residual=residual)
+
+        expected = value_and_grads(call, *operands)
+        for i, (one, wanted) in enumerate(zip(value_and_grads(call, *(each.cuda() for each in operands)), expected, strict=True)):
+            # Gradients of weight and bias are sums over a channel.
+            close_statistics(f"{act}, result {i}", one, wanted, None if wanted.dim() > 1 else x.numel() / shape[1])
+
+
 @each_dtype
 def test_a_little_of_everything(dtype):
     """Every kernel once, at sizes with a remainder, for compute-sanitizer, which makes each call slow."""
@@ -186,6 +212,10 @@ def test_a_little_of_everything(dtype):
         torch.ops.gradkernels.batch_norm_act_backward_elemt(each, each, *known, None, "swish", 1.0, sums, count)
         for function in (gk.prelu, gk.swish):
             value_and_grads(function, each, weight)
+    for images, groups in itertools.product((x, x.contiguous(memory_format=torch.channels_last)), (3, 9)):
+        for residual in (None, images.clone()):
+            settings = {"act": "relu", "residual": residual}
+            value_and_grads(lambda x, w, groups=groups, settings=settings: gk.group_norm_act(x, groups, w, **settings), images, weight)
     for function in (gk.leaky_relu, gk.elu, gk.swish, lambda x: gk.rrelu(x, training=True)):
         value_and_grads(function, x.flatten()[:1013])
     parameters = [torch.nn.Parameter(each.clone()) for each in (x, weight)]
@@ -237,6 +267,20 @@ def test_batch_norm_act_takes_two_passes():
     y = module(x)
     backward = ["batch_norm_act_backward_reduce_kernel", "batch_norm_act_backward_elemt_kernel"]
     assert kernels_of(lambda: torch.autograd.grad(y, x, grad_y, retain_graph=True)) == backward
+
+
+@pytest.mark.parametrize(("groups", "channels_last"), [(32, False), (32, True), (320, True)])
+def test_sets_of_group_norm_meet_between_the_passes(groups, channels_last):
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x, grad_y = (torch.randn(2, 320, 64, 64, device="cuda").to(torch.bfloat16, memory_format=memory_format) for _ in range(2))
+    module = gk.GroupNormAct(groups, 320, act="swish", device="cuda", dtype=torch.bfloat16)
+    # What lies like a run, or is a channel, has nothing to merge.
+    merged = ["group_norm_act_statistics_kernel"] * (channels_last and groups < 320)
+    assert kernels_of(lambda: module(x)) == ["batch_norm_act_stats_kernel", *merged, "batch_norm_act_normalise_kernel"]
+    x.requires_grad_()
+    y = module(x)
+    backward = ["batch_norm_act_backward_reduce_kernel", "group_norm_act_sums_kernel", "batch_norm_act_backward_elemt_kernel"]
+    assert kernels_of(lambda: torch.autograd.grad(y, [x, *module.parameters()], grad_y, retain_graph=True)) == backward
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])

@@ -14,13 +14,15 @@ import ptx_library
 import test_simt_activation as activation
 import test_simt_batch_norm_act as bn
 import test_simt_clip_grad as clip_grad
+import test_simt_group_norm_act as gn
 from accuracy import DTYPES
 from activation_calls import PARAMETRICS
 from ptx.faults import FAULTS, Fault
 
 pytestmark = pytest.mark.slow
 
-SIMT = {"activation": activation, "batch_norm_act": bn, "clip_grad": clip_grad}
+SIMT = {"activation": activation, "batch_norm_act": bn, "clip_grad": clip_grad, "group_norm_act": gn}
+STEMS = ("activation", "batch_norm_act", "clip_grad", "optim")
 # They launch no kernel.
 OF_THE_HOST = ("test_every_element_has_one_piece", "test_a_gpu_that_nothing_was_built_for")
 
@@ -60,7 +62,8 @@ def approximations(request):
 
 @pytest.fixture
 def call(request):
-    return ptx_library.load(request.function.__module__.removeprefix("test_simt_"))
+    name = request.function.__module__.removeprefix("test_simt_")
+    return ptx_library.load(name if name in STEMS else SIMT[name].STEM)
 
 
 @pytest.fixture
@@ -84,8 +87,8 @@ MANGLED = {torch.float32: "f", torch.float64: "d", torch.bfloat16: r"NS_8BFloat1
 
 @bn.each_dtype
 @pytest.mark.parametrize("shape", OF_EACH_KERNEL, ids=str)
-def test_every_kernel_of_batch_norm_runs(guarded, shape, dtype):
-    """Each width, with and without residual, with each activation, for one process and as one of several."""
+def test_every_kernel_of_both_norms_runs(guarded, shape, dtype):
+    """Each width, with and without residual, with each activation, for one process and as one of several; in group norm, with sets."""
     call = ptx_library.load("batch_norm_act")
     for offset, residual, act in itertools.product((0, 1, 4), (False, True), bn.ACTS):
         given = bn.sample(shape, dtype, act, True, residual=residual)
@@ -98,8 +101,20 @@ def test_every_kernel_of_batch_norm_runs(guarded, shape, dtype):
         call("batch_norm_act_backward_reduce", *kernels.backward_operands(), kernels.grad_residual, sums)
         call("batch_norm_act_backward_elemt", *kernels.backward_operands(), kernels.grad_x, sums, count)
         bn.assert_all_accurate(kernels.result(), given, True, act)
-    columns = int(shape[2] == 1)
-    assert not ptx_library.never_run("batch_norm_act", rf"kernelI{MANGLED[dtype]}Li\dELb{columns}E")
+    columns = shape[2] == 1
+    for offset, residual in itertools.product((0, 1, 4), (False, True)):
+        given = gn.sample((2, 24, 72), 6, dtype, "swish", residual=residual)
+        kernels = gn.Kernels(call, guarded, given, 6, "swish", columns, offset=offset)
+        kernels.forward()
+        kernels.backward()
+        gn.assert_all_accurate(kernels.result(), given, 6, "swish")
+        # grad_x then comes from the residual, and not from its gradient.
+        kernels.grad_residual = None
+        kernels.backward()
+        gn.assert_all_accurate(kernels.result(), given, 6, "swish")
+    assert not ptx_library.never_run("batch_norm_act", rf"kernelI{MANGLED[dtype]}Li\dELb{columns:d}E")
+    if columns:
+        assert not ptx_library.never_run("batch_norm_act", f"group_norm_act_\\w+_kernelI{'d' if dtype == torch.float64 else 'f'}E")
 
 
 # The tests that notice the faults of tests/ptx/faults.py: the stem, and a function of its launchers and of memory.
@@ -155,7 +170,7 @@ def test_an_unknown_opcode_fails_by_its_name(guarded, opcode):
     assert_caught(guarded, fault, f"unknown opcode {re.escape(opcode)},")
 
 
-@pytest.mark.parametrize("stem", [*SIMT, "optim"])
+@pytest.mark.parametrize("stem", STEMS)
 def test_both_architectures_have_the_same_code(stem):
     """So it is enough to run one of them."""
     one, other = (ptx_library.ptx_of(stem, architecture).replace(architecture, "") for architecture in ("sm_90", "sm_80"))

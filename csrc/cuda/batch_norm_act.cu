@@ -1,9 +1,12 @@
-// batch_norm_act on CUDA. cuda/channel_cut.h has the cut of a tensor into slabs, parts and packets.
+// batch_norm_act and group_norm_act on CUDA. cuda/channel_cut.h has the cut of a tensor into slabs, parts and packets.
 //
 // There are two passes: the first computes the sums of a slab's channels, which the last of its blocks merges,
 // and the second walks back from the end, where the cache still has what the first pass read last, and writes
 // the result. The cut depends only on the shape and the device, and every sum has a fixed order: every run gives
 // the same bits.
+//
+// The kernels of both norms are the same. In group norm, the results of the channels of a set meet between the passes.
+// A channel is counted within its sample where its weight is read, and over all samples elsewhere.
 #include "ops/batch_norm_act.h"
 
 #include <initializer_list>
@@ -12,6 +15,7 @@
 
 #include "cuda/channel_sums.cuh"
 #include "math/batch_norm_act.h"
+#include "ops/group_norm_act.h"
 
 namespace gradkernels::cuda {
 namespace {
@@ -38,6 +42,11 @@ __device__ __forceinline__ void set_channel_value(DType dtype, void* values, int
 }
 
 // Arguments is BatchNormForward or BatchNormBackward.
+template <typename Arguments>
+__device__ __forceinline__ int64_t set_of(const Arguments& p, int64_t channel) {
+  return p.set_channels == 1 ? channel : channel / p.set_channels;
+}
+
 template <typename opmath, typename Arguments>
 __device__ __forceinline__ math::Normalisation<opmath> channel_normalisation(const Arguments& p, int64_t channel, double mean,
                                                                              double invstd) {
@@ -136,18 +145,23 @@ __device__ __forceinline__ math::Moments<double> part_moments(const ChannelCut& 
   return found;
 }
 
+// Group norm has no running statistics, and its invstd is inf if the variance and eps are 0, as in torch.
+enum class Norm : uint8_t { kBatch, kGroup };
+
 // Writes mean, invstd and the running statistics from a channel's rounded moments; or, unless `moments` is
 // null, only `moments` (csrc/schema.cpp).
-__device__ __forceinline__ void finish_channel(const BatchNormForward& p, double* moments, int64_t channel,
+__device__ __forceinline__ void finish_channel(const BatchNormForward& p, Norm norm, double* moments, int64_t channel,
                                                const math::Moments<double>& found) {
   if (moments != nullptr) {
     if (channel == 0) moments[0] = found.count;
     moments[1 + channel] = found.mean;
-    moments[1 + p.shape.channels + channel] = found.m2;
+    moments[1 + p.shape.samples * p.shape.channels + channel] = found.m2;
     return;
   }
+  const double variance = found.m2 / found.count;
   p.mean[channel] = found.mean;
-  p.invstd[channel] = math::inverse_std_of_batch(found.m2 / found.count, p.eps);
+  p.invstd[channel] = norm == Norm::kGroup ? math::inverse_std(variance, p.eps) : math::inverse_std_of_batch(variance, p.eps);
+  if (norm == Norm::kGroup) return;
   const double momentum = p.batches == nullptr ? p.momentum : math::cumulative_momentum(static_cast<double>(*p.batches));
   const auto update = [&](void* running, double observed) {
     set_channel_value(p.parameter_dtype, running, channel,
@@ -164,7 +178,7 @@ __device__ __forceinline__ void finish_channel(const BatchNormForward& p, double
 //   traffic  n elements read
 template <typename scalar_t, int W, bool kColumns>
 __global__ void __launch_bounds__(threads_of(W, kColumns), kBlocks<scalar_t, W, kColumns, false>)
-    batch_norm_act_stats_kernel(BatchNormForward p, ChannelCut cut, double* moments, PartMoments<opmath_t<scalar_t>>* partial,
+    batch_norm_act_stats_kernel(BatchNormForward p, ChannelCut cut, Norm norm, double* moments, PartMoments<opmath_t<scalar_t>>* partial,
                                 unsigned* counters) {
   using opmath = opmath_t<scalar_t>;
   auto& shared = *shared_memory<ForwardShared<W, kColumns, opmath>>();
@@ -174,7 +188,7 @@ __global__ void __launch_bounds__(threads_of(W, kColumns), kBlocks<scalar_t, W, 
   math::Moments<double> found = part_moments<scalar_t, W, kColumns>(cut, slab, part, static_cast<const scalar_t*>(p.x), shared);
   const Lane lane(cut, slab);
   if (!merge_parts<opmath>(cut, lane, index, part, found, partial, counters, &shared.flag)) return;
-  if (lane.writes) finish_channel(p, moments, lane.channel, math::rounded(found));
+  if (lane.writes) finish_channel(p, norm, moments, lane.channel, math::rounded(found));
 }
 
 template <typename scalar_t, int W, int kTile, bool kResidual>
@@ -221,8 +235,9 @@ __global__ void __launch_bounds__(threads_of(W, kColumns), kBlocks<scalar_t, W, 
           p.invstd[channel] = invstd;
         }
       } else {
-        mean = p.mean[channel];
-        invstd = p.invstd[channel];
+        const int64_t set = set_of(p, slab.before + channel);
+        mean = p.mean[set];
+        invstd = p.invstd[set];
       }
       normalisation[threadIdx.x] = channel_normalisation<opmath>(p, channel, mean, invstd);
     }
@@ -272,8 +287,23 @@ __global__ void __launch_bounds__(threads_of(W, kColumns), kBlocks<scalar_t, W, 
 
 // ---- Backward
 
-// The coefficients of a channel, from its sums. The other two members of math::InputGradient are those of
-// math::Normalisation.
+// The coefficients of a channel, from its sums. mean_high of math::InputGradient is that of math::Normalisation. So is
+// the scale, unless a set has several channels.
+template <typename T>
+struct SetGradientCoefficients {
+  math::Normalisation<T> normalise;
+  T dz_mean_high;
+  T slope;
+  T offset;
+  T scale;
+  T weight;
+
+  // With the weight of 1 that it has in sets of one channel, this has the bits of math::InputGradient::training.
+  __device__ __forceinline__ T training(T dz, T x) const { return input().in_set(weight, dz, x); }
+  __device__ __forceinline__ math::InputGradient<T> input() const { return {normalise.mean_high, dz_mean_high, scale, slope, offset}; }
+};
+
+// For sets of one channel in short runs, where a thread keeps a copy for each of its columns.
 template <typename T>
 struct GradientCoefficients {
   math::Normalisation<T> normalise;
@@ -281,6 +311,10 @@ struct GradientCoefficients {
   T slope;
   T offset;
 
+  __device__ __forceinline__ explicit GradientCoefficients(const SetGradientCoefficients<T>& c)
+      : normalise(c.normalise), dz_mean_high(c.dz_mean_high), slope(c.slope), offset(c.offset) {}
+  GradientCoefficients() = default;
+  __device__ __forceinline__ T training(T dz, T x) const { return input().training(dz, x); }
   __device__ __forceinline__ math::InputGradient<T> input() const {
     return {normalise.mean_high, dz_mean_high, normalise.scale, slope, offset};
   }
@@ -373,8 +407,8 @@ __device__ __forceinline__ math::GradientSums part_sums(const BatchNormBackward&
   using Operands = GradientOperands<scalar_t, W, kTile, kResidual>;
   const auto prepare = [&] {
     if (static_cast<int>(threadIdx.x) < slab.channels) {
-      const int64_t channel = slab.first_channel + threadIdx.x;
-      shared.normalisation[threadIdx.x] = channel_normalisation<opmath>(p, channel, p.mean[channel], p.invstd[channel]);
+      const int64_t channel = slab.first_channel + threadIdx.x, set = set_of(p, slab.before + channel);
+      shared.normalisation[threadIdx.x] = channel_normalisation<opmath>(p, channel, p.mean[set], p.invstd[set]);
     }
     __syncthreads();
     for_each_column<W, kColumns>(cut, slab, walk.first_column(), [&](int k, int channel) { normalise[k] = shared.normalisation[channel]; });
@@ -407,36 +441,34 @@ __device__ __forceinline__ math::GradientSums part_sums(const BatchNormBackward&
   });
   // About the mean instead of mean_high.
   const double mean_high = static_cast<double>(shared.normalisation[lane.exists ? lane.in_slab : 0].mean_high);
-  const double mean = p.mean[lane.exists ? lane.channel : slab.first_channel];
+  const double mean = p.mean[set_of(p, lane.exists ? lane.channel : slab.before + slab.first_channel)];
   return math::about_mean(found, math::mean_low(mean, mean_high));
 }
 
-// Writes grad_weight, grad_bias and `sums` (csrc/schema.cpp), unless they are null.
+// Writes grad_weight, grad_bias and `sums` (csrc/schema.cpp), unless they are null. Group norm needs `sums` alone.
 __device__ __forceinline__ void finish_channel(const BatchNormBackward& p, double* sums, int64_t channel, const math::GradientSums& found) {
   if (sums != nullptr) {
     sums[channel] = found.dz;
-    sums[p.shape.channels + channel] = found.dz_x;
+    sums[p.shape.samples * p.shape.channels + channel] = found.dz_x;
   }
-  set_channel_value(p.parameter_dtype, p.grad_weight, channel, found.dz_x * p.invstd[channel]);
+  if (p.grad_weight != nullptr) set_channel_value(p.parameter_dtype, p.grad_weight, channel, found.dz_x * p.invstd[channel]);
   set_channel_value(p.parameter_dtype, p.grad_bias, channel, found.dz);
 }
 
+// The coefficients of a channel, which is counted within its sample, and whose set has these sums and this count.
 template <typename opmath>
-__device__ __forceinline__ GradientCoefficients<opmath> channel_gradient(const BatchNormBackward& p, int64_t channel, double count,
-                                                                         const math::GradientSums& sums) {
-  const double mean = p.mean[channel], invstd = p.invstd[channel];
+__device__ __forceinline__ SetGradientCoefficients<opmath> channel_gradient(const BatchNormBackward& p, int64_t channel, int64_t set,
+                                                                            double count, const math::GradientSums& sums) {
+  const double mean = p.mean[set], invstd = p.invstd[set], weight = channel_value(p.parameter_dtype, p.weight, channel, 1.0);
+  const bool of_several = p.set_channels > 1;
+  const math::Normalisation<opmath> normalise = channel_normalisation<opmath>(p, channel, mean, invstd);
   const math::InputGradient<opmath> input =
-      math::input_gradient<opmath>(mean, invstd, channel_value(p.parameter_dtype, p.weight, channel, 1.0), count, sums);
-  return {channel_normalisation<opmath>(p, channel, mean, invstd), input.dz_mean_high, input.slope, input.offset};
+      math::input_gradient<opmath>(mean, normalise.mean_high, invstd, of_several ? 1.0 : weight, count, sums);
+  return {normalise, input.dz_mean_high, input.slope, input.offset, input.scale, of_several ? static_cast<opmath>(weight) : opmath(1)};
 }
 
-template <typename opmath>
-__device__ __forceinline__ opmath grad_x_of(const BatchNormBackward& p, const GradientCoefficients<opmath>& c, opmath dz, opmath x) {
-  return p.training ? c.input().training(dz, x) : c.input().evaluation(dz);
-}
-
-// S1 = sum dz and S2 = sum dz (x - mean) of every channel; grad_weight and grad_bias from them;
-// grad_residual = dz
+// S1 = sum dz and S2 = sum dz (x - mean) of every channel of a sample; grad_weight and grad_bias from them, if there
+// is one sample; grad_residual = dz
 //   launch   slabs * parts blocks; block b has part b / slabs of slab b % slabs; BackwardShared in shared memory
 //   requires operands dense in the order of the shape, and aligned to packets; partial[parts * channels] and
 //            counters[slabs] = 0, unless a slab has one part
@@ -456,29 +488,32 @@ __global__ void __launch_bounds__(threads_of(W, kColumns), kBlocks<scalar_t, W, 
   if (lane.writes) finish_channel(p, sums, lane.channel, found);
 }
 
-// grad_x from the sums and the count of all processes; sums may be null in evaluation; a null count means
-// that of this process
-//   launch   slabs * parts blocks, in reverse order; GradientCoefficients[kMostGroupChannels] in shared memory
+// grad_x from the sums of every set and the count of all processes; sums may be null in evaluation; a null count means
+// that of this process. kSets: sets have several channels; in long runs the same kernel takes both.
+//   launch   slabs * parts blocks, in reverse order; SetGradientCoefficients[kMostGroupChannels] in shared memory
 //   requires operands dense in the order of the shape, and aligned to packets
 //   traffic  2n elements read (and n bits, or n elements of the residual), n written
-template <typename scalar_t, int W, bool kColumns, bool kResidual>
+template <typename scalar_t, int W, bool kColumns, bool kResidual, bool kSets>
 __global__ void __launch_bounds__(threads_of(W, kColumns), kBlocks<scalar_t, W, kColumns, kResidual>)
     batch_norm_act_backward_elemt_kernel(BatchNormBackward p, ChannelCut cut, const double* sums, const double* count, bool briefly) {
   using opmath = opmath_t<scalar_t>;
+  using Coefficients = std::conditional_t<kSets || !kColumns, SetGradientCoefficients<opmath>, GradientCoefficients<opmath>>;
   constexpr int kTile = packets_in_flight(sizeof(scalar_t), W, 2 + kResidual);
-  auto* const coefficients = shared_memory<GradientCoefficients<opmath>>();
-  const int64_t block = gridDim.x - 1 - blockIdx.x;
-  const Slab slab = slab_of<kColumns>(cut, block % cut.slabs);
-  Walk<W, kColumns, true> walk(cut, slab, block / cut.slabs);
-  GradientCoefficients<opmath> mine[ThreadValues<W, kColumns>::kValues];
+  auto* const coefficients = shared_memory<Coefficients>();
+  // Numbers of 64 bits would take registers that sm_100 does not have.
+  const unsigned block = gridDim.x - 1 - blockIdx.x, slabs = static_cast<unsigned>(cut.slabs);
+  const Slab slab = slab_of<kColumns>(cut, block % slabs);
+  Walk<W, kColumns, true> walk(cut, slab, block / slabs);
+  Coefficients mine[ThreadValues<W, kColumns>::kValues];
   using Operands = GradientOperands<scalar_t, W, kTile, kResidual>;
   const auto prepare = [&] {
     if (static_cast<int>(threadIdx.x) < slab.channels) {
-      const int64_t channel = slab.first_channel + threadIdx.x;
-      const math::GradientSums of_channel =
-          sums == nullptr ? math::GradientSums{0.0, 0.0} : math::GradientSums{sums[channel], sums[cut.channels + channel]};
-      coefficients[threadIdx.x] =
-          channel_gradient<opmath>(p, channel, count == nullptr ? static_cast<double>(cut.rows * cut.inner) : *count, of_channel);
+      const auto sets_before = [&](int64_t channel) { return kSets || !kColumns ? set_of(p, channel) : channel; };
+      const int64_t channel = slab.first_channel + threadIdx.x, set = sets_before(slab.before + channel);
+      const int64_t sets = sets_before(cut.samples * cut.channels);
+      const math::GradientSums of_set = sums == nullptr ? math::GradientSums{0.0, 0.0} : math::GradientSums{sums[set], sums[sets + set]};
+      const double of_all = count == nullptr ? static_cast<double>(cut.rows * cut.inner * p.set_channels) : *count;
+      coefficients[threadIdx.x] = Coefficients(channel_gradient<opmath>(p, channel, set, of_all, of_set));
     }
     __syncthreads();
     for_each_column<W, kColumns>(cut, slab, walk.first_column(), [&](int k, int channel) { mine[k] = coefficients[channel]; });
@@ -488,7 +523,10 @@ __global__ void __launch_bounds__(threads_of(W, kColumns), kBlocks<scalar_t, W, 
     operands.for_each(p, at, of_column, [&](int i, const Values<scalar_t, W>& x, const Values<scalar_t, W>& dz) {
       Values<scalar_t, W> grad_x;
 #pragma unroll
-      for (int k = 0; k < W; ++k) grad_x.element[k] = grad_x_of(p, mine[kColumns ? k : 0], dz.element[k], x.element[k]);
+      for (int k = 0; k < W; ++k) {
+        const Coefficients& c = mine[kColumns ? k : 0];
+        grad_x.element[k] = p.training ? c.training(dz.element[k], x.element[k]) : c.input().evaluation(dz.element[k]);
+      }
       write(static_cast<scalar_t*>(p.grad_x) + at[i].element, grad_x, briefly);
     });
   });
@@ -514,9 +552,62 @@ __global__ void __launch_bounds__(kRunThreads)
   // One value has no variance, so the running statistics are not updated.
   if (merged.count <= 1.0) p.running_mean = p.running_var = nullptr;
   if (merged.count > 0.0) {
-    finish_channel(p, nullptr, channel, math::rounded(merged));
+    finish_channel(p, Norm::kBatch, nullptr, channel, math::rounded(merged));
   } else {
     p.mean[channel] = p.invstd[channel] = 0.0;
+  }
+}
+
+// ---- Sets of group norm
+
+constexpr int kSetThreads = 128;
+constexpr int kSetsOfBlock = kSetThreads / kWarpThreads;
+
+// A warp merges the results of a set, or of a channel in all samples.
+__device__ __forceinline__ int64_t set_of_warp() { return int64_t{blockIdx.x} * kSetsOfBlock + threadIdx.x / kWarpThreads; }
+
+// mean and invstd of every set from the moments of its channels
+//   launch   a warp for each set
+//   requires the moments of every channel of a sample (csrc/schema.cpp)
+//   traffic  2 float64 read for each channel of a sample
+template <typename opmath>
+__global__ void __launch_bounds__(kSetThreads) group_norm_act_statistics_kernel(BatchNormForward p, const double* moments) {
+  const int64_t set = set_of_warp(), channels = p.shape.samples * p.shape.channels;
+  if (set >= set_of(p, channels)) return;
+  const double count = static_cast<double>(p.shape.rows * p.shape.inner);
+  const double* const of_set = moments + 1 + set * p.set_channels;
+  math::Moments<double> found;
+  merge<opmath>(found, kWarpThreads, static_cast<int>(p.set_channels),
+                [&](int i) { return math::Moments<double>{count, of_set[i], of_set[channels + i], 0.0, 0.0}; });
+  if (threadIdx.x % kWarpThreads == 0) finish_channel(p, Norm::kGroup, nullptr, set, math::rounded(found));
+}
+
+// sum weight dz and sum weight dz (x - mean) of every set, grad_weight and grad_bias, from the sums of every channel of a
+// sample
+//   launch   a warp for each of `sets` sets, and one for each channel
+//   requires sums (csrc/schema.cpp)
+//   traffic  2 float64 read for each channel of a sample, and again for grad_weight and grad_bias
+template <typename opmath>
+__global__ void __launch_bounds__(kSetThreads)
+    group_norm_act_sums_kernel(BatchNormBackward p, const double* sums, double* of_sets, int64_t sets) {
+  const int64_t channels = p.shape.channels, all_channels = p.shape.samples * channels, set = set_of_warp(), channel = set - sets;
+  if (channel >= channels) return;
+  const bool of_set = channel < 0;
+  math::GradientSums found;
+  merge<opmath>(found, kWarpThreads, static_cast<int>(of_set ? p.set_channels : p.shape.samples), [&](int i) {
+    const int64_t at = of_set ? set * p.set_channels + i : i * channels + channel;
+    const double dz = sums[at], dz_x = sums[all_channels + at];
+    if (!of_set) return math::GradientSums{dz, dz_x * p.invstd[set_of(p, at)]};
+    const double weight = channel_value(p.parameter_dtype, p.weight, at % channels, 1.0);
+    return math::GradientSums{weight * dz, weight * dz_x};
+  });
+  if (threadIdx.x % kWarpThreads != 0) return;
+  if (of_set) {
+    of_sets[set] = found.dz;
+    of_sets[sets + set] = found.dz_x;
+  } else {
+    set_channel_value(p.parameter_dtype, p.grad_weight, channel, found.dz_x);
+    set_channel_value(p.parameter_dtype, p.grad_bias, channel, found.dz);
   }
 }
 
@@ -530,7 +621,7 @@ using Width = std::integral_constant<int, kValue>;
 template <typename Function>
 void visit_cut(DType dtype, const ChannelShape& shape, bool masked, std::initializer_list<const void*> operands, const Function& function) {
   if (!can_cut(shape, masked)) {
-    throw std::runtime_error("batch_norm_act on CUDA: a channel of an image has at most 2^31 - 1 elements, and the mask 2^32 - 1 bytes");
+    throw std::runtime_error("a norm on CUDA: a channel of an image has at most 2^31 - 1 elements, and the mask 2^32 - 1 bytes");
   }
   dispatch(dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
@@ -563,7 +654,7 @@ ChannelCut cut_here(const ChannelShape& shape, int operands, bool residual, bool
 
 // Whether two tensors do not fit into L2, so that what is written should leave it first.
 bool exceeds_cache(DType dtype, const ChannelShape& shape) {
-  return 2 * shape.rows * shape.channels * shape.inner * size_of(dtype) > device_limits().l2_bytes;
+  return 2 * shape.samples * shape.rows * shape.channels * shape.inner * size_of(dtype) > device_limits().l2_bytes;
 }
 
 // Whether a backward has anything to read or to write for a residual.
@@ -571,50 +662,66 @@ bool has_residual(const BatchNormBackward& p) { return p.residual != nullptr || 
 
 // With `kNumber` times Shared in shared memory.
 template <typename Shared, int kNumber = 1>
-Launch as_launch(const ChannelCut& cut, bool columns) {
+Launch as_launch(const ChannelCut& cut) {
   static_assert(kNumber * sizeof(Shared) <= kPlainSharedBytes, "more shared memory would have to be asked for");
-  return {dim3(static_cast<unsigned>(cut.slabs * cut.parts)), dim3(static_cast<unsigned>(threads_of(cut.width, columns))),
-          kNumber * sizeof(Shared)};
+  return {dim3(static_cast<unsigned>(cut.slabs * cut.parts)), dim3(static_cast<unsigned>(cut.block_threads)), kNumber * sizeof(Shared)};
 }
 
 template <typename scalar_t, int W, bool kColumns>
-void launch_stats(const BatchNormForward& p, double* moments) {
+void launch_stats(const BatchNormForward& p, Norm norm, double* moments) {
   using opmath = opmath_t<scalar_t>;
   const ChannelCut cut = cut_here<scalar_t, W>(p.shape, 1, false, false, Pass::kSums);
-  const Partials<PartMoments<opmath>> of_parts(cut.parts, cut.channels, cut.slabs);
-  launch(batch_norm_act_stats_kernel<scalar_t, W, kColumns>, as_launch<ForwardShared<W, kColumns, opmath>>(cut, kColumns), p, cut, moments,
+  const Partials<PartMoments<opmath>> of_parts(cut.parts, cut.samples * cut.channels, cut.slabs);
+  launch(batch_norm_act_stats_kernel<scalar_t, W, kColumns>, as_launch<ForwardShared<W, kColumns, opmath>>(cut), p, cut, norm, moments,
          of_parts.values(), of_parts.counters());
 }
 
 template <typename scalar_t, int W, bool kColumns, bool kResidual>
 void launch_normalise(const BatchNormForward& p) {
   const ChannelCut cut = cut_here<scalar_t, W>(p.shape, 1, kResidual, p.mask != nullptr, Pass::kResults);
+  const int64_t sample_bytes = mask_bytes(p.shape.rows, p.shape.channels, p.shape.inner);
+  if (p.mask != nullptr && cut.sample_mask_bytes < sample_bytes) {
+    // A single row of short runs may have the mask of long runs, of which the last bytes are not used here.
+    check(cudaMemsetAsync(p.mask, 0, static_cast<size_t>(p.shape.samples * sample_bytes), current_stream()));
+  }
   launch(batch_norm_act_normalise_kernel<scalar_t, W, kColumns, kResidual>,
-         as_launch<math::Normalisation<opmath_t<scalar_t>>, kMostGroupChannels>(cut, kColumns), p, cut,
+         as_launch<math::Normalisation<opmath_t<scalar_t>>, kMostGroupChannels>(cut), p, cut,
          p.training && exceeds_cache(p.dtype, p.shape));
 }
 
 template <typename scalar_t, int W, bool kColumns, bool kResidual>
 void launch_backward_reduce(const BatchNormBackward& p, double* sums) {
   const ChannelCut cut = cut_here<scalar_t, W>(p.shape, 2, kResidual, p.mask != nullptr, Pass::kSums);
-  const Partials<math::GradientSums> of_parts(cut.parts, cut.channels, cut.slabs);
+  const Partials<math::GradientSums> of_parts(cut.parts, cut.samples * cut.channels, cut.slabs);
   launch(batch_norm_act_backward_reduce_kernel<scalar_t, W, kColumns, kResidual>,
-         as_launch<BackwardShared<W, kColumns, opmath_t<scalar_t>>>(cut, kColumns), p, cut, sums, of_parts.values(), of_parts.counters());
+         as_launch<BackwardShared<W, kColumns, opmath_t<scalar_t>>>(cut), p, cut, sums, of_parts.values(), of_parts.counters());
 }
 
 template <typename scalar_t, int W, bool kColumns, bool kResidual>
 void launch_backward_elemt(const BatchNormBackward& p, const double* sums, const double* count) {
   const ChannelCut cut = cut_here<scalar_t, W>(p.shape, 2, kResidual, p.mask != nullptr, Pass::kResults);
-  launch(batch_norm_act_backward_elemt_kernel<scalar_t, W, kColumns, kResidual>,
-         as_launch<GradientCoefficients<opmath_t<scalar_t>>, kMostGroupChannels>(cut, kColumns), p, cut, sums, count,
+  // In long runs, both are the same kernel.
+  auto* const kernel = p.set_channels > 1 ? batch_norm_act_backward_elemt_kernel<scalar_t, W, kColumns, kResidual, kColumns>
+                                          : batch_norm_act_backward_elemt_kernel<scalar_t, W, kColumns, kResidual, false>;
+  launch(kernel, as_launch<SetGradientCoefficients<opmath_t<scalar_t>>, kMostGroupChannels>(cut), p, cut, sums, count,
          exceeds_cache(p.dtype, p.shape));
+}
+
+void find_statistics(const BatchNormForward& p, Norm norm, double* moments) {
+  visit_cut(p, [&](auto zero, auto width, auto columns) { launch_stats<decltype(zero), width, columns>(p, norm, moments); });
+}
+
+dim3 blocks_for_sets(int64_t sets) { return dim3(static_cast<unsigned>(divide_up(sets, kSetsOfBlock))); }
+
+// Calls function with a zero of the computing type.
+template <typename Function>
+void visit_opmath(DType dtype, const Function& function) {
+  dtype == DType::kFloat64 ? function(0.0) : function(0.0f);
 }
 
 }  // namespace
 
-void batch_norm_act_stats(const BatchNormForward& p, double* moments) {
-  visit_cut(p, [&](auto zero, auto width, auto columns) { launch_stats<decltype(zero), width, columns>(p, moments); });
-}
+void batch_norm_act_stats(const BatchNormForward& p, double* moments) { find_statistics(p, Norm::kBatch, moments); }
 
 void batch_norm_act_elemt(const BatchNormForward& p) {
   visit_cut(p, [&](auto zero, auto width, auto columns) {
@@ -663,6 +770,48 @@ void batch_norm_act_backward(const BatchNormBackward& p) {
 void batch_norm_act_gather_stats(const BatchNormForward& p, int64_t ranks, const double* moments) {
   launch(batch_norm_act_gather_stats_kernel, {dim3(static_cast<unsigned>(divide_up(p.shape.channels, kRunThreads))), dim3(kRunThreads)}, p,
          ranks, moments);
+}
+
+void group_norm_act_forward(const BatchNormForward& p) {
+  BatchNormForward sets = p;
+  if (p.shape.rows == 1) {
+    // A set lies in memory like the run of one channel.
+    sets.shape.channels /= p.set_channels;
+    sets.shape.inner *= p.set_channels;
+    sets.set_channels = 1;
+  }
+  const bool of_channels = sets.set_channels > 1;
+  const int64_t channels = p.shape.samples * p.shape.channels;
+  const Workspace memory(of_channels ? (1 + 2 * channels) * sizeof(double) : 0);
+  double* const moments = static_cast<double*>(memory.data());
+  find_statistics(sets, Norm::kGroup, moments);
+  if (of_channels) {
+    visit_opmath(p.dtype, [&](auto zero) {
+      launch(group_norm_act_statistics_kernel<decltype(zero)>, {blocks_for_sets(channels / p.set_channels), dim3(kSetThreads)}, p, moments);
+    });
+  }
+  batch_norm_act_elemt(p);
+}
+
+void group_norm_act_elemt(const BatchNormForward& p) { batch_norm_act_elemt(p); }
+
+void group_norm_act_backward(const BatchNormBackward& p) {
+  const int64_t channels = p.shape.samples * p.shape.channels, sets = channels / p.set_channels;
+  const bool of_parameters = p.grad_weight != nullptr || p.grad_bias != nullptr, of_sets = p.grad_x != nullptr && p.set_channels > 1;
+  const Workspace memory(2 * (channels + (of_sets ? sets : 0)) * sizeof(double));
+  double* const sums = static_cast<double*>(memory.data());
+  double* const set_sums = of_sets ? sums + 2 * channels : sums;
+  BatchNormBackward q = p;
+  q.grad_weight = q.grad_bias = nullptr;
+  batch_norm_act_backward_reduce(q, sums);
+  if (of_parameters || of_sets) {
+    const int64_t summed_sets = of_sets ? sets : 0;
+    visit_opmath(p.dtype, [&](auto zero) {
+      launch(group_norm_act_sums_kernel<decltype(zero)>,
+             {blocks_for_sets(summed_sets + (of_parameters ? p.shape.channels : 0)), dim3(kSetThreads)}, p, sums, set_sums, summed_sets);
+    });
+  }
+  if (p.grad_x != nullptr) batch_norm_act_backward_elemt(q, set_sums, nullptr);
 }
 
 }  // namespace gradkernels::cuda

@@ -1,9 +1,9 @@
-// How batch_norm_act on CUDA cuts a tensor into the work of blocks and threads. This file includes nothing of CUDA,
-// and the tests call it on the host (tests/test_channel_cut.py); kernels call its constexpr functions too, which
-// nvcc allows with the flags of torch.
+// How batch_norm_act and group_norm_act on CUDA cut a tensor into the work of blocks and threads. This file includes
+// nothing of CUDA, and the tests call it on the host (tests/test_channel_cut.py); kernels call its constexpr functions
+// too, which nvcc allows with the flags of torch.
 //
-//   tensor   rows x channels x inner (common/shape.h)
-//   slab     the channels whose statistics are computed together, in all rows: one channel if runs are long
+//   tensor   samples of rows x channels x inner (common/shape.h), which are cut alike; in batch norm there is one
+//   slab     the channels of a sample whose sums are computed together, in all its rows: one channel if runs are long
 //            (inner >= kShortRunElements), otherwise a group of neighbouring channels
 //   line     the elements of a slab in one row: a channel's run, or the columns of the group
 //   packet   `width` neighbours of a line, which a thread moves at once; with a mask, a line of packets is padded
@@ -45,11 +45,12 @@ constexpr int kBytesInFlight = GK_BYTES_IN_FLIGHT;
 constexpr int kSumWaves = GK_SUM_WAVES;
 constexpr int kResultWaves = GK_RESULT_WAVES;
 
-// Threads of a block. In short runs, larger blocks leave fewer results to merge, and if each thread has one
+// The most threads of a block. In short runs, larger blocks leave fewer results to merge, and if each thread has one
 // column, a line of eight channels has up to 504.
 constexpr int kRunThreads = 256;
 constexpr int kGroupThreads = 352;
 constexpr int kSinglesThreads = 512;
+constexpr int kWarp = 32;
 constexpr int threads_of(int width, bool columns) { return !columns ? kRunThreads : width > 1 ? kGroupThreads : kSinglesThreads; }
 
 // The most channels of a slab of short runs.
@@ -101,13 +102,18 @@ constexpr int blocks_of_processor(int element_bytes, int width, bool columns, bo
 
 struct ChannelCut {
   int64_t rows, channels, inner;
-  int64_t row_stride;       // elements from one row to the next
-  int64_t mask_row_stride;  // bytes
+  int64_t samples;
+  int64_t sample_slabs;       // of a sample
+  int64_t sample_elements;    // from one sample to the next
+  int64_t sample_mask_bytes;  // from one sample to the next
+  int64_t row_stride;         // elements from one row to the next
+  int64_t mask_row_stride;    // bytes
   uint32_t line_packets;
   int64_t packets;  // of a slab
   int64_t slabs;
   int group_channels;  // of a slab
   int width;           // elements of a packet
+  int block_threads;   // whole warps, at most threads_of
   int threads;         // the threads of a block that take packets
   int lanes;           // the threads that merge the sums of one channel, a power of two
   int parts;           // of a slab
@@ -132,15 +138,17 @@ inline int64_t group_of(const ChannelShape& shape) {
 
 // Whether the numbers of 32 bits below can count the packets of a line and the bytes of the mask.
 inline bool can_cut(const ChannelShape& shape, bool masked) {
-  const int64_t lines = shape.rows * (shape.inner < kShortRunElements ? 1 : shape.channels);
+  const int64_t lines = shape.samples * shape.rows * (shape.inner < kShortRunElements ? 1 : shape.channels);
   const int64_t line = shape.inner < kShortRunElements ? shape.channels * shape.inner : shape.inner;
   return shape.inner <= INT32_MAX && (!masked || lines * divide_up(line, 8) <= UINT32_MAX);
 }
 
 // The cut in packets of `width`, without parts. masked: a line is padded to whole bytes of the mask, so that threads
-// that share one are neighbours.
-inline ChannelCut cut_of(const ChannelShape& shape, int width, bool masked) {
+// that share one are neighbours. A block has no more warps than find `least` packets for each thread: a sample of
+// group norm may have few, and an SM holds more blocks of fewer threads.
+inline ChannelCut cut_of(const ChannelShape& shape, int width, bool masked, int64_t least) {
   ChannelCut cut{};
+  cut.samples = shape.samples;
   cut.rows = shape.rows;
   cut.channels = shape.channels;
   cut.inner = shape.inner;
@@ -152,11 +160,16 @@ inline ChannelCut cut_of(const ChannelShape& shape, int width, bool masked) {
   cut.mask_row_stride = columns ? divide_up(cut.row_stride, 8) : shape.channels * divide_up(line, 8);
   cut.line_packets = static_cast<uint32_t>((masked ? round_up(line, 8) : round_up(line, width)) / width);
   cut.packets = shape.rows * cut.line_packets;
-  cut.slabs = divide_up(shape.channels, cut.group_channels);
-  const int threads = threads_of(width, columns);
-  cut.threads = columns ? static_cast<int>(threads / cut.line_packets * cut.line_packets) : threads;
-  cut.lanes = 32;
-  while (cut.lanes * cut.group_channels > threads) cut.lanes /= 2;
+  cut.sample_slabs = divide_up(shape.channels, cut.group_channels);
+  cut.slabs = shape.samples * cut.sample_slabs;
+  cut.sample_elements = shape.rows * cut.row_stride;
+  cut.sample_mask_bytes = shape.rows * cut.mask_row_stride;
+  const int64_t most = threads_of(width, columns), unit = columns ? int64_t{cut.line_packets} : kWarp;
+  cut.threads = static_cast<int>(std::min(most / unit, divide_up(cut.packets, unit * least)) * unit);
+  // In a merge, each channel has at least one thread.
+  cut.block_threads = static_cast<int>(round_up(std::max(cut.threads, cut.group_channels), kWarp));
+  cut.lanes = kWarp;
+  while (cut.lanes * cut.group_channels > cut.block_threads) cut.lanes /= 2;
   return cut;
 }
 
@@ -199,7 +212,7 @@ inline ChannelCut cut_for(const ChannelShape& shape, int element_bytes, int widt
   const bool columns = shape.inner < kShortRunElements, sums = pass == Pass::kSums;
   const int64_t resident = int64_t{blocks_of_processor(element_bytes, width, columns, residual)} * processors;
   const int packets = packets_in_flight(element_bytes, width, operands + residual);
-  return in_waves(cut_of(shape, width, masked), resident, sums ? kSumWaves : kResultWaves, packets, sums ? kMostParts : INT32_MAX);
+  return in_waves(cut_of(shape, width, masked, packets), resident, sums ? kSumWaves : kResultWaves, packets, sums ? kMostParts : INT32_MAX);
 }
 
 }  // namespace gradkernels::cuda

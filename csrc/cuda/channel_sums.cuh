@@ -73,13 +73,13 @@ __device__ __forceinline__ void merge(math::GradientSums& merged, int lanes, int
 // first of them writes the result.
 struct Lane {
   int in_slab;
-  int64_t channel;
+  int64_t channel;  // of all samples
   bool exists;
   bool writes;
 
   __device__ __forceinline__ Lane(const ChannelCut& cut, const Slab& slab)
       : in_slab(static_cast<int>(threadIdx.x) / cut.lanes),
-        channel(slab.first_channel + in_slab),
+        channel(slab.before + slab.first_channel + in_slab),
         exists(in_slab < slab.channels),
         writes(exists && static_cast<int>(threadIdx.x) % cut.lanes == 0) {}
 };
@@ -105,9 +105,10 @@ template <typename opmath, typename Found, typename InMemory>
 __device__ __forceinline__ bool merge_parts(const ChannelCut& cut, const Lane& lane, int64_t index, int64_t part, Found& found,
                                             InMemory* partial, unsigned* counters, unsigned* flag) {
   if (cut.parts == 1) return true;
-  if (lane.writes) partial[part * cut.channels + lane.channel] = InMemory(found);
+  const int64_t all_channels = cut.samples * cut.channels;
+  if (lane.writes) partial[part * all_channels + lane.channel] = InMemory(found);
   if (!is_last_block(counters + index, cut.parts, flag)) return false;
-  merge<opmath>(found, cut.lanes, lane.exists ? cut.parts : 0, [&](int i) -> Found { return partial[i * cut.channels + lane.channel]; });
+  merge<opmath>(found, cut.lanes, lane.exists ? cut.parts : 0, [&](int i) -> Found { return partial[i * all_channels + lane.channel]; });
   return true;
 }
 

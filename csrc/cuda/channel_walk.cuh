@@ -9,7 +9,8 @@ namespace gradkernels::cuda {
 
 // A slab's place in the tensor.
 struct Slab {
-  int64_t first_channel;
+  int64_t first_channel;  // of the sample
+  int64_t before;         // how many channels the samples before it have
   int channels;
   int64_t columns;  // of a line
   int64_t element;
@@ -18,11 +19,14 @@ struct Slab {
 
 template <bool kColumns>
 __device__ __forceinline__ Slab slab_of(const ChannelCut& cut, int64_t index) {
-  if constexpr (!kColumns) return {index, 1, cut.inner, index * cut.inner, index * divide_up(cut.inner, 8)};
-  const int64_t first = index * cut.group_channels;
+  const int64_t sample = cut.samples == 1 ? 0 : index / cut.sample_slabs;
+  const int64_t first = (index - sample * cut.sample_slabs) * (kColumns ? cut.group_channels : 1);
+  const int64_t before = sample * cut.channels;
+  const int64_t element = sample * cut.sample_elements + first * cut.inner, mask_byte = sample * cut.sample_mask_bytes;
+  if constexpr (!kColumns) return {first, before, 1, cut.inner, element, mask_byte + first * divide_up(cut.inner, 8)};
   const int64_t left = cut.channels - first;
   const int channels = static_cast<int>(left < cut.group_channels ? left : cut.group_channels);
-  return {first, channels, channels * cut.inner, first * cut.inner, first * cut.inner / 8};
+  return {first, before, channels, channels * cut.inner, element, mask_byte + first * cut.inner / 8};
 }
 
 // Where a packet lies, and whether it exists. can_cut says why 32 bits are enough for the mask.

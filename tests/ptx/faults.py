@@ -57,7 +57,7 @@ FAULTS = (
     Fault("a store without its guard", NORMALISE, r"@%p\d+ bra\s+\$\w+;(\s*st\.global\.u8)", r"\1", "mask of batch norm"),
     Fault("two halves of a packet change places", NORMALISE, PACKET_OF_TWO, r"\1\3,\2", SHAPES),
     Fault("two halves of a word change places", CLIP, r"(mov\.b32 \s*)\{(%rs\d+), (%rs\d+)\}", r"\1{\3, \2}", "total norm"),
-    Fault("a parameter is read from another place", REDUCE, r"(ld\.param\.u64[^;]*\+)64\]", r"\g<1>72]", SHAPES),
+    Fault("a parameter is read from another place", REDUCE, r"(ld\.param\.u64[^;]*\+)80\]", r"\g<1>88]", SHAPES),
     Fault("another member of a part", STATS, r"(ld\.global\.f64 [^;]*)\+8\]", r"\1+16]", SHAPES),
     Fault("a block is another block", STATS, r"%ctaid\.x", "%nctaid.x", SHAPES),
     Fault("a lane modulo 16", PARAMETRIC, r"(and\.b32 \s*%r\d+, %r\d+), -32;", r"\1, -16;", LEARNT),

@@ -455,6 +455,7 @@ Table made() {
   define_memory<int8_t>("s8");
   define_memory<uint16_t>("u16");
   define_memory<uint32_t>("u32");
+  define_memory<int32_t>("s32");
   define_memory<uint64_t>("u64");
   define_memory<float>("f32");
   define_memory<double>("f64");
