@@ -6,6 +6,7 @@ Training is in float64 where the trainer allows it, because a difference of roun
 
 import copy
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -306,3 +307,43 @@ def test_ultralytics(boxes, tmp_path):
     pictures = torch.rand(2, 3, 64, 64)
     outputs = [YOLO(path).model.float().eval()(pictures)[0] for path in weights]
     torch.testing.assert_close(*outputs, rtol=1e-2, atol=1e-2)
+
+
+# diffusers
+
+
+def test_a_unet_of_diffusers(capsys):
+    """Steps of a denoising diffusion model. The norms of its attention have no activation, and stay torch's."""
+    diffusers = trainer_package("diffusers")
+
+    def train(converted):
+        torch.manual_seed(0)
+        model = diffusers.UNet2DModel(
+            sample_size=16,
+            layers_per_block=1,
+            block_out_channels=(32, 64),
+            norm_num_groups=8,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        ).double()
+        norms = [name for name, module in model.named_modules() if isinstance(module, nn.GroupNorm) and "attentions" not in name]
+        if converted:
+            assert {row.name for row in gk.convert(model).rows if row.is_fused} == set(norms) - {"conv_norm_out"}
+        scheduler, optimizer, losses, seconds = diffusers.DDPMScheduler(100), torch.optim.AdamW(model.parameters(), lr=1e-3), [], []
+        for _ in range(4):
+            images, noise = torch.randn(2, 4, 3, 16, 16, dtype=torch.float64)
+            steps = torch.randint(100, (4,))
+            began = time.perf_counter()
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(scheduler.add_noise(images, noise, steps), steps).sample, noise)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            seconds.append(time.perf_counter() - began)
+        return model, losses, min(seconds)
+
+    (theirs, plain, plain_seconds), (ours, fused, fused_seconds) = train(False), train(True)
+    assert fused == pytest.approx(plain, rel=1e-9)
+    assert_same_weights(ours, theirs)
+    with capsys.disabled():
+        print(f"\na step of a U-Net of diffusers: {plain_seconds * 1e3:.1f} ms, converted {fused_seconds * 1e3:.1f} ms")
