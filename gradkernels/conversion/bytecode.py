@@ -354,10 +354,10 @@ def _is_getattr(instructions: list[dis.Instruction], place: int) -> bool:
 
 def _keywords_got(code: CodeType, place: int) -> list[str]:
     """The name of the `**` argument of a code, if an instruction ends a call of its method `get` with constants."""
-    if not code.co_flags & inspect.CO_VARKEYWORDS:
+    keywords = inspect.getargs(code).varkw
+    if keywords is None:
         return []
     instructions = _instructions(code)
-    keywords: str = inspect.getargs(code).varkw  # type: ignore[assignment]
     if not instructions[place].opname.startswith("CALL") or any(
         each.opname.startswith("STORE") and keywords in (each.argval, _last_name(each)) for each in instructions
     ):
