@@ -25,7 +25,7 @@ CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu
 # can install.
 VERSIONS = 2.11.0 $(TORCH) $(shell .venv/bin/pip index versions torch 2> /dev/null | sed -n 's/^torch (\([^+)]*\).*/\1/p')
 # What tests/real_models.py, tests/test_trainers.py, tests/test_integrations.py and bench/bench_networks.py use.
-LIBRARIES := torchvision timm transformers diffusers ultralytics segmentation-models-pytorch monai diffusers lightning pytorch-lightning accelerate
+LIBRARIES := torchvision timm transformers diffusers ultralytics segmentation-models-pytorch monai lightning pytorch-lightning accelerate
 TRY_INSTALL := .venv/bin/pip install --quiet --dry-run --no-deps --ignore-installed
 # One process for each core. tests/conftest.py divides torch's threads among them, and leaves each two at least:
 # more than there are cores, so threads that wait must not keep a core. A test that hangs ends its process, which

@@ -175,12 +175,6 @@ class _NormAct(nn.Module):
     def _forward(self, x: Tensor, residual: Tensor | None, act: str, act_param: float) -> Tensor:
         raise NotImplementedError
 
-    def reset_parameters(self) -> None:
-        # torch 2.11 assumes that every affine layer has a bias.
-        for parameter, fill in ((self._parameters["weight"], nn.init.ones_), (self._parameters["bias"], nn.init.zeros_)):
-            if parameter is not None:
-                fill(parameter)
-
     def _param(self) -> float:
         # After `bn.act = "relu"`, act_param still belongs to the activation before it.
         return self.act_param if has_param(self.act) else 0.0
@@ -189,7 +183,17 @@ class _NormAct(nn.Module):
         return f"act={self.act!r}" + (f", act_param={self.act_param}" if has_param(self.act) else "")
 
 
-class _BatchNormAct(_NormAct, _BatchNorm):
+class _AffineNormAct(_NormAct):
+    """A normalisation with parameters, or with None for each."""
+
+    def reset_parameters(self) -> None:
+        # torch 2.11 assumes that every affine layer has a bias.
+        for parameter, fill in ((self._parameters["weight"], nn.init.ones_), (self._parameters["bias"], nn.init.zeros_)):
+            if parameter is not None:
+                fill(parameter)
+
+
+class _BatchNormAct(_AffineNormAct, _BatchNorm):
     """The base of BatchNormAct1d, 2d and 3d. Their other base, torch's class, checks the dimensions of x."""
 
     _forward = forward_of

@@ -14,7 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from gradkernels import _native, reference
 from gradkernels.acts import resolve_act
-from gradkernels.batch_norm_act import _batch_norm_act, _NormAct, promoted
+from gradkernels.batch_norm_act import _AffineNormAct, _batch_norm_act, promoted
 
 
 @_native.unscriptable
@@ -167,7 +167,7 @@ def _instance_norm_act(
     )
 
 
-class GroupNormAct(_NormAct, nn.GroupNorm):
+class GroupNormAct(_AffineNormAct, nn.GroupNorm):
     """torch.nn.GroupNorm, an optional residual and an activation.
 
         y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)
@@ -233,7 +233,7 @@ class GroupNormAct(_NormAct, nn.GroupNorm):
         )
 
 
-class _InstanceNormAct(_NormAct, _InstanceNorm):
+class _InstanceNormAct(_AffineNormAct, _InstanceNorm):
     """The base of InstanceNormAct1d, 2d and 3d. Their other base, torch's class, checks the dimensions of x."""
 
     def __init__(

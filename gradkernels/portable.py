@@ -180,6 +180,8 @@ def _gradients_by_torch(
     function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], wanted: tuple[bool, ...], grad_y: Tensor
 ) -> list[Tensor | None]:
     """The gradients of the wanted inputs of a function composed of torch's operators."""
+    if not any(is_wanted and x is not None for x, is_wanted in zip(inputs, wanted, strict=True)):
+        return [None] * len(inputs)
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Two inputs may be one tensor, or depend on each other: the gradient of one must not include the other's.
@@ -396,7 +398,8 @@ class BatchNormAct(torch.autograd.Function):
         saves = ACTS[call[4]].saves
         y, statistics, mask = _forward(layout, weight, bias, residual, running, call, residual is not None and saves == "mask")
         ctx.save_for_backward(x, weight, bias, residual if saves == "value" else None, statistics, mask)
-        ctx.call = call
+        # A hook may return x in another memory format; the mask and the statistics belong to this one.
+        ctx.call, ctx.layout = call, layout[1:]
         return y
 
     @staticmethod
@@ -417,7 +420,8 @@ class BatchNormAct(torch.autograd.Function):
 def _backward(ctx: Any, grad_y: Tensor, wanted: tuple[bool, ...]) -> list[Tensor | None]:
     x, weight, bias, residual, statistics, mask = ctx.saved_tensors
     dtype, training, _, _, act, act_param = ctx.call
-    x, shape, memory_format = _by_channel(x)
+    shape, memory_format = ctx.layout
+    x = x.contiguous(memory_format=memory_format)
     # Every tensor needs a name here: a temporary would be freed when its address is known.
     grad_y = grad_y.contiguous(memory_format=memory_format)
     if residual is not None:

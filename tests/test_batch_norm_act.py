@@ -1334,6 +1334,20 @@ def test_saved_tensors_may_be_moved_by_hooks(device):
         assert_same_bits(call(gk.batch_norm_act, given, True, "leaky_relu"), expected)
 
 
+def test_hooks_may_return_x_in_another_memory_format(device):
+    """The mask has the order of the x that was saved."""
+    x, residual, grad_y = torch.randn(3, 2, 8, 7, 9, device=device).unbind()
+    x, residual = (each.contiguous(memory_format=torch.channels_last).requires_grad_() for each in (x, residual))
+    for norm in (
+        lambda: gk.batch_norm_act(x, None, None, training=True, act="relu", residual=residual),
+        lambda: gk.group_norm_act(x, 2, act="relu", residual=residual),
+    ):
+        expected = torch.autograd.grad(norm(), (x, residual), grad_y)
+        with saved_tensors_hooks(lambda tensor: tensor.contiguous(), lambda tensor: tensor):
+            y = norm()
+        assert_close(torch.autograd.grad(y, (x, residual), grad_y), expected)
+
+
 @each_act
 def test_deterministic_mode(act):
     """Fresh memory is nan in this mode, so elements that a kernel does not write would change the bits."""

@@ -942,8 +942,13 @@ def lengthens_an_item(values):
     y += values
 
 
+def lengthens_what_is_returned(values):
+    y = (lambda given: given)(values)
+    y += values[:1]
+
+
 def adds_in_place(values):
-    y = sum(values)
+    y = values[0] + values[-1]
     y += values[0]
     y = y * 2
     y *= values[0]
@@ -1387,7 +1392,8 @@ def test_what_is_read(name):
 @pytest.mark.parametrize(
     ("fill", "may_write"),
     [
-        *((fill, True) for fill in (lengthens, lengthens_one_of, lengthens_an_item, repeats, lambda values: values.sort(key=len))),
+        *((fill, True) for fill in (lengthens, lengthens_one_of, lengthens_an_item, lengthens_what_is_returned, repeats)),
+        (lambda values: values.sort(key=len), True),
         *((fill, False) for fill in (adds_in_place, counts, lambda values: len(values))),
     ],
 )

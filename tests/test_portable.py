@@ -313,6 +313,10 @@ def test_gradients_of_gradients(calls):
     assert torch.autograd.gradgradcheck(portable.prelu, (x, weight))
     for act, training, with_residual in itertools.product(("identity", "relu", "leaky_relu", "swish"), (True, False), (True, False)):
         assert torch.autograd.gradgradcheck(bn(act, training, with_residual), (x, weight, residual), raise_exception=True)
+    for act in ACTS:
+        y = bn(act, True, True)(x.detach(), weight.detach(), residual)
+        (grad,) = torch.autograd.grad(y.sum(), residual, create_graph=True)
+        assert grad.shape == residual.shape
     assert "batch_norm_act_forward" in calls
 
 

@@ -11,8 +11,8 @@
 #include <ATen/TensorGeometry.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/batch_norm.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/full_like.h>
-#include <ATen/ops/group_norm.h>
 #include <ATen/ops/where.h>
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -73,6 +73,7 @@ struct NormActGradient : Gradient<NormActGradient, 4> {
   SavedVariable x, weight, bias, residual, mean, invstd, mask;
   bool training;
   int64_t num_groups;  // 0 in batch norm
+  int64_t format;      // the memory format of x, in which the kernels wrote the mask
   double eps;
   std::string act;
   double act_param;
@@ -82,8 +83,8 @@ struct NormActGradient : Gradient<NormActGradient, 4> {
 
   template <typename Self, typename F>
   static void members(Self& self, const F& f) {
-    f(self.x, self.weight, self.bias, self.residual, self.mean, self.invstd, self.mask, self.training, self.num_groups, self.eps, self.act,
-      self.act_param);
+    f(self.x, self.weight, self.bias, self.residual, self.mean, self.invstd, self.mask, self.training, self.num_groups, self.format,
+      self.eps, self.act, self.act_param);
   }
 
   std::string name() const override { return num_groups > 0 ? "GroupNormActBackward" : "BatchNormActBackward"; }
@@ -100,16 +101,18 @@ struct NormActGradient : Gradient<NormActGradient, 4> {
   ConstOutput recomputed_output() const { return std::atomic_load(&output); }
 
  private:
-  // The operator that computes gradients. Tensors are unpacked before autograd is excluded, because hooks may compute them
-  // again.
+  // The operator that computes gradients. All saved tensors are unpacked before the call: a hook may compute them again, and
+  // needs autograd. A hook may also return x in another memory format.
   Result operator_gradients(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                             const at::Tensor& residual, std::array<bool, 4> computed) const {
+    const auto memory_format = static_cast<at::MemoryFormat>(format);
+    const at::Tensor as_saved = x.suggest_memory_format() == memory_format ? x : at::empty_like(x, memory_format).copy_(x);
     if (num_groups > 0) {
-      return call_in_backward<ops::GroupNormActBackward>(grad_y, x, mean.unpack(), invstd.unpack(), num_groups, weight, bias, residual,
-                                                         mask.unpack(), act, act_param, computed);
+      return call_in_backward<ops::GroupNormActBackward>(grad_y, as_saved, mean.unpack(), invstd.unpack(), num_groups, weight, bias,
+                                                         residual, mask.unpack(), act, act_param, computed);
     }
-    return call_in_backward<ops::BatchNormActBackward>(grad_y, x, mean.unpack(), invstd.unpack(), weight, bias, residual, mask.unpack(),
-                                                       training, act, act_param, computed);
+    return call_in_backward<ops::BatchNormActBackward>(grad_y, as_saved, mean.unpack(), invstd.unpack(), weight, bias, residual,
+                                                       mask.unpack(), training, act, act_param, computed);
   }
 
   variable_list gradients(const at::Tensor& grad_y, std::array<bool, 4> wanted) {
@@ -171,7 +174,7 @@ struct NormActGradient : Gradient<NormActGradient, 4> {
   // batch_norm(x) or group_norm(x) in differentiable operators. In training, the statistics depend on x; in evaluation, they
   // are constants.
   at::Tensor normalised(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) const {
-    if (num_groups > 0) return at::group_norm(x, num_groups, weight, bias, eps, false);
+    if (num_groups > 0) return composite::group_norm(x, num_groups, weight, bias, eps);
     if (training) return at::batch_norm(x, weight, bias, {}, {}, true, 0.0, eps, false);
     std::vector<int64_t> per_channel(x.dim(), 1);
     per_channel[1] = -1;
@@ -228,6 +231,7 @@ Result record(const at::Tensor& x, const OptionalTensor& weight, const OptionalT
   node->bias = keep(bias);
   node->training = training;
   node->num_groups = num_groups;
+  node->format = static_cast<int64_t>(x.suggest_memory_format());
   node->eps = eps;
   node->act = std::string(act);
   node->act_param = act_param;

@@ -20,8 +20,8 @@ struct ChannelShape {
 // A channel's run of fewer elements is too short for a loop of its own. Kernels then walk across channels.
 constexpr int64_t kShortRunElements = 64;
 
-// Whether kernels on the CPU have a loop for each run. If there is one row, what is computed for each column of a walk
-// across channels would be used once.
+// Whether kernels on the CPU have a loop for each run; it sets the size of the mask on every device. If there is one row, what
+// is computed for each column of a walk across channels would be used once.
 template <typename Int>
 GK_HOST_DEVICE bool has_long_runs(const Int& rows, const Int& inner) {
   constexpr int64_t kOneRowElements = 48;

@@ -1,5 +1,5 @@
 // group_norm_act on the CPU, in the two passes of cpu/norm_passes.h. A set is `set_channels` neighbouring channels of one
-// sample. The kernels are those of batch norm: they compute the results of each channel, which meet here.
+// sample. The kernels are those of batch norm: they compute the results of each channel, which are merged here.
 #include "ops/group_norm_act.h"
 
 #include <vector>

@@ -11,7 +11,7 @@
 
 namespace gradkernels::cpu {
 
-// A part of an operand that is seen by channel (common/shape.h). If runs are short (kShortRunElements), a
+// A part of an operand that is seen by channel (common/shape.h). If runs are short (has_long_runs), a
 // slab has whole runs, and at most kMaxColumns elements of a row.
 struct Slab {
   int64_t channel_begin, channel_end;

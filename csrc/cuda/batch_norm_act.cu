@@ -5,7 +5,7 @@
 // the result. The cut depends only on the shape and the device, and every sum has a fixed order: every run gives
 // the same bits.
 //
-// The kernels of both norms are the same. In group norm, the results of the channels of a set meet between the passes.
+// The kernels of both norms are the same. In group norm, the results of the channels of a set are merged between the passes.
 // A channel is counted within its sample where its weight is read, and over all samples elsewhere.
 #include "ops/batch_norm_act.h"
 
@@ -774,7 +774,7 @@ void batch_norm_act_gather_stats(const BatchNormForward& p, int64_t ranks, const
 
 void group_norm_act_forward(const BatchNormForward& p) {
   BatchNormForward sets = p;
-  if (p.shape.rows == 1) {
+  if (p.shape.rows == 1 && p.shape.inner * p.set_channels <= INT32_MAX) {
     // A set lies in memory like the run of one channel.
     sets.shape.channels /= p.set_channels;
     sets.shape.inner *= p.set_channels;

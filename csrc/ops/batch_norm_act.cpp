@@ -156,8 +156,12 @@ BatchNormActResult composite::batch_norm_act(const at::Tensor& x, const Optional
     running_var->copy_(*written_var);
   }
   if (is_given(counted)) counted->add_(1);
-  const at::Tensor none = at::empty({0}, x.options());
-  return {y, none.to(at::kDouble), none.to(at::kDouble), none.to(at::kByte)};
+  return without_statistics(y);
+}
+
+BatchNormActResult composite::without_statistics(const at::Tensor& y) {
+  const auto none = [&](at::ScalarType dtype) { return at::empty({0}, y.options().dtype(dtype)); };
+  return {y, none(at::kDouble), none(at::kDouble), none(at::kByte)};
 }
 
 namespace {

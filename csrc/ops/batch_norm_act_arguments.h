@@ -1,5 +1,5 @@
 // From tensors to the arguments of the kernels of batch_norm_act and group_norm_act: checks, outputs, and the structs of
-// ops/batch_norm_act.h. `num_groups` is given in group norm.
+// ops/batch_norm_act.h. Only group norm passes `num_groups`.
 #pragma once
 
 #include <ATen/core/Tensor.h>

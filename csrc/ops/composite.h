@@ -40,6 +40,10 @@ BatchNormActResult batch_norm_act(const at::Tensor& x, const OptionalTensor& run
                                   const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
                                   std::string_view act, double act_param);
 
+// The result of a composite: without statistics and mask, because the gradient goes through ATen's operators.
+BatchNormActResult without_statistics(const at::Tensor& y);
+
+at::Tensor group_norm(const at::Tensor& x, int64_t num_groups, const OptionalTensor& weight, const OptionalTensor& bias, double eps);
 BatchNormActResult group_norm_act(const at::Tensor& x, int64_t num_groups, const OptionalTensor& weight, const OptionalTensor& bias,
                                   const OptionalTensor& residual, double eps, std::string_view act, double act_param);
 

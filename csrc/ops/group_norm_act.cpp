@@ -1,11 +1,11 @@
-// group_norm_act: checks, allocates, describes the layout, and calls the kernels. As in torch, the output has the memory
-// format of x. What has no kernel goes to torch's group norm, which also raises its own errors.
+// group_norm_act: checks, allocates, describes the layout, and calls the kernels. The output has the memory format of x.
+// What has no kernel goes to torch's group norm, which also raises its own errors.
 #include "ops/group_norm_act.h"
 
 #include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/group_norm.h>
+#include <ATen/ops/ones_like.h>
 #include <torch/library.h>
 
 #include "common/device.h"
@@ -24,14 +24,20 @@ bool composite::group_norm_act_has_kernel(const at::Tensor& x, int64_t num_group
          per_channel(x, {weight, bias});
 }
 
+at::Tensor composite::group_norm(const at::Tensor& x, int64_t num_groups, const OptionalTensor& weight, const OptionalTensor& bias,
+                                 double eps) {
+  // With a bias and without a weight, ATen's backward raises an error.
+  const bool lacks_weight = is_given(bias) && !is_given(weight);
+  const OptionalTensor scale = lacks_weight ? OptionalTensor(at::ones_like(*bias)) : weight;
+  return at::group_norm(x, num_groups, scale, bias, eps, at::globalContext().userEnabledCuDNN());
+}
+
 BatchNormActResult composite::group_norm_act(const at::Tensor& x, int64_t num_groups, const OptionalTensor& weight,
                                              const OptionalTensor& bias, const OptionalTensor& residual, double eps, std::string_view act,
                                              double act_param) {
   activation(act, act_param);
   check_residual(x, residual);
-  const at::Tensor z = at::group_norm(x, num_groups, weight, bias, eps, at::globalContext().userEnabledCuDNN());
-  const at::Tensor none = at::empty({0}, x.options());
-  return {add_and_activate(z, residual, act, act_param), none.to(at::kDouble), none.to(at::kDouble), none.to(at::kByte)};
+  return without_statistics(add_and_activate(composite::group_norm(x, num_groups, weight, bias, eps), residual, act, act_param));
 }
 
 namespace {

@@ -223,8 +223,8 @@ def writes_items(code: CodeType) -> bool:
         return True
     instructions = _instructions(code)
     places = [place for place, instruction in enumerate(instructions) if _is_in_place(instruction, instructions[place - 1])]
-    # What has been computed is none of the lists that were there.
-    computed = _computed(code, instructions, ("CALL", "BINARY", "INPLACE")) if places else set()
+    # What has been computed is none of the lists that were there. A call may return its argument.
+    computed = _computed(code, instructions, ("BINARY", "INPLACE")) if places else set()
     is_written = any(instructions[place + 1].argval not in computed for place in places)
     return is_written or any(instruction.opname in _WRITES_OF_ITEMS for instruction in instructions)
 

@@ -68,7 +68,7 @@ def normalize(
 
 
 def has_kernel(bn: Any, x: Tensor) -> bool:
-    """Whether the kernel computes what a batch norm does. A frozen one of another library promotes and broadcasts."""
+    """Whether the kernel computes what a norm does. A frozen batch norm of another library promotes and broadcasts."""
     if isinstance(bn, (_BatchNorm, nn.GroupNorm, _InstanceNorm, _NormAct)):
         return True
     return x.dim() == 4 and x.shape[1] == len(bn.weight) and all(each.dtype == x.dtype for each in bn.buffers())
