@@ -142,7 +142,7 @@ def group_norm_act(
     residual: Tensor | None = None,
 ) -> Tensor:
     act_param = check_norm_act(x, residual, act, act_param)
-    if weight is None and isinstance(bias, Tensor):
+    if weight is None and isinstance(bias, Tensor) and bias.shape == x.shape[1:2]:
         # torch's backward on the CPU raises an error for a bias without a weight.
         weight = torch.ones_like(bias)
     return add_and_activate(F.group_norm(x, num_groups, weight, bias, eps), residual, act, act_param)

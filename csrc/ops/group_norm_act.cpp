@@ -27,7 +27,7 @@ bool composite::group_norm_act_has_kernel(const at::Tensor& x, int64_t num_group
 at::Tensor composite::group_norm(const at::Tensor& x, int64_t num_groups, const OptionalTensor& weight, const OptionalTensor& bias,
                                  double eps) {
   // With a bias and without a weight, ATen's backward raises an error.
-  const bool lacks_weight = is_given(bias) && !is_given(weight);
+  const bool lacks_weight = is_given(bias) && !is_given(weight) && x.dim() > 1 && bias->sym_sizes() == x.sym_sizes().slice(1, 1);
   const OptionalTensor scale = lacks_weight ? OptionalTensor(at::ones_like(*bias)) : weight;
   return at::group_norm(x, num_groups, scale, bias, eps, at::globalContext().userEnabledCuDNN());
 }
