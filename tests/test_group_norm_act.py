@@ -372,7 +372,8 @@ def test_module_is_torchs_module_then_act(name, library, monkeypatch):
     if library == "reference":
         monkeypatch.setattr(_native, "C", None)
     make, make_torchs, x = modules()[name]
-    for act, record in acts.ACTS.items():
+    for act in ("identity", "relu", "leaky_relu", "swish"):
+        record = acts.ACTS[act]
         torch_act = record.module(record.default, next(iter(record.modules)))
         options = {"momentum": None if act == "relu" else 0.3} if name.endswith("True}") else {}
         module, torchs = make(act=act, **options), make_torchs(**options)
