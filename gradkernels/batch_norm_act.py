@@ -186,6 +186,12 @@ class _NormAct(nn.Module):
 class _AffineNormAct(_NormAct):
     """A normalisation with parameters, or with None for each."""
 
+    def _complete(self, bias: bool, act: str | nn.Module, act_param: float | None) -> None:
+        """What torch's constructor leaves to do: the activation, and `bias`, which torch 2.11 has no argument for."""
+        if not bias:
+            self.register_parameter("bias", None)
+        self.act, self.act_param = resolve_act(act, act_param)
+
     def reset_parameters(self) -> None:
         # torch 2.11 assumes that every affine layer has a bias.
         for parameter, fill in ((self._parameters["weight"], nn.init.ones_), (self._parameters["bias"], nn.init.zeros_)):
@@ -213,10 +219,7 @@ class _BatchNormAct(_AffineNormAct, _BatchNorm):
         act_param: float | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        # nn.BatchNorm of torch 2.11 has no argument `bias`.
-        if not bias:
-            self.register_parameter("bias", None)
-        self.act, self.act_param = resolve_act(act, act_param)
+        self._complete(bias, act, act_param)
 
     def reset_parameters(self) -> None:
         self.reset_running_stats()

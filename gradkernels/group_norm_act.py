@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from gradkernels import _native, reference
-from gradkernels.acts import resolve_act
 from gradkernels.batch_norm_act import _AffineNormAct, _batch_norm_act, promoted
 
 
@@ -109,10 +108,6 @@ def _group_norm_act(
     return reference.group_norm_act(x, num_groups, weight, bias, eps, act=act, act_param=act_param, residual=residual)
 
 
-def _update_running(running: Tensor, of_instances: Tensor, momentum: float) -> None:
-    running.copy_(running * (1 - momentum) + of_instances.mean(0) * momentum)
-
-
 def _instance_norm_act(
     x: Tensor,
     running_mean: Tensor | None,
@@ -149,8 +144,11 @@ def _instance_norm_act(
             with torch.no_grad():
                 # The rounding of invstd can make the variance of a constant instance negative.
                 var = (invstd.square().reciprocal() - eps).clamp(min=0) * (pixels / (pixels - 1))
-                _update_running(running_mean, mean.view(x.shape[:2]), momentum)
-                _update_running(running_var, var.view(x.shape[:2]), momentum)
+                # All are computed before one is written: there may not be enough memory.
+                pairs = ((running_mean, mean), (running_var, var))
+                moved = [each * (1 - momentum) + new.view(x.shape[:2]).mean(0) * momentum for each, new in pairs]
+                for running, value in zip((running_mean, running_var), moved, strict=True):
+                    running.copy_(value)
             return y
     return reference.instance_norm_act(
         x,
@@ -218,10 +216,7 @@ class GroupNormAct(_AffineNormAct, nn.GroupNorm):
         act_param: float | None = None,
     ) -> None:
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
-        # nn.GroupNorm of torch 2.11 has no argument `bias`.
-        if not bias:
-            self.register_parameter("bias", None)
-        self.act, self.act_param = resolve_act(act, act_param)
+        self._complete(bias, act, act_param)
 
     def _forward(self, x: Tensor, residual: Tensor | None, act: str, act_param: float) -> Tensor:
         return _group_norm_act(_autocast(x), self.num_groups, self.weight, self.bias, residual, self.eps, act, act_param)
@@ -251,10 +246,7 @@ class _InstanceNormAct(_AffineNormAct, _InstanceNorm):
         act_param: float | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        # nn.InstanceNorm of torch 2.11 has no argument `bias`.
-        if not bias:
-            self.register_parameter("bias", None)
-        self.act, self.act_param = resolve_act(act, act_param)
+        self._complete(bias, act, act_param)
 
     def reset_parameters(self) -> None:
         self.reset_running_stats()

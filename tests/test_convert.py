@@ -954,6 +954,66 @@ def adds_in_place(values):
     y *= values[0]
 
 
+def adds_to_layers(self, values, x):
+    y = self.layer(torch.stack(values).sum(0))
+    y = self.layer(y)
+    y += values[0]
+    return self.layer(y)
+
+
+def lengthens_from_identity(self, values, x):
+    y = self.same(values)
+    y += values[:1]
+    return y[0]
+
+
+def lengthens_from_identity_of_a_layer(self, values, x):
+    y = self.same((self.layer(x), values)[1])
+    y += values[:1]
+    return y[0]
+
+
+def lengthens_from_a_layer_or_not(self, values, x):
+    y = values
+    if len(values) > 2:
+        y = self.layer(x)
+    y += values[:1]
+    return y[0]
+
+
+def lengthens_by_a_choice(self, values, x):
+    y = self.layer(x) if len(values) > 2 else values
+    y += values[:1]
+    return y[0]
+
+
+def lengthens_from_a_hidden_layer(self, values, x):
+    y = self.hidden(values)
+    y += values[:1]
+    return y[0]
+
+
+def lengthens_from_another_layer(self, values, x):
+    def of_another(self):
+        y = self.layer(values)
+        y += values[:1]
+        return y[0]
+
+    return of_another(self.other)
+
+
+class Layers(nn.Module):
+    """A submodule that gets a list, with layers of torch and others."""
+
+    hidden = staticmethod(lambda values: values)
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.same, self.other = nn.Softplus(), nn.Identity(), nn.Module()
+        self.other.layer = nn.Identity()
+        self._modules["hidden"] = nn.Softplus()
+
+
 def counts(values):
     count = 0
     for _ in values:
@@ -1400,6 +1460,23 @@ def test_what_is_read(name):
 def test_a_list_that_a_submodule_may_write_into(fill, may_write):
     forward = filled(lambda self, values, x: self.fills(values, x))
     expected, actual, report = converted(block(forward, fills=Fills(fill)))
+    assert report.rows[0].is_fused != may_write, report
+    x = X()
+    for _ in range(2):
+        assert_same(step(actual, x), step(expected, x))
+
+
+@pytest.mark.parametrize(
+    ("forward", "may_write"),
+    [
+        (adds_to_layers, False),
+        *((each, True) for each in (lengthens_from_identity, lengthens_from_identity_of_a_layer, lengthens_from_a_layer_or_not)),
+        *((each, True) for each in (lengthens_by_a_choice, lengthens_from_a_hidden_layer, lengthens_from_another_layer)),
+    ],
+)
+def test_a_list_that_a_submodule_adds_to_what_its_layers_return(forward, may_write):
+    layers = type("Given", (Layers,), {"forward": forward})()
+    expected, actual, report = converted(block(filled(lambda self, values, x: self.layers(values, x)), layers=layers))
     assert report.rows[0].is_fused != may_write, report
     x = X()
     for _ in range(2):

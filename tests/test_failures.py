@@ -55,17 +55,22 @@ def operation(name):
     dense = nn.Parameter(torch.randn(CHANNELS))
     dense.grad = torch.randn(CHANNELS)
     optimizer = gk.optim.RMSprop([dense], centered=True, max_norm=1.0)
+    pixels = torch.randn(2, CHANNELS, 7, 7, requires_grad=True)
+    groups = gk.GroupNormAct(64, CHANNELS, act="swish")
+    instances = gk.InstanceNormAct2d(CHANNELS, affine=True, track_running_stats=True, act="relu")
     if name.startswith("backward"):
-        act = {"backward of batch_norm_act": lambda: module(x, residual), "backward of leaky_relu": lambda: gk.leaky_relu(x),
-               "backward of prelu": lambda: gk.prelu(x, parameter)}[name]
+        act = {"backward of batch_norm_act": lambda: module(x, residual), "backward of group_norm_act": lambda: groups(pixels),
+               "backward of leaky_relu": lambda: gk.leaky_relu(x), "backward of prelu": lambda: gk.prelu(x, parameter)}[name]
         y = act()
-        leaves = [x, residual, parameter, *module.parameters()]
+        leaves = [x, residual, parameter, pixels, *module.parameters(), *groups.parameters()]
         for leaf in leaves:
             leaf.grad = torch.ones_like(leaf)
         return y.sum().backward, [*leaves, *[leaf.grad for leaf in leaves], *buffers]
     calls = {
         "batch_norm_act": (lambda: module(x, residual), [x, residual, *buffers]),
         "batch_norm_act of one value each": (lambda: gk.batch_norm_act(x[:1].half(), *halves), halves),
+        "group_norm_act": (lambda: groups(pixels), [pixels, *groups.parameters()]),
+        "InstanceNormAct2d": (lambda: instances(pixels, pixels), [pixels, *instances.state_dict().values()]),
         "leaky_relu": (lambda: gk.leaky_relu(x), [x]),
         "leaky_relu in place": (lambda: gk.leaky_relu(gapped, inplace=True), [gapped]),
         "swish with a tensor": (lambda: gk.swish(gapped, parameter), [gapped, parameter]),
@@ -81,7 +86,7 @@ def bits(tensors):
     return [each.detach().clone() for each in tensors]
 
 names = [*operation("")]
-names += ["backward of batch_norm_act", "backward of leaky_relu", "backward of prelu"]
+names += ["backward of batch_norm_act", "backward of group_norm_act", "backward of leaky_relu", "backward of prelu"]
 for name in names:
     operation(name)[0]()  # imports modules while there is memory
     failures = 0
@@ -117,7 +122,7 @@ def failing_malloc(tmp_path_factory):
 
 def test_out_of_memory_half_way(failing_malloc):
     printed = run("-c", OUT_OF_MEMORY, folder=ROOT, LD_PRELOAD=str(failing_malloc))
-    assert len(printed.splitlines()) == 13, printed
+    assert len(printed.splitlines()) == 16, printed
 
 
 def network():

@@ -250,24 +250,37 @@ def without_kinks(grad_y, wide_z):
     return torch.where((wide_z.abs() < slack) | ((wide_z - 6).abs() < slack), 0, grad_y)
 
 
-def terms_of(x, mean, var, weight, bias, residual, act, param, grad_y):
+def terms_of(x, mean, var, weight, bias, residual, act, param, grad_y, groups=None):
     """The size of the terms of y and of the gradients: for sums over a channel their norm, else the largest.
 
     x - mean keeps few digits of values that are far from zero, close to each other or scaled by a large
     weight. The curvature of swish and elu carries this error into every gradient; no library has these
-    digits. If mean and var are None, the batch's statistics are used.
+    digits. If mean and var are None, they are those of the batch or, with `groups`, of the groups of each sample.
     """
     x, grad_y = x.double(), grad_y.double().abs()
     dims, per_channel = [0, *range(2, x.dim())], (-1, *[1] * (x.dim() - 2))
-    mean, var = (x.mean(dims), x.var(dims, correction=0)) if mean is None else (mean.double(), var.double())
-    mean, invstd = mean.view(per_channel), (var + 1e-5).rsqrt().view(per_channel)
-    gain = invstd if weight is None else invstd * weight.double().abs().view(per_channel)
+
+    def mean_of(values):
+        if groups is None:
+            return values.mean(dims, True)
+        of_channels = values.reshape(len(x), groups, -1).mean(2).repeat_interleave(x.shape[1] // groups, 1)
+        return of_channels.view(*x.shape[:2], *[1] * (x.dim() - 2))
+
+    if mean is None:
+        mean = mean_of(x)
+        var = mean_of((x - mean).square())
+    else:
+        mean, var = mean.double().view(per_channel), var.double().view(per_channel)
+    invstd = (var + 1e-5).rsqrt()
+    size = torch.ones(()) if weight is None else weight.double().abs().view(per_channel)
+    gain = invstd * size
     normalised = (x.abs() + mean.abs()) * invstd
     z = (x.abs() + mean.abs()) * gain
     z = z if bias is None else z + bias.double().abs().view(per_channel)
     z = z if residual is None else z + residual.double().abs()
     dz = grad_y * (1 + param + (param * z if acts.ACTS[act].saves == "value" else 0))
-    grad_x = gain * (dz + dz.mean(dims, True) + normalised * (dz * normalised).mean(dims, True))
+    weighted = dz * size
+    grad_x = invstd * (weighted + mean_of(weighted) + normalised * mean_of(weighted * normalised))
     sizes = [(1 + param) * z, grad_x]
     sizes += [] if weight is None else [(dz * normalised).square().sum(dims).sqrt()]
     sizes += [] if bias is None else [dz.square().sum(dims).sqrt()]
@@ -343,6 +356,55 @@ def test_batch_norm_act(data):
             assert_bitwise_equal("memory outside a running statistic", after.outside(), before.outside())
             if ours[1] is not None or not training:
                 assert_bitwise_equal("a running statistic", after.buffer, before.buffer)
+
+
+@given(data=st.data())
+def test_group_norm_act(data):
+    # Enough pixels for a kernel, or fewer, which go to torch.
+    shape = data.draw(shapes(dims=(2, 4)))
+    shape = (*shape, data.draw(st.sampled_from([1, 48, 50, 67]))) if math.prod(shape) <= LARGEST // 67 else shape
+    channels = shape[1]
+    groups = data.draw(st.sampled_from([each for each in range(1, channels + 1) if channels % each == 0] or [1]))
+    groups = data.draw(st.sampled_from([groups] * 8 + [channels + 1]))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    of_parameters = data.draw(st.sampled_from([dtype, torch.float32]))
+    act = data.draw(st.sampled_from(sorted(acts.ACTS)))
+    x = data.draw(operands(shape, dtype)).view
+    residual = data.draw(st.sampled_from([None, "x", "another"]))
+    if residual is not None:
+        residual = x if residual == "x" else data.draw(operands(shape, dtype)).view
+    weight, bias = view_of(per_channel(data, shape, of_parameters)), view_of(per_channel(data, shape, of_parameters))
+    grad_y = data.draw(operands(shape, dtype)).view
+    param = data.draw(st.floats(0, 2, width=32))
+
+    def call(function, convert):
+        given = [None if each is None else convert(each).detach().requires_grad_() for each in (x, weight, bias, residual)]
+
+        def run():
+            y = function(given[0], groups, given[1], given[2], act=act, act_param=param, residual=given[3])
+            return [y.detach(), *torch.autograd.grad(y, [each for each in given if each is not None], grad_y.to(y.dtype))]
+
+        return outcome_of(run)
+
+    wide_z = outcome_of(
+        lambda: reference.group_norm_act(
+            x.double(),
+            groups,
+            *[None if each is None else each.double() for each in (weight, bias)],
+            act="identity",
+            residual=None if residual is None else residual.double(),
+        )
+    )[0]
+    if wide_z is not None:
+        grad_y = without_kinks(grad_y, wide_z)
+    ours, theirs = call(gk.group_norm_act, lambda tensor: tensor), call(reference.group_norm_act, lambda tensor: tensor)
+    wide = call(reference.group_norm_act, lambda tensor: tensor.double())
+    if dtype in SIXTEEN_BITS and ours[1] is None and theirs[1] is not None:
+        theirs = None if wide[0] is None else [exact.to(mine.dtype) for exact, mine in zip(wide[0], ours[0], strict=True)], wide[1]
+    terms = [1.0] * len(ours[0] or ())
+    if ours[1] is None and x.numel():
+        terms = terms_of(x, None, None, weight, bias, residual, act, param, grad_y, groups)
+    assert_like_torch(ours, theirs, wide[0], terms)
 
 
 @given(data=st.data())

@@ -46,16 +46,16 @@ void group_norm_act_elemt(const BatchNormForward& p) {
 
 void group_norm_act_backward(const BatchNormBackward& p) {
   const int64_t channels = p.shape.channels, sets = channels / p.set_channels;
-  std::vector<double> weight(channels, 1.0);
-  if (p.weight != nullptr) {
+  // With sets of one channel, the kernel multiplies with the weight.
+  const bool weighted = p.set_channels > 1 && p.weight != nullptr;
+  std::vector<double> weight(weighted ? channels : 0);
+  if (weighted) {
     dispatch(p.parameter_dtype, [&](auto zero) {
       const auto* const values = static_cast<const decltype(zero)*>(p.weight);
       for (int64_t c = 0; c < channels; ++c) weight[c] = static_cast<double>(values[c]);
     });
   }
   std::vector<math::GradientSums> of_sets(p.shape.samples * sets), of_channels(p.shape.samples * channels);
-  // With sets of one channel, the kernel multiplies with the weight.
-  const bool weighted = p.set_channels > 1;
   reduce_then_apply_gradient(
       p,
       [&](int64_t sample, int64_t begin, int64_t end, const math::GradientSums* sums) {

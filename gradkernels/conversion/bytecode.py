@@ -8,7 +8,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Container, Iterator, Mapping
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from types import CodeType, FrameType, FunctionType, MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ _WRITES = ("STORE_ATTR", "DELETE_ATTR", "COPY", "DUP_TOP")
 _READS_OF_ITEMS = ("BINARY_SUBSCR", "BINARY_SLICE")
 _WRITES_OF_ITEMS = ("STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE")
 _EXCEPTS = ("CHECK_EXC_MATCH", "CHECK_EG_MATCH", "JUMP_IF_NOT_EXC_MATCH")
+_JUMPS = frozenset((*dis.hasjrel, *dis.hasjabs))
 # Instructions that stand between others and compute nothing.
 _FILLERS = ("CACHE", "EXTENDED_ARG", "PUSH_NULL", "RESUME", "NOP")
 _START_OF_GENERATOR = bytes((dis.opmap.get("RESUME", 0), 0))
@@ -196,37 +197,61 @@ def _results(code: CodeType, instructions: list[dis.Instruction]) -> set[str]:
     return returned & _computed(code, instructions, ("CALL",))
 
 
-def _computed(code: CodeType, instructions: list[dis.Instruction], by: tuple[str, ...]) -> set[str]:
+def _computed(code: CodeType, instructions: list[dis.Instruction], by: tuple[str, ...], layers: Container[str] = ()) -> set[str]:
     """The local variables that hold nothing but what certain instructions have computed.
 
     Args:
         code: the code of one function.
         instructions: its instructions.
         by: how the names of these instructions begin.
+        layers: attributes of the first argument whose calls count too.
     """
     arguments, *others = inspect.getargs(code)
     computed = set()
     for before, after in pairwise(instructions):
         if after.opname.startswith("STORE_FAST"):
             # An instruction of Python 3.13 that stores and does more has a tuple of names.
-            is_known = not isinstance(after.argval, tuple) and before.opname.startswith(by) and before.opname not in _READS_OF_ITEMS
-            if is_known and not after.is_jump_target:
+            is_known = before.opname.startswith(by) and before.opname not in _READS_OF_ITEMS
+            is_known = is_known or (before.opname.startswith("CALL") and _attribute_called(code, before.offset) in layers)
+            if is_known and not isinstance(after.argval, tuple) and not after.is_jump_target:
                 computed.add(after.argval)
             else:
                 others += after.argval if isinstance(after.argval, tuple) else [after.argval]
     return computed.difference(arguments, others)
 
 
-def writes_items(code: CodeType) -> bool:
-    """Whether a code may write into a list, a dict or a set."""
+def writes_items(code: CodeType, layers: Container[str] = ()) -> bool:
+    """Whether a code may write into a list, a dict or a set.
+
+    layers: the attributes of its first argument that return none of these when they are called.
+    """
     if not _THAT_FILL.isdisjoint(code.co_names):
         return True
     instructions = _instructions(code)
     places = [place for place, instruction in enumerate(instructions) if _is_in_place(instruction, instructions[place - 1])]
-    # What has been computed is none of the lists that were there. A call may return its argument.
-    computed = _computed(code, instructions, ("BINARY", "INPLACE")) if places else set()
+    # What has been computed is none of the lists that were there. A call may return its argument, if it is not that of a layer.
+    computed = _computed(code, instructions, ("BINARY", "INPLACE"), layers) if places else set()
     is_written = any(instructions[place + 1].argval not in computed for place in places)
     return is_written or any(instruction.opname in _WRITES_OF_ITEMS for instruction in instructions)
+
+
+def _attribute_called(code: CodeType, offset: int) -> str | None:
+    """The attribute of a code's first argument that a call calls: `bn`, if it ends `self.bn(f(x))`. None for any other call."""
+    instructions = [*dis.get_instructions(code)]
+    end = begin = next(place for place, instruction in enumerate(instructions) if instruction.offset == offset) + 1
+    depth = 1
+    while depth > 0 and begin > 0:
+        begin -= 1
+        depth -= dis.stack_effect(instructions[begin].opcode, instructions[begin].arg)
+    first, method, *rest = instructions[begin:end]
+    if any(each.opcode in _JUMPS for each in (first, method, *rest)) or any(each.is_jump_target for each in (method, *rest)):
+        return None
+    if not (_loads_variable(first, code.co_varnames[:1]) and _is_for_call(method)):
+        return None
+    # The method and its object stay below the arguments until this call, which may be two instructions.
+    arguments = rest[:-2] if rest[-2:-1] and rest[-2].opname == "PRECALL" else rest[:-1]
+    depths = accumulate(dis.stack_effect(each.opcode, each.arg) for each in arguments)
+    return str(method.argval) if all(depth >= 0 for depth in depths) else None
 
 
 def _is_in_place(instruction: dis.Instruction, before: dis.Instruction) -> bool:

@@ -265,13 +265,13 @@ class _Plan:
             return Row(name, site.found, site.label, site.why, site.is_fused)
         if module is None or site.keeps_output:
             return Row(name, site.found, None, site.why)
-        batch_norm = None if module is None else NORMS.get(type(module))
-        if batch_norm is not None:
-            return Row(name, site.found, batch_norm.__name__, site.why)
-        ours, why = _activation_alone(module)
+        ours = NORMS.get(type(module))
+        if ours is not None:
+            return Row(name, site.found, ours.__name__, site.why)
+        label, why = _activation_alone(module)
         # The reason of the site is more useful if the activation could be fused where it is called.
         is_fusible = is_norm(module) or (site.why and act_of_module(module) is not None)
-        return Row(name, site.found, ours, site.why if is_fusible else why)
+        return Row(name, site.found, label, site.why if is_fusible else why)
 
     def above(self, name: str) -> nn.Module:
         return self.model.get_submodule(name.rpartition(".")[0])
@@ -313,11 +313,11 @@ class _Plan:
             kind = type(module)
             if module in self.kept:
                 continue
-            batch_norm = NORMS.get(kind)
-            if batch_norm is not None:
+            ours = NORMS.get(kind)
+            if ours is not None:
                 module.__dict__[ORIGINAL] = kind
                 module.__dict__["act"], module.__dict__["act_param"] = "identity", check_act("identity", None)
-                object.__setattr__(module, "__class__", batch_norm)
+                object.__setattr__(module, "__class__", ours)
             elif module in self.alone and kind in ACTIVATION_MODULES and _activation_alone(module)[0] is not None:
                 module.__dict__[ORIGINAL] = kind
                 object.__setattr__(module, "__class__", ACTIVATION_MODULES[kind])

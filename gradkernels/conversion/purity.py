@@ -364,10 +364,16 @@ def attributes_looked_for(kind: type) -> set[str]:
     return found
 
 
-def writes_into_containers(called: type | FunctionType) -> bool:
-    """Whether a function, or the forward of a class, may write into a list or a dict that is passed to it."""
-    code = _code_from(called, ["forward", "__call__"]) if isinstance(called, type) else _code_of([called], ())
-    return any(bytecode.writes_items(part) for part, _ in code)
+def writes_into_containers(called: type | FunctionType, layers: Container[str] = ()) -> bool:
+    """Whether a function, or the forward of a class, may write into a list or a dict that is passed to it.
+
+    layers: the attributes of a module of this class that return no list and no dict when they are called.
+    """
+    if not isinstance(called, type):
+        return any(bytecode.writes_items(part) for part, _ in _code_of([called], ()))
+    methods = {value for base in own_classes(called) for value in vars(base).values() if isinstance(value, FunctionType)}
+    code = _code_from(called, ["forward", "__call__"])
+    return any(bytecode.writes_items(part, layers if function in methods and part is function.__code__ else ()) for part, function in code)
 
 
 def _code_from(kind: type, methods: list[str]) -> Iterator[tuple[CodeType, FunctionType]]:

@@ -256,7 +256,7 @@ class _Tracer(Tracer):
             self.called.update(map(id, parts))
             values = [value for part in parts for attribute in vars(part).values() for value in held(attribute)]
             functions = [value for value in values if isinstance(value, FunctionType)]
-            _check_passed(f"a {type(m).__name__}", [*map(type, parts), *functions], args, kwargs)
+            _check_passed(f"a {type(m).__name__}", [*map(type, parts), *functions], args, kwargs, parts)
         if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
             self.called.add(HOOKED)
         return super().call_module(m, forward, args, kwargs)
@@ -317,12 +317,32 @@ class _Tracer(Tracer):
         return super().create_node(*args, **kwargs)
 
 
-def _check_passed(name: str, called: Iterable[type | FunctionType], args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raises Unreadable if a call may write into a list or a dict that it gets: a graph has a copy of it."""
+def _check_passed(
+    name: str, called: Iterable[type | FunctionType], args: Iterable[Any], kwargs: Mapping[str, Any], parts: Iterable[nn.Module] = ()
+) -> None:
+    """Raises Unreadable if a call may write into a list or a dict that it gets: a graph has a copy of it.
+
+    parts: the modules whose classes are among `called`.
+    """
     arguments = [container for value in (*args, *kwargs.values()) for container in containers(value)]
     passed = [container for container in arguments if not isinstance(container, tuple)]
-    if passed and any(map(writes_into_containers, called)):
+    if passed and any(writes_into_containers(each, _layers([part for part in parts if type(part) is each])) for each in called):
         raise Unreadable(f"passes a {type(passed[0]).__name__} to {name}, which may write into it")
+
+
+def _layers(modules: Iterable[nn.Module]) -> set[str]:
+    """The names under which all of these modules have layers of torch that return tensors: a list is an error for these layers."""
+    names: set[str] | None = None
+    for module in modules:
+        parts = object.__getattribute__(module, "__dict__")["_modules"]
+        own = {name for name, part in parts.items() if _returns_tensors(part) and not hasattr(type(module), name)}
+        names = own if names is None else names & own
+    return names or set()
+
+
+def _returns_tensors(module: nn.Module | None) -> bool:
+    is_layer = type(module).__module__.startswith("torch.nn.modules.") and not isinstance(module, (nn.Identity, nn.Sequential))
+    return isinstance(module, nn.Module) and is_layer and not module._forward_hooks and "forward" not in module.__dict__
 
 
 def has_own_forward(module: nn.Module) -> bool:
