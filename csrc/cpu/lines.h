@@ -478,12 +478,13 @@ struct ShortRuns {
   // has gaps between the rows.
   //
   // With AVX-512 and blocks of four rows, the next block is prefetched. It is not prefetched if the distance
-  // of two rows is a page or more, because the processor predicts such rows itself.
+  // of two rows is a page or more and the lines are not narrow, because the processor predicts such rows itself.
   template <typename scalar_t, typename Function>
   static GK_INLINE void for_each_block(const Lines& lines, int64_t first, int64_t last, int64_t values, const Function& function) {
     using opmath = opmath_t<scalar_t>;
     constexpr int64_t kCachedBytes = 24 * 1024;
-    constexpr int64_t kForeseenBytes = 4096;
+    constexpr int64_t kForeseenBytes = 4096, kNarrowBytes = 1024;
+    constexpr int64_t kElementBytes = sizeof(scalar_t);
     const int64_t bytes = (lines.end - lines.begin) * values * static_cast<int64_t>(sizeof(opmath));
     const auto for_each_vector_of = [&](int64_t row, int64_t row_end, int64_t end, int64_t ahead) {
       for_each_vector<opmath>(lines.begin, end, [&](int64_t column, auto lanes) { function(column, lanes, row, row_end, ahead); });
@@ -493,7 +494,8 @@ struct ShortRuns {
       return;
     }
     constexpr int64_t kRows = 4;
-    const bool fetches_ahead = kRegisterBytes == 64 && lines.row_stride * static_cast<int64_t>(sizeof(scalar_t)) < kForeseenBytes;
+    const bool is_foreseen = lines.row_stride * kElementBytes >= kForeseenBytes && (lines.end - lines.begin) * kElementBytes >= kNarrowBytes;
+    const bool fetches_ahead = kRegisterBytes == 64 && !is_foreseen;
     const int64_t whole = lines.whole_end();
     for (int64_t row = first, row_end; row < last; row = row_end) {
       const int64_t end = row < whole && whole < last ? whole : last;
