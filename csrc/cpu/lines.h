@@ -485,7 +485,8 @@ struct ShortRuns {
     constexpr int64_t kCachedBytes = 24 * 1024;
     constexpr int64_t kForeseenBytes = 4096, kNarrowBytes = 1024;
     constexpr int64_t kElementBytes = sizeof(scalar_t);
-    const int64_t bytes = (lines.end - lines.begin) * values * static_cast<int64_t>(sizeof(opmath));
+    const int64_t width = lines.end - lines.begin;
+    const int64_t bytes = width * values * static_cast<int64_t>(sizeof(opmath));
     const auto for_each_vector_of = [&](int64_t row, int64_t row_end, int64_t end, int64_t ahead) {
       for_each_vector<opmath>(lines.begin, end, [&](int64_t column, auto lanes) { function(column, lanes, row, row_end, ahead); });
     };
@@ -494,7 +495,7 @@ struct ShortRuns {
       return;
     }
     constexpr int64_t kRows = 4;
-    const bool is_foreseen = lines.row_stride * kElementBytes >= kForeseenBytes && (lines.end - lines.begin) * kElementBytes >= kNarrowBytes;
+    const bool is_foreseen = lines.row_stride * kElementBytes >= kForeseenBytes && width * kElementBytes >= kNarrowBytes;
     const bool fetches_ahead = kRegisterBytes == 64 && !is_foreseen;
     const int64_t whole = lines.whole_end();
     for (int64_t row = first, row_end; row < last; row = row_end) {
