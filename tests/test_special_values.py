@@ -605,6 +605,7 @@ def test_rmsprop(options, dtype):
 # ---- Instruction sets
 
 
+@pytest.mark.slow
 def test_other_instruction_sets():
     """Repeats the tests of the kernels with each smaller instruction set, which torch's kernels use then too."""
     capabilities = ["default", "avx2", torch.backends.cpu.get_cpu_capability().lower()]
