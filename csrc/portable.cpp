@@ -5,6 +5,7 @@
 // Nothing is checked here: the caller does. A function that computes returns 0, or 1 if there is not enough
 // memory. Tensors of a list are described by arrays: their dtypes, their numbers of elements, and the addresses
 // of their first elements.
+#include <algorithm>
 #include <cmath>
 #include <new>
 #include <string>
@@ -18,6 +19,7 @@
 #include "ops/activation.h"
 #include "ops/batch_norm_act.h"
 #include "ops/clip_grad.h"
+#include "ops/group_norm_act.h"
 #include "ops/optim.h"
 
 namespace gradkernels {
@@ -50,6 +52,28 @@ int run(const Function& function) {
 void* fresh(DType dtype, int64_t count, void* y) {
   if (y != nullptr) request_huge_pages(y, static_cast<size_t>(count * size_of(dtype)));
   return y;
+}
+
+// The arguments that both directions of batch norm and of group norm have. `statistics` are mean and invstd, one after the
+// other.
+template <typename Arguments>
+Arguments norm_act(DType dtype, DType parameter_dtype, const ChannelShape& shape, int64_t set_channels, math::Activation act, int training,
+                   const void* x, const void* residual, uint8_t* mask, const void* weight, const void* bias, double* statistics) {
+  Arguments p{};
+  p.dtype = dtype;
+  p.parameter_dtype = parameter_dtype;
+  p.shape = shape;
+  p.set_channels = std::max<int64_t>(set_channels, 1);
+  p.act = act;
+  p.training = training != 0;
+  p.x = x;
+  p.residual = residual;
+  p.mask = mask;
+  p.weight = weight;
+  p.bias = bias;
+  p.mean = statistics;
+  p.invstd = statistics + shape.samples * shape.channels / p.set_channels;
+  return p;
 }
 
 // Calls launch(runs, count) for all runs at once or, if some share memory, for one after the other.
@@ -131,61 +155,39 @@ int gk_parametric_backward(DType dtype, Parametric act, int64_t rows, int64_t ch
 
 int64_t gk_mask_bytes(int64_t rows, int64_t channels, int64_t inner) { return mask_bytes(rows, channels, inner); }
 
-// `statistics` are mean and invstd, one after the other. `counted` is num_batches_tracked or null; in training
-// 1 is added to it, and if `cumulative`, it replaces the momentum.
-int gk_batch_norm_act_forward(DType dtype, DType parameter_dtype, int64_t rows, int64_t channels, int64_t inner, ActivationKind kind,
-                              double act_param, int training, double momentum, int cumulative, double eps, const void* x,
-                              const void* residual, const void* weight, const void* bias, void* running_mean, void* running_var,
-                              double* statistics, void* y, uint8_t* mask, int64_t* counted) {
+// Batch norm if `set_channels` is 0, otherwise group norm. `counted` is num_batches_tracked or null; in training 1 is added
+// to it, and if `cumulative`, it replaces the momentum.
+int gk_norm_act_forward(DType dtype, DType parameter_dtype, int64_t samples, int64_t rows, int64_t channels, int64_t inner,
+                        int64_t set_channels, ActivationKind kind, double act_param, int training, const void* x, const void* residual,
+                        uint8_t* mask, const void* weight, const void* bias, double* statistics, double momentum, int cumulative,
+                        double eps, void* running_mean, void* running_var, void* y, int64_t* counted) {
   return run([&] {
-    BatchNormForward p{};
-    p.dtype = dtype;
-    p.parameter_dtype = parameter_dtype;
-    p.shape = {rows, channels, inner};
-    p.act = {kind, act_param};
-    p.training = training != 0;
+    auto p = norm_act<BatchNormForward>(dtype, parameter_dtype, {rows, channels, inner, samples}, set_channels, {kind, act_param}, training,
+                                        x, residual, mask, weight, bias, statistics);
     p.momentum = momentum;
     p.batches = cumulative != 0 ? counted : nullptr;
     p.eps = eps;
-    p.x = x;
-    p.residual = residual;
-    p.weight = weight;
-    p.bias = bias;
     p.running_mean = running_mean;
     p.running_var = running_var;
-    p.mean = statistics;
-    p.invstd = statistics + channels;
-    p.y = fresh(dtype, rows * channels * inner, y);
-    p.mask = mask;
-    cpu::batch_norm_act_forward(p);
+    p.y = fresh(dtype, samples * rows * channels * inner, y);
+    (set_channels == 0 ? cpu::batch_norm_act_forward : cpu::group_norm_act_forward)(p);
     if (counted != nullptr) ++*counted;
   });
 }
 
-int gk_batch_norm_act_backward(DType dtype, DType parameter_dtype, int64_t rows, int64_t channels, int64_t inner, ActivationKind kind,
-                               double act_param, int training, const void* grad_y, const void* x, const void* residual, const uint8_t* mask,
-                               const void* weight, const void* bias, const double* statistics, void* grad_x, void* grad_weight,
-                               void* grad_bias, void* grad_residual) {
+int gk_norm_act_backward(DType dtype, DType parameter_dtype, int64_t samples, int64_t rows, int64_t channels, int64_t inner,
+                         int64_t set_channels, ActivationKind kind, double act_param, int training, const void* x, const void* residual,
+                         uint8_t* mask, const void* weight, const void* bias, double* statistics, const void* grad_y, void* grad_x,
+                         void* grad_weight, void* grad_bias, void* grad_residual) {
   return run([&] {
-    BatchNormBackward p{};
-    p.dtype = dtype;
-    p.parameter_dtype = parameter_dtype;
-    p.shape = {rows, channels, inner};
-    p.act = {kind, act_param};
-    p.training = training != 0;
+    auto p = norm_act<BatchNormBackward>(dtype, parameter_dtype, {rows, channels, inner, samples}, set_channels, {kind, act_param},
+                                         training, x, residual, mask, weight, bias, statistics);
     p.grad_y = grad_y;
-    p.x = x;
-    p.residual = residual;
-    p.mask = mask;
-    p.weight = weight;
-    p.bias = bias;
-    p.mean = statistics;
-    p.invstd = statistics + channels;
-    p.grad_x = fresh(dtype, rows * channels * inner, grad_x);
+    p.grad_x = fresh(dtype, samples * rows * channels * inner, grad_x);
     p.grad_weight = grad_weight;
     p.grad_bias = grad_bias;
-    p.grad_residual = fresh(dtype, rows * channels * inner, grad_residual);
-    cpu::batch_norm_act_backward(p);
+    p.grad_residual = fresh(dtype, samples * rows * channels * inner, grad_residual);
+    (set_channels == 0 ? cpu::batch_norm_act_backward : cpu::group_norm_act_backward)(p);
   });
 }
 

@@ -32,7 +32,7 @@ _OPERATORS = {
     "elu": ("", _OF_ACTIVATIONS),
     "swish": ("", _OF_ACTIVATIONS),
     "batch_norm_act": ("", "faster small calls; torch.func; torch.compile; recompute; SyncBatchNormAct"),
-    "group_norm_act": (", at least 48 pixels", "kernels"),
+    "group_norm_act": (", at least 48 pixels", "faster small calls; torch.func; torch.compile; recompute"),
     "clip_grad_norm_": (_NORMS, _OF_LISTS),
     "clip_grad_value_": ("", _OF_LISTS),
     "adaptive_clip_grad_": (_NORMS, _OF_LISTS),
@@ -65,7 +65,7 @@ def info() -> str:
             table += [(operator, "native", why, "")]
         elif kernels is None:
             table += [(operator, "reference", str(_native.reason), "")]
-        elif operator in ("rrelu", "group_norm_act"):
+        elif operator == "rrelu":
             table += [(operator, "reference", "only the native library has a kernel", adds)]
         else:
             table += [(operator, "portable", why, adds)]

@@ -5,7 +5,6 @@ another forward: the same fields, state_dict and errors.
 """
 
 import math
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -75,11 +74,6 @@ def _autocast(x: Tensor) -> Tensor:
     return x
 
 
-def _library(*tensors: Tensor | None) -> ModuleType | None:
-    """The native library if it computes this call. The portable one has no kernels of group norm."""
-    return _native.library(*tensors) if _native.C is not None else None
-
-
 def _group_norm_act(
     x: Tensor,
     num_groups: int,
@@ -91,7 +85,7 @@ def _group_norm_act(
     act_param: float | None,
 ) -> Tensor:
     x, residual = promoted(x, residual)
-    native = _library(x, weight, bias, residual)
+    native = _native.library(x, weight, bias, residual)
     # F.group_norm, and not the operator, raises torch's errors for other arguments.
     if native is not None and type(num_groups) is int and x.dim() > 1 and 0 < num_groups < x.numel() and x.shape[1] % num_groups == 0:
         act_param = reference.check_norm_act(x, residual, act, act_param)
@@ -128,7 +122,7 @@ def _instance_norm_act(
         if len(dtypes) == 1 and (x.dtype in dtypes or x.element_size() == 2):
             return _batch_norm_act(x, running_mean, running_var, weight, bias, residual, None, False, 0.0, eps, act, act_param)
     tensors = (x, running_mean, running_var, weight, bias, residual)
-    native = _library(*tensors)
+    native = _native.library(*tensors)
     pixels = math.prod(x.shape[2:])
     # F.instance_norm raises torch's errors for other inputs. Of a constant instance with eps = 0, torch's group norm
     # returns nan, and its instance norm the bias.
@@ -138,8 +132,12 @@ def _instance_norm_act(
     if is_group_norm and running_mean is not None and running_var is not None and native is not None:
         x, residual = promoted(x, residual)
         act_param = reference.check_norm_act(x, residual, act, act_param)
+        arguments = x, x.shape[1], weight, bias, residual, eps, act, act_param
         y: Tensor
-        y, mean, invstd, _ = torch.ops.gradkernels.group_norm_act.default(x, x.shape[1], weight, bias, residual, eps, act, act_param)
+        if native is _native.C:
+            y, mean, invstd, _ = torch.ops.gradkernels.group_norm_act.default(*arguments)
+        else:
+            y, (mean, invstd) = native.group_norm_act_and_statistics(*arguments)
         if mean.numel() > 0:
             with torch.no_grad():
                 # The rounding of invstd can make the variance of a constant instance negative.

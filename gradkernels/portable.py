@@ -26,6 +26,8 @@ from gradkernels.acts import ACTS
 _INT, _REAL, _POINTER, _COUNT = ctypes.c_int, ctypes.c_double, ctypes.c_void_p, ctypes.c_int64
 # Rows, channels, elements of a run.
 _SHAPE = (_COUNT, _COUNT, _COUNT)
+# dtypes, samples, _SHAPE, channels of a set, activation, training; x, residual, mask, weight, bias, statistics.
+_NORM_ACT = (_INT, _INT, _COUNT, *_SHAPE, _COUNT, _INT, _REAL, _INT, *[_POINTER] * 6)
 # A list of tensors: its length, dtypes, numbers of elements, addresses.
 _LIST = (_COUNT, ctypes.c_char_p, _POINTER, _POINTER)
 # The functions of csrc/portable.cpp that compute.
@@ -34,8 +36,8 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "activation_backward": (_INT, _INT, _REAL, _INT, _COUNT, *[_POINTER] * 3),
     "parametric_forward": (_INT, _INT, *_SHAPE, *[_POINTER] * 3),
     "parametric_backward": (_INT, _INT, *_SHAPE, *[_POINTER] * 5),
-    "batch_norm_act_forward": (_INT, _INT, *_SHAPE, _INT, _REAL, _INT, _REAL, _INT, _REAL, *[_POINTER] * 10),
-    "batch_norm_act_backward": (_INT, _INT, *_SHAPE, _INT, _REAL, _INT, *[_POINTER] * 11),
+    "norm_act_forward": (*_NORM_ACT, _REAL, _INT, _REAL, *[_POINTER] * 4),
+    "norm_act_backward": (*_NORM_ACT, *[_POINTER] * 5),
     "grad_norms": (*_LIST, _INT, *[_POINTER] * 4),
     "clip_grad_norm": (*_LIST, _INT, _REAL, _INT, _POINTER),
     "clip_with_norm": (*_LIST, _REAL, _POINTER),
@@ -47,12 +49,14 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 _NORMS = {1.0: 0, 2.0: 1, float("inf"): 2}
 _INPUT, _OUTPUT, _MASK = range(3)
 _PRELU, _SWISH = range(2)
+# Group norm of fewer pixels is faster in torch (csrc/ops/group_norm_act.cpp).
+_LEAST_PIXELS = 48
 
 _NUMBERS = frozenset((float, int))
 _NUMBERS_OR_NONE = frozenset((float, int, type(None)))
 _TYPES = frozenset((Tensor, torch.nn.Parameter))
 _dtype_of: Callable[[Tensor], torch.dtype] = cast(Any, Tensor.dtype).__get__
-_Layout: TypeAlias = tuple[Tensor, tuple[int, int, int], torch.memory_format]
+_Layout: TypeAlias = tuple[Tensor, tuple[int, ...], torch.memory_format]
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 # Of load(): the functions of the library by their names without gk_, and the numbers of the activations.
@@ -293,7 +297,7 @@ def swish(x: Tensor, beta: float) -> Tensor:
 # ---- prelu, and swish with a tensor
 
 
-def _parametric_layout(x: Tensor, parameter: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+def _parametric_layout(x: Tensor, parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """_by_channel; if all channels share the parameter, x is one channel."""
     return (_dense(x), (1, 1, x.numel())) if parameter.numel() == 1 else _by_channel(x)[:2]
 
@@ -351,37 +355,47 @@ def rrelu(x: Tensor, seed: Tensor, lower: float, upper: float, inplace: bool) ->
     return reference.rrelu(x, lower, upper, True, inplace)
 
 
-# ---- batch_norm_act
+# ---- batch_norm_act and group_norm_act
+
+
+def _norm_layout(x: Tensor, num_groups: int) -> _Layout:
+    """_by_channel, with samples and their rows in front of the shape, and the channels of a set, or 0 in batch norm, at its end."""
+    x, (rows, channels, inner), memory_format = _by_channel(x)
+    samples, set_channels = (len(x), channels // num_groups) if num_groups else (1, 0)
+    return x, (samples, rows // samples, channels, inner, set_channels), memory_format
 
 
 def _forward(
-    layout: _Layout,
+    x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    statistics: Tensor,
     running: tuple[Tensor | None, ...],
     call: tuple[Any, ...],
     keeps_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y, mean and invstd, and the mask."""
-    (x, shape, memory_format), (dtype, training, momentum, eps, act, act_param) = layout, call
+) -> tuple[Tensor, Tensor | None, _Layout]:
+    """y, the mask, and the layout of x. Writes mean and invstd."""
+    num_groups, dtype, training, momentum, eps, act, act_param = call
+    x, shape, memory_format = layout = _norm_layout(x, num_groups)
     if residual is not None:
         residual = residual.contiguous(memory_format=memory_format)
     y = torch.empty_like(x)
-    statistics = torch.empty((2, shape[1]), dtype=torch.float64, device="cpu")
-    mask = torch.empty(_kernels.gk_mask_bytes(*shape), dtype=torch.uint8, device="cpu") if keeps_mask else None
+    samples, *sizes, _ = shape
+    mask = torch.empty(samples * _kernels.gk_mask_bytes(*sizes), dtype=torch.uint8, device="cpu") if keeps_mask else None
     running_mean, running_var, count = running
-    _kernels.gk_batch_norm_act_forward(
-        *(_DTYPES[x.dtype], _DTYPES[dtype], *shape, _kinds[act], act_param),
-        *(training, 0.0 if momentum is None else momentum, momentum is None, eps),
-        *map(_address, (x, residual, weight, bias, running_mean, running_var, statistics, y, mask, count)),
+    _kernels.gk_norm_act_forward(
+        *(_DTYPES[x.dtype], _DTYPES[dtype], *shape, _kinds[act], act_param, training),
+        *map(_address, (x, residual, mask, weight, bias, statistics)),
+        *(0.0 if momentum is None else momentum, momentum is None, eps),
+        *map(_address, (running_mean, running_var, y, count)),
     )
     if training:
         _count_versions(tensor for tensor in running if tensor is not None)
-    return y, statistics, mask
+    return y, mask, layout
 
 
-class BatchNormAct(torch.autograd.Function):
+class _NormAct(torch.autograd.Function):
     """Keeps x and the statistics; with a residual also one bit for each element, or the residual if the gradient reads it."""
 
     @staticmethod
@@ -391,12 +405,12 @@ class BatchNormAct(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        layout: _Layout,
+        statistics: Tensor,
         running: tuple[Tensor | None, ...],
         call: tuple[Any, ...],
     ) -> Tensor:
-        saves = ACTS[call[4]].saves
-        y, statistics, mask = _forward(layout, weight, bias, residual, running, call, residual is not None and saves == "mask")
+        saves = ACTS[call[5]].saves
+        y, mask, layout = _forward(x, weight, bias, residual, statistics, running, call, residual is not None and saves == "mask")
         ctx.save_for_backward(x, weight, bias, residual if saves == "value" else None, statistics, mask)
         # A hook may return x in another memory format; the mask and the statistics belong to this one.
         ctx.call, ctx.layout = call, layout[1:]
@@ -406,7 +420,7 @@ class BatchNormAct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_y,), wanted = grads, ctx.needs_input_grad[:4]
         # Without an activation the gradient of the residual is that of z, where y = act(z).
-        computes_residual = wanted[3] and ACTS[ctx.call[4]].saves != "nothing"
+        computes_residual = wanted[3] and ACTS[ctx.call[5]].saves != "nothing"
         if _takes_gradient(grad_y):
             gradients = _backward(ctx, grad_y, (*wanted[:3], computes_residual))
             grad_z = grad_y
@@ -417,9 +431,13 @@ class BatchNormAct(torch.autograd.Function):
         return *gradients, None, None, None
 
 
+_BatchNormAct: Any = type("BatchNormAct", (_NormAct,), {})
+_GroupNormAct: Any = type("GroupNormAct", (_NormAct,), {})
+
+
 def _backward(ctx: Any, grad_y: Tensor, wanted: tuple[bool, ...]) -> list[Tensor | None]:
     x, weight, bias, residual, statistics, mask = ctx.saved_tensors
-    dtype, training, _, _, act, act_param = ctx.call
+    _, dtype, training, _, _, act, act_param = ctx.call
     shape, memory_format = ctx.layout
     x = x.contiguous(memory_format=memory_format)
     # Every tensor needs a name here: a temporary would be freed when its address is known.
@@ -427,12 +445,12 @@ def _backward(ctx: Any, grad_y: Tensor, wanted: tuple[bool, ...]) -> list[Tensor
     if residual is not None:
         residual = residual.contiguous(memory_format=memory_format)
     gradients = [
-        (torch.empty_like(x) if i in (0, 3) else torch.empty(shape[1], dtype=dtype, device="cpu")) if is_wanted else None
+        (torch.empty_like(x) if i in (0, 3) else torch.empty(x.shape[1], dtype=dtype, device="cpu")) if is_wanted else None
         for i, is_wanted in enumerate(wanted)
     ]
-    _kernels.gk_batch_norm_act_backward(
+    _kernels.gk_norm_act_backward(
         *(_DTYPES[x.dtype], _DTYPES[dtype], *shape, _kinds[act], act_param, training),
-        *map(_address, (grad_y, x, residual, mask, weight, bias, statistics, *gradients)),
+        *map(_address, (x, residual, mask, weight, bias, statistics, grad_y, *gradients)),
     )
     return gradients
 
@@ -440,7 +458,7 @@ def _backward(ctx: Any, grad_y: Tensor, wanted: tuple[bool, ...]) -> list[Tensor
 def _backward_by_torch(ctx: Any, grad_y: Tensor, wanted: tuple[bool, ...]) -> tuple[list[Tensor | None], Tensor]:
     """The gradients, and that of z, where y = act(z)."""
     *inputs, statistics, mask = ctx.saved_tensors
-    _, training, _, eps, act, act_param = ctx.call
+    num_groups, _, training, _, eps, act, act_param = ctx.call
     grad_z = grad_y
     if mask is not None:
         # act' takes two values. Where the gradient of inf is 0, act stops the gradient, so it is 0 for every grad_y.
@@ -452,7 +470,9 @@ def _backward_by_torch(ctx: Any, grad_y: Tensor, wanted: tuple[bool, ...]) -> tu
         grad_z = torch.where(of_infinities == 0, 0, grad_y * of_ones)
 
     def function(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        if training:
+        if num_groups:
+            z = reference.group_norm_act(x, num_groups, weight, bias, eps, act="identity")
+        elif training:
             z = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
         else:
             per_channel = (-1, *[1] * (x.dim() - 2))
@@ -466,25 +486,50 @@ def _backward_by_torch(ctx: Any, grad_y: Tensor, wanted: tuple[bool, ...]) -> tu
     return _gradients_by_torch(function, tuple(inputs), wanted, grad_z), grad_z
 
 
-def _takes_batch_norm(
-    x: Tensor, operands: tuple[Tensor | None, ...], residual: Tensor | None, written: list[Tensor], dtype: torch.dtype, training: bool
-) -> bool:
-    if not (_is_eager() and _is_plain(x) and 2 <= x.dim() <= 5 and x.numel() > 0):
-        return False
-    channels = x.shape[1]
+def _norm_dtype(x: Tensor, operands: tuple[Tensor | None, ...], residual: Tensor | None, eps: float) -> torch.dtype | None:
+    """The dtype of the operands with one number for each channel; None if the kernels do not take the call."""
+    if not (type(eps) in _NUMBERS and _is_eager() and _is_plain(x) and 2 <= x.dim() <= 5 and x.numel() > 0):
+        return None
+    given = [operand for operand in operands if operand is not None]
+    dtype = given[0].dtype if given else x.dtype
     if not (dtype == x.dtype or (dtype == torch.float32 and x.itemsize == 2)):
+        return None
+    for operand in given:
+        if not (operand.dtype == dtype and operand.shape == x.shape[1:2] and operand.is_contiguous() and _is_plain(operand)):
+            return None
+    return dtype if residual is None or _is_plain(residual) else None
+
+
+def _takes_running(x: Tensor, running: tuple[Tensor | None, ...], training: bool, momentum: float | None) -> bool:
+    """Whether batch norm can use these running statistics and this count, or write them in training."""
+    running_mean, running_var, count = running
+    if type(momentum) not in _NUMBERS_OR_NONE or (running_mean is None) != (running_var is None):
         return False
-    for operand in operands:
-        if operand is not None and not (
-            operand.dtype == dtype and operand.shape == (channels,) and operand.is_contiguous() and _is_plain(operand)
-        ):
-            return False
-    if any(tensor.requires_grad or (tensor.is_inference() and not torch.is_inference_mode_enabled()) for tensor in written):
+    if not training:
+        return running_mean is not None
+    if count is not None and not (_keys_of(count) in (_plain, _plain_of_inference) and count.dtype == torch.int64 and count.numel() == 1):
         return False
-    if residual is not None and not _is_plain(residual):
-        return False
-    running_mean, running_var = operands[:2]
-    return (running_mean is None) == (running_var is None) and (x.numel() > channels if training else running_mean is not None)
+    can_write = torch.is_inference_mode_enabled()
+    written = [tensor for tensor in running if tensor is not None]
+    return x.numel() > x.shape[1] and not any(each.requires_grad or (each.is_inference() and not can_write) for each in written)
+
+
+def _norm_act(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running: tuple[Tensor | None, ...],
+    *call: Any,
+) -> tuple[Tensor, Tensor]:
+    """y, and mean and invstd."""
+    num_groups = call[0]
+    sets = len(x) * num_groups if num_groups else x.shape[1]
+    statistics = torch.empty((2, sets), dtype=torch.float64, device="cpu")
+    if _records(x, weight, bias, residual):
+        function = _GroupNormAct if num_groups else _BatchNormAct
+        return function.apply(x, weight, bias, residual, statistics, running, call), statistics
+    return _forward(x, weight, bias, residual, statistics, running, call, False)[0], statistics
 
 
 def batch_norm_act(
@@ -501,15 +546,9 @@ def batch_norm_act(
     act: str,
     act_param: float,
 ) -> Tensor:
-    operands = (running_mean, running_var, weight, bias)
-    dtype = next((operand.dtype for operand in operands if operand is not None), x.dtype)
     running = (running_mean, running_var, num_batches_tracked if training else None)
-    written = [tensor for tensor in running if tensor is not None] if training else []
-    counts = running[2] is None or (
-        _keys_of(running[2]) in (_plain, _plain_of_inference) and running[2].dtype == torch.int64 and running[2].numel() == 1
-    )
-    takes = counts and type(momentum) in _NUMBERS_OR_NONE and type(eps) in _NUMBERS
-    if not (takes and _takes_batch_norm(x, operands, residual, written, dtype, training)):
+    dtype = _norm_dtype(x, (running_mean, running_var, weight, bias), residual, eps)
+    if dtype is None or not _takes_running(x, running, training, momentum):
         return reference.batch_norm_act(
             *(x, running_mean, running_var, weight, bias, training, momentum, eps),
             act=act,
@@ -517,11 +556,29 @@ def batch_norm_act(
             residual=residual,
             num_batches_tracked=num_batches_tracked,
         )
-    layout, call = _by_channel(x), (dtype, training, momentum, eps, act, act_param)
-    if _records(x, weight, bias, residual):
-        y: Tensor = cast(Any, BatchNormAct).apply(x, weight, bias, residual, layout, running, call)
-        return y
-    return _forward(layout, weight, bias, residual, running, call, False)[0]
+    return _norm_act(x, weight, bias, residual, running, 0, dtype, training, momentum, eps, act, act_param)[0]
+
+
+def group_norm_act_and_statistics(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    act: str,
+    act_param: float,
+) -> tuple[Tensor, Tensor]:
+    """y, and mean and invstd of the groups of each sample in turn, without elements if torch computes."""
+    dtype = _norm_dtype(x, (weight, bias), residual, eps)
+    if dtype is None or x.numel() < _LEAST_PIXELS * x.shape[0] * x.shape[1]:
+        y = reference.group_norm_act(x, num_groups, weight, bias, eps, act=act, act_param=act_param, residual=residual)
+        return y, torch.empty((2, 0), dtype=torch.float64, device="cpu")
+    return _norm_act(x, weight, bias, residual, (None, None, None), num_groups, dtype, True, 0.0, eps, act, act_param)
+
+
+def group_norm_act(*arguments: Any) -> Tensor:
+    return group_norm_act_and_statistics(*arguments)[0]
 
 
 # ---- clipping and RMSprop, on lists of tensors

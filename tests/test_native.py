@@ -162,7 +162,7 @@ def test_import_with_the_portable_library(image, tmp_path):
         [] if image() is None else [True]
     )
     text = run("-W", "ignore", "-m", "gradkernels", "info", folder=folder)
-    for operator in ("leaky_relu", "elu", "swish", "batch_norm_act", "clip_grad_norm_"):
+    for operator in ("leaky_relu", "elu", "swish", "batch_norm_act", "group_norm_act", "clip_grad_norm_"):
         assert re.search(rf"^{operator}\s+portable\s+float32.*  faster ", text, flags=re.M), text
     assert re.search(r"^rrelu\s+reference ", text, flags=re.M) and "Not native: " in text
 

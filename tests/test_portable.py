@@ -128,7 +128,8 @@ SHAPES = {
 }
 
 
-def batch_norm(library, x, act, *, training=True, affine=True, with_residual=False, dtype=None, momentum=0.1):
+def norm(library, x, act, *, groups=0, training=True, affine=True, with_residual=False, dtype=None, momentum=0.1):
+    """Batch norm, or group norm if there are groups."""
     dtype = x.dtype if dtype is None else dtype
     x = x.detach().requires_grad_()
     channels = x.shape[1]
@@ -138,8 +139,11 @@ def batch_norm(library, x, act, *, training=True, affine=True, with_residual=Fal
     running = torch.linspace(0.0, 0.1, channels).to(dtype), torch.linspace(1.0, 2.0, channels).to(dtype), torch.tensor(3)
     operands = {"x": x, "weight": weight, "bias": bias, "residual": residual}
     operands = {name: operand for name, operand in operands.items() if operand is not None}
-    call = training, momentum, 1e-5, act, ACTS[act].default or 0.0
-    y = library.batch_norm_act(x, *running[:2], weight, bias, residual, running[2], *call)
+    call = 1e-5, act, ACTS[act].default or 0.0
+    if groups:
+        y = library.group_norm_act(x, groups, weight, bias, residual, *call)
+    else:
+        y = library.batch_norm_act(x, *running[:2], weight, bias, residual, running[2], training, momentum, *call)
     gradients = torch.autograd.grad(y, operands.values(), torch.randn_like(y).mul_(2))
     return {
         "y": y.detach(),
@@ -154,23 +158,90 @@ def batch_norm(library, x, act, *, training=True, affine=True, with_residual=Fal
 def test_batch_norm_act_has_the_bits_of_the_native_library(act, with_residual, calls):
     for dtype, training, affine in itertools.product(DTYPES, (True, False), (True, False)):
         options = {"training": training, "affine": affine, "with_residual": with_residual}
-        assert_same_bits(
-            lambda library, dtype=dtype, options=options: batch_norm(library, torch.randn(3, 5, 9, 11).to(dtype), act, **options)
-        )
-    assert {*calls} - {"mask_bytes"} == {"batch_norm_act_forward", "batch_norm_act_backward"}
+        assert_same_bits(lambda library, dtype=dtype, options=options: norm(library, torch.randn(3, 5, 9, 11).to(dtype), act, **options))
+    assert {*calls} - {"mask_bytes"} == {"norm_act_forward", "norm_act_backward"}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("act", ["relu", "swish"])
 def test_batch_norm_act_in_every_layout(act, shape, calls):
     for with_residual in (False, True):
-        assert_same_bits(lambda library, r=with_residual: batch_norm(library, SHAPES[shape](), act, with_residual=r, momentum=None))
-    assert "batch_norm_act_forward" in calls
+        assert_same_bits(lambda library, r=with_residual: norm(library, SHAPES[shape](), act, with_residual=r, momentum=None))
+    assert "norm_act_forward" in calls
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
+def test_group_norm_act_has_the_bits_of_the_native_library(act, with_residual, groups, calls):
+    for dtype, channels_last, affine in itertools.product(DTYPES, (False, True), (True, False)):
+        options = {"groups": groups, "affine": affine, "with_residual": with_residual}
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        x = torch.randn(3, 6, 7, 9).to(dtype).contiguous(memory_format=memory_format)
+        assert_same_bits(lambda library, x=x, options=options: norm(library, x, act, **options))
+    assert {*calls} - {"mask_bytes"} == {"norm_act_forward", "norm_act_backward"}
+
+
+# Without kernel: fewer than 48 pixels, and 6 dimensions.
+GROUP_NORM_SHAPES = {
+    **{name: (make, 5) for name, make in SHAPES.items() if name not in ("N,C", "transposed", "channels_last of one channel")},
+    "1 channel": (SHAPES["channels_last of one channel"], 1),
+    "1 sample of channels_last": (lambda: torch.randn(2, 8, 9, 11).to(memory_format=torch.channels_last)[1:], 4),
+    "48 pixels": (lambda: torch.randn(2, 24, 48), 3),
+    "sets larger than a slab": (lambda: torch.randn(1, 2, 300, 450), 1),
+    "sets larger than a slab, channels_last": (lambda: torch.randn(1, 96, 30, 30).to(memory_format=torch.channels_last), 3),
+    "47 pixels": (lambda: torch.randn(2, 24, 47), None),
+    "6 dimensions": (lambda: torch.randn(2, 4, 2, 3, 4, 5), None),
+}
+
+
+@pytest.mark.parametrize("shape", GROUP_NORM_SHAPES)
+@pytest.mark.parametrize("act", ["relu", "swish"])
+def test_group_norm_act_in_every_layout(act, shape, calls):
+    make, groups = GROUP_NORM_SHAPES[shape]
+    for with_residual in (False, True):
+        assert_same_bits(lambda library, r=with_residual: norm(library, make(), act, groups=groups or 2, with_residual=r))
+    assert ("norm_act_forward" in calls) == (groups is not None)
+
+
+@pytest.mark.parametrize("affine", [False, True], ids=["", "affine"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_instance_norm_act_has_the_bits_of_the_native_library(dtype, affine, monkeypatch, calls):
+    """With running statistics, which are updated with those of the kernels."""
+
+    def compute(library):
+        monkeypatch.setattr(_native, "C", library if library is not portable else None)
+        monkeypatch.setattr(_native, "PORTABLE", portable)
+        parameters = torch.float32 if dtype == torch.float16 else dtype
+        norm = gk.InstanceNormAct2d(5, affine=affine, track_running_stats=True, act="elu", dtype=parameters)
+        x = torch.randn(3, 5, 9, 11).to(dtype).requires_grad_()
+        y = norm(x, residual=torch.randn(3, 5, 9, 11).to(dtype))
+        y.backward(torch.randn_like(y))
+        return {"y": y.detach(), "grad_x": x.grad, "evaluated": norm.eval()(x.detach()), **norm.state_dict()}
+
+    assert_same_bits(compute)
+    assert calls.count("norm_act_forward") == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_batch_norm_act_with_parameters_of_float32(dtype):
-    assert_same_bits(lambda library: batch_norm(library, torch.randn(3, 5, 9, 11).to(dtype), "elu", dtype=torch.float32))
+@pytest.mark.parametrize("groups", [0, 5], ids=["batch norm", "group norm"])
+def test_norms_with_parameters_of_float32(groups, dtype):
+    assert_same_bits(lambda library: norm(library, torch.randn(3, 5, 9, 11).to(dtype), "elu", groups=groups, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("left_out", ["weight", "bias"])
+def test_group_norm_act_without_one_of_its_parameters(left_out, calls):
+    """Also the gradient by torch's operators, which have no gradient with a bias and no weight."""
+    given = {"weight": torch.rand(6), "bias": torch.rand(6)} | {left_out: None}
+
+    def compute(library, create_graph=False):
+        x = torch.randn(2, 6, 49, requires_grad=True)
+        y = library.group_norm_act(x, 3, given["weight"], given["bias"], None, 1e-5, "swish", 1.0)
+        return {"y": y.detach(), "grad_x": torch.autograd.grad(y.sum(), x, create_graph=create_graph)[0].detach()}
+
+    assert_same_bits(compute)
+    assert_same_bits(lambda library: compute(library, create_graph=True))
+    assert "norm_act_forward" in calls
 
 
 def gradients(dtype=torch.float32):
@@ -293,6 +364,7 @@ def test_gradients_of_gradients(calls):
     x = torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.rand(2, dtype=torch.float64, requires_grad=True)
     residual = torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True)
+    image, other_image = torch.randn(2, 2, 2, 48, dtype=torch.float64).requires_grad_()
 
     def bn(act, training, with_residual):
         def function(x, weight, residual):
@@ -317,7 +389,14 @@ def test_gradients_of_gradients(calls):
         y = bn(act, True, True)(x.detach(), weight.detach(), residual)
         (grad,) = torch.autograd.grad(y.sum(), residual, create_graph=True)
         assert grad.shape == residual.shape
-    assert "batch_norm_act_forward" in calls
+    for act, groups in itertools.product(("identity", "relu", "swish"), (1, 2)):
+        assert torch.autograd.gradgradcheck(
+            lambda x, weight, residual, act=act, groups=groups: portable.group_norm_act(
+                x, groups, weight, weight, residual, 1e-5, act, ACTS[act].default or 0.0
+            ),
+            (image, weight, other_image),
+        )
+    assert "norm_act_forward" in calls
 
 
 def test_batched_gradients():
@@ -332,6 +411,7 @@ def test_batched_gradients():
             lambda: library.swish(x, 1.5),
             lambda: library.prelu(x, torch.tensor([0.1, 0.2, 0.3])),
             lambda: library.batch_norm_act(x, None, None, None, None, residual, None, True, 0.1, 1e-5, "relu", 0.0),
+            lambda: library.group_norm_act(x.unsqueeze(2).expand(4, 3, 48), 3, None, None, None, 1e-5, "relu", 0.0).sum(2),
         )
         grads = torch.randn(2, 4, 3)
         return [torch.autograd.grad(function(), x, grads, is_grads_batched=True)[0] for function in functions]

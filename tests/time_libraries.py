@@ -45,6 +45,15 @@ def calls_of(size):
     }
 
 
+def calls_of_group_norm():
+    """A sample of a diffusion U-Net."""
+    image = torch.randn(2, 320, 64, 64, requires_grad=True)
+    grad_image = torch.randn_like(image)
+    ours, torchs = gk.GroupNormAct(32, 320, act="swish"), nn.GroupNorm(32, 320)
+    name = "`group_norm_act`, forward and backward"
+    return {name: (lambda: ours(image).backward(grad_image), lambda: F.silu(torchs(image)).backward(grad_image))}
+
+
 def calls_of_many(count=1000):
     parameters = [nn.Parameter(torch.randn(16)) for _ in range(count)]
     for parameter in parameters:
@@ -88,7 +97,8 @@ def main():
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, {_native.C.instruction_set()}")
     print("| | native | portable | times as long | torch |\n|---|---|---|---|---|")
-    groups = [*((size, calls_of(count)) for size, count in SIZES.items()), ("1,000 tensors of 16 elements", calls_of_many())]
+    groups = [(size, calls_of(count)) for size, count in SIZES.items()]
+    groups += [("(2, 320, 64, 64)", calls_of_group_norm()), ("1,000 tensors of 16 elements", calls_of_many())]
     for size, calls in groups:
         for name, (ours, torchs) in calls.items():
             print(row(f"{size}: {name}", ours, torchs, libraries), flush=True)
