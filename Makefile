@@ -19,7 +19,7 @@ CUDA_ARCHITECTURES ?= 8.0;9.0;10.0+PTX
 CUDA_REQUIREMENTS := .venv-cuda/.requirements-$(CUDA_TORCH)
 CUDA_HOME ?= $(shell nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^\#\$$ TOP=//p')
 LIBRARY := build/.library
-CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc tests torch-ext -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # The oldest supported torch, TORCH, and the newest that pip lists. `make versions` adds the newest that pip
 # can install.

@@ -1,9 +1,9 @@
 // The schema of every operator: the contract between Python, autograd and the kernels. If torch has the
 // operator, names and the order of arguments are torch's. An operator writes its arguments of type
 // Tensor(a!).
-#include <torch/library.h>
+#include "common/library.h"
 
-TORCH_LIBRARY(gradkernels, m) {
+GK_LIBRARY(m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
 
   // mask: uint8 [ceil(numel / 8)]; bit i % 8 of byte i / 8 is x > 0 for element i in storage order. stride:

@@ -113,7 +113,7 @@ def test_public_name_has_its_page(name):
     assert re.search(rf"^::: gradkernels\.{re.escape(name)}$", reference, re.MULTILINE)
 
 
-FOLDERS = ("bench", "csrc", "docs", "examples", "gradkernels", "tests")
+FOLDERS = ("bench", "csrc", "docs", "examples", "gradkernels", "tests", "torch-ext")
 FILES = [f"/{path.relative_to(ROOT)}" for path in (*ROOT.iterdir(), *(each for folder in FOLDERS for each in (ROOT / folder).rglob("*")))]
 
 

@@ -47,7 +47,7 @@ THREADS = r"\b(parallel_for|std::thread|#\s*pragma\s+omp)\b"
 CUDA_RUNTIME = r"\bcuda[A-Z]\w*\("
 
 LAYERS = {
-    "schema": Layer(("schema.cpp",), (r"<torch/library\.h>",), (LAUNCH, "data_ptr", r"\bfor\b")),
+    "schema": Layer(("schema.cpp",), (r'"common/library\.h"',), (LAUNCH, "data_ptr", r"\bfor\b")),
     "module": Layer(
         ("module.cpp",),
         (TORCH, r"<pybind11/.*>", STANDARD, r'"(build_info|common/check|ops/operators|autograd/recompute|cpu/kernels)\.h"'),
@@ -84,7 +84,7 @@ LAYERS = {
     ),
     "autograd": Layer(
         ("autograd/*",),
-        (STANDARD, TORCH, r'"autograd/\w+\.h"', r'"common/check\.h"', r'"ops/(operators|composite)\.h"'),
+        (STANDARD, TORCH, r'"autograd/\w+\.h"', r'"common/(check|library)\.h"', r'"ops/(operators|composite)\.h"'),
         (LAUNCH, "data_ptr", r"\b(cpu|cuda|math)::"),
     ),
     "cpu": Layer(
@@ -138,7 +138,7 @@ CUDA_TORCH_UNIT = "cuda/device.cpp"
 
 def sources():
     """Every source file of the project."""
-    for folder in ("csrc", "gradkernels", "examples", "tests", "bench", "docs"):
+    for folder in ("csrc", "gradkernels", "examples", "tests", "bench", "docs", "torch-ext"):
         yield from (path for path in sorted((ROOT / folder).rglob("*")) if path.suffix in SUFFIXES)
     yield ROOT / "setup.py"
 
@@ -278,11 +278,15 @@ def instruction_set_objects():
     return objects
 
 
+def weak_symbols(path):
+    symbols = subprocess.run(["nm", "--defined-only", path], check=True, capture_output=True, text=True).stdout.splitlines()
+    return [line for line in symbols if line.split()[-2] in "WwVvui"]
+
+
 def test_objects_of_an_instruction_set_define_nothing_weak():
     """The linker keeps one of several weak definitions, for every file: one compiled for AVX-512 would crash an older processor."""
     for path in instruction_set_objects():
-        symbols = subprocess.run(["nm", "--defined-only", path], check=True, capture_output=True, text=True).stdout.splitlines()
-        weak = [line for line in symbols if line.split()[-2] in "WwVvui"]
+        weak = weak_symbols(path)
         assert not weak, f"{path.name}:\n" + "\n".join(weak)
 
 

@@ -8,10 +8,10 @@
 #include <ATen/ops/elu_backward.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/library.h>
 
 #include "autograd/function.h"
 #include "common/check.h"
+#include "common/library.h"
 #include "ops/composite.h"
 
 namespace gradkernels::autograd {
@@ -265,7 +265,7 @@ at::Tensor prelu_autocast(const at::Tensor& x, const at::Tensor& weight) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gradkernels, Autograd, m) {
+GK_LIBRARY_IMPL(Autograd, m) {
   m.impl("leaky_relu", leaky_relu);
   m.impl("leaky_relu_", leaky_relu_);
   m.impl("leaky_relu_with_mask", torch::autograd::autogradNotImplementedFallback());
@@ -285,14 +285,14 @@ TORCH_LIBRARY_IMPL(gradkernels, Autograd, m) {
   m.impl("prelu_backward", parametric_backward<ops::PreluBackward, composite::prelu_backward>);
 }
 
-TORCH_LIBRARY_IMPL(gradkernels, ADInplaceOrView, m) {
+GK_LIBRARY_IMPL(ADInplaceOrView, m) {
   m.impl("leaky_relu_", counting_version<ops::LeakyReluInplace, double>);
   m.impl("leaky_relu_with_mask_", counting_version<ops::LeakyReluWithMaskInplace, double>);
   m.impl("rrelu_with_mask_", counting_version<ops::RreluWithMaskInplace, const at::Tensor&, double, double>);
   m.impl("elu_", counting_version<ops::EluInplace, double>);
 }
 
-TORCH_LIBRARY_IMPL(gradkernels, AutocastCPU, m) { m.impl("prelu", prelu_autocast<c10::DeviceType::CPU>); }
-TORCH_LIBRARY_IMPL(gradkernels, AutocastCUDA, m) { m.impl("prelu", prelu_autocast<c10::DeviceType::CUDA>); }
+GK_LIBRARY_IMPL(AutocastCPU, m) { m.impl("prelu", prelu_autocast<c10::DeviceType::CPU>); }
+GK_LIBRARY_IMPL(AutocastCUDA, m) { m.impl("prelu", prelu_autocast<c10::DeviceType::CUDA>); }
 
 }  // namespace gradkernels::autograd

@@ -17,11 +17,11 @@
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/library.h>
 
 #include <limits>
 
 #include "autograd/function.h"
+#include "common/library.h"
 #include "ops/composite.h"
 
 namespace gradkernels::autograd {
@@ -347,7 +347,7 @@ at::Tensor unpack(const Packed& packed) { return packed.output ? packed.output->
 
 void recompute_under(PyObject* pack_hook) { recomputing_hook = pack_hook; }
 
-TORCH_LIBRARY_IMPL(gradkernels, Autograd, m) {
+GK_LIBRARY_IMPL(Autograd, m) {
   m.impl("batch_norm_act", batch_norm_act);
   m.impl("batch_norm_act_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("group_norm_act", group_norm_act);
@@ -361,7 +361,7 @@ TORCH_LIBRARY_IMPL(gradkernels, Autograd, m) {
   m.impl("batch_norm_act_backward_elemt", torch::autograd::autogradNotImplementedFallback());
 }
 
-TORCH_LIBRARY_IMPL(gradkernels, ADInplaceOrView, m) {
+GK_LIBRARY_IMPL(ADInplaceOrView, m) {
   m.impl("batch_norm_act", counting_versions);
   m.impl("batch_norm_act_gather_stats", gather_stats_counting_versions);
 }

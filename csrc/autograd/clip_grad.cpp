@@ -1,8 +1,7 @@
 // Clipping and RMSprop are not differentiated; torch's run under no_grad. The operators fall through
 // autograd, and only bump versions.
-#include <torch/library.h>
-
 #include "autograd/function.h"
+#include "common/library.h"
 
 namespace gradkernels::autograd {
 namespace {
@@ -45,13 +44,13 @@ void rmsprop_(at::TensorList params, at::TensorList grads, at::TensorList square
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gradkernels, Autograd, m) {
+GK_LIBRARY_IMPL(Autograd, m) {
   for (const char* name : {"grad_norms", "clip_grads_with_norm_", "clip_grad_value_", "adaptive_clip_grad_", "rmsprop_"}) {
     m.impl(name, torch::CppFunction::makeFallthrough());
   }
 }
 
-TORCH_LIBRARY_IMPL(gradkernels, ADInplaceOrView, m) {
+GK_LIBRARY_IMPL(ADInplaceOrView, m) {
   m.impl("clip_grads_with_norm_", clip_grads_with_norm_);
   m.impl("clip_grad_value_", clip_grad_value_);
   m.impl("adaptive_clip_grad_", adaptive_clip_grad_);

@@ -16,11 +16,11 @@
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/silu.h>
 #include <ATen/ops/where.h>
-#include <torch/library.h>
 
 #include "common/allocate.h"
 #include "common/check.h"
 #include "common/device.h"
+#include "common/library.h"
 #include "ops/composite.h"
 #include "ops/layout.h"
 
@@ -483,12 +483,12 @@ void add_composites(torch::Library& m) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gradkernels, CPU, m) { add_activation_kernels(m); }
+GK_LIBRARY_IMPL(CPU, m) { add_activation_kernels(m); }
 #if defined(GK_WITH_CUDA)
-TORCH_LIBRARY_IMPL(gradkernels, CUDA, m) { add_activation_kernels(m); }
+GK_LIBRARY_IMPL(CUDA, m) { add_activation_kernels(m); }
 #endif
 
-TORCH_LIBRARY_IMPL(gradkernels, Meta, m) {
+GK_LIBRARY_IMPL(Meta, m) {
   m.impl("leaky_relu", meta::like);
   m.impl("leaky_relu_", meta::in_place);
   m.impl("leaky_relu_with_mask", meta::with_mask);
@@ -509,14 +509,14 @@ TORCH_LIBRARY_IMPL(gradkernels, Meta, m) {
 }
 
 // For devices without kernels.
-TORCH_LIBRARY_IMPL(gradkernels, CompositeExplicitAutograd, m) { add_composites(m); }
+GK_LIBRARY_IMPL(CompositeExplicitAutograd, m) { add_composites(m); }
 
 // For vmap: ATen's operators have batching rules.
-TORCH_LIBRARY_IMPL(gradkernels, FuncTorchBatched, m) { add_composites(m); }
+GK_LIBRARY_IMPL(FuncTorchBatched, m) { add_composites(m); }
 
 // torch's fallback resolves the negative bit of the arguments that an operator reads. For arguments that an
 // operator writes, it takes the first results, if there are any, as the new values.
-TORCH_LIBRARY_IMPL(gradkernels, Negative, m) {
+GK_LIBRARY_IMPL(Negative, m) {
   for (const char* name : {"leaky_relu_", "leaky_relu_with_mask_", "elu_", "rrelu_with_mask_"}) {
     m.impl(name, torch::CppFunction::makeFallthrough());
   }

@@ -23,11 +23,11 @@
 #include <ATen/ops/relu.h>
 #include <ATen/ops/relu6.h>
 #include <ATen/ops/threshold_backward.h>
-#include <torch/library.h>
 
 #include <string>
 
 #include "common/device.h"
+#include "common/library.h"
 #include "math/batch_norm_act.h"
 #include "ops/batch_norm_act_arguments.h"
 #include "ops/composite.h"
@@ -230,24 +230,24 @@ void add_batch_norm_act_kernels(torch::Library& m) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gradkernels, CPU, m) { add_batch_norm_act_kernels(m); }
+GK_LIBRARY_IMPL(CPU, m) { add_batch_norm_act_kernels(m); }
 #if defined(GK_WITH_CUDA)
-TORCH_LIBRARY_IMPL(gradkernels, CUDA, m) { add_batch_norm_act_kernels(m); }
+GK_LIBRARY_IMPL(CUDA, m) { add_batch_norm_act_kernels(m); }
 #endif
 
-TORCH_LIBRARY_IMPL(gradkernels, Meta, m) {
+GK_LIBRARY_IMPL(Meta, m) {
   m.impl("batch_norm_act", batch_norm_act_meta);
   m.impl("batch_norm_act_backward", batch_norm_act_backward_meta);
 }
 
 // For devices without kernels.
-TORCH_LIBRARY_IMPL(gradkernels, CompositeExplicitAutograd, m) { m.impl("batch_norm_act", composite::batch_norm_act); }
+GK_LIBRARY_IMPL(CompositeExplicitAutograd, m) { m.impl("batch_norm_act", composite::batch_norm_act); }
 
 // For vmap: ATen's operators have batching rules.
-TORCH_LIBRARY_IMPL(gradkernels, FuncTorchBatched, m) { m.impl("batch_norm_act", composite::batch_norm_act); }
+GK_LIBRARY_IMPL(FuncTorchBatched, m) { m.impl("batch_norm_act", composite::batch_norm_act); }
 
 // torch's fallback resolves the negative bit of the arguments that an operator reads. For arguments that an
 // operator writes, it takes the first results as the new values, and fails.
-TORCH_LIBRARY_IMPL(gradkernels, Negative, m) { m.impl("batch_norm_act", torch::CppFunction::makeFallthrough()); }
+GK_LIBRARY_IMPL(Negative, m) { m.impl("batch_norm_act", torch::CppFunction::makeFallthrough()); }
 
 }  // namespace gradkernels

@@ -6,7 +6,6 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <cstdint>
 #include <limits>
@@ -16,6 +15,7 @@
 
 #include "common/check.h"
 #include "common/device.h"
+#include "common/library.h"
 #include "math/clip_grad.h"
 #include "ops/tensor_list.h"
 
@@ -180,12 +180,12 @@ void add_clip_grad_kernels(torch::Library& m) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gradkernels, CPU, m) { add_clip_grad_kernels(m); }
+GK_LIBRARY_IMPL(CPU, m) { add_clip_grad_kernels(m); }
 #if defined(GK_WITH_CUDA)
-TORCH_LIBRARY_IMPL(gradkernels, CUDA, m) { add_clip_grad_kernels(m); }
+GK_LIBRARY_IMPL(CUDA, m) { add_clip_grad_kernels(m); }
 #endif
 
-TORCH_LIBRARY_IMPL(gradkernels, Meta, m) {
+GK_LIBRARY_IMPL(Meta, m) {
   m.impl("grad_norms", grad_norms_meta);
   m.impl("clip_grads_with_norm_", clip_grads_with_norm_meta);
   m.impl("clip_grad_value_", clip_grad_value_meta);

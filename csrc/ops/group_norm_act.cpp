@@ -6,9 +6,9 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/group_norm.h>
 #include <ATen/ops/ones_like.h>
-#include <torch/library.h>
 
 #include "common/device.h"
+#include "common/library.h"
 #include "ops/batch_norm_act_arguments.h"
 #include "ops/composite.h"
 
@@ -116,19 +116,19 @@ void add_group_norm_act_kernels(torch::Library& m) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gradkernels, CPU, m) { add_group_norm_act_kernels(m); }
+GK_LIBRARY_IMPL(CPU, m) { add_group_norm_act_kernels(m); }
 #if defined(GK_WITH_CUDA)
-TORCH_LIBRARY_IMPL(gradkernels, CUDA, m) { add_group_norm_act_kernels(m); }
+GK_LIBRARY_IMPL(CUDA, m) { add_group_norm_act_kernels(m); }
 #endif
 
-TORCH_LIBRARY_IMPL(gradkernels, Meta, m) {
+GK_LIBRARY_IMPL(Meta, m) {
   m.impl("group_norm_act", group_norm_act_meta);
   m.impl("group_norm_act_backward", group_norm_act_backward_meta);
   m.impl("group_norm_act_elemt", group_norm_act_elemt_meta);
 }
 
 // For devices without kernels, and for vmap: ATen's operators have batching rules.
-TORCH_LIBRARY_IMPL(gradkernels, CompositeExplicitAutograd, m) { m.impl("group_norm_act", composite::group_norm_act); }
-TORCH_LIBRARY_IMPL(gradkernels, FuncTorchBatched, m) { m.impl("group_norm_act", composite::group_norm_act); }
+GK_LIBRARY_IMPL(CompositeExplicitAutograd, m) { m.impl("group_norm_act", composite::group_norm_act); }
+GK_LIBRARY_IMPL(FuncTorchBatched, m) { m.impl("group_norm_act", composite::group_norm_act); }
 
 }  // namespace gradkernels

@@ -3,13 +3,13 @@
 #include "ops/optim.h"
 
 #include <ATen/core/Tensor.h>
-#include <torch/library.h>
 
 #include <initializer_list>
 #include <vector>
 
 #include "common/check.h"
 #include "common/device.h"
+#include "common/library.h"
 #include "ops/tensor_list.h"
 
 namespace gradkernels {
@@ -61,11 +61,11 @@ void rmsprop_meta(at::TensorList params, at::TensorList grads, at::TensorList sq
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gradkernels, CPU, m) { m.impl("rmsprop_", on_device<rmsprop_>); }
+GK_LIBRARY_IMPL(CPU, m) { m.impl("rmsprop_", on_device<rmsprop_>); }
 #if defined(GK_WITH_CUDA)
-TORCH_LIBRARY_IMPL(gradkernels, CUDA, m) { m.impl("rmsprop_", on_device<rmsprop_>); }
+GK_LIBRARY_IMPL(CUDA, m) { m.impl("rmsprop_", on_device<rmsprop_>); }
 #endif
 
-TORCH_LIBRARY_IMPL(gradkernels, Meta, m) { m.impl("rmsprop_", rmsprop_meta); }
+GK_LIBRARY_IMPL(Meta, m) { m.impl("rmsprop_", rmsprop_meta); }
 
 }  // namespace gradkernels

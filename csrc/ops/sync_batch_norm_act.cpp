@@ -12,12 +12,12 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
-#include <torch/library.h>
 
 #include <vector>
 
 #include "common/check.h"
 #include "common/device.h"
+#include "common/library.h"
 #include "ops/batch_norm_act.h"
 #include "ops/batch_norm_act_arguments.h"
 #include "ops/composite.h"
@@ -338,12 +338,12 @@ at::Tensor batch_norm_act_backward_elemt_meta(const at::Tensor& grad_y, const at
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gradkernels, CPU, m) { m.impl("batch_norm_act_gather_stats", on_device<batch_norm_act_gather_stats>); }
+GK_LIBRARY_IMPL(CPU, m) { m.impl("batch_norm_act_gather_stats", on_device<batch_norm_act_gather_stats>); }
 #if defined(GK_WITH_CUDA)
-TORCH_LIBRARY_IMPL(gradkernels, CUDA, m) { m.impl("batch_norm_act_gather_stats", on_device<batch_norm_act_gather_stats>); }
+GK_LIBRARY_IMPL(CUDA, m) { m.impl("batch_norm_act_gather_stats", on_device<batch_norm_act_gather_stats>); }
 #endif
 
-TORCH_LIBRARY_IMPL(gradkernels, Meta, m) {
+GK_LIBRARY_IMPL(Meta, m) {
   m.impl("batch_norm_act_stats", batch_norm_act_stats_meta);
   m.impl("batch_norm_act_gather_stats", batch_norm_act_gather_stats_meta);
   m.impl("batch_norm_act_elemt", batch_norm_act_elemt_meta);
@@ -352,7 +352,7 @@ TORCH_LIBRARY_IMPL(gradkernels, Meta, m) {
 }
 
 // For every device. On a device without kernels, these functions use their composites.
-TORCH_LIBRARY_IMPL(gradkernels, CompositeExplicitAutograd, m) {
+GK_LIBRARY_IMPL(CompositeExplicitAutograd, m) {
   m.impl("batch_norm_act_stats", on_device<batch_norm_act_stats>);
   m.impl("batch_norm_act_gather_stats", batch_norm_act_gather_stats_composite);
   m.impl("batch_norm_act_elemt", on_device<batch_norm_act_elemt>);
@@ -361,6 +361,6 @@ TORCH_LIBRARY_IMPL(gradkernels, CompositeExplicitAutograd, m) {
 }
 
 // As in batch_norm_act.cpp.
-TORCH_LIBRARY_IMPL(gradkernels, Negative, m) { m.impl("batch_norm_act_gather_stats", torch::CppFunction::makeFallthrough()); }
+GK_LIBRARY_IMPL(Negative, m) { m.impl("batch_norm_act_gather_stats", torch::CppFunction::makeFallthrough()); }
 
 }  // namespace gradkernels
