@@ -11,8 +11,9 @@ import functools
 import math
 from array import array
 from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -68,6 +69,7 @@ _build_info: list[str] = []
 _keys_of: Callable[[Tensor], Any]
 _plain: Any
 _plain_of_inference: Any
+_has_guards: bool
 
 
 def _raise_if_failed(code: int) -> None:
@@ -77,7 +79,7 @@ def _raise_if_failed(code: int) -> None:
 
 def load(file: Path) -> None:
     """Loads the library. An error means that it does not fit this torch, and that this module must not be used."""
-    global _kernels, _build_info, _keys_of, _plain, _plain_of_inference
+    global _kernels, _build_info, _keys_of, _plain, _plain_of_inference, _has_guards
     library = ctypes.CDLL(str(file))
     for name, arguments in _ARGUMENTS.items():
         function = getattr(library, f"gk_{name}")
@@ -92,6 +94,7 @@ def load(file: Path) -> None:
     _plain = _keys_of(torch.empty(0, device="cpu"))
     with torch.inference_mode():
         _plain_of_inference = _keys_of(torch.empty(0, device="cpu"))
+    _has_guards = _has_working_guards()
     _is_eager()
 
 
@@ -584,6 +587,53 @@ def group_norm_act(*arguments: Any) -> Tensor:
 # ---- clipping and RMSprop, on lists of tensors
 
 
+# A shorter list is described in 15 us at most, and a program may have many of them.
+_LEAST_REMEMBERED = 32
+_MOST_REMEMBERED = 64
+_Compute = TypeVar("_Compute", bound=Callable[..., Any])
+
+
+def _guards_of(tensors: list[Tensor]) -> Any:
+    """torch.compile's check that other tensors have the types, dispatch keys, dtypes, sizes and strides of these."""
+    sizes, strides = ([*map(list, map(each, tensors))] for each in (Tensor.size, Tensor.stride))
+    return cast(Any, torch._C)._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+
+
+def _has_working_guards() -> bool:
+    """Whether this torch has them. They are not public, and lists can be described without them."""
+    one, two = (torch.empty(size, device="cpu") for size in (1, 2))
+    try:
+        guards = _guards_of([one, two])
+        return guards.check(one, two) is True and guards.check(two, one) is False
+    except Exception:
+        return False
+
+
+def _by_metadata(compute: _Compute) -> _Compute:
+    """Remembers the results of compute(tensors, ...) for lists of tensors with the same metadata, on which alone they depend.
+
+    A list of gradients is a new one in each step, and it is checked in a tenth of the time that it takes to describe it.
+    """
+    remembered: dict[Any, tuple[Any, Any]] = {}
+
+    @functools.wraps(compute)
+    def find(tensors: list[Tensor], *options: Any) -> Any:
+        # In inference mode, guards cannot tell a tensor of that mode from another one.
+        if len(tensors) < _LEAST_REMEMBERED or not _has_guards or torch.is_inference_mode_enabled():
+            return compute(tensors, *options)
+        key = len(tensors), type(tensors[0]), tensors[0].numel(), torch.is_grad_enabled(), options
+        guards, result = remembered.get(key, (None, None))
+        if guards is None or not guards.check(*tensors):
+            result = compute(tensors, *options)
+            if len(remembered) == _MOST_REMEMBERED:
+                remembered.clear()
+            if result:
+                remembered[key] = _guards_of(tensors), result
+        return result
+
+    return cast("_Compute", find)
+
+
 def _words(values: Iterable[int]) -> Any:
     words = array("q", values)
     return (ctypes.c_int64 * len(words)).from_buffer(words) if words else None
@@ -593,23 +643,27 @@ def _addresses(tensors: list[Tensor]) -> Any:
     return _words(map(Tensor.data_ptr, tensors))
 
 
-def _described(tensors: list[Tensor]) -> tuple[Any, ...]:
-    dtypes = bytes(map(_DTYPES.__getitem__, map(_dtype_of, tensors)))
-    return len(tensors), dtypes, _words(map(Tensor.numel, tensors)), _addresses(tensors)
-
-
 def _are_contiguous(tensors: list[Tensor]) -> bool:
     return all(map(Tensor.is_contiguous, tensors))
 
 
+@_by_metadata
+def _description(tensors: list[Tensor]) -> tuple[int, bytes, Any] | None:
+    """The length, dtypes and numbers of elements of a list; None if the kernels do not take its tensors."""
+    if not (_TYPES.issuperset(map(type, tensors)) and all(map(_plain.__eq__, map(_keys_of, tensors)))):
+        return None
+    dtypes = [*map(_DTYPES.get, map(_dtype_of, tensors))]
+    if None in dtypes or not (_are_contiguous(tensors) or all(map(_is_dense, tensors))):
+        return None
+    return len(tensors), bytes(cast("list[int]", dtypes)), _words(map(Tensor.numel, tensors))
+
+
+def _described(tensors: list[Tensor]) -> tuple[Any, ...]:
+    return *cast(Any, _description(tensors)), _addresses(tensors)
+
+
 def clip_grad_supports(tensors: list[Tensor]) -> bool:
-    return (
-        _is_eager()
-        and _TYPES.issuperset(map(type, tensors))
-        and _DTYPES.keys() >= {*map(_dtype_of, tensors)}
-        and all(map(_plain.__eq__, map(_keys_of, tensors)))
-        and (_are_contiguous(tensors) or all(map(_is_dense, tensors)))
-    )
+    return _is_eager() and _description(tensors) is not None
 
 
 def grad_norms(grads: list[Tensor], norm_type: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -625,18 +679,22 @@ def clip_grad_norm_(
     parameters: list[Tensor | tuple[str, Tensor]], max_norm: float, norm_type: float, error_if_nonfinite: bool
 ) -> tuple[Tensor, bool] | None:
     """As gradkernels._C.clip_grad_norm_: the total norm, and whether it is not finite and nothing was clipped."""
-    tensors: list[Any] = [entry[1] if type(entry) is tuple and len(entry) == 2 and type(entry[0]) is str else entry for entry in parameters]
+    tensors: list[Any] = parameters
     if not _TYPES.issuperset(map(type, tensors)):
-        return None
+        tensors = [entry[1] if type(entry) is tuple and len(entry) == 2 and type(entry[0]) is str else entry for entry in parameters]
+        if not _TYPES.issuperset(map(type, tensors)):
+            return None
     grads = [grad for grad in [tensor.grad for tensor in tensors] if grad is not None]
-    if not (grads and clip_grad_supports(grads)):
+    description = _description(grads) if grads and _is_eager() else None
+    if description is None:
         return None
     total_norm = ctypes.c_double()
-    _kernels.gk_clip_grad_norm(*_described(grads), _NORMS[norm_type], max_norm, error_if_nonfinite, ctypes.byref(total_norm))
+    call = _NORMS[norm_type], max_norm, error_if_nonfinite, ctypes.byref(total_norm)
+    _kernels.gk_clip_grad_norm(*description, _addresses(grads), *call)
     is_refused = error_if_nonfinite and not math.isfinite(total_norm.value)
     if not is_refused:
         increment_version(grads)
-    dtype = functools.reduce(torch.promote_types, {*map(_dtype_of, grads)})
+    dtype = functools.reduce(torch.promote_types, map([*_DTYPES].__getitem__, {*description[1]}))
     return torch.tensor(total_norm.value, dtype=dtype, device="cpu"), is_refused
 
 
@@ -658,13 +716,19 @@ def adaptive_clip_grad_(params: list[Tensor], grads: list[Tensor], clip_factor: 
     increment_version(grads)
 
 
+@_by_metadata
+def _are_alike(tensors: list[Tensor], count: int) -> bool:
+    """Whether the kernels take each of these lists of `count` tensors, in one, and they have the same dtypes, shapes and strides."""
+    lists = [tensors[i : i + count] for i in range(0, len(tensors), max(count, 1))]
+    if None in map(_description, lists):
+        return False
+    same: list[Callable[[Tensor], Any]] = [_dtype_of, Tensor.size, *([] if _are_contiguous(tensors) else [Tensor.stride])]
+    return all([*map(geometry, each)] == [*map(geometry, lists[0])] for geometry in same for each in lists[1:])
+
+
 def rmsprop_supports(params: list[Tensor], lists: list[list[Tensor]]) -> bool:
     """Whether every parameter, its gradient and its state are plain, and have one dtype, shape and strides."""
-    lists = [params, *(tensors for tensors in lists if tensors)]
-    if not all(map(clip_grad_supports, lists)):
-        return False
-    same: list[Callable[[Tensor], Any]] = [_dtype_of, Tensor.size, *([] if all(map(_are_contiguous, lists)) else [Tensor.stride])]
-    return all([*map(geometry, tensors)] == [*map(geometry, params)] for geometry in same for tensors in lists[1:])
+    return _is_eager() and _are_alike([*params, *chain.from_iterable(lists)], len(params))
 
 
 def rmsprop_(

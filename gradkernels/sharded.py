@@ -48,7 +48,8 @@ def supports(grads: list[Tensor]) -> bool:
     torch must first compute the sum that a partial DTensor stands for. The functions here do not support
     complex numbers.
     """
-    dtensors = [grad for grad in grads if _is_dtensor(grad)] if "torch.distributed.tensor" in sys.modules else []
+    module = sys.modules.get("torch.distributed.tensor")
+    dtensors = [] if module is None else [grad for grad in grads if isinstance(grad, module.DTensor)]
     if not dtensors or any(grad.is_complex() for grad in grads):
         return False
     return all(placement.is_shard() or placement.is_replicate() for grad in dtensors for placement in _placements(grad))

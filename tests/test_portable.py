@@ -343,6 +343,39 @@ def test_the_reference_computes_other_tensors(kind, calls):
     assert calls == []
 
 
+ALTERED = NOT_TAKEN | {
+    "a 16-bit dtype": lambda x: x.half(),
+    "another size": lambda x: x[:2].clone(),
+    "channels in another order": lambda x: x.t().contiguous().t(),
+    "gaps": lambda x: torch.randn(4, 6)[:, ::2],
+    "a parameter": nn.Parameter,
+    "a tensor of inference mode": lambda x: torch.inference_mode()(torch.clone)(x),
+}
+
+
+@pytest.mark.parametrize("has_guards", [True, False], ids=["", "without guards"])
+@pytest.mark.parametrize("kind", ALTERED)
+def test_one_other_tensor_in_a_long_list_is_noticed(kind, has_guards, monkeypatch):
+    """A long list is compared with an earlier one by torch's guards, of which this torch has some."""
+    assert portable._has_guards
+    monkeypatch.setattr(portable, "_has_guards", has_guards)
+    params, grads, states = ([torch.randn(4, 3) for _ in range(40)] for _ in range(3))
+    description = portable._description(grads)
+    assert (portable._description(grads) is description) == has_guards
+    assert portable.clip_grad_supports(grads) and portable.rmsprop_supports(params, [grads, states])
+    grads[17] = ALTERED[kind](grads[17])
+    found, expected = (describe(grads) for describe in (portable._description, portable._description.__wrapped__))
+    assert (found is None) == (expected is None) and (found is None or (*found[:2], *found[2]) == (*expected[:2], *expected[2]))
+    assert portable.rmsprop_supports(params, [grads, states]) == (kind == "a parameter")
+
+
+def test_a_long_list_of_inference_mode_is_not_taken():
+    grads = [torch.randn(3) for _ in range(40)]
+    with torch.inference_mode():
+        assert portable.clip_grad_supports(grads)
+        assert not portable.clip_grad_supports([torch.randn(3) for _ in range(40)])
+
+
 def test_the_reference_computes_under_transforms_modes_and_traces(calls):
     x = torch.randn(4, 3)
     expected = reference.swish(x, 1.5)

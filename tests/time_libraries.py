@@ -61,7 +61,7 @@ def calls_of_many(count=1000):
     optimizer, torch_optimizer = gk.optim.RMSprop(parameters, lr=1e-6), torch.optim.RMSprop(parameters, lr=1e-6)
     return {
         "`clip_grad_norm_`": (lambda: gk.clip_grad_norm_(parameters, 1e9), lambda: nn.utils.clip_grad_norm_(parameters, 1e9)),
-        "`clip_grad_value_`": (lambda: gk.clip_grad_value_(parameters, 1e9), lambda: nn.utils.clip_grad_value_(parameters, 1e9)),
+        "`clip_grad_value_`": (lambda: gk.clip_grad_value_(parameters, 1e4), lambda: nn.utils.clip_grad_value_(parameters, 1e4)),
         "`optim.RMSprop`": (optimizer.step, torch_optimizer.step),
     }
 
