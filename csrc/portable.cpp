@@ -153,6 +153,9 @@ int gk_parametric_backward(DType dtype, Parametric act, int64_t rows, int64_t ch
   });
 }
 
+// Group norm goes to torch below.
+int64_t gk_least_pixels() { return kLeastPixels; }
+
 int64_t gk_mask_bytes(int64_t rows, int64_t channels, int64_t inner) { return mask_bytes(rows, channels, inner); }
 
 // Batch norm if `set_channels` is 0, otherwise group norm. `counted` is num_batches_tracked or null; in training 1 is added

@@ -50,8 +50,6 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 _NORMS = {1.0: 0, 2.0: 1, float("inf"): 2}
 _INPUT, _OUTPUT, _MASK = range(3)
 _PRELU, _SWISH = range(2)
-# Group norm of fewer pixels is faster in torch (csrc/ops/group_norm_act.cpp).
-_LEAST_PIXELS = 48
 
 _NUMBERS = frozenset((float, int))
 _NUMBERS_OR_NONE = frozenset((float, int, type(None)))
@@ -85,6 +83,7 @@ def load(file: Path) -> None:
         function = getattr(library, f"gk_{name}")
         function.argtypes, function.restype = arguments, _raise_if_failed
     library.gk_mask_bytes.argtypes, library.gk_mask_bytes.restype = (_COUNT, _COUNT, _COUNT), _COUNT
+    library.gk_least_pixels.restype = _COUNT
     for name in ("build_info", "instruction_set", "activation_name"):
         getattr(library, f"gk_{name}").restype = ctypes.c_char_p
     _kinds.update((library.gk_activation_name(kind).decode(), kind) for kind in range(len(ACTS)))
@@ -574,7 +573,7 @@ def group_norm_act_and_statistics(
 ) -> tuple[Tensor, Tensor]:
     """y, and mean and invstd of the groups of each sample in turn, without elements if torch computes."""
     dtype = _norm_dtype(x, (weight, bias), residual, eps)
-    if dtype is None or x.numel() < _LEAST_PIXELS * x.shape[0] * x.shape[1]:
+    if dtype is None or x.numel() < _kernels.gk_least_pixels() * x.shape[0] * x.shape[1]:
         y = reference.group_norm_act(x, num_groups, weight, bias, eps, act=act, act_param=act_param, residual=residual)
         return y, torch.empty((2, 0), dtype=torch.float64, device="cpu")
     return _norm_act(x, weight, bias, residual, (None, None, None), num_groups, dtype, True, 0.0, eps, act, act_param)

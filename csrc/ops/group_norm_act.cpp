@@ -18,8 +18,6 @@ using composite::BatchNormActResult;
 
 bool composite::group_norm_act_has_kernel(const at::Tensor& x, int64_t num_groups, const OptionalTensor& weight,
                                           const OptionalTensor& bias) {
-  // The coefficients of a channel take longer than torch's pass over a few pixels.
-  constexpr int64_t kLeastPixels = 48;
   return kernels_take(x) && divides(num_groups, x) && x.sym_numel() >= kLeastPixels * x.sym_size(0) * x.sym_size(1) &&
          per_channel(x, {weight, bias});
 }

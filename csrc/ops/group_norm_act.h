@@ -6,6 +6,10 @@
 #include "ops/batch_norm_act.h"
 
 namespace gradkernels {
+
+// Samples of fewer pixels go to torch: the coefficients of a channel take longer than its pass over a few pixels.
+constexpr int64_t kLeastPixels = 48;
+
 namespace cpu {
 
 void group_norm_act_forward(const BatchNormForward& p);
