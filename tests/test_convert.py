@@ -1555,6 +1555,14 @@ def test_a_required_argument_that_may_be_none(copied, forward):
     assert_same(step(actual, x), step(expected, x))
 
 
+def test_a_required_argument_that_is_not_read_may_be_none():
+    expected, actual, _ = converted(block(lambda self, x, temb: self.act(self.bn(x))))
+    x = X()
+    for args, ours in (((x, x), {"relu": 1}), ((x, None), {"relu": 1}), ((x, 1), {"relu": 1})):
+        assert operators(copy.deepcopy(actual), *args).ours == ours
+        torch.testing.assert_close(actual(*args), expected(*args))
+
+
 def test_an_attribute_of_super_is_a_reason():
     class OfSuper(Block):
         def forward(self, x):

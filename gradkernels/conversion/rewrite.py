@@ -106,7 +106,7 @@ class Reader:
     def kinds_of_calls(self, block: nn.Module) -> tuple[Given, ...]:
         """The calls for which the forward of a block is read: those that were seen, else one without optional arguments.
 
-        A forward that compares its last required argument with None is read for None, too.
+        A forward that compares its last required argument with None, or does not read it, is read for None, too.
         """
         calls = self.calls_of(block) or ((),)
         more = [without_the_last(block, self.read(block, torch.Tensor, given)) for given in calls]

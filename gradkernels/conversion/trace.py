@@ -373,13 +373,13 @@ def _arguments(forward: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def without_the_last(module: nn.Module, reading: Reading) -> Given | None:
-    """The call with None for the last required argument, if the forward may ask for that; None if not."""
+    """The call with None for the last required argument, if the forward may ask for that or does not read it; None if not."""
     names = required_arguments(type(module).forward)
     if len(names) < 2 or names[-1] in dict(reading.given):
         return None
     graphs = [each.graph for each in reading.by_mode or (reading,) if each.graph is not None]
-    asked = {str(node.target) for graph in graphs for node in graph.find_nodes(op="placeholder") if ASKED in node.meta}
-    return tuple(sorted((*reading.given, (names[-1], None)))) if names[-1] in asked else None
+    takes = {str(node.target) for graph in graphs for node in graph.find_nodes(op="placeholder") if ASKED in node.meta or not node.users}
+    return tuple(sorted((*reading.given, (names[-1], None)))) if names[-1] in takes else None
 
 
 def _sequential(module: nn.Module) -> Graph | None:
