@@ -103,7 +103,10 @@ def cuda_architectures() -> str:
 
 class BuildLibraries(cpp_extension.BuildExtension):
     def _define_torch_extension_name(self, extension: setuptools.Extension) -> None:
-        """Leaves out the macro, so that one command compiles a kernel for both libraries, and ninja runs it once."""
+        """Leaves out the macro, so that one command compiles a kernel for both libraries, and ninja runs it once.
+
+        csrc/common/library.h would also name the operators after it.
+        """
 
     def get_ext_filename(self, ext_name: str) -> str:
         filename = super().get_ext_filename(ext_name)

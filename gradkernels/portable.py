@@ -586,9 +586,8 @@ def group_norm_act(*arguments: Any) -> Tensor:
 # ---- clipping and RMSprop, on lists of tensors
 
 
-# A shorter list is described in 15 us at most, and a program may have many of them.
-_LEAST_REMEMBERED = 32
-_MOST_REMEMBERED = 64
+# With more than these, a program describes its lists anew again and again.
+_MOST_REMEMBERED = 256
 _Compute = TypeVar("_Compute", bound=Callable[..., Any])
 
 
@@ -618,9 +617,11 @@ def _by_metadata(compute: _Compute) -> _Compute:
     @functools.wraps(compute)
     def find(tensors: list[Tensor], *options: Any) -> Any:
         # In inference mode, guards cannot tell a tensor of that mode from another one.
-        if len(tensors) < _LEAST_REMEMBERED or not _has_guards or torch.is_inference_mode_enabled():
+        if not (tensors and _has_guards) or torch.is_inference_mode_enabled():
             return compute(tensors, *options)
-        key = len(tensors), type(tensors[0]), tensors[0].numel(), torch.is_grad_enabled(), options
+        first = tensors[0]
+        # A nested tensor has no shape.
+        key = len(tensors), type(first), first.is_nested or first.shape, torch.is_grad_enabled(), options
         guards, result = remembered.get(key, (None, None))
         if guards is None or not guards.check(*tensors):
             result = compute(tensors, *options)

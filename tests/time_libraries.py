@@ -1,6 +1,6 @@
 """What a call takes with the native library, with the portable one and with torch: the table of docs/design/wheels.md.
 
-    python tests/time_libraries.py
+    PYTHONPATH=. python tests/time_libraries.py
 
 The libraries take turns on one thread. A figure is the least of the turns, in microseconds of CPU time, so that it
 depends little on what else the machine does.
