@@ -146,7 +146,7 @@ versions: $(REQUIREMENTS)  ## run make test-all and the self-test under several 
 	  (cd build/torch-$$torch; .venv/bin/python -m gradkernels selftest); tried="$$tried $$torch"; done; \
 	  echo "versions tested:$$tried; left out, because pip cannot install them here:$${left_out:- none}"; test -n "$$tried"
 
-models: $(REQUIREMENTS)  ## what convert fuses in 155 models of libraries, and trainers, under the newest torch in a clone; downloads gigabytes
+models: $(REQUIREMENTS)  ## what convert fuses in 166 models of libraries, and trainers, under the newest torch in a clone; downloads gigabytes
 	rm -rf build/models; git clone --quiet . build/models
 	torch=$$($(TRY_INSTALL) --report - torch | .venv/bin/python -c "$$PRINT_ADMITTED"); \
 	  $(MAKE) -C build/models build TORCH=$$torch && build/models/.venv/bin/pip install torch==$$torch $(LIBRARIES)
