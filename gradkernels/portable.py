@@ -586,8 +586,8 @@ def group_norm_act(*arguments: Any) -> Tensor:
 # ---- clipping and RMSprop, on lists of tensors
 
 
-# With more than these, a program describes its lists anew again and again.
-_MOST_REMEMBERED = 256
+# With more than these, a program describes its lists anew again and again. 16 lists of 2,000 tensors take 5 MiB.
+_MOST_REMEMBERED = 16
 _Compute = TypeVar("_Compute", bound=Callable[..., Any])
 
 
@@ -616,16 +616,17 @@ def _by_metadata(compute: _Compute) -> _Compute:
 
     @functools.wraps(compute)
     def find(tensors: list[Tensor], *options: Any) -> Any:
-        # In inference mode, guards cannot tell a tensor of that mode from another one.
-        if not (tensors and _has_guards) or torch.is_inference_mode_enabled():
+        ends = (*tensors[:1], *tensors[-1:])
+        # In inference mode, guards cannot tell a tensor of that mode from another one. Nor can they while dispatch keys are
+        # excluded, which only private functions of torch do.
+        if not (ends and _has_guards and _TYPES.issuperset(map(type, ends))) or torch.is_inference_mode_enabled():
             return compute(tensors, *options)
-        first = tensors[0]
         # A nested tensor has no shape.
-        key = len(tensors), type(first), first.is_nested or first.shape, torch.is_grad_enabled(), options
+        key = len(tensors), *(each.is_nested or each.shape for each in ends), torch.is_grad_enabled(), options
         guards, result = remembered.get(key, (None, None))
         if guards is None or not guards.check(*tensors):
             result = compute(tensors, *options)
-            if len(remembered) == _MOST_REMEMBERED:
+            if key not in remembered and len(remembered) >= _MOST_REMEMBERED:
                 remembered.clear()
             if result:
                 remembered[key] = _guards_of(tensors), result
@@ -728,6 +729,8 @@ def _are_alike(tensors: list[Tensor], count: int) -> bool:
 
 def rmsprop_supports(params: list[Tensor], lists: list[list[Tensor]]) -> bool:
     """Whether every parameter, its gradient and its state are plain, and have one dtype, shape and strides."""
+    if any(len(each) not in (0, len(params)) for each in lists):
+        return False
     return _is_eager() and _are_alike([*params, *chain.from_iterable(lists)], len(params))
 
 

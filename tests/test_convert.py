@@ -1002,6 +1002,24 @@ def lengthens_from_another_layer(self, values, x):
     return of_another(self.other)
 
 
+def lengthens_from_another_self(self, values, x):
+    self = self.other
+    y = self.layer(values)
+    y += values[:1]
+    return y[0]
+
+
+def lengthens_after_a_layer_is_replaced(self, values, x):
+    self.layer = self.same
+    y = self.layer(values)
+    y += values[:1]
+    return y[0]
+
+
+def lengthens_by_a_method_of_another(self, values, x):
+    return Layers.lengthens_by_a_layer(self.other, values)
+
+
 class Layers(nn.Module):
     """A submodule that gets a list, with layers of torch and others."""
 
@@ -1012,6 +1030,11 @@ class Layers(nn.Module):
         self.layer, self.same, self.other = nn.Softplus(), nn.Identity(), nn.Module()
         self.other.layer = nn.Identity()
         self._modules["hidden"] = nn.Softplus()
+
+    def lengthens_by_a_layer(self, values):
+        y = self.layer(values)
+        y += values[:1]
+        return y[0]
 
 
 def counts(values):
@@ -1472,6 +1495,7 @@ def test_a_list_that_a_submodule_may_write_into(fill, may_write):
         (adds_to_layers, False),
         *((each, True) for each in (lengthens_from_identity, lengthens_from_identity_of_a_layer, lengthens_from_a_layer_or_not)),
         *((each, True) for each in (lengthens_by_a_choice, lengthens_from_a_hidden_layer, lengthens_from_another_layer)),
+        *((each, True) for each in (lengthens_from_another_self, lengthens_after_a_layer_is_replaced, lengthens_by_a_method_of_another)),
     ],
 )
 def test_a_list_that_a_submodule_adds_to_what_its_layers_return(forward, may_write):
@@ -1481,6 +1505,16 @@ def test_a_list_that_a_submodule_adds_to_what_its_layers_return(forward, may_wri
     x = X()
     for _ in range(2):
         assert_same(step(actual, x), step(expected, x))
+
+
+def test_a_layer_is_replaced_that_refused_lists():
+    layers = type("Given", (Layers,), {"forward": Layers.lengthens_by_a_layer})()
+    expected, actual, report = converted(block(filled(lambda self, values, x: self.layers(values)), layers=layers))
+    assert report.rows[0].is_fused
+    for each in (actual, expected):
+        each.layers.layer = nn.Identity()
+    x = X()
+    assert_same(step(actual, x), step(expected, x))
 
 
 def test_a_forward_takes_more_arguments_than_it_was_read_for():

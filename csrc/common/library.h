@@ -10,7 +10,7 @@
 #define GK_NAMESPACE gradkernels
 #endif
 
-// TORCH_LIBRARY makes a name of its first argument as it stands, so the macro is expanded before.
+// TORCH_LIBRARY makes a name of its first argument as it stands, so GK_NAMESPACE must be expanded first.
 #define GK_LIBRARY_OF(name, m) TORCH_LIBRARY(name, m)
 #define GK_LIBRARY_IMPL_OF(name, key, m) TORCH_LIBRARY_IMPL(name, key, m)
 #define GK_QUOTE_OF(name) #name

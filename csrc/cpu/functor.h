@@ -110,7 +110,7 @@ struct FewActivations {
         case math::ActivationKind::kSwish:
           return function(math::Swish<V, math::Precision::kFull>{parameter});
         default:
-          function(AnyActivation<V>{act});
+          return function(AnyActivation<V>{act});
       }
     } else {
       function(AnyActivation<V>{act});

@@ -483,6 +483,7 @@ struct ShortRuns {
   static GK_INLINE void for_each_block(const Lines& lines, int64_t first, int64_t last, int64_t values, const Function& function) {
     using opmath = opmath_t<scalar_t>;
     constexpr int64_t kCachedBytes = 24 * 1024;
+    // To choose these sizes, measure with bench/bench_batch_norm_act.py and bench_group_norm_act.py.
     constexpr int64_t kForeseenBytes = 4096, kNarrowBytes = 1024;
     constexpr int64_t kElementBytes = sizeof(scalar_t);
     const int64_t width = lines.end - lines.begin;

@@ -7,7 +7,7 @@ import dis
 import functools
 import inspect
 import sys
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from itertools import accumulate, pairwise
 from types import CodeType, FrameType, FunctionType, MappingProxyType, ModuleType
 from typing import Any, NamedTuple
@@ -197,7 +197,7 @@ def _results(code: CodeType, instructions: list[dis.Instruction]) -> set[str]:
     return returned & _computed(code, instructions, ("CALL",))
 
 
-def _computed(code: CodeType, instructions: list[dis.Instruction], by: tuple[str, ...], layers: Container[str] = ()) -> set[str]:
+def _computed(code: CodeType, instructions: list[dis.Instruction], by: tuple[str, ...], layers: Iterable[str] = ()) -> set[str]:
     """The local variables that hold nothing but what certain instructions have computed.
 
     Args:
@@ -208,19 +208,24 @@ def _computed(code: CodeType, instructions: list[dis.Instruction], by: tuple[str
     """
     arguments, *others = inspect.getargs(code)
     computed = set()
+    # Another object, or another layer, may have this name then.
+    stored = {name for each in instructions if each.opname.startswith(("STORE", "DELETE")) for name in _names(each)}
+    layers = () if code.co_varnames[:1] == () or code.co_varnames[0] in stored else set(layers).difference(stored)
+    # An instruction for more than 256 variables is two, and the first one is the target of a jump.
+    far = {after.offset for before, after in pairwise(dis.get_instructions(code)) if before.opname == "EXTENDED_ARG"}
     for before, after in pairwise(instructions):
         if after.opname.startswith("STORE_FAST"):
             # An instruction of Python 3.13 that stores and does more has a tuple of names.
             is_known = before.opname.startswith(by) and before.opname not in _READS_OF_ITEMS
             is_known = is_known or (before.opname.startswith("CALL") and _attribute_called(code, before.offset) in layers)
-            if is_known and not isinstance(after.argval, tuple) and not after.is_jump_target:
+            if is_known and not isinstance(after.argval, tuple) and not after.is_jump_target and after.offset not in far:
                 computed.add(after.argval)
             else:
                 others += after.argval if isinstance(after.argval, tuple) else [after.argval]
     return computed.difference(arguments, others)
 
 
-def writes_items(code: CodeType, layers: Container[str] = ()) -> bool:
+def writes_items(code: CodeType, layers: Iterable[str] = ()) -> bool:
     """Whether a code may write into a list, a dict or a set.
 
     layers: the attributes of its first argument that return none of these when they are called.
@@ -344,6 +349,10 @@ def _loads_variable(instruction: dis.Instruction, name: tuple[str, ...]) -> bool
     """Whether an instruction loads the variable whose name is the one in `name`."""
     # Python 3.13 has STORE_FAST_LOAD_FAST too.
     return ("LOAD_FAST" in instruction.opname or instruction.opname == "LOAD_DEREF") and (_last_name(instruction),) == name
+
+
+def _names(instruction: dis.Instruction) -> tuple[Any, ...]:
+    return instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
 
 
 def _last_name(instruction: dis.Instruction) -> Any:

@@ -17,7 +17,7 @@ import gc
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import BuiltinFunctionType, CellType, CodeType, FrameType, FunctionType, MethodDescriptorType, ModuleType
@@ -364,16 +364,17 @@ def attributes_looked_for(kind: type) -> set[str]:
     return found
 
 
-def writes_into_containers(called: type | FunctionType, layers: Container[str] = ()) -> bool:
+def writes_into_containers(called: type | FunctionType, layers: Iterable[str] = ()) -> bool:
     """Whether a function, or the forward of a class, may write into a list or a dict that is passed to it.
 
     layers: the attributes of a module of this class that return no list and no dict when they are called.
     """
     if not isinstance(called, type):
         return any(bytecode.writes_items(part) for part, _ in _code_of([called], ()))
-    methods = {value for base in own_classes(called) for value in vars(base).values() if isinstance(value, FunctionType)}
+    # Other methods may be called for another object.
+    forwards = [vars(base).get("forward") for base in own_classes(called)]
     code = _code_from(called, ["forward", "__call__"])
-    return any(bytecode.writes_items(part, layers if function in methods and part is function.__code__ else ()) for part, function in code)
+    return any(bytecode.writes_items(part, layers if function in forwards and part is function.__code__ else ()) for part, function in code)
 
 
 def _code_from(kind: type, methods: list[str]) -> Iterator[tuple[CodeType, FunctionType]]:

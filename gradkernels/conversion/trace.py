@@ -26,7 +26,18 @@ from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.proxy import Attribute
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradkernels.conversion.attributes import HOOKED, NOT_COMPARABLE, Path, Reads, containers, held, in_mode, is_same, recorded
+from gradkernels.conversion.attributes import (
+    HOOKED,
+    NOT_COMPARABLE,
+    Path,
+    Reads,
+    class_before,
+    containers,
+    held,
+    in_mode,
+    is_same,
+    recorded,
+)
 from gradkernels.conversion.bytecode import is_attribute_written_out, unpacked_count
 from gradkernels.conversion.purity import (
     ASKED,
@@ -221,6 +232,8 @@ class _Tracer(Tracer):
         # The names of these arguments.
         self.asked = asked
         self.leaves = leaves
+        # Layers that get no list, so that the forward of the module that has them writes into none.
+        self.relied: list[nn.Module] = []
 
     def traced(self, module: nn.Module, watched: Watched) -> Graph:
         self.watch, self.in_c = watched.begin, watched.in_c
@@ -256,7 +269,7 @@ class _Tracer(Tracer):
             self.called.update(map(id, parts))
             values = [value for part in parts for attribute in vars(part).values() for value in held(attribute)]
             functions = [value for value in values if isinstance(value, FunctionType)]
-            _check_passed(f"a {type(m).__name__}", [*map(type, parts), *functions], args, kwargs, parts)
+            self.relied += _check_passed(f"a {type(m).__name__}", [*map(type, parts), *functions], args, kwargs, parts)
         if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
             self.called.add(HOOKED)
         return super().call_module(m, forward, args, kwargs)
@@ -319,28 +332,45 @@ class _Tracer(Tracer):
 
 def _check_passed(
     name: str, called: Iterable[type | FunctionType], args: Iterable[Any], kwargs: Mapping[str, Any], parts: Iterable[nn.Module] = ()
-) -> None:
+) -> list[nn.Module]:
     """Raises Unreadable if a call may write into a list or a dict that it gets: a graph has a copy of it.
 
-    parts: the modules whose classes are among `called`.
+    Args:
+        name: what is called, for the error.
+        called: the functions and the classes of modules that the call runs.
+        args: its arguments.
+        kwargs: the others.
+        parts: the modules of these classes.
+
+    Returns:
+        The layers whose classes decide that nothing is written.
     """
     arguments = [container for value in (*args, *kwargs.values()) for container in containers(value)]
     passed = [container for container in arguments if not isinstance(container, tuple)]
-    if passed and any(writes_into_containers(each, _layers([part for part in parts if type(part) is each])) for each in called):
-        raise Unreadable(f"passes a {type(passed[0]).__name__} to {name}, which may write into it")
+    relied: list[nn.Module] = []
+    for each in dict.fromkeys(called) if passed else ():
+        if writes_into_containers(each):
+            own = [part for part in parts if type(part) is each]
+            layers = _layers(own)
+            if writes_into_containers(each, layers):
+                raise Unreadable(f"passes a {type(passed[0]).__name__} to {name}, which may write into it")
+            relied += [object.__getattribute__(part, "__dict__")["_modules"][layer] for part in own for layer in layers]
+    return relied
 
 
 def _layers(modules: Iterable[nn.Module]) -> set[str]:
-    """The names under which all of these modules have layers of torch that return tensors: a list is an error for these layers."""
+    """The names under which all of these modules have layers of torch for which a list is an error."""
     names: set[str] | None = None
     for module in modules:
-        parts = object.__getattribute__(module, "__dict__")["_modules"]
-        own = {name for name, part in parts.items() if _returns_tensors(part) and not hasattr(type(module), name)}
+        attributes = object.__getattribute__(module, "__dict__")
+        hidden = (*attributes, *dir(type(module)))
+        own = {name for name, part in attributes["_modules"].items() if _refuses_lists(part) and name not in hidden}
         names = own if names is None else names & own
     return names or set()
 
 
-def _returns_tensors(module: nn.Module | None) -> bool:
+def _refuses_lists(module: nn.Module | None) -> bool:
+    # A hook before it may change its input, not its result.
     is_layer = type(module).__module__.startswith("torch.nn.modules.") and not isinstance(module, (nn.Identity, nn.Sequential))
     return isinstance(module, nn.Module) and is_layer and not module._forward_hooks and "forward" not in module.__dict__
 
@@ -583,7 +613,12 @@ def _trace(
         called: set[int] = set()
         tracer = _Tracer(module, called, kind, given, asked, leaves or {})
         with torch.set_grad_enabled(with_gradients), recorded(module, reads, called):
-            return tracer.traced(module, watched), watched.asks_for_gradients
+            graph = tracer.traced(module, watched)
+        for layer in tracer.relied:
+            if id(layer) not in tracer.paths:
+                raise Unreadable(f"calls a {type(layer).__name__} that it does not have")
+            reads[tuple(tracer.paths[id(layer)].split(".")), "__class__"] = class_before(layer)
+        return graph, watched.asks_for_gradients
 
     with _ONE_AT_A_TIME, in_mode(module, training):
         graph, asks_for_gradients = run_watched(functools.partial(trace, with_gradients=True))

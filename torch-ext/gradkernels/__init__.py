@@ -56,7 +56,7 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, norm
         norm_type: 1, 2 or inf.
 
     Returns:
-        The total norm before clipping: 0-d, with the dtype of the first gradient.
+        The total norm before clipping: 0-d, with the dtype of the first gradient; gradkernels promotes the dtypes of all.
     """
     grads = _grads(parameters)
     if not grads:
