@@ -192,7 +192,7 @@ wheel: $(LIBRARY)  ## an sdist and two wheels into dist/: for every torch, and f
 	  for kind in portable native; do tag=; if [ $$kind = native ]; then tag=+torch$$(.venv/bin/python -c "$$PRINT_TORCH"); fi; \
 	  GRADKERNELS_PORTABLE=$$(test $$kind = native || echo 1) .venv/bin/python setup.py -q egg_info --tag-build="$$tag" \
 	    build --build-lib build/wheel/$$kind/lib bdist_wheel --skip-build --bdist-dir build/wheel/$$kind/root --dist-dir build/wheel; done
-	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/auditwheel -q repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
+	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
 	ls -l dist
 
 # Folders are prerequisites too, because removing a file changes their age.

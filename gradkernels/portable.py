@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.nn import functional as F
+from torch.utils._mode_utils import no_dispatch
 
 from gradkernels import reference
 from gradkernels.acts import ACTS
@@ -90,10 +91,12 @@ def load(file: Path) -> None:
     _build_info = library.gk_build_info().decode().split("\n")
     _kernels = library
     _keys_of = torch._C._dispatch_keys
-    _plain = _keys_of(torch.empty(0, device="cpu"))
-    with torch.inference_mode():
+    # The caller may be in inference mode, or in a mode whose tensors are others.
+    with torch.inference_mode(False), no_dispatch():
+        _plain = _keys_of(torch.empty(0, device="cpu"))
+        _has_guards = _has_working_guards()
+    with torch.inference_mode(), no_dispatch():
         _plain_of_inference = _keys_of(torch.empty(0, device="cpu"))
-    _has_guards = _has_working_guards()
     _is_eager()
 
 
@@ -137,7 +140,9 @@ def _count_versions(written: Iterable[Tensor]) -> None:
 
 
 def _records(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    # torch.enable_grad inside inference mode records nothing.
+    records = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    return records and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _takes_gradient(grad_y: Tensor) -> bool:
@@ -165,12 +170,22 @@ def _in_order(grad_y: Tensor, stride: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(grad_y.shape, stride, dtype=grad_y.dtype, device="cpu").copy_(grad_y)
 
 
+def _has_strides_of_channels_last(x: Tensor) -> bool:
+    """Tensor.suggest_memory_format of C++, where strides of dimensions with one element count too."""
+    least = 0
+    for dim in (1, *range(x.dim() - 1, 1, -1), 0):
+        if x.stride(dim) < least or (dim == 0 and least == x.stride(1)):
+            return False
+        least = x.stride(dim) * x.shape[dim]
+    return True
+
+
 def _by_channel(x: Tensor) -> _Layout:
     """x, or a copy in the layout of the kernels; its rows, channels and elements of a run (csrc/common/shape.h); its format."""
     x = _dense(x)
     channels_last = _CHANNELS_LAST.get(x.dim())
     rows, channels = x.shape[:2]
-    if channels_last is not None and x.stride(1) == 1 and x.is_contiguous(memory_format=channels_last):
+    if channels_last is not None and x.is_contiguous(memory_format=channels_last) and _has_strides_of_channels_last(x):
         return x, (x.numel() // channels, channels, 1), channels_last
     return x.contiguous(), (rows, channels, x.numel() // (rows * channels)), torch.contiguous_format
 
@@ -266,7 +281,7 @@ def _activation(act: str, x: Tensor, parameter: float, saved: int, inplace: bool
     """None if the kernels do not take the call."""
     if type(parameter) not in _NUMBERS or not (_is_eager() and _is_plain(x)) or (inplace and not _can_write(x)):
         return None
-    if torch.is_grad_enabled() and x.requires_grad:
+    if _records(x):
         y: Tensor = _FUNCTIONS[act].apply(x, act, parameter, saved, inplace)
         return y
     source = _dense(x)
@@ -337,6 +352,8 @@ _Swish: Any = type("Swish", (_Parametric,), {})
 def _parametric(function: Any, act: int, x: Tensor, parameter: Tensor) -> Tensor | None:
     """None if the kernels do not take the call."""
     if not (_is_eager() and _is_plain(x) and _is_plain(parameter) and x.dtype == parameter.dtype and parameter.dim() < 2 and x.numel()):
+        return None
+    if torch.is_inference_mode_enabled() and torch.is_grad_enabled():
         return None
     fits = parameter.numel() == 1 or (x.dim() > 1 and parameter.numel() == x.shape[1])
     y: Tensor | None = function.apply(x, parameter, act) if fits and not torch.is_autocast_enabled("cpu") else None
@@ -710,6 +727,9 @@ def clip_grad_value_(grads: list[Tensor], clip_value: float) -> None:
 
 
 def adaptive_clip_grad_(params: list[Tensor], grads: list[Tensor], clip_factor: float, eps: float, norm_type: float) -> None:
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        if param.shape != grad.shape:
+            raise RuntimeError(f"adaptive_clip_grad_: parameter {i} and its gradient must have the same dtype, device and shape")
     params, filled = ([tensor for tensor in tensors if tensor.numel()] for tensors in (params, grads))
     elements = _words(grad.numel() // (grad.shape[0] if grad.dim() > 1 else 1) for grad in filled)
     described = _described(filled)

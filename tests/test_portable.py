@@ -13,6 +13,7 @@ import subprocess
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
@@ -377,6 +378,39 @@ def test_lists_that_guards_do_not_tell_apart():
         assert not portable.clip_grad_supports([torch.randn(3)])
     assert not portable.clip_grad_supports([torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])])
     assert portable.clip_grad_supports([]) and portable.rmsprop_supports([], [[], []])
+
+
+def test_a_gradient_of_another_shape_is_refused_and_nothing_is_written():
+    params, grads = [torch.randn(3, 4), torch.randn(64, 64)], [torch.ones(3, 4), torch.ones(64, 64)]
+    for other in (torch.randn(2, 2), torch.empty(0)):
+        params[1] = other
+        with pytest.raises(RuntimeError, match="parameter 1 and its gradient must have the same dtype, device and shape"):
+            portable.adaptive_clip_grad_(params, grads, 0.01, 1e-3, 2.0)
+        assert all((grad == 1).all() for grad in grads)
+
+
+def test_grad_mode_inside_inference_mode_records_nothing():
+    x = torch.randn(2, 6, 7, 7, requires_grad=True)
+    with torch.inference_mode(), torch.enable_grad():
+        for name, activation in ACTIVATIONS.items():
+            assert "in place" in name or not activation(portable, x).requires_grad, name
+        assert not portable.group_norm_act(x, 2, None, None, None, 1e-5, "relu", 0.0).requires_grad
+        assert not portable.batch_norm_act(x, *[None] * 6, True, 0.1, 1e-5, "relu", 0.0).requires_grad
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, FakeTensorMode], ids=["inference", "fake"])
+def test_the_mode_in_which_the_library_is_loaded_does_not_matter(mode):
+    with mode():
+        portable.load(FILE)
+    assert portable._is_plain(torch.randn(4)) and portable._has_guards
+    with torch.inference_mode():
+        assert portable._is_plain(torch.randn(4))
+
+
+@pytest.mark.parametrize("groups", [0, 2])
+def test_strides_that_fit_both_layouts(groups):
+    x = torch.randn(3, 64, 6).transpose(1, 2).unsqueeze(-1)
+    assert_same_bits(lambda library: norm(library, x, "swish", groups=groups))
 
 
 def test_the_reference_computes_under_transforms_modes_and_traces(calls):
