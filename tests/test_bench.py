@@ -281,7 +281,8 @@ def test_command_says_where_the_benchmark_is_when_it_is_not_installed(tmp_path, 
     assert command_line.main(["bench", "--quick"]) == 2 and "not part of the installed package" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("extra", [("--only", "batch_norm_act", "--isa", "base"), pytest.param((), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [("--only", "batch_norm_act", "--isa", "base"), ()])
 def test_a_quick_run(extra, tmp_path):
     command = [sys.executable, "-m", "gradkernels", "bench", "--quick", "--out", str(tmp_path), *extra]
     result = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)

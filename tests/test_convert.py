@@ -3644,6 +3644,7 @@ def test_a_call_that_must_not_write_is_replaced_by_one_that_does(changed):
         assert_same({"output": actual(x.clone())}, {"output": expected(x.clone())})
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("name", ["torchvision RegNet", "timm RepVGG"])
 def test_what_is_fused_across_under_torchs_tools(name):

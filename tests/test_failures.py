@@ -240,6 +240,7 @@ def changed(offset, replacement):
     return bytes(image)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "image",
     [

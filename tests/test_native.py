@@ -252,6 +252,7 @@ def best_set(monkeypatch):
     return run("-c", SET_IN_USE, folder=ROOT).strip()
 
 
+@pytest.mark.slow
 def test_instruction_sets_agree(best_set, tmp_path):
     """ATEN_CPU_CAPABILITY chooses the set, as in torch.
 

@@ -181,6 +181,7 @@ def test_evaluation(name, dynamo, is_dynamic):
     check_values(exported, model, torch.randn(6, CHANNELS, 4, 4) if is_dynamic else x)
 
 
+@pytest.mark.slow
 @each_exporter
 @pytest.mark.parametrize("name", PAIRS)
 def test_training(name, dynamo):

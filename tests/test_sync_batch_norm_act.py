@@ -640,14 +640,25 @@ def results_of(world):
         return [pickle.loads(path.read_bytes()) if path.exists() else {} for path in paths]
 
 
-@pytest.mark.parametrize(("world", "check"), [(world, check.__name__) for world, checks in CHECKS_OF_WORLDS.items() for check in checks])
+# Four processes show what two do, once more.
+WORLDS = [pytest.param(world, marks=[pytest.mark.slow] * (world > 2)) for world in CHECKS_OF_WORLDS]
+
+
+@pytest.mark.parametrize(
+    ("world", "check"),
+    [
+        pytest.param(world, check.__name__, marks=[pytest.mark.slow] * (world > 2))
+        for world, checks in CHECKS_OF_WORLDS.items()
+        for check in checks
+    ],
+)
 def test_world(world, check):
     outcomes = [results.get(check, "did not run") for results in results_of(world)]
     failed = [f"rank {rank}: {error}" for rank, error in enumerate(outcomes) if error is not None]
     assert not failed, "\n".join(failed)
 
 
-@pytest.mark.parametrize("world", CHECKS_OF_WORLDS)
+@pytest.mark.parametrize("world", WORLDS)
 def test_dead_rank(world):
     """The other ranks get torch.distributed's error from forward and backward, within the group's timeout."""
     for results in results_of(world)[:-1]:
