@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness import COMPILED, EAGER, OURS, PARTS, WHOLE, Case, answers, arguments, called, compiled, gk, header, prove, run
+from models.frozen import FrozenBatchNorm2d
 
-ACTS = {"relu": F.relu, "leaky_relu": F.leaky_relu, "elu": F.elu, "swish": F.silu}
+ACTS = {"relu": F.relu, "leaky_relu": F.leaky_relu, "elu": F.elu, "swish": F.silu, "gelu": F.gelu, "hardswish": F.hardswish, "mish": F.mish}
 LAST, BFLOAT16 = {"layout": "channels_last"}, {"dtype": torch.bfloat16}
 # shape, act, and what is not as usual
 CASES = (
@@ -98,9 +99,11 @@ class Eager(nn.Module):
         return self.act(y if residual is None else y + residual)
 
 
-def norms(shape: tuple[int, ...], act: str, groups: int | None) -> tuple[nn.Module, nn.Module]:
+def norms(shape: tuple[int, ...], act: str, groups: int | None, frozen: bool) -> tuple[nn.Module, nn.Module]:
     """torch's normalisation and ours with the activation: batch norm, group norm or, of volumes, instance norm."""
     channels = shape[1]
+    if frozen:
+        return FrozenBatchNorm2d(channels), gk.FrozenBatchNormAct2d(channels, act=act)
     if groups is None:
         theirs, ours = (nn.BatchNorm1d, gk.BatchNormAct1d) if len(shape) == 2 else (nn.BatchNorm2d, gk.BatchNormAct2d)
         return theirs(channels), ours(channels, act=act)
@@ -125,17 +128,18 @@ def case(
     direction: str = WHOLE,
     with_compiler: bool = False,
     groups: int | None = None,
+    frozen: bool = False,
 ) -> Case:
     channels_last = torch.channels_last_3d if len(shape) == 5 else torch.channels_last
     memory_format = channels_last if layout == "channels_last" else torch.contiguous_format
     # Not around zero: the running means would be sums that cancel, and not one digit could be proved.
     drawn = [torch.randn(shape).add_(0.5).to(dtype).contiguous(memory_format=memory_format) for _ in range(2 + residual)]
     grad_y, operands = drawn[0], [each.requires_grad_() for each in drawn[1:]]
-    theirs, ours = norms(shape, act, groups)
+    theirs, ours = norms(shape, act, groups, frozen)
     modules: dict[str, nn.Module] = {EAGER: Eager(theirs, act), OURS: ours}
     weight = torch.empty(shape[1]).uniform_(0.5, 1.5)
-    for module in modules.values():
-        next(module.parameters()).data.copy_(weight)
+    for module in (theirs, ours):
+        module.weight.data.copy_(weight)
 
     def check() -> None:
         wide, exact = [each.detach().double().requires_grad_() for each in operands], copy.deepcopy(modules[EAGER]).double()
@@ -149,13 +153,13 @@ def case(
         for name, output in outputs.items():
             torch.testing.assert_close(output, right[name].float(), rtol=1e-2, atol=1e-2)
 
-    has_onednn = (act, residual, layout, direction, groups) == ("relu", False, "channels_last", WHOLE, None)
+    has_onednn = (act, residual, layout, direction, groups, frozen) == ("relu", False, "channels_last", WHOLE, None, False)
     of_onednn, outputs = with_onednn(operands[0], weight, grad_y) if has_onednn else ({}, {})
     forwards = {EAGER: modules[EAGER]} | ({COMPILED: compiled(modules[EAGER])} if with_compiler else {}) | {OURS: modules[OURS]}
     inputs = {provider: [*operands, *module.parameters()] for provider, module in forwards.items()}
-    least = {"forward": (2 + residual) * grad_y.nbytes, "backward": (3 + residual) * grad_y.nbytes}
+    least = {"forward": (2 + residual) * grad_y.nbytes, "backward": (3 + residual - frozen) * grad_y.nbytes}
     return Case(
-        operator="batch_norm_act" if groups is None else "group_norm_act",
+        operator="FrozenBatchNormAct2d" if frozen else "batch_norm_act" if groups is None else "group_norm_act",
         name=f"{act}{' + residual' * residual} {shape}",
         providers={name: called(direction, partial(each, *operands), inputs[name], grad_y) for name, each in forwards.items()} | of_onednn,
         prove=check,

@@ -52,8 +52,6 @@ _NORMS = {1.0: 0, 2.0: 1, float("inf"): 2}
 _INPUT, _OUTPUT, _MASK = range(3)
 _PRELU, _SWISH = range(2)
 
-_NUMBERS = frozenset((float, int))
-_NUMBERS_OR_NONE = frozenset((float, int, type(None)))
 _TYPES = frozenset((Tensor, torch.nn.Parameter))
 _dtype_of: Callable[[Tensor], torch.dtype] = cast(Any, Tensor.dtype).__get__
 _Layout: TypeAlias = tuple[Tensor, tuple[int, ...], torch.memory_format]
@@ -122,6 +120,11 @@ def _is_eager() -> bool:
         or forward_ad._current_level >= 0
         or torch._C._is_tracing()
     )
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number that torch's operators accept."""
+    return type(value) is float or (type(value) is int and value.bit_length() < 64)
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -279,7 +282,7 @@ _FUNCTIONS: dict[str, Any] = {
 
 def _activation(act: str, x: Tensor, parameter: float, saved: int, inplace: bool) -> Tensor | None:
     """None if the kernels do not take the call."""
-    if type(parameter) not in _NUMBERS or not (_is_eager() and _is_plain(x)) or (inplace and not _can_write(x)):
+    if not (_is_number(parameter) and _is_eager() and _is_plain(x)) or (inplace and not _can_write(x)):
         return None
     if _records(x):
         y: Tensor = _FUNCTIONS[act].apply(x, act, parameter, saved, inplace)
@@ -299,7 +302,7 @@ def leaky_relu(x: Tensor, negative_slope: float, inplace: bool) -> Tensor:
 
 def elu(x: Tensor, alpha: float, inplace: bool) -> Tensor:
     y = None
-    if type(x) in _TYPES and type(alpha) in _NUMBERS and (alpha >= 0 or not inplace):
+    if type(x) in _TYPES and _is_number(alpha) and (alpha >= 0 or not inplace):
         # An output of 16 bits does not have enough digits: near -alpha, they decide the gradient.
         saved = _OUTPUT if alpha >= 0 and (inplace or x.itemsize > 2) else _INPUT
         y = _activation("elu", x, alpha, saved, inplace)
@@ -507,7 +510,7 @@ def _backward_by_torch(ctx: Any, grad_y: Tensor, wanted: tuple[bool, ...]) -> tu
 
 def _norm_dtype(x: Tensor, operands: tuple[Tensor | None, ...], residual: Tensor | None, eps: float) -> torch.dtype | None:
     """The dtype of the operands with one number for each channel; None if the kernels do not take the call."""
-    if not (type(eps) in _NUMBERS and _is_eager() and _is_plain(x) and 2 <= x.dim() <= 5 and x.numel() > 0):
+    if not (_is_number(eps) and _is_eager() and _is_plain(x) and 2 <= x.dim() <= 5 and x.numel() > 0):
         return None
     given = [operand for operand in operands if operand is not None]
     dtype = given[0].dtype if given else x.dtype
@@ -522,7 +525,7 @@ def _norm_dtype(x: Tensor, operands: tuple[Tensor | None, ...], residual: Tensor
 def _takes_running(x: Tensor, running: tuple[Tensor | None, ...], training: bool, momentum: float | None) -> bool:
     """Whether batch norm can use these running statistics and this count, or write them in training."""
     running_mean, running_var, count = running
-    if type(momentum) not in _NUMBERS_OR_NONE or (running_mean is None) != (running_var is None):
+    if not (momentum is None or _is_number(momentum)) or (running_mean is None) != (running_var is None):
         return False
     if not training:
         return running_mean is not None

@@ -217,6 +217,17 @@ def sync_batch_norm_act(
     return add_and_activate(y.to(x.dtype), residual, act, act_param)
 
 
+@torch.no_grad()
+def checked_parameters(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """The parameters, if no gradient has elements that share memory. torch's functions notice one after they wrote others."""
+    tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    for grad in (tensor.grad for tensor in tensors if tensor.grad is not None):
+        is_strided = grad.layout == torch.strided and not grad.is_nested
+        if is_strided and any(size > 1 and stride == 0 for size, stride in zip(grad.shape, grad.stride(), strict=True)):
+            grad.mul_(1)  # raises torch's error
+    return tensors
+
+
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
     max_norm: float,
@@ -224,7 +235,7 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+    return torch.nn.utils.clip_grad_norm_(checked_parameters(parameters), max_norm, norm_type, error_if_nonfinite, foreach)
 
 
 def get_total_norm(
@@ -234,11 +245,11 @@ def get_total_norm(
 
 
 def clip_grads_with_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, total_norm: Tensor, foreach: bool | None = None) -> None:
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
+    torch.nn.utils.clip_grads_with_norm_(checked_parameters(parameters), max_norm, total_norm, foreach)
 
 
 def adaptive_clip_grad_(parameters: list[Tensor], clip_factor: float, eps: float, norm_type: float) -> None:
-    for parameter in parameters:
+    for parameter in checked_parameters(parameters):
         grad = parameter.grad
         if grad is None or grad.numel() == 0:
             continue
@@ -252,4 +263,4 @@ def adaptive_clip_grad_(parameters: list[Tensor], clip_factor: float, eps: float
 
 
 def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None) -> None:
-    torch.nn.utils.clip_grad_value_(parameters, clip_value, foreach)
+    torch.nn.utils.clip_grad_value_(checked_parameters(parameters), clip_value, foreach)

@@ -50,10 +50,11 @@ from models import libraries
 from models.darknet import DarkNet
 from models.dcgan import discriminator
 from models.efficientnet import EfficientNetBlocks
+from models.frozen import FrozenBatchNorm2d
 from models.mlp import perceptron, perceptron_activation_first
 from models.resnet import BasicBlock, resnet18, resnet50
 from models.unet import UNet
-from test_frozen_batch_norm_act import TorchvisionsFrozenBatchNorm2d, randomised
+from test_frozen_batch_norm_act import randomised
 
 IMAGES = (4, 3, 32, 32)
 # The norms whose class conversion may change.
@@ -4238,7 +4239,7 @@ def test_frozen_batch_norms(library):
     """Those of other libraries, which are known by name and keep their class, and our own."""
     kind = functools.partial(gk.FrozenBatchNormAct2d, act="identity")
     if library is not None:
-        kind = type("FrozenBatchNorm2d", (TorchvisionsFrozenBatchNorm2d,), {"__module__": library})
+        kind = type("FrozenBatchNorm2d", (FrozenBatchNorm2d,), {"__module__": library})
 
     def forward(self, x):
         return self.act(self.bn2(self.conv2(F.relu(self.bn(self.conv(x))))) + x)

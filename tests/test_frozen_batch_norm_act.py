@@ -13,29 +13,14 @@ import gradkernels as gk
 from accuracy import DTYPES, assert_accurate, assert_bitwise_equal, exact_batch_norm_act
 from batch_norm_act_calls import ACTS, NUMBERS
 from gradkernels import acts, reference
+from models.frozen import BUFFERS, FrozenBatchNorm2d
 
-VALUES = ("weight", "bias", "running_mean", "running_var")
 each_act = pytest.mark.parametrize("act", ACTS)
-
-
-class TorchvisionsFrozenBatchNorm2d(nn.Module):
-    """torchvision.ops.FrozenBatchNorm2d; detectron2's has the same buffers and formula."""
-
-    def __init__(self, num_features, eps=1e-5):
-        super().__init__()
-        self.eps = eps
-        for name in VALUES:
-            self.register_buffer(name, torch.ones(num_features) if name in ("weight", "running_var") else torch.zeros(num_features))
-
-    def forward(self, x):
-        weight, bias, mean, var = (getattr(self, name).reshape(1, -1, 1, 1) for name in VALUES)
-        scale = weight * (var + self.eps).rsqrt()
-        return x * scale + (bias - mean * scale)
 
 
 def randomised(bn):
     with torch.no_grad():
-        for name in VALUES:
+        for name in BUFFERS:
             value = getattr(bn, name)
             if value is not None:
                 value.copy_(torch.rand_like(value) + 0.5 if name == "running_var" else torch.randn_like(value))
@@ -90,19 +75,19 @@ def test_has_no_parameters_and_no_mode():
     x = torch.randn(2, 4, 3, 3)
     in_training, in_evaluation = bn.train()(x), bn.eval()(x)
     assert_bitwise_equal("y", in_training, in_evaluation)
-    assert not list(bn.parameters()) and list(bn.state_dict()) == list(VALUES)
+    assert not list(bn.parameters()) and list(bn.state_dict()) == list(BUFFERS)
     for name, value in bn.state_dict().items():
         assert_bitwise_equal(name, value, before[name])
     assert not bn(x).requires_grad
 
 
 def test_state_dicts_of_others():
-    theirs = randomised(TorchvisionsFrozenBatchNorm2d(6))
+    theirs = randomised(FrozenBatchNorm2d(6))
     ours = gk.FrozenBatchNormAct2d(6, act="identity")
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 6, 5, 5)
     torch.testing.assert_close(ours(x), theirs(x))
-    TorchvisionsFrozenBatchNorm2d(6).load_state_dict(ours.state_dict())
+    FrozenBatchNorm2d(6).load_state_dict(ours.state_dict())
     # num_batches_tracked, as in old files and in those of nn.BatchNorm2d, also inside of a model.
     model = nn.Sequential(nn.Conv2d(6, 6, 1), randomised(nn.BatchNorm2d(6))).eval()
     frozen = nn.Sequential(nn.Conv2d(6, 6, 1), gk.FrozenBatchNormAct2d(6, act="identity"))

@@ -163,13 +163,15 @@ def kinds(tensor):
 
 @pytest.mark.parametrize("groups,channels_last", [(1, True), (2, False), (6, True)])
 @each_act
-def test_nan_and_inf(act, groups, channels_last):
-    """In each operand and place they spread as in torch or as in exact arithmetic, and not to another sample."""
+def test_special_values(act, groups, channels_last):
+    """In each operand and place nan and inf appear and spread as in torch or as in exact arithmetic, and not to another sample."""
     shape = (3, 6, 7, 8)
     clean = without_kinks(in_format(arguments(shape, residual=True), channels_last), True, act, num_groups=groups)
     expected = results(gk, clean, act, groups)
     places = {"x": (1, 0, 0, 0), "residual": (1, 2, 3, 4), "grad_y": (1, 5, 6, 7), "weight": (0,), "bias": (5,)}
-    for (name, place), value in itertools.product(places.items(), (math.nan, math.inf, -math.inf)):
+    info = torch.finfo(torch.float32)
+    values = (math.nan, math.inf, -math.inf, 0.0, -0.0, info.smallest_normal / 32, info.max, -info.max)
+    for (name, place), value in itertools.product(places.items(), values):
         here = clean | {name: clean[name].clone()}
         here[name][place] = value
         ours, theirs = (results(library, here, act, groups) for library in (gk, reference))

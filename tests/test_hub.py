@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils import cpp_extension
 
 import gradkernels as gk
@@ -136,10 +137,13 @@ def test_activations_and_clipping_have_the_bits_of_gradkernels(kernel):
         for library in (gk, kernel):
             torch.manual_seed(0)
             x, parameter = nn.Parameter(torch.randn(3, 5, 7, 7)), nn.Parameter(channels.clone())
-            y = call(library, x, parameter)
-            y.backward(torch.randn_like(y))
-            total = library.clip_grad_norm_([x, parameter, nn.Parameter(channels)], 0.5)
-            library.clip_grad_value_(x, 0.01)
+            with profile(activities=[ProfilerActivity.CPU]) as recorded:
+                y = call(library, x, parameter)
+                y.backward(torch.randn_like(y))
+                total = library.clip_grad_norm_([x, parameter, nn.Parameter(channels)], 0.5)
+                library.clip_grad_value_(x, 0.01)
+            namespaces = {event.name.partition("::")[0] for event in recorded.events()}
+            assert namespaces & {"gradkernels", NAME} == {"gradkernels" if library is gk else NAME}
             results.append({"y": y.detach(), "total": total, "grad of x": x.grad})
             results[-1] |= {"grad of the parameter": parameter.grad} if parameter.grad is not None else {}
         assert results[0].keys() == results[1].keys()

@@ -134,7 +134,7 @@ def starts(code: CodeType) -> dict[int, int]:
     They differ for an instruction whose argument has more than one byte.
     """
     at, first = {}, None
-    for instruction in dis.get_instructions(code):
+    for instruction in _with_fillers(code):
         first = instruction.offset if first is None else first
         at[instruction.offset] = first
         first = first if instruction.opname == "EXTENDED_ARG" else None
@@ -212,7 +212,7 @@ def _computed(code: CodeType, instructions: list[dis.Instruction], by: tuple[str
     stored = {name for each in instructions if each.opname.startswith(("STORE", "DELETE")) for name in _names(each)}
     layers = () if code.co_varnames[:1] == () or code.co_varnames[0] in stored else set(layers).difference(stored)
     # An instruction for more than 256 variables is two, and the first one is the target of a jump.
-    far = {after.offset for before, after in pairwise(dis.get_instructions(code)) if before.opname == "EXTENDED_ARG"}
+    far = {offset for offset, start in starts(code).items() if offset != start}
     for before, after in pairwise(instructions):
         if after.opname.startswith("STORE_FAST"):
             # An instruction of Python 3.13 that stores and does more has a tuple of names.
@@ -242,7 +242,7 @@ def writes_items(code: CodeType, layers: Iterable[str] = ()) -> bool:
 
 def _attribute_called(code: CodeType, offset: int) -> str | None:
     """The attribute of a code's first argument that a call calls: `bn`, if it ends `self.bn(f(x))`. None for any other call."""
-    instructions = [*dis.get_instructions(code)]
+    instructions = _with_fillers(code)
     end = begin = next(place for place, instruction in enumerate(instructions) if instruction.offset == offset) + 1
     depth = 1
     while depth > 0 and begin > 0:
@@ -324,8 +324,13 @@ def is_generator_under_way(frame: FrameType) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
+def _with_fillers(code: CodeType) -> list[dis.Instruction]:
+    return [*dis.get_instructions(code)]
+
+
+@functools.lru_cache(maxsize=4096)
 def _instructions(code: CodeType) -> list[dis.Instruction]:
-    return [instruction for instruction in dis.get_instructions(code) if instruction.opname not in _FILLERS]
+    return [instruction for instruction in _with_fillers(code) if instruction.opname not in _FILLERS]
 
 
 def _is_comparison_by_is(instruction: dis.Instruction) -> bool:
