@@ -139,7 +139,7 @@ def scales_of(given, training, act, momentum, eps, num_groups=None):
 
     A mean in float64 has an error of half an ulp, because there is no wider type. In every result that
     contains x - mean, mean * invstd is therefore one of the terms. The activations of STEEPEST halve a small argument,
-    whose rounding counts then.
+    whose rounding counts then. The terms of their gradients, and of swish's, cancel near a zero.
     """
     x, grad_y = extended(given["x"]), abs(extended(given["grad_y"]))
     axes, per_channel = (0, *range(2, x.ndim)), (1, -1, *[1] * (x.ndim - 2))
@@ -164,6 +164,7 @@ def scales_of(given, training, act, momentum, eps, num_groups=None):
         "y": max((offset * gain).max(), argument if act in STEEPEST else 0),
         "grad_weight": np.maximum(norm, norm_of_weight) + offset_of_channels * norm,
         "grad_bias": norm,
+        "grad_residual": grad_y.max() if act in ("swish", *STEEPEST) else 0,
         "grad_x": (gain_of_gradient + offset * invstd * of_products).max(),
         "running_mean": abs(momentum) * np.sqrt(np.square(x).sum(axes)) / (x.size // x.shape[1]),
     }

@@ -208,7 +208,7 @@ struct Vec {
     return r;
   }
 
-  // The processor's maximum is the second operand if either is nan.
+  // The processor's maximum and minimum are the second operand if either is nan.
   friend GK_INLINE Vec at_least(Vec bound, Vec x) {
 #if defined(__x86_64__)
     if constexpr (kRegisterBytes == 64 && sizeof(T) == 4) return {_mm512_max_ps(bound.part[0], x.part[0])};
@@ -220,6 +220,18 @@ struct Vec {
     }
 #endif
     return select(bound > x, bound, x);
+  }
+  friend GK_INLINE Vec at_most(Vec bound, Vec x) {
+#if defined(__x86_64__)
+    if constexpr (kRegisterBytes == 64 && sizeof(T) == 4) return {_mm512_min_ps(x.part[0], bound.part[0])};
+    if constexpr (kRegisterBytes == 64 && sizeof(T) == 8) return {_mm512_min_pd(x.part[0], bound.part[0])};
+    if constexpr (kRegisterBytes == 32 && sizeof(T) == 4) return {_mm256_min_ps(x.part[0], bound.part[0])};
+    if constexpr (kRegisterBytes == 32 && sizeof(T) == 8) {
+      for (int i = 0; i < kRegisters; ++i) x.part[i] = _mm256_min_pd(x.part[i], bound.part[i]);
+      return x;
+    }
+#endif
+    return select(x < bound, x, bound);
   }
 
   friend GK_INLINE Vec exp2_of_rounded(Vec rounded) {

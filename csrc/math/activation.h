@@ -195,8 +195,8 @@ struct Hardswish {
   }
 };
 
-// gelu(x) = x Phi(x), with the distribution function of the normal distribution (math/normal.h);
-// gelu'(x) = Phi(x) + x phi(x), with phi(x) = e^(-x^2 / 2) / sqrt(2 pi)
+// gelu(x) = x Phi(x), with the distribution function of the normal distribution (math/normal.h). This is max(x, 0) - t Phi(-t)
+// with t = |x|, which is rounded less; gelu'(x) = Phi(x) + x phi(x), with phi(x) = e^(-x^2 / 2) / sqrt(2 pi)
 // (Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016)
 //
 // Near the zero of the gradient, `precision` is relative to its terms.
@@ -206,18 +206,22 @@ struct Gelu {
   static constexpr GradientReads kGradientReads = GradientReads::kValue;
   static constexpr bool kHasExponential = true;
   GK_HOST_DEVICE T forward(T x) const {
-    const NormalTail<T> tail = normal_tail_to<precision>(negative_magnitude(x));
-    const T lower = select(tail.vanishes, T(0), tail.exp * tail.ratio) * tail.drop;
-    return x * select(x < T(0), lower, T(1) - lower);
+    // As in torch, gelu(-inf) is nan: t is bounded for x > 0 only.
+    const T minus_t = negative_magnitude(at_most(T(C::kLargest), x));
+    const T tail = normal_tail_to<precision>(at_least(T(-C::kLargest), minus_t)).probability();
+    return fma(minus_t, tail, at_least(T(-scalar_t(0)), x));
   }
   GK_HOST_DEVICE T backward(T grad_y, T x) const {
     const T minus_t = negative_magnitude(x);
-    const NormalTail<T> tail = normal_tail_to<precision>(minus_t);
+    const auto tail = normal_tail_to<precision>(minus_t);
     // Phi(-t) - t phi(t). At inf it is nan, as torch's.
-    const T exp = select(tail.vanishes, T(0), tail.exp);
-    const T slope = exp * fma(minus_t, T(NormalConstants<scalar_of_t<T>>::kDensity), tail.ratio) * tail.drop;
+    const T slope = tail.exp_times(fma(minus_t, T(C::kDensity), tail.ratio));
     return grad_y * select(x < T(0), slope, T(1) - slope);
   }
+
+ private:
+  using scalar_t = scalar_of_t<T>;
+  using C = NormalConstants<scalar_t>;
 };
 
 // gelu_tanh(x) = x sigmoid(z) with z = sqrt(8 / pi) (x + 0.044715 x^3), which is x (1 + tanh(z / 2)) / 2
@@ -243,51 +247,55 @@ struct GeluTanh {
   static GK_HOST_DEVICE T rate(T x) { return fma(square(x), T(scalar_t(kCubic)), T(scalar_t(kLinear))); }
 };
 
-// mish(x) = x tanh(log(1 + e^x)) = x n / (n + 2) with n = e^x (e^x + 2);
-// mish'(x) = n / (n + 2) + 4 x e^x (e^x + 1) / (n + 2)^2
+// mish(x) = x tanh(log(1 + e^x)) = x base (1 - c), with e = e^-|x| and
+//   base = 1,  c = e^2 / (1/2 + e + e^2)          for x >= 0
+//   base = e,  c = e (e + 1) / (2 + 2 e + e^2)    for x < 0
+// mish'(x) = base (1 - c) + x (e + 1) (e^2 or 4 e) / denominator^2
 // (Misra, "Mish: A Self Regularized Non-Monotonic Activation Function", 2019)
 //
-// For x > 0 the fractions are expanded by e^(-2x), and by e^(-4x). Near the zero of the gradient, the precision is
-// relative to its terms.
+// c is below 1/2, so its errors count less. Near the zero of the gradient, the precision is relative to its terms.
 template <typename T, Precision precision>
 struct Mish {
   static constexpr const char* kName = "mish";
   static constexpr GradientReads kGradientReads = GradientReads::kValue;
   static constexpr bool kHasExponential = true;
   GK_HOST_DEVICE T forward(T x) const {
-    const Fraction f = fraction(x);
-    const T y = x * quotient_to<precision>(f.numerator, f.denominator);
-    return select(f.negative, y * f.drop, y);
+    const Parts p = parts(x);
+    const T whole = x * p.base;
+    // At inf c is 0, and the product must be finite.
+    const T y = fma(-at_most(T(scalar_of_t<T>(1e30)), whole), quotient_to<precision>(p.numerator, p.denominator), whole);
+    return select(p.negative, y * p.drop, y);
   }
   GK_HOST_DEVICE T backward(T grad_y, T x) const {
-    const Fraction f = fraction(x);
-    const T inverse = quotient_to<precision>(T(1), f.denominator);
-    const T rest = x * (select(f.negative, f.lifted, f.exp * f.exp) * (f.exp + T(1)));
-    const T slope = inverse * fma(T(4) * rest, inverse, f.numerator);
-    return grad_y * select(f.negative, slope * f.drop, slope);
+    const Parts p = parts(x);
+    const T inverse = quotient_to<precision>(T(1), p.denominator);
+    const T rest = x * (select(p.negative, T(4) * p.base, p.exp * p.exp) * (p.exp + T(1)));
+    const T slope = fma(rest * inverse, inverse, fma(-p.base, p.numerator * inverse, p.base));
+    return grad_y * select(p.negative, slope * p.drop, slope);
   }
 
  private:
-  // n / (n + 2) = numerator / denominator, times drop if x is negative, with exp = e^-|x| = lifted drop
-  struct Fraction {
+  // c = numerator / denominator, and e. Where x is negative, base is e / drop.
+  struct Parts {
     decltype(T(0) < T(0)) negative;
-    T lifted, exp, numerator, denominator, drop;
+    T base, exp, numerator, denominator, drop;
   };
-  static GK_HOST_DEVICE Fraction fraction(T x) {
-    Fraction f;
-    f.negative = x < T(0);
+  static GK_HOST_DEVICE Parts parts(T x) {
+    Parts p;
+    p.negative = x < T(0);
+    T lifted;
     if constexpr (kIsHalfScalar<T, precision>) {
-      f.lifted = approximate_exp2(-fabs(x) * ExpConstants<float>::kLog2E);
-      f.drop = T(1);
+      lifted = approximate_exp2(-fabs(x) * ExpConstants<float>::kLog2E);
+      p.drop = T(1);
     } else {
-      f.lifted = lifted_exp(negative_magnitude(x));
-      f.drop = T(ExpConstants<scalar_of_t<T>>::kDrop);
+      lifted = lifted_exp(negative_magnitude(x));
+      p.drop = T(ExpConstants<scalar_of_t<T>>::kDrop);
     }
-    f.exp = f.lifted * f.drop;
-    // The denominator contains the numerator's rounding error, so that it partly cancels in the quotient.
-    f.numerator = select(f.negative, fma(f.lifted, f.exp, f.lifted + f.lifted), fma(f.exp, T(2), T(1)));
-    f.denominator = select(f.negative, fma(f.numerator, f.drop, T(2)), fma(f.exp + f.exp, f.exp, f.numerator));
-    return f;
+    p.exp = lifted * p.drop;
+    p.base = select(p.negative, lifted, T(1));
+    p.numerator = fma(p.exp, p.exp, select(p.negative, p.exp, T(0)));
+    p.denominator = (p.numerator + p.exp) + select(p.negative, T(2), T(scalar_of_t<T>(0.5)));
+    return p;
   }
 };
 
