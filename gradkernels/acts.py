@@ -132,9 +132,9 @@ def check_act(act: str, act_param: float | None) -> float:
         raise ValueError(f"unknown act {act!r}; act must be one of {', '.join(map(repr, ACTS))}")
     if isinstance(act_param, Tensor):
         raise TypeError(f"act_param must be a float, not {type(act_param).__name__}: it cannot be learned")
-    # float() would parse the string.
-    if isinstance(act_param, str):
-        raise TypeError("act_param must be a float, not str")
+    # float() would parse it.
+    if isinstance(act_param, (str, bytes)):
+        raise TypeError(f"act_param must be a float, not {type(act_param).__name__}")
     default = ACTS[act].default
     # 0.0 is allowed: modules store it for an activation without a parameter.
     if default is None and act_param:

@@ -59,7 +59,8 @@ def clip_grad_norm_(
             belong to a FullyShardedDataParallel model (FSDP1), whose ranks hold pieces of them: call
             model.clip_grad_norm_(max_norm).
         TypeError: parameters contains something other than tensors and (name, tensor) pairs, or max_norm is
-            not a number.
+            no number.
+        ValueError: max_norm is a text that float() refuses.
 
     Source: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", 2013.
 
@@ -166,7 +167,7 @@ def clip_grads_with_norm_(parameters: Parameters, max_norm: float, total_norm: T
         foreach: passed to torch's function if the kernels do not support the call.
 
     Raises:
-        RuntimeError: elements of a gradient share memory.
+        RuntimeError: a gradient is expanded, so that its elements share memory.
         TypeError: total_norm is not a tensor; else as for clip_grad_norm_.
 
     Example:
@@ -203,9 +204,10 @@ def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | 
         foreach: passed to torch's function if the kernels do not support the call.
 
     Raises:
-        RuntimeError: elements of a gradient share memory.
+        RuntimeError: a gradient is expanded, so that its elements share memory.
         TypeError: parameters contains something other than tensors and (name, tensor) pairs, or clip_value is
-            not a number.
+            no number.
+        ValueError: clip_value is a text that float() refuses.
 
     Example:
         >>> import torch, gradkernels as gk
@@ -242,10 +244,11 @@ def adaptive_clip_grad_(parameters: Parameters, clip_factor: float = 0.01, eps: 
         norm_type: p of the norms; 1, 2 and inf have kernels.
 
     Raises:
-        RuntimeError: a gradient is sparse, or elements of a gradient share memory. Or parameters belong to a
+        RuntimeError: a gradient is sparse, expanded, or of integers. Or parameters belong to a
             FullyShardedDataParallel model (FSDP1).
         TypeError: parameters contains something other than tensors and (name, tensor) pairs, or an option is
-            not a number.
+            no number.
+        ValueError: an option is a text that float() refuses.
 
     Source: Brock, De, Smith, Simonyan, "High-Performance Large-Scale Image Recognition Without
     Normalization", 2021.

@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from gradkernels import _native, sharded
+from gradkernels import _native, reference, sharded
 
 # Per gradient: norm, largest magnitude, number of non-finite elements. Then the norm of all as one vector.
 Norms: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -92,6 +92,7 @@ class Gradients:
         if self.kernels is not None and can_be_any_dtype(clip_value):
             self.kernels.clip_grad_value_(self.local, clip_value)
         else:
+            reference.refuse_overlap(self.local)
             for dtype in {tensor.dtype for tensor in self.local}:
                 torch.zeros((), dtype=dtype, device="cpu").clamp_(-clip_value, clip_value)
             for tensor in self.local:
@@ -140,6 +141,7 @@ def _norms(tensors: list[Tensor], norm_type: float, kernels: ModuleType | None) 
 
 def _scale_with_torch_(grads: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
     """torch's clip_grads_with_norm_ for gradients instead of parameters; it does not wait for the device."""
+    reference.refuse_overlap(grads)
     coefficient = torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
     for grad in grads:
         grad.mul_(coefficient.to(grad.device))

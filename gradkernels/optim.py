@@ -181,14 +181,15 @@ class RMSprop(torch.optim.RMSprop):
                         **options,
                     )
                 elif params:
+                    numbers = [float(group["lr"]), *map(float, options.values())]
                     if all(step.is_cpu for step in steps):
                         # A tensor, because torch would convert a number to one tensor per parameter.
                         torch._foreach_add_(steps, torch.tensor(1.0, device="cpu"), alpha=1.0)
                     else:
                         torch._foreach_add_(steps, 1)
                     native.rmsprop_(
-                        *(params, grads, square_avgs, grad_avgs, momentum_buffers, float(group["lr"])),
-                        *options.values(),
+                        *(params, grads, square_avgs, grad_avgs, momentum_buffers),
+                        *numbers,
                         -coefficient if group["maximize"] else coefficient,
                     )
         return loss

@@ -123,7 +123,7 @@ def _is_eager() -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a number that torch's operators accept."""
+    """Whether it is a float, or an int that torch takes wherever it takes a number. torch decides about others."""
     return type(value) is float or (type(value) is int and value.bit_length() < 64)
 
 

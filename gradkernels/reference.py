@@ -218,13 +218,19 @@ def sync_batch_norm_act(
 
 
 @torch.no_grad()
-def checked_parameters(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    """The parameters, if no gradient has elements that share memory. torch's functions notice one after they wrote others."""
+def refuse_overlap(grads: Iterable[Tensor | None]) -> None:
+    """Raises torch's error if a gradient is expanded. torch's functions notice it after they wrote other gradients."""
+    # torch.compile cannot trace strides that it does not know.
+    for grad in () if torch.compiler.is_compiling() else grads:
+        if grad is None or grad.layout != torch.strided or grad.is_nested:
+            continue
+        if any(size > 1 and stride == 0 for size, stride in zip(grad.shape, grad.stride(), strict=True)):
+            grad.mul_(1)  # writes nothing, and raises
+
+
+def with_writable_gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
     tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    for grad in (tensor.grad for tensor in tensors if tensor.grad is not None):
-        is_strided = grad.layout == torch.strided and not grad.is_nested
-        if is_strided and any(size > 1 and stride == 0 for size, stride in zip(grad.shape, grad.stride(), strict=True)):
-            grad.mul_(1)  # raises torch's error
+    refuse_overlap(tensor.grad for tensor in tensors)
     return tensors
 
 
@@ -235,7 +241,7 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    return torch.nn.utils.clip_grad_norm_(checked_parameters(parameters), max_norm, norm_type, error_if_nonfinite, foreach)
+    return torch.nn.utils.clip_grad_norm_(with_writable_gradients(parameters), max_norm, norm_type, error_if_nonfinite, foreach)
 
 
 def get_total_norm(
@@ -245,22 +251,27 @@ def get_total_norm(
 
 
 def clip_grads_with_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, total_norm: Tensor, foreach: bool | None = None) -> None:
-    torch.nn.utils.clip_grads_with_norm_(checked_parameters(parameters), max_norm, total_norm, foreach)
+    torch.nn.utils.clip_grads_with_norm_(with_writable_gradients(parameters), max_norm, total_norm, foreach)
 
 
 def adaptive_clip_grad_(parameters: list[Tensor], clip_factor: float, eps: float, norm_type: float) -> None:
-    for parameter in checked_parameters(parameters):
+    factors = []
+    for parameter in with_writable_gradients(parameters):
         grad = parameter.grad
         if grad is None or grad.numel() == 0:
             continue
+        if not (grad.is_floating_point() or grad.is_complex()):
+            raise RuntimeError(f"adaptive_clip_grad_ does not support gradients of {grad.dtype}")
         dims = None if grad.dim() < 2 else tuple(range(1, grad.dim()))
         wide = torch.promote_types(grad.dtype, torch.float32 if grad.device.type == "mps" else torch.float64)
         param_norm, grad_norm = (
             torch.linalg.vector_norm(each.detach(), norm_type, dims, keepdim=True, dtype=wide) for each in (parameter, grad)
         )
         max_norm = param_norm.clamp(min=eps) * clip_factor
-        grad.mul_((max_norm / grad_norm.clamp(min=1e-6)).masked_fill(grad_norm < max_norm, 1.0))
+        factors.append((grad, (max_norm / grad_norm.clamp(min=1e-6)).masked_fill(grad_norm < max_norm, 1.0)))
+    for grad, factor in factors:
+        grad.mul_(factor)
 
 
 def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None) -> None:
-    torch.nn.utils.clip_grad_value_(checked_parameters(parameters), clip_value, foreach)
+    torch.nn.utils.clip_grad_value_(with_writable_gradients(parameters), clip_value, foreach)

@@ -98,7 +98,7 @@ LOCAL = {
     # With coefficients of sets, two numbers more for each column.
     rf"batch_norm_act_backward_elemt_kernel{SIXTEEN_BITS}4, true, false, true>": ("sm_100", "sm_120"),
     rf"batch_norm_act_backward_elemt_kernel{SIXTEEN_BITS}4, true, true, true>": ("sm_100", "sm_120"),
-    r"batch_norm_act_backward_elemt_kernel<float, 4, true, false, true>": ("sm_100", "sm_120"),
+    r"batch_norm_act_backward_elemt_kernel<float, 4, true, false, true>": ("sm_80", "sm_90", "sm_100", "sm_120"),
     r"batch_norm_act_backward_elemt_kernel<float, 1, true, false, true>": ("sm_100", "sm_120"),
     rf"batch_norm_act_normalise_kernel{SIXTEEN_BITS}4, true, false>": ("sm_100",),
     r"batch_norm_act_normalise_kernel<float, 1, true, false>": ("sm_100",),

@@ -145,6 +145,9 @@ def test_act_over_the_whole_range(act, dtype):
         scales = activation_scales(x.detach(), torch.ones_like(x), act, number)
     told = torch.from_numpy(~np.isnan(exact_y))
     assert_bitwise_equal("numbers", ~y.isnan(), told)
+    # The bias, which is 0, is added to -0.
+    zeros = (y == 0) & (torchs == 0) & (x != 0)
+    assert_bitwise_equal("signs of zeros", y[zeros].signbit(), torchs[zeros].signbit())
     for what, *each, scale in (("y", y, torchs, exact_y, scales[0]), ("grad_x", grad_x, torchs_grad_x, exact_grad_x, scales[1])):
         assert_accurate(what, *(of.detach()[told] for of in each[:2]), each[2][told], scale=np.broadcast_to(scale, told.shape)[told])
 
@@ -155,7 +158,7 @@ def test_errors_of_gelu_and_mish(dtype):
     x = torch.cat([torch.rand(80_000, dtype=torch.float64) * 8 - 4, torch.rand(40_000, dtype=torch.float64) * -12 - 1]).to(dtype)
     x = x.view(-1, 8).requires_grad_()
     allowed = ULP_BOUND / 2
-    for act, right_of, ulps_of_y, ulps_of_grad in (("gelu", 0, 1.7, 2.2), ("gelu", -1, 3.0, 2.2), ("mish", -13, 2.6, 5.3)):
+    for act, right_of, ulps_of_y, ulps_of_grad in (("gelu", 0, 1.7, 2.2), ("gelu", -1, 3.0, 2.2), ("mish", -13, 2.6, 5.6)):
         y = gk.batch_norm_act(x, torch.zeros(8, dtype=dtype), torch.ones(8, dtype=dtype), eps=0.0, act=act)
         (grad_x,) = torch.autograd.grad(y, x, torch.ones_like(x))
         exact_y, exact_grad_x = exact_activation(x.detach(), torch.ones_like(x), act, 0.0)
@@ -168,6 +171,13 @@ def test_errors_of_gelu_and_mish(dtype):
             t = -extended(x)
             bound = (3 + 2.5 * t + 1.6 * t**2) * torch.finfo(dtype).eps / 2
             assert (abs(extended(y) - exact_y) <= allowed * bound * abs(exact_y))[t > 0].all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gradient_of_hardswish_is_zero_at_its_minimum(dtype):
+    x = torch.full((40, 1), -1.5, dtype=dtype, requires_grad=True)
+    y = gk.batch_norm_act(x, torch.zeros(1, dtype=dtype), torch.ones(1, dtype=dtype), eps=0.0, act="hardswish")
+    assert_bitwise_equal("gradient", *torch.autograd.grad(y.sum(), x), torch.zeros_like(x))
 
 
 # Rows of all channels that are no whole vectors, several of which make a line; many parts, each with a last line

@@ -471,6 +471,11 @@ def test_a_strided_gradient_is_scaled_as_a_dense_one():
 # errors, which scale nothing
 
 
+def stepped(optimizer, **bounds):
+    gk.attach_clipping(optimizer, **bounds)
+    optimizer.step()
+
+
 @pytest.mark.parametrize("kernels", ["native", "portable", "none"])
 @pytest.mark.parametrize(
     "clip",
@@ -479,12 +484,15 @@ def test_a_strided_gradient_is_scaled_as_a_dense_one():
         "known norm": lambda parameters: gk.clip_grads_with_norm_(parameters, 0.1, torch.tensor(2.0)),
         "value": lambda parameters: gk.clip_grad_value_(parameters, 0.1),
         "adaptive": gk.adaptive_clip_grad_,
+        "step": lambda parameters: stepped(torch.optim.SGD(parameters, lr=1.0), max_norm=0.1, skip_above=100.0),
     }.items(),
     ids=lambda clip: clip[0],
 )
 def test_overlapping_gradients_are_refused_before_others_are_written(clip, kernels, monkeypatch):
     if kernels != "native":
-        monkeypatch.setattr(_native, "PORTABLE", _native.load_portable()[0] if kernels == "portable" else None)
+        library, reason = _native.load_portable() if kernels == "portable" else (None, None)
+        assert library or kernels == "none", reason
+        monkeypatch.setattr(_native, "PORTABLE", library)
         monkeypatch.setattr(_native, "C", None)
     grads = [-torch.ones(3), torch.ones(1).expand(3)]
     with pytest.raises(RuntimeError, match="more than one element of the written-to tensor refers to a single memory location"):
@@ -919,6 +927,9 @@ def test_adaptive_clipping_refuses_before_it_writes():
     sparse.grad = torch.eye(3, 2).to_sparse()
     with pytest.raises(RuntimeError, match="adaptive_clip_grad_ does not support sparse gradients"):
         gk.adaptive_clip_grad_([fine, sparse])
+    whole = as_parameter(torch.arange(3))
+    with pytest.raises(RuntimeError, match=r"adaptive_clip_grad_ does not support gradients of torch.int64"):
+        gk.adaptive_clip_grad_([fine, whole])
     for wrong in (("much",), (0.01, None)):
         with pytest.raises((TypeError, ValueError)):
             gk.adaptive_clip_grad_([fine], *wrong)
@@ -933,7 +944,7 @@ def test_adaptive_clipping_refuses_before_it_writes():
 
 def test_adaptive_clipping_under_compile():
     torch._dynamo.reset()
-    parameters = weights_and_gradients()[1:5]
+    parameters = [*weights_and_gradients()[1:5], *parameters_with([torch.randn(4, 7).t()])]
     expected = [adaptively_clipped(parameter).float() for parameter in parameters]
     torch.compile(lambda: gk.adaptive_clip_grad_(parameters), fullgraph=True, backend="aot_eager")()
     assert_close([parameter.grad for parameter in parameters], expected)
@@ -1092,13 +1103,15 @@ def test_operators_compute_what_their_schema_says():
         assert_accurate("gradient", our, our, extended(grad) * coefficient)
 
 
-def test_compile():
+@pytest.mark.parametrize("name", ["clip_grad_norm_", "clip_grad_value_"])
+def test_compile(name):
     torch._dynamo.reset()
-    grads = gradients([64, 1009])
+    grads = [*gradients([64, 1009]), torch.randn(3, 5).t()]
     theirs = clones(grads)
     parameters = parameters_with(grads)
-    total = torch.compile(lambda: gk.clip_grad_norm_(parameters, 0.1), fullgraph=True, backend="aot_eager")()
-    assert_close(total, torch_clip_grad_norm_(parameters_with(theirs), 0.1))
+    result = torch.compile(lambda: getattr(gk, name)(parameters, 0.1), fullgraph=True, backend="aot_eager")()
+    expected = getattr(torch.nn.utils, name)(parameters_with(theirs), 0.1)
+    assert result is expected is None or torch.allclose(result, expected)
     assert_close([parameter.grad for parameter in parameters], theirs)
 
 

@@ -872,3 +872,17 @@ def test_an_optimizer_with_clipping_is_freed():
     del ours
     gc.collect()
     assert freed() is None
+
+
+@pytest.mark.parametrize("option", ["lr", "alpha", "eps", "weight_decay", "momentum"])
+def test_an_integer_that_no_double_holds_is_refused_before_anything_is_written(option):
+    parameter = nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    optimizer = gk.optim.RMSprop([parameter], lr=0.1, momentum=0.9)
+    optimizer.step()
+    before = parameter.detach().clone()
+    optimizer.param_groups[0][option] = 10**400
+    with pytest.raises(OverflowError):
+        optimizer.step()
+    assert_bitwise_equal("parameter", parameter.detach(), before)
+    assert optimizer.state[parameter]["step"] == 1

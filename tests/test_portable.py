@@ -522,10 +522,11 @@ def test_errors_are_torchs_and_nothing_is_written():
         portable.leaky_relu(x, "0.1", False)
     with pytest.raises(NotImplementedError, match="not implemented for 'Long'"):
         portable.elu(torch.arange(3), 1.0, False)
-    # An integer that no double has.
-    for act in (lambda number: portable.leaky_relu(x, number, False), lambda number: portable.elu(x, number, True)):
-        with pytest.raises(OverflowError, match="int too big to convert"):
-            act(10**400)
+    # The least integer that torch refuses, and one that no double holds.
+    for number in (2**64, 10**400):
+        for act in (lambda number: portable.leaky_relu(x, number, False), lambda number: portable.elu(x, number, True)):
+            with pytest.raises(OverflowError, match="int too big to convert"):
+                act(number)
     for momentum, eps in ((10**400, 1e-5), (0.1, 10**400)):
         with pytest.raises(OverflowError, match="int too large to convert to float"):
             portable.batch_norm_act(x[:, :3], *operands[1:], True, momentum, eps, "relu", 0.0)

@@ -173,7 +173,7 @@ struct Swish {
   }
 };
 
-// hardswish(x) = x h with h = min(max(x + 3, 0), 6) / 6; the gradient in between is x / 3 + 1 / 2
+// hardswish(x) = x h with h = min(max(x + 3, 0), 6) / 6; the gradient in between is (2 x + 3) / 6
 //
 // `precision` applies to scalars only.
 template <typename T, Precision precision>
@@ -190,7 +190,13 @@ struct Hardswish {
     return x * select(x <= T(-3), T(0), select(x >= T(3), T(1), fma(sum, T(high), sum * T(low))));
   }
   GK_HOST_DEVICE T backward(T grad_y, T x) const {
-    const T slope = fma(x, T(static_cast<scalar_of_t<T>>(1.0 / 3.0)), T(static_cast<scalar_of_t<T>>(0.5)));
+    T slope;
+    if constexpr (kIsHalfScalar<T, precision>) {
+      slope = fma(x, T(1.0f / 3.0f), T(0.5f));
+    } else {
+      // 0 at -1.5
+      slope = fma(x, T(2), T(3)) * T(static_cast<scalar_of_t<T>>(1.0 / 6.0));
+    }
     return select(x <= T(-3), T(0), select(x >= T(3), grad_y, grad_y * slope));
   }
 };
@@ -208,8 +214,7 @@ struct Gelu {
   GK_HOST_DEVICE T forward(T x) const {
     // As in torch, gelu(-inf) is nan: t is bounded for x > 0 only.
     const T minus_t = negative_magnitude(at_most(T(C::kLargest), x));
-    const T tail = normal_tail_to<precision>(at_least(T(-C::kLargest), minus_t)).probability();
-    return fma(minus_t, tail, at_least(T(-scalar_t(0)), x));
+    return fma(minus_t, lower_probability_to<precision>(minus_t), at_least(T(-scalar_t(0)), x));
   }
   GK_HOST_DEVICE T backward(T grad_y, T x) const {
     const T minus_t = negative_magnitude(x);
@@ -261,9 +266,10 @@ struct Mish {
   static constexpr bool kHasExponential = true;
   GK_HOST_DEVICE T forward(T x) const {
     const Parts p = parts(x);
+    // |x| or |x| e, but -0 for -0. At inf c is 0, and its product must be finite.
     const T whole = x * p.base;
-    // At inf c is 0, and the product must be finite.
-    const T y = fma(-at_most(T(scalar_of_t<T>(1e30)), whole), quotient_to<precision>(p.numerator, p.denominator), whole);
+    const T finite = at_most(T(scalar_of_t<T>(1e30)), whole);
+    const T y = fma(negative_magnitude(finite), quotient_to<precision>(p.numerator, p.denominator), whole);
     return select(p.negative, y * p.drop, y);
   }
   GK_HOST_DEVICE T backward(T grad_y, T x) const {
@@ -275,7 +281,7 @@ struct Mish {
   }
 
  private:
-  // c = numerator / denominator, and e. Where x is negative, base is e / drop.
+  // c = numerator / denominator, and e. Where x is negative, base is e / drop, and both are negative.
   struct Parts {
     decltype(T(0) < T(0)) negative;
     T base, exp, numerator, denominator, drop;
@@ -286,11 +292,12 @@ struct Mish {
     T lifted;
     if constexpr (kIsHalfScalar<T, precision>) {
       lifted = approximate_exp2(-fabs(x) * ExpConstants<float>::kLog2E);
-      p.drop = T(1);
+      p.drop = T(-1);
     } else {
       lifted = lifted_exp(negative_magnitude(x));
-      p.drop = T(ExpConstants<scalar_of_t<T>>::kDrop);
+      p.drop = T(-ExpConstants<scalar_of_t<T>>::kDrop);
     }
+    lifted = -lifted;
     p.exp = lifted * p.drop;
     p.base = select(p.negative, lifted, T(1));
     p.numerator = fma(p.exp, p.exp, select(p.negative, p.exp, T(0)));

@@ -5,7 +5,7 @@
 // polynomial for (e^r - 1 - r) / r^2, and scaling by 2^n. Scaling comes last, so that a denormal result is
 // rounded once. On processors with fma, the errors of elu and swish are at most 2.2 ulp, and those of their
 // gradients at most 2.6 and 4 ulp of the largest term (tests/test_activation.py); without fma they are at
-// most 4. mish has at most 2.6 ulp, its gradient 5.3 (tests/test_batch_norm_act.py). nan stays nan. Arguments that are
+// most 4. mish has at most 2.6 ulp, its gradient 5.6 (tests/test_batch_norm_act.py). nan stays nan. Arguments that are
 // too large or too small give 0, -1 or inf.
 #pragma once
 
