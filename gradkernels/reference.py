@@ -255,22 +255,21 @@ def clip_grads_with_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float
 
 
 def adaptive_clip_grad_(parameters: list[Tensor], clip_factor: float, eps: float, norm_type: float) -> None:
-    factors = []
-    for parameter in with_writable_gradients(parameters):
+    parameters = with_writable_gradients(parameters)
+    for parameter in parameters:
+        if parameter.grad is not None and not (parameter.grad.is_floating_point() or parameter.grad.is_complex()):
+            raise RuntimeError(f"adaptive_clip_grad_ does not support gradients of {parameter.grad.dtype}")
+    for parameter in parameters:
         grad = parameter.grad
         if grad is None or grad.numel() == 0:
             continue
-        if not (grad.is_floating_point() or grad.is_complex()):
-            raise RuntimeError(f"adaptive_clip_grad_ does not support gradients of {grad.dtype}")
         dims = None if grad.dim() < 2 else tuple(range(1, grad.dim()))
         wide = torch.promote_types(grad.dtype, torch.float32 if grad.device.type == "mps" else torch.float64)
         param_norm, grad_norm = (
             torch.linalg.vector_norm(each.detach(), norm_type, dims, keepdim=True, dtype=wide) for each in (parameter, grad)
         )
         max_norm = param_norm.clamp(min=eps) * clip_factor
-        factors.append((grad, (max_norm / grad_norm.clamp(min=1e-6)).masked_fill(grad_norm < max_norm, 1.0)))
-    for grad, factor in factors:
-        grad.mul_(factor)
+        grad.mul_((max_norm / grad_norm.clamp(min=1e-6)).masked_fill(grad_norm < max_norm, 1.0))
 
 
 def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None) -> None:
